@@ -1,0 +1,49 @@
+/* What the CPU and the operating system can run, as a ladder from the narrowest tier to the
+ * widest. A vector unit counts only when the operating system saves its registers (XGETBV),
+ * whatever cpuid says. */
+#ifndef LEGACY1BIT_CPU_H
+#define LEGACY1BIT_CPU_H
+
+enum cpu_tier { CPU_SCALAR, CPU_SSE2, CPU_AVX2, CPU_AVX512 };
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <cpuid.h>
+
+static inline unsigned long long cpu_saved_state(void)
+{
+    unsigned int low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return ((unsigned long long)high << 32) | low;
+}
+
+static inline int cpu_widest_tier(void)
+{
+    const unsigned int sse2 = 1u << 26;                              /* leaf 1, edx */
+    const unsigned int fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;      /* leaf 1, ecx */
+    const unsigned int avx2 = 1u << 5;                               /* leaf 7, ebx */
+    const unsigned int avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;      /* F DQ BW VL */
+    const unsigned long long ymm = 0x06, zmm = 0xe6;                 /* bits of XCR0 */
+    unsigned int eax, ebx, ecx, edx, features;
+    unsigned long long state;
+
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(edx & sse2))
+        return CPU_SCALAR;
+    features = ecx;
+    if (!(features & osxsave) || !(features & avx) || !(features & fma))
+        return CPU_SSE2;
+    state = cpu_saved_state();
+    if ((state & ymm) != ymm)
+        return CPU_SSE2;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & avx2))
+        return CPU_SSE2;
+    if ((ebx & avx512) != avx512 || (state & zmm) != zmm)
+        return CPU_AVX2;
+    return CPU_AVX512;
+}
+
+#else
+
+static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
+
+#endif
+#endif

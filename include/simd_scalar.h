@@ -1,0 +1,55 @@
+/* The vector vocabulary in plain C: one lane. It is the reference the other tiers are held
+ * against, and what runs where there is no vector unit. See simd.h for the meanings. */
+#ifndef LEGACY1BIT_SIMD_SCALAR_H
+#define LEGACY1BIT_SIMD_SCALAR_H
+
+#define TIER_NAME "scalar"
+
+typedef float vf32;
+
+enum { VF32_LANES = 1, TILE_ROWS = 4, TILE_VECTORS = 2 };
+
+static inline vf32 vf32_zero(void) { return 0.0f; }
+static inline vf32 vf32_splat(float x) { return x; }
+static inline vf32 vf32_load(const float *p) { return *p; }
+static inline vf32 vf32_load_first(const float *p, long n) { return n > 0 ? *p : 0.0f; }
+static inline vf32 vf32_load_i8(const signed char *p) { return (float)*p; }
+static inline vf32 vf32_load_i8_first(const signed char *p, long n) { return n > 0 ? (float)*p : 0.0f; }
+static inline void vf32_store(float *p, vf32 v) { *p = v; }
+static inline void vf32_store_first(float *p, long n, vf32 v) { if (n > 0) *p = v; }
+
+static inline vf32 vf32_add(vf32 a, vf32 b) { return a + b; }
+static inline vf32 vf32_sub(vf32 a, vf32 b) { return a - b; }
+static inline vf32 vf32_mul(vf32 a, vf32 b) { return a * b; }
+static inline vf32 vf32_div(vf32 a, vf32 b) { return a / b; }
+static inline vf32 vf32_sqrt(vf32 v) { return sqrtf(v); }
+static inline vf32 vf32_fmadd(vf32 a, vf32 b, vf32 c) { return a * b + c; }
+static inline vf32 vf32_max(vf32 a, vf32 b) { return a > b ? a : b; }
+static inline vf32 vf32_min(vf32 a, vf32 b) { return a < b ? a : b; }
+
+static inline vf32 vf32_round(vf32 v)
+{
+    /* Adding 1.5 * 2^23 pushes the fraction out of the mantissa, rounding to nearest. */
+    return (v + 12582912.0f) - 12582912.0f;
+}
+
+static inline float scalar_pow2(int n)
+{
+    unsigned int bits = (unsigned int)(n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+static inline vf32 vf32_scale_pow2(vf32 v, vf32 n)
+{
+    /* Two steps, because 2^n alone may lie outside the normal range. */
+    int whole = (int)n, half = whole / 2;
+    return v * scalar_pow2(half) * scalar_pow2(whole - half);
+}
+
+static inline vf32 vf32_where_positive(vf32 x, vf32 y) { return x > 0.0f ? y : 0.0f; }
+static inline float vf32_sum(vf32 v) { return v; }
+static inline float vf32_largest(vf32 v) { return v; }
+
+#endif

@@ -1,0 +1,218 @@
+/* A small thread pool: pool_run calls task(context, i) for every i in [0, tasks) on up to
+ * `threads` threads, the caller among them, and returns when all are done.
+ *
+ * Waiting threads sleep; none spins while another program wants its core. A sleeper woken on the
+ * waker's own core would stand in line there until the waker is done (schedulers do place it so
+ * where cores share no cache), so on Linux it is kept off that core until it runs.
+ *
+ * Task i always runs on thread i % threads, so a task that owns its outputs gives the same bits
+ * every time. One job runs at a time: when the pool is taken, by another Python thread or by the
+ * caller's own job, the tasks run one after the other in the caller instead. A child made by fork
+ * starts without workers and makes its own when it needs them.
+ *
+ * thread_scratch gives every thread a buffer of its own that lives as long as the thread.
+ */
+#ifndef LEGACY1BIT_THREADS_H
+#define LEGACY1BIT_THREADS_H
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { POOL_MAX_THREADS = 256 };
+
+typedef void (*pool_task)(void *context, long index);
+
+static struct {
+    pthread_t id;
+    int cpu;                   /* where it last ran; -1 when not known */
+#ifdef __linux__
+    int moved;                 /* its affinity was narrowed and is to be restored */
+    cpu_set_t affinity;
+#endif
+} pool_workers[POOL_MAX_THREADS];
+
+static struct {
+    pthread_mutex_t lock;      /* guards everything below */
+    pthread_cond_t wake, done;
+    unsigned long job;         /* counts jobs, so that a worker sees a new one */
+    int busy;                  /* a job is running */
+    int workers;               /* threads made so far, besides callers */
+    int remaining;             /* workers of the present job that have not finished */
+    pool_task task;
+    void *context;
+    long tasks;
+    int threads;
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
+          0, 0, 0, 0, NULL, NULL, 0, 0};
+
+static void pool_share(pool_task task, void *context, long tasks, int thread, int threads)
+{
+    for (long i = thread; i < tasks; i += threads)
+        task(context, i);
+}
+
+#ifdef __linux__
+
+/* Keeps the first threads - 1 workers off the caller's core for their next waking. Locked. */
+static void pool_spread(int threads)
+{
+    const int here = sched_getcpu();
+
+    for (int i = 1; i < threads; i++) {
+        cpu_set_t others;
+        if (here < 0 || here >= CPU_SETSIZE || pool_workers[i].cpu != here)
+            continue;
+        if (pthread_getaffinity_np(pool_workers[i].id, sizeof others, &others))
+            continue;
+        pool_workers[i].affinity = others;
+        CPU_CLR(here, &others);
+        if (CPU_COUNT(&others) > 0)
+            pool_workers[i].moved = !pthread_setaffinity_np(pool_workers[i].id, sizeof others,
+                                                            &others);
+    }
+}
+
+static void pool_awake(int thread)
+{
+    if (pool_workers[thread].moved) {
+        pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool_workers[thread].affinity);
+        pool_workers[thread].moved = 0;
+    }
+}
+
+static void pool_asleep(int thread) { pool_workers[thread].cpu = sched_getcpu(); }
+
+#else
+
+static void pool_spread(int threads) { (void)threads; }
+static void pool_awake(int thread) { (void)thread; }
+static void pool_asleep(int thread) { (void)thread; }
+
+#endif
+
+static void *pool_worker(void *argument)
+{
+    const int thread = (int)(long)argument;
+    unsigned long seen = 0;
+
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (pool.job == seen || thread >= pool.threads) {
+            seen = pool.job;
+            pthread_cond_wait(&pool.wake, &pool.lock);
+        }
+        seen = pool.job;
+        pool_awake(thread);
+        const pool_task task = pool.task;
+        void *const context = pool.context;
+        const long tasks = pool.tasks;
+        const int threads = pool.threads;
+        pthread_mutex_unlock(&pool.lock);
+        pool_share(task, context, tasks, thread, threads);
+        pthread_mutex_lock(&pool.lock);
+        pool_asleep(thread);
+        if (--pool.remaining == 0)
+            pthread_cond_signal(&pool.done);
+    }
+    return NULL;
+}
+
+static void pool_after_fork(void)
+{
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pthread_cond_init(&pool.done, NULL);
+    pool.busy = pool.workers = pool.remaining = 0;
+    pool.threads = 0;
+}
+
+static pthread_key_t scratch_key;
+
+static void pool_prepare(void)
+{
+    pthread_atfork(NULL, NULL, pool_after_fork);
+    pthread_key_create(&scratch_key, free);
+}
+
+/* At least `bytes` bytes on a cache line's boundary, whatever they held; NULL without memory.
+ * The first cache line of the block keeps its size. */
+static void *thread_scratch(size_t bytes)
+{
+    char *block = pthread_getspecific(scratch_key);
+    size_t size = 0;
+
+    if (block)
+        memcpy(&size, block, sizeof size);
+    if (size < bytes) {
+        free(block);
+        if (posix_memalign((void **)&block, 64, bytes + 64))
+            block = NULL;
+        else
+            memcpy(block, &bytes, sizeof bytes);
+        pthread_setspecific(scratch_key, block);
+    }
+    return block ? block + 64 : NULL;
+}
+
+/* Makes workers until there are `wanted`; fewer when the system gives no more. Called with the
+ * lock held. Signals stay with the program's own threads. */
+static void pool_grow(int wanted)
+{
+    sigset_t all, before;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (pool.workers < wanted) {
+        const int next = pool.workers + 1;
+        if (pthread_create(&pool_workers[next].id, NULL, pool_worker, (void *)(long)next))
+            break;
+        pthread_detach(pool_workers[next].id);
+        /* A new thread starts out on its maker's core. */
+        pool_asleep(next);
+        pool.workers = next;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void pool_run(pool_task task, void *context, long tasks, int threads)
+{
+    if (threads > POOL_MAX_THREADS)
+        threads = POOL_MAX_THREADS;
+    if (threads > tasks)
+        threads = (int)tasks;
+    if (threads > 1) {
+        pthread_mutex_lock(&pool.lock);
+        if (!pool.busy) {
+            pool_grow(threads - 1);
+            threads = pool.workers + 1 < threads ? pool.workers + 1 : threads;
+        } else {
+            threads = 1;
+        }
+        if (threads > 1) {
+            pool.busy = 1;
+            pool.task = task;
+            pool.context = context;
+            pool.tasks = tasks;
+            pool.threads = threads;
+            pool.remaining = threads - 1;
+            pool_spread(threads);
+            pool.job++;
+            pthread_cond_broadcast(&pool.wake);
+            pthread_mutex_unlock(&pool.lock);
+            pool_share(task, context, tasks, 0, threads);
+            pthread_mutex_lock(&pool.lock);
+            while (pool.remaining)
+                pthread_cond_wait(&pool.done, &pool.lock);
+            pool.busy = 0;
+            pool.threads = 0;
+        }
+        pthread_mutex_unlock(&pool.lock);
+    }
+    if (threads <= 1)
+        pool_share(task, context, tasks, 0, 1);
+}
+
+#endif

@@ -1,0 +1,832 @@
+"""The backward pass (C: ``backward.c``).
+
+Gradients are named d_<what they are the gradient of>; those of weights add to what is there, as
+in C, so that a batch can come in parts. As in ``forward``, each layer comes as a ``cdef`` function
+that trusts and as the checked function of the C original's name.
+"""
+
+import numpy as np
+
+from libc.math cimport log
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from legacy1bit.forward cimport (
+    Extent, ForwardContext, ModelContext, check_tokens, fill_head, run_model,
+)
+from legacy1bit.kernels cimport Attention, KernelTable, Matrix
+from legacy1bit.math_ops cimport kernels
+from legacy1bit.model cimport (
+    AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
+    FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients, ModelGradient, ModelView,
+    MultiHeadAttention, NormGradient, TransformerBlock, TransformerBlockContext, fill_matrix,
+    float_pointer, gradient_pointer, vector_pointer,
+)
+from legacy1bit.threads cimport parallel_for, scratch
+
+from legacy1bit.forward import as_token_rows, padding_mask
+
+# C clamps the probability of the true token here before it takes the logarithm.
+_SMALLEST_PROBABILITY = 1e-9
+
+
+# ---------------------------------------------------------------------------------------------
+# Without the GIL
+
+cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssize_t rows,
+                                     Py_ssize_t out_dim, Py_ssize_t in_dim, float *d_weight,
+                                     float *d_bias, float *workspace) noexcept nogil:
+    # Of out = x w^T + b: d_weight[out, in] += d_out^T x, d_bias += the sum of d_out's rows.
+    kernels().matmul(out_dim, in_dim, rows, d_out, 1, out_dim, x, in_dim, 1, NULL, True, d_weight,
+                     in_dim, workspace)
+    kernels().column_sums(d_out, rows, out_dim, d_bias)
+
+
+cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
+                       const float *x, const float *hidden, const float *activated,
+                       FeedForwardGradient *gradient, float *d_hidden, float *d_x,
+                       float *workspace) noexcept nogil:
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
+    add_weight_gradient(d_out, activated, rows, dim, wide, gradient.wo, gradient.bo, workspace)
+    kernel.linear_backward(&layer.wo, d_out, rows, False, d_hidden, workspace)
+    if layer.squared:
+        kernel.relu2_backward(hidden, d_hidden, d_hidden, rows * wide)
+    else:
+        kernel.relu_backward(hidden, d_hidden, d_hidden, rows * wide)
+    add_weight_gradient(d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
+    kernel.linear_backward(&layer.wi, d_hidden, rows, False, d_x, workspace)
+
+
+cdef void backward_attend(const AttentionView *layer, const Extent *extent, const float *d_out,
+                          const float *x, const BlockContext *context,
+                          AttentionGradient *gradient, const BackwardRoom *room, float *d_x,
+                          float *workspace) noexcept nogil:
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
+    cdef Py_ssize_t i, j, row, rows = extent.batch * extent.time
+    cdef Attention head
+    add_weight_gradient(d_out, context.heads, rows, dim, dim, gradient.wo, gradient.bo, workspace)
+    kernel.linear_backward(&layer.wo, d_out, rows, False, room.d_heads, workspace)
+    head.d_probs = room.d_probs
+    for i in range(extent.batch):
+        for j in range(layer.num_heads):
+            fill_head(layer, extent, context, i, j, &head)
+            row = i * extent.time * dim + j * head.head_dim
+            head.d_out = room.d_heads + row
+            head.d_q = room.d_q + row
+            head.d_k = room.d_k + row
+            head.d_v = room.d_v + row
+            kernel.attention_backward(&head, workspace)
+        if layer.cosines:
+            row = i * extent.time * dim
+            kernel.rotary(room.d_q + row, layer.cosines, layer.sines, -1.0, extent.time, dim,
+                          layer.num_heads, 2 * half)
+            kernel.rotary(room.d_k + row, layer.cosines, layer.sines, -1.0, extent.time, dim,
+                          layer.num_heads, 2 * half)
+    add_weight_gradient(room.d_q, x, rows, dim, dim, gradient.wq, gradient.bq, workspace)
+    add_weight_gradient(room.d_k, x, rows, dim, dim, gradient.wk, gradient.bk, workspace)
+    add_weight_gradient(room.d_v, x, rows, dim, dim, gradient.wv, gradient.bv, workspace)
+    kernel.linear_backward(&layer.wq, room.d_q, rows, False, d_x, workspace)
+    kernel.linear_backward(&layer.wk, room.d_k, rows, True, d_x, workspace)
+    kernel.linear_backward(&layer.wv, room.d_v, rows, True, d_x, workspace)
+
+
+cdef void backward_transform(const BlockView *block, const Extent *extent,
+                             const BlockContext *context, BlockGradient *gradient,
+                             const BackwardRoom *room, float *workspace) noexcept nogil:
+    # room.d_x: the gradient of the block's output on the way in, of its input on the way out. The
+    # residual path goes around both norms, so their gradients add to it.
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
+    backward_ffn(&block.ffn, rows, room.d_x, context.norm2, context.hidden, context.activated,
+                 &gradient.ffn, room.d_hidden, room.d_norm, workspace)
+    kernel.layer_norm_backward(room.d_norm, context.residual, block.norm2.gamma, context.mean2,
+                               context.inv_std2, room.d_x, gradient.norm2.gamma,
+                               gradient.norm2.beta, rows, dim)
+    backward_attend(&block.attention, extent, room.d_x, context.norm1, context,
+                    &gradient.attention, room, room.d_norm, workspace)
+    kernel.layer_norm_backward(room.d_norm, context.input, block.norm1.gamma, context.mean1,
+                               context.inv_std1, room.d_x, gradient.norm1.gamma,
+                               gradient.norm1.beta, rows, dim)
+
+
+cdef void backward_embed(const int *tokens, Py_ssize_t rows, Py_ssize_t vocab, Py_ssize_t dim,
+                         const float *d_out, float *d_embedding) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(rows):
+        if tokens[i] < vocab:
+            kernels().add(d_embedding + tokens[i] * dim, d_out + i * dim, dim)
+
+
+cdef double backward_model(const ModelView *model, const Extent *extent, const int *tokens,
+                           const int *targets, float gradient_scale, ModelContext *context,
+                           ModelGradient *gradient, const BackwardRoom *room,
+                           float *workspace) noexcept nogil:
+    # Forward and backward. Returns the sum of -log p over the targets that are >= 0; gradients are
+    # gradient_scale times those of that sum.
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t i, rows = extent.batch * extent.time
+    cdef Py_ssize_t dim = model.embedding.cols, vocab = model.output.rows
+    cdef double loss
+    run_model(model, extent, tokens, context, workspace)
+    loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
+    add_weight_gradient(context.logits, context.normed, rows, vocab, dim, gradient.output,
+                        gradient.output_bias, workspace)
+    if model.final_norm.gamma:
+        kernel.linear_backward(&model.output, context.logits, rows, False, room.d_norm, workspace)
+        memset(room.d_x, 0, rows * dim * sizeof(float))
+        kernel.layer_norm_backward(room.d_norm, context.blocks[model.num_blocks - 1].output,
+                                   model.final_norm.gamma, context.mean, context.inv_std, room.d_x,
+                                   gradient.final_norm.gamma, gradient.final_norm.beta, rows, dim)
+    else:
+        kernel.linear_backward(&model.output, context.logits, rows, False, room.d_x, workspace)
+    for i in range(model.num_blocks - 1, -1, -1):
+        backward_transform(&model.blocks[i], extent, &context.blocks[i], &gradient.blocks[i],
+                           room, workspace)
+    backward_embed(tokens, rows, vocab, dim, room.d_x, gradient.embedding)
+    return loss
+
+
+cdef class BackwardContext:
+    """Room for the gradients of activations over [B, T] positions."""
+
+    cdef object arrays
+    cdef BackwardRoom view
+
+    def __init__(self, model_dim, ffn_dim, batch_size, time):
+        rows = batch_size * time
+        self.arrays = [np.empty(rows * model_dim, np.float32) for _ in range(6)]
+        self.arrays.append(np.empty(rows * ffn_dim, np.float32))
+        self.arrays.append(np.empty(time * time, np.float32))
+        self.view.d_x = float_pointer(self.arrays[0])
+        self.view.d_norm = float_pointer(self.arrays[1])
+        self.view.d_heads = float_pointer(self.arrays[2])
+        self.view.d_q = float_pointer(self.arrays[3])
+        self.view.d_k = float_pointer(self.arrays[4])
+        self.view.d_v = float_pointer(self.arrays[5])
+        self.view.d_hidden = float_pointer(self.arrays[6])
+        self.view.d_probs = float_pointer(self.arrays[7])
+
+
+# ---------------------------------------------------------------------------------------------
+# Loss
+
+def cross_entropy_loss(probabilities, int target) -> float:
+    """Return -log of the probability of the true token, in nats.
+
+    Parameters
+    ----------
+    probabilities : float32[V]
+    target : int
+
+    Returns
+    -------
+    float
+        The probability counts as 1e-9 at least, so the loss is 20.72 at most.
+
+    Raises
+    ------
+    IndexError
+        If ``target`` is no token.
+
+    Notes
+    -----
+    C: ``backward.c``, ``cross_entropy_loss``. Training itself takes the logarithm of the softmax
+    from the logits, where no probability is too small.
+    """
+    cdef const float[::1] p = probabilities
+    if not 0 <= target < p.shape[0]:
+        raise IndexError(f"target is {target}, expected 0 to {p.shape[0] - 1}")
+    return -log(max(p[target], _SMALLEST_PROBABILITY))
+
+
+def d_loss_d_logits(probabilities, int target):
+    """Return the gradient of the loss by the logits: ``probabilities - one_hot(target)``.
+
+    Parameters
+    ----------
+    probabilities : float32[V]
+    target : int
+
+    Returns
+    -------
+    float32[V]
+
+    Raises
+    ------
+    IndexError
+        If ``target`` is no token.
+
+    Notes
+    -----
+    C: ``backward.c``, ``d_loss_d_logits``.
+    """
+    cdef const float[::1] p = probabilities
+    if not 0 <= target < p.shape[0]:
+        raise IndexError(f"target is {target}, expected 0 to {p.shape[0] - 1}")
+    d_logits = np.array(p, np.float32)
+    d_logits[target] -= np.float32(1.0)
+    return d_logits
+
+
+# ---------------------------------------------------------------------------------------------
+# The C original's functions
+
+cdef float *_workspace() except NULL:
+    cdef float *workspace = scratch(kernels().workspace_floats)
+    if workspace == NULL:
+        raise MemoryError("no memory for the kernels' packing buffers")
+    return workspace
+
+
+cdef object _rows(object array, tuple shape, str name):
+    """Return a float32 array's memory as one row of floats, after checking its shape."""
+    if not isinstance(array, np.ndarray) or array.dtype != np.float32:
+        raise TypeError(f"{name} is not a float32 array")
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous or array.size == 0:
+        raise ValueError(f"{name} is empty or not C-contiguous")
+    return array.reshape(-1)
+
+
+cdef tuple _shape_of(object array, Py_ssize_t dim, str name):
+    """Return the shape of an array whose last axis has ``dim`` elements."""
+    shape = np.shape(array)
+    if not 1 <= len(shape) <= 3 or shape[-1] != dim:
+        raise ValueError(f"{name} has shape {shape}, expected [{dim}], [B, {dim}] or "
+                         f"[B, T, {dim}]")
+    return shape
+
+
+def backward_output_layer(output, d_logits, hidden, gradients):
+    """Do what ``backward_output_layer_batch`` does for one position: d_logits [V], hidden [C].
+
+    C: ``backward.c``, ``backward_output_layer``.
+    """
+    return backward_output_layer_batch(output, d_logits, hidden, gradients)
+
+
+def backward_output_layer_batch(output, d_logits, hidden, gradients):
+    """Go back through ``logits = hidden @ output.T + bias``.
+
+    Parameters
+    ----------
+    output : TernaryMatrix or float32[V, C]
+    d_logits : float32[..., V]
+    hidden : float32[..., C]
+    gradients : dict
+        ``weight`` float32[V, C] and ``bias`` float32[V], added to: ``gradients.layer("output")``.
+
+    Returns
+    -------
+    float32[..., C]
+        The gradient of ``hidden``.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_output_layer_batch``, which lays the matrix's gradient out as
+    [C, V] (departure 5).
+    """
+    cdef Matrix view
+    fill_matrix(&view, output, "output")
+    shape = _shape_of(hidden, view.cols, "hidden")
+    cdef const float[::1] d_out = _rows(d_logits, (*shape[:-1], view.rows), "d_logits")
+    cdef const float[::1] x = _rows(hidden, shape, "hidden")
+    cdef float *d_weight = gradient_pointer(gradients["weight"], (view.rows, view.cols), "weight")
+    cdef float *d_bias = gradient_pointer(gradients["bias"], (view.rows,), "bias")
+    cdef float *workspace = _workspace()
+    cdef Py_ssize_t rows = x.shape[0] // view.cols
+    d_x = np.empty(shape, np.float32)
+    cdef float *to = float_pointer(d_x)
+    with nogil:
+        add_weight_gradient(&d_out[0], &x[0], rows, view.rows, view.cols, d_weight, d_bias,
+                            workspace)
+        kernels().linear_backward(&view, &d_out[0], rows, False, to, workspace)
+    return d_x
+
+
+def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradients):
+    """Do what ``backward_feed_forward_batch`` does for one position: d_output and x are [C].
+
+    C: ``backward.c``, ``backward_feed_forward``.
+    """
+    return backward_feed_forward_batch(ffn, d_output, x, hidden, gradients)
+
+
+def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, gradients):
+    """Go back through ``wo act(wi x + bi) + bo``.
+
+    Parameters
+    ----------
+    ffn : FeedForward
+    d_output : float32[..., C]
+    x : float32[..., C]
+        The layer's input.
+    hidden : float32[..., F]
+        ``wi x + bi``, from before the activation.
+    gradients : dict
+        ``wi``, ``bi``, ``wo`` and ``bo``, added to: ``gradients.layer("blocks.0.ffn")``.
+
+    Returns
+    -------
+    float32[..., C]
+        The gradient of ``x``.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_feed_forward_batch``, which takes the gradient of ``wo`` with the
+    values from before the activation (departure 3).
+    """
+    cdef FeedForwardGradient gradient
+    cdef Py_ssize_t dim = ffn.view.wi.cols, wide = ffn.view.wi.rows
+    shape = _shape_of(x, dim, "x")
+    cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
+    cdef const float[::1] source = _rows(x, shape, "x")
+    cdef const float[::1] before = _rows(hidden, (*shape[:-1], wide), "hidden")
+    cdef float[::1] after = np.empty(before.shape[0], np.float32)
+    cdef float[::1] d_hidden = np.empty(before.shape[0], np.float32)
+    cdef Py_ssize_t rows = source.shape[0] // dim
+    cdef float *workspace = _workspace()
+    _fill_ffn_gradient(&gradient, gradients, dim, wide)
+    d_x = np.empty(shape, np.float32)
+    cdef float *to = float_pointer(d_x)
+    with nogil:
+        if ffn.view.squared:
+            kernels().relu2(&before[0], &after[0], rows * wide)
+        else:
+            kernels().relu(&before[0], &after[0], rows * wide)
+        backward_ffn(&ffn.view, rows, &d_out[0], &source[0], &before[0], &after[0], &gradient,
+                     &d_hidden[0], to, workspace)
+    return d_x
+
+
+cdef int _fill_ffn_gradient(FeedForwardGradient *gradient, object gradients, Py_ssize_t dim,
+                            Py_ssize_t wide) except -1:
+    gradient.wi = gradient_pointer(gradients["wi"], (wide, dim), "wi")
+    gradient.bi = gradient_pointer(gradients["bi"], (wide,), "bi")
+    gradient.wo = gradient_pointer(gradients["wo"], (dim, wide), "wo")
+    gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
+    return 0
+
+
+def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, d_beta):
+    """Go back through the layer norm of one vector.
+
+    Parameters
+    ----------
+    d_output, x, gamma : float32[C]
+    mean, inv_std : float
+        What ``layer_norm_forward`` returned.
+    d_gamma, d_beta : float32[C]
+        Added to.
+
+    Returns
+    -------
+    float32[C]
+        The gradient of ``x``.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_layer_norm``, which adds the sum of ``d_output`` to every element
+    of ``d_beta`` (departure 2).
+    """
+    return backward_layer_norm_batch(d_output, x, gamma, np.array([mean], np.float32),
+                                     np.array([inv_std], np.float32), d_gamma, d_beta)
+
+
+def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta):
+    """Go back through the layer norm of rows.
+
+    Parameters
+    ----------
+    d_output, x : float32[..., C]
+    gamma : float32[C]
+    mean, inv_std : float32[...]
+        A number for each row.
+    d_gamma, d_beta : float32[C]
+        Added to.
+
+    Returns
+    -------
+    float32[..., C]
+        The gradient of ``x``.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_layer_norm_batch`` (departure 2).
+    """
+    cdef Py_ssize_t dim = len(gamma)
+    cdef const float *factor = vector_pointer(gamma, dim, "gamma")
+    shape = _shape_of(x, dim, "x")
+    cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
+    cdef const float[::1] source = _rows(x, shape, "x")
+    cdef Py_ssize_t rows = source.shape[0] // dim
+    cdef const float *centres = vector_pointer(mean.reshape(-1), rows, "mean")
+    cdef const float *spreads = vector_pointer(inv_std.reshape(-1), rows, "inv_std")
+    cdef float *to_gamma = gradient_pointer(d_gamma, (dim,), "d_gamma")
+    cdef float *to_beta = gradient_pointer(d_beta, (dim,), "d_beta")
+    d_x = np.zeros(shape, np.float32)
+    cdef float *to = float_pointer(d_x)
+    with nogil:
+        kernels().layer_norm_backward(&d_out[0], &source[0], factor, centres, spreads, to,
+                                      to_gamma, to_beta, rows, dim)
+    return d_x
+
+
+cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
+                                  Py_ssize_t dim) except -1:
+    gradient.wq = gradient_pointer(gradients["wq"], (dim, dim), "wq")
+    gradient.wk = gradient_pointer(gradients["wk"], (dim, dim), "wk")
+    gradient.wv = gradient_pointer(gradients["wv"], (dim, dim), "wv")
+    gradient.wo = gradient_pointer(gradients["wo"], (dim, dim), "wo")
+    gradient.bq = gradient_pointer(gradients["bq"], (dim,), "bq")
+    gradient.bk = gradient_pointer(gradients["bk"], (dim,), "bk")
+    gradient.bv = gradient_pointer(gradients["bv"], (dim,), "bv")
+    gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
+    return 0
+
+
+cdef tuple _fill_extent(Extent *extent, object x, Py_ssize_t dim, TransformerBlockContext context):
+    """Fill an extent for [B, T, C], [B, C] or [C] activations; returns their shape."""
+    shape = _shape_of(x, dim, "x")
+    extent.batch = shape[0] if len(shape) > 1 else 1
+    extent.time = shape[1] if len(shape) > 2 else 1
+    extent.past = 0
+    extent.allowed = NULL       # the forward pass has left probability 0 at padding
+    if context.input.shape != (extent.batch, extent.time, dim):
+        raise ValueError(f"the context is for {context.input.shape}, expected "
+                         f"{(extent.batch, extent.time, dim)}")
+    return shape
+
+
+def backward_multi_head_attention(MultiHeadAttention attention not None, d_output, x,
+                                  TransformerBlockContext context not None, gradients):
+    """Do what ``backward_multi_head_attention_batch`` does for one token: d_output and x are [C].
+
+    C: ``backward.c``, ``backward_multi_head_attention``.
+    """
+    return backward_multi_head_attention_batch(attention, d_output, x, context, gradients)
+
+
+def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d_output, x,
+                                        TransformerBlockContext context not None, gradients):
+    """Go back through causal multi-head attention.
+
+    Parameters
+    ----------
+    attention : MultiHeadAttention
+    d_output, x : float32[B, T, C], [B, C] or [C]
+        The gradient of the layer's output, and its input.
+    context : TransformerBlockContext
+        As the forward pass of the same ``x`` left it.
+    gradients : dict
+        ``wq`` to ``bo``, added to: ``gradients.layer("blocks.0.attention")``.
+
+    Returns
+    -------
+    float32
+        The gradient of ``x``, of its shape.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_multi_head_attention_batch``, which has no attention to go back
+    through (departure 6).
+    """
+    cdef Extent extent
+    cdef AttentionGradient gradient
+    cdef Py_ssize_t dim = attention.view.wq.cols
+    shape = _fill_extent(&extent, x, dim, context)
+    _fill_attention_gradient(&gradient, gradients, dim)
+    cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
+    cdef const float[::1] source = _rows(x, shape, "x")
+    cdef BackwardContext room = BackwardContext(dim, 1, extent.batch, extent.time)
+    cdef float *workspace = _workspace()
+    d_x = np.empty(shape, np.float32)
+    cdef float *to = float_pointer(d_x)
+    with nogil:
+        backward_attend(&attention.view, &extent, &d_out[0], &source[0], &context.view, &gradient,
+                        &room.view, to, workspace)
+    return d_x
+
+
+def backward_transformer_block(TransformerBlock block not None, d_output,
+                               TransformerBlockContext context not None, gradients):
+    """Do what ``backward_transformer_block_batch`` does for one token: d_output is [C].
+
+    C: ``backward.c``, ``backward_transformer_block``.
+    """
+    return backward_transformer_block_batch(block, d_output, context, gradients)
+
+
+def backward_transformer_block_batch(TransformerBlock block not None, d_output,
+                                     TransformerBlockContext context not None, gradients):
+    """Go back through a block.
+
+    Parameters
+    ----------
+    block : TransformerBlock
+    d_output : float32[B, T, C], [B, C] or [C]
+    context : TransformerBlockContext
+        As the block's forward pass left it.
+    gradients : dict
+        ``attention.wq`` and so on, added to: ``gradients.layer("blocks.0")``.
+
+    Returns
+    -------
+    float32
+        The gradient of the block's input, of the shape of ``d_output``.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_transformer_block_batch``, which sends the residual path's gradient
+    through the layer norms too (departure 4).
+    """
+    cdef Extent extent
+    cdef BlockGradient gradient
+    cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
+    shape = _fill_extent(&extent, d_output, dim, context)
+    parts = {}
+    for name, array in gradients.items():
+        layer, _, part = name.partition(".")
+        parts.setdefault(layer, {})[part] = array
+    _fill_attention_gradient(&gradient.attention, parts["attention"], dim)
+    _fill_ffn_gradient(&gradient.ffn, parts["ffn"], dim, wide)
+    gradient.norm1.gamma = gradient_pointer(parts["norm1"]["gamma"], (dim,), "norm1.gamma")
+    gradient.norm1.beta = gradient_pointer(parts["norm1"]["beta"], (dim,), "norm1.beta")
+    gradient.norm2.gamma = gradient_pointer(parts["norm2"]["gamma"], (dim,), "norm2.gamma")
+    gradient.norm2.beta = gradient_pointer(parts["norm2"]["beta"], (dim,), "norm2.beta")
+    rows = _rows(d_output, shape, "d_output")
+    cdef BackwardContext room = BackwardContext(dim, wide, extent.batch, extent.time)
+    cdef float *workspace = _workspace()
+    room.arrays[0][...] = rows
+    with nogil:
+        backward_transform(&block.view, &extent, &context.view, &gradient, &room.view, workspace)
+    return room.arrays[0].reshape(shape)
+
+
+def backward_embedding(token_id, d_output, d_embedding) -> None:
+    """Add one token's gradient, float32[C], to its row of ``d_embedding``, float32[V, C].
+
+    C: ``backward.c``, ``backward_embedding``.
+    """
+    backward_embedding_batch([token_id], np.reshape(d_output, (1, -1)), d_embedding)
+
+
+def backward_embedding_batch(tokens, d_output, d_embedding) -> None:
+    """Add the gradients of embedded tokens to the table's rows.
+
+    Parameters
+    ----------
+    tokens : int[B] or int[B, T]
+        Padding has no row, and is passed over.
+    d_output : float32[B, C] or float32[B, T, C]
+    d_embedding : float32[V, C]
+        Added to.
+
+    Raises
+    ------
+    IndexError
+        If an id is no token's.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_embedding_batch``.
+    """
+    vocab, dim = d_embedding.shape
+    cdef const int[:, ::1] rows = as_token_rows(tokens)
+    cdef float *to = gradient_pointer(d_embedding, (vocab, dim), "d_embedding")
+    cdef const float[::1] d_out = _rows(d_output, (*np.shape(tokens), dim), "d_output")
+    cdef Py_ssize_t i, j, size = vocab, width = dim
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            if rows[i, j] < 0 or rows[i, j] > size:
+                raise IndexError(f"token id {rows[i, j]}, expected 0 to {size - 1}, or {size} for "
+                                 "padding")
+    with nogil:
+        backward_embed(&rows[0, 0], rows.shape[0] * rows.shape[1], size, width, &d_out[0], to)
+
+
+# ---------------------------------------------------------------------------------------------
+# The whole model
+
+def ignore_padding(tokens, targets, pad_token):
+    """Return the targets as int32[B, T] with -1 wherever token or target is padding."""
+    ignored = (tokens == pad_token) | (targets == pad_token)
+    return np.where(ignored, np.int32(-1), targets)
+
+
+cdef struct BackwardJob:
+    const ModelView *model
+    ModelContext *contexts
+    ModelGradient *gradients
+    BackwardRoom *rooms
+    double *losses
+    float **flats               # the gradients once more, each as one array of `size` floats
+    Py_ssize_t size
+    const int *tokens
+    const int *targets
+    const unsigned char *allowed
+    Py_ssize_t batch, time
+    Py_ssize_t tasks
+    float gradient_scale
+    bint out_of_memory
+
+
+cdef Py_ssize_t SUM_BLOCK = 16384
+
+
+cdef void backward_task(void *context, long index) noexcept nogil:
+    # A share of the sequences. The first share adds to the caller's gradients, the others to
+    # gradients of their own, which start from 0.
+    cdef BackwardJob *job = <BackwardJob *>context
+    cdef Py_ssize_t first = job.batch * index // job.tasks
+    cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
+    cdef float *workspace = scratch(kernels().workspace_floats)
+    cdef Extent extent
+    if workspace == NULL:
+        job.out_of_memory = True
+        return
+    if index:
+        memset(job.flats[index], 0, job.size * sizeof(float))
+    extent.batch = last - first
+    extent.time = job.time
+    extent.past = 0
+    extent.allowed = NULL
+    if job.allowed:
+        extent.allowed = job.allowed + first * job.time
+    job.losses[index] = backward_model(
+        job.model, &extent, job.tokens + first * job.time, job.targets + first * job.time,
+        job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.rooms[index],
+        workspace)
+
+
+cdef void sum_task(void *context, long index) noexcept nogil:
+    # The shares' gradients added up, in the order of the shares, over one stretch of floats.
+    cdef BackwardJob *job = <BackwardJob *>context
+    cdef Py_ssize_t i, start = index * SUM_BLOCK, count = min(job.size - start, SUM_BLOCK)
+    for i in range(1, job.tasks):
+        kernels().add(job.flats[0] + start, job.flats[i] + start, count)
+
+
+cdef class BackwardPass:
+    """Forward and backward over batches of one shape, with the room for both made once.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    batch_size, time : int
+        B and T.
+    threads : int
+        How many threads share the sequences. Gradients are summed share by share, so that their
+        last bits depend on this number, and on nothing else.
+    """
+
+    cdef readonly LegacyLLM model
+    cdef readonly Py_ssize_t batch_size, time, threads
+    cdef list contexts, rooms, gradients
+    cdef BackwardJob job
+
+    def __cinit__(self):
+        memset(&self.job, 0, sizeof(self.job))
+
+    def __init__(self, LegacyLLM model not None, batch_size, time, threads=1):
+        cdef ForwardContext context
+        cdef BackwardContext room
+        cdef LegacyLLMGradients gradients
+        cdef BackwardJob *job = &self.job
+        if threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
+        model.alive()
+        config = model.config
+        tasks = min(threads, batch_size)
+        largest = (batch_size + tasks - 1) // tasks
+        self.model = model
+        self.batch_size, self.time, self.threads = batch_size, time, threads
+        job.tasks = tasks
+        job.batch, job.time = batch_size, time
+        job.contexts = <ModelContext *>calloc(tasks, sizeof(ModelContext))
+        job.rooms = <BackwardRoom *>calloc(tasks, sizeof(BackwardRoom))
+        job.gradients = <ModelGradient *>calloc(tasks, sizeof(ModelGradient))
+        job.losses = <double *>calloc(tasks, sizeof(double))
+        job.flats = <float **>calloc(tasks, sizeof(float *))
+        if not (job.contexts and job.rooms and job.gradients and job.losses and job.flats):
+            raise MemoryError("no memory for the pass")
+        self.contexts, self.rooms, self.gradients = [], [], []
+        for i in range(tasks):
+            context = ForwardContext(config, largest, time)
+            room = BackwardContext(config.model_dim, config.ffn_dim, largest, time)
+            self.contexts.append(context)
+            self.rooms.append(room)
+            job.contexts[i] = context.view
+            job.rooms[i] = room.view
+            if i:
+                gradients = LegacyLLMGradients(config)
+                self.gradients.append(gradients)
+                job.gradients[i] = gradients.view
+                job.flats[i] = float_pointer(gradients.flat)
+
+    def __dealloc__(self):
+        free(self.job.contexts)
+        free(self.job.rooms)
+        free(self.job.gradients)
+        free(self.job.losses)
+        free(self.job.flats)
+
+    def run(self, tokens, targets, LegacyLLMGradients gradients not None):
+        """Add the gradient of a batch's mean loss to ``gradients``.
+
+        Parameters
+        ----------
+        tokens, targets : int[B, T]
+            Positions where either is padding count for nothing.
+        gradients : LegacyLLMGradients
+
+        Returns
+        -------
+        (float, int)
+            The sum of -log p of the targets in nats, and how many there are.
+
+        Raises
+        ------
+        IndexError
+            If an id is no token's.
+        ValueError
+            If a shape does not fit.
+        """
+        cdef BackwardJob *job = &self.job
+        cdef const int[:, ::1] token_rows, target_rows
+        cdef const unsigned char[:, ::1] mask
+        cdef Py_ssize_t i
+        config = self.model.config
+        if gradients.config != config:
+            raise ValueError("the gradients are those of a model with other settings")
+        tokens, targets = as_token_rows(tokens), as_token_rows(targets, "targets")
+        for name, array in (("tokens", tokens), ("targets", targets)):
+            if array.shape != (self.batch_size, self.time):
+                raise ValueError(f"{name} has shape {array.shape}, expected "
+                                 f"{(self.batch_size, self.time)}")
+        job.model = self.model.alive()
+        check_tokens(self.model, tokens, "tokens")
+        check_tokens(self.model, targets, "targets")
+        targets = ignore_padding(tokens, targets, config.pad_token)
+        count = int((targets >= 0).sum())
+        allowed = padding_mask(tokens, config.pad_token)
+        token_rows, target_rows = tokens, targets
+        job.tokens, job.targets = &token_rows[0, 0], &target_rows[0, 0]
+        job.allowed = NULL
+        if allowed is not None:
+            mask = allowed
+            job.allowed = &mask[0, 0]
+        job.gradient_scale = 1.0 / max(count, 1)
+        job.gradients[0] = gradients.alive()[0]
+        job.flats[0] = float_pointer(gradients.flat)
+        job.size = gradients.flat.size
+        job.out_of_memory = False
+        with nogil:
+            parallel_for(backward_task, job, job.tasks, job.tasks)
+            if job.tasks > 1 and not job.out_of_memory:
+                parallel_for(sum_task, job, (job.size + SUM_BLOCK - 1) // SUM_BLOCK, job.tasks)
+        if job.out_of_memory:
+            raise MemoryError("no memory for the kernels' packing buffers")
+        loss = 0.0
+        for i in range(job.tasks):
+            loss += job.losses[i]
+        return loss, count
+
+
+def backward_llm(LegacyLLM model not None, token_id, target,
+                 LegacyLLMGradients gradients not None) -> float:
+    """Do what ``backward_llm_batch`` does for one token and its successor.
+
+    C: ``backward.c``, ``backward_llm``.
+    """
+    return backward_llm_batch(model, [token_id], [target], gradients)
+
+
+def backward_llm_batch(LegacyLLM model not None, tokens, targets,
+                       LegacyLLMGradients gradients not None, threads=1) -> float:
+    """Add the gradient of a batch's loss to ``gradients``, and return the loss.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    tokens, targets : int[B] or int[B, T]
+        Positions where either is padding count for nothing.
+    gradients : LegacyLLMGradients
+    threads : int
+
+    Returns
+    -------
+    float
+        The mean of -log p of the targets, in nats; 0 if all are padding.
+
+    Notes
+    -----
+    C: ``backward.c``, ``backward_llm_batch``. It works out the forward pass once more and returns
+    nothing; here one pass serves both.
+    """
+    rows = as_token_rows(tokens)
+    loss, count = BackwardPass(model, *rows.shape, threads).run(rows, targets, gradients)
+    return loss / max(count, 1)

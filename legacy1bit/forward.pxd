@@ -1,0 +1,52 @@
+"""The forward pass without the GIL."""
+
+from legacy1bit.model cimport (
+    AttentionView, BlockContext, BlockView, FeedForwardView, LegacyLLM, ModelView,
+)
+from legacy1bit.kernels cimport Attention, Matrix
+
+cdef struct Extent:
+    # Which positions a pass is over: `time` new tokens of each of `batch` sequences. Behind them
+    # lie `past` tokens whose keys and values stand right before the new ones in memory; a past
+    # goes with a batch of one.
+    Py_ssize_t batch
+    Py_ssize_t time
+    Py_ssize_t past
+    const unsigned char *allowed        # uint8[B, past + T], 0 at padding; NULL: there is none
+
+cdef struct ModelContext:
+    BlockContext *blocks
+    float *normed           # [M, C] after the final norm; the last block's output without one
+    float *mean             # [M] of the final norm
+    float *inv_std
+    float *logits           # [M, V]
+
+cdef void fill_head(const AttentionView *layer, const Extent *extent, const BlockContext *context,
+                    Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil
+cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
+                float *out) noexcept nogil
+cdef void attend(const AttentionView *layer, const Extent *extent, const float *x,
+                 BlockContext *context, float *out, float *workspace) noexcept nogil
+cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, const float *x,
+                       float *hidden, float *activated, float *out,
+                       float *workspace) noexcept nogil
+cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
+                    float *workspace) noexcept nogil
+cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
+                    ModelContext *context, float *workspace) noexcept nogil
+
+
+cdef class ForwardContext:
+    cdef readonly object config
+    cdef readonly list blocks
+    cdef readonly object normed, mean, inv_std, logits
+    cdef readonly Py_ssize_t batch_size, time
+    cdef ModelContext view
+
+
+cdef class KeyValueCache:
+    cdef readonly object config, keys, values
+    cdef readonly Py_ssize_t length, capacity
+    cdef ForwardContext context
+
+cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1

@@ -1,0 +1,729 @@
+"""The forward pass (C: ``forward.c``).
+
+Each layer comes twice: as a ``cdef`` function that trusts its arguments, holds no GIL and writes
+where it is told, and as the function of the C original's name, which checks, allocates and
+returns arrays. Matrices of weights are [out, in]; activations are rows, ``y = x W^T + b``.
+"""
+
+import numpy as np
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from legacy1bit.kernels cimport Attention, KernelTable, Matrix
+from legacy1bit.math_ops cimport kernels
+from legacy1bit.model cimport (
+    AttentionView, BlockContext, BlockView, FeedForward, FeedForwardView, LegacyLLM, ModelView,
+    MultiHeadAttention, TernaryMatrix, TransformerBlock, TransformerBlockContext, fill_matrix,
+    float_pointer, vector_pointer,
+)
+from legacy1bit.threads cimport parallel_for, scratch
+
+cdef float EPSILON = 1e-5
+
+
+# ---------------------------------------------------------------------------------------------
+# Without the GIL
+
+cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
+                float *out) noexcept nogil:
+    # Padding, and no other token, lies outside the table; its row is zeros.
+    cdef Py_ssize_t i, j, dim = embedding.cols
+    cdef const signed char *codes
+    for i in range(rows):
+        if tokens[i] >= embedding.rows:
+            memset(out + i * dim, 0, dim * sizeof(float))
+        elif embedding.codes:
+            codes = embedding.codes + tokens[i] * dim
+            for j in range(dim):
+                out[i * dim + j] = embedding.scale[0] * codes[j]
+        else:
+            memcpy(out + i * dim, embedding.dense + tokens[i] * dim, dim * sizeof(float))
+
+
+cdef void fill_head(const AttentionView *layer, const Extent *extent, const BlockContext *context,
+                    Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil:
+    cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
+    cdef Py_ssize_t row = sequence * extent.time * dim + index * head_dim
+    head.queries = extent.time
+    head.keys = extent.past + extent.time
+    head.head_dim = head_dim
+    head.stride = dim
+    head.span = layer.span
+    head.allowed = NULL
+    if extent.allowed:
+        head.allowed = extent.allowed + sequence * head.keys
+    head.q = context.q + row
+    head.k = context.k + row - extent.past * dim
+    head.v = context.v + row - extent.past * dim
+    head.out = context.heads + row
+    head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
+
+
+cdef void attend(const AttentionView *layer, const Extent *extent, const float *x,
+                 BlockContext *context, float *out, float *workspace) noexcept nogil:
+    # out = wo heads + bo; q, k, v, probs and heads stay in the context.
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
+    cdef Py_ssize_t i, j, start, rows = extent.batch * extent.time
+    cdef Attention head
+    kernel.linear(&layer.wq, layer.bq, x, rows, context.q, workspace)
+    kernel.linear(&layer.wk, layer.bk, x, rows, context.k, workspace)
+    kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
+    for i in range(extent.batch):
+        if layer.cosines:
+            start = i * extent.time * dim
+            kernel.rotary(context.q + start, layer.cosines + extent.past * half,
+                          layer.sines + extent.past * half, 1.0, extent.time, dim,
+                          layer.num_heads, 2 * half)
+            kernel.rotary(context.k + start, layer.cosines + extent.past * half,
+                          layer.sines + extent.past * half, 1.0, extent.time, dim,
+                          layer.num_heads, 2 * half)
+        for j in range(layer.num_heads):
+            fill_head(layer, extent, context, i, j, &head)
+            kernel.attention(&head, workspace)
+    kernel.linear(&layer.wo, layer.bo, context.heads, rows, out, workspace)
+
+
+cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, const float *x,
+                       float *hidden, float *activated, float *out,
+                       float *workspace) noexcept nogil:
+    # hidden = wi x + bi; activated = act(hidden); out = wo activated + bo
+    cdef const KernelTable *kernel = kernels()
+    kernel.linear(&layer.wi, layer.bi, x, rows, hidden, workspace)
+    if layer.squared:
+        kernel.relu2(hidden, activated, rows * layer.wi.rows)
+    else:
+        kernel.relu(hidden, activated, rows * layer.wi.rows)
+    kernel.linear(&layer.wo, layer.bo, activated, rows, out, workspace)
+
+
+cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
+                    float *workspace) noexcept nogil:
+    # residual = input + attention(norm1(input)); output = residual + ffn(norm2(residual)). Input
+    # and output may be the same memory.
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
+    kernel.layer_norm(context.input, block.norm1.gamma, block.norm1.beta, EPSILON, context.norm1,
+                      context.mean1, context.inv_std1, rows, dim)
+    attend(&block.attention, extent, context.norm1, context, context.residual, workspace)
+    kernel.add(context.residual, context.input, rows * dim)
+    kernel.layer_norm(context.residual, block.norm2.gamma, block.norm2.beta, EPSILON,
+                      context.norm2, context.mean2, context.inv_std2, rows, dim)
+    feed_forward(&block.ffn, rows, context.norm2, context.hidden, context.activated,
+                 context.output, workspace)
+    kernel.add(context.output, context.residual, rows * dim)
+
+
+cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
+                    ModelContext *context, float *workspace) noexcept nogil:
+    # Tokens to logits. Each block's output is the next one's input.
+    cdef const KernelTable *kernel = kernels()
+    cdef Py_ssize_t i, rows = extent.batch * extent.time, dim = model.embedding.cols
+    embed(&model.embedding, tokens, rows, context.blocks[0].input)
+    for i in range(model.num_blocks):
+        transform(&model.blocks[i], extent, &context.blocks[i], workspace)
+    if model.final_norm.gamma:
+        kernel.layer_norm(context.blocks[model.num_blocks - 1].output, model.final_norm.gamma,
+                          model.final_norm.beta, EPSILON, context.normed, context.mean,
+                          context.inv_std, rows, dim)
+    kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
+                  workspace)
+
+
+# ---------------------------------------------------------------------------------------------
+# Room for a pass over a whole model
+
+cdef class ForwardContext:
+    """The activations of a whole model over [B, T] tokens.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    batch_size, time : int
+        B and T.
+    keep : bool
+        Whether every block's activations stay, as the backward pass needs; else the blocks take
+        turns in one block's room.
+    keys : int, optional
+        How many keys a query may meet; T when not given.
+
+    Attributes
+    ----------
+    blocks : list of TransformerBlockContext
+    normed : float32[B, T, C]
+    logits : float32[B, T, V]
+    """
+
+    def __cinit__(self):
+        memset(&self.view, 0, sizeof(self.view))
+
+    def __init__(self, config, batch_size, time, keep=True, keys=None):
+        cdef TransformerBlockContext block
+        cdef Py_ssize_t i
+        count = config.num_blocks
+        self.config = config
+        self.batch_size, self.time = batch_size, time
+        self.blocks = [
+            TransformerBlockContext(config.model_dim, config.ffn_dim, config.num_heads, batch_size,
+                                    time, keys)
+            for _ in range(count if keep else 1)
+        ]
+        self.view.blocks = <BlockContext *>calloc(count, sizeof(BlockContext))
+        if self.view.blocks == NULL:
+            raise MemoryError("no memory for the model's activations")
+        for i in range(count):
+            block = self.blocks[i if keep else 0]
+            self.view.blocks[i] = block.view
+            if i:
+                self.view.blocks[i].input = self.view.blocks[i - 1].output
+            if not keep:
+                self.view.blocks[i].output = self.view.blocks[0].input
+        self.normed = np.empty((batch_size, time, config.model_dim), np.float32)
+        self.mean = np.empty((batch_size, time), np.float32)
+        self.inv_std = np.empty((batch_size, time), np.float32)
+        self.logits = np.empty((batch_size, time, config.vocab_size), np.float32)
+        self.view.normed = float_pointer(self.normed)
+        self.view.mean = float_pointer(self.mean)
+        self.view.inv_std = float_pointer(self.inv_std)
+        self.view.logits = float_pointer(self.logits)
+        if not config.final_norm:
+            self.view.normed = self.view.blocks[count - 1].output
+
+    def __dealloc__(self):
+        free(self.view.blocks)
+
+
+cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1:
+    # Token ids and padding only, and no more of them than the model's positions reach.
+    cdef Py_ssize_t i, j
+    cdef int pad = model.config.pad_token
+    if tokens.shape[0] * tokens.shape[1] == 0:
+        raise ValueError(f"{name} is empty")
+    if model.view.blocks[0].attention.cosines and \
+            tokens.shape[1] > model.view.blocks[0].attention.length:
+        raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
+                         f"{model.view.blocks[0].attention.length}")
+    for i in range(tokens.shape[0]):
+        for j in range(tokens.shape[1]):
+            if tokens[i, j] < 0 or tokens[i, j] > pad:
+                raise IndexError(f"{name}[{i}, {j}] is {tokens[i, j]}, expected 0 to {pad - 1}, or "
+                                 f"{pad} for padding")
+    return 0
+
+
+def as_token_rows(tokens, str name="tokens"):
+    """Return token ids as int32[B, T]: an int or [B] becomes sequences of one.
+
+    Raises ``TypeError`` for anything but whole numbers.
+    """
+    array = np.asarray(tokens)
+    if array.dtype.kind not in "iu" or array.ndim > 2:
+        raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, "
+                        "[B] or [B, T]")
+    if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):
+        raise IndexError(f"{name} holds a number that is no token id")
+    rows = array.reshape(-1, 1) if array.ndim < 2 else array
+    return np.ascontiguousarray(rows, np.int32)
+
+
+def padding_mask(tokens, pad_token):
+    """Return uint8[B, T] with 0 at padding, or None where there is none."""
+    allowed = tokens != pad_token
+    return None if allowed.all() else allowed.astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------
+# The C original's functions
+
+cdef tuple _as_sequences(object x, Py_ssize_t dim, str name):
+    """Return x as [B, T, C]: a [C] is one sequence of one, and a [B, C] B of them."""
+    if not isinstance(x, np.ndarray) or x.dtype != np.float32:
+        raise TypeError(f"{name} is not a float32 array")
+    if not 1 <= x.ndim <= 3 or x.shape[-1] != dim or x.size == 0:
+        raise ValueError(f"{name} has shape {x.shape}, expected [{dim}], [B, {dim}] or "
+                         f"[B, T, {dim}]")
+    if not x.flags.c_contiguous:
+        raise ValueError(f"{name} is not C-contiguous")
+    if x.ndim == 3:
+        return x, x.shape
+    return x.reshape(-1, 1, dim), x.shape
+
+
+cdef const float *_read_pointer(object array) except NULL:
+    cdef const float[::1] view = array.reshape(-1)
+    return &view[0]
+
+
+cdef float *_workspace() except NULL:
+    cdef float *workspace = scratch(kernels().workspace_floats)
+    if workspace == NULL:
+        raise MemoryError("no memory for the kernels' packing buffers")
+    return workspace
+
+
+cdef object _fill_extent(Extent *extent, tuple shape, object allowed):
+    """Fill an extent for [B, T] positions; returns the array that must stay alive with it."""
+    cdef const unsigned char[:, ::1] mask
+    extent.batch, extent.time = shape[0], shape[1]
+    extent.past = 0
+    extent.allowed = NULL
+    if allowed is not None:
+        mask = allowed = np.ascontiguousarray(allowed, np.uint8)
+        if mask.shape[0] != shape[0] or mask.shape[1] != shape[1]:
+            raise ValueError(f"allowed has shape {allowed.shape}, expected {tuple(shape[:2])}")
+        extent.allowed = &mask[0, 0]
+    return allowed
+
+
+def forward_embedding(embedding, int token_id):
+    """Return the embedding of one token: float32[C].
+
+    Parameters
+    ----------
+    embedding : TernaryMatrix or float32[V, C]
+    token_id : int
+        0 to V - 1, or V for padding, whose embedding is zeros.
+
+    Raises
+    ------
+    IndexError
+        If there is no such token.
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_embedding``.
+    """
+    return forward_embedding_batch(embedding, [token_id])[0]
+
+
+def forward_embedding_batch(embedding, tokens):
+    """Return the embeddings of tokens [B] or [B, T]: float32[B, C] or [B, T, C].
+
+    C: ``forward.c``, ``forward_embedding_batch``.
+    """
+    cdef Matrix view
+    cdef const int[:, ::1] rows = as_token_rows(tokens)
+    cdef Py_ssize_t i, j
+    fill_matrix(&view, embedding, "embedding")
+    for i in range(rows.shape[0]):
+        for j in range(rows.shape[1]):
+            if rows[i, j] < 0 or rows[i, j] > view.rows:
+                raise IndexError(f"token id {rows[i, j]}, expected 0 to {view.rows - 1}, or "
+                                 f"{view.rows} for padding")
+    out = np.empty((*np.shape(tokens), view.cols), np.float32)
+    if out.size:
+        embed(&view, &rows[0, 0], rows.shape[0] * rows.shape[1], float_pointer(out))
+    return out
+
+
+def forward_multi_head_attention(MultiHeadAttention attention not None, x):
+    """Return the attention's output for one sequence of one token: float32[C] for float32[C].
+
+    C: ``forward.c``, ``forward_multi_head_attention``. Over one token attention is a copy of the
+    values, which is all that C ever computes (departure 6).
+    """
+    return forward_multi_head_attention_batch(attention, x)
+
+
+def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x, allowed=None,
+                                       TransformerBlockContext context=None):
+    """Causal multi-head attention (Vaswani et al., arXiv 1706.03762, section 3.2).
+
+    Parameters
+    ----------
+    attention : MultiHeadAttention
+    x : float32[B, T, C], or [B, C] for sequences of one token
+    allowed : uint8[B, T], optional
+        0 where no query may look: padding.
+    context : TransformerBlockContext, optional
+        Where q, k, v, probs and heads are left for the backward pass.
+
+    Returns
+    -------
+    float32
+        Of the shape of ``x``.
+
+    Raises
+    ------
+    ValueError
+        If a shape does not fit, or a sequence is longer than the rotary table.
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_multi_head_attention_batch``, where no token sees another
+    (departure 6).
+    """
+    cdef AttentionView *view = &attention.view
+    cdef Extent extent
+    sequences, shape = _as_sequences(x, view.wq.cols, "x")
+    batch, time, dim = sequences.shape
+    if view.cosines != NULL and time > view.length:
+        raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    allowed = _fill_extent(&extent, sequences.shape, allowed)
+    context = _context_for(context, batch, time, dim, dim, attention.num_heads)
+    out = np.empty(shape, np.float32)
+    cdef const float *rows = _read_pointer(sequences)
+    cdef float *to = float_pointer(out)
+    cdef float *workspace = _workspace()
+    with nogil:
+        attend(view, &extent, rows, &context.view, to, workspace)
+    return out
+
+
+cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch, time, dim, ffn,
+                                          heads):
+    if context is None:
+        return TransformerBlockContext(dim, ffn, heads, batch, time)
+    if context.input.shape != (batch, time, dim) or context.probs.shape[1] != heads:
+        raise ValueError(f"the context is for {context.input.shape} and {context.probs.shape[1]} "
+                         f"heads, expected {(batch, time, dim)} and {heads}")
+    return context
+
+
+def forward_feed_forward(FeedForward ffn not None, x):
+    """Return ``wo act(wi x + bi) + bo`` of one token: float32[C] for float32[C].
+
+    C: ``forward.c``, ``forward_feed_forward``.
+    """
+    return forward_feed_forward_batch(ffn, x)
+
+
+def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
+    """Return ``wo act(wi x + bi) + bo`` by rows.
+
+    Parameters
+    ----------
+    ffn : FeedForward
+    x : float32[B, C] or float32[B, T, C]
+    hidden : float32[B, F] or float32[B, T, F], optional
+        Where ``wi x + bi`` is left for the backward pass.
+
+    Returns
+    -------
+    float32
+        Of the shape of ``x``.
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_feed_forward_batch``.
+    """
+    sequences, shape = _as_sequences(x, ffn.view.wi.cols, "x")
+    cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
+    wide = (*shape[:-1], ffn.view.wi.rows)
+    if hidden is None:
+        hidden = np.empty(wide, np.float32)
+    elif hidden.shape != wide:
+        raise ValueError(f"hidden has shape {hidden.shape}, expected {wide}")
+    activated = np.empty(wide, np.float32)
+    out = np.empty(shape, np.float32)
+    cdef const float *source = _read_pointer(sequences)
+    cdef float *middle = float_pointer(hidden)
+    cdef float *after = float_pointer(activated)
+    cdef float *to = float_pointer(out)
+    cdef float *workspace = _workspace()
+    with nogil:
+        feed_forward(&ffn.view, rows, source, middle, after, to, workspace)
+    return out
+
+
+def forward_transformer_block(TransformerBlock block not None, x):
+    """Return a block's output for one sequence of one token: float32[C] for float32[C].
+
+    C: ``forward.c``, ``forward_transformer_block``.
+    """
+    return forward_transformer_block_batch_with_context(block, x, None)
+
+
+def forward_transformer_block_with_context(TransformerBlock block not None, x,
+                                           TransformerBlockContext context not None):
+    """Do what ``forward_transformer_block`` does and keep the activations in ``context``.
+
+    C: ``forward.c``, ``forward_transformer_block_with_context``.
+    """
+    return forward_transformer_block_batch_with_context(block, x, context)
+
+
+def forward_transformer_block_batch(TransformerBlock block not None, x, allowed=None):
+    """Do what ``forward_transformer_block_batch_with_context`` does and keep nothing."""
+    return forward_transformer_block_batch_with_context(block, x, None, allowed)
+
+
+def forward_transformer_block_batch_with_context(TransformerBlock block not None, x,
+                                                 TransformerBlockContext context, allowed=None):
+    """Return ``y + ffn(norm2(y))`` with ``y = x + attention(norm1(x))``.
+
+    Parameters
+    ----------
+    block : TransformerBlock
+    x : float32[B, T, C], or [B, C] for sequences of one token
+    context : TransformerBlockContext or None
+        Where the activations are left for the backward pass.
+    allowed : uint8[B, T], optional
+        0 where no query may look: padding.
+
+    Returns
+    -------
+    float32
+        Of the shape of ``x``.
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_transformer_block_batch_with_context``.
+    """
+    cdef Extent extent
+    cdef AttentionView *view = &block.view.attention
+    sequences, shape = _as_sequences(x, view.wq.cols, "x")
+    batch, time, dim = sequences.shape
+    if view.cosines != NULL and time > view.length:
+        raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    allowed = _fill_extent(&extent, sequences.shape, allowed)
+    context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
+                           block.attention.num_heads)
+    context.input[...] = sequences
+    cdef float *workspace = _workspace()
+    with nogil:
+        transform(&block.view, &extent, &context.view, workspace)
+    return context.output.reshape(shape).copy()
+
+
+def forward_output_layer_batch(output, bias, hidden):
+    """Return the logits ``hidden @ output.T + bias``.
+
+    Parameters
+    ----------
+    output : TernaryMatrix or float32[V, C]
+    bias : float32[V]
+    hidden : float32[B, C] or float32[B, T, C]
+
+    Returns
+    -------
+    float32[B, V] or float32[B, T, V]
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_output_layer_batch``, for the hidden states of the whole batch; in C
+    only the first item's are kept (departure 8).
+    """
+    cdef Matrix view
+    fill_matrix(&view, output, "output")
+    cdef const float *bias_pointer = vector_pointer(bias, view.rows, "bias")
+    sequences, shape = _as_sequences(hidden, view.cols, "hidden")
+    cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
+    out = np.empty((*shape[:-1], view.rows), np.float32)
+    cdef const float *source = _read_pointer(sequences)
+    cdef float *to = float_pointer(out)
+    cdef float *workspace = _workspace()
+    with nogil:
+        kernels().linear(&view, bias_pointer, source, rows, to, workspace)
+    return out
+
+
+def forward_llm(LegacyLLM model not None, token_id, threads=1):
+    """Return the probabilities of the token that follows.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    token_id : int, int[B] or int[B, T]
+        One token, or what ``forward_llm_batch`` takes.
+
+    Returns
+    -------
+    float32[V], float32[B, V] or float32[B, T, V]
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_llm``, whose tokens see no other (departures 6 and 7).
+    """
+    probabilities = forward_llm_batch(model, token_id, threads)
+    return probabilities[0] if np.ndim(token_id) == 0 else probabilities
+
+
+def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False):
+    """Return the probabilities of the token that follows each token, given those before it.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    tokens : int[B] or int[B, T]
+        [B] are B sequences of one token. The id V is padding: no token sees it, and what stands
+        at its own place means nothing.
+    threads : int
+        How many threads may share the sequences. The result has the same bits for any number.
+    logits : bool
+        Return logits instead.
+
+    Returns
+    -------
+    float32[B, V] or float32[B, T, V]
+
+    Raises
+    ------
+    IndexError
+        If an id is no token's.
+    ValueError
+        If a sequence is longer than the model's positions reach.
+
+    Notes
+    -----
+    C: ``forward.c``, ``forward_llm_batch``, which takes at most 8 tokens and works out the output
+    for the first (departure 8).
+    """
+    cdef ForwardJob job
+    cdef const int[:, ::1] rows
+    cdef const unsigned char[:, ::1] mask
+    cdef ForwardContext context
+    cdef float[:, :, ::1] out
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1")
+    job.model = model.alive()
+    token_rows = as_token_rows(tokens)
+    rows = token_rows
+    check_tokens(model, rows, "tokens")
+    allowed = padding_mask(token_rows, model.config.pad_token)
+    job.tasks = min(threads, rows.shape[0])
+    contexts = []
+    result = np.empty((rows.shape[0], rows.shape[1], model.config.vocab_size), np.float32)
+    out = result
+    job.contexts = <ModelContext *>calloc(job.tasks, sizeof(ModelContext))
+    if job.contexts == NULL:
+        raise MemoryError("no memory for the pass")
+    try:
+        largest = (rows.shape[0] + job.tasks - 1) // job.tasks
+        for i in range(job.tasks):
+            context = ForwardContext(model.config, largest, rows.shape[1], keep=False)
+            contexts.append(context)
+            job.contexts[i] = context.view
+            job.contexts[i].logits = &out[rows.shape[0] * i // job.tasks, 0, 0]
+        job.batch, job.time = rows.shape[0], rows.shape[1]
+        job.tokens = &rows[0, 0]
+        job.allowed = NULL
+        if allowed is not None:
+            mask = allowed
+            job.allowed = &mask[0, 0]
+        job.probabilities = not logits
+        job.out_of_memory = False
+        with nogil:
+            parallel_for(forward_task, &job, job.tasks, job.tasks)
+        if job.out_of_memory:
+            raise MemoryError("no memory for the kernels' packing buffers")
+    finally:
+        free(job.contexts)
+    return result if np.ndim(tokens) == 2 else result[:, 0]
+
+
+cdef struct ForwardJob:
+    const ModelView *model
+    ModelContext *contexts
+    const int *tokens
+    const unsigned char *allowed
+    Py_ssize_t batch, time
+    Py_ssize_t tasks
+    bint probabilities
+    bint out_of_memory
+
+
+cdef void forward_task(void *context, long index) noexcept nogil:
+    # A share of the sequences.
+    cdef ForwardJob *job = <ForwardJob *>context
+    cdef Py_ssize_t first = job.batch * index // job.tasks
+    cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
+    cdef float *workspace = scratch(kernels().workspace_floats)
+    cdef Extent extent
+    if workspace == NULL:
+        job.out_of_memory = True
+        return
+    extent.batch = last - first
+    extent.time = job.time
+    extent.past = 0
+    extent.allowed = NULL
+    if job.allowed:
+        extent.allowed = job.allowed + first * job.time
+    run_model(job.model, &extent, job.tokens + first * job.time, &job.contexts[index], workspace)
+    if job.probabilities:
+        kernels().softmax(job.contexts[index].logits, extent.batch * job.time,
+                          job.model.output.rows)
+
+
+# ---------------------------------------------------------------------------------------------
+# One sequence, a piece at a time
+
+cdef class KeyValueCache:
+    """The keys and values of a sequence's tokens so far, so that each is worked out once.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    capacity : int, optional
+        The longest sequence; the model's ``sequence_length`` when not given.
+
+    Attributes
+    ----------
+    length : int
+        The number of tokens so far.
+    """
+
+    def __init__(self, LegacyLLM model not None, capacity=None):
+        config = model.config
+        self.config = config
+        self.capacity = config.sequence_length if capacity is None else capacity
+        if not 1 <= self.capacity <= config.sequence_length:
+            raise ValueError(f"capacity is {self.capacity}, expected 1 to "
+                             f"{config.sequence_length}")
+        shape = (config.num_blocks, self.capacity, config.model_dim)
+        self.keys = np.empty(shape, np.float32)
+        self.values = np.empty(shape, np.float32)
+        self.length = 0
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.length = 0
+
+    def extend(self, LegacyLLM model not None, tokens):
+        """Take in more tokens of the sequence and return the logits after the last of them.
+
+        Parameters
+        ----------
+        model : LegacyLLM
+            The one the cache was made for.
+        tokens : int[T]
+
+        Returns
+        -------
+        float32[V]
+
+        Raises
+        ------
+        ValueError
+            If the cache has no room for them.
+        IndexError
+            If an id is no token's.
+        """
+        cdef const int[:, ::1] rows
+        cdef float[:, :, ::1] keys = self.keys, values = self.values
+        cdef ModelView *view = model.alive()
+        cdef ForwardContext context
+        cdef Extent extent
+        cdef Py_ssize_t i
+        cdef float *workspace = _workspace()
+        if model.config != self.config:
+            raise ValueError("the cache was made for a model with other settings")
+        rows = as_token_rows(tokens).reshape(1, -1)
+        check_tokens(model, rows, "tokens")
+        time = rows.shape[1]
+        if self.length + time > self.capacity:
+            raise ValueError(f"{self.length} tokens and {time} more do not fit a cache of "
+                             f"{self.capacity}")
+        if self.context is None or self.context.time != time:
+            self.context = ForwardContext(self.config, 1, time, keep=False, keys=self.capacity)
+        context = self.context
+        for i in range(view.num_blocks):
+            context.view.blocks[i].k = &keys[i, self.length, 0]
+            context.view.blocks[i].v = &values[i, self.length, 0]
+        extent.batch, extent.time, extent.past = 1, time, self.length
+        extent.allowed = NULL
+        with nogil:
+            run_model(view, &extent, &rows[0, 0], &context.view, workspace)
+        self.length += time
+        return context.logits[0, time - 1].copy()

@@ -1,0 +1,113 @@
+"""The table of kernels that every instruction set fills in.
+
+``kernels.pyx`` is compiled once for each instruction set; each of those modules hands out one
+``KernelTable``. ``math_ops`` picks the table at import, and everything above it calls through
+``math_ops.kernels()``. Nothing in a table checks its arguments or takes the GIL.
+"""
+
+cdef struct Matrix:
+    # The weights of one linear map, [rows, cols] row-major: int8 codes times one scale, or,
+    # where codes is NULL, dense float32.
+    Py_ssize_t rows
+    Py_ssize_t cols
+    const signed char *codes
+    const float *scale
+    const float *dense
+
+cdef struct Attention:
+    # One head of one sequence. Rows of q, k, v and the outputs are `stride` floats apart.
+    Py_ssize_t queries        # rows of q
+    Py_ssize_t keys           # rows of k and v; the last `queries` of them are the queries' own
+    Py_ssize_t head_dim
+    Py_ssize_t stride
+    Py_ssize_t span           # how many keys back a query sees, itself included; 0: all
+    const unsigned char *allowed    # uint8[keys], 0 where a key is padding; NULL: none is
+    const float *q
+    const float *k
+    const float *v
+    float *out
+    float *probs              # float32[queries, keys]
+    # For the backward pass:
+    const float *d_out
+    float *d_q
+    float *d_k
+    float *d_v
+    float *d_probs            # scratch, float32[queries, keys]
+
+cdef struct AdamW:
+    float learning_rate
+    float beta1
+    float beta2
+    float epsilon
+    float weight_decay
+    float correction1         # 1 - beta1^step
+    float correction2         # 1 - beta2^step
+    float gradient_scale      # multiplies every gradient first (clipping)
+
+cdef struct KernelTable:
+    const char *name
+    Py_ssize_t workspace_floats     # scratch a thread needs for matmul and the attention
+
+    void (*add)(float *x, const float *y, Py_ssize_t n) noexcept nogil
+    void (*add_scaled)(float *x, float scale, const float *y, Py_ssize_t n) noexcept nogil
+    void (*multiply)(float *x, const float *y, Py_ssize_t n) noexcept nogil
+    void (*scale)(float *x, float scale, Py_ssize_t n) noexcept nogil
+    void (*shift)(float *x, float shift, Py_ssize_t n) noexcept nogil
+    void (*divide)(float *x, float divisor, Py_ssize_t n) noexcept nogil
+    void (*exp)(float *x, Py_ssize_t n) noexcept nogil
+    float (*sum)(const float *x, Py_ssize_t n) noexcept nogil
+    float (*dot)(const float *x, const float *y, Py_ssize_t n) noexcept nogil
+    double (*sum_of_squares)(const float *x, Py_ssize_t n) noexcept nogil
+    void (*column_sums)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                        float *sums) noexcept nogil
+
+    void (*relu)(const float *x, float *out, Py_ssize_t n) noexcept nogil
+    void (*relu2)(const float *x, float *out, Py_ssize_t n) noexcept nogil
+    void (*relu_backward)(const float *x, const float *d_out, float *d_x,
+                          Py_ssize_t n) noexcept nogil
+    void (*relu2_backward)(const float *x, const float *d_out, float *d_x,
+                           Py_ssize_t n) noexcept nogil
+
+    void (*softmax)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+    double (*cross_entropy)(float *logits, const int *targets, Py_ssize_t rows,
+                            Py_ssize_t cols, float gradient_scale) noexcept nogil
+
+    void (*layer_norm)(const float *x, const float *gamma, const float *beta, float epsilon,
+                       float *out, float *mean, float *inv_std,
+                       Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+    void (*layer_norm_backward)(const float *d_out, const float *x, const float *gamma,
+                                const float *mean, const float *inv_std,
+                                float *d_x, float *d_gamma, float *d_beta,
+                                Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+
+    void (*rotary)(float *x, const float *cosines, const float *sines, float direction,
+                   Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t heads,
+                   Py_ssize_t head_dim) noexcept nogil
+
+    void (*matrix_vector)(const Matrix *matrix, const float *x, float *out) noexcept nogil
+    void (*matrix_transpose_vector)(const Matrix *matrix, const float *x,
+                                    float *out) noexcept nogil
+
+    void (*matmul)(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                   const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                   const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                   const float *bias, bint accumulate,
+                   float *c, Py_ssize_t c_row, float *workspace) noexcept nogil
+    void (*linear)(const Matrix *matrix, const float *bias, const float *x, Py_ssize_t rows,
+                   float *out, float *workspace) noexcept nogil
+    void (*linear_backward)(const Matrix *matrix, const float *d_out, Py_ssize_t rows,
+                            bint accumulate, float *d_x, float *workspace) noexcept nogil
+
+    void (*attention)(const Attention *head, float *workspace) noexcept nogil
+    void (*attention_backward)(const Attention *head, float *workspace) noexcept nogil
+
+    float (*ternarize)(const float *weights, Py_ssize_t n, bint unit_scale,
+                       signed char *codes) noexcept nogil
+    void (*adamw)(float *weights, float *first, float *second, const float *gradient,
+                  Py_ssize_t n, const AdamW *settings) noexcept nogil
+
+    int (*measuring)() noexcept nogil
+    const char *(*timer_name)(int timer) noexcept nogil
+    unsigned long long (*timer_calls)(int timer) noexcept nogil
+    unsigned long long (*timer_nanoseconds)(int timer) noexcept nogil
+    int timers

@@ -1,0 +1,994 @@
+# cython: wraparound=False
+"""Every numerical kernel, written once against the vector vocabulary of ``include/simd.h``.
+
+This file is not a module of its own: ``setup.py`` compiles it once for each instruction set, as
+``_kernels_scalar``, ``_kernels_sse2`` and so on, each with its own flags. All arrays are float32
+and row-major unless a comment says otherwise; the callers in ``math_ops``, ``forward`` and
+``backward`` have checked every size. Loops run over whole vectors first and then once over the
+lanes that are left. They are written ``for i from 0 <= i < n by step`` because Cython makes a C
+loop of ``range`` only where it can see the sign of the step.
+"""
+
+from cpython.pycapsule cimport PyCapsule_New
+from libc.math cimport INFINITY, fabs, log, sqrtf
+from libc.string cimport memcpy, memset
+
+from legacy1bit.kernels cimport AdamW, Attention, KernelTable, Matrix
+
+cdef extern from "simd.h" nogil:
+    ctypedef struct vf32:
+        pass
+    enum:
+        VF32_LANES
+        TILE_ROWS
+        TILE_VECTORS
+        TILE_COLUMNS
+        PACK_DEPTH
+        PACK_COLUMNS
+        PACK_ROWS
+    const char *TIER_NAME
+    vf32 vf32_zero()
+    vf32 vf32_splat(float x)
+    vf32 vf32_load(const float *p)
+    vf32 vf32_load_first(const float *p, long n)
+    vf32 vf32_load_i8(const signed char *p)
+    vf32 vf32_load_i8_first(const signed char *p, long n)
+    void vf32_store(float *p, vf32 v)
+    void vf32_store_first(float *p, long n, vf32 v)
+    vf32 vf32_add(vf32 a, vf32 b)
+    vf32 vf32_sub(vf32 a, vf32 b)
+    vf32 vf32_mul(vf32 a, vf32 b)
+    vf32 vf32_div(vf32 a, vf32 b)
+    vf32 vf32_sqrt(vf32 v)
+    vf32 vf32_fmadd(vf32 a, vf32 b, vf32 c)
+    vf32 vf32_max(vf32 a, vf32 b)
+    vf32 vf32_min(vf32 a, vf32 b)
+    vf32 vf32_round(vf32 v)
+    vf32 vf32_scale_pow2(vf32 v, vf32 n)
+    vf32 vf32_where_positive(vf32 x, vf32 y)
+    float vf32_sum(vf32 v)
+    float vf32_largest(vf32 v)
+
+cdef extern from "measure.h" nogil:
+    ctypedef struct timer_counter:
+        unsigned long long calls
+        unsigned long long nanoseconds
+    enum:
+        MEASURING
+        TIMER_COUNT
+        TIMER_MATMUL
+        TIMER_MATRIX_VECTOR
+        TIMER_ATTENTION_FORWARD
+        TIMER_ATTENTION_BACKWARD
+        TIMER_LAYER_NORM_FORWARD
+        TIMER_LAYER_NORM_BACKWARD
+        TIMER_ROTARY
+        TIMER_ACTIVATION
+        TIMER_SOFTMAX
+        TIMER_CROSS_ENTROPY
+        TIMER_TERNARIZE
+        TIMER_ADAMW
+        TIMER_VECTOR
+    void START_TIMER(int timer)
+    void STOP_TIMER(int timer)
+    timer_counter timer_read(int timer)
+    const char *timer_label "timer_name"(int timer)
+
+ctypedef fused weight:
+    float
+    signed char
+
+
+# ---------------------------------------------------------------------------------------------
+# Elements and vectors
+
+cdef inline vf32 load_weights(const weight *p) noexcept nogil:
+    if weight is float:
+        return vf32_load(p)
+    else:
+        return vf32_load_i8(p)
+
+
+cdef inline vf32 load_first_weights(const weight *p, Py_ssize_t n) noexcept nogil:
+    if weight is float:
+        return vf32_load_first(p, n)
+    else:
+        return vf32_load_i8_first(p, n)
+
+
+cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
+    # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is taken off in two parts,
+    # the first short enough that n times it is exact. The Taylor series stops after r^7: what it
+    # leaves out is below 0.35^8 / 8! = 6e-9 of the result, a tenth of a float32 rounding. Below
+    # -104 the result rounds to 0, above 89 to infinity; NaN passes through the comparisons.
+    cdef vf32 n, r, p
+    x = vf32_min(vf32_splat(89.0), vf32_max(vf32_splat(-104.0), x))
+    n = vf32_round(vf32_mul(x, vf32_splat(1.44269504)))
+    r = vf32_fmadd(n, vf32_splat(-0.693359375), x)
+    r = vf32_fmadd(n, vf32_splat(2.12194440e-4), r)
+    p = vf32_splat(1.0 / 5040)
+    p = vf32_fmadd(p, r, vf32_splat(1.0 / 720))
+    p = vf32_fmadd(p, r, vf32_splat(1.0 / 120))
+    p = vf32_fmadd(p, r, vf32_splat(1.0 / 24))
+    p = vf32_fmadd(p, r, vf32_splat(1.0 / 6))
+    p = vf32_fmadd(p, r, vf32_splat(0.5))
+    p = vf32_fmadd(p, r, vf32_splat(1.0))
+    p = vf32_fmadd(p, r, vf32_splat(1.0))
+    return vf32_scale_pow2(p, n)
+
+
+cdef void add(float *x, const float *y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    START_TIMER(TIMER_VECTOR)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_add(vf32_load(x + i), vf32_load(y + i)))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_add(vf32_load_first(x + whole, n - whole),
+                                  vf32_load_first(y + whole, n - whole)))
+    STOP_TIMER(TIMER_VECTOR)
+
+
+cdef void add_scaled(float *x, float scale, const float *y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 s = vf32_splat(scale)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_fmadd(s, vf32_load(y + i), vf32_load(x + i)))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_fmadd(s, vf32_load_first(y + whole, n - whole),
+                                    vf32_load_first(x + whole, n - whole)))
+
+
+cdef void multiply(float *x, const float *y, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_mul(vf32_load(x + i), vf32_load(y + i)))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_mul(vf32_load_first(x + whole, n - whole),
+                                  vf32_load_first(y + whole, n - whole)))
+
+
+cdef void scale(float *x, float factor, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 s = vf32_splat(factor)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_mul(vf32_load(x + i), s))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_mul(vf32_load_first(x + whole, n - whole), s))
+
+
+cdef void shift(float *x, float offset, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 s = vf32_splat(offset)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_add(vf32_load(x + i), s))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_add(vf32_load_first(x + whole, n - whole), s))
+
+
+cdef void divide(float *x, float divisor, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 s = vf32_splat(divisor)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, vf32_div(vf32_load(x + i), s))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole,
+                         vf32_div(vf32_load_first(x + whole, n - whole), s))
+
+
+cdef void exponential(float *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(x + i, exp_lanes(vf32_load(x + i)))
+    if whole < n:
+        vf32_store_first(x + whole, n - whole, exp_lanes(vf32_load_first(x + whole, n - whole)))
+
+
+cdef float sum(const float *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 total = vf32_zero()
+    for i from 0 <= i < whole by VF32_LANES:
+        total = vf32_add(total, vf32_load(x + i))
+    if whole < n:
+        total = vf32_add(total, vf32_load_first(x + whole, n - whole))
+    return vf32_sum(total)
+
+
+cdef inline float weighted_sum(const weight *w, const float *x, Py_ssize_t n) noexcept nogil:
+    # Two accumulators, so that one addition need not wait for the other.
+    cdef Py_ssize_t i = 0, whole = n - n % VF32_LANES
+    cdef vf32 even = vf32_zero(), odd = vf32_zero()
+    while i + 2 * VF32_LANES <= n:
+        even = vf32_fmadd(load_weights(w + i), vf32_load(x + i), even)
+        odd = vf32_fmadd(load_weights(w + i + VF32_LANES), vf32_load(x + i + VF32_LANES), odd)
+        i += 2 * VF32_LANES
+    if i < whole:
+        even = vf32_fmadd(load_weights(w + i), vf32_load(x + i), even)
+    if whole < n:
+        odd = vf32_fmadd(load_first_weights(w + whole, n - whole),
+                         vf32_load_first(x + whole, n - whole), odd)
+    return vf32_sum(vf32_add(even, odd))
+
+
+cdef float dot(const float *x, const float *y, Py_ssize_t n) noexcept nogil:
+    return weighted_sum(x, y, n)
+
+
+cdef double sum_of_squares(const float *x, Py_ssize_t n) noexcept nogil:
+    # In float64 from every 1,024 elements on: gradients are summed by the million.
+    cdef Py_ssize_t start
+    cdef double total = 0.0
+    for start from 0 <= start < n by 1024:
+        total += weighted_sum(x + start, x + start, min(n - start, 1024))
+    return total
+
+
+cdef void column_sums(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                      float *sums) noexcept nogil:
+    # sums[j] += x[0, j] + ... + x[rows - 1, j]
+    cdef Py_ssize_t i
+    for i in range(rows):
+        add(sums, x + i * cols, cols)
+
+
+# ---------------------------------------------------------------------------------------------
+# Activations
+
+cdef inline vf32 relu_lanes(vf32 x) noexcept nogil:
+    return vf32_where_positive(x, x)
+
+
+cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    START_TIMER(TIMER_ACTIVATION)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(out + i, relu_lanes(vf32_load(x + i)))
+    if whole < n:
+        vf32_store_first(out + whole, n - whole, relu_lanes(vf32_load_first(x + whole, n - whole)))
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef inline vf32 relu2_lanes(vf32 x) noexcept nogil:
+    return vf32_where_positive(x, vf32_mul(x, x))
+
+
+cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    START_TIMER(TIMER_ACTIVATION)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(out + i, relu2_lanes(vf32_load(x + i)))
+    if whole < n:
+        vf32_store_first(out + whole, n - whole,
+                         relu2_lanes(vf32_load_first(x + whole, n - whole)))
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void relu_backward(const float *x, const float *d_out, float *d_x,
+                        Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    START_TIMER(TIMER_ACTIVATION)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(d_x + i, vf32_where_positive(vf32_load(x + i), vf32_load(d_out + i)))
+    if whole < n:
+        vf32_store_first(d_x + whole, n - whole,
+                         vf32_where_positive(vf32_load_first(x + whole, n - whole),
+                                             vf32_load_first(d_out + whole, n - whole)))
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
+    return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
+
+
+cdef void relu2_backward(const float *x, const float *d_out, float *d_x,
+                         Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    START_TIMER(TIMER_ACTIVATION)
+    for i from 0 <= i < whole by VF32_LANES:
+        vf32_store(d_x + i, relu2_backward_lanes(vf32_load(x + i), vf32_load(d_out + i)))
+    if whole < n:
+        vf32_store_first(d_x + whole, n - whole,
+                         relu2_backward_lanes(vf32_load_first(x + whole, n - whole),
+                                              vf32_load_first(d_out + whole, n - whole)))
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+# ---------------------------------------------------------------------------------------------
+# Softmax and cross entropy
+
+cdef inline float largest(const float *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 best = vf32_splat(-INFINITY)
+    cdef float top
+    for i from 0 <= i < whole by VF32_LANES:
+        best = vf32_max(best, vf32_load(x + i))
+    top = vf32_largest(best)
+    for i in range(whole, n):
+        top = x[i] if x[i] > top else top
+    return top
+
+
+cdef inline float exponentials(float *x, Py_ssize_t n, float top, float factor) noexcept nogil:
+    # x[i] = exp(factor * (x[i] - top)); returns their sum.
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 e, total = vf32_zero(), t = vf32_splat(top), f = vf32_splat(factor)
+    cdef float rest = 0.0
+    for i from 0 <= i < whole by VF32_LANES:
+        e = exp_lanes(vf32_mul(f, vf32_sub(vf32_load(x + i), t)))
+        vf32_store(x + i, e)
+        total = vf32_add(total, e)
+    if whole < n:
+        e = exp_lanes(vf32_mul(f, vf32_sub(vf32_load_first(x + whole, n - whole), t)))
+        vf32_store_first(x + whole, n - whole, e)
+        for i in range(whole, n):
+            rest += x[i]
+    return vf32_sum(total) + rest
+
+
+cdef inline void softmax_row(float *x, Py_ssize_t n, float factor) noexcept nogil:
+    # softmax(factor * x), factor > 0. A row of nothing but -infinity has no distribution: zeros.
+    cdef float top = largest(x, n)
+    if top == -INFINITY:
+        memset(x, 0, n * sizeof(float))
+    else:
+        scale(x, 1.0 / exponentials(x, n, top, factor), n)
+
+
+cdef void softmax(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    cdef Py_ssize_t i
+    START_TIMER(TIMER_SOFTMAX)
+    for i in range(rows):
+        softmax_row(x + i * cols, cols, 1.0)
+    STOP_TIMER(TIMER_SOFTMAX)
+
+
+cdef double cross_entropy(float *logits, const int *targets, Py_ssize_t rows, Py_ssize_t cols,
+                          float gradient_scale) noexcept nogil:
+    # The sum of -log softmax(logits)[target] over the rows whose target is >= 0; each row becomes
+    # gradient_scale * (softmax - one_hot(target)), or zeros where the target is negative.
+    cdef Py_ssize_t i
+    cdef float *row
+    cdef float top, total, goal
+    cdef double loss = 0.0
+    START_TIMER(TIMER_CROSS_ENTROPY)
+    for i in range(rows):
+        row = logits + i * cols
+        if targets[i] < 0:
+            memset(row, 0, cols * sizeof(float))
+            continue
+        goal = row[targets[i]]
+        top = largest(row, cols)
+        total = exponentials(row, cols, top, 1.0)
+        loss += log(<double>total) + (<double>top - <double>goal)
+        scale(row, gradient_scale / total, cols)
+        row[targets[i]] -= gradient_scale
+    STOP_TIMER(TIMER_CROSS_ENTROPY)
+    return loss
+
+
+# ---------------------------------------------------------------------------------------------
+# Layer normalisation (Ba, Kiros & Hinton, arXiv 1607.06450, equation 4)
+
+cdef void layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
+                     float *out, float *mean, float *inv_std,
+                     Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    # out = gamma * (x - mean) * inv_std + beta by rows; out may be x.
+    cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef const float *row
+    cdef float *to
+    cdef vf32 centre, factor, d, squares
+    cdef float centre_of_row, rest, spread
+    START_TIMER(TIMER_LAYER_NORM_FORWARD)
+    for i in range(rows):
+        row = x + i * cols
+        to = out + i * cols
+        centre_of_row = sum(row, cols) / cols
+        centre = vf32_splat(centre_of_row)
+        squares = vf32_zero()
+        for j from 0 <= j < whole by VF32_LANES:
+            d = vf32_sub(vf32_load(row + j), centre)
+            squares = vf32_fmadd(d, d, squares)
+        rest = 0.0
+        for j in range(whole, cols):
+            rest += (row[j] - centre_of_row) * (row[j] - centre_of_row)
+        spread = 1.0 / sqrtf((vf32_sum(squares) + rest) / cols + epsilon)
+        mean[i] = centre_of_row
+        inv_std[i] = spread
+        factor = vf32_splat(spread)
+        for j from 0 <= j < whole by VF32_LANES:
+            d = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            vf32_store(to + j, vf32_fmadd(d, vf32_load(gamma + j), vf32_load(beta + j)))
+        if left:
+            d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            vf32_store_first(to + whole, left,
+                             vf32_fmadd(d, vf32_load_first(gamma + whole, left),
+                                        vf32_load_first(beta + whole, left)))
+    STOP_TIMER(TIMER_LAYER_NORM_FORWARD)
+
+
+cdef void layer_norm_backward(const float *d_out, const float *x, const float *gamma,
+                              const float *mean, const float *inv_std,
+                              float *d_x, float *d_gamma, float *d_beta,
+                              Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    # With x^ = (x - mean) * inv_std and g = d_out * gamma:
+    #   d_x     += inv_std * (g - mean(g) - x^ * mean(g * x^))
+    #   d_gamma += d_out * x^,  d_beta += d_out
+    cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef const float *dy
+    cdef const float *row
+    cdef float *dx
+    cdef vf32 centre, factor, hat, d, g, sum_g, sum_gx, mean_g, mean_gx
+    START_TIMER(TIMER_LAYER_NORM_BACKWARD)
+    for i in range(rows):
+        dy = d_out + i * cols
+        row = x + i * cols
+        dx = d_x + i * cols
+        centre = vf32_splat(mean[i])
+        factor = vf32_splat(inv_std[i])
+        sum_g = vf32_zero()
+        sum_gx = vf32_zero()
+        for j from 0 <= j < whole by VF32_LANES:
+            hat = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            d = vf32_load(dy + j)
+            vf32_store(d_gamma + j, vf32_fmadd(d, hat, vf32_load(d_gamma + j)))
+            vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
+            g = vf32_mul(d, vf32_load(gamma + j))
+            sum_g = vf32_add(sum_g, g)
+            sum_gx = vf32_fmadd(g, hat, sum_gx)
+        if left:
+            # Lanes that are not loaded have d = 0, so they add nothing to either sum.
+            hat = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            d = vf32_load_first(dy + whole, left)
+            vf32_store_first(d_gamma + whole, left,
+                             vf32_fmadd(d, hat, vf32_load_first(d_gamma + whole, left)))
+            vf32_store_first(d_beta + whole, left,
+                             vf32_add(d, vf32_load_first(d_beta + whole, left)))
+            g = vf32_mul(d, vf32_load_first(gamma + whole, left))
+            sum_g = vf32_add(sum_g, g)
+            sum_gx = vf32_fmadd(g, hat, sum_gx)
+        mean_g = vf32_splat(vf32_sum(sum_g) / cols)
+        mean_gx = vf32_splat(vf32_sum(sum_gx) / cols)
+        for j from 0 <= j < whole by VF32_LANES:
+            hat = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            g = vf32_sub(vf32_mul(vf32_load(dy + j), vf32_load(gamma + j)), mean_g)
+            g = vf32_sub(g, vf32_mul(hat, mean_gx))
+            vf32_store(dx + j, vf32_fmadd(g, factor, vf32_load(dx + j)))
+        if left:
+            hat = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            g = vf32_sub(vf32_mul(vf32_load_first(dy + whole, left),
+                                  vf32_load_first(gamma + whole, left)), mean_g)
+            g = vf32_sub(g, vf32_mul(hat, mean_gx))
+            vf32_store_first(dx + whole, left,
+                             vf32_fmadd(g, factor, vf32_load_first(dx + whole, left)))
+    STOP_TIMER(TIMER_LAYER_NORM_BACKWARD)
+
+
+# ---------------------------------------------------------------------------------------------
+# Rotary positions (Su et al., arXiv 2104.09864, equation 34; element i pairs with i + D/2)
+
+cdef void rotary(float *x, const float *cosines, const float *sines, float direction,
+                 Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t heads,
+                 Py_ssize_t head_dim) noexcept nogil:
+    # Turns each pair of row t by direction * (the angle whose cosine is cosines[t, i]); direction
+    # is 1 for the forward pass and -1 for the way back.
+    cdef Py_ssize_t t, h, i, half = head_dim // 2, whole = half - half % VF32_LANES
+    cdef Py_ssize_t left = half - whole
+    cdef float *low
+    cdef float *high
+    cdef vf32 a, b, c, s, sign = vf32_splat(direction)
+    START_TIMER(TIMER_ROTARY)
+    for t in range(rows):
+        for h in range(heads):
+            low = x + t * stride + h * head_dim
+            high = low + half
+            for i from 0 <= i < whole by VF32_LANES:
+                a = vf32_load(low + i)
+                b = vf32_load(high + i)
+                c = vf32_load(cosines + t * half + i)
+                s = vf32_mul(sign, vf32_load(sines + t * half + i))
+                vf32_store(low + i, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
+                vf32_store(high + i, vf32_fmadd(a, s, vf32_mul(b, c)))
+            if left:
+                a = vf32_load_first(low + whole, left)
+                b = vf32_load_first(high + whole, left)
+                c = vf32_load_first(cosines + t * half + whole, left)
+                s = vf32_mul(sign, vf32_load_first(sines + t * half + whole, left))
+                vf32_store_first(low + whole, left, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
+                vf32_store_first(high + whole, left, vf32_fmadd(a, s, vf32_mul(b, c)))
+    STOP_TIMER(TIMER_ROTARY)
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrix times vector
+
+cdef inline void rows_times_vector(const weight *w, Py_ssize_t rows, Py_ssize_t cols,
+                                   float factor, const float *x, float *out) noexcept nogil:
+    # Four rows share every load of x.
+    cdef Py_ssize_t i = 0, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef const weight *r
+    cdef vf32 v, s0, s1, s2, s3
+    while i + 4 <= rows:
+        r = w + i * cols
+        s0 = s1 = s2 = s3 = vf32_zero()
+        for j from 0 <= j < whole by VF32_LANES:
+            v = vf32_load(x + j)
+            s0 = vf32_fmadd(load_weights(r + j), v, s0)
+            s1 = vf32_fmadd(load_weights(r + cols + j), v, s1)
+            s2 = vf32_fmadd(load_weights(r + 2 * cols + j), v, s2)
+            s3 = vf32_fmadd(load_weights(r + 3 * cols + j), v, s3)
+        if left:
+            v = vf32_load_first(x + whole, left)
+            s0 = vf32_fmadd(load_first_weights(r + whole, left), v, s0)
+            s1 = vf32_fmadd(load_first_weights(r + cols + whole, left), v, s1)
+            s2 = vf32_fmadd(load_first_weights(r + 2 * cols + whole, left), v, s2)
+            s3 = vf32_fmadd(load_first_weights(r + 3 * cols + whole, left), v, s3)
+        out[i] = factor * vf32_sum(s0)
+        out[i + 1] = factor * vf32_sum(s1)
+        out[i + 2] = factor * vf32_sum(s2)
+        out[i + 3] = factor * vf32_sum(s3)
+        i += 4
+    while i < rows:
+        out[i] = factor * weighted_sum(w + i * cols, x, cols)
+        i += 1
+
+
+cdef void matrix_vector(const Matrix *matrix, const float *x, float *out) noexcept nogil:
+    # out[rows] = matrix[rows, cols] x[cols]
+    START_TIMER(TIMER_MATRIX_VECTOR)
+    if matrix.codes:
+        rows_times_vector(matrix.codes, matrix.rows, matrix.cols, matrix.scale[0], x, out)
+    else:
+        rows_times_vector(matrix.dense, matrix.rows, matrix.cols, 1.0, x, out)
+    STOP_TIMER(TIMER_MATRIX_VECTOR)
+
+
+cdef inline void add_row(const weight *w, Py_ssize_t cols, float factor,
+                         float *out) noexcept nogil:
+    # out += factor * w
+    cdef Py_ssize_t j, whole = cols - cols % VF32_LANES
+    cdef vf32 v = vf32_splat(factor)
+    for j from 0 <= j < whole by VF32_LANES:
+        vf32_store(out + j, vf32_fmadd(load_weights(w + j), v, vf32_load(out + j)))
+    if whole < cols:
+        vf32_store_first(out + whole, cols - whole,
+                         vf32_fmadd(load_first_weights(w + whole, cols - whole), v,
+                                    vf32_load_first(out + whole, cols - whole)))
+
+
+cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
+                                  float *out) noexcept nogil:
+    # out[cols] = matrix[rows, cols]^T x[rows]
+    cdef Py_ssize_t i
+    START_TIMER(TIMER_MATRIX_VECTOR)
+    memset(out, 0, matrix.cols * sizeof(float))
+    for i in range(matrix.rows):
+        if matrix.codes:
+            add_row(matrix.codes + i * matrix.cols, matrix.cols, x[i], out)
+        else:
+            add_row(matrix.dense + i * matrix.cols, matrix.cols, x[i], out)
+    if matrix.codes:
+        scale(out, matrix.scale[0], matrix.cols)
+    STOP_TIMER(TIMER_MATRIX_VECTOR)
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrix times matrix
+#
+# The scheme of Goto & van de Geijn (ACM TOMS 34(3), 2008): panels of both matrices are packed so
+# that the inner loop reads straight through memory, and a tile of the result stays in registers.
+
+cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
+                               const float *start, float *c, Py_ssize_t c_row) noexcept nogil:
+    # c[TILE_ROWS, TILE_COLUMNS] = start + a b, where every row starts from `start`, or from what
+    # c holds where start is NULL. a is packed [depth, TILE_ROWS], b [depth, TILE_COLUMNS]. The
+    # trip counts are constants: the compiler unrolls the tile and keeps it in registers.
+    cdef vf32 total[TILE_ROWS][TILE_VECTORS]
+    cdef vf32 right[TILE_VECTORS]
+    cdef vf32 left
+    cdef Py_ssize_t i, j, k
+    if start:
+        for i in range(TILE_ROWS):
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_load(start + j * VF32_LANES)
+    else:
+        for i in range(TILE_ROWS):
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_load(c + i * c_row + j * VF32_LANES)
+    for k in range(depth):
+        for j in range(TILE_VECTORS):
+            right[j] = vf32_load(b + j * VF32_LANES)
+        for i in range(TILE_ROWS):
+            left = vf32_splat(a[i])
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_fmadd(left, right[j], total[i][j])
+        a += TILE_ROWS
+        b += TILE_COLUMNS
+    for i in range(TILE_ROWS):
+        for j in range(TILE_VECTORS):
+            vf32_store(c + i * c_row + j * VF32_LANES, total[i][j])
+
+
+cdef inline void copy_block(const float *source, Py_ssize_t source_row, float *target,
+                            Py_ssize_t target_row, Py_ssize_t rows,
+                            Py_ssize_t cols) noexcept nogil:
+    cdef Py_ssize_t i
+    for i in range(rows):
+        memcpy(target + i * target_row, source + i * source_row, cols * sizeof(float))
+
+
+cdef inline void multiply_edge(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth,
+                               const float *a, const float *b, const float *start, float *c,
+                               Py_ssize_t c_row) noexcept nogil:
+    # A tile that hangs over the edge of c is worked out aside; its overhang is thrown away.
+    cdef float tile[TILE_ROWS * TILE_COLUMNS]
+    memset(tile, 0, sizeof(tile))
+    if not start:
+        copy_block(c, c_row, tile, TILE_COLUMNS, rows, cols)
+    multiply_tile(depth, a, b, start, tile, TILE_COLUMNS)
+    copy_block(tile, TILE_COLUMNS, c, c_row, rows, cols)
+
+
+cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, Py_ssize_t rows,
+                           Py_ssize_t depth, float *packed) noexcept nogil:
+    # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros.
+    cdef Py_ssize_t i, k, tile, here
+    for tile from 0 <= tile < rows by TILE_ROWS:
+        here = min(rows - tile, TILE_ROWS)
+        if here < TILE_ROWS:
+            memset(packed, 0, depth * TILE_ROWS * sizeof(float))
+        if a_row == 1 and here == TILE_ROWS:
+            for k in range(depth):
+                memcpy(packed + k * TILE_ROWS, a + tile + k * a_col, TILE_ROWS * sizeof(float))
+        else:
+            for i in range(here):
+                for k in range(depth):
+                    packed[k * TILE_ROWS + i] = a[(tile + i) * a_row + k * a_col]
+        packed += depth * TILE_ROWS
+
+
+cdef inline void pack_right(const weight *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                            Py_ssize_t depth, Py_ssize_t cols, float factor,
+                            float *packed) noexcept nogil:
+    # Panels of TILE_COLUMNS columns, each [depth, TILE_COLUMNS], times factor; columns past the
+    # last are zeros.
+    cdef Py_ssize_t j, k, panel, here
+    cdef vf32 f = vf32_splat(factor)
+    for panel from 0 <= panel < cols by TILE_COLUMNS:
+        here = min(cols - panel, TILE_COLUMNS)
+        if here < TILE_COLUMNS:
+            memset(packed, 0, depth * TILE_COLUMNS * sizeof(float))
+        if b_col == 1 and here == TILE_COLUMNS:
+            for k in range(depth):
+                for j in range(TILE_VECTORS):
+                    vf32_store(packed + k * TILE_COLUMNS + j * VF32_LANES,
+                               vf32_mul(f, load_weights(b + k * b_row + panel + j * VF32_LANES)))
+        elif b_row == 1:
+            for j in range(here):
+                for k in range(depth):
+                    packed[k * TILE_COLUMNS + j] = factor * <float>b[(panel + j) * b_col + k]
+        else:
+            for k in range(depth):
+                for j in range(here):
+                    packed[k * TILE_COLUMNS + j] = \
+                        factor * <float>b[(panel + j) * b_col + k * b_row]
+        packed += depth * TILE_COLUMNS
+
+
+cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                         const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                         const weight *b, Py_ssize_t b_row, Py_ssize_t b_col, float factor,
+                         const float *bias, bint accumulate,
+                         float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
+    # c[m, n] = a[m, k] (factor b[k, n]) + bias[n], or c += ... where accumulate is set. Element
+    # (i, j) of a lies at a + i * a_row + j * a_col, and likewise in b; c has rows c_row apart.
+    cdef float *right = workspace
+    cdef float *left = right + PACK_DEPTH * PACK_COLUMNS
+    cdef float *start = left + PACK_ROWS * PACK_DEPTH
+    cdef const float *begin
+    cdef const float *a_tile
+    cdef float *corner
+    cdef Py_ssize_t jc, pc, ic, jr, ir, columns, depth, rows, tile_rows, tile_columns
+    for jc from 0 <= jc < n by PACK_COLUMNS:
+        columns = min(n - jc, PACK_COLUMNS)
+        if not accumulate:
+            memset(start, 0, (columns + TILE_COLUMNS) * sizeof(float))
+            if bias:
+                memcpy(start, bias + jc, columns * sizeof(float))
+        for pc from 0 <= pc < k by PACK_DEPTH:
+            depth = min(k - pc, PACK_DEPTH)
+            pack_right(b + pc * b_row + jc * b_col, b_row, b_col, depth, columns, factor, right)
+            for ic from 0 <= ic < m by PACK_ROWS:
+                rows = min(m - ic, PACK_ROWS)
+                pack_left(a + ic * a_row + pc * a_col, a_row, a_col, rows, depth, left)
+                for jr from 0 <= jr < columns by TILE_COLUMNS:
+                    tile_columns = min(columns - jr, TILE_COLUMNS)
+                    begin = NULL if accumulate or pc else start + jr
+                    for ir from 0 <= ir < rows by TILE_ROWS:
+                        tile_rows = min(rows - ir, TILE_ROWS)
+                        a_tile = left + ir * depth
+                        corner = c + (ic + ir) * c_row + jc + jr
+                        if tile_rows == TILE_ROWS and tile_columns == TILE_COLUMNS:
+                            multiply_tile(depth, a_tile, right + jr * depth, begin, corner, c_row)
+                        else:
+                            multiply_edge(tile_rows, tile_columns, depth, a_tile,
+                                          right + jr * depth, begin, corner, c_row)
+
+
+cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                 const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                 const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                 const float *bias, bint accumulate,
+                 float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
+    START_TIMER(TIMER_MATMUL)
+    product(m, n, k, a, a_row, a_col, b, b_row, b_col, 1.0, bias, accumulate, c, c_row, workspace)
+    STOP_TIMER(TIMER_MATMUL)
+
+
+cdef void linear(const Matrix *matrix, const float *bias, const float *x, Py_ssize_t rows,
+                 float *out, float *workspace) noexcept nogil:
+    # out[rows, matrix.rows] = x[rows, matrix.cols] matrix^T + bias. Packing the matrix pays only
+    # when enough rows of x use it.
+    cdef Py_ssize_t i
+    if rows < TILE_ROWS:
+        for i in range(rows):
+            matrix_vector(matrix, x + i * matrix.cols, out + i * matrix.rows)
+            if bias:
+                add(out + i * matrix.rows, bias, matrix.rows)
+        return
+    START_TIMER(TIMER_MATMUL)
+    if matrix.codes:
+        product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1, matrix.codes, 1, matrix.cols,
+                matrix.scale[0], bias, False, out, matrix.rows, workspace)
+    else:
+        product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1, matrix.dense, 1, matrix.cols,
+                1.0, bias, False, out, matrix.rows, workspace)
+    STOP_TIMER(TIMER_MATMUL)
+
+
+cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t rows,
+                          bint accumulate, float *d_x, float *workspace) noexcept nogil:
+    # d_x[rows, matrix.cols] = d_out[rows, matrix.rows] matrix, or += where accumulate is set.
+    START_TIMER(TIMER_MATMUL)
+    if matrix.codes:
+        product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1, matrix.codes, matrix.cols,
+                1, matrix.scale[0], NULL, accumulate, d_x, matrix.cols, workspace)
+    else:
+        product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1, matrix.dense, matrix.cols,
+                1, 1.0, NULL, accumulate, d_x, matrix.cols, workspace)
+    STOP_TIMER(TIMER_MATMUL)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention: one head of one sequence (Vaswani et al., arXiv 1706.03762, equation 1)
+#
+# Queries go in blocks; a block sees no key behind its last query, so a causal half of the work
+# is never done.
+
+cdef enum:
+    QUERY_BLOCK = 64
+
+
+cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
+    cdef Py_ssize_t position = head.keys - head.queries + query
+    return position - head.span + 1 if head.span and position >= head.span else 0
+
+
+cdef void attention(const Attention *head, float *workspace) noexcept nogil:
+    # probs = softmax(q k^T / sqrt(D)) over the keys a query may see, 0 for the others;
+    # out = probs v.
+    cdef Py_ssize_t past = head.keys - head.queries, keys = head.keys, stride = head.stride
+    cdef Py_ssize_t block, rows, i, j, low, first, last
+    cdef float factor = 1.0 / sqrtf(head.head_dim)
+    cdef float *row
+    START_TIMER(TIMER_ATTENTION_FORWARD)
+    for block from 0 <= block < head.queries by QUERY_BLOCK:
+        rows = min(head.queries - block, QUERY_BLOCK)
+        low = first_key(head, block)
+        last = past + block + rows
+        product(rows, last - low, head.head_dim, head.q + block * stride, stride, 1,
+                head.k + low * stride, 1, stride, 1.0, NULL, False,
+                head.probs + block * keys + low, keys, workspace)
+        for i in range(block, block + rows):
+            row = head.probs + i * keys
+            first = first_key(head, i)
+            memset(row + low, 0, (first - low) * sizeof(float))
+            if head.allowed:
+                for j in range(first, past + i + 1):
+                    if not head.allowed[j]:
+                        row[j] = -INFINITY
+            softmax_row(row + first, past + i + 1 - first, factor)
+            memset(row + past + i + 1, 0, (last - past - i - 1) * sizeof(float))
+        product(rows, head.head_dim, last - low, head.probs + block * keys + low, keys, 1,
+                head.v + low * stride, stride, 1, 1.0, NULL, False, head.out + block * stride,
+                stride, workspace)
+    STOP_TIMER(TIMER_ATTENTION_FORWARD)
+
+
+cdef void attention_backward(const Attention *head, float *workspace) noexcept nogil:
+    # With p = probs and dp = d_out v^T:
+    #   ds = p * (dp - sum(dp * p)) / sqrt(D);  d_q = ds k;  d_k = ds^T q;  d_v = p^T d_out
+    cdef Py_ssize_t keys = head.keys, stride = head.stride, past = keys - head.queries
+    cdef Py_ssize_t block, rows, i, low, last
+    cdef float factor = 1.0 / sqrtf(head.head_dim), spread
+    cdef float *d_row
+    cdef const float *row
+    START_TIMER(TIMER_ATTENTION_BACKWARD)
+    for i in range(keys):
+        memset(head.d_k + i * stride, 0, head.head_dim * sizeof(float))
+        memset(head.d_v + i * stride, 0, head.head_dim * sizeof(float))
+    for block from 0 <= block < head.queries by QUERY_BLOCK:
+        rows = min(head.queries - block, QUERY_BLOCK)
+        low = first_key(head, block)
+        last = past + block + rows
+        product(rows, last - low, head.head_dim, head.d_out + block * stride, stride, 1,
+                head.v + low * stride, 1, stride, 1.0, NULL, False,
+                head.d_probs + block * keys + low, keys, workspace)
+        for i in range(block, block + rows):
+            row = head.probs + i * keys + low
+            d_row = head.d_probs + i * keys + low
+            spread = weighted_sum(d_row, row, last - low)
+            shift(d_row, -spread, last - low)
+            multiply(d_row, row, last - low)
+            scale(d_row, factor, last - low)
+        product(rows, head.head_dim, last - low, head.d_probs + block * keys + low, keys, 1,
+                head.k + low * stride, stride, 1, 1.0, NULL, False, head.d_q + block * stride,
+                stride, workspace)
+        product(last - low, head.head_dim, rows, head.d_probs + block * keys + low, 1, keys,
+                head.q + block * stride, stride, 1, 1.0, NULL, True, head.d_k + low * stride,
+                stride, workspace)
+        product(last - low, head.head_dim, rows, head.probs + block * keys + low, 1, keys,
+                head.d_out + block * stride, stride, 1, 1.0, NULL, True, head.d_v + low * stride,
+                stride, workspace)
+    STOP_TIMER(TIMER_ATTENTION_BACKWARD)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+cdef inline float round_to_float16(float x) noexcept nogil:
+    # For x >= 0: the nearest float16, ties to even. Normal numbers lose the 13 low bits of their
+    # mantissa; below 2^-14 float16 counts in steps of 2^-24.
+    cdef unsigned int bits
+    if x < 6.103515625e-05:
+        return <float>((x * 16777216.0 + 12582912.0 - 12582912.0) / 16777216.0)
+    memcpy(&bits, &x, 4)
+    bits += 0x0FFF + ((bits >> 13) & 1)
+    bits &= <unsigned int>0xFFFFE000
+    memcpy(&x, &bits, 4)
+    return x
+
+
+cdef float ternarize(const float *weights, Py_ssize_t n, bint unit_scale,
+                     signed char *codes) noexcept nogil:
+    # codes = round(clip(w / scale, -1, 1)), scale = mean |w| in float16 precision (BitNet b1.58,
+    # arXiv 2402.17764, equations 1 to 3) or 1. Rounding w / scale is comparing w with half of
+    # scale: exact, with no division. Returns the scale.
+    cdef Py_ssize_t i, start
+    cdef double total = 0.0
+    cdef float step = 1.0, half, part
+    START_TIMER(TIMER_TERNARIZE)
+    if not unit_scale:
+        for start from 0 <= start < n by 1024:
+            part = absolute_sum(weights + start, min(n - start, 1024))
+            total += part
+        step = round_to_float16(<float>(total / n))
+    half = 0.5 * step
+    for i in range(n):
+        codes[i] = <signed char>((weights[i] > half) - (weights[i] < -half))
+    STOP_TIMER(TIMER_TERNARIZE)
+    return step
+
+
+cdef inline float absolute_sum(const float *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 v, total = vf32_zero()
+    cdef float rest = 0.0
+    for i from 0 <= i < whole by VF32_LANES:
+        v = vf32_load(x + i)
+        total = vf32_add(total, vf32_max(v, vf32_sub(vf32_zero(), v)))
+    for i in range(whole, n):
+        rest += <float>fabs(x[i])
+    return vf32_sum(total) + rest
+
+
+cdef inline vf32 adamw_lanes(vf32 w, vf32 m, vf32 v, const AdamW *s) noexcept nogil:
+    # w (1 - rate decay) - rate (m / c1) / (sqrt(v / c2) + epsilon)
+    cdef vf32 bottom = vf32_add(vf32_sqrt(vf32_mul(v, vf32_splat(1.0 / s.correction2))),
+                                vf32_splat(s.epsilon))
+    cdef vf32 stride = vf32_div(vf32_mul(m, vf32_splat(s.learning_rate / s.correction1)), bottom)
+    return vf32_sub(vf32_mul(w, vf32_splat(1.0 - s.learning_rate * s.weight_decay)), stride)
+
+
+cdef void adamw(float *weights, float *first, float *second, const float *gradient,
+                Py_ssize_t n, const AdamW *s) noexcept nogil:
+    # One step of AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), in place.
+    cdef Py_ssize_t i, left
+    cdef vf32 g, m, v
+    cdef vf32 b1 = vf32_splat(s.beta1), a1 = vf32_splat(1.0 - s.beta1)
+    cdef vf32 b2 = vf32_splat(s.beta2), a2 = vf32_splat(1.0 - s.beta2)
+    cdef vf32 factor = vf32_splat(s.gradient_scale)
+    START_TIMER(TIMER_ADAMW)
+    for i from 0 <= i < n - n % VF32_LANES by VF32_LANES:
+        g = vf32_mul(factor, vf32_load(gradient + i))
+        m = vf32_fmadd(a1, g, vf32_mul(b1, vf32_load(first + i)))
+        v = vf32_fmadd(a2, vf32_mul(g, g), vf32_mul(b2, vf32_load(second + i)))
+        vf32_store(first + i, m)
+        vf32_store(second + i, v)
+        vf32_store(weights + i, adamw_lanes(vf32_load(weights + i), m, v, s))
+    left = n % VF32_LANES
+    if left:
+        i = n - left
+        g = vf32_mul(factor, vf32_load_first(gradient + i, left))
+        m = vf32_fmadd(a1, g, vf32_mul(b1, vf32_load_first(first + i, left)))
+        v = vf32_fmadd(a2, vf32_mul(g, g), vf32_mul(b2, vf32_load_first(second + i, left)))
+        vf32_store_first(first + i, left, m)
+        vf32_store_first(second + i, left, v)
+        vf32_store_first(weights + i, left,
+                         adamw_lanes(vf32_load_first(weights + i, left), m, v, s))
+    STOP_TIMER(TIMER_ADAMW)
+
+
+# ---------------------------------------------------------------------------------------------
+# The table
+
+cdef int measuring() noexcept nogil:
+    return MEASURING
+
+
+cdef const char *timer_name(int timer) noexcept nogil:
+    return timer_label(timer)
+
+
+cdef unsigned long long timer_calls(int timer) noexcept nogil:
+    return timer_read(timer).calls
+
+
+cdef unsigned long long timer_nanoseconds(int timer) noexcept nogil:
+    return timer_read(timer).nanoseconds
+
+
+cdef KernelTable kernels
+
+kernels.name = TIER_NAME
+kernels.workspace_floats = (PACK_DEPTH * PACK_COLUMNS + PACK_ROWS * PACK_DEPTH
+                            + PACK_COLUMNS + TILE_COLUMNS)
+kernels.add = add
+kernels.add_scaled = add_scaled
+kernels.multiply = multiply
+kernels.scale = scale
+kernels.shift = shift
+kernels.divide = divide
+kernels.exp = exponential
+kernels.sum = sum
+kernels.dot = dot
+kernels.sum_of_squares = sum_of_squares
+kernels.column_sums = column_sums
+kernels.relu = relu
+kernels.relu2 = relu2
+kernels.relu_backward = relu_backward
+kernels.relu2_backward = relu2_backward
+kernels.softmax = softmax
+kernels.cross_entropy = cross_entropy
+kernels.layer_norm = layer_norm
+kernels.layer_norm_backward = layer_norm_backward
+kernels.rotary = rotary
+kernels.matrix_vector = matrix_vector
+kernels.matrix_transpose_vector = matrix_transpose_vector
+kernels.matmul = matmul
+kernels.linear = linear
+kernels.linear_backward = linear_backward
+kernels.attention = attention
+kernels.attention_backward = attention_backward
+kernels.ternarize = ternarize
+kernels.adamw = adamw
+kernels.measuring = measuring
+kernels.timer_name = timer_name
+kernels.timer_calls = timer_calls
+kernels.timer_nanoseconds = timer_nanoseconds
+kernels.timers = TIMER_COUNT
+
+table = PyCapsule_New(&kernels, "legacy1bit.kernels", NULL)

@@ -1,0 +1,3 @@
+from legacy1bit.kernels cimport KernelTable
+
+cdef const KernelTable *kernels() noexcept nogil

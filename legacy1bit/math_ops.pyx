@@ -1,0 +1,526 @@
+"""Vector and matrix operations (C: ``math_ops.c``), and the choice of instruction set.
+
+The numerical loops live in ``kernels.pyx``, compiled once for each instruction set. When this
+module is imported it asks the CPU what it can run and takes the widest set; the environment
+variable ``LEGACY1BIT_SIMD`` names another. Public functions here check their arguments, release
+the GIL and call the kernel; Cython code calls ``kernels()`` directly.
+
+Arrays are NumPy arrays or anything else with the buffer protocol: float32 (int8 for ternary
+matrices), C-contiguous. Another dtype is a ``ValueError``, never a silent copy.
+"""
+
+import atexit
+import importlib.util
+import os
+import sys
+
+import numpy as np
+
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport powf
+
+from legacy1bit.kernels cimport KernelTable, Matrix
+from legacy1bit.threads cimport parallel_for, scratch
+
+cdef extern from "cpu.h" nogil:
+    int cpu_widest_tier()
+
+_TIERS = ("scalar", "sse2", "avx2", "avx512")
+
+cdef const KernelTable *active = NULL
+
+
+cdef const KernelTable *kernels() noexcept nogil:
+    return active
+
+
+# ---------------------------------------------------------------------------------------------
+# The instruction set
+
+def simd_levels() -> list:
+    """Return the names of the instruction sets this CPU and this build can run, narrowest first.
+
+    The last of them is the one taken by default.
+    """
+    levels = []
+    for name in _TIERS[:cpu_widest_tier() + 1]:
+        if importlib.util.find_spec(f"legacy1bit._kernels_{name}") is not None:
+            levels.append(name)
+    return levels
+
+
+def simd_level() -> str:
+    """Return the name of the instruction set in use: scalar, sse2, avx2 or avx512."""
+    return active.name.decode()
+
+
+def set_simd_level(str name not None) -> None:
+    """Use the instruction set ``name`` from now on, in every thread.
+
+    Raises
+    ------
+    ValueError
+        If there is no instruction set of that name, or this CPU cannot run it.
+    """
+    global active
+    if name not in _TIERS:
+        raise ValueError(f"unknown instruction set {name!r}: expected one of {', '.join(_TIERS)}")
+    levels = simd_levels()
+    if name not in levels:
+        raise ValueError(f"this CPU or build cannot run {name!r}: it has {', '.join(levels)}")
+    module = importlib.import_module(f"legacy1bit._kernels_{name}")
+    active = <const KernelTable *>PyCapsule_GetPointer(module.table, "legacy1bit.kernels")
+
+
+def timings() -> dict:
+    """Return what the kernels' timers have counted.
+
+    Returns
+    -------
+    dict of str to (int, float)
+        For each kernel its calls and seconds; empty unless built with MEASURE_PERFORMANCE=1.
+    """
+    if not active.measuring():
+        return {}
+    return {
+        active.timer_name(i).decode(): (active.timer_calls(i), active.timer_nanoseconds(i) * 1e-9)
+        for i in range(active.timers)
+    }
+
+
+def _print_timings():
+    rows = sorted(timings().items(), key=lambda row: -row[1][1])
+    total = sum(seconds for _, (_, seconds) in rows) or 1.0
+    print(f"\n{'kernel':<20} {'calls':>12} {'milliseconds':>14} {'share':>7}", file=sys.stderr)
+    for name, (calls, seconds) in rows:
+        if calls:
+            print(f"{name:<20} {calls:>12,} {seconds * 1e3:>14,.1f} {seconds / total:>7.1%}",
+                  file=sys.stderr)
+
+
+def _choose():
+    wanted = os.environ.get("LEGACY1BIT_SIMD", "")
+    try:
+        set_simd_level(wanted or list(reversed(simd_levels()))[0])
+    except ValueError as error:
+        raise ImportError(f"LEGACY1BIT_SIMD: {error}") from None
+    if active.measuring():
+        atexit.register(_print_timings)
+
+
+_choose()
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+cdef object check_not_none(str name, object value):
+    if value is None:
+        raise TypeError(f"{name} is None")
+    return value
+
+
+cdef int check_size(str name, Py_ssize_t came, Py_ssize_t expected) except -1:
+    if came != expected:
+        raise ValueError(f"{name} has {came} elements, expected {expected}")
+    return 0
+
+
+cdef int check_not_empty(str name, Py_ssize_t size) except -1:
+    if size == 0:
+        raise ValueError(f"{name} is empty")
+    return 0
+
+
+cdef int check_shape(str name, Py_ssize_t rows, Py_ssize_t cols,
+                     Py_ssize_t expected_rows, Py_ssize_t expected_cols) except -1:
+    if rows != expected_rows or cols != expected_cols:
+        raise ValueError(f"{name} has shape ({rows}, {cols}), expected "
+                         f"({expected_rows}, {expected_cols})")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Ternary matrix times vector
+
+cdef object ternary_product(object matrix, object vector, object output, object scale,
+                            bint transpose):
+    cdef const signed char[:, ::1] codes = check_not_none("matrix", getattr(matrix, "values", matrix))
+    cdef const float[::1] x = check_not_none("vector", vector)
+    cdef float factor = getattr(matrix, "scale", 1.0) if scale is None else scale
+    cdef Py_ssize_t rows = codes.shape[0], cols = codes.shape[1]
+    cdef Matrix view
+    cdef float[::1] out
+    check_not_empty("matrix", rows * cols)
+    check_size("vector", x.shape[0], rows if transpose else cols)
+    if output is None:
+        output = np.empty(cols if transpose else rows, np.float32)
+    out = output
+    check_size("output", out.shape[0], cols if transpose else rows)
+    view.rows = rows
+    view.cols = cols
+    view.codes = &codes[0, 0]
+    view.scale = &factor
+    view.dense = NULL
+    with nogil:
+        if transpose:
+            active.matrix_transpose_vector(&view, &x[0], &out[0])
+        else:
+            active.matrix_vector(&view, &x[0], &out[0])
+    return output
+
+
+def ternary_matrix_vector_mul(matrix, vector, output=None, scale=None):
+    """Multiply a ternary matrix by a vector: ``scale * matrix @ vector``.
+
+    Parameters
+    ----------
+    matrix : int8[R, C] or TernaryMatrix
+        The weights -1, 0 and 1. A ``TernaryMatrix`` brings its scale along.
+    vector : float32[C]
+    output : float32[R], optional
+        Where to write the result; made when not given.
+    scale : float, optional
+        Multiplies the product; by default the matrix's own scale, or 1.
+
+    Returns
+    -------
+    float32[R]
+        ``output``.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype does not fit.
+
+    Notes
+    -----
+    C: ``math_ops.c``, ``ternary_matrix_vector_mul``, whose weights have no scale (departure 10).
+    """
+    return ternary_product(matrix, vector, output, scale, False)
+
+
+def matrix_transpose_vector_mul(matrix, vector, output=None, scale=None):
+    """Multiply a transposed ternary matrix by a vector: ``scale * matrix.T @ vector``.
+
+    Parameters
+    ----------
+    matrix : int8[R, C] or TernaryMatrix
+    vector : float32[R]
+    output : float32[C], optional
+    scale : float, optional
+        By default the matrix's own scale, or 1.
+
+    Returns
+    -------
+    float32[C]
+        ``output``.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype does not fit.
+
+    Notes
+    -----
+    C: ``math_ops.c``, ``matrix_transpose_vector_mul``.
+    """
+    return ternary_product(matrix, vector, output, scale, True)
+
+
+# ---------------------------------------------------------------------------------------------
+# Vectors
+
+def add_vector_inplace(float[::1] x not None, const float[::1] y not None) -> None:
+    """Add ``y`` to ``x``, both float32[N], in place. C: ``add_vector_inplace``."""
+    check_not_empty("x", x.shape[0])
+    check_size("y", y.shape[0], x.shape[0])
+    with nogil:
+        active.add(&x[0], &y[0], x.shape[0])
+
+
+def add_scalar_mul_vector_inplace(float[::1] x not None, float scalar,
+                                  const float[::1] y not None) -> None:
+    """Add ``scalar * y`` to ``x``, both float32[N]. C: ``add_scalar_mul_vector_inplace``."""
+    check_not_empty("x", x.shape[0])
+    check_size("y", y.shape[0], x.shape[0])
+    with nogil:
+        active.add_scaled(&x[0], scalar, &y[0], x.shape[0])
+
+
+def multiply_vector_inplace(float[::1] x not None, const float[::1] y not None) -> None:
+    """Multiply ``x`` by ``y``, both float32[N], element by element.
+
+    C: ``multiply_vector_inplace``.
+    """
+    check_not_empty("x", x.shape[0])
+    check_size("y", y.shape[0], x.shape[0])
+    with nogil:
+        active.multiply(&x[0], &y[0], x.shape[0])
+
+
+def scalar_mul_vector_inplace(float[::1] x not None, float scalar) -> None:
+    """Multiply every element of ``x``, float32[N], by ``scalar``. C: ``scalar_mul_vector_inplace``."""
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.scale(&x[0], scalar, x.shape[0])
+
+
+def vector_sub_scalar_inplace(float[::1] x not None, float scalar) -> None:
+    """Take ``scalar`` from every element of ``x``, float32[N]. C: ``vector_sub_scalar_inplace``."""
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.shift(&x[0], -scalar, x.shape[0])
+
+
+def vector_div_scalar_inplace(float[::1] x not None, float scalar) -> None:
+    """Divide every element of ``x``, float32[N], by ``scalar``.
+
+    Raises ``ZeroDivisionError`` for 0, which C only reports on stderr.
+    C: ``vector_div_scalar_inplace``.
+    """
+    check_not_empty("x", x.shape[0])
+    if scalar == 0.0:
+        raise ZeroDivisionError("scalar is 0")
+    with nogil:
+        active.divide(&x[0], scalar, x.shape[0])
+
+
+def vector_pow_scalar_inplace(float[::1] x not None, float scalar) -> None:
+    """Raise every element of ``x``, float32[N], to the power ``scalar``, as ``powf`` does.
+
+    C: ``vector_pow_scalar_inplace``.
+    """
+    cdef Py_ssize_t i
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        for i in range(x.shape[0]):
+            x[i] = powf(x[i], scalar)
+
+
+def vector_sum(const float[::1] x not None) -> float:
+    """Return the sum of ``x``, float32[N], added in float32. C: ``vector_sum``."""
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        total = active.sum(&x[0], x.shape[0])
+    return total
+
+
+def dot_product(const float[::1] x not None, const float[::1] y not None) -> float:
+    """Return the dot product of ``x`` and ``y``, both float32[N], in float32. C: ``dot_product``."""
+    check_not_empty("x", x.shape[0])
+    check_size("y", y.shape[0], x.shape[0])
+    with nogil:
+        total = active.dot(&x[0], &y[0], x.shape[0])
+    return total
+
+
+def outer_product_add_inplace(float[:, ::1] matrix not None, const float[::1] x not None,
+                              const float[::1] y not None) -> None:
+    """Add the outer product of two vectors to a matrix: ``matrix += x[:, None] * y``.
+
+    Parameters
+    ----------
+    matrix : float32[R, C]
+    x : float32[R]
+    y : float32[C]
+
+    Notes
+    -----
+    C: ``outer_product_add_inplace``, which gathers the gradient of a linear map.
+    """
+    cdef Py_ssize_t i
+    check_not_empty("matrix", matrix.shape[0] * matrix.shape[1])
+    check_size("x", x.shape[0], matrix.shape[0])
+    check_size("y", y.shape[0], matrix.shape[1])
+    with nogil:
+        for i in range(matrix.shape[0]):
+            active.add_scaled(&matrix[i, 0], x[i], &y[0], matrix.shape[1])
+
+
+def exp_inplace(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by its exponential.
+
+    The error is below 2 units in the last place; below -104 the result is 0, and above
+    88.8 infinity.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.exp(&x[0], x.shape[0])
+
+
+def relu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by ``max(x, 0)``. C: ``relu``."""
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.relu(&x[0], &x[0], x.shape[0])
+
+
+def relu2(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by ``max(x, 0) ** 2``.
+
+    The squared ReLU of So et al., arXiv 2109.08668. The C original has only ``relu``.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.relu2(&x[0], &x[0], x.shape[0])
+
+
+def softmax(x) -> None:
+    """Replace ``x``, float32[N] or the rows of float32[R, N], by its softmax.
+
+    The largest element is taken off first, so that no exponential overflows. A row that holds
+    nothing but minus infinity becomes zeros. C: ``softmax``.
+    """
+    cdef float[:, ::1] rows
+    if getattr(check_not_none("x", x), "ndim", 1) == 1:
+        rows = _as_row(x)
+    else:
+        rows = x
+    check_not_empty("x", rows.shape[0] * rows.shape[1])
+    with nogil:
+        active.softmax(&rows[0, 0], rows.shape[0], rows.shape[1])
+
+
+cdef float[:, ::1] _as_row(float[::1] x):
+    check_not_empty("x", x.shape[0])
+    return <float[:1, :x.shape[0]:1]>&x[0]
+
+
+def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
+                       const float[::1] beta not None, float epsilon=1e-5):
+    """Normalise a vector in place: ``gamma * (x - mean) / sqrt(variance + epsilon) + beta``.
+
+    Parameters
+    ----------
+    x, gamma, beta : float32[C]
+    epsilon : float
+
+    Returns
+    -------
+    (float, float)
+        The mean and 1 / sqrt(variance + epsilon), which the backward pass needs.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype does not fit.
+
+    Notes
+    -----
+    C: ``layer_norm_forward``. Its SSE form estimates the second value to 12 bits; this one is
+    exact in every instruction set (departure 9).
+    """
+    cdef float mean, inv_std
+    check_not_empty("x", x.shape[0])
+    check_size("gamma", gamma.shape[0], x.shape[0])
+    check_size("beta", beta.shape[0], x.shape[0])
+    with nogil:
+        active.layer_norm(&x[0], &gamma[0], &beta[0], epsilon, &x[0], &mean, &inv_std,
+                          1, x.shape[0])
+    return mean, inv_std
+
+
+def layer_norm(float[::1] x not None, const float[::1] gamma not None,
+               const float[::1] beta not None, float epsilon=1e-5) -> None:
+    """Do what ``layer_norm_forward`` does, and return nothing. C: ``layer_norm``."""
+    layer_norm_forward(x, gamma, beta, epsilon)
+
+
+# ---------------------------------------------------------------------------------------------
+# The float matrix product
+
+cdef struct MatmulJob:
+    Py_ssize_t m, n, k
+    const float *a
+    Py_ssize_t a_row, a_col
+    const float *b
+    Py_ssize_t b_row, b_col
+    bint accumulate
+    float *c
+    Py_ssize_t tasks
+    bint out_of_memory
+
+
+cdef void matmul_task(void *context, long index) noexcept nogil:
+    # A share of the rows, or of the columns where there are more of them.
+    cdef MatmulJob *job = <MatmulJob *>context
+    cdef float *workspace = scratch(active.workspace_floats)
+    cdef Py_ssize_t size = job.m if job.m >= job.n else job.n
+    cdef Py_ssize_t start = size * index // job.tasks, stop = size * (index + 1) // job.tasks
+    if workspace == NULL:
+        job.out_of_memory = True
+    elif job.m >= job.n:
+        active.matmul(stop - start, job.n, job.k, job.a + start * job.a_row, job.a_row, job.a_col,
+                      job.b, job.b_row, job.b_col, NULL, job.accumulate,
+                      job.c + start * job.n, job.n, workspace)
+    else:
+        active.matmul(job.m, stop - start, job.k, job.a, job.a_row, job.a_col,
+                      job.b + start * job.b_col, job.b_row, job.b_col, NULL, job.accumulate,
+                      job.c + start, job.n, workspace)
+
+
+def matmul(const float[:, ::1] a not None, const float[:, ::1] b not None, output=None,
+           bint transpose_a=False, bint transpose_b=False, bint accumulate=False,
+           int threads=1):
+    """Multiply two float matrices.
+
+    Parameters
+    ----------
+    a : float32[M, K]
+        Or float32[K, M] with ``transpose_a``.
+    b : float32[K, N]
+        Or float32[N, K] with ``transpose_b``.
+    output : float32[M, N], optional
+        Where to write the product; made when not given. It must not overlap ``a`` or ``b``.
+    accumulate : bool
+        Add to ``output`` instead of replacing what it holds.
+    threads : int
+        How many threads to use at most. The result has the same bits for any number.
+
+    Returns
+    -------
+    float32[M, N]
+        ``output``.
+
+    Raises
+    ------
+    ValueError
+        If a shape or dtype does not fit, or ``threads`` is below 1, or ``accumulate`` is set
+        without an ``output``.
+    MemoryError
+        If there is no room for the packing buffers.
+    """
+    cdef MatmulJob job
+    cdef float[:, ::1] c
+    check_not_empty("a", a.shape[0] * a.shape[1])
+    check_not_empty("b", b.shape[0] * b.shape[1])
+    if threads < 1:
+        raise ValueError(f"threads is {threads}, expected at least 1")
+    job.m = a.shape[1] if transpose_a else a.shape[0]
+    job.k = a.shape[0] if transpose_a else a.shape[1]
+    job.n = b.shape[0] if transpose_b else b.shape[1]
+    if (b.shape[1] if transpose_b else b.shape[0]) != job.k:
+        raise ValueError(f"a and b do not fit: {job.m} x {job.k} times "
+                         f"{b.shape[1] if transpose_b else b.shape[0]} x {job.n}")
+    if output is None:
+        if accumulate:
+            raise ValueError("accumulate needs an output to add to")
+        output = np.empty((job.m, job.n), np.float32)
+    c = output
+    check_shape("output", c.shape[0], c.shape[1], job.m, job.n)
+    job.a = &a[0, 0]
+    job.a_row = 1 if transpose_a else a.shape[1]
+    job.a_col = a.shape[1] if transpose_a else 1
+    job.b = &b[0, 0]
+    job.b_row = 1 if transpose_b else b.shape[1]
+    job.b_col = b.shape[1] if transpose_b else 1
+    job.accumulate = accumulate
+    job.c = &c[0, 0]
+    job.tasks = min(threads, max(job.m, job.n))
+    job.out_of_memory = False
+    with nogil:
+        parallel_for(matmul_task, &job, job.tasks, threads)
+    if job.out_of_memory:
+        raise MemoryError("no memory for the matrix product's packing buffers")
+    return output

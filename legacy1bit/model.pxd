@@ -1,0 +1,155 @@
+"""The structures a model is made of, for code that runs without the GIL.
+
+The structs hold borrowed pointers; the classes own the arrays behind them. Every weight struct has
+a gradient struct of the same shape.
+"""
+
+from legacy1bit.kernels cimport Matrix
+
+cdef struct NormView:
+    const float *gamma      # [C]; NULL where there is no norm
+    const float *beta       # [C]
+
+cdef struct AttentionView:
+    Matrix wq, wk, wv, wo   # [C, C]
+    const float *bq         # [C]
+    const float *bk
+    const float *bv
+    const float *bo
+    Py_ssize_t num_heads
+    Py_ssize_t span         # how many tokens back a token sees, itself included; 0: all
+    const float *cosines    # [length, D / 2]; NULL without rotary positions
+    const float *sines
+    Py_ssize_t length       # rows of those tables
+
+cdef struct FeedForwardView:
+    Matrix wi               # [F, C]
+    Matrix wo               # [C, F]
+    const float *bi         # [F]
+    const float *bo         # [C]
+    bint squared            # ReLU squared rather than ReLU
+
+cdef struct BlockView:
+    AttentionView attention
+    FeedForwardView ffn
+    NormView norm1, norm2
+
+cdef struct ModelView:
+    Matrix embedding        # [V, C]
+    BlockView *blocks
+    Py_ssize_t num_blocks
+    NormView final_norm
+    Matrix output           # [V, C]
+    const float *output_bias    # [V]
+
+cdef struct NormGradient:
+    float *gamma
+    float *beta
+
+cdef struct AttentionGradient:
+    float *wq
+    float *wk
+    float *wv
+    float *wo
+    float *bq
+    float *bk
+    float *bv
+    float *bo
+
+cdef struct FeedForwardGradient:
+    float *wi
+    float *wo
+    float *bi
+    float *bo
+
+cdef struct BlockGradient:
+    AttentionGradient attention
+    FeedForwardGradient ffn
+    NormGradient norm1, norm2
+
+cdef struct ModelGradient:
+    float *embedding
+    BlockGradient *blocks
+    NormGradient final_norm
+    float *output
+    float *output_bias
+
+cdef struct BlockContext:
+    # The activations of one block, M = B T rows each; see TransformerBlockContext.
+    float *input
+    float *output
+    float *norm1
+    float *mean1
+    float *inv_std1
+    float *q
+    float *k
+    float *v
+    float *probs            # [B, H, T, keys]
+    float *heads
+    float *residual
+    float *norm2
+    float *mean2
+    float *inv_std2
+    float *hidden
+    float *activated
+
+
+cdef class TernaryMatrix:
+    cdef readonly object values
+    cdef readonly object scales
+    cdef int fill(self, Matrix *view) except -1
+
+
+cdef class MultiHeadAttention:
+    cdef readonly object wq, wk, wv, wo, bq, bk, bv, bo, rotary
+    cdef readonly Py_ssize_t num_heads, span
+    cdef AttentionView view
+
+
+cdef class FeedForward:
+    cdef readonly object wi, bi, wo, bo
+    cdef readonly str activation
+    cdef FeedForwardView view
+
+
+cdef class LayerNorm:
+    cdef readonly object gamma, beta
+    cdef NormView view
+
+
+cdef class TransformerBlock:
+    cdef readonly MultiHeadAttention attention
+    cdef readonly FeedForward ffn
+    cdef readonly LayerNorm norm1, norm2
+    cdef BlockView view
+
+
+cdef class LegacyLLM:
+    cdef readonly object config
+    cdef readonly dict parameters
+    cdef readonly list blocks
+    cdef readonly LayerNorm final_norm
+    cdef object codes, scales, weights
+    cdef Py_ssize_t ternary_size, matrix_size, total_size
+    cdef ModelView view
+    cdef ModelView *alive(self) except NULL
+
+
+cdef class LegacyLLMGradients:
+    cdef readonly object config
+    cdef readonly dict parameters
+    cdef readonly object flat
+    cdef ModelGradient view
+    cdef float *_pointer(self, str name) except NULL
+    cdef ModelGradient *alive(self) except NULL
+
+
+cdef class TransformerBlockContext:
+    cdef readonly object input, output, norm1, mean1, inv_std1, q, k, v, probs, heads, residual
+    cdef readonly object norm2, mean2, inv_std2, hidden, activated
+    cdef BlockContext view
+
+cdef float *float_pointer(object array) except NULL
+cdef int fill_matrix(Matrix *view, object weights, str name) except -1
+cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL
+cdef float *gradient_pointer(object array, tuple shape, str name) except NULL

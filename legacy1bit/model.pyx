@@ -1,0 +1,1099 @@
+"""The model: its weights, their gradients, and the files they live in (C: ``model.c``).
+
+A model keeps its weights in three flat arrays: the int8 codes of all ternary matrices, their
+scales, and the float32 parameters. A model that is to be trained has latent float weights for the
+ternary matrices too, in front of the other floats, so that one array holds everything that
+learns; gradients and optimizer states have the same layout. All names are views into these:
+
+    [ latent weights of ternary matrices | float matrices | vectors ]
+
+Weight decay goes to the first two parts, and the third is small.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_safetensors
+from safetensors.numpy import save as save_safetensors
+
+from legacy1bit.files import atomic_write
+from legacy1bit.hyperparams import ModelConfig
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from legacy1bit.kernels cimport KernelTable, Matrix
+from legacy1bit.math_ops cimport kernels
+from legacy1bit.threads cimport parallel_for
+
+LAYER_NORM_EPSILON = 1e-5
+
+_WEIGHTS_FILE = "model.safetensors"
+_CONFIG_FILE = "config.json"
+_FORMAT = "legacy1bit"
+_FORMAT_VERSION = 1
+
+_V1_MAGIC = 0x1B1B1
+_V1_VERSION = 1
+
+
+class ModelFileError(ValueError):
+    """A file that is not a whole, sound model of a known format."""
+
+
+# ---------------------------------------------------------------------------------------------
+# Pointers out of arrays
+
+cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL:
+    cdef const float[::1] view = array
+    if view.shape[0] != size:
+        raise ValueError(f"{name} has {view.shape[0]} elements, expected {size}")
+    if size == 0:
+        raise ValueError(f"{name} is empty")
+    return &view[0]
+
+
+cdef float *gradient_pointer(object array, tuple shape, str name) except NULL:
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    if not array.flags.c_contiguous:
+        raise ValueError(f"{name} is not C-contiguous")
+    return float_pointer(array)
+
+
+cdef float *float_pointer(object array) except NULL:
+    # Of a float32 array of any number of axes that is C-contiguous and writable.
+    cdef float[::1] view = array.reshape(-1)
+    return &view[0]
+
+
+cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
+    cdef const float[:, ::1] dense
+    if isinstance(weights, TernaryMatrix):
+        (<TernaryMatrix>weights).fill(view)
+        return 0
+    dense = weights
+    if dense.shape[0] * dense.shape[1] == 0:
+        raise ValueError(f"{name} is empty")
+    view.rows = dense.shape[0]
+    view.cols = dense.shape[1]
+    view.codes = NULL
+    view.scale = NULL
+    view.dense = &dense[0, 0]
+    return 0
+
+
+cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str name) except -1:
+    if view.rows != rows or view.cols != cols:
+        raise ValueError(f"{name} has shape ({view.rows}, {view.cols}), expected ({rows}, {cols})")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Matrices and vectors
+
+cdef class TernaryMatrix:
+    """A matrix of -1, 0 and 1 times one scale (C: ``TernaryMatrix``).
+
+    Parameters
+    ----------
+    values : int8[R, C]
+        The codes; kept, not copied.
+    scale : float or float32[1]
+        Multiplies every code. An array is kept, so that two owners can share it. The C original
+        has no scale (departure 10).
+
+    Raises
+    ------
+    ValueError
+        If ``values`` is empty, not two-dimensional or of another dtype, or holds another number,
+        or ``scale`` is not finite.
+    """
+
+    def __init__(self, values, scale=1.0):
+        cdef const signed char[:, ::1] codes = values
+        if codes.shape[0] * codes.shape[1] == 0:
+            raise ValueError("values is empty")
+        if values.min() < -1 or values.max() > 1:
+            raise ValueError("values holds a number other than -1, 0 and 1")
+        self.values = values
+        if isinstance(scale, np.ndarray):
+            vector_pointer(scale, 1, "scale")
+            self.scales = scale
+        else:
+            self.scales = np.array([scale], np.float32)
+        if not np.isfinite(self.scales[0]):
+            raise ValueError(f"scale is {self.scales[0]}, expected a finite number")
+
+    @property
+    def scale(self) -> float:
+        """The number that multiplies every code."""
+        return float(self.scales[0])
+
+    @property
+    def shape(self) -> tuple:
+        """(R, C)."""
+        return self.values.shape
+
+    def dense(self):
+        """Return the matrix as float32[R, C]: codes times scale."""
+        return self.values.astype(np.float32) * self.scales[0]
+
+    cdef int fill(self, Matrix *view) except -1:
+        cdef const signed char[:, ::1] codes
+        if self.values is None:
+            raise ValueError("the matrix was freed")
+        codes = self.values
+        view.rows = codes.shape[0]
+        view.cols = codes.shape[1]
+        view.codes = &codes[0, 0]
+        view.scale = vector_pointer(self.scales, 1, "scale")
+        view.dense = NULL
+        return 0
+
+    def __repr__(self):
+        if self.values is None:
+            return "TernaryMatrix(freed)"
+        return f"TernaryMatrix({self.shape[0]} x {self.shape[1]}, scale={self.scale:.6g})"
+
+
+def _size(name, value):
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected a whole number")
+    if value < 1:
+        raise ValueError(f"{name} is {value}, expected at least 1")
+    return value
+
+
+def create_ternary_matrix(rows, cols, seed) -> TernaryMatrix:
+    """Return a matrix of random codes, each of -1, 0 and 1 equally likely, with scale 1.
+
+    Parameters
+    ----------
+    rows, cols : int
+    seed : int or numpy.random.Generator
+        C seeds once from the clock (departure 14).
+
+    Notes
+    -----
+    C: ``model.c``, ``create_ternary_matrix``.
+    """
+    rng = np.random.default_rng(seed)
+    shape = (_size("rows", rows), _size("cols", cols))
+    return TernaryMatrix(rng.integers(-1, 2, shape, dtype=np.int8))
+
+
+def free_ternary_matrix(TernaryMatrix matrix not None) -> None:
+    """Let go of a matrix's memory; using it afterwards raises ``ValueError``.
+
+    Python frees what nobody refers to, so this is never needed. C: ``free_ternary_matrix``.
+    """
+    matrix.values = None
+
+
+def create_float_array(size, seed):
+    """Return float32[size] of uniform random numbers between -0.01 and 0.01.
+
+    C: ``model.c``, ``create_float_array``, from which the original also takes its layer norms'
+    gamma (departure 10: here gamma starts at 1 and beta at 0).
+    """
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-0.01, 0.01, _size("size", size)).astype(np.float32)
+
+
+def free_float_array(array) -> None:
+    """Do nothing: Python frees an array with the last reference to it. C: ``free_float_array``."""
+    vector_pointer(array, len(array), "array")
+
+
+# ---------------------------------------------------------------------------------------------
+# Layers
+
+class RotaryTable:
+    """The cosines and sines of rotary positions (Su et al., arXiv 2104.09864, equation 15).
+
+    Attributes
+    ----------
+    cosines, sines : float32[T, D / 2]
+        Of the angle ``t * base ** (-2 i / D)`` by which row t turns the pair (i, i + D / 2).
+    """
+
+    def __init__(self, head_dim, length, base=10000.0):
+        if head_dim % 2:
+            raise ValueError(f"head_dim is {head_dim}, expected an even number")
+        rates = float(base) ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
+        angles = np.arange(length)[:, None] * rates
+        self.cosines = np.cos(angles).astype(np.float32)
+        self.sines = np.sin(angles).astype(np.float32)
+
+
+cdef class MultiHeadAttention:
+    """The weights of one attention layer (C: ``MultiHeadAttentionLayer``).
+
+    Parameters
+    ----------
+    wq, wk, wv, wo : TernaryMatrix or float32[C, C]
+        Each maps rows x to ``x @ w.T + b``.
+    bq, bk, bv, bo : float32[C]
+    num_heads : int
+        Divides C.
+    rotary : RotaryTable, optional
+        Turns queries and keys by their positions; without it attention knows none.
+    span : int
+        How many tokens back a token sees, itself included; 0 means all.
+    """
+
+    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, span=0):
+        cdef Py_ssize_t dim
+        cdef const float[:, ::1] table
+        cdef AttentionView *view = &self.view
+        fill_matrix(&view.wq, wq, "wq")
+        fill_matrix(&view.wk, wk, "wk")
+        fill_matrix(&view.wv, wv, "wv")
+        fill_matrix(&view.wo, wo, "wo")
+        dim = view.wq.cols
+        check_matrix(&view.wq, dim, dim, "wq")
+        check_matrix(&view.wk, dim, dim, "wk")
+        check_matrix(&view.wv, dim, dim, "wv")
+        check_matrix(&view.wo, dim, dim, "wo")
+        view.bq = vector_pointer(bq, dim, "bq")
+        view.bk = vector_pointer(bk, dim, "bk")
+        view.bv = vector_pointer(bv, dim, "bv")
+        view.bo = vector_pointer(bo, dim, "bo")
+        if _size("num_heads", num_heads) > dim or dim % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, expected a divisor of {dim}")
+        if span < 0:
+            raise ValueError(f"span is {span}, expected 0 or more")
+        view.num_heads = num_heads
+        view.span = span
+        view.cosines = view.sines = NULL
+        view.length = 0
+        if rotary is not None:
+            table = rotary.cosines
+            if table.shape[1] * 2 * num_heads != dim:
+                raise ValueError(f"the rotary table is for heads of {table.shape[1] * 2}, expected "
+                                 f"{dim // num_heads}")
+            view.cosines = &table[0, 0]
+            view.length = table.shape[0]
+            table = rotary.sines
+            view.sines = &table[0, 0]
+        self.wq, self.wk, self.wv, self.wo = wq, wk, wv, wo
+        self.bq, self.bk, self.bv, self.bo = bq, bk, bv, bo
+        self.num_heads = num_heads
+        self.span = span
+        self.rotary = rotary
+
+
+cdef class FeedForward:
+    """The weights of one feed-forward layer, ``wo act(wi x + bi) + bo`` (C: ``FeedForwardLayer``).
+
+    Parameters
+    ----------
+    wi : TernaryMatrix or float32[F, C]
+    bi : float32[F]
+    wo : TernaryMatrix or float32[C, F]
+    bo : float32[C]
+    activation : {"relu2", "relu"}
+    """
+
+    def __init__(self, wi, bi, wo, bo, activation="relu2"):
+        cdef FeedForwardView *view = &self.view
+        if activation not in ("relu2", "relu"):
+            raise ValueError(f"activation is {activation!r}, expected relu2 or relu")
+        fill_matrix(&view.wi, wi, "wi")
+        fill_matrix(&view.wo, wo, "wo")
+        check_matrix(&view.wo, view.wi.cols, view.wi.rows, "wo")
+        view.bi = vector_pointer(bi, view.wi.rows, "bi")
+        view.bo = vector_pointer(bo, view.wo.rows, "bo")
+        view.squared = activation == "relu2"
+        self.wi, self.bi, self.wo, self.bo = wi, bi, wo, bo
+        self.activation = activation
+
+
+cdef class LayerNorm:
+    """The weights of one layer norm: gamma and beta, both float32[C]."""
+
+    def __init__(self, gamma, beta):
+        self.view.gamma = vector_pointer(gamma, len(gamma), "gamma")
+        self.view.beta = vector_pointer(beta, len(gamma), "beta")
+        self.gamma, self.beta = gamma, beta
+
+
+cdef class TransformerBlock:
+    """One pre-norm block, ``x + attention(norm1(x))`` and then ``x + ffn(norm2(x))``."""
+
+    def __init__(self, MultiHeadAttention attention not None, FeedForward ffn not None,
+                 LayerNorm norm1 not None, LayerNorm norm2 not None):
+        cdef Py_ssize_t dim = attention.view.wq.cols
+        check_matrix(&ffn.view.wi, ffn.view.wi.rows, dim, "ffn.wi")
+        for name, norm in (("norm1", norm1), ("norm2", norm2)):
+            vector_pointer(norm.gamma, dim, f"{name}.gamma")
+        self.attention, self.ffn = attention, ffn
+        self.norm1, self.norm2 = norm1, norm2
+        self.view.attention = attention.view
+        self.view.ffn = ffn.view
+        self.view.norm1 = norm1.view
+        self.view.norm2 = norm2.view
+
+
+# ---------------------------------------------------------------------------------------------
+# The layout of a model's parameters
+
+def parameter_layout(config) -> list:
+    """Return what a model of these settings consists of, in the order it lies in memory.
+
+    Returns
+    -------
+    list of (str, tuple of int, str)
+        Name, shape and kind of each parameter: "ternary" (latent weights with codes), "matrix"
+        (float32, decays) or "vector" (float32, does not).
+    """
+    dim, hidden, vocab = config.model_dim, config.ffn_dim, config.vocab_size
+    block_kind = "ternary" if config.scheme == "ternary" else "matrix"
+    edge_kind = block_kind if config.ternary_embedding else "matrix"
+    layout = [("embedding.weight", (vocab, dim), edge_kind)]
+    for i in range(config.num_blocks):
+        attention, ffn = f"blocks.{i}.attention", f"blocks.{i}.ffn"
+        layout += [(f"{attention}.w{which}", (dim, dim), block_kind) for which in "qkvo"]
+        layout += [(f"{attention}.b{which}", (dim,), "vector") for which in "qkvo"]
+        layout += [
+            (f"{ffn}.wi", (hidden, dim), block_kind),
+            (f"{ffn}.bi", (hidden,), "vector"),
+            (f"{ffn}.wo", (dim, hidden), block_kind),
+            (f"{ffn}.bo", (dim,), "vector"),
+        ]
+        for norm in ("norm1", "norm2"):
+            layout += [(f"blocks.{i}.{norm}.{part}", (dim,), "vector") for part in ("gamma", "beta")]
+    if config.final_norm:
+        layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
+    layout += [("output.weight", (vocab, dim), edge_kind), ("output.bias", (vocab,), "vector")]
+    return sorted(layout, key=lambda entry: ("ternary", "matrix", "vector").index(entry[2]))
+
+
+def _views(flat, layout):
+    """Return the parameters of ``layout`` as views into ``flat``, by name."""
+    views, start = {}, 0
+    for name, shape, _ in layout:
+        stop = start + int(np.prod(shape))
+        views[name] = flat[start:stop].reshape(shape)
+        start = stop
+    return views
+
+
+def _layer(parameters, prefix):
+    """Return the parameters whose name starts with ``prefix``, named by what follows."""
+    return {name[len(prefix):]: value for name, value in parameters.items()
+            if name.startswith(prefix)}
+
+
+# ---------------------------------------------------------------------------------------------
+# The model
+
+cdef class LegacyLLM:
+    """A decoder-only transformer with ternary weights (C: ``LegacyLLM``).
+
+    Make one with ``create_legacy_llm`` or ``load_model``.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    parameters : dict of str to TernaryMatrix or float32 array
+        What the forward pass uses, by name; views, so that writing to an array changes the model.
+    blocks : list of TransformerBlock
+    final_norm : LayerNorm or None
+    """
+
+    def __cinit__(self):
+        memset(&self.view, 0, sizeof(self.view))
+
+    def __init__(self, config, trainable=False):
+        cdef Py_ssize_t i
+        layout = parameter_layout(config)
+        ternary = [(name, shape) for name, shape, kind in layout if kind == "ternary"]
+        sizes = {kind: sum(int(np.prod(shape)) for _, shape, of in layout if of == kind)
+                 for kind in ("ternary", "matrix", "vector")}
+        self.config = config
+        self.ternary_size = sizes["ternary"]
+        self.matrix_size = sizes["ternary"] + sizes["matrix"]
+        self.total_size = sum(sizes.values())
+        self.codes = np.zeros(self.ternary_size, np.int8)
+        self.scales = np.ones(len(ternary), np.float32)
+        self.weights = np.zeros(self.total_size - (0 if trainable else self.ternary_size),
+                                np.float32)
+        floats = self.weights[self.ternary_size:] if trainable else self.weights
+        values = _views(floats, [entry for entry in layout if entry[2] != "ternary"])
+        start = 0
+        for i, (name, shape) in enumerate(ternary):
+            stop = start + int(np.prod(shape))
+            values[name] = TernaryMatrix(self.codes[start:stop].reshape(shape),
+                                         self.scales[i:i + 1])
+            start = stop
+        self.parameters = values
+        self._connect()
+
+    def _connect(self):
+        """Make the layers of the parameters, and the structs that point at them."""
+        cdef ModelView *view = &self.view
+        cdef TransformerBlock block
+        config, parameters = self.config, self.parameters
+        rotary = None
+        if config.positions == "rope":
+            rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
+        view.num_blocks = config.num_blocks
+        view.blocks = <BlockView *>calloc(config.num_blocks, sizeof(BlockView))
+        if view.blocks == NULL:
+            raise MemoryError("no memory for the model's blocks")
+        self.blocks = []
+        for i in range(config.num_blocks):
+            block = TransformerBlock(
+                MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
+                                   num_heads=config.num_heads, span=config.attention_span),
+                FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
+                            activation=config.activation),
+                LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
+                LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
+            self.blocks.append(block)
+            view.blocks[i] = block.view
+        if config.final_norm:
+            self.final_norm = LayerNorm(**_layer(parameters, "final_norm."))
+            view.final_norm = self.final_norm.view
+        fill_matrix(&view.embedding, parameters["embedding.weight"], "embedding.weight")
+        fill_matrix(&view.output, parameters["output.weight"], "output.weight")
+        view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
+                                          "output.bias")
+
+    def __dealloc__(self):
+        free(self.view.blocks)
+
+    cdef ModelView *alive(self) except NULL:
+        if self.parameters is None:
+            raise ValueError("the model was freed")
+        return &self.view
+
+    def __reduce__(self):
+        raise TypeError("a model cannot be pickled: use save_model and load_model")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the model has latent weights to learn with."""
+        self.alive()
+        return self.weights.size == self.total_size
+
+    @property
+    def num_parameters(self) -> int:
+        """The number of weights of all kinds."""
+        return self.total_size
+
+    @property
+    def latent(self) -> dict:
+        """The arrays that learn, by name: float32 views, latent weights for ternary matrices.
+
+        Raises ``ValueError`` if the model was made or loaded without latent weights.
+        """
+        if not self.trainable:
+            raise ValueError("the model has no latent weights: it was made for inference")
+        return _views(self.weights, parameter_layout(self.config))
+
+    def quantize(self, threads=1) -> None:
+        """Take codes and scales anew from the latent weights.
+
+        ``codes = round(clip(w / scale, -1, 1))`` with ``scale = mean |w|`` rounded to float16, or 1
+        where the settings say so (BitNet b1.58, arXiv 2402.17764, equations 1 to 3).
+        """
+        cdef QuantizeJob job
+        cdef float[::1] weights, scales
+        cdef signed char[::1] codes
+        cdef Py_ssize_t[::1] bounds
+        cdef Py_ssize_t matrices = len(self.scales)
+        cdef int workers = threads
+        if not self.trainable:
+            raise ValueError("the model has no latent weights: it was made for inference")
+        if self.ternary_size == 0:
+            return
+        weights, codes, scales = self.weights, self.codes, self.scales
+        sizes = [int(np.prod(shape)) for _, shape, kind in parameter_layout(self.config)
+                 if kind == "ternary"]
+        bounds = np.cumsum([0, *sizes], dtype=np.intp)
+        job.weights = &weights[0]
+        job.codes = &codes[0]
+        job.scales = &scales[0]
+        job.bounds = &bounds[0]
+        job.unit_scale = self.config.scale == "one"
+        with nogil:
+            parallel_for(quantize_task, &job, matrices, workers)
+
+    def stored_bytes(self) -> int:
+        """Return the size of the weights as ``save_model`` packs them: 2 bits a ternary weight."""
+        self.alive()
+        packed = sum(shape[0] * ((shape[1] + 3) // 4)
+                     for _, shape, kind in parameter_layout(self.config) if kind == "ternary")
+        return packed + 4 * (self.scales.size + self.num_parameters - self.ternary_size)
+
+    def __repr__(self):
+        if self.parameters is None:
+            return "LegacyLLM(freed)"
+        return (f"LegacyLLM({self.num_parameters:,} parameters, {self.config.num_blocks} blocks of "
+                f"{self.config.model_dim})")
+
+
+cdef struct QuantizeJob:
+    const float *weights
+    signed char *codes
+    float *scales
+    const Py_ssize_t *bounds
+    bint unit_scale
+
+
+cdef void quantize_task(void *context, long index) noexcept nogil:
+    cdef QuantizeJob *job = <QuantizeJob *>context
+    cdef Py_ssize_t start = job.bounds[index], stop = job.bounds[index + 1]
+    job.scales[index] = kernels().ternarize(job.weights + start, stop - start, job.unit_scale,
+                                            job.codes + start)
+
+
+def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
+    """Return a model with fresh weights.
+
+    Matrices start from N(0, 0.02), those that write into the residual stream divided by
+    sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), which makes a
+    good third of the codes 0. Biases and beta start at 0, gamma at 1.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    seed : int or numpy.random.Generator
+        The same seed gives the same weights; C seeds from the clock (departure 14).
+    trainable : bool
+        Whether to keep the latent weights that training needs.
+
+    Raises
+    ------
+    MemoryError
+        If there is no room for the weights (departure 13).
+
+    Notes
+    -----
+    C: ``model.c``, ``create_legacy_llm``, whose gamma starts near 0 and whose ternary matrices
+    have no scale (departure 10).
+    """
+    rng = np.random.default_rng(seed)
+    model = LegacyLLM(config, trainable=True)
+    spread = 0.02 if config.scale == "absmean" or config.scheme == "float" else 0.6
+    for name, values in model.latent.items():
+        if values.ndim == 2:
+            values[...] = rng.standard_normal(values.shape, np.float32) * np.float32(spread)
+            if name.endswith(".wo") and spread == 0.02:
+                values /= np.float32(np.sqrt(2.0 * config.num_blocks))
+        elif name.endswith("gamma"):
+            values[...] = 1.0
+    model.quantize()
+    return model if trainable else _without_latent(model)
+
+
+def _without_latent(LegacyLLM model):
+    """Return a copy of a model that has no latent weights."""
+    cdef LegacyLLM copy = LegacyLLM(model.config)
+    copy.codes[...] = model.codes
+    copy.scales[...] = model.scales
+    copy.weights[...] = model.weights[model.weights.size - copy.weights.size:]
+    return copy
+
+
+def free_legacy_llm(LegacyLLM model not None) -> None:
+    """Let go of a model's weights; using it afterwards raises ``ValueError``.
+
+    Python frees what nobody refers to, so this is rarely needed. C: ``free_legacy_llm``.
+    """
+    model.parameters = None
+    model.blocks = None
+    model.final_norm = None
+    model.codes = model.scales = model.weights = None
+
+
+# ---------------------------------------------------------------------------------------------
+# Gradients
+
+cdef class LegacyLLMGradients:
+    """The gradient of every parameter of a model (C: ``LegacyLLM_Gradients``).
+
+    Attributes
+    ----------
+    flat : float32[N]
+        All of them, in the order of ``parameter_layout``.
+    parameters : dict of str to float32 array
+        Views into ``flat``, by name; for ternary matrices the gradient of the effective weight,
+        which passes straight through to the latent one.
+    """
+
+    def __cinit__(self):
+        memset(&self.view, 0, sizeof(self.view))
+
+    def __init__(self, config):
+        cdef ModelGradient *view = &self.view
+        cdef BlockGradient *block
+        layout = parameter_layout(config)
+        self.config = config
+        self.flat = np.zeros(sum(int(np.prod(shape)) for _, shape, _ in layout), np.float32)
+        self.parameters = _views(self.flat, layout)
+        view.blocks = <BlockGradient *>calloc(config.num_blocks, sizeof(BlockGradient))
+        if view.blocks == NULL:
+            raise MemoryError("no memory for the model's gradients")
+        view.embedding = self._pointer("embedding.weight")
+        view.output = self._pointer("output.weight")
+        view.output_bias = self._pointer("output.bias")
+        if config.final_norm:
+            view.final_norm.gamma = self._pointer("final_norm.gamma")
+            view.final_norm.beta = self._pointer("final_norm.beta")
+        for i in range(config.num_blocks):
+            block = &view.blocks[i]
+            block.attention.wq = self._pointer(f"blocks.{i}.attention.wq")
+            block.attention.wk = self._pointer(f"blocks.{i}.attention.wk")
+            block.attention.wv = self._pointer(f"blocks.{i}.attention.wv")
+            block.attention.wo = self._pointer(f"blocks.{i}.attention.wo")
+            block.attention.bq = self._pointer(f"blocks.{i}.attention.bq")
+            block.attention.bk = self._pointer(f"blocks.{i}.attention.bk")
+            block.attention.bv = self._pointer(f"blocks.{i}.attention.bv")
+            block.attention.bo = self._pointer(f"blocks.{i}.attention.bo")
+            block.ffn.wi = self._pointer(f"blocks.{i}.ffn.wi")
+            block.ffn.bi = self._pointer(f"blocks.{i}.ffn.bi")
+            block.ffn.wo = self._pointer(f"blocks.{i}.ffn.wo")
+            block.ffn.bo = self._pointer(f"blocks.{i}.ffn.bo")
+            block.norm1.gamma = self._pointer(f"blocks.{i}.norm1.gamma")
+            block.norm1.beta = self._pointer(f"blocks.{i}.norm1.beta")
+            block.norm2.gamma = self._pointer(f"blocks.{i}.norm2.gamma")
+            block.norm2.beta = self._pointer(f"blocks.{i}.norm2.beta")
+
+    cdef float *_pointer(self, str name) except NULL:
+        return float_pointer(self.parameters[name])
+
+    def __dealloc__(self):
+        free(self.view.blocks)
+
+    cdef ModelGradient *alive(self) except NULL:
+        if self.flat is None:
+            raise ValueError("the gradients were freed")
+        return &self.view
+
+    def layer(self, prefix) -> dict:
+        """Return the gradients of one layer, such as ``"blocks.0.ffn"``, named as in the layer."""
+        self.alive()
+        return _layer(self.parameters, f"{prefix}.")
+
+    def __reduce__(self):
+        raise TypeError("gradients cannot be pickled: copy their flat array")
+
+
+def create_legacy_llm_gradients(config) -> LegacyLLMGradients:
+    """Return gradients for a model of these settings, all 0. C: ``create_legacy_llm_gradients``."""
+    return LegacyLLMGradients(config)
+
+
+def free_legacy_llm_gradients(LegacyLLMGradients gradients not None) -> None:
+    """Let go of the gradients' memory; using them afterwards raises ``ValueError``.
+
+    C: ``free_legacy_llm_gradients``.
+    """
+    gradients.flat = None
+    gradients.parameters = None
+
+
+def zero_legacy_llm_gradients(LegacyLLMGradients gradients not None) -> None:
+    """Set every gradient to 0. C: ``zero_legacy_llm_gradients``."""
+    gradients.alive()
+    gradients.flat.fill(0.0)
+
+
+def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gradients not None,
+                                 learning_rate, direction="descend") -> None:
+    """Update a model by the C original's rule: signs for ternary matrices, SGD for the rest.
+
+    Wherever its gradient is not 0, a ternary weight becomes minus the gradient's sign; float
+    parameters move by ``-learning_rate * gradient``. There are no latent weights in this rule; the
+    optimizers have a better one.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+        Changed in place; its latent weights, if any, are left as they are.
+    gradients : LegacyLLMGradients
+    learning_rate : float
+    direction : {"descend", "ascend"}
+        "ascend" gives ternary weights the gradient's own sign, as C does: that climbs the loss
+        (departure 1).
+
+    Notes
+    -----
+    C: ``model.c``, ``apply_ternary_weight_updates``.
+    """
+    if direction not in ("descend", "ascend"):
+        raise ValueError(f"direction is {direction!r}, expected descend or ascend")
+    model.alive()
+    gradients.alive()
+    if gradients.config != model.config:
+        raise ValueError("the gradients are those of a model with other settings")
+    sign = 1 if direction == "ascend" else -1
+    for name, gradient in gradients.parameters.items():
+        weights = model.parameters[name]
+        if isinstance(weights, TernaryMatrix):
+            moved = gradient != 0.0
+            weights.values[moved] = sign * np.sign(gradient[moved]).astype(np.int8)
+        else:
+            weights -= np.float32(learning_rate) * gradient
+
+
+# ---------------------------------------------------------------------------------------------
+# What a block remembers of its forward pass
+
+cdef class TransformerBlockContext:
+    """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
+
+    The C original keeps the block's input and the statistics of its norms, and computes the rest
+    again; here all of it stays. Attributes are float32 arrays.
+
+    Attributes
+    ----------
+    input, output : [B, T, C]
+    norm1, norm2 : [B, T, C]
+        The normalised inputs of attention and feed-forward layer.
+    mean1, inv_std1, mean2, inv_std2 : [B, T]
+    q, k, v : [B, T, C]
+        Queries and keys after their rotation.
+    probs : [B, H, T, T]
+    heads : [B, T, C]
+        The heads' outputs, side by side.
+    residual : [B, T, C]
+        The input plus the attention's output.
+    hidden, activated : [B, T, F]
+        The feed-forward network's hidden layer before and after its activation.
+    """
+
+    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, keys=None):
+        cdef BlockContext *view = &self.view
+        keys = time if keys is None else keys
+        for name, value in (("model_dim", model_dim), ("ffn_dim", ffn_dim),
+                            ("num_heads", num_heads), ("batch_size", batch_size),
+                            ("time", time), ("keys", keys)):
+            _size(name, value)
+        wide, rows = (batch_size, time, model_dim), (batch_size, time)
+        hidden = (batch_size, time, ffn_dim)
+        self.input = np.empty(wide, np.float32)
+        self.output = np.empty(wide, np.float32)
+        self.norm1 = np.empty(wide, np.float32)
+        self.mean1 = np.empty(rows, np.float32)
+        self.inv_std1 = np.empty(rows, np.float32)
+        self.q = np.empty(wide, np.float32)
+        self.k = np.empty(wide, np.float32)
+        self.v = np.empty(wide, np.float32)
+        self.probs = np.empty((batch_size, num_heads, time, keys), np.float32)
+        self.heads = np.empty(wide, np.float32)
+        self.residual = np.empty(wide, np.float32)
+        self.norm2 = np.empty(wide, np.float32)
+        self.mean2 = np.empty(rows, np.float32)
+        self.inv_std2 = np.empty(rows, np.float32)
+        self.hidden = np.empty(hidden, np.float32)
+        self.activated = np.empty(hidden, np.float32)
+        view.input = float_pointer(self.input)
+        view.output = float_pointer(self.output)
+        view.norm1 = float_pointer(self.norm1)
+        view.mean1 = float_pointer(self.mean1)
+        view.inv_std1 = float_pointer(self.inv_std1)
+        view.q = float_pointer(self.q)
+        view.k = float_pointer(self.k)
+        view.v = float_pointer(self.v)
+        view.probs = float_pointer(self.probs)
+        view.heads = float_pointer(self.heads)
+        view.residual = float_pointer(self.residual)
+        view.norm2 = float_pointer(self.norm2)
+        view.mean2 = float_pointer(self.mean2)
+        view.inv_std2 = float_pointer(self.inv_std2)
+        view.hidden = float_pointer(self.hidden)
+        view.activated = float_pointer(self.activated)
+
+
+def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time):
+    """Return room for one block's activations. C: ``create_transformer_block_context``."""
+    return TransformerBlockContext(model_dim, ffn_dim, num_heads, batch_size, time)
+
+
+def free_transformer_block_context(TransformerBlockContext context not None) -> None:
+    """Do nothing: Python frees a context with the last reference to it.
+
+    C: ``free_transformer_block_context``.
+    """
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+def pack_ternary(values):
+    """Pack ternary codes, four to a byte.
+
+    Parameters
+    ----------
+    values : int8[R, C]
+        -1, 0 and 1.
+
+    Returns
+    -------
+    uint8[R, ceil(C / 4)]
+        Codes w + 1, the first in the lowest two bits; what a row leaves open holds the code of 0.
+    """
+    rows, cols = values.shape
+    padded = np.ones((rows, (cols + 3) // 4 * 4), np.uint8)
+    padded[:, :cols] = values + 1
+    quads = padded.reshape(rows, -1, 4)
+    return (quads << np.array([0, 2, 4, 6], np.uint8)).sum(axis=2, dtype=np.uint8)
+
+
+def unpack_ternary(packed, cols):
+    """Undo ``pack_ternary``: int8[R, cols]. Raises ``ValueError`` for the code 3, which none is."""
+    rows = packed.shape[0]
+    codes = (packed[:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
+    codes = codes.reshape(rows, -1)
+    if (codes == 3).any():
+        raise ValueError("a packed weight has the code 3, expected 0, 1 or 2")
+    return np.ascontiguousarray(codes[:, :cols]).astype(np.int8) - np.int8(1)
+
+
+def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=None) -> None:
+    """Write a model, as a whole or not at all.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    path : path-like
+        A folder, made if need be, for ``model.safetensors`` and ``config.json``; or with
+        ``format="c-v1"`` the one file of the C original.
+    format : {"legacy1bit", "c-v1"}
+    metadata : dict of str to str, optional
+        Kept in the safetensors file.
+
+    Raises
+    ------
+    ValueError
+        If the format is unknown, a weight is not finite, or the C original has no such models.
+    OSError
+        If the file cannot be written; what was there before is untouched (departure 12).
+
+    Notes
+    -----
+    C: ``model.c``, ``save_model``.
+    """
+    model.alive()
+    for name, value in model.parameters.items():
+        _check_finite(name, value)
+    if format == "c-v1":
+        atomic_write(path, _to_c_v1(model))
+    elif format == "legacy1bit":
+        _save_folder(model, Path(path), metadata or {})
+    else:
+        raise ValueError(f"format is {format!r}, expected legacy1bit or c-v1")
+
+
+def _check_finite(name, value, error=ValueError):
+    array = value.scales if isinstance(value, TernaryMatrix) else value
+    if not np.isfinite(array).all():
+        raise error(f"{name} holds a number that is not finite")
+
+
+def _save_folder(model, path, metadata):
+    tensors = {}
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            tensors[f"{name}.codes"] = pack_ternary(value.values)
+            tensors[f"{name}.scale"] = value.scales
+        else:
+            tensors[name] = value
+    header = {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), **metadata}
+    config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
+    path.mkdir(parents=True, exist_ok=True)
+    atomic_write(path / _WEIGHTS_FILE, save_safetensors(tensors, header))
+    atomic_write(path / _CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+
+
+def load_model(path) -> LegacyLLM:
+    """Read a model: a folder that ``save_model`` wrote, or a file of the C original.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    LegacyLLM
+        Ready for the forward pass; it has no latent weights.
+
+    Raises
+    ------
+    ModelFileError
+        If what is there is not a whole, sound model. Every size is checked before it is used
+        (departure 11).
+    OSError
+        If it cannot be read.
+
+    Notes
+    -----
+    C: ``model.c``, ``load_model``. A C file has no number of heads, and its tokens see only
+    themselves, so that it does not matter.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _load_folder(path)
+    return _from_c_v1(path)
+
+
+def _read_json(path):
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} holds no JSON object")
+    return content
+
+
+def _load_folder(path):
+    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+        if not (path / name).is_file():
+            raise ModelFileError(f"{path} is not a model folder: it has no {name}")
+    settings = _read_json(path / _CONFIG_FILE)
+    kind, version = settings.pop("format", None), settings.pop("format_version", None)
+    if kind != _FORMAT or version != _FORMAT_VERSION:
+        raise ModelFileError(f"{path / _CONFIG_FILE} has format {kind!r} version {version!r}, "
+                             f"expected {_FORMAT!r} version {_FORMAT_VERSION}")
+    try:
+        config = ModelConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{path / _CONFIG_FILE}: {error}") from None
+    file = path / _WEIGHTS_FILE
+    try:
+        tensors = load_safetensors(file.read_bytes())
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelFileError(f"{file} is not a safetensors file: {error}") from None
+    return _from_tensors(config, tensors, file)
+
+
+def _take(tensors, name, shape, dtype, file):
+    """Take a tensor out of a file's, checking that it is what the settings promise."""
+    tensor = tensors.pop(name, None)
+    if tensor is None:
+        raise ModelFileError(f"{file} has no tensor {name}")
+    if tensor.shape != shape or tensor.dtype != dtype:
+        raise ModelFileError(f"{file}: {name} is {tensor.dtype}{list(tensor.shape)}, expected "
+                             f"{np.dtype(dtype)}{list(shape)}")
+    return tensor
+
+
+def _from_tensors(config, tensors, file):
+    # The settings may promise more than memory holds: compare them with the file first.
+    found = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, shape, kind in parameter_layout(config):
+        stored = f"{name}.codes" if kind == "ternary" else name
+        if stored not in found:
+            raise ModelFileError(f"{file} has no tensor {stored}")
+        wanted = (shape[0], (shape[1] + 3) // 4) if kind == "ternary" else shape
+        if found[stored] != wanted:
+            raise ModelFileError(f"{file}: {stored} has shape {list(found[stored])}, expected "
+                                 f"{list(wanted)}")
+    model = LegacyLLM(config)
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            rows, cols = value.shape
+            packed = _take(tensors, f"{name}.codes", (rows, (cols + 3) // 4), np.uint8, file)
+            try:
+                value.values[...] = unpack_ternary(packed, cols)
+            except ValueError as error:
+                raise ModelFileError(f"{file}: {name}: {error}") from None
+            value.scales[...] = _take(tensors, f"{name}.scale", (1,), np.float32, file)
+        else:
+            value[...] = _take(tensors, name, value.shape, np.float32, file)
+        _check_finite(f"{file}: {name}", value, ModelFileError)
+    if tensors:
+        raise ModelFileError(f"{file} has an unknown tensor {sorted(tensors)[0]}")
+    return model
+
+
+# The v1 file: five numbers, then matrices (rows, cols, codes) and arrays (size, floats).
+
+def _v1_order(config):
+    """Return the parameters of a C model in the order of its file."""
+    names = ["embedding.weight"]
+    for i in range(config.num_blocks):
+        names += [f"blocks.{i}.attention.{part}{which}" for part in "wb" for which in "qkvo"]
+        names += [f"blocks.{i}.ffn.{part}" for part in ("wi", "wo", "bi", "bo")]
+        names += [f"blocks.{i}.{norm}.{part}" for norm in ("norm1", "norm2")
+                  for part in ("gamma", "beta")]
+    return [*names, "output.weight", "output.bias"]
+
+
+def _to_c_v1(model):
+    config = model.config
+    if not config.is_c_original:
+        raise ValueError("the C original has no such models: expected the settings of "
+                         "ModelConfig.c_original")
+    if config.vocab_size != config.model_dim:
+        raise ValueError(f"vocab_size is {config.vocab_size} and model_dim {config.model_dim}: the "
+                         "C original's file is defined only where they are equal")
+    parts = [struct.pack("<IIiii", _V1_MAGIC, _V1_VERSION, config.vocab_size, config.model_dim,
+                         config.num_blocks)]
+    for name in _v1_order(config):
+        value = model.parameters[name]
+        if isinstance(value, TernaryMatrix):
+            if value.scale != 1.0:
+                raise ValueError(f"{name} has scale {value.scale}, and the C original knows only 1")
+            parts += [struct.pack("<ii", *value.shape), value.values.tobytes()]
+        else:
+            parts += [struct.pack("<i", value.size), value.astype("<f4").tobytes()]
+    return b"".join(parts)
+
+
+def _from_c_v1(path):
+    size = os.stat(path).st_size
+    with open(path, "rb") as file:
+        header = file.read(20)
+        if len(header) < 20:
+            raise ModelFileError(f"{path} has {size} bytes, too few for a model file")
+        magic, version, vocab, dim, blocks = struct.unpack("<IIiii", header)
+        if magic != _V1_MAGIC:
+            raise ModelFileError(f"{path} is neither a model folder nor a file of the C original: "
+                                 f"it starts with {magic:#x}, expected {_V1_MAGIC:#x}")
+        if version != _V1_VERSION:
+            raise ModelFileError(f"{path} has version {version}, expected {_V1_VERSION}")
+        if vocab != dim:
+            raise ModelFileError(f"{path} has {vocab} tokens and dimension {dim}: the format is "
+                                 "defined only where they are equal")
+        try:
+            heads = 4 if dim % 4 == 0 else 1
+            config = ModelConfig.c_original(vocab, dim, blocks, num_heads=heads)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        layout = {name: shape for name, shape, _ in parameter_layout(config)}
+        expected = 20 + sum(
+            8 + shape[0] * shape[1] if len(shape) == 2 else 4 + 4 * shape[0]
+            for shape in layout.values())
+        if size != expected:
+            raise ModelFileError(f"{path} has {size} bytes, expected {expected} for {blocks} "
+                                 f"blocks of dimension {dim}")
+        return _read_c_v1(file, path, LegacyLLM(config))
+
+
+def _read_c_v1(file, path, LegacyLLM model):
+    for name in _v1_order(model.config):
+        value = model.parameters[name]
+        shape = value.shape
+        came = struct.unpack(f"<{len(shape)}i", file.read(4 * len(shape)))
+        if came != shape:
+            raise ModelFileError(f"{path}: {name} has shape {list(came)}, expected {list(shape)}")
+        if isinstance(value, TernaryMatrix):
+            codes = np.frombuffer(file.read(shape[0] * shape[1]), np.int8)
+            if codes.min() < -1 or codes.max() > 1:
+                raise ModelFileError(f"{path}: {name} holds a number other than -1, 0 and 1")
+            value.values[...] = codes.reshape(shape)
+        else:
+            value[...] = np.frombuffer(file.read(4 * value.size), "<f4")
+            _check_finite(f"{path}: {name}", value, ModelFileError)
+    return model

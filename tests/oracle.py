@@ -1,0 +1,718 @@
+"""Float64 NumPy reference for every computation of the package.
+
+It is the second opinion of the tests: it never imports the package, is written to be read against
+the mathematics and not to be fast, and every gradient is derived by hand. Functions return new
+arrays, the vector operations included, so that an in-place kernel is compared with a value.
+
+Axes: B batch, T time, C model_dim, F ffn, H heads, D head_dim, V vocabulary. ``...`` stands for
+any leading axes. ``d_name`` is the gradient of a scalar loss with respect to ``name``.
+
+The parameters of a model are a dict of arrays:
+
+- ``embedding.weight`` [V, C], ``output.weight`` [V, C], ``output.bias`` [V]
+- ``blocks.{i}.attention.wq``, ``wk``, ``wv``, ``wo`` [C, C] and ``bq``, ``bk``, ``bv``, ``bo`` [C]
+- ``blocks.{i}.ffn.wi`` [F, C], ``bi`` [F], ``wo`` [C, F], ``bo`` [C]
+- ``blocks.{i}.norm1.gamma``, ``norm1.beta``, ``norm2.gamma``, ``norm2.beta`` [C]
+- ``final_norm.gamma``, ``final_norm.beta`` [C] where the configuration has a final norm
+
+The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
+``num_heads``, ``ffn_multiplier``, ``activation`` ("relu" or "relu2"), ``positions`` ("rope" or
+"none"), ``rope_base``, ``final_norm`` (bool) and ``attention_span`` (0: no limit).
+"""
+
+import math
+import struct
+
+import numpy as np
+
+LAYER_NORM_EPSILON = 1e-5
+C_V1_MAGIC = 0x1B1B1
+
+
+def _float64(array):
+    return np.asarray(array, dtype=np.float64)
+
+
+# --- Vector and matrix operations (math_ops) ------------------------------------------------------
+
+
+def ternary_matrix_vector_mul(matrix, vector, scale=1.0):
+    """``scale * matrix @ vector``: matrix [R, C], vector [C] -> [R]."""
+    return scale * (_float64(matrix) @ _float64(vector))
+
+
+def matrix_transpose_vector_mul(matrix, vector, scale=1.0):
+    """``scale * matrix.T @ vector``: matrix [R, C], vector [R] -> [C]."""
+    return scale * (_float64(matrix).T @ _float64(vector))
+
+
+def add_vector(x, y):
+    """``x + y``, both [N]."""
+    return _float64(x) + _float64(y)
+
+
+def add_scalar_mul_vector(x, scalar, y):
+    """``x + scalar * y``, both [N]."""
+    return _float64(x) + scalar * _float64(y)
+
+
+def multiply_vector(x, y):
+    """``x * y`` element by element, both [N]."""
+    return _float64(x) * _float64(y)
+
+
+def scalar_mul_vector(x, scalar):
+    """``scalar * x``, [N]."""
+    return scalar * _float64(x)
+
+
+def vector_sub_scalar(x, scalar):
+    """``x - scalar``, [N]."""
+    return _float64(x) - scalar
+
+
+def vector_div_scalar(x, scalar):
+    """``x / scalar``, [N]."""
+    return _float64(x) / scalar
+
+
+def vector_pow_scalar(x, power):
+    """``x ** power``, [N]; NaN for a negative base with a fractional power."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return _float64(x) ** power
+
+
+def vector_sum(x):
+    """The sum of x [N], correctly rounded."""
+    return math.fsum(_float64(x))
+
+
+def dot_product(x, y):
+    """``x . y``: both [N], correctly rounded for float32 input, whose products float64 holds."""
+    return math.fsum(_float64(x) * _float64(y))
+
+
+def outer_product_add(matrix, x, y):
+    """``matrix + x y^T``: matrix [R, C], x [R], y [C]."""
+    return _float64(matrix) + np.outer(_float64(x), _float64(y))
+
+
+def matmul(a, b, into=None, transpose_a=False, transpose_b=False):
+    """``op(a) @ op(b)``, added to ``into`` where it is given: [M, K] x [K, N] -> [M, N].
+
+    A transposed operand is stored with its axes swapped: a as [K, M], b as [N, K].
+    """
+    a, b = _float64(a), _float64(b)
+    product = (a.T if transpose_a else a) @ (b.T if transpose_b else b)
+    return product if into is None else _float64(into) + product
+
+
+def exp(x):
+    """``e ** x``, any shape."""
+    return np.exp(_float64(x))
+
+
+def relu(x):
+    """``max(x, 0)``, any shape."""
+    return np.maximum(_float64(x), 0.0)
+
+
+def relu2(x):
+    """``max(x, 0) ** 2``, any shape."""
+    return relu(x) ** 2
+
+
+def softmax(x):
+    """Softmax over the last axis, [..., N]."""
+    x = _float64(x)
+    exponentials = np.exp(x - x.max(axis=-1, keepdims=True))
+    return exponentials / exponentials.sum(axis=-1, keepdims=True)
+
+
+def softmax_backward(d_probabilities, probabilities):
+    """d_x [..., N] from the gradient of the probabilities and the probabilities themselves."""
+    inner = (d_probabilities * probabilities).sum(axis=-1, keepdims=True)
+    return probabilities * (d_probabilities - inner)
+
+
+def layer_norm_forward(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+    """Layer norm over the last axis with the biased variance.
+
+    Returns
+    -------
+    output : float64[..., C]
+    mean, inv_std : float64[...]
+    """
+    x = _float64(x)
+    mean = x.mean(axis=-1)
+    centred = x - mean[..., None]
+    inv_std = 1.0 / np.sqrt((centred**2).mean(axis=-1) + epsilon)
+    return gamma * (centred * inv_std[..., None]) + beta, mean, inv_std
+
+
+def layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+    """The output [..., C] of `layer_norm_forward` alone."""
+    return layer_norm_forward(x, gamma, beta, epsilon)[0]
+
+
+def layer_norm_backward(d_output, x, gamma, epsilon=LAYER_NORM_EPSILON):
+    """Backward of `layer_norm`.
+
+    With n = (x - mean) * inv_std and g = gamma * d_output, the mean and the variance each take a
+    share of every element's gradient away: d_x = inv_std * (g - mean(g) - n * mean(g * n)).
+
+    Returns
+    -------
+    d_x : float64[..., C]
+    d_gamma, d_beta : float64[C], summed over the leading axes
+    """
+    x = _float64(x)
+    _, mean, inv_std = layer_norm_forward(x, 1.0, 0.0, epsilon)
+    normalised = (x - mean[..., None]) * inv_std[..., None]
+    g = gamma * d_output
+    d_x = inv_std[..., None] * (
+        g
+        - g.mean(axis=-1, keepdims=True)
+        - normalised * (g * normalised).mean(axis=-1, keepdims=True)
+    )
+    return d_x, _sum_rows(d_output * normalised), _sum_rows(d_output)
+
+
+def _rows(x):
+    """x [..., N] as a matrix of rows [rows, N]."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _sum_rows(x):
+    return _rows(x).sum(axis=0)
+
+
+# --- Layers, each a forward and its backward ------------------------------------------------------
+
+
+def linear(x, weight, bias):
+    """``x W^T + b``: x [..., I], weight [O, I], bias [O] -> [..., O]."""
+    return x @ weight.T + bias
+
+
+def linear_backward(d_output, x, weight):
+    """Backward of `linear`: d_x [..., I], d_weight [O, I], d_bias [O]."""
+    return d_output @ weight, _rows(d_output).T @ _rows(x), _sum_rows(d_output)
+
+
+def activate(x, activation):
+    """The feed forward's activation, any shape."""
+    return {"relu": relu, "relu2": relu2}[activation](x)
+
+
+def activate_backward(d_output, x, activation):
+    """Backward of `activate`; the gradient of relu at 0 is 0."""
+    return d_output * {"relu": (x > 0).astype(np.float64), "relu2": 2.0 * relu(x)}[activation]
+
+
+def embedding(tokens, weight):
+    """Rows of weight [V, C] for tokens [B, T] -> [B, T, C]; the padding id V gives zeros."""
+    padding_row = np.zeros((1, weight.shape[1]))
+    return np.concatenate([weight, padding_row])[tokens]
+
+
+def embedding_backward(d_output, tokens, vocab_size):
+    """d_weight [V, C]: each token's row collects the gradients of all its positions."""
+    d_weight = np.zeros((vocab_size + 1, d_output.shape[-1]))
+    for token, d_row in zip(tokens.reshape(-1), _rows(d_output), strict=True):
+        d_weight[token] += d_row
+    return d_weight[:vocab_size]
+
+
+def _rotary_angles(time, head_dim, base):
+    """Angles [T, 1, D/2], ready to meet [B, T, H, D/2]."""
+    frequencies = base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
+    return np.arange(time)[:, None, None] * frequencies
+
+
+def _rotate(x, angles):
+    a, b = np.split(x, 2, axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def rotary(x, base=10000.0):
+    """Rotary positions, x [B, T, H, D], D even; element i is paired with i + D/2."""
+    return _rotate(x, _rotary_angles(x.shape[1], x.shape[3], base))
+
+
+def rotary_backward(d_output, base=10000.0):
+    """d_x [B, T, H, D]: the transpose of a rotation is the rotation back."""
+    return _rotate(d_output, -_rotary_angles(d_output.shape[1], d_output.shape[3], base))
+
+
+def allowed_keys(tokens, vocab_size, span):
+    """bool [B, T, T]: may query i look at key j? Not later, not padding, not span or more back."""
+    time = tokens.shape[1]
+    query, key = np.arange(time)[:, None], np.arange(time)[None, :]
+    in_reach = key <= query
+    if span:
+        in_reach &= key > query - span
+    return in_reach[None] & (tokens != vocab_size)[:, None, :]
+
+
+def masked_softmax(scores, allowed):
+    """Softmax over the allowed entries of the last axis; zeros where none is allowed."""
+    masked = np.where(allowed, scores, -np.inf)
+    peak = masked.max(axis=-1, keepdims=True)
+    exponentials = np.exp(masked - np.where(np.isfinite(peak), peak, 0.0))
+    total = exponentials.sum(axis=-1, keepdims=True)
+    return exponentials / np.where(total == 0.0, 1.0, total)
+
+
+def _split_heads(x, num_heads):
+    """[B, T, C] -> [B, T, H, D]: the heads are contiguous slices."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
+def _attend(x, tokens, weights, config):
+    """The intermediate values of attention: q, k, v [B, T, H, D], probabilities [B, H, T, T]
+    and the concatenated heads [B, T, C]."""
+    q, k, v = (
+        _split_heads(linear(x, weights["w" + name], weights["b" + name]), config["num_heads"])
+        for name in "qkv"
+    )
+    if config["positions"] == "rope":
+        q, k = rotary(q, config["rope_base"]), rotary(k, config["rope_base"])
+    allowed = allowed_keys(tokens, config["vocab_size"], config["attention_span"])
+    scores = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    probabilities = masked_softmax(scores, allowed[:, None])
+    heads = np.einsum("bhij,bjhd->bihd", probabilities, v).reshape(x.shape)
+    return q, k, v, probabilities, heads
+
+
+def attention(x, tokens, weights, config):
+    """Causal multi-head attention: x [B, T, C], tokens [B, T] -> [B, T, C].
+
+    ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``. The tokens say which keys are padding.
+    """
+    return linear(_attend(x, tokens, weights, config)[-1], weights["wo"], weights["bo"])
+
+
+def attention_backward(d_output, x, tokens, weights, config):
+    """Backward of `attention`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
+    q, k, v, probabilities, heads = _attend(x, tokens, weights, config)
+    gradients = {}
+    d_heads, gradients["wo"], gradients["bo"] = linear_backward(d_output, heads, weights["wo"])
+    d_heads = _split_heads(d_heads, config["num_heads"])
+
+    d_probabilities = np.einsum("bihd,bjhd->bhij", d_heads, v)
+    # A forbidden key has probability 0, so its score's gradient comes out as 0 by itself.
+    d_scores = softmax_backward(d_probabilities, probabilities) / math.sqrt(q.shape[-1])
+    d_v = np.einsum("bhij,bihd->bjhd", probabilities, d_heads)
+    d_q = np.einsum("bhij,bjhd->bihd", d_scores, k)
+    d_k = np.einsum("bhij,bihd->bjhd", d_scores, q)
+    if config["positions"] == "rope":
+        d_q = rotary_backward(d_q, config["rope_base"])
+        d_k = rotary_backward(d_k, config["rope_base"])
+
+    d_x = np.zeros_like(x)
+    for name, d_projected in (("q", d_q), ("k", d_k), ("v", d_v)):
+        d_part, gradients["w" + name], gradients["b" + name] = linear_backward(
+            d_projected.reshape(x.shape), x, weights["w" + name]
+        )
+        d_x += d_part
+    return d_x, gradients
+
+
+def feed_forward(x, weights, config):
+    """``Wo act(Wi x + bi) + bo``: x [B, T, C] -> [B, T, C]."""
+    hidden = activate(linear(x, weights["wi"], weights["bi"]), config["activation"])
+    return linear(hidden, weights["wo"], weights["bo"])
+
+
+def feed_forward_backward(d_output, x, weights, config):
+    """Backward of `feed_forward`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
+    before = linear(x, weights["wi"], weights["bi"])
+    hidden = activate(before, config["activation"])
+    gradients = {}
+    d_hidden, gradients["wo"], gradients["bo"] = linear_backward(d_output, hidden, weights["wo"])
+    d_before = activate_backward(d_hidden, before, config["activation"])
+    d_x, gradients["wi"], gradients["bi"] = linear_backward(d_before, x, weights["wi"])
+    return d_x, gradients
+
+
+def _part(params, prefix):
+    """The entries under a prefix, with the prefix taken off."""
+    return {
+        name.removeprefix(prefix): value
+        for name, value in params.items()
+        if name.startswith(prefix)
+    }
+
+
+def _norm(x, weights, name):
+    return layer_norm(x, weights[name + ".gamma"], weights[name + ".beta"])
+
+
+def _norm_backward(d_output, x, weights, name, gradients):
+    """d_x; the gradients of gamma and beta go into ``gradients``."""
+    d_x, gradients[name + ".gamma"], gradients[name + ".beta"] = layer_norm_backward(
+        d_output, x, weights[name + ".gamma"]
+    )
+    return d_x
+
+
+def block(x, tokens, weights, config):
+    """One transformer block, pre-norm: x [B, T, C] -> [B, T, C]."""
+    x = x + attention(_norm(x, weights, "norm1"), tokens, _part(weights, "attention."), config)
+    return x + feed_forward(_norm(x, weights, "norm2"), _part(weights, "ffn."), config)
+
+
+def block_backward(d_output, x, tokens, weights, config):
+    """Backward of `block`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
+    attention_weights, ffn_weights = _part(weights, "attention."), _part(weights, "ffn.")
+    normalised1 = _norm(x, weights, "norm1")
+    middle = x + attention(normalised1, tokens, attention_weights, config)
+    normalised2 = _norm(middle, weights, "norm2")
+
+    gradients = {}
+    d_normalised2, d_ffn = feed_forward_backward(d_output, normalised2, ffn_weights, config)
+    d_middle = d_output + _norm_backward(d_normalised2, middle, weights, "norm2", gradients)
+    d_normalised1, d_attention = attention_backward(
+        d_middle, normalised1, tokens, attention_weights, config
+    )
+    d_x = d_middle + _norm_backward(d_normalised1, x, weights, "norm1", gradients)
+    gradients.update({"attention." + name: value for name, value in d_attention.items()})
+    gradients.update({"ffn." + name: value for name, value in d_ffn.items()})
+    return d_x, gradients
+
+
+def counted_positions(tokens, targets, vocab_size):
+    """bool [B, T]: the positions the loss counts, where neither token nor target is padding."""
+    return (tokens != vocab_size) & (targets != vocab_size)
+
+
+def cross_entropy(logits, targets, counted):
+    """Mean of -log p[target] in nats over the counted positions; 0 where there is none.
+
+    logits [B, T, V], targets [B, T], counted bool [B, T].
+    """
+    rows, chosen = logits[counted], targets[counted]
+    if len(rows) == 0:
+        return 0.0
+    peak = rows.max(axis=-1)
+    log_total = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=-1))
+    return float(np.mean(log_total - rows[np.arange(len(rows)), chosen]))
+
+
+def cross_entropy_backward(logits, targets, counted):
+    """d_logits [B, T, V]: (softmax - one-hot) / count where counted, else 0."""
+    d_logits = np.zeros_like(logits)
+    count = int(counted.sum())
+    if count:
+        d_rows = softmax(logits[counted])
+        d_rows[np.arange(count), targets[counted]] -= 1.0
+        d_logits[counted] = d_rows / count
+    return d_logits
+
+
+# --- The whole model ------------------------------------------------------------------------------
+
+
+def _hidden_states(params, config, tokens):
+    """The input of every block and, last, the output of the last one: [B, T, C] each."""
+    states = [embedding(tokens, params["embedding.weight"])]
+    for i in range(config["num_blocks"]):
+        states.append(block(states[-1], tokens, _part(params, f"blocks.{i}."), config))
+    return states
+
+
+def _head(params, config, x):
+    """The last state, normed where configured, and its logits."""
+    if config["final_norm"]:
+        x = _norm(x, params, "final_norm")
+    return x, linear(x, params["output.weight"], params["output.bias"])
+
+
+def forward(params, config, tokens):
+    """The whole model.
+
+    Parameters
+    ----------
+    params, config : dict
+        See the module's docstring.
+    tokens : int[B, T]
+        Ids in [0, V), or V for padding.
+
+    Returns
+    -------
+    logits, probabilities : float64[B, T, V]
+    """
+    params = {name: _float64(value) for name, value in params.items()}
+    tokens = np.asarray(tokens)
+    _, logits = _head(params, config, _hidden_states(params, config, tokens)[-1])
+    return logits, softmax(logits)
+
+
+def loss_and_gradients(params, config, tokens, targets):
+    """Mean cross entropy and its gradient for every parameter.
+
+    Parameters
+    ----------
+    params, config : dict
+        See the module's docstring.
+    tokens, targets : int[B, T]
+        Ids in [0, V), or V for padding.
+
+    Returns
+    -------
+    loss : float
+    gradients : dict
+        float64 arrays with the names and shapes of ``params``.
+    """
+    params = {name: _float64(value) for name, value in params.items()}
+    tokens, targets = np.asarray(tokens), np.asarray(targets)
+    states = _hidden_states(params, config, tokens)
+    x, logits = _head(params, config, states[-1])
+    counted = counted_positions(tokens, targets, config["vocab_size"])
+    loss = cross_entropy(logits, targets, counted)
+
+    gradients = {}
+    d_x, gradients["output.weight"], gradients["output.bias"] = linear_backward(
+        cross_entropy_backward(logits, targets, counted), x, params["output.weight"]
+    )
+    if config["final_norm"]:
+        d_x = _norm_backward(d_x, states[-1], params, "final_norm", gradients)
+    for i in reversed(range(config["num_blocks"])):
+        prefix = f"blocks.{i}."
+        d_x, d_block = block_backward(d_x, states[i], tokens, _part(params, prefix), config)
+        gradients.update({prefix + name: value for name, value in d_block.items()})
+    gradients["embedding.weight"] = embedding_backward(d_x, tokens, config["vocab_size"])
+    return loss, gradients
+
+
+# --- Optimizer ------------------------------------------------------------------------------------
+
+
+def adamw_step(weight, gradient, m, v, step, *, learning_rate, beta1, beta2, epsilon, weight_decay):
+    """One step of AdamW (Loshchilov & Hutter 2019), the decay multiplied by the rate as well.
+
+    ``step`` counts from 1. Returns the new weight, m and v.
+    """
+    weight, gradient, m, v = (_float64(array) for array in (weight, gradient, m, v))
+    m = beta1 * m + (1.0 - beta1) * gradient
+    v = beta2 * v + (1.0 - beta2) * gradient**2
+    m_hat = m / (1.0 - beta1**step)
+    v_hat = v / (1.0 - beta2**step)
+    update = m_hat / (np.sqrt(v_hat) + epsilon) + weight_decay * weight
+    return weight - learning_rate * update, m, v
+
+
+def warmup_cosine(step, *, peak, warmup_steps, total_steps, final_fraction=0.1):
+    """Learning rate at ``step``, counted from 0.
+
+    It rises by equal steps and reaches the peak at the last warm-up step, then follows half a
+    cosine from the peak at ``warmup_steps`` down to ``final_fraction * peak`` at ``total_steps``,
+    where it stays.
+    """
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if step >= total_steps:
+        return peak * final_fraction
+    progress = (step - warmup_steps) / (total_steps - warmup_steps)
+    return peak * (
+        final_fraction + (1.0 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
+    )
+
+
+# --- Ternary weights ------------------------------------------------------------------------------
+
+
+def ternarize(weight, scale="absmean"):
+    """Codes int8 in {-1, 0, 1} and the scale (a float) of a weight matrix [R, C].
+
+    The scale is mean |w| rounded to float16 ("absmean", BitNet b1.58, arXiv 2402.17764) or 1
+    ("one", as in the C original). A scale of 0 gives codes of 0. The effective weight is
+    ``scale * codes``.
+    """
+    weight = _float64(weight)
+    factor = {"absmean": float(np.float16(np.abs(weight).mean())), "one": 1.0}[scale]
+    if factor == 0.0:
+        return np.zeros(weight.shape, dtype=np.int8), factor
+    return np.round(np.clip(weight / factor, -1.0, 1.0)).astype(np.int8), factor
+
+
+def pack_2bit(codes):
+    """Ternary codes int8 [R, C] as uint8 [R, ceil(C / 4)].
+
+    A byte holds four columns as code + 1, the first in its lowest bits; columns past the end are
+    stored as 1, the code of 0.
+    """
+    rows, columns = codes.shape
+    packed = np.zeros((rows, -(-columns // 4)), dtype=np.uint8)
+    for row in range(rows):
+        for column in range(4 * packed.shape[1]):
+            code = int(codes[row, column]) + 1 if column < columns else 1
+            packed[row, column // 4] |= code << (2 * (column % 4))
+    return packed
+
+
+def unpack_2bit(packed, columns):
+    """The inverse of `pack_2bit`: uint8 [R, ceil(C / 4)] -> int8 [R, C]."""
+    codes = np.zeros((packed.shape[0], columns), dtype=np.int8)
+    for column in range(columns):
+        codes[:, column] = ((packed[:, column // 4] >> (2 * (column % 4))) & 3).astype(np.int8) - 1
+    return codes
+
+
+# --- The C original's model file ------------------------------------------------------------------
+
+
+class _Reader:
+    """Little-endian values from a bytes object, never past its end."""
+
+    def __init__(self, data):
+        self.data, self.offset = data, 0
+
+    def take(self, count):
+        piece = self.data[self.offset : self.offset + count]
+        if count < 0 or len(piece) != count:
+            raise ValueError(f"{count} bytes wanted at {self.offset}, the file ends before")
+        self.offset += count
+        return piece
+
+    def integer(self):
+        return struct.unpack("<i", self.take(4))[0]
+
+    def matrix(self, shape):
+        self._expect(shape, (self.integer(), self.integer()))
+        return np.frombuffer(self.take(shape[0] * shape[1]), np.int8).reshape(shape).astype(float)
+
+    def array(self, size):
+        self._expect((size,), (self.integer(),))
+        return np.frombuffer(self.take(4 * size), "<f4").astype(float)
+
+    def _expect(self, expected, found):
+        if found != expected:
+            raise ValueError(f"shape {found} in the file at {self.offset}, expected {expected}")
+
+
+def read_c_v1(path, *, num_heads=4, ffn_multiplier=4):
+    """Read a model file of the C original (``model.c``: ``save_model``).
+
+    The file stores neither the number of heads nor the width of the feed forward; the C original
+    fixes both at 4.
+
+    Returns
+    -------
+    params, config : dict
+        As `forward` takes them.
+    """
+    with open(path, "rb") as file:
+        reader = _Reader(file.read())
+    if (reader.integer(), reader.integer()) != (C_V1_MAGIC, 1):
+        raise ValueError("not a version 1 file of the C original")
+    vocab, dim, num_blocks = reader.integer(), reader.integer(), reader.integer()
+    ffn = ffn_multiplier * dim
+    params = {"embedding.weight": reader.matrix((vocab, dim))}
+    for i in range(num_blocks):
+        prefix = f"blocks.{i}."
+        for name in ("wq", "wk", "wv", "wo"):
+            params[prefix + "attention." + name] = reader.matrix((dim, dim))
+        for name in ("bq", "bk", "bv", "bo"):
+            params[prefix + "attention." + name] = reader.array(dim)
+        params[prefix + "ffn.wi"] = reader.matrix((ffn, dim))
+        params[prefix + "ffn.wo"] = reader.matrix((dim, ffn))
+        params[prefix + "ffn.bi"] = reader.array(ffn)
+        params[prefix + "ffn.bo"] = reader.array(dim)
+        for name in ("norm1.gamma", "norm1.beta", "norm2.gamma", "norm2.beta"):
+            params[prefix + name] = reader.array(dim)
+    # Declared [C, V] and used as [V, C]: only a file with both equal has a meaning.
+    if vocab != dim:
+        raise ValueError(f"vocabulary {vocab} and model_dim {dim} differ: the file has no meaning")
+    params["output.weight"] = reader.matrix((vocab, dim))
+    params["output.bias"] = reader.array(vocab)
+    if reader.offset != len(reader.data):
+        raise ValueError(f"{len(reader.data) - reader.offset} bytes after the model")
+    config = {
+        "vocab_size": vocab,
+        "model_dim": dim,
+        "num_blocks": num_blocks,
+        "num_heads": num_heads,
+        "ffn_multiplier": ffn_multiplier,
+        "activation": "relu",
+        "positions": "none",
+        "rope_base": 10000.0,
+        "final_norm": False,
+        "attention_span": 1,
+    }
+    return params, config
+
+
+# --- What the C original answers where it is wrong ------------------------------------------------
+# The number is the fault's row in the table of departures.
+
+
+def fault1_weight_update(weight, gradient):
+    """``model.c: apply_ternary_weight_updates``: the weight becomes the gradient's sign."""
+    return np.where(gradient != 0, np.sign(gradient), weight)
+
+
+def fault2_layer_norm_d_beta(d_output):
+    """``backward.c``: layer norm's d_beta [C], the sum of all of d_output in every element."""
+    return np.full(d_output.shape[-1], d_output.sum())
+
+
+def fault3_feed_forward_d_wo(d_output, x, weights):
+    """``backward.c``: feed forward's d_wo [C, F] from the values before the activation."""
+    return _rows(d_output).T @ _rows(linear(x, weights["wi"], weights["bi"]))
+
+
+def fault4_residual_backward(d_output, d_normalised, x, gamma):
+    """``backward.c``: d_x [..., C] of x + sublayer(norm(x)), all of it sent through the norm.
+
+    ``d_normalised`` is the gradient the sub-layer hands back for its input.
+    """
+    return layer_norm_backward(d_output + d_normalised, x, gamma)[0]
+
+
+def fault5_output_weight_gradient(d_logits, x):
+    """``backward.c``: output layer's weight gradient as [C, V] where the matrix is [V, C]."""
+    return _rows(x).T @ _rows(d_logits)
+
+
+def fault6_attention(x, weights):
+    """``forward.c``: attention that copies V, [..., C]: queries, keys and heads do nothing."""
+    return linear(linear(x, weights["wv"], weights["bv"]), weights["wo"], weights["bo"])
+
+
+def fault9_layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+    """``math_ops.c``: SSE layer norm with 12 bits of 1/std, x [C] -> [C].
+
+    The processor's table of reciprocals is modelled as rounding to 12 significant bits, the
+    precision it promises; which way a value is rounded differs between processors.
+    """
+    x = _float64(x)
+    centred = x - x.mean()
+    mantissa, exponent = np.frexp(1.0 / np.sqrt((centred**2).mean() + epsilon))
+    inv_std = np.ldexp(np.round(mantissa * 2.0**12) / 2.0**12, exponent)
+    return gamma * centred * inv_std + beta
+
+
+# --- Finite differences ---------------------------------------------------------------------------
+
+
+def directional_difference(f, x, direction, step=1e-4):
+    """Derivative of the scalar function f at x along a direction, by central differences.
+
+    Five points, error of order step**4: (f(x-2h) - 8 f(x-h) + 8 f(x+h) - f(x+2h)) / 12 h.
+    """
+    at = [float(f(x + k * step * direction)) for k in (-2, -1, 1, 2)]
+    return (at[0] - 8.0 * at[1] + 8.0 * at[2] - at[3]) / (12.0 * step)
+
+
+def finite_difference(f, x, step=1e-4):
+    """Gradient of the scalar function f at x, one element at a time, in the shape of x."""
+    x = _float64(x)
+    gradient = np.zeros_like(x)
+    for index in np.ndindex(x.shape):
+        direction = np.zeros_like(x)
+        direction[index] = 1.0
+        gradient[index] = directional_difference(f, x, direction, step)
+    return gradient

@@ -1,0 +1,892 @@
+"""The vector and matrix operations, in every instruction set, against the oracle.
+
+Tolerances are error bounds of float32 arithmetic that hold for any order of summation, with or
+without fused multiply-add. An operation of a single rounding must be correctly rounded: float64
+holds the exact sum or product of two float32 numbers closely enough that rounding its result to
+float32 is the correct rounding (Figueroa 1995), which is the value demanded.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import oracle
+import pytest
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
+
+from legacy1bit import math_ops
+
+SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
+SHAPES = ((1, 1), (1, 97), (97, 1), (3, 5), (8, 16), (7, 9), (15, 17), (33, 31), (64, 65))
+# The vectorised exponential: two units in the last place, above and below the smallest normal.
+EXP_RTOL, EXP_ATOL = 4 * UNIT_ROUNDOFF, 2.0**-148
+
+sizes = pytest.mark.parametrize("n", SIZES)
+shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+every_tier = pytest.mark.usefixtures("tier")
+
+
+# --- Inputs and calls -----------------------------------------------------------------------------
+
+# An odd number of elements of frame: no operand is aligned to a vector.
+FRAME = 35
+
+
+def framed(values):
+    """A copy of ``values`` inside a larger buffer of NaN (of 1 for integers).
+
+    Reading past either end spoils the result, and writing past it shows in `assert_frame_intact`.
+    """
+    buffer = np.full(values.size + 2 * FRAME, frame_value(values.dtype), dtype=values.dtype)
+    view = buffer[FRAME : FRAME + values.size].reshape(values.shape)
+    view[...] = values
+    return view
+
+
+def frame_value(dtype):
+    return np.nan if np.issubdtype(dtype, np.floating) else 1
+
+
+def assert_frame_intact(view):
+    frame = np.concatenate([view.base[:FRAME], view.base[-FRAME:]])
+    assert_same_bits(frame, np.full(2 * FRAME, frame_value(view.dtype), view.dtype), "the frame")
+
+
+def call(function, *args, writes=(), **kwargs):
+    """Call with unaligned, framed arrays, read-only but for the positions in ``writes``.
+
+    Checks that the frames and the arrays that are not written are as they were. Returns what the
+    function gave and the written arrays.
+    """
+    views = [framed(arg) if isinstance(arg, np.ndarray) else arg for arg in args]
+    read = [i for i, arg in enumerate(args) if isinstance(arg, np.ndarray) and i not in writes]
+    for i in read:
+        views[i].flags.writeable = False
+    result = function(*views, **kwargs)
+    for i in read:
+        assert_same_bits(views[i], args[i], f"argument {i}")
+    for i in (*read, *writes):
+        assert_frame_intact(views[i])
+    return result, *(views[i] for i in writes)
+
+
+def in_place(function, *args, **kwargs):
+    """`call` for a function that writes its first argument: what it wrote."""
+    return call(function, *args, writes=(0,), **kwargs)[1]
+
+
+def assert_rounded(actual, expected):
+    """``actual`` is the float64 array ``expected`` correctly rounded to float32."""
+    assert_close(actual, expected.astype(np.float32), rtol=0, atol=0, dtype=np.float32)
+
+
+def normal(*shape, seed=0, mean=0.0, std=1.0):
+    return np.random.default_rng(seed).normal(mean, std, shape).astype(np.float32)
+
+
+def ternary(*shape, seed=0):
+    return np.random.default_rng(seed).integers(-1, 2, size=shape, dtype=np.int8)
+
+
+def integers(*shape, seed=0, limit=100):
+    values = np.random.default_rng(seed).integers(-limit, limit + 1, size=shape)
+    return values.astype(np.float32)
+
+
+def large_and_one(n):
+    """1e8 and -1e8 by turns with ones between: the large ones cancel, the ones get lost."""
+    return np.resize(np.array([1e8, 1, 1, -1e8, 1], dtype=np.float32), n)
+
+
+VECTORS = {
+    "normal": normal,
+    "wide": lambda n: (normal(n) * 10.0 ** np.resize([-8, 0, 8], n)).astype(np.float32),
+    "large_and_one": large_and_one,
+    "ones": lambda n: np.ones(n, dtype=np.float32),
+    "zeros": lambda n: np.zeros(n, dtype=np.float32),
+}
+kinds = pytest.mark.parametrize("kind", VECTORS)
+
+
+# --- Instruction sets -----------------------------------------------------------------------------
+
+
+def test_simd_levels_are_distinct_and_hold_the_one_in_use():
+    levels = math_ops.simd_levels()
+    assert levels
+    assert all(type(level) is str for level in levels)
+    assert len(set(levels)) == len(levels)
+    assert math_ops.simd_level() in levels
+
+
+def test_set_simd_level_is_reported_by_simd_level(tier):
+    assert math_ops.simd_level() == tier
+
+
+@pytest.mark.parametrize("name", ["no-such-level", "AVX9000", "scalar "])
+def test_set_simd_level_rejects_unknown_names(name):
+    before = math_ops.simd_level()
+    with pytest.raises(ValueError, match=re.escape(name)):
+        math_ops.set_simd_level(name)
+    assert math_ops.simd_level() == before
+
+
+@pytest.mark.parametrize("name", [None, 2, b"scalar"])
+def test_set_simd_level_rejects_other_types(name):
+    with pytest.raises(TypeError):
+        math_ops.set_simd_level(name)
+
+
+IMPORT = """
+try:
+    from legacy1bit import math_ops
+except ImportError as error:
+    print("ImportError:", error)
+else:
+    print(math_ops.simd_level())
+"""
+
+
+def import_with_simd_level(name):
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT],
+        env={**os.environ, "LEGACY1BIT_SIMD": name},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_import_takes_the_level_from_the_environment():
+    narrowest = math_ops.simd_levels()[0]
+    assert import_with_simd_level(narrowest) == narrowest
+
+
+def test_import_with_an_unknown_level_is_one_clear_line():
+    message = import_with_simd_level("no-such-level")
+    assert message.startswith("ImportError:")
+    assert "no-such-level" in message
+    assert "\n" not in message
+
+
+# --- Ternary products -----------------------------------------------------------------------------
+
+TERNARY = {
+    "ternary_matrix_vector_mul": (1, oracle.ternary_matrix_vector_mul),
+    "matrix_transpose_vector_mul": (0, oracle.matrix_transpose_vector_mul),
+}
+products = pytest.mark.parametrize("name", TERNARY)
+
+
+def product_of(name, matrix, vector, scale=1.0, **kwargs):
+    """The function, its expected value and its error bound (the scale and its own rounding)."""
+    axis, reference = TERNARY[name]
+    absolute = abs(scale) * reference(np.abs(matrix), np.abs(vector))
+    bound = dot_bound(absolute, matrix.shape[axis] + 2)
+    return getattr(math_ops, name), reference(matrix, vector, scale), bound
+
+
+@every_tier
+@shapes
+@products
+def test_ternary_products_are_exact_for_integers(name, shape):
+    matrix = ternary(*shape)
+    vector = integers(shape[TERNARY[name][0]], seed=1, limit=10_000)
+    function, expected, _ = product_of(name, matrix, vector, 0.25)
+    # Sums stay below 2^24 and a power of two scales them exactly.
+    result, output = call(
+        function, matrix, vector, np.full(expected.shape, np.nan, np.float32), 0.25, writes=(2,)
+    )
+    assert result is output
+    assert_rounded(output, expected)
+
+
+@every_tier
+@sizes
+@products
+def test_ternary_products_are_exact_for_integers_at_every_size(name, n):
+    for shape in ((n, 4), (4, n)):
+        vector = integers(shape[TERNARY[name][0]], seed=1)
+        function, expected, _ = product_of(name, ternary(*shape), vector)
+        assert_rounded(call(function, ternary(*shape), vector)[0], expected)
+
+
+@every_tier
+@kinds
+@shapes
+@products
+def test_ternary_products_are_within_the_bound(name, shape, kind):
+    vector = VECTORS[kind](shape[TERNARY[name][0]])
+    for matrix in (ternary(*shape), np.ones(shape, np.int8), -np.ones(shape, np.int8)):
+        function, expected, bound = product_of(name, matrix, vector, 0.3)
+        (result,) = call(function, matrix, vector, scale=0.3)
+        assert_close(result, expected, rtol=0, atol=bound, dtype=np.float32)
+
+
+@every_tier
+@products
+def test_ternary_products_of_a_zero_matrix_are_zero(name):
+    function = getattr(math_ops, name)
+    (result,) = call(function, np.zeros((17, 17), np.int8), normal(17))
+    assert_rounded(result, np.zeros(17))
+
+
+@every_tier
+@products
+def test_ternary_products_accept_a_ternary_matrix(name):
+    matrix, vector = ternary(9, 9), integers(9, seed=1)
+    function, expected, _ = product_of(name, matrix, vector, 0.5)
+    assert_rounded(function(SimpleNamespace(values=matrix, scale=0.5), vector), expected)
+
+
+# --- Element by element ---------------------------------------------------------------------------
+
+
+@every_tier
+@kinds
+@sizes
+def test_add_vector_inplace_is_correctly_rounded(n, kind):
+    x, y = VECTORS[kind](n), normal(n, seed=1)
+    assert_rounded(in_place(math_ops.add_vector_inplace, x, y), oracle.add_vector(x, y))
+
+
+@every_tier
+@kinds
+@sizes
+def test_multiply_vector_inplace_is_correctly_rounded(n, kind):
+    x, y = VECTORS[kind](n), normal(n, seed=1)
+    assert_rounded(in_place(math_ops.multiply_vector_inplace, x, y), oracle.multiply_vector(x, y))
+
+
+# Float32 numbers, so that handing them over rounds nothing.
+SCALARS = (0.0, 1.0, -1.0, 0.375, -3.0, 12345.0, float(np.float32(0.1)))
+scalars = pytest.mark.parametrize("scalar", SCALARS)
+
+
+@every_tier
+@scalars
+@sizes
+def test_add_scalar_mul_vector_inplace_is_within_the_bound(n, scalar):
+    # The second y all but cancels x, so that the product's rounding is what is left.
+    x = normal(n)
+    for y in (normal(n, seed=1), (-x / scalar if scalar else x).astype(np.float32)):
+        expected = oracle.add_scalar_mul_vector(x, scalar, y)
+        actual = in_place(math_ops.add_scalar_mul_vector_inplace, x, scalar, y)
+        product = np.abs(oracle.scalar_mul_vector(y, scalar))
+        # The product's rounding, itself rounded once more with the sum.
+        bound = gamma(2) * product
+        assert_close(actual, expected, rtol=UNIT_ROUNDOFF, atol=bound, dtype=np.float32)
+
+
+@every_tier
+@sizes
+def test_add_scalar_mul_vector_inplace_is_exact_for_integers(n):
+    x, y = integers(n), integers(n, seed=1)
+    actual = in_place(math_ops.add_scalar_mul_vector_inplace, x, -3.0, y)
+    assert_rounded(actual, oracle.add_scalar_mul_vector(x, -3.0, y))
+
+
+@every_tier
+@scalars
+@sizes
+def test_scalar_mul_vector_inplace_is_correctly_rounded(n, scalar):
+    actual = in_place(math_ops.scalar_mul_vector_inplace, normal(n), scalar)
+    assert_rounded(actual, oracle.scalar_mul_vector(normal(n), scalar))
+
+
+@every_tier
+@scalars
+@sizes
+def test_vector_sub_scalar_inplace_is_correctly_rounded(n, scalar):
+    actual = in_place(math_ops.vector_sub_scalar_inplace, normal(n), scalar)
+    assert_rounded(actual, oracle.vector_sub_scalar(normal(n), scalar))
+
+
+@every_tier
+@pytest.mark.parametrize("scalar", SCALARS[1:])
+@sizes
+def test_vector_div_scalar_inplace_is_within_two_roundings(n, scalar):
+    # The second is that of a reciprocal.
+    actual = in_place(math_ops.vector_div_scalar_inplace, normal(n), scalar)
+    expected = oracle.vector_div_scalar(normal(n), scalar)
+    assert_close(actual, expected, rtol=gamma(2), atol=0, dtype=np.float32)
+
+
+@every_tier
+@pytest.mark.parametrize("zero", [0.0, -0.0, 0])
+def test_vector_div_scalar_inplace_rejects_zero(zero):
+    x = normal(5)
+    with pytest.raises(ZeroDivisionError):
+        math_ops.vector_div_scalar_inplace(x, zero)
+    assert_same_bits(x, normal(5))
+
+
+@every_tier
+@pytest.mark.parametrize("power", [0.0, 1.0, 2.0, 3.0, 0.5, -1.0, -0.5, 2.5])
+@sizes
+def test_vector_pow_scalar_inplace_is_within_two_ulp(n, power):
+    # Negative and zero bases too; a fractional power of a negative base is NaN.
+    for x in (np.abs(normal(n)), normal(n), np.zeros(n, np.float32)):
+        actual = in_place(math_ops.vector_pow_scalar_inplace, x, power)
+        expected = oracle.vector_pow_scalar(x, power)
+        assert_close(actual, expected, rtol=4 * UNIT_ROUNDOFF, atol=0, dtype=np.float32)
+
+
+@every_tier
+@kinds
+@sizes
+def test_relu_is_exact(n, kind):
+    x = VECTORS[kind](n)
+    assert_rounded(in_place(math_ops.relu, x), oracle.relu(x))
+
+
+@every_tier
+@kinds
+@sizes
+def test_relu2_is_correctly_rounded(n, kind):
+    x = VECTORS[kind](n)
+    assert_rounded(in_place(math_ops.relu2, x), oracle.relu2(x))
+
+
+@every_tier
+@pytest.mark.parametrize("name", ["relu", "relu2"])
+def test_relu_of_special_values(name):
+    x = np.array([-np.inf, -1e30, -0.0, 0.0, 1e-20, np.inf], dtype=np.float32)
+    assert_rounded(in_place(getattr(math_ops, name), x), getattr(oracle, name)(x))
+
+
+# --- Sums -----------------------------------------------------------------------------------------
+
+
+@every_tier
+@kinds
+@sizes
+def test_vector_sum_is_within_the_bound(n, kind):
+    x = VECTORS[kind](n)
+    (result,) = call(math_ops.vector_sum, x)
+    assert isinstance(result, float)
+    bound = dot_bound(np.abs(x, dtype=np.float64).sum(), n)
+    assert_close(result, oracle.vector_sum(x), rtol=0, atol=bound)
+
+
+@every_tier
+@sizes
+def test_vector_sum_is_exact_for_integers(n):
+    x = integers(n, limit=10_000)
+    assert call(math_ops.vector_sum, x) == (oracle.vector_sum(x),)
+
+
+@every_tier
+@kinds
+@sizes
+def test_dot_product_is_within_the_bound(n, kind):
+    x = VECTORS[kind](n)
+    for y in (normal(n, seed=1), np.ones(n, np.float32), x):
+        (result,) = call(math_ops.dot_product, x, y)
+        assert isinstance(result, float)
+        bound = dot_bound(np.abs(x.astype(np.float64) * y).sum(), n)
+        assert_close(result, oracle.dot_product(x, y), rtol=0, atol=bound)
+
+
+@every_tier
+@sizes
+def test_dot_product_is_exact_for_integers(n):
+    x, y = integers(n), integers(n, seed=1)
+    assert call(math_ops.dot_product, x, y) == (oracle.dot_product(x, y),)
+
+
+@every_tier
+@shapes
+def test_outer_product_add_inplace_is_within_the_bound(shape):
+    matrix, x, y = normal(*shape), normal(shape[0], seed=1), normal(shape[1], seed=2)
+    for start in (matrix, np.zeros_like(matrix), -np.outer(x, y)):
+        actual = in_place(math_ops.outer_product_add_inplace, start, x, y)
+        expected = oracle.outer_product_add(start, x, y)
+        bound = gamma(2) * np.abs(np.outer(x.astype(np.float64), y))
+        assert_close(actual, expected, rtol=UNIT_ROUNDOFF, atol=bound, dtype=np.float32)
+
+
+@every_tier
+@sizes
+def test_outer_product_add_inplace_is_exact_for_integers(n):
+    for rows, columns in ((n, 3), (3, n)):
+        args = integers(rows, columns), integers(rows, seed=1), integers(columns, seed=2)
+        actual = in_place(math_ops.outer_product_add_inplace, *args)
+        assert_rounded(actual, oracle.outer_product_add(*args))
+
+
+# --- Exponential and softmax ----------------------------------------------------------------------
+
+
+@every_tier
+def test_exp_inplace_is_within_two_ulp():
+    # Down to where the result rounds to 0, and up to just below the largest float32.
+    x = np.linspace(-104.0, 88.0, 19_997).astype(np.float32)
+    actual = in_place(math_ops.exp_inplace, x)
+    assert_close(actual, oracle.exp(x), rtol=EXP_RTOL, atol=EXP_ATOL, dtype=np.float32)
+
+
+@every_tier
+@sizes
+def test_exp_inplace_is_within_two_ulp_at_every_size(n):
+    x = normal(n, std=10.0)
+    actual = in_place(math_ops.exp_inplace, x)
+    assert_close(actual, oracle.exp(x), rtol=EXP_RTOL, atol=EXP_ATOL, dtype=np.float32)
+
+
+@every_tier
+def test_exp_inplace_of_special_values():
+    x = np.array([0.0, -0.0, -np.inf, -1e4, -3e38, 89.0, 1e4, np.inf, np.nan], dtype=np.float32)
+    expected = np.array([1.0, 1.0, 0.0, 0.0, 0.0, np.inf, np.inf, np.inf, np.nan])
+    assert_rounded(in_place(math_ops.exp_inplace, x), expected)
+
+
+def softmax_rtol(x):
+    """Relative error bound of a float32 softmax of the rows of x [..., N].
+
+    With d = x - max, rounding d gives an error of |d| u in exp(d), to which exp adds its own. The
+    sum's error is the mean of those, weighted by the probabilities, and n roundings; the division
+    adds two at most.
+    """
+    difference = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        exponential = np.where(
+            np.isfinite(difference), np.abs(difference) * UNIT_ROUNDOFF + EXP_RTOL, 0.0
+        )
+    total = (oracle.softmax(x) * exponential).sum(axis=-1, keepdims=True)
+    # One part in a hundred for the products of these errors.
+    return 1.01 * (exponential + total + gamma(x.shape[-1] + 2))
+
+
+def assert_softmax(actual, x):
+    expected = oracle.softmax(x)
+    assert_close(actual, expected, rtol=softmax_rtol(x), atol=2 * EXP_ATOL, dtype=np.float32)
+
+
+@every_tier
+@pytest.mark.parametrize("std", [1.0, 30.0])
+@sizes
+def test_softmax_is_within_the_bound(n, std):
+    x = normal(n, std=std)
+    assert_softmax(in_place(math_ops.softmax, x), x)
+
+
+@every_tier
+@shapes
+def test_softmax_works_by_rows(shape):
+    # Rows far apart: one maximum for all would give rows of 0 / 0.
+    x = normal(*shape) + np.linspace(-1e3, 1e3, shape[0], dtype=np.float32)[:, None]
+    assert_softmax(in_place(math_ops.softmax, x), x)
+
+
+@every_tier
+@pytest.mark.parametrize("value", [0.0, 1e4, -1e4, 3e38, -3e38])
+@sizes
+def test_softmax_of_equal_values_is_uniform(n, value):
+    x = np.full(n, value, dtype=np.float32)
+    assert_softmax(in_place(math_ops.softmax, x), x)
+
+
+@every_tier
+@sizes
+def test_softmax_of_large_values_is_one_and_zeros(n):
+    x = np.full(n, -1e4, dtype=np.float32)
+    x[n // 2] = 1e4
+    assert_rounded(in_place(math_ops.softmax, x), np.eye(n)[n // 2])
+
+
+@every_tier
+@sizes
+def test_softmax_gives_exact_zeros_where_masked(n):
+    x = normal(n)
+    x[np.arange(n) % 3 != 0] = -np.inf
+    actual = in_place(math_ops.softmax, x)
+    assert_softmax(actual, x)
+    assert not actual[np.isneginf(x)].any()
+
+
+# --- Layer norm -----------------------------------------------------------------------------------
+
+LAYER_NORM_ROWS = {
+    "normal": normal,
+    "small": lambda n: normal(n, std=1e-4),
+    "wide": lambda n: normal(n, mean=3.0, std=100.0),
+    # Multiples of 1/8 whose partial sums stay below 2^21: float32 adds them without error.
+    "mean_1e4": lambda n: (1e4 + integers(n, limit=16) / 8).astype(np.float32),
+}
+
+
+def layer_norm_bounds(x, gain, bias, sum_is_exact):
+    """Absolute error bounds for the mean, 1/std and the output of a two-pass float32 layer norm.
+
+    An error m of the mean shifts every centred value, and adds m^2 to the variance and nothing
+    more, for the centred values add up to 0. A variance from E[x^2] - E[x]^2 does not keep this.
+    """
+    u, n = UNIT_ROUNDOFF, len(x)
+    output, mean, inv_std = oracle.layer_norm_forward(x, gain, bias)
+    centred = np.abs(x - mean)
+    # The division may be a reciprocal and a product.
+    mean_error = (
+        gamma(2) * abs(mean) if sum_is_exact else gamma(n + 2) * np.abs(x).mean(dtype=float)
+    )
+    variance = inv_std**-2
+    variance_error = (mean_error**2 + gamma(n + 6) * (variance + mean_error**2)) / variance
+    assert variance_error < 0.5
+    inv_std_error = inv_std * ((1 - variance_error) ** -0.5 - 1 + gamma(4))
+    scaled = np.abs(gain) * (
+        (inv_std + inv_std_error) * (mean_error + u * centred)
+        + centred * (inv_std_error + gamma(3) * inv_std)
+    )
+    return mean_error, inv_std_error, 1.01 * scaled + 2 * u * np.abs(output)
+
+
+@every_tier
+@pytest.mark.parametrize("kind", LAYER_NORM_ROWS)
+@sizes
+def test_layer_norm_forward_is_within_the_bound(n, kind):
+    x, gain, bias = LAYER_NORM_ROWS[kind](n), normal(n, seed=1, mean=1.0), normal(n, seed=2)
+    (mean, inv_std), actual = call(math_ops.layer_norm_forward, x, gain, bias, writes=(0,))
+    expected, expected_mean, expected_inv_std = oracle.layer_norm_forward(x, gain, bias)
+    bounds = layer_norm_bounds(x, gain, bias, sum_is_exact=kind == "mean_1e4")
+    assert_close(mean, expected_mean, rtol=0, atol=bounds[0], what="mean")
+    assert_close(inv_std, expected_inv_std, rtol=0, atol=bounds[1], what="inv_std")
+    assert_close(actual, expected, rtol=0, atol=bounds[2], what="output", dtype=np.float32)
+
+
+@every_tier
+@sizes
+def test_layer_norm_is_layer_norm_forward(n):
+    args = normal(n), normal(n, seed=1), normal(n, seed=2)
+    assert_same_bits(
+        in_place(math_ops.layer_norm, *args), in_place(math_ops.layer_norm_forward, *args)
+    )
+
+
+@every_tier
+@pytest.mark.parametrize("value", [0.0, 3.0, -1e4])
+@sizes
+def test_layer_norm_forward_of_equal_values_is_beta(n, value):
+    # Integers whose sum is exact, so the mean is the value itself and nothing is left to scale.
+    x, bias = np.full(n, value, np.float32), normal(n, seed=2)
+    (mean, inv_std), actual = call(
+        math_ops.layer_norm_forward, x, normal(n, seed=1), bias, writes=(0,)
+    )
+    assert mean == value
+    assert_close(inv_std, 1e-5**-0.5, rtol=gamma(4), atol=0)
+    assert_rounded(actual, bias.astype(np.float64))
+
+
+@every_tier
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_forward"])
+def test_layer_norm_uses_epsilon(name):
+    x, one, zero = np.array([-1, 1], np.float32), np.ones(2, np.float32), np.zeros(2, np.float32)
+    # Variance 1 and epsilon 3 give a standard deviation of 2.
+    assert_rounded(in_place(getattr(math_ops, name), x, one, zero, 3.0), np.array([-0.5, 0.5]))
+    assert_rounded(
+        in_place(getattr(math_ops, name), x, one, zero, epsilon=3.0), np.array([-0.5, 0.5])
+    )
+
+
+@every_tier
+@pytest.mark.parametrize("name", ["layer_norm", "layer_norm_forward"])
+@pytest.mark.parametrize("n", [3, 17, 64])
+def test_layer_norm_is_exact_where_c_has_12_bits(name, n):
+    """Departure 9: the C original's SSE layer norm multiplies by an approximate 1/std."""
+    x, one, zero = normal(n), np.ones(n, np.float32), np.zeros(n, np.float32)
+    exact = oracle.layer_norm(x, one, zero)
+    bound = layer_norm_bounds(x, one, zero, sum_is_exact=False)[2]
+    assert_close(in_place(getattr(math_ops, name), x, one, zero), exact, rtol=0, atol=bound)
+
+    of_c = oracle.fault9_layer_norm(x, one, zero)
+    assert_close(of_c, exact, rtol=2.0**-12, atol=0)
+    assert (np.abs(of_c - exact) > 5 * bound).any()
+
+
+# --- Matrix product -------------------------------------------------------------------------------
+
+# Rows, inner, columns: one off either side of the tiles (rows of 4, 6, 14, columns of 8, 16, 32),
+# several tiles with a remainder, and an inner size beyond a block.
+MATMUL_SHAPES = (
+    (1, 1, 1),
+    (1, 97, 33),
+    (3, 5, 7),
+    (4, 8, 8),
+    (5, 9, 9),
+    (6, 16, 16),
+    (7, 17, 15),
+    (13, 3, 31),
+    (14, 64, 32),
+    (15, 33, 65),
+    (29, 7, 97),
+    (97, 31, 17),
+    (65, 1, 1),
+    (9, 1030, 35),
+)
+matmul_shapes = pytest.mark.parametrize(
+    "shape", MATMUL_SHAPES, ids=lambda shape: "x".join(map(str, shape))
+)
+transposes = pytest.mark.parametrize(
+    ("transpose_a", "transpose_b"), [(False, False), (False, True), (True, False), (True, True)]
+)
+
+
+def operands(shape, transpose_a, transpose_b, make=normal):
+    m, k, n = shape
+    a = make(*((k, m) if transpose_a else (m, k)))
+    return a, make(*((n, k) if transpose_b else (k, n)), seed=1), make(m, n, seed=2)
+
+
+def check_matmul(a, b, start, transpose_a, transpose_b, exact=False):
+    """All ways to call: into a new array, into one of NaN, added to ``start``; 1 and 2 threads."""
+    flags = {"transpose_a": transpose_a, "transpose_b": transpose_b}
+    terms = a.shape[0 if transpose_a else 1]
+    for into in (None, start):
+        expected = oracle.matmul(a, b, into, **flags)
+        absolute = oracle.matmul(
+            np.abs(a), np.abs(b), None if into is None else np.abs(into), **flags
+        )
+        bound = 0.0 if exact else dot_bound(absolute, terms + (into is not None))
+        output = np.full_like(start, np.nan) if into is None else into
+        for threads in (1, 2):
+            result, written = call(
+                math_ops.matmul, a, b, output,
+                accumulate=into is not None, threads=threads, writes=(2,), **flags,
+            )  # fmt: skip
+            assert result is written
+            assert_close(written, expected, rtol=0, atol=bound, dtype=np.float32)
+            if threads == 1:
+                one_thread = written
+        assert_same_bits(written, one_thread, "two threads")
+        if into is None:
+            (new,) = call(math_ops.matmul, a, b, **flags)
+            assert_same_bits(new, one_thread, "a new output")
+
+
+@every_tier
+@transposes
+@matmul_shapes
+def test_matmul_is_within_the_bound(shape, transpose_a, transpose_b):
+    check_matmul(*operands(shape, transpose_a, transpose_b), transpose_a, transpose_b)
+
+
+@every_tier
+@transposes
+@matmul_shapes
+def test_matmul_is_exact_for_integers(shape, transpose_a, transpose_b):
+    # 1030 products of at most 100^2 stay below 2^24.
+    args = operands(shape, transpose_a, transpose_b, integers)
+    check_matmul(*args, transpose_a, transpose_b, exact=True)
+
+
+@every_tier
+@sizes
+def test_matmul_is_exact_for_integers_at_every_size(n):
+    for shape in ((n, 5, 3), (5, n, 3), (3, 5, n)):
+        check_matmul(*operands(shape, False, False, integers), False, False, exact=True)
+
+
+@every_tier
+@transposes
+def test_matmul_of_ones_against_large_values_is_within_the_bound(transpose_a, transpose_b):
+    a = np.ones((33, 33), np.float32)
+    b = large_and_one(33 * 33).reshape(33, 33)
+    check_matmul(a, b, -b, transpose_a, transpose_b)
+
+
+@every_tier
+def test_matmul_with_more_threads_than_rows():
+    a, b = normal(1, 9), normal(9, 5, seed=1)
+    assert_same_bits(math_ops.matmul(a, b, threads=4), math_ops.matmul(a, b))
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_matmul_rejects_fewer_than_one_thread(threads):
+    with pytest.raises(ValueError, match="threads"):
+        math_ops.matmul(normal(3, 3), normal(3, 3), threads=threads)
+
+
+# --- What every function rejects ------------------------------------------------------------------
+
+# The arguments of a valid call, sizes all different so that each can be told from a message, and
+# the names of the arrays it writes.
+CALLS = {
+    "ternary_matrix_vector_mul": (
+        {"matrix": ternary(19, 23), "vector": normal(23), "output": normal(19)},
+        {"output"},
+    ),
+    "matrix_transpose_vector_mul": (
+        {"matrix": ternary(19, 23), "vector": normal(19), "output": normal(23)},
+        {"output"},
+    ),
+    "add_vector_inplace": ({"x": normal(19), "y": normal(19)}, {"x"}),
+    "add_scalar_mul_vector_inplace": ({"x": normal(19), "scalar": 2.0, "y": normal(19)}, {"x"}),
+    "multiply_vector_inplace": ({"x": normal(19), "y": normal(19)}, {"x"}),
+    "scalar_mul_vector_inplace": ({"x": normal(19), "scalar": 2.0}, {"x"}),
+    "vector_sub_scalar_inplace": ({"x": normal(19), "scalar": 2.0}, {"x"}),
+    "vector_div_scalar_inplace": ({"x": normal(19), "scalar": 2.0}, {"x"}),
+    "vector_pow_scalar_inplace": ({"x": normal(19), "scalar": 2.0}, {"x"}),
+    "vector_sum": ({"x": normal(19)}, set()),
+    "dot_product": ({"x": normal(19), "y": normal(19)}, set()),
+    "outer_product_add_inplace": (
+        {"matrix": normal(19, 23), "x": normal(19), "y": normal(23)},
+        {"matrix"},
+    ),
+    "relu": ({"x": normal(19)}, {"x"}),
+    "relu2": ({"x": normal(19)}, {"x"}),
+    "softmax": ({"x": normal(19)}, {"x"}),
+    "exp_inplace": ({"x": normal(19)}, {"x"}),
+    "layer_norm_forward": (
+        {"x": normal(19), "gamma": normal(19), "beta": normal(19), "epsilon": 1e-5},
+        {"x"},
+    ),
+    "layer_norm": (
+        {"x": normal(19), "gamma": normal(19), "beta": normal(19), "epsilon": 1e-5},
+        {"x"},
+    ),
+    "matmul": ({"a": normal(19, 23), "b": normal(23, 29), "output": normal(19, 29)}, {"output"}),
+}
+every_function = pytest.mark.parametrize("name", CALLS)
+every_array = pytest.mark.parametrize(
+    ("name", "argument"),
+    [
+        (name, argument)
+        for name, (arguments, _) in CALLS.items()
+        for argument, value in arguments.items()
+        if isinstance(value, np.ndarray)
+    ],
+)
+
+
+def arguments_of(name):
+    """Fresh copies of a valid call's arguments, and the names of the arrays it writes."""
+    arguments, written = CALLS[name]
+    copies = {key: v.copy() if isinstance(v, np.ndarray) else v for key, v in arguments.items()}
+    return copies, written
+
+
+def rejection(name, arguments, *errors):
+    """The message of the error; nothing may have been written before it is raised."""
+    before = {key: v.copy() for key, v in arguments.items() if isinstance(v, np.ndarray)}
+    with pytest.raises(errors) as info:
+        getattr(math_ops, name)(**arguments)
+    for key, value in before.items():
+        assert_same_bits(arguments[key], value, key)
+    return str(info.value)
+
+
+@every_function
+def test_every_function_accepts_read_only_inputs_and_named_arguments(name):
+    arguments, written = arguments_of(name)
+    for key, value in arguments.items():
+        if isinstance(value, np.ndarray) and key not in written:
+            value.flags.writeable = False
+    getattr(math_ops, name)(**arguments)
+    for key, value in arguments.items():
+        if key not in written:
+            assert np.array_equal(value, CALLS[name][0][key])
+
+
+@every_function
+def test_every_function_rejects_a_read_only_target(name):
+    arguments, written = arguments_of(name)
+    for key in written:
+        arguments[key].flags.writeable = False
+        rejection(name, arguments, ValueError)
+
+
+@every_array
+@pytest.mark.parametrize("dtype", [np.float64, np.int32, np.float16])
+def test_every_function_rejects_other_dtypes(name, argument, dtype):
+    arguments, _ = arguments_of(name)
+    arguments[argument] = arguments[argument].astype(dtype)
+    # The buffer protocol says ValueError.
+    assert rejection(name, arguments, TypeError, ValueError)
+
+
+@every_array
+@pytest.mark.parametrize("value", [[1.0, 2.0], 1.0, "text"])
+def test_every_function_rejects_what_is_not_an_array(name, argument, value):
+    arguments, _ = arguments_of(name)
+    arguments[argument] = value
+    assert rejection(name, arguments, TypeError)
+
+
+@every_array
+def test_every_function_rejects_none_but_for_the_output(name, argument):
+    arguments, _ = arguments_of(name)
+    arguments[argument] = None
+    if argument == "output":
+        getattr(math_ops, name)(**arguments)
+    else:
+        assert argument in rejection(name, arguments, TypeError)
+
+
+@every_array
+def test_every_function_rejects_strided_arrays(name, argument):
+    arguments, _ = arguments_of(name)
+    arguments[argument] = np.repeat(arguments[argument], 2, axis=-1)[..., ::2]
+    assert rejection(name, arguments, ValueError)
+
+
+@every_array
+def test_every_function_rejects_other_numbers_of_axes(name, argument):
+    arguments, _ = arguments_of(name)
+    # Softmax takes one axis or two.
+    arguments[argument] = arguments[argument][None, None]
+    assert rejection(name, arguments, ValueError)
+
+
+@every_function
+def test_every_function_rejects_empty_arrays(name):
+    arguments, _ = arguments_of(name)
+    arrays = [key for key, value in arguments.items() if isinstance(value, np.ndarray)]
+    for key in arrays:
+        arguments[key] = arguments[key][tuple(slice(0) for _ in arguments[key].shape)]
+    message = rejection(name, arguments, ValueError)
+    assert any(re.search(rf"\b{key}\b", message) for key in arrays), message
+
+
+# The first array is taken as it comes; those after it must fit, and are the ones to name.
+@pytest.mark.parametrize(
+    ("name", "argument", "axis"),
+    [
+        ("ternary_matrix_vector_mul", "vector", 0),
+        ("ternary_matrix_vector_mul", "output", 0),
+        ("matrix_transpose_vector_mul", "vector", 0),
+        ("matrix_transpose_vector_mul", "output", 0),
+        ("add_vector_inplace", "y", 0),
+        ("add_scalar_mul_vector_inplace", "y", 0),
+        ("multiply_vector_inplace", "y", 0),
+        ("dot_product", "y", 0),
+        ("outer_product_add_inplace", "x", 0),
+        ("outer_product_add_inplace", "y", 0),
+        ("layer_norm_forward", "gamma", 0),
+        ("layer_norm_forward", "beta", 0),
+        ("layer_norm", "gamma", 0),
+        ("layer_norm", "beta", 0),
+        ("matmul", "b", 0),
+        ("matmul", "output", 0),
+        ("matmul", "output", 1),
+    ],
+)
+@pytest.mark.parametrize("change", [-1, 1])
+def test_every_function_rejects_shape_mismatches(name, argument, axis, change):
+    arguments, _ = arguments_of(name)
+    shape = list(arguments[argument].shape)
+    expected = shape[axis]
+    shape[axis] += change
+    arguments[argument] = np.ones(shape, np.float32)
+    message = rejection(name, arguments, ValueError)
+    for part in (argument, expected, expected + change):
+        assert re.search(rf"\b{part}\b", message), message
+
+
+@pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, True), (True, False)])
+def test_matmul_rejects_shapes_that_fit_only_untransposed(transpose_a, transpose_b):
+    arguments, _ = arguments_of("matmul")
+    arguments |= {"transpose_a": transpose_a, "transpose_b": transpose_b}
+    assert re.search(r"\bb\b", rejection("matmul", arguments, ValueError))

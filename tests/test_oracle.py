@@ -1,0 +1,622 @@
+"""The oracle and the comparison helper, tested on themselves.
+
+Every hand-written gradient is held against finite differences of its forward pass, and the whole
+model against PyTorch, which shares no line with it.
+"""
+
+import itertools
+import math
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+from compare import assert_close, assert_same_bits, dot_bound, gamma
+
+GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
+
+# Finite differences in float64 at step 1e-4: the truncation error is about 1e-16 times a fifth
+# derivative, and rounding gives 1e-16 |f| / 1e-4. Both leave 1e-9 ample for values of order 10.
+FINITE = {"rtol": 1e-8, "atol": 1e-9}
+# Two float64 evaluations in different order.
+FLOAT64 = {"rtol": 1e-10, "atol": 1e-13}
+
+VOCAB, TIME = 7, 5
+PAD = VOCAB
+PADDED_ROWS = {
+    "none": [[3, 1, 6, 3, 0], [2, 0, 5, 5, 4]],
+    "left": [[PAD, PAD, 6, 3, 0], [2, 0, 5, 5, 4]],
+    "right": [[3, 1, 6, PAD, PAD], [PAD, 0, 5, 5, PAD]],
+    "middle": [[3, PAD, 6, PAD, 0], [2, 0, PAD, PAD, 4]],
+    "row": [[PAD] * TIME, [2, 0, 5, 5, 4]],
+    "all": [[PAD] * TIME, [PAD] * TIME],
+}
+TARGETS = np.array([[1, 6, 3, 0, PAD], [0, 5, PAD, 4, 1]], dtype=np.int32)
+
+
+def tokens_with(padding):
+    return np.array(PADDED_ROWS[padding], dtype=np.int32)
+
+
+def make_config(activation="relu2", positions="rope", span=0, final_norm=True, num_blocks=1):
+    return {
+        "vocab_size": VOCAB,
+        "model_dim": 6,
+        "num_blocks": num_blocks,
+        "num_heads": 3,
+        "ffn_multiplier": 3,
+        "activation": activation,
+        "positions": positions,
+        "rope_base": 10000.0,
+        "final_norm": final_norm,
+        "attention_span": span,
+    }
+
+
+OPTIONS = list(itertools.product(("relu", "relu2"), ("none", "rope"), (0, 1, 3), (False, True)))
+
+
+def make_params(config, seed=1):
+    """Random values everywhere, gamma and the biases included, so that no gradient is trivial."""
+    rng = np.random.default_rng(seed)
+    v, c = config["vocab_size"], config["model_dim"]
+    f = config["ffn_multiplier"] * c
+    shapes = {"embedding.weight": (v, c), "output.weight": (v, c), "output.bias": (v,)}
+    for i in range(config["num_blocks"]):
+        block = f"blocks.{i}."
+        shapes |= {f"{block}attention.w{name}": (c, c) for name in "qkvo"}
+        shapes |= {f"{block}attention.b{name}": (c,) for name in "qkvo"}
+        shapes |= {f"{block}ffn.wi": (f, c), f"{block}ffn.bi": (f,)}
+        shapes |= {f"{block}ffn.wo": (c, f), f"{block}ffn.bo": (c,)}
+        shapes |= {f"{block}norm{n}.{name}": (c,) for n in (1, 2) for name in ("gamma", "beta")}
+    if config["final_norm"]:
+        shapes |= {"final_norm.gamma": (c,), "final_norm.beta": (c,)}
+    return {
+        name: rng.normal(1.0 if name.endswith("gamma") else 0.0, 0.5, shape)
+        for name, shape in shapes.items()
+    }
+
+
+def part(params, prefix):
+    return {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
+
+
+# --- Gradients against finite differences ---------------------------------------------------------
+
+
+def check_gradients(forward, backward, arguments):
+    """Every gradient of ``sum(d_output * forward(**arguments))``, element by element.
+
+    ``backward(d_output, **arguments)`` gives a dict with the gradient of every argument.
+    """
+    output = forward(**arguments)
+    d_output = np.random.default_rng(2).normal(size=np.shape(output))
+    gradients = backward(d_output, **arguments)
+    assert gradients.keys() == arguments.keys()
+    for name, value in arguments.items():
+        numeric = oracle.finite_difference(
+            lambda changed, name=name: np.sum(d_output * forward(**{**arguments, name: changed})),
+            value,
+        )
+        assert_close(gradients[name], numeric, what=name, **FINITE)
+
+
+def normal(*shape, seed=3):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def test_finite_difference_is_exact_for_quartics():
+    x = np.array([[0.5, -1.5], [2.0, 0.0]])
+    # The fifth derivative is zero, so only rounding is left.
+    assert_close(
+        oracle.finite_difference(lambda a: np.sum(a**4), x), 4 * x**3, rtol=1e-10, atol=1e-10
+    )
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linear_gradients(rows):
+    check_gradients(
+        oracle.linear,
+        lambda d, x, weight, bias: dict(
+            zip(("x", "weight", "bias"), oracle.linear_backward(d, x, weight), strict=True)
+        ),
+        {"x": normal(2, rows, 5), "weight": normal(7, 5, seed=4), "bias": normal(7)},
+    )
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_layer_norm_gradients(size):
+    check_gradients(
+        oracle.layer_norm,
+        lambda d, x, gamma, beta: dict(
+            zip(("x", "gamma", "beta"), oracle.layer_norm_backward(d, x, gamma), strict=True)
+        ),
+        {"x": normal(2, 3, size), "gamma": normal(size, seed=4), "beta": normal(size, seed=5)},
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_activate_gradients(activation):
+    check_gradients(
+        lambda x: oracle.activate(x, activation),
+        lambda d, x: {"x": oracle.activate_backward(d, x, activation)},
+        {"x": normal(3, 9)},
+    )
+
+
+def test_softmax_gradients():
+    check_gradients(
+        oracle.softmax,
+        lambda d, x: {"x": oracle.softmax_backward(d, oracle.softmax(x))},
+        {"x": normal(3, 7)},
+    )
+
+
+@pytest.mark.parametrize("head_dim", [2, 6])
+def test_rotary_gradients(head_dim):
+    check_gradients(
+        oracle.rotary,
+        lambda d, x: {"x": oracle.rotary_backward(d)},
+        {"x": normal(2, 5, 3, head_dim)},
+    )
+
+
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+def test_embedding_gradients(padding):
+    tokens = tokens_with(padding)
+    check_gradients(
+        lambda weight: oracle.embedding(tokens, weight),
+        lambda d, weight: {"weight": oracle.embedding_backward(d, tokens, VOCAB)},
+        {"weight": normal(VOCAB, 3)},
+    )
+
+
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+def test_cross_entropy_gradients(padding):
+    counted = oracle.counted_positions(tokens_with(padding), TARGETS, VOCAB)
+    check_gradients(
+        lambda logits: oracle.cross_entropy(logits, TARGETS, counted),
+        lambda d, logits: {"logits": d * oracle.cross_entropy_backward(logits, TARGETS, counted)},
+        {"logits": 3 * normal(2, TIME, VOCAB)},
+    )
+
+
+@pytest.mark.parametrize(
+    ("positions", "span", "padding"),
+    [
+        ("none", 0, "none"),
+        ("rope", 0, "left"),
+        ("none", 1, "right"),
+        ("rope", 3, "middle"),
+        ("none", 3, "row"),
+        ("rope", 1, "all"),
+    ],
+)
+def test_attention_gradients(positions, span, padding):
+    config = make_config(positions=positions, span=span)
+    tokens = tokens_with(padding)
+
+    def backward(d, x, **weights):
+        d_x, gradients = oracle.attention_backward(d, x, tokens, weights, config)
+        return {"x": d_x, **gradients}
+
+    check_gradients(
+        lambda x, **weights: oracle.attention(x, tokens, weights, config),
+        backward,
+        {"x": normal(2, TIME, 6), **part(make_params(config), "blocks.0.attention.")},
+    )
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_feed_forward_gradients(activation):
+    config = make_config(activation=activation)
+
+    def backward(d, x, **weights):
+        d_x, gradients = oracle.feed_forward_backward(d, x, weights, config)
+        return {"x": d_x, **gradients}
+
+    check_gradients(
+        lambda x, **weights: oracle.feed_forward(x, weights, config),
+        backward,
+        {"x": normal(2, 3, 6), **part(make_params(config), "blocks.0.ffn.")},
+    )
+
+
+@pytest.mark.parametrize("padding", ["none", "middle"])
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_block_gradients(activation, padding):
+    config = make_config(activation=activation, span=3)
+    tokens = tokens_with(padding)
+
+    def backward(d, x, **weights):
+        d_x, gradients = oracle.block_backward(d, x, tokens, weights, config)
+        return {"x": d_x, **gradients}
+
+    check_gradients(
+        lambda x, **weights: oracle.block(x, tokens, weights, config),
+        backward,
+        {"x": normal(2, TIME, 6), **part(make_params(config), "blocks.0.")},
+    )
+
+
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+@pytest.mark.parametrize(("activation", "positions", "span", "final_norm"), OPTIONS)
+def test_loss_and_gradients_along_random_directions(
+    activation, positions, span, final_norm, padding
+):
+    config = make_config(activation, positions, span, final_norm)
+    params, tokens = make_params(config), tokens_with(padding)
+    loss, gradients = oracle.loss_and_gradients(params, config, tokens, TARGETS)
+    assert gradients.keys() == params.keys()
+    rng = np.random.default_rng(6)
+    for name, value in params.items():
+        direction = rng.normal(size=value.shape)
+        numeric = oracle.directional_difference(
+            lambda changed, name=name: oracle.cross_entropy(
+                oracle.forward({**params, name: changed}, config, tokens)[0],
+                TARGETS,
+                oracle.counted_positions(tokens, TARGETS, VOCAB),
+            ),
+            value,
+            direction,
+        )
+        assert_close(np.sum(gradients[name] * direction), numeric, what=name, **FINITE)
+    if padding == "all":
+        assert loss == 0.0
+        assert not any(gradient.any() for gradient in gradients.values())
+
+
+# --- The whole model against PyTorch --------------------------------------------------------------
+
+
+def torch_loss(torch, params, config, tokens, targets):
+    """The model once more, with PyTorch's own norm, rotation, softmax and cross entropy."""
+    functional = torch.nn.functional
+    batch, time = tokens.shape
+    dim, heads = config["model_dim"], config["num_heads"]
+    head_dim = dim // heads
+    padding = tokens == config["vocab_size"]
+    distance = torch.arange(time)[:, None] - torch.arange(time)[None, :]
+    reach = config["attention_span"] or time
+    allowed = ((distance >= 0) & (distance < reach))[None, None] & ~padding[:, None, None, :]
+
+    def norm(x, name):
+        return functional.layer_norm(x, (dim,), params[name + ".gamma"], params[name + ".beta"])
+
+    def rotate(x):
+        # A pair as one complex number, turned by exp(i angle).
+        frequencies = config["rope_base"] ** -(torch.arange(0, head_dim, 2) / head_dim).double()
+        angles = torch.arange(time).double()[:, None] * frequencies
+        pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
+        return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+    def attention(x, name):
+        q, k, v = (
+            functional.linear(x, params[f"{name}.w{p}"], params[f"{name}.b{p}"])
+            .view(batch, time, heads, head_dim)
+            .transpose(1, 2)
+            for p in "qkv"
+        )
+        if config["positions"] == "rope":
+            q, k = rotate(q), rotate(k)
+        scores = (q @ k.transpose(2, 3)) / math.sqrt(head_dim)
+        # Finite, so that a row without any key has no NaN in its backward pass.
+        weights = scores.masked_fill(~allowed, -1e300).softmax(dim=-1) * allowed
+        mixed = (weights @ v).transpose(1, 2).reshape(batch, time, dim)
+        return functional.linear(mixed, params[name + ".wo"], params[name + ".bo"])
+
+    def feed_forward(x, name):
+        x = functional.linear(x, params[name + ".wi"], params[name + ".bi"]).relu()
+        if config["activation"] == "relu2":
+            x = x.square()
+        return functional.linear(x, params[name + ".wo"], params[name + ".bo"])
+
+    x = functional.embedding(tokens.clamp(max=config["vocab_size"] - 1), params["embedding.weight"])
+    x = x * ~padding[..., None]
+    for i in range(config["num_blocks"]):
+        x = x + attention(norm(x, f"blocks.{i}.norm1"), f"blocks.{i}.attention")
+        x = x + feed_forward(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.ffn")
+    if config["final_norm"]:
+        x = norm(x, "final_norm")
+    logits = functional.linear(x, params["output.weight"], params["output.bias"])
+    counted = ~padding & (targets != config["vocab_size"])
+    loss = (
+        functional.cross_entropy(logits[counted], targets[counted])
+        if counted.any()
+        else logits.sum() * 0.0
+    )
+    return logits, loss
+
+
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+@pytest.mark.parametrize(("activation", "positions", "span", "final_norm"), OPTIONS)
+def test_loss_and_gradients_agree_with_torch(activation, positions, span, final_norm, padding):
+    torch = pytest.importorskip("torch")
+    config = make_config(activation, positions, span, final_norm, num_blocks=2)
+    params, tokens = make_params(config), tokens_with(padding)
+    leaves = {name: torch.tensor(value, requires_grad=True) for name, value in params.items()}
+    logits, loss = torch_loss(
+        torch, leaves, config, torch.tensor(tokens).long(), torch.tensor(TARGETS).long()
+    )
+    loss.backward()
+
+    ours, gradients = oracle.loss_and_gradients(params, config, tokens, TARGETS)
+    assert_close(oracle.forward(params, config, tokens)[0], logits.detach().numpy(), **FLOAT64)
+    assert_close(ours, loss.item(), **FLOAT64)
+    for name, gradient in gradients.items():
+        expected = leaves[name].grad
+        expected = np.zeros_like(gradient) if expected is None else expected.numpy()
+        assert_close(gradient, expected, what=name, **FLOAT64)
+
+
+# --- What must hold for the model -----------------------------------------------------------------
+
+
+def test_forward_gives_probabilities_and_the_loss_their_logarithm():
+    config = make_config()
+    params, tokens = make_params(config), tokens_with("middle")
+    _, probabilities = oracle.forward(params, config, tokens)
+    assert_close(probabilities.sum(axis=-1), np.ones((2, TIME)), **FLOAT64)
+    loss, _ = oracle.loss_and_gradients(params, config, tokens, TARGETS)
+    counted = [(0, 0), (0, 2), (1, 0), (1, 1), (1, 4)]
+    expected = -np.mean([math.log(probabilities[at][TARGETS[at]]) for at in counted])
+    assert_close(loss, expected, **FLOAT64)
+
+
+@pytest.mark.parametrize("span", [0, 1, 3])
+def test_forward_sees_only_the_keys_in_reach(span):
+    config = make_config(span=span)
+    params = make_params(config)
+    tokens = np.array([[0, 1, 2, 3, 4, 5, 6]])
+    before, _ = oracle.forward(params, config, tokens)
+    changed_tokens = tokens.copy()
+    changed_tokens[0, 2] = 6
+    after, _ = oracle.forward(params, config, changed_tokens)
+    changed = (before != after).any(axis=-1)[0]
+    last = {0: 6, 1: 2, 3: 4}[span]
+    assert changed.tolist() == [2 <= i <= last for i in range(7)]
+
+
+def test_forward_of_a_padded_sequence_is_that_of_the_sequence_alone():
+    config = make_config(positions="none")
+    params = make_params(config)
+    alone, _ = oracle.forward(params, config, np.array([[4, 2, 6]]))
+    padded, _ = oracle.forward(params, config, np.array([[PAD, 4, 2, PAD, 6, PAD]]))
+    assert_close(padded[:, [1, 2, 4]], alone, **FLOAT64)
+
+
+def test_attention_without_a_key_is_the_output_bias():
+    config = make_config()
+    weights = part(make_params(config), "blocks.0.attention.")
+    output = oracle.attention(normal(1, 2, 6), np.array([[PAD, 0]]), weights, config)
+    assert_close(output[0, 0], weights["bo"], rtol=0, atol=0)
+
+
+def test_rotary_keeps_lengths_and_depends_on_distance_only():
+    q, k = (np.repeat(normal(1, 1, 1, 6, seed=seed), TIME, axis=1) for seed in (3, 4))
+    turned_q, turned_k = oracle.rotary(q)[0, :, 0], oracle.rotary(k)[0, :, 0]
+    assert_close((turned_q**2).sum(axis=-1), (q[0, :, 0] ** 2).sum(axis=-1), **FLOAT64)
+    scores = turned_q @ turned_k.T
+    for distance in range(TIME):
+        diagonal = np.diagonal(scores, -distance)
+        assert_close(diagonal, np.full_like(diagonal, diagonal[0]), **FLOAT64)
+    # By hand: at t = 1 the pair (0, 2) of four turns by 1 radian, the pair (1, 3) by 1/100.
+    turned = oracle.rotary(np.array([[0.0, 0, 0, 0], [1, 1, 0, 0]]).reshape(1, 2, 1, 4))[0, 1, 0]
+    expected = [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
+    assert_close(turned, expected, **FLOAT64)
+
+
+# --- Golden files of the C original ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["c_v1_d32_l1", "c_v1_d64_l2"])
+def test_read_c_v1_reproduces_the_c_original_at_length_1(name):
+    if not GOLDEN.is_dir():
+        pytest.skip("the golden files of the C original are not at ../shared/golden")
+    params, config = oracle.read_c_v1(GOLDEN / f"{name}.bin")
+    vocab = config["vocab_size"]
+    expected = np.fromfile(GOLDEN / f"{name}.probs.f32", dtype="<f4").reshape(vocab, vocab)
+    _, probabilities = oracle.forward(params, config, np.arange(vocab)[:, None])
+    # C computes in float32, with logits of up to 44.
+    assert_close(probabilities[:, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_read_c_v1_rejects_other_files(tmp_path):
+    path = tmp_path / "model.bin"
+    for data in (b"", b"GGUF" + bytes(100), (0x1B1B1).to_bytes(4, "little") + bytes([1, 0, 0, 0])):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"not a version 1 file|the file ends before"):
+            oracle.read_c_v1(path)
+
+
+# --- The faults of the C original -----------------------------------------------------------------
+
+
+def test_fault1_weight_update_climbs_the_loss():
+    weight, gradient = np.array([1.0, -1, 0, 1, -1]), np.array([2.0, 0.5, -3, 0, 0])
+    updated = oracle.fault1_weight_update(weight, gradient)
+    assert updated.tolist() == [1, 1, -1, 1, -1]
+    assert np.sum((updated - weight) * gradient) > 0
+
+
+def test_fault2_to_5_differ_from_the_gradient():
+    config = make_config()
+    weights = part(make_params(config), "blocks.0.")
+    ffn = part(weights, "ffn.")
+    x, d_output = normal(2, 3, 6), normal(2, 3, 6, seed=4)
+
+    _, _, d_beta = oracle.layer_norm_backward(d_output, x, weights["norm1.gamma"])
+    faulty = oracle.fault2_layer_norm_d_beta(d_output)
+    assert_close(faulty, np.full(6, d_beta.sum()), **FLOAT64)
+    assert not np.allclose(faulty, d_beta)
+
+    d_x, gradients = oracle.feed_forward_backward(d_output, x, ffn, config)
+    faulty = oracle.fault3_feed_forward_d_wo(d_output, x, ffn)
+    assert faulty.shape == gradients["wo"].shape
+    assert not np.allclose(faulty, gradients["wo"])
+
+    gain = weights["norm1.gamma"]
+    right = d_output + oracle.layer_norm_backward(d_x, x, gain)[0]
+    faulty = oracle.fault4_residual_backward(d_output, d_x, x, gain)
+    # The norm takes a constant away from its gradient: the residual path's share is lost.
+    assert_close(faulty.sum(axis=-1), np.zeros((2, 3)), rtol=0, atol=1e-12)
+    assert abs(right.sum(axis=-1)).min() > 1e-3
+
+    d_logits = normal(2, 3, 5)
+    _, right, _ = oracle.linear_backward(d_logits, x, normal(5, 6))
+    assert_close(oracle.fault5_output_weight_gradient(d_logits, x), right.T, **FLOAT64)
+
+
+def test_fault6_attention_is_attention_with_a_span_of_1():
+    weights = part(make_params(make_config()), "blocks.0.attention.")
+    tokens, x = tokens_with("none"), normal(2, TIME, 6)
+    faulty = oracle.fault6_attention(x, weights)
+    only_itself = oracle.attention(x, tokens, weights, make_config(span=1))
+    causal = oracle.attention(x, tokens, weights, make_config())
+    assert_close(faulty, only_itself, **FLOAT64)
+    assert_close(faulty[:, 0], causal[:, 0], **FLOAT64)
+    assert not np.allclose(faulty[:, 1:], causal[:, 1:])
+
+
+@pytest.mark.parametrize("size", [3, 17, 64])
+def test_fault9_layer_norm_has_12_bits(size):
+    x, one = normal(size), np.ones(size)
+    right = oracle.layer_norm(x, one, 0 * one)
+    faulty = oracle.fault9_layer_norm(x, one, 0 * one)
+    assert 2**-20 < np.abs(faulty / right - 1).max() <= 2**-12
+
+
+# --- Optimizer, ternary weights -------------------------------------------------------------------
+
+
+def test_adamw_step_by_hand():
+    options = {"beta1": 0.9, "beta2": 0.99, "epsilon": 0.0, "weight_decay": 0.1}
+    # The first step's bias correction leaves the gradient's sign.
+    weight, m, v = oracle.adamw_step(
+        [2.0, -4.0], [0.5, -3.0], 0.0, 0.0, 1, learning_rate=0.01, **options
+    )
+    assert_close(weight, [2.0 - 0.01 * (1 + 0.2), -4.0 - 0.01 * (-1 - 0.4)], **FLOAT64)
+    assert_close(m, [0.05, -0.3], **FLOAT64)
+    assert_close(v, [0.0025, 0.09], **FLOAT64)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adamw_step_agrees_with_torch(weight_decay):
+    torch = pytest.importorskip("torch")
+    weight, gradients = normal(3, 5), normal(4, 3, 5)
+    parameter = torch.tensor(weight, requires_grad=True)
+    optimizer = torch.optim.AdamW(
+        [parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-8, weight_decay=weight_decay
+    )
+    m = v = np.zeros_like(weight)
+    for step, gradient in enumerate(gradients, start=1):
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        weight, m, v = oracle.adamw_step(
+            weight, gradient, m, v, step,
+            learning_rate=0.01, beta1=0.9, beta2=0.99, epsilon=1e-8, weight_decay=weight_decay,
+        )  # fmt: skip
+    assert_close(weight, parameter.detach().numpy(), **FLOAT64)
+
+
+def test_warmup_cosine_by_hand():
+    rates = [
+        oracle.warmup_cosine(step, peak=2.0, warmup_steps=4, total_steps=8, final_fraction=0.1)
+        for step in (0, 1, 3, 4, 6, 8, 100)
+    ]
+    assert_close(rates, [0.5, 1.0, 2.0, 2.0, 1.1, 0.2, 0.2], **FLOAT64)
+
+
+def test_ternarize_by_hand():
+    # mean |w| = 0.5; 0.25 and -0.75 are the ties 0.5 and -1.5 (clipped to -1) of w / scale.
+    codes, scale = oracle.ternarize([[0.25, -0.75, 0.0], [0.26, 1.24, -0.5]])
+    assert scale == 0.5
+    assert codes.tolist() == [[0, -1, 0], [1, 1, -1]]
+    assert codes.dtype == np.int8
+    codes, scale = oracle.ternarize(np.zeros((2, 3)))
+    assert scale == 0.0
+    assert not codes.any()
+    codes, scale = oracle.ternarize([[0.5, -0.6, 3.0]], scale="one")
+    assert (codes.tolist(), scale) == ([[0, -1, 1]], 1.0)
+
+
+def test_ternarize_rounds_the_scale_to_float16():
+    weight = normal(9, 17)
+    _, scale = oracle.ternarize(weight)
+    assert scale == float(np.float16(scale)) != np.abs(weight).mean()
+    assert_close(scale, np.abs(weight).mean(), rtol=2.0**-11, atol=0)
+
+
+def test_pack_2bit_by_hand():
+    packed = oracle.pack_2bit(np.array([[-1, 0, 1, -1, 1], [0, 0, 0, 0, -1]], dtype=np.int8))
+    assert packed.tolist() == [[0b00_10_01_00, 0b01_01_01_10], [0b01_01_01_01, 0b01_01_01_00]]
+    assert packed.dtype == np.uint8
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 17])
+def test_pack_2bit_is_undone_by_unpack_2bit(columns):
+    codes = np.random.default_rng(7).integers(-1, 2, size=(3, columns), dtype=np.int8)
+    assert_same_bits(oracle.unpack_2bit(oracle.pack_2bit(codes), columns), codes)
+
+
+# --- The comparison helper ------------------------------------------------------------------------
+
+
+def test_assert_close_names_the_worst_element():
+    expected = np.arange(6.0).reshape(2, 3)
+    actual = expected.copy()
+    actual[0, 1] += 0.02
+    actual[1, 2] += 0.05
+    with pytest.raises(AssertionError, match=r"sums: 2 of 6 .* \(1, 2\): 5\.05.*5\.0.* 5 x the"):
+        assert_close(actual, expected, rtol=0, atol=0.01, what="sums")
+    assert_close(actual, expected, rtol=0, atol=0.0501)
+    # 0.05 away from 5 is within one part in 99, and 0.02 away from 1 within one in 49.
+    assert_close(actual, expected, rtol=np.array([0, 1 / 49, 1 / 99]), atol=0)
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "message"),
+    [
+        ([1.0, np.nan], [1.0, 2.0], "nan, expected 2.0"),
+        ([1.0, 2.0], [1.0, np.nan], "2.0, expected nan"),
+        ([np.inf], [1e300], "inf, expected"),
+        ([np.inf], [-np.inf], "inf, expected -inf"),
+        ([1.0, 1.0], 1.0, r"shape \(2,\), expected \(\)"),
+        ([[1.0]], [1.0], r"shape \(1, 1\), expected \(1,\)"),
+    ],
+)
+def test_assert_close_rejects_mismatches(actual, expected, message):
+    with pytest.raises(AssertionError, match=message):
+        assert_close(actual, expected, rtol=10, atol=10)
+
+
+def test_assert_close_accepts_equal_nan_and_infinities_and_checks_the_dtype():
+    values = np.array([np.nan, np.inf, -np.inf, 0.0], dtype=np.float32)
+    assert_close(values, values.astype(np.float64), rtol=0, atol=0, dtype=np.float32)
+    with pytest.raises(AssertionError, match="dtype float32, expected float64"):
+        assert_close(values, values, rtol=0, atol=0, dtype=np.float64)
+
+
+def test_assert_same_bits_tells_zeros_and_nans_apart():
+    values = np.array([0.0, np.nan, 1.0], dtype=np.float32)
+    assert_same_bits(values, values.copy())
+    with pytest.raises(AssertionError, match=r"1 of 3 .* \(0,\): .*0x80000000.*0x00000000"):
+        assert_same_bits(np.array([-0.0, np.nan, 1.0], dtype=np.float32), values)
+    with pytest.raises(AssertionError, match="dtype float64, expected float32"):
+        assert_same_bits(values.astype(np.float64), values)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_same_bits(values[:2], values)
+
+
+def test_dot_bound_covers_float32_sums_in_any_order():
+    rng = np.random.default_rng(8)
+    for n in (1, 7, 97):
+        x, y = rng.normal(size=(2, n)).astype(np.float32)
+        products = x.astype(np.float64) * y
+        one_by_one = np.float32(0)
+        for a, b in zip(x, y, strict=True):
+            one_by_one = np.float32(one_by_one + a * b)
+        bound = dot_bound(np.abs(products).sum(), n)
+        assert_close(one_by_one, math.fsum(products), rtol=0, atol=bound)
+        assert bound < 1.01 * n * 2.0**-24 * np.abs(products).sum()
+    assert gamma(1) > 2.0**-24
