@@ -13,6 +13,7 @@ SCHEMES = ("ternary", "float")
 SCALES = ("absmean", "one")
 ACTIVATIONS = ("relu2", "relu")
 POSITIONS = ("rope", "none")
+OPTIMIZERS = ("muon", "adamw")
 
 # Past these sizes a number in a file or on a command line is a mistake or an attack, not a model.
 _LARGEST = {
@@ -208,9 +209,13 @@ class TrainingConfig(_Record):
         Updates of the weights.
     batch_size : int
         Sequences in a step.
+    optimizer : {"muon", "adamw"}
+        Muon takes the matrices of the blocks and leaves the rest to AdamW.
     learning_rate : float
         The peak, reached after ``warmup_steps`` of linear warm-up; from there it falls along a
         cosine to ``learning_rate * final_learning_rate``.
+    matrix_ratio : float
+        Muon's learning rate over AdamW's.
     weight_decay : float
         Decoupled, on matrices only.
     clip : float
@@ -225,7 +230,9 @@ class TrainingConfig(_Record):
 
     steps: int = 1500
     batch_size: int = 12
+    optimizer: str = "muon"
     learning_rate: float = 3e-3
+    matrix_ratio: float = 7.0
     final_learning_rate: float = 0.1
     warmup_steps: int = 100
     beta1: float = 0.9
@@ -244,6 +251,8 @@ class TrainingConfig(_Record):
         _check_integer("seed", self.seed, 0, (1 << 63) - 1)
         _check_integer("threads", self.threads, 1, 256)
         _check_integer("evaluate_every", self.evaluate_every, 1, 1 << 40)
+        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        _check_number("matrix_ratio", self.matrix_ratio, 1e-6, 1e6)
         _check_number("learning_rate", self.learning_rate, 1e-12, 1e3)
         _check_number("final_learning_rate", self.final_learning_rate, 0.0, 1.0)
         _check_number("beta1", self.beta1, 0.0, 0.999999)

@@ -59,9 +59,8 @@ __all__ = [
     "story_length_bounds",
 ]
 
-GIRLS = """Ada Bea Cleo Dora Eve Faye Gina Hana Ida Jill Kate Lily Mia Nora Olga Pia Ruth Sue Tina
-    Zoe"""
-BOYS = "Abe Ben Carl Dan Emil Finn Gil Hugo Ivan Jack Kurt Leo Max Ned Otto Paul Rob Sam Tom Vic"
+GIRLS = "Ada Cleo Eva Hana Ivy Kim Mia Pia Sue Zoe"
+BOYS = "Ben Dan Finn Gus Jack Leo Ned Otto Rob Tom"
 
 FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
@@ -70,72 +69,48 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     }
 )
 
-# Words are short and begin differently, because what a story can hold is bounded by its length:
-# a long word, or a long beginning shared by several words, takes characters and tells nothing.
+# Words are short, and those of one rule begin with different letters wherever there are letters
+# enough: then the first letter tells which word it is, and a model that brings the letter back
+# from the start of the story can spell the rest.
 RULES: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
     {
         "name": f"{GIRLS} {BOYS}",
-        "trait": """bold brave busy clever cute eager funny good hungry kind lazy loud merry poor
-            proud quick quiet sad shy silly sly strong tall wise young""",
-        "job": """actor baker barber clown cook dancer diver doctor farmer guard hunter judge
-            knight mason miller nurse painter pilot poet potter sailor smith tailor""",
-        "adj": """big black blue brown cheap clean cold cute dark dry dusty fancy fat fine funny
-            gold good gray green huge icy long loud lovely lucky magic muddy neat new nice odd old
-            pale pink plain poor pretty quiet rare red round royal sad short silly silver small
-            snowy soft strong sweet tall thin tiny ugly warm wet white wild""",
-        "animal": """ape bat bear cat cow crab crow deer dog duck eagle fox frog goat goose hare
-            hen horse lamb lion mole mouse newt otter owl pig pony robin seal snail toad wolf""",
-        "thing": """axe bag bell boat book bow box cape clock coat coin cup doll drum fan flag
-            flute gem harp hat horn jar jug key kite lamp log map mask mug net oar pan pen pin
-            pipe pot purse quilt ring rope rug saw scarf shoe sled spoon sword tray tub vase wand
-            wheel wig""",
-        "weather": """calm cold dark dry dusty foggy frosty hot icy lovely misty muddy quiet rainy
-            snowy sunny warm wet wild windy""",
-        "day": "Monday Tuesday Friday Sunday day dawn evening morning noon",
-        "place": """barn beach bridge cabin camp cave dam farm field forest fort gate hill inn
-            lake market mill park pond river road tower well""",
-        "food": """beans bread buns cake corn dates eggs figs fish ham honey jam milk nuts pears
-            peas pie plums rice soup stew tarts tea toast""",
-        "boom": "Bang Boom Clap Crack Snap Thud Whoosh Zap",
-        "say": "begged called cried roared sang yelled",
+        "job": """actor baker cook diver farmer guard hunter knight miller nurse poet sailor
+            tailor""",
+        "adj": """blue cold dry fine gold huge iron lucky magic new old pink red small tiny
+            warm yellow""",
+        "animal": "ant bear cat dog eel fox goat hen lion mouse owl pig rat seal toad wolf",
+        "thing": "axe bell cup drum fan gem hat jar kite lamp map net oar pen ring saw tub vase wig",
+        "weather": "bright cold dark foggy icy misty rainy sunny warm",
+        "day": "day evening morning night",
+        "place": "barn cave dam farm gate hill inn lake mill park river tower well",
+        "food": "apples bread corn eggs figs ham jam nuts pie rice soup",
+        "way": "by in near",
         "opening": (
-            "One {weather} {day} {hero=name} the {trait} {job}",
-            "A {trait} {job} named {hero=name}",
-            "{hero=name} the {trait} {job}",
-            "By a {weather} {place}, {hero=name} the {job}",
+            "One {weather} {day} {hero=name} the {job}",
+            "{hero=name} the {job}",
         ),
         "plot": (
             # Lost and found.
-            "lost {hero:his} {look=adj} {object=thing}. {helper=name} the {adj} {animal} and a"
-            " {adj} {animal} dug up a {adj} {thing}, a {adj} {thing} and {hero}'s {object}."
-            " So {hero} got the {object}, and {helper} got {food}, {food} and {food}.",
+            "lost a {look=adj} {object=thing} near the {place}. {hero} cried. {helper=name} the"
+            " {adj} {animal} saw {hero} and found the {object} in a {adj} {thing}."
+            " {hero} got the {look} {object}, and {helper} got {food}.",
             # A gift.
-            "wrapped a {look=adj} {object=thing} for {helper=name} the {adj} {animal}."
-            ' "A {adj} {thing}, {hero}? A {adj} {thing}? A {adj} {thing}?" asked {helper}.'
-            " {helper:He} loved the {look} {object} and gave {hero} {food}, {food} and {food}.",
+            "had a {look=adj} {object=thing} for {helper=name} the {adj} {animal}."
+            ' "Is it a {adj} {thing}, {hero}?" asked {helper}. "No, a {object}!" said {hero}.'
+            " {helper} took the {look} {object} and gave {hero} {food} and {food}.",
             # A storm.
-            "took a {look=adj} {object=thing} to the {weather} {place}. {boom}! A storm blew"
-            " {helper=name} the {adj} {animal}, a {adj} {thing} and a {adj} {animal} past {hero}."
-            " {hero} caught {helper} with the {object}, a {adj} {thing} and a {adj} {thing}.",
+            "took a {look=adj} {object=thing} to the {place}. A storm came, and {hero} saw"
+            " {helper=name} the {adj} {animal} fall in the {place}. {hero} used the {object}"
+            " and a {adj} {thing}. {helper} thanked {hero} for the {look} {object}.",
             # A race.
-            "raced {helper=name} the {adj} {animal} and {rival=name} the {adj} {animal} for"
-            ' a {look=adj} {object=thing}. "Go, {hero}!" {helper} fell on a {adj} {thing}, and'
-            " {rival} had {food}. {hero} won the {object} and gave {helper} a {adj} {thing}"
-            " and a {adj} {thing}.",
-            # A journey.
-            "rode a {adj} {animal} to the {weather} {place} with a {look=adj} {object=thing}."
-            ' "Swap it for a {adj} {thing} or a {adj} {thing}, {hero}?" {say} {helper=name} the'
-            " {adj} {animal}. {hero} kept the {object} but gave {helper} {food}, {food}"
-            " and {food}.",
-            # An accident.
-            "left {hero:his} {look=adj} {object=thing} by the {place}. {boom}!"
-            ' A {adj} {animal}? A {adj} {animal}? "Sorry, {hero}!" {say} {helper=name} the'
-            " {adj} {animal}. {hero} and {helper} fixed the {object} with {food}, a {adj} {thing}"
-            " and a {adj} {thing}.",
+            "raced {helper=name} the {adj} {animal} from the {place} to the {place} for a"
+            ' {look=adj} {object=thing}. "Go, {hero}!" yelled a {adj} {animal}.'
+            " {helper} fell, and {hero} won the {look} {object}.",
             # A wish.
-            'rubbed a {look=adj} {object=thing}. "Make a wish, {hero}!" {say} {helper=name} the'
-            " {adj} {animal} in it. So {hero} got a {adj} {thing}, a {adj} {thing},"
-            " a {adj} {thing} and {food}, and {helper} slept in the {object}.",
+            'rubbed a {look=adj} {object=thing}. "Make a wish, {hero}!" said {helper=name} the'
+            " {adj} {animal}. {hero} got a {adj} {thing}, {food} and {food}, and {helper} slept in"
+            " {hero}'s {look} {object}.",
         ),
         "story": ("{opening} {plot}",),
     }

@@ -1,0 +1,538 @@
+"""The command line: train a model, let it write, measure it, look inside (C: ``main.c``).
+
+Standard output belongs to what was asked for: the text that ``generate`` writes, the report that
+the other commands print. Progress and remarks go to standard error.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from legacy1bit import stories
+from legacy1bit.data_utils import ByteTokenizer, load_text_from_file, tokenize_text
+from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
+from legacy1bit.hyperparams import OPTIMIZERS, SCHEMES, ModelConfig, TrainingConfig
+from legacy1bit.inference import check_sampling, generate
+from legacy1bit.logger import MetricsLogger
+from legacy1bit.math_ops import simd_level
+from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.threads import available_cores
+from legacy1bit.trainer import (
+    SETTINGS_FILE,
+    Metrics,
+    Trainer,
+    evaluate,
+    read_settings,
+    recall_of_heroes,
+)
+
+RUNS = Path("runs")
+STORIES = "stories"
+
+_STORIES = 20000
+_HELD_OUT_STORIES = 256
+_LINE_BREAK = b"\n"
+_INTERRUPTED = 130
+
+# How a finished run is sampled: warm enough to vary, cool enough to keep to what it knows.
+_SAMPLES = 20
+_TEMPERATURE = 0.8
+
+console = Console(stderr=True, highlight=False)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        _fail(f"{message} (see {self.prog} --help)")
+
+
+def _fail(message: str) -> NoReturn:
+    """End the program with one line on standard error and status 2."""
+    line = " ".join(str(message).split())
+    print(f"legacy1bit: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return ": ".join([*names[-1:], error.strerror])
+    if isinstance(error, MemoryError):
+        return f"not enough memory: {error}" if str(error) else "not enough memory"
+    return str(error)
+
+
+# ---------------------------------------------------------------------------------------------
+# Arguments
+
+
+def _add_training(commands: Any) -> None:
+    model, training = ModelConfig(), TrainingConfig()
+    command = commands.add_parser(
+        "train",
+        help="train a model (what happens without a command, too)",
+        description="Train a model on a text, or on the bundled stories. Without options it takes "
+        "about a minute on two cores.",
+    )
+    command.add_argument("--data", metavar="FILE", help="any text file (default: the stories)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
+    command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
+    command.add_argument("--stories", type=int, help="how many stories to learn from")
+    for name, kind, default in (
+        ("steps", int, training.steps),
+        ("batch-size", int, training.batch_size),
+        ("sequence-length", int, model.sequence_length),
+        ("model-dim", int, model.model_dim),
+        ("blocks", int, model.num_blocks),
+        ("heads", int, model.num_heads),
+        ("learning-rate", float, training.learning_rate),
+        ("weight-decay", float, training.weight_decay),
+        ("seed", int, training.seed),
+    ):
+        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"default: {default}")
+    command.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    command.add_argument("--scheme", choices=SCHEMES, help=f"default: {model.scheme}")
+    command.add_argument("--optimizer", choices=OPTIMIZERS, help=f"default: {training.optimizer}")
+    command.set_defaults(run=run_training)
+
+
+def _add_generation(commands: Any) -> None:
+    command = commands.add_parser(
+        "generate",
+        help="let a model write",
+        description="Write the prompt and its continuation to standard output.",
+    )
+    _add_model(command)
+    command.add_argument("--prompt", default="", help="what the text begins with")
+    command.add_argument("--max-tokens", type=int, default=250, metavar="N", help="default: 250")
+    command.add_argument(
+        "--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (default 0.8)"
+    )
+    command.add_argument("--top-k", type=int, default=0, metavar="N", help="default: no limit")
+    command.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: no limit")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.set_defaults(run=run_generation)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", metavar="PATH", type=Path, help="a run's folder (default: the latest)"
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="legacy1bit",
+        description="Small language models with weights of -1, 0 and 1, on any CPU.",
+        epilog="Without a command: train on the bundled stories for about a minute.",
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    _add_training(commands)
+    _add_generation(commands)
+    command = commands.add_parser("evaluate", help="measure a model on a text")
+    _add_model(command)
+    command.add_argument(
+        "--data", metavar="FILE", help="any text file (default: the run's validation set)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    command.set_defaults(run=run_evaluation)
+    command = commands.add_parser("info", help="tell what a model is made of")
+    _add_model(command)
+    command.set_defaults(run=run_info)
+    return parser
+
+
+# ---------------------------------------------------------------------------------------------
+# Runs and corpora
+
+
+def latest_run() -> Path:
+    """Return the run under ``runs/`` that was saved last.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    found = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
+    if not found:
+        raise ValueError(
+            f"there is no run in {RUNS}/ yet: train one first, or name one with --model"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def _new_run() -> Path:
+    name = time.strftime("%Y%m%d-%H%M%S")
+    path, number = RUNS / name, 1
+    while path.exists():
+        number += 1
+        path = RUNS / f"{name}-{number}"
+    return path
+
+
+def _source(data: str | None, count: int, seed: int) -> dict[str, Any]:
+    """Return where a corpus comes from, so that it can be made again."""
+    if data is None:
+        return {"name": STORIES, "stories": count, "seed": seed}
+    text = load_text_from_file(data)
+    return {
+        "name": Path(data).name,
+        "path": str(Path(data).resolve()),
+        "bytes": len(text),
+        "sha256": hashlib.sha256(text).hexdigest(),
+    }
+
+
+def _corpus(source: dict[str, Any], config: ModelConfig) -> Corpus:
+    """Return the corpus that ``_source`` described.
+
+    Raises
+    ------
+    ValueError
+        If the text has changed since, or is too short.
+    """
+    if source.get("name") == STORIES and "path" not in source:
+        return story_corpus(
+            source["stories"],
+            _HELD_OUT_STORIES,
+            source["seed"],
+            config.sequence_length,
+            config.pad_token,
+        )
+    text = load_text_from_file(source["path"])
+    if hashlib.sha256(text).hexdigest() != source["sha256"]:
+        raise ValueError(f"{source['path']} has changed since the run began")
+    return text_corpus(text, source["name"], config.sequence_length, config.pad_token)
+
+
+# ---------------------------------------------------------------------------------------------
+# train
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_Interrupts":
+        self._before = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
+    """Return the settings that the command line asks for."""
+    model = {
+        "sequence_length": arguments.sequence_length,
+        "model_dim": arguments.model_dim,
+        "num_blocks": arguments.blocks,
+        "num_heads": arguments.heads,
+        "scheme": arguments.scheme,
+    }
+    training = {
+        "steps": arguments.steps,
+        "batch_size": arguments.batch_size,
+        "learning_rate": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "seed": arguments.seed,
+        "optimizer": arguments.optimizer,
+        "threads": available_cores() if arguments.threads is None else arguments.threads,
+    }
+    return (
+        ModelConfig(**{key: value for key, value in model.items() if value is not None}),
+        TrainingConfig(**{key: value for key, value in training.items() if value is not None}),
+    )
+
+
+def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
+    """Return a new run, or an old one where its checkpoint was written."""
+    if arguments.resume is not None:
+        return _resume(arguments)
+    model_config, config = _configs(arguments)
+    folder = arguments.out or _new_run()
+    if (folder / SETTINGS_FILE).exists():
+        raise ValueError(f"{folder} holds a run already: name another folder, or --resume it")
+    source = _source(arguments.data, arguments.stories or _STORIES, config.seed)
+    trainer = Trainer(folder, model_config, config, _corpus(source, model_config), source)
+    folder.mkdir(parents=True, exist_ok=True)
+    return trainer, MetricsLogger(folder)
+
+
+def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
+    """Return an old run. What it was started with holds; only its end and its threads may move."""
+    folder = arguments.resume
+    model_config, config, source = read_settings(folder)
+    fixed = {
+        "data": arguments.data,
+        "out": arguments.out,
+        "stories": arguments.stories,
+        "batch-size": arguments.batch_size,
+        "sequence-length": arguments.sequence_length,
+        "model-dim": arguments.model_dim,
+        "blocks": arguments.blocks,
+        "heads": arguments.heads,
+        "learning-rate": arguments.learning_rate,
+        "weight-decay": arguments.weight_decay,
+        "seed": arguments.seed,
+        "scheme": arguments.scheme,
+        "optimizer": arguments.optimizer,
+    }
+    given = [name for name, value in fixed.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"--{given[0]} cannot change in a run that goes on: only --steps and --threads can"
+        )
+    changes = {"steps": arguments.steps, "threads": arguments.threads}
+    config = replace(config, **{key: value for key, value in changes.items() if value is not None})
+    trainer = Trainer(folder, model_config, config, _corpus(source, model_config), source)
+    trainer.restore()
+    if trainer.step >= config.steps:
+        raise ValueError(
+            f"{folder} has had its {trainer.step} steps: give more with --steps to go on"
+        )
+    print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
+    return trainer, MetricsLogger(folder, trainer.step)
+
+
+def run_training(arguments: argparse.Namespace) -> int:
+    """Train, with a progress bar, and report."""
+    trainer, logger = _start(arguments)
+    config = trainer.model.config
+    print(
+        f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
+        f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
+        f"{trainer.config.threads} threads, {simd_level()}",
+        file=sys.stderr,
+    )
+    with _Interrupts() as interrupts, _progress() as progress:
+        task = progress.add_task(
+            "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
+        )
+
+        def on_step(loss: float, speed: float) -> None:
+            progress.update(task, completed=trainer.step, loss=loss, speed=speed)
+
+        def on_report(record: dict[str, Any]) -> None:
+            progress.console.print(
+                f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
+                f"validation loss {record['val_loss']:.4f}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
+
+        done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
+    if not done:
+        print(
+            f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
+            f"  python -m legacy1bit.main train --resume {trainer.folder}",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
+    _report(trainer)
+    return 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _report(trainer: Trainer) -> None:
+    """Print what a finished run has come to."""
+    model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
+    metrics = trainer.metrics or evaluate(model, corpus.validation, threads)
+    _print_metrics(metrics)
+    if corpus.floor is not None:
+        print(
+            f"{'entropy floor':<18}{corpus.floor:.4f} nats a character "
+            f"(the loss is {metrics.loss / corpus.floor - 1:.1%} above)"
+        )
+    if corpus.stories:
+        print(f"{'right hero':<18}{recall_of_heroes(model, corpus.stories, threads):.1%} of endings")
+        written = [_write_story(model, seed) for seed in range(_SAMPLES)]
+        whole = sum(stories.is_story(story) for story in written)
+        print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
+        print("\nsample:\n  " + "\n  ".join(written[:3]))
+    else:
+        text = bytes(generate(model, list(_LINE_BREAK), 300, temperature=_TEMPERATURE))
+        print("\nsample:\n" + text.decode("utf-8", "replace"))
+    print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
+    print('  python -m legacy1bit.main generate --prompt "One sunny day "')
+
+
+def _write_story(model: LegacyLLM, seed: int) -> str:
+    """Return the first story that a model writes."""
+    text = bytearray()
+    longest = model.config.sequence_length
+    for token in generate(model, list(_LINE_BREAK), longest, seed, _TEMPERATURE):
+        if token == _LINE_BREAK[0]:
+            break
+        text.append(token)
+    return text.decode("utf-8", "replace")
+
+
+def _print_metrics(metrics: Metrics) -> None:
+    print(f"{'validation loss':<18}{metrics.loss:.4f} nats a character")
+    print(f"{'perplexity':<18}{metrics.perplexity:.4f}")
+    print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")
+    print(f"{'top 1 / 3 / 5':<18}{metrics.top1:.1%} / {metrics.top3:.1%} / {metrics.top5:.1%}")
+
+
+# ---------------------------------------------------------------------------------------------
+# generate, evaluate, info
+
+
+def run_generation(arguments: argparse.Namespace) -> int:
+    """Write the prompt and its continuation, as bytes, as they come."""
+    check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+    if arguments.seed < 0:
+        raise ValueError(f"--seed is {arguments.seed}, expected 0 or more")
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    prompt = os.fsencode(arguments.prompt)
+    # A model predicts from what came before; before the first character came a line break.
+    tokens = tokenize_text(prompt or _LINE_BREAK, model.config.vocab_size)
+    reach = model.config.sequence_length
+    if tokens.size > reach:
+        print(
+            f"the prompt has {tokens.size} tokens and the model sees {reach}: its newest count",
+            file=sys.stderr,
+        )
+    output = sys.stdout.buffer
+    output.write(prompt)
+    output.flush()
+    for token in generate(
+        model,
+        tokens,
+        arguments.max_tokens,
+        arguments.seed,
+        arguments.temperature,
+        arguments.top_k,
+        arguments.top_p,
+    ):
+        output.write(ByteTokenizer().decode([token]))
+        output.flush()
+    if sys.stdout.isatty():
+        print(file=sys.stderr)
+    return 0
+
+
+def run_evaluation(arguments: argparse.Namespace) -> int:
+    """Print how well a model predicts a text."""
+    threads = _threads(arguments)
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    if arguments.data is None:
+        _, _, source = read_settings(folder)
+        corpus = _corpus(source, model.config)
+        _print_metrics(evaluate(model, corpus.validation, threads))
+        if corpus.stories:
+            recall = recall_of_heroes(model, corpus.stories, threads)
+            print(f"{'right hero':<18}{recall:.1%} of endings")
+        return 0
+    tokens = tokenize_text(load_text_from_file(arguments.data), model.config.vocab_size)
+    if tokens.size < 2:
+        raise ValueError(f"{arguments.data} has one byte, expected at least two")
+    whole = TokenDataset(
+        tokens, min(model.config.sequence_length, tokens.size - 1), model.config.pad_token
+    )
+    _print_metrics(evaluate(model, whole, threads))
+    return 0
+
+
+def run_info(arguments: argparse.Namespace) -> int:
+    """Print what a model is made of."""
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    print(f"{'model':<18}{folder}")
+    for name, value in model.config.to_dict().items():
+        print(f"{name:<18}{value}")
+    print(f"{'parameters':<18}{model.num_parameters:,}")
+    print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")
+    ternary = {
+        name: matrix
+        for name, matrix in model.parameters.items()
+        if isinstance(matrix, TernaryMatrix)
+    }
+    if ternary:
+        width = max(map(len, ternary))
+        print(f"\n{'matrix':<{width}}  {'shape':>11}  {'scale':>9}  {'-1':>6} {'0':>6} {'1':>6}")
+    for name, matrix in ternary.items():
+        shares = [np.mean(matrix.values == code) for code in (-1, 0, 1)]
+        print(
+            f"{name:<{width}}  {'x'.join(map(str, matrix.shape)):>11}  {matrix.scale:>9.6f}  "
+            + " ".join(f"{share:>6.1%}" for share in shares)
+        )
+    return 0
+
+
+def _threads(arguments: argparse.Namespace) -> int:
+    if arguments.threads is None:
+        return available_cores()
+    if not 1 <= arguments.threads <= 256:
+        raise ValueError(f"--threads is {arguments.threads}, expected 1 to 256")
+    return int(arguments.threads)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Whatever the user can set right, wrong options, files and texts, ends in one line on standard
+    error and status 2.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        arguments = ["train", *arguments]
+    parsed = _parser().parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except BrokenPipeError:
+        # Whoever read the output has had enough; Python must not try to flush the rest.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
+        _fail(_describe(error))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,368 @@
+"""The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save as save_safetensors
+
+from legacy1bit import stories
+from legacy1bit.backward import BackwardPass, ignore_padding
+from legacy1bit.data_utils import ByteTokenizer, create_padded_sequence, tokenize_text
+from legacy1bit.dataset import Corpus, TokenDataset
+from legacy1bit.files import atomic_write
+from legacy1bit.forward import forward_llm_batch
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.logger import MetricsLogger
+from legacy1bit.model import (
+    LegacyLLM,
+    ModelFileError,
+    create_legacy_llm,
+    create_legacy_llm_gradients,
+    save_model,
+    zero_legacy_llm_gradients,
+)
+from legacy1bit.optimizer import AdamW, Muon
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
+SETTINGS_FILE = "training.json"
+
+# While it trains, a run is measured on about this many tokens of its validation set, spread
+# evenly; at the end on all of them.
+_QUICK_TOKENS = 16384
+_EVALUATION_BATCH = 32
+
+
+class TrainingDiverged(ValueError):
+    """The loss or a gradient is no longer a finite number."""
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How well a model predicts a set of sequences.
+
+    Attributes
+    ----------
+    loss : float
+        The mean of -log p of the true token, in nats.
+    top1, top3, top5 : float
+        The share of tokens that are among the model's 1, 3 and 5 likeliest.
+    tokens : int
+        How many were predicted.
+    """
+
+    loss: float
+    top1: float
+    top3: float
+    top5: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The loss in bits; a token is a byte."""
+        return self.loss / math.log(2.0)
+
+    def record(self) -> dict[str, float]:
+        """Return what ``metrics.jsonl`` keeps of the numbers."""
+        return {
+            "val_loss": self.loss,
+            "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "top1": self.top1,
+            "top3": self.top3,
+            "top5": self.top5,
+        }
+
+
+def evaluate(
+    model: LegacyLLM, dataset: TokenDataset, threads: int = 1, limit: int | None = None
+) -> Metrics:
+    """Measure a model on a dataset.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    dataset : TokenDataset
+    threads : int
+    limit : int, optional
+        Stop after about so many tokens, spread evenly over the dataset.
+    """
+    loss, tokens = 0.0, 0
+    within = np.zeros(3, np.int64)
+    for inputs, targets in dataset.sweep(_EVALUATION_BATCH, limit):
+        logits = forward_llm_batch(model, inputs, threads=threads, logits=True)
+        targets = ignore_padding(inputs, targets, model.config.pad_token)
+        chosen = logits[targets >= 0]
+        truth = targets[targets >= 0]
+        goal = np.take_along_axis(chosen, truth[:, None], axis=1)
+        top = chosen.max(axis=1, keepdims=True)
+        exponentials = np.exp(chosen - top)
+        log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
+        loss += float((log_sums - goal[:, 0]).sum())
+        ranks = (chosen > goal).sum(axis=1)
+        within += [(ranks < k).sum() for k in (1, 3, 5)]
+        tokens += truth.size
+    if tokens == 0:
+        raise ValueError("there is nothing to measure: every token is padding")
+    return Metrics(loss / tokens, *(within / tokens).tolist(), tokens)
+
+
+def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) -> float:
+    """Return the share of stories at whose end the model names the right hero.
+
+    The model reads each story up to the hero's name in its last sentence; it is right if it finds
+    every letter of the name the likeliest.
+    """
+    right = asked = 0
+    for first in range(0, len(told), _EVALUATION_BATCH):
+        part = told[first : first + _EVALUATION_BATCH]
+        length = min(max(len(story) for story in part) + 1, model.config.sequence_length)
+        rows = np.stack(
+            [
+                create_padded_sequence(tokenize_text("\n" + story), 0, length, model.config.pad_token)
+                for story in part
+            ]
+        )
+        likeliest = forward_llm_batch(model, rows, threads=threads, logits=True).argmax(axis=2)
+        for story, row, guess in zip(part, rows, likeliest, strict=True):
+            for ending in stories.endings(story):
+                if ending.kind == "hero" and ending.stop < length:
+                    name = slice(ending.start + 1, ending.stop + 1)
+                    asked += 1
+                    right += bool((guess[ending.start : ending.stop] == row[name]).all())
+    return right / max(asked, 1)
+
+
+class Trainer:
+    """A model on its way through a corpus.
+
+    Parameters
+    ----------
+    folder : Path
+        The run: where model, checkpoint and metrics go.
+    model_config : ModelConfig
+    config : TrainingConfig
+    corpus : Corpus
+    source : dict
+        Where the corpus came from, kept with the run.
+
+    Attributes
+    ----------
+    step : int
+        Updates done so far.
+    metrics : Metrics or None
+        The last measurement; after the last step that of the whole validation set.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        model_config: ModelConfig,
+        config: TrainingConfig,
+        corpus: Corpus,
+        source: dict[str, Any],
+    ) -> None:
+        self.folder = folder
+        self.config = config
+        self.corpus = corpus
+        self.source = source
+        self.model = create_legacy_llm(model_config, config.seed)
+        self.optimizer = _optimizer(self.model, config)
+        self.gradients = create_legacy_llm_gradients(model_config)
+        self.passes = BackwardPass(
+            self.model, config.batch_size, model_config.sequence_length, config.threads
+        )
+        self.step = 0
+        self.seconds = 0.0
+        self.metrics: Metrics | None = None
+
+    def train(
+        self,
+        logger: MetricsLogger,
+        on_step: Callable[[float, float], None],
+        on_report: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> bool:
+        """Train until the last step, or until told to stop.
+
+        Parameters
+        ----------
+        logger : MetricsLogger
+        on_step : callable
+            Gets the batch's loss and the tokens trained a second after every step.
+        on_report : callable
+            Gets every record that goes to ``metrics.jsonl``.
+        stop : callable
+            Asked after every step.
+
+        Returns
+        -------
+        bool
+            Whether the last step was reached. Either way the run is saved.
+
+        Raises
+        ------
+        TrainingDiverged
+            If the loss or a gradient is not finite; what was saved before stays as it was.
+        """
+        per_step = self.config.batch_size * self.model.config.sequence_length
+        begin, first = time.perf_counter() - self.seconds, self.step
+        began_here = self.seconds
+        losses: list[float] = []
+        while self.step < self.config.steps:
+            losses.append(self.train_step())
+            self.seconds = time.perf_counter() - begin
+            speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
+            on_step(losses[-1], speed)
+            last = self.step == self.config.steps
+            stopped = stop()
+            if last or stopped or self.step % self.config.evaluate_every == 0:
+                metrics = evaluate(
+                    self.model,
+                    self.corpus.validation,
+                    self.config.threads,
+                    None if last else _QUICK_TOKENS,
+                )
+                self.metrics = metrics
+                record = {
+                    "step": self.step,
+                    "train_loss": sum(losses) / len(losses),
+                    **metrics.record(),
+                    "learning_rate": self.config.learning_rate_at(self.step - 1),
+                    "tokens_per_second": speed,
+                    "elapsed_seconds": self.seconds,
+                }
+                self.save()
+                logger.log(record)
+                on_report(record)
+                losses.clear()
+                # Measuring is not training: it counts for nothing in the speed.
+                begin = time.perf_counter() - self.seconds
+            if stopped and not last:
+                return False
+        return True
+
+    def train_step(self) -> float:
+        """Take one step and return the loss of its batch."""
+        config = self.config
+        tokens, targets = self.corpus.training.batch(self.step, config.batch_size, config.seed)
+        zero_legacy_llm_gradients(self.gradients)
+        total, count = self.passes.run(tokens, targets, self.gradients)
+        loss = total / max(count, 1)
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss is {loss} at step {self.step + 1}: try a lower --learning-rate"
+            )
+        norm = self.optimizer.step(
+            self.gradients, config.learning_rate_at(self.step), config.clip, config.threads
+        )
+        if not math.isfinite(norm):
+            raise TrainingDiverged(
+                f"the gradient's norm is {norm} at step {self.step + 1}: try a lower "
+                "--learning-rate"
+            )
+        self.step += 1
+        return loss
+
+    def save(self) -> None:
+        """Write settings, tokenizer, model and checkpoint, each as a whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "model": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            "source": self.source,
+        }
+        atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        ByteTokenizer().save(self.folder)
+        save_model(self.model, self.folder, metadata={"step": str(self.step)})
+        state = {
+            "weights": np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
+            "first": self.optimizer.first,
+            "second": self.optimizer.second,
+        }
+        header = {
+            "model": json.dumps(self.model.config.to_dict()),
+            "step": str(self.step),
+            "seconds": repr(self.seconds),
+        }
+        atomic_write(self.folder / CHECKPOINT_FILE, save_safetensors(state, header))
+
+    def restore(self) -> None:
+        """Go back to where the run's checkpoint was written.
+
+        Raises
+        ------
+        ModelFileError
+            If the checkpoint is not a whole one of this model.
+        OSError
+            If it cannot be read.
+        """
+        path = self.folder / CHECKPOINT_FILE
+        size = self.model.num_parameters
+        with open(path, "rb"):
+            pass
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if json.loads(header["model"]) != self.model.config.to_dict():
+                raise ModelFileError(f"{path} is of a model with other settings")
+            step, seconds = int(header["step"]), float(header["seconds"])
+        except ModelFileError:
+            raise
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
+        for name in ("weights", "first", "second"):
+            values = state.get(name)
+            if values is None or values.shape != (size,) or values.dtype != np.float32:
+                raise ModelFileError(f"{path}: {name} is missing, or not float32[{size}]")
+            if not np.isfinite(values).all():
+                raise ModelFileError(f"{path}: {name} holds a number that is not finite")
+        start = 0
+        for weights in self.model.latent.values():
+            weights[...] = state["weights"][start : start + weights.size].reshape(weights.shape)
+            start += weights.size
+        self.model.quantize(self.config.threads)
+        self.optimizer.first[...] = state["first"]
+        self.optimizer.second[...] = state["second"]
+        self.optimizer.steps = self.step = step
+        self.seconds = seconds
+
+
+def _optimizer(model: LegacyLLM, config: TrainingConfig) -> AdamW:
+    shared = (config.beta1, config.beta2, config.epsilon, config.weight_decay)
+    if config.optimizer == "muon":
+        return Muon(model, *shared, config.matrix_ratio)
+    return AdamW(model, *shared)
+
+
+def read_settings(folder: Path) -> tuple[ModelConfig, TrainingConfig, dict[str, Any]]:
+    """Return the settings that a run was started with.
+
+    Raises
+    ------
+    ModelFileError
+        If the folder is no run, or its settings are damaged.
+    """
+    path = folder / SETTINGS_FILE
+    if not path.is_file():
+        raise ModelFileError(f"{folder} is not a training run: it has no {SETTINGS_FILE}")
+    try:
+        settings = json.loads(path.read_bytes())
+        model = ModelConfig.from_dict(settings["model"])
+        training = TrainingConfig.from_dict(settings["training"])
+        source = dict(settings["source"])
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ModelFileError(f"{path} is not a run's settings: {error}") from None
+    return model, training, source
