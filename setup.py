@@ -1,41 +1,41 @@
-"""Build the Cython modules: ``kernels.pyx`` once for each instruction set, the rest once.
+"""Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
-The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in. The flags of the
-last build are kept in ``build/flags``; other flags rebuild everything.
+The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in. Generated C, objects
+and a note of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os
 import platform
 import shutil
+import sys
+import sysconfig
 from pathlib import Path
 
+import Cython
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-os.chdir(Path(__file__).parent)
-
-X86 = platform.machine().lower() in ("x86_64", "amd64")
-
 # The instruction sets and what the compiler needs to hear for each; cpu.h asks for the same
-# features at run time. The scalar tier is the reference, so the compiler may not vectorise it.
+# features at run time. Where there are others, the scalar one is the reference, so the compiler
+# may not vectorise it (clang knows these two options as well).
 TIERS = {
-    "scalar": ["-fno-tree-vectorize"],
+    "scalar": ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
     "sse2": ["-msse2"],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-if not X86:
+if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
+# These check and call; what takes time is in the kernels, and alone is worth -O3.
 MODULES = ["threads", "math_ops", "model", "forward", "backward", "optimizer"]
 
 # No -ffast-math: infinities and NaN keep their meaning. Contraction is off so that a multiply
 # and an add round twice unless a kernel asks for the fused form.
-FLAGS = ["-O3", "-std=c99", "-D_GNU_SOURCE", "-ffp-contract=off", "-fno-math-errno",
-         "-Wno-unused-function", "-Wno-unreachable-code"]
-MEASURE = os.environ.get("MEASURE_PERFORMANCE", "0") not in ("", "0")
-if MEASURE:
+FLAGS = ["-std=c99", "-D_GNU_SOURCE", "-g0", "-ffp-contract=off", "-fno-math-errno"]
+FLAGS += ["-Wno-unused-function", "-Wno-unreachable-code"]
+if os.environ.get("MEASURE_PERFORMANCE", "0") not in ("", "0"):
     FLAGS.append("-DMEASURE_PERFORMANCE")
 
 DIRECTIVES = {
@@ -46,50 +46,71 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
-
-def write_if_new(path, text):
-    """Write ``text`` to ``path`` unless that is what it holds, so that make-like dates stay."""
-    if not path.exists() or path.read_text(encoding="utf-8") != text:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-        return True
-    return False
+if sys.platform == "darwin":
+    # A Python for two kinds of Mac would compile for both at once, and one has no AVX.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 
 
-def extensions():
-    """Return the extension modules, the kernels' one for each tier first."""
-    headers = sorted(str(path) for path in Path("include").glob("*.h"))
-    options = {
-        "include_dirs": ["include"],
-        "depends": headers,
-        "libraries": ["m", "pthread"],
-    }
-    source = Path("legacy1bit/kernels.pyx").read_text(encoding="utf-8")
-    made = []
-    for tier, flags in TIERS.items():
-        copy = Path("build/tiers") / f"_kernels_{tier}.pyx"
-        write_if_new(copy, source)
-        made.append(Extension(f"legacy1bit._kernels_{tier}", [str(copy)],
-                              extra_compile_args=[*FLAGS, *flags,
-                                                  f"-DLEGACY1BIT_TIER_{tier.upper()}"],
-                              **options))
-    for module in MODULES:
-        made.append(Extension(f"legacy1bit.{module}", [f"legacy1bit/{module}.pyx"],
-                              extra_compile_args=FLAGS, **options))
-    return made
+def extension(module, source, flags):
+    """Return one extension module; it is compiled anew when any header changes."""
+    return Extension(
+        f"legacy1bit.{module}",
+        [f"legacy1bit/{source}.pyx"],
+        include_dirs=["include"],
+        depends=sorted(str(path) for path in Path("include").glob("*.h")),
+        libraries=["m", "pthread"],
+        extra_compile_args=[*FLAGS, *flags],
+    )
+
+
+KERNELS = [
+    extension(f"_kernels_{tier}", "kernels", ["-O3", *flags, f"-DLEGACY1BIT_TIER_{tier.upper()}"])
+    for tier, flags in TIERS.items()
+]
 
 
 class BuildExt(build_ext):
-    """Rebuild everything when the flags are not those of the last build."""
+    """Compile in parallel, and everything when the flags are not those of the last build."""
 
-    def run(self):
-        if write_if_new(Path("build/flags"), repr((TIERS, FLAGS, DIRECTIVES))):
-            self.force = True
-            shutil.rmtree(self.build_temp, ignore_errors=True)
-        super().run()
+    def finalize_options(self):
+        super().finalize_options()
+        self.parallel = self.parallel or True
+        if self.editable_mode:
+            # pip would give fresh folders every time, and so compile everything every time.
+            tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+            self.build_lib, self.build_temp = f"build/lib.{tag}", f"build/temp.{tag}"
+
+    def build_extensions(self):
+        compiler = self.compiler.compiler_so
+        check_tools(compiler[0])
+        arguments = [module.extra_compile_args for module in self.extensions]
+        flags = f"{sys.version} {Cython.__version__} {compiler} {arguments} {DIRECTIVES}"
+        note = Path(self.build_temp, "flags")
+        self.force = self.force or not note.exists() or note.read_text() != flags
+        note.unlink(missing_ok=True)
+        for module in self.extensions:
+            # A folder for each, because the kernels' modules have one source.
+            [made] = cythonize(
+                [module],
+                build_dir=f"build/c/{module.name}",
+                compiler_directives=DIRECTIVES,
+                force=self.force,
+            )
+            module.sources = made.sources
+        super().build_extensions()
+        note.write_text(flags)
+
+
+def check_tools(compiler):
+    """Stop with one clear line where the C compiler or Python's header is missing."""
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    if shutil.which(compiler) is None:
+        sys.exit(f"legacy1bit needs a C compiler, and there is no {compiler}: install gcc or clang")
+    if not header.exists():
+        sys.exit(f"legacy1bit needs Python's C headers, and there is no {header}: see python3-dev")
 
 
 setup(
-    ext_modules=cythonize(extensions(), build_dir="build/c", compiler_directives=DIRECTIVES),
+    ext_modules=KERNELS + [extension(name, name, ["-O2"]) for name in MODULES],
     cmdclass={"build_ext": BuildExt},
 )

@@ -19,7 +19,7 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients, ModelGradient, ModelView,
-    MultiHeadAttention, NormGradient, TransformerBlock, TransformerBlockContext, fill_matrix,
+    MultiHeadAttention, TransformerBlock, TransformerBlockContext, check_context, fill_matrix,
     float_pointer, gradient_pointer, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
@@ -448,16 +448,18 @@ cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
     return 0
 
 
-cdef tuple _fill_extent(Extent *extent, object x, Py_ssize_t dim, TransformerBlockContext context):
+cdef tuple _fill_extent(Extent *extent, object x, const AttentionView *layer, object ffn,
+                        TransformerBlockContext context):
     """Fill an extent for [B, T, C], [B, C] or [C] activations; returns their shape."""
+    cdef Py_ssize_t dim = layer.wq.cols
     shape = _shape_of(x, dim, "x")
     extent.batch = shape[0] if len(shape) > 1 else 1
     extent.time = shape[1] if len(shape) > 2 else 1
     extent.past = 0
     extent.allowed = NULL       # the forward pass has left probability 0 at padding
-    if context.input.shape != (extent.batch, extent.time, dim):
-        raise ValueError(f"the context is for {context.input.shape}, expected "
-                         f"{(extent.batch, extent.time, dim)}")
+    check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads)
+    if layer.cosines != NULL and extent.time > layer.length:
+        raise ValueError(f"x has {extent.time} positions, expected at most {layer.length}")
     return shape
 
 
@@ -497,7 +499,7 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef Extent extent
     cdef AttentionGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
-    shape = _fill_extent(&extent, x, dim, context)
+    shape = _fill_extent(&extent, x, &attention.view, None, context)
     _fill_attention_gradient(&gradient, gradients, dim)
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     cdef const float[::1] source = _rows(x, shape, "x")
@@ -546,7 +548,7 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     cdef Extent extent
     cdef BlockGradient gradient
     cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
-    shape = _fill_extent(&extent, d_output, dim, context)
+    shape = _fill_extent(&extent, d_output, &block.view.attention, wide, context)
     parts = {}
     for name, array in gradients.items():
         layer, _, part = name.partition(".")
@@ -696,8 +698,9 @@ cdef class BackwardPass:
         cdef BackwardContext room
         cdef LegacyLLMGradients gradients
         cdef BackwardJob *job = &self.job
-        if threads < 1:
-            raise ValueError(f"threads is {threads}, expected at least 1")
+        for name, size in (("batch_size", batch_size), ("time", time), ("threads", threads)):
+            if size < 1:
+                raise ValueError(f"{name} is {size}, expected at least 1")
         model.alive()
         config = model.config
         tasks = min(threads, batch_size)
@@ -828,5 +831,7 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
     nothing; here one pass serves both.
     """
     rows = as_token_rows(tokens)
+    if rows.size == 0:
+        raise ValueError("tokens is empty")
     loss, count = BackwardPass(model, *rows.shape, threads).run(rows, targets, gradients)
     return loss / max(count, 1)

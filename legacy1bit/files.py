@@ -1,55 +1,68 @@
 """Writing files so that a crash in the middle loses nothing."""
 
+import contextlib
 import os
-import tempfile
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 
 def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
-    """Write a file as a whole or not at all.
+    """Write a file as a whole or not at all; see ``atomic_write_all``."""
+    atomic_write_all({Path(path): content})
 
-    The content goes to a temporary file in the same folder and onto the disk before that file
-    takes the old one's place, so that at every moment one of the two is there complete.
+
+def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
+    """Write files that belong together.
+
+    Each content goes to a temporary file beside its target and onto the disk; only when all are
+    there do they take the old files' places. So at every moment each file is the old or the new
+    one, complete, and where one cannot be written none is changed.
 
     Parameters
     ----------
-    path : path-like
-    content : bytes or str
+    contents : mapping of Path to bytes or str
         Text is written as UTF-8.
 
     Raises
     ------
     OSError
-        If the folder is missing or read-only, or the disk is full; the old file is untouched.
+        If a folder is missing or read-only, or the disk is full; the old files are untouched.
     """
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    written: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
+        for path, content in contents.items():
+            written[path] = _write_beside(path, content)
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    except BaseException:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+        raise
+    for folder in {path.parent for path in contents}:
+        _sync_folder(folder)
+
+
+def _write_beside(path: Path, content: bytes | str) -> Path:
+    """Write content to a new file in the folder of ``path``, onto the disk."""
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a new file should obey the umask.
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)
-        os.replace(name, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    return temporary
 
 
 def _sync_folder(folder: Path) -> None:
     """Put a rename onto the disk, where the system lets a folder be opened."""
-    try:
+    with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

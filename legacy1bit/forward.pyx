@@ -14,7 +14,7 @@ from legacy1bit.kernels cimport Attention, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardView, LegacyLLM, ModelView,
-    MultiHeadAttention, TernaryMatrix, TransformerBlock, TransformerBlockContext, fill_matrix,
+    MultiHeadAttention, TransformerBlock, TransformerBlockContext, check_context, fill_matrix,
     float_pointer, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
@@ -361,7 +361,7 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     allowed = _fill_extent(&extent, sequences.shape, allowed)
-    context = _context_for(context, batch, time, dim, dim, attention.num_heads)
+    context = _context_for(context, batch, time, dim, None, attention.num_heads)
     out = np.empty(shape, np.float32)
     cdef const float *rows = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
@@ -374,10 +374,8 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
 cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch, time, dim, ffn,
                                           heads):
     if context is None:
-        return TransformerBlockContext(dim, ffn, heads, batch, time)
-    if context.input.shape != (batch, time, dim) or context.probs.shape[1] != heads:
-        raise ValueError(f"the context is for {context.input.shape} and {context.probs.shape[1]} "
-                         f"heads, expected {(batch, time, dim)} and {heads}")
+        return TransformerBlockContext(dim, 1 if ffn is None else ffn, heads, batch, time)
+    check_context(context, batch, time, dim, ffn, heads)
     return context
 
 
@@ -550,7 +548,8 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
         [B] are B sequences of one token. The id V is padding: no token sees it, and what stands
         at its own place means nothing.
     threads : int
-        How many threads may share the sequences. The result has the same bits for any number.
+        How many threads may share the sequences. The same number gives the same bits; another
+        may round differently, because few rows are multiplied in another way than many.
     logits : bool
         Return logits instead.
 
@@ -709,8 +708,13 @@ cdef class KeyValueCache:
         cdef float *workspace = _workspace()
         if model.config != self.config:
             raise ValueError("the cache was made for a model with other settings")
+        if np.ndim(tokens) > 1:
+            raise ValueError(f"tokens has {np.ndim(tokens)} axes, expected one sequence")
         rows = as_token_rows(tokens).reshape(1, -1)
         check_tokens(model, rows, "tokens")
+        if (np.asarray(rows) == self.config.pad_token).any():
+            raise IndexError(f"tokens holds {self.config.pad_token}, padding, which no sequence "
+                             "here needs")
         time = rows.shape[1]
         if self.length + time > self.capacity:
             raise ValueError(f"{self.length} tokens and {time} more do not fit a cache of "

@@ -110,8 +110,8 @@ class ModelConfig(_Record):
     """
 
     vocab_size: int = 256
-    model_dim: int = 128
-    num_blocks: int = 4
+    model_dim: int = 96
+    num_blocks: int = 3
     num_heads: int = 4
     ffn_multiplier: int = 4
     sequence_length: int = 256
@@ -212,8 +212,10 @@ class TrainingConfig(_Record):
     optimizer : {"muon", "adamw"}
         Muon takes the matrices of the blocks and leaves the rest to AdamW.
     learning_rate : float
-        The peak, reached after ``warmup_steps`` of linear warm-up; from there it falls along a
-        cosine to ``learning_rate * final_learning_rate``.
+        The peak, reached after ``warmup_steps`` of linear warm-up.
+    decay_share : float
+        The share of the steps, at the end, in which the rate falls along half a cosine to
+        ``learning_rate * final_learning_rate``. Until then it stays at its peak.
     matrix_ratio : float
         Muon's learning rate over AdamW's.
     weight_decay : float
@@ -229,16 +231,17 @@ class TrainingConfig(_Record):
     """
 
     steps: int = 1500
-    batch_size: int = 12
+    batch_size: int = 8
     optimizer: str = "muon"
     learning_rate: float = 3e-3
     matrix_ratio: float = 7.0
-    final_learning_rate: float = 0.1
+    final_learning_rate: float = 0.0
+    decay_share: float = 0.4
     warmup_steps: int = 100
     beta1: float = 0.9
     beta2: float = 0.99
     epsilon: float = 1e-8
-    weight_decay: float = 0.1
+    weight_decay: float = 0.02
     clip: float = 1.0
     seed: int = 1
     threads: int = 1
@@ -255,6 +258,7 @@ class TrainingConfig(_Record):
         _check_number("matrix_ratio", self.matrix_ratio, 1e-6, 1e6)
         _check_number("learning_rate", self.learning_rate, 1e-12, 1e3)
         _check_number("final_learning_rate", self.final_learning_rate, 0.0, 1.0)
+        _check_number("decay_share", self.decay_share, 0.0, 1.0)
         _check_number("beta1", self.beta1, 0.0, 0.999999)
         _check_number("beta2", self.beta2, 0.0, 0.999999)
         _check_number("epsilon", self.epsilon, 1e-30, 1.0)
@@ -263,14 +267,13 @@ class TrainingConfig(_Record):
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        if step < self.warmup_steps:
-            return lr_scheduler_warmup(step, self.warmup_steps, self.learning_rate)
-        return lr_scheduler_cosine(
-            step - self.warmup_steps,
-            max(self.steps - self.warmup_steps, 1),
-            self.learning_rate,
-            self.learning_rate * self.final_learning_rate,
-        )
+        warmed = lr_scheduler_warmup(step, self.warmup_steps, self.learning_rate)
+        decay_steps = round(self.steps * self.decay_share)
+        falling = step - (self.steps - decay_steps)
+        if falling < 0 or step < self.warmup_steps:
+            return warmed
+        lowest = self.learning_rate * self.final_learning_rate
+        return lr_scheduler_cosine(falling, decay_steps, self.learning_rate, lowest)
 
 
 def lr_scheduler_warmup(step: int, warmup_steps: int, initial_lr: float) -> float:

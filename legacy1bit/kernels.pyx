@@ -10,7 +10,7 @@ loop of ``range`` only where it can see the sign of the step.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport INFINITY, fabs, log, sqrtf
+from libc.math cimport INFINITY, fabs, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport AdamW, Attention, KernelTable, Matrix
@@ -331,9 +331,12 @@ cdef inline float exponentials(float *x, Py_ssize_t n, float top, float factor) 
 
 cdef inline void softmax_row(float *x, Py_ssize_t n, float factor) noexcept nogil:
     # softmax(factor * x), factor > 0. A row of nothing but -infinity has no distribution: zeros.
-    cdef float top = largest(x, n)
+    cdef float top = largest(x, n), total
+    cdef Py_ssize_t i
     if top == -INFINITY:
-        memset(x, 0, n * sizeof(float))
+        total = sum(x, n)
+        for i in range(n):
+            x[i] = total if isnan(total) else 0.0
     else:
         scale(x, 1.0 / exponentials(x, n, top, factor), n)
 
@@ -853,8 +856,10 @@ cdef inline float round_to_float16(float x) noexcept nogil:
     # For x >= 0: the nearest float16, ties to even. Normal numbers lose the 13 low bits of their
     # mantissa; below 2^-14 float16 counts in steps of 2^-24.
     cdef unsigned int bits
-    if x < 6.103515625e-05:
-        return <float>((x * 16777216.0 + 12582912.0 - 12582912.0) / 16777216.0)
+    cdef float steps = x * <float>16777216.0
+    if x < <float>6.103515625e-05:
+        steps = steps + <float>12582912.0       # 1.5 * 2^23: no room for a fraction
+        return (steps - <float>12582912.0) / <float>16777216.0
     memcpy(&bits, &x, 4)
     bits += 0x0FFF + ((bits >> 13) & 1)
     bits &= <unsigned int>0xFFFFE000

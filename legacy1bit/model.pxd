@@ -95,8 +95,9 @@ cdef struct BlockContext:
 
 
 cdef class TernaryMatrix:
-    cdef readonly object values
+    cdef object codes
     cdef readonly object scales
+    cdef bint freed
     cdef int fill(self, Matrix *view) except -1
 
 
@@ -149,6 +150,7 @@ cdef class TransformerBlockContext:
     cdef readonly object norm2, mean2, inv_std2, hidden, activated
     cdef BlockContext view
 
+cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads) except -1
 cdef float *float_pointer(object array) except NULL
 cdef int fill_matrix(Matrix *view, object weights, str name) except -1
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL

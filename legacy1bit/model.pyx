@@ -16,11 +16,11 @@ import struct
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_safetensors
 from safetensors.numpy import save as save_safetensors
 
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_write, atomic_write_all
 from legacy1bit.hyperparams import ModelConfig
 
 from libc.stdlib cimport calloc, free
@@ -67,7 +67,10 @@ cdef float *gradient_pointer(object array, tuple shape, str name) except NULL:
 
 cdef float *float_pointer(object array) except NULL:
     # Of a float32 array of any number of axes that is C-contiguous and writable.
-    cdef float[::1] view = array.reshape(-1)
+    cdef float[::1] view
+    if not array.flags.c_contiguous:
+        raise ValueError("an array to write to is not C-contiguous")
+    view = array.reshape(-1)
     return &view[0]
 
 
@@ -120,7 +123,8 @@ cdef class TernaryMatrix:
             raise ValueError("values is empty")
         if values.min() < -1 or values.max() > 1:
             raise ValueError("values holds a number other than -1, 0 and 1")
-        self.values = values
+        self.codes = values
+        self.freed = False
         if isinstance(scale, np.ndarray):
             vector_pointer(scale, 1, "scale")
             self.scales = scale
@@ -128,6 +132,13 @@ cdef class TernaryMatrix:
             self.scales = np.array([scale], np.float32)
         if not np.isfinite(self.scales[0]):
             raise ValueError(f"scale is {self.scales[0]}, expected a finite number")
+
+    @property
+    def values(self):
+        """The codes, int8[R, C]. Raises ``ValueError`` once the matrix was freed."""
+        if self.freed:
+            raise ValueError("the matrix was freed")
+        return self.codes
 
     @property
     def scale(self) -> float:
@@ -144,10 +155,7 @@ cdef class TernaryMatrix:
         return self.values.astype(np.float32) * self.scales[0]
 
     cdef int fill(self, Matrix *view) except -1:
-        cdef const signed char[:, ::1] codes
-        if self.values is None:
-            raise ValueError("the matrix was freed")
-        codes = self.values
+        cdef const signed char[:, ::1] codes = self.values
         view.rows = codes.shape[0]
         view.cols = codes.shape[1]
         view.codes = &codes[0, 0]
@@ -156,13 +164,13 @@ cdef class TernaryMatrix:
         return 0
 
     def __repr__(self):
-        if self.values is None:
+        if self.freed:
             return "TernaryMatrix(freed)"
         return f"TernaryMatrix({self.shape[0]} x {self.shape[1]}, scale={self.scale:.6g})"
 
 
 def _size(name, value):
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} is {value!r}, expected a whole number")
     if value < 1:
         raise ValueError(f"{name} is {value}, expected at least 1")
@@ -188,11 +196,12 @@ def create_ternary_matrix(rows, cols, seed) -> TernaryMatrix:
 
 
 def free_ternary_matrix(TernaryMatrix matrix not None) -> None:
-    """Let go of a matrix's memory; using it afterwards raises ``ValueError``.
+    """Give a matrix up; using it afterwards raises ``ValueError``.
 
-    Python frees what nobody refers to, so this is never needed. C: ``free_ternary_matrix``.
+    Its memory goes with the last layer that refers to it, so this is never needed.
+    C: ``free_ternary_matrix``.
     """
-    matrix.values = None
+    matrix.freed = True
 
 
 def create_float_array(size, seed):
@@ -508,10 +517,11 @@ cdef class LegacyLLM:
         cdef float[::1] weights, scales
         cdef signed char[::1] codes
         cdef Py_ssize_t[::1] bounds
-        cdef Py_ssize_t matrices = len(self.scales)
-        cdef int workers = threads
+        cdef Py_ssize_t matrices
+        cdef int workers = _size("threads", threads)
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
+        matrices = len(self.scales)
         if self.ternary_size == 0:
             return
         weights, codes, scales = self.weights, self.codes, self.scales
@@ -559,8 +569,8 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
     """Return a model with fresh weights.
 
     Matrices start from N(0, 0.02), those that write into the residual stream divided by
-    sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), which makes a
-    good third of the codes 0. Biases and beta start at 0, gamma at 1.
+    sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), which makes
+    three codes in five 0. Biases and beta start at 0, gamma at 1.
 
     Parameters
     ----------
@@ -738,6 +748,7 @@ def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gr
     sign = 1 if direction == "ascend" else -1
     for name, gradient in gradients.parameters.items():
         weights = model.parameters[name]
+        _check_finite(f"the gradient of {name}", gradient)
         if isinstance(weights, TernaryMatrix):
             moved = gradient != 0.0
             weights.values[moved] = sign * np.sign(gradient[moved]).astype(np.int8)
@@ -812,6 +823,17 @@ cdef class TransformerBlockContext:
         view.inv_std2 = float_pointer(self.inv_std2)
         view.hidden = float_pointer(self.hidden)
         view.activated = float_pointer(self.activated)
+
+
+cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads) except -1:
+    # Whether a context has room for a layer's pass; ffn is None for attention alone.
+    found = (*context.input.shape, context.probs.shape[1], context.probs.shape[3])
+    wanted = (batch, time, dim, heads, time)
+    if ffn is not None:
+        found, wanted = (*found, context.hidden.shape[2]), (*wanted, ffn)
+    if found != wanted:
+        raise ValueError(f"the context is for (B, T, C, H, keys, F) = {found}, expected {wanted}")
+    return 0
 
 
 def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time):
@@ -908,11 +930,15 @@ def _save_folder(model, path, metadata):
             tensors[f"{name}.scale"] = value.scales
         else:
             tensors[name] = value
-    header = {"format": _FORMAT, "format_version": str(_FORMAT_VERSION), **metadata}
     config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
+    # The weights carry their settings, too: then a crash between the two files cannot pair the
+    # weights of one model with the settings of another.
+    header = {**metadata, "config": json.dumps(config)}
     path.mkdir(parents=True, exist_ok=True)
-    atomic_write(path / _WEIGHTS_FILE, save_safetensors(tensors, header))
-    atomic_write(path / _CONFIG_FILE, json.dumps(config, indent=2) + "\n")
+    atomic_write_all({
+        path / _WEIGHTS_FILE: save_safetensors(tensors, header),
+        path / _CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+    })
 
 
 def load_model(path) -> LegacyLLM:
@@ -961,20 +987,33 @@ def _load_folder(path):
         if not (path / name).is_file():
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
     settings = _read_json(path / _CONFIG_FILE)
-    kind, version = settings.pop("format", None), settings.pop("format_version", None)
-    if kind != _FORMAT or version != _FORMAT_VERSION:
-        raise ModelFileError(f"{path / _CONFIG_FILE} has format {kind!r} version {version!r}, "
-                             f"expected {_FORMAT!r} version {_FORMAT_VERSION}")
-    try:
-        config = ModelConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(f"{path / _CONFIG_FILE}: {error}") from None
     file = path / _WEIGHTS_FILE
     try:
+        with safe_open(file, framework="numpy") as opened:
+            header = opened.metadata() or {}
         tensors = load_safetensors(file.read_bytes())
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelFileError(f"{file} is not a safetensors file: {error}") from None
-    return _from_tensors(config, tensors, file)
+        reason = " ".join(str(error).split())
+        raise ModelFileError(f"{file} is not a safetensors file: {reason}") from None
+    if "config" in header and header["config"] != json.dumps(settings):
+        raise ModelFileError(f"{path / _CONFIG_FILE} is not the one that {file.name} was saved "
+                             "with; the latter's own settings are in its metadata")
+    return _from_tensors(_config_of(settings, path / _CONFIG_FILE), tensors, file)
+
+
+def _config_of(settings, file):
+    """Return the settings that a model folder's ``config.json`` holds, all of which it must name."""
+    kind, version = settings.pop("format", None), settings.pop("format_version", None)
+    if kind != _FORMAT or type(version) is not int or version != _FORMAT_VERSION:
+        raise ModelFileError(f"{file} has format {kind!r} version {version!r}, expected "
+                             f"{_FORMAT!r} version {_FORMAT_VERSION}")
+    missing = sorted(set(ModelConfig().to_dict()) - set(settings))
+    if missing:
+        raise ModelFileError(f"{file} has no setting {missing[0]!r}")
+    try:
+        return ModelConfig.from_dict(settings)
+    except (TypeError, ValueError) as error:
+        raise ModelFileError(f"{file}: {error}") from None
 
 
 def _take(tensors, name, shape, dtype, file):
@@ -1009,11 +1048,13 @@ def _from_tensors(config, tensors, file):
             except ValueError as error:
                 raise ModelFileError(f"{file}: {name}: {error}") from None
             value.scales[...] = _take(tensors, f"{name}.scale", (1,), np.float32, file)
+            if config.scale == "one" and value.scale != 1.0:
+                raise ModelFileError(f"{file}: {name} has scale {value.scale}, expected 1")
         else:
             value[...] = _take(tensors, name, value.shape, np.float32, file)
         _check_finite(f"{file}: {name}", value, ModelFileError)
     if tensors:
-        raise ModelFileError(f"{file} has an unknown tensor {sorted(tensors)[0]}")
+        raise ModelFileError(f"{file} has an unknown tensor {sorted(tensors)[0]!r}")
     return model
 
 

@@ -210,6 +210,8 @@ cdef class AdamW:
         cdef double norm = 0.0
         self.model.alive()
         gradients.alive()
+        if threads < 1:
+            raise ValueError(f"threads is {threads}, expected at least 1")
         if gradients.config != self.model.config:
             raise ValueError("the gradients are those of a model with other settings")
         gradient = gradients.flat

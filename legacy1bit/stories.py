@@ -65,7 +65,7 @@ BOYS = "Ben Dan Finn Gus Jack Leo Ned Otto Rob Tom"
 FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         his: dict.fromkeys(BOYS.split(), his) | dict.fromkeys(GIRLS.split(), her)
-        for his, her in (("he", "she"), ("He", "She"), ("his", "her"), ("him", "her"))
+        for his, her in (("He", "She"), ("his", "her"))
     }
 )
 
@@ -75,44 +75,46 @@ FORMS: Mapping[str, Mapping[str, str]] = MappingProxyType(
 RULES: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
     {
         "name": f"{GIRLS} {BOYS}",
-        "job": """actor baker cook diver farmer guard hunter knight miller nurse poet sailor
+        "job": """actor baker cook diver farmer guard hunter judge knight miller nurse poet sailor
             tailor""",
-        "adj": """blue cold dry fine gold huge iron lucky magic new old pink red small tiny
+        "trait": """blue cold dry fine gold huge iron lucky magic new old pink red small tiny
             warm yellow""",
-        "animal": "ant bear cat dog eel fox goat hen lion mouse owl pig rat seal toad wolf",
         "thing": "axe bell cup drum fan gem hat jar kite lamp map net oar pen ring saw tub vase wig",
-        "weather": "bright cold dark foggy icy misty rainy sunny warm",
-        "day": "day evening morning night",
-        "place": "barn cave dam farm gate hill inn lake mill park river tower well",
-        "food": "apples bread corn eggs figs ham jam nuts pie rice soup",
-        "way": "by in near",
-        "opening": (
-            "One {weather} {day} {hero=name} the {job}",
-            "{hero=name} the {job}",
-        ),
+        "kind": """black brown clean cute fat funny good gray kind long loud nice odd pretty quiet
+            round shy sly soft strong""",
+        "animal": "ant bear cat dog eel fox goat hen lion mouse owl pig rat seal toad wolf",
+        "ware": """ball bed boat book box coat doll flag fork horn key mug pan plate quilt rope
+            shoe spoon tent wand""",
+        "weather": "bright cold dark foggy icy misty rainy sunny warm windy",
+        "day": "day evening morning night Friday Monday Sunday",
+        "place": "barn camp dam farm gate hill inn lake mill park river tower well",
+        "food": "apples bread corn dates eggs figs ham jam milk nuts pie rice soup tarts",
+        "noise": "Bang Crack Snap Thud Zap",
         "plot": (
             # Lost and found.
-            "lost a {look=adj} {object=thing} near the {place}. {hero} cried. {helper=name} the"
-            " {adj} {animal} saw {hero} and found the {object} in a {adj} {thing}."
-            " {hero} got the {look} {object}, and {helper} got {food}.",
+            "lost the {object} one {weather} {day}. {helper=name} the {kind} {animal} gave {hero}"
+            " {food} and {food}. {helper:He} looked in a {ware}, a {ware} and a {kind} {ware}. {hero} got"
+            " the {look} {object} back from {helper}.",
             # A gift.
-            "had a {look=adj} {object=thing} for {helper=name} the {adj} {animal}."
-            ' "Is it a {adj} {thing}, {hero}?" asked {helper}. "No, a {object}!" said {hero}.'
-            " {helper} took the {look} {object} and gave {hero} {food} and {food}.",
+            'met {helper=name} the {kind} {animal}. "A {ware}, {hero}? A {ware}? A {kind} {ware}?"'
+            ' asked {helper}. "No, a {object}!" said {hero}. {helper} took the {look} {object} and'
+            " gave {hero} {food} and {food}.",
             # A storm.
-            "took a {look=adj} {object=thing} to the {place}. A storm came, and {hero} saw"
-            " {helper=name} the {adj} {animal} fall in the {place}. {hero} used the {object}"
-            " and a {adj} {thing}. {helper} thanked {hero} for the {look} {object}.",
+            "took the {object} to the {weather} {place}. {noise}! {hero} saw {helper=name} the {kind}"
+            " {animal} fall on a {ware} and a {ware}. {hero} helped with a {ware} and {hero:his} {object}."
+            " {helper} thanked {hero} for the {look} {object}.",
             # A race.
-            "raced {helper=name} the {adj} {animal} from the {place} to the {place} for a"
-            ' {look=adj} {object=thing}. "Go, {hero}!" yelled a {adj} {animal}.'
-            " {helper} fell, and {hero} won the {look} {object}.",
+            "raced {helper=name} the {kind} {animal} to the {place} one {weather} {day}."
+            ' "Go, {hero}!" yelled a {kind} {animal}. {helper} fell on a {kind} {ware}. {hero} won'
+            " {food} and {food} and gave {helper} the {look} {object}.",
             # A wish.
-            'rubbed a {look=adj} {object=thing}. "Make a wish, {hero}!" said {helper=name} the'
-            " {adj} {animal}. {hero} got a {adj} {thing}, {food} and {food}, and {helper} slept in"
+            'rubbed the {object}. "Make a wish, {hero}!" said {helper=name} the {kind} {animal}.'
+            " {hero} got a {kind} {ware}, {food}, {food} and a {ware}, and {helper} slept in"
             " {hero}'s {look} {object}.",
         ),
-        "story": ("{opening} {plot}",),
+        "story": (
+            "{hero=name} was a {kind} {job}. {hero} had a {look=trait} {object=thing}. {hero} {plot}",
+        ),
     }
 )
 

@@ -1,0 +1,111 @@
+# `make` compiles in place and installs a link to this folder, so that `python -m legacy1bit.main`
+# and the command `legacy1bit` work everywhere in that environment. `make help` lists the rest.
+
+# Which Python: the first on the PATH that is new enough, so an active virtual environment's. But
+# .venv's, which is made if need be, where none is active and that Python takes no packages.
+NAMES := python python3 python3.14 python3.13 python3.12 python3.11
+CHOOSE := import os, sys, sysconfig as at; \
+    assert sys.version_info >= (3, 11); \
+    active = sys.prefix != sys.base_prefix; \
+    refuses = os.path.exists(at.get_path("stdlib") + "/EXTERNALLY-MANAGED"); \
+    usable = os.access(at.get_path("purelib"), os.W_OK) and (active or not refuses); \
+    ours = not usable or (not active and os.path.exists(".venv/bin/python")); \
+    print(".venv/bin/python" if ours else sys.argv[1])
+FOUND := $(shell for name in $(NAMES); do \
+    chosen=$$($$name -c '$(CHOOSE)' $$name 2>/dev/null) && echo $$name $$chosen && break; done)
+PYTHON := $(word 2,$(FOUND))
+PIP := $(PYTHON) -m pip
+
+# MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
+# what needs a build and is not told takes the one that is there.
+LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
+MEASURE_PERFORMANCE ?= $(if $(filter run bench test test-slow lint,$(MAKECMDGOALS)),$(LAST),0)
+export MEASURE_PERFORMANCE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A list of requirements out of pyproject.toml.
+needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
+
+.PHONY: build help run bench test test-slow test-wheel lint wheel clean distclean always
+
+build: build/done
+
+help:
+	@echo 'make build              compile and install; MEASURE_PERFORMANCE=1: with timers'
+	@echo 'make run                python -m legacy1bit.main; ARGS="--help" says what it can do'
+	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
+	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
+	@echo 'make test-slow          the tests that take minutes'
+	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
+	@echo 'make lint               style and types'
+	@echo 'make wheel              source distribution and wheel, in dist/'
+	@echo 'make clean              remove all that was built; make distclean: .venv too'
+
+# Besides its sources a build depends on the flags, the Python and what is installed there. This
+# file changes, and so makes everything anew, only when one of them does.
+STATE = $(PYTHON) -P -c 'import importlib.metadata as at, sys; \
+    links = [one.read_text("direct_url.json") for one in at.distributions(name="legacy1bit")]; \
+    print("$(MEASURE_PERFORMANCE)", "$(CC) $(CFLAGS)", sys.prefix, sys.version, links)'
+
+NATIVE = $(wildcard include/*.h legacy1bit/*.pyx legacy1bit/*.pxd)
+
+build/state: always $(filter .venv/%,$(PYTHON))
+	@$(if $(PYTHON),,$(error Python 3.11 or newer is needed; looked for $(NAMES)))
+	@mkdir -p build && $(STATE) > $@.new
+	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
+
+build/done: build/state pyproject.toml setup.py legacy1bit/__init__.py $(NATIVE)
+	@$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
+	$(PIP) install -q $(call needs,["build-system"]["requires"])
+	$(PIP) install -q --no-build-isolation -e '.[test]'
+	@$(STATE) > build/state && touch $@
+
+.venv/bin/python:
+	@echo 'Python takes no packages here: installing into .venv (". .venv/bin/activate" to use it)'
+	@$(firstword $(FOUND)) -m venv --clear .venv || { rm -rf .venv; exit 1; }
+
+run: build
+	$(PYTHON) -m legacy1bit.main $(ARGS)
+
+bench: build
+	$(PYTHON) -m legacy1bit.bench $(if $(SSE),--sse $(SSE)) $(ARGS)
+
+test: build
+	$(PYTHON) -m pytest $(ARGS)
+
+test-slow: build
+	$(PYTHON) -m pytest -m slow $(ARGS)
+
+STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
+CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
+
+lint: build
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["lint"])
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+	PATH="$$($(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" \
+	    cython-lint legacy1bit
+	$(PYTHON) -m mypy
+	@echo '$(CYTHONS_OWN)' > build/unstubbed
+	$(PYTHON) -m mypy.stubtest --ignore-disjoint-bases --allowlist build/unstubbed $(STUBBED)
+
+wheel: build
+	rm -rf dist
+	$(PIP) install -q build
+	$(PYTHON) -m build
+
+ELSEWHERE := build/test-wheel
+
+test-wheel: wheel
+	rm -rf $(ELSEWHERE)
+	$(PYTHON) -m venv $(ELSEWHERE)/venv
+	cp -r tests pyproject.toml $(ELSEWHERE)
+	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
+	cd $(ELSEWHERE) && venv/bin/python -m pytest $(ARGS)
+
+clean:
+	rm -rf build dist *.egg-info legacy1bit/*.so .pytest_cache .mypy_cache .ruff_cache
+	find include legacy1bit tests -name __pycache__ -exec rm -rf {} +
+
+distclean: clean
+	rm -rf .venv

@@ -1,0 +1,837 @@
+"""The backward pass against the oracle's gradients, in every instruction set (departures 2 to 5).
+
+The oracle is held against finite differences and PyTorch by its own tests; the compiled model's
+gradients are once more here. Tolerances are those of `test_model.assert_near`.
+"""
+
+import functools
+import math
+
+import numpy as np
+import oracle
+import pytest
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from test_forward import MODELS, PADDINGS, model_of, random_tokens, rows
+from test_model import (
+    assert_near,
+    make_config,
+    oracle_config,
+    oracle_weights,
+    random_model,
+    rejection,
+    rounding_effect,
+    run_child,
+)
+from test_oracle import torch_loss
+
+from legacy1bit.backward import (
+    BackwardPass,
+    backward_embedding,
+    backward_embedding_batch,
+    backward_feed_forward,
+    backward_feed_forward_batch,
+    backward_layer_norm,
+    backward_layer_norm_batch,
+    backward_llm,
+    backward_llm_batch,
+    backward_multi_head_attention,
+    backward_multi_head_attention_batch,
+    backward_output_layer,
+    backward_output_layer_batch,
+    backward_transformer_block,
+    backward_transformer_block_batch,
+    cross_entropy_loss,
+    d_loss_d_logits,
+)
+from legacy1bit.forward import (
+    forward_feed_forward_batch,
+    forward_llm,
+    forward_multi_head_attention_batch,
+    forward_transformer_block_batch_with_context,
+)
+from legacy1bit.model import create_legacy_llm_gradients, create_transformer_block_context
+
+every_tier = pytest.mark.usefixtures("tier")
+schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
+
+
+def empty_gradients(weights):
+    return {name: np.zeros(value.shape, np.float32) for name, value in weights.items()}
+
+
+def check_backward(run, expected, weights):
+    """``run(gradients)`` gives d_x and adds to the gradients: from 0, and then once more."""
+    gradients = empty_gradients(weights)
+    d_x = run(gradients)
+    assert_near({"x": d_x, **gradients}, expected)
+    again = run(gradients)
+    assert_same_bits(again, d_x, "the second time")
+    exact, effects = expected
+    twice = {name: value * (1.0 + (name != "x")) for name, value in exact.items()}
+    effects = {name: value * 2.0 for name, value in effects.items()}
+    assert_near({"x": again, **gradients}, (twice, effects))
+
+
+# --- Loss -----------------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("n", [1, 3, 17, 256])
+def test_cross_entropy_loss_is_minus_the_logarithm(n):
+    p = oracle.softmax(rows(n)).astype(np.float32)
+    for target in (0, n // 2, n - 1):
+        assert cross_entropy_loss(p, target) == pytest.approx(-math.log(p[target]), rel=1e-15)
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-30, 9.9e-10])
+def test_cross_entropy_loss_is_clamped(p):
+    loss = cross_entropy_loss(np.array([1.0, p], np.float32), 1)
+    assert loss == pytest.approx(-math.log(1e-9), rel=1e-15)
+    above = np.float32(1.1e-9)
+    loss = cross_entropy_loss(np.array([1.0, above], np.float32), 1)
+    assert loss == pytest.approx(-math.log(float(above)), rel=1e-15)
+
+
+@every_tier
+@pytest.mark.parametrize("n", [1, 3, 17, 256])
+def test_d_loss_d_logits_is_probabilities_less_one_hot(n):
+    p = oracle.softmax(rows(n)).astype(np.float32)
+    before = p.copy()
+    for target in (0, n // 2, n - 1):
+        expected = p.astype(np.float64)
+        expected[target] -= 1.0
+        actual = d_loss_d_logits(p, target)
+        assert_close(actual, expected.astype(np.float32), rtol=0, atol=0, dtype=np.float32)
+    assert_same_bits(p, before)
+
+
+@pytest.mark.parametrize("function", [cross_entropy_loss, d_loss_d_logits])
+def test_losses_reject_other_targets_and_kinds(function):
+    p = np.full(4, 0.25, np.float32)
+    for target in (-1, 4, 1000):
+        with pytest.raises(IndexError, match=f"target is {target}, expected 0 to 3"):
+            function(p, target)
+    for bad in (p.astype(np.float64), p[None], [0.25] * 4):
+        with pytest.raises((TypeError, ValueError)):
+            function(bad, 0)
+
+
+# --- Layer norm -----------------------------------------------------------------------------------
+
+
+def norm_case(dim, shape):
+    arrays = {"d": rows(*shape, dim, seed=8), "x": rows(*shape, dim), "gamma": rows(dim, seed=9)}
+    _, mean, inv_std = oracle.layer_norm_forward(arrays["x"], arrays["gamma"], 0.0)
+    arrays |= {"mean": mean.astype(np.float32), "inv_std": inv_std.astype(np.float32)}
+
+    def exact(w):
+        # The oracle works out the statistics itself; here they are what rounding has left of them.
+        inv_std = w["inv_std"][..., None]
+        normalised = (w["x"] - w["mean"][..., None]) * inv_std
+        g = w["gamma"] * w["d"]
+        of_g, of_gn = (part.mean(axis=-1, keepdims=True) for part in (g, g * normalised))
+        d_gamma, d_beta = (
+            part.reshape(-1, dim).sum(axis=0) for part in (w["d"] * normalised, w["d"])
+        )
+        return {"x": inv_std * (g - of_g - normalised * of_gn), "gamma": d_gamma, "beta": d_beta}
+
+    exact_arrays = {**as_float64(arrays), "mean": mean, "inv_std": inv_std}
+    expected = oracle.layer_norm_backward(arrays["d"].astype(float), arrays["x"], arrays["gamma"])
+    for value, name in zip(expected, ("x", "gamma", "beta"), strict=True):
+        assert_close(exact(exact_arrays)[name], value, rtol=1e-12, atol=1e-12, what=name)
+    return arrays, rounding_effect(exact, as_float64(arrays))
+
+
+def as_float64(arrays):
+    return {name: value.astype(np.float64) for name, value in arrays.items()}
+
+
+@every_tier
+@pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 5)])
+@pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 97])
+def test_backward_layer_norm_is_the_oracles(dim, shape):
+    arrays, expected = norm_case(dim, shape)
+    d, x, gain, mean, inv_std = arrays.values()
+    weights = {"gamma": gain, "beta": gain}
+    calls = [
+        lambda g: backward_layer_norm_batch(
+            d, x, gain, np.atleast_1d(mean), np.atleast_1d(inv_std), g["gamma"], g["beta"]
+        )
+    ]
+    if shape == ():
+        calls.append(
+            lambda g: backward_layer_norm(
+                d, x, gain, float(mean), float(inv_std), g["gamma"], g["beta"]
+            )
+        )
+    for call in calls:
+        check_backward(call, expected, weights)
+
+
+@every_tier
+def test_backward_layer_norm_gives_beta_the_gradient_of_its_own_element():
+    """Departure 2: C adds the sum of the gradient to every element."""
+    d, x, gain, mean, inv_std = norm_case(9, ())[0].values()
+    d_gamma, d_beta = np.zeros(9, np.float32), np.zeros(9, np.float32)
+    backward_layer_norm(d, x, gain, float(mean), float(inv_std), d_gamma, d_beta)
+    assert_same_bits(d_beta, d)
+    of_c = oracle.fault2_layer_norm_d_beta(d)
+    assert np.ptp(of_c) == 0.0
+    assert (np.abs(d_beta - of_c) > 0.01).any()
+
+
+# --- Output layer and embedding -------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("kind", ["float", "ternary"])
+@pytest.mark.parametrize(("vocab", "dim"), [(1, 1), (11, 6), (67, 33), (5, 130)])
+def test_backward_output_layer_is_the_oracles(kind, vocab, dim):
+    config = make_config(vocab_size=vocab, model_dim=dim, num_heads=1, positions="none",
+                         scheme=kind, ternary_embedding=True, num_blocks=1)  # fmt: skip
+    model = model_of(config)
+    output, weights = model.parameters["output.weight"], oracle_weights(model, "output.")
+    for shape in ((), (3,), (20,), (2, 9)):
+        x, d_logits = rows(*shape, dim), rows(*shape, vocab, seed=8)
+
+        def exact(w):
+            values = oracle.linear_backward(w["d"], w["x"], w["weight"])
+            return dict(zip(("x", "weight", "bias"), values, strict=True))
+
+        expected = rounding_effect(exact, {**as_float64({"d": d_logits, "x": x}), **weights})
+        names = (backward_output_layer_batch, *((backward_output_layer,) if shape == () else ()))
+        for function in names:
+            check_backward(
+                lambda g, f=function, d=d_logits, x=x: f(output, d, x, g), expected, weights
+            )
+
+
+@every_tier
+def test_backward_output_layer_gives_the_matrix_a_gradient_of_its_own_shape():
+    """Departure 5: C's is transposed, which only shows where vocabulary and dimension differ."""
+    for vocab, dim in ((11, 6), (8, 8)):
+        x, d_logits = rows(5, dim), rows(5, vocab, seed=8)
+        weight = np.ones((vocab, dim), np.float32)
+        gradients = empty_gradients({"weight": weight, "bias": weight[:, 0]})
+        backward_output_layer_batch(weight, d_logits, x, gradients)
+        of_c = oracle.fault5_output_weight_gradient(d_logits, x)
+        assert of_c.shape == (dim, vocab)
+        bound = gamma(5) * (np.abs(d_logits).astype(float).T @ np.abs(x))
+        assert_close(gradients["weight"], of_c.T, rtol=0, atol=bound, dtype=np.float32)
+        if vocab == dim:
+            assert np.abs(gradients["weight"] - of_c).max() > 0.1
+
+
+@every_tier
+@pytest.mark.parametrize("dim", [1, 6, 33])
+@pytest.mark.parametrize("padding", ["none", "middle", "all"])
+def test_backward_embedding_is_the_oracles(padding, dim):
+    config = make_config(vocab_size=5)
+    tokens = random_tokens(config, 3, 7, padding)
+    d_output = rows(3, 7, dim)
+    start = rows(5, dim, seed=9)
+    expected = start + oracle.embedding_backward(d_output.astype(np.float64), tokens, 5)
+    absolute = np.abs(start) + oracle.embedding_backward(np.abs(d_output).astype(float), tokens, 5)
+    bound = gamma(21) * absolute
+    together, column, one_by_one = start.copy(), start.copy(), start.copy()
+    backward_embedding_batch(tokens, d_output, together)
+    assert_close(together, expected, rtol=0, atol=bound, dtype=np.float32)
+    backward_embedding_batch(tokens.reshape(-1), d_output.reshape(-1, dim), column)
+    assert_same_bits(column, together)
+    for token, d_row in zip(tokens.reshape(-1), d_output.reshape(-1, dim), strict=True):
+        backward_embedding(int(token), d_row, one_by_one)
+    assert_same_bits(one_by_one, together)
+
+
+def test_backward_embedding_rejects_other_ids_and_shapes():
+    d_embedding = np.zeros((5, 3), np.float32)
+    for token in (-1, 6, 1 << 20):
+        with pytest.raises(IndexError, match=f"{token}, expected 0 to 4"):
+            backward_embedding(token, rows(3), d_embedding)
+        with pytest.raises(IndexError, match=f"{token}, expected 0 to 4"):
+            backward_embedding_batch([[0, token]], rows(1, 2, 3), d_embedding)
+    for tokens, d_output in (([0, 1], rows(3, 3)), ([0], rows(1, 4)), ([[0]], rows(1, 3))):
+        with pytest.raises(ValueError, match="d_output has shape"):
+            backward_embedding_batch(tokens, d_output, d_embedding)
+    with pytest.raises(ValueError, match="empty"):
+        backward_embedding_batch(np.zeros(0, np.int32), np.zeros((0, 3), "f4"), d_embedding)
+    assert not d_embedding.any()
+
+
+# --- Feed forward ---------------------------------------------------------------------------------
+
+
+def ffn_case(config, shape):
+    weights = oracle_weights(model_of(config), "blocks.0.ffn.")
+    x, d_output = rows(*shape, config.model_dim), rows(*shape, config.model_dim, seed=8)
+
+    def exact(w):
+        d_x, gradients = oracle.feed_forward_backward(w["d"], w["x"], w, oracle_config(config))
+        return {"x": d_x, **gradients}
+
+    arrays = {**as_float64({"d": d_output, "x": x}), **weights}
+    return x, d_output, weights, rounding_effect(exact, arrays)
+
+
+ffn_case = functools.cache(ffn_case)
+
+
+@every_tier
+@schemes
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+@pytest.mark.parametrize("dim", [1, 6, 17, 33])
+def test_backward_feed_forward_is_the_oracles(scheme, activation, dim):
+    config = make_config(model_dim=dim, num_heads=1, positions="none", scheme=scheme,
+                         activation=activation, num_blocks=1)  # fmt: skip
+    ffn = model_of(config).blocks[0].ffn
+    for shape in ((), (1,), (3,), (15,), (2, 5)):
+        x, d_output, weights, expected = ffn_case(config, shape)
+        hidden = np.empty((*shape, config.ffn_dim), np.float32)
+        forward_feed_forward_batch(ffn, x, hidden)
+        functions = [backward_feed_forward_batch] + [backward_feed_forward] * (shape == ())
+        for function in functions:
+            check_backward(
+                lambda g, f=function, d=d_output, x=x, h=hidden: f(ffn, d, x, h, g),
+                expected,
+                weights,
+            )
+
+
+@every_tier
+def test_backward_feed_forward_takes_the_values_after_the_activation():
+    """Departure 3: C takes those from before it for the gradient of Wo."""
+    config = make_config(activation="relu", num_blocks=1, scheme="float")
+    ffn = model_of(config).blocks[0].ffn
+    x, d_output, weights, expected = ffn_case(config, (3,))
+    hidden = np.empty((3, 36), np.float32)
+    forward_feed_forward_batch(ffn, x, hidden)
+    gradients = empty_gradients(weights)
+    backward_feed_forward_batch(ffn, d_output, x, hidden, gradients)
+    of_c = oracle.fault3_feed_forward_d_wo(d_output.astype(float), x.astype(float), weights)
+    negative = (hidden < 0).all(axis=0)
+    assert negative.any()
+    # Where nothing came through, Wo has no say; C gives it a gradient all the same.
+    assert not gradients["wo"][:, negative].any()
+    assert (np.abs(of_c[:, negative]) > 0.01).any()
+    positive = (hidden > 0).all(axis=0)
+    atol = 8 * (expected[1]["wo"] + UNIT_ROUNDOFF * np.abs(of_c).max())
+    assert_close(gradients["wo"][:, positive], of_c[:, positive], rtol=0, atol=atol)
+
+
+# --- Attention and block --------------------------------------------------------------------------
+
+
+def layer_case(config, batch, time, padding, layer):
+    """x, tokens, d_output, weights and the exact gradients of an attention layer or a block."""
+    weights = oracle_weights(model_of(config), f"blocks.0.{layer}")
+    tokens = random_tokens(config, batch, time, padding)
+    x, d_output = (rows(batch, time, config.model_dim, seed=seed) for seed in (5, 8))
+    backward = oracle.attention_backward if layer else oracle.block_backward
+
+    def exact(w):
+        d_x, gradients = backward(w["d"], w["x"], tokens, w, oracle_config(config))
+        return {"x": d_x, **gradients}
+
+    arrays = {**as_float64({"d": d_output, "x": x}), **weights}
+    return x, tokens, d_output, weights, rounding_effect(exact, arrays)
+
+
+layer_case = functools.cache(layer_case)
+
+
+def check_attention(config, batch, time, padding):
+    x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "attention.")
+    attention = model_of(config).blocks[0].attention
+    context = create_transformer_block_context(config.model_dim, 1, config.num_heads, batch, time)
+    forward_multi_head_attention_batch(attention, x, tokens != config.pad_token, context)
+    check_backward(
+        lambda g: backward_multi_head_attention_batch(attention, d_output, x, context, g),
+        expected,
+        weights,
+    )
+
+
+@every_tier
+@schemes
+@pytest.mark.parametrize("span", [0, 1, 3])
+@pytest.mark.parametrize("positions", ["rope", "none"])
+def test_backward_multi_head_attention_is_the_oracles(scheme, positions, span):
+    odd = ((3, 3, 2, 4), (35, 5, 1, 18)) if positions == "none" else ()
+    for dim, heads, batch, time in ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 3, 9), *odd):
+        config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, positions=positions,
+                             attention_span=span, sequence_length=32, num_blocks=1)  # fmt: skip
+        for padding in PADDINGS:
+            check_attention(config, batch, time, padding)
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 1, 3, 64, 70])
+@pytest.mark.parametrize("time", [64, 65, 130])
+def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, span):
+    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+                         num_blocks=1)  # fmt: skip
+    for padding in ("none", "left", "middle"):
+        check_attention(config, 1 if time > 65 else 2, time, padding)
+
+
+def run_block(config, x, tokens):
+    batch, time, dim = x.shape
+    context = create_transformer_block_context(dim, config.ffn_dim, config.num_heads, batch, time)
+    block = model_of(config).blocks[0]
+    forward_transformer_block_batch_with_context(block, x, context, tokens != config.pad_token)
+    return block, context
+
+
+@every_tier
+@schemes
+@pytest.mark.parametrize("options", [{}, {"activation": "relu", "positions": "none"},
+                                     {"attention_span": 2}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("dim", "heads", "batch", "time"), [(6, 3, 2, 5), (34, 1, 3, 16),
+                                                             (8, 2, 1, 70)])  # fmt: skip
+def test_backward_transformer_block_is_the_oracles(scheme, options, dim, heads, batch, time):
+    config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, num_blocks=1,
+                         sequence_length=70, **options)  # fmt: skip
+    for padding in PADDINGS:
+        x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "")
+        block, context = run_block(config, x, tokens)
+        check_backward(
+            lambda g, b=block, d=d_output, c=context: backward_transformer_block_batch(b, d, c, g),
+            expected,
+            weights,
+        )
+
+
+@every_tier
+@schemes
+def test_single_forms_are_the_batch_forms(scheme):
+    config = make_config(scheme=scheme, num_blocks=1)
+    x, tokens, d_output, weights, _ = layer_case(config, 1, 1, "none", "")
+    block, context = run_block(config, x, tokens)
+    answers = []
+    for function, d in (
+        (backward_transformer_block, d_output[0, 0]),
+        (backward_transformer_block_batch, d_output[0]),
+        (backward_transformer_block_batch, d_output),
+    ):
+        gradients = empty_gradients(weights)
+        d_x = function(block, d, context, gradients)
+        assert d_x.shape == d.shape
+        answers.append({"x": d_x.ravel(), **gradients})
+    attention = {name.removeprefix("attention."): value for name, value in weights.items()
+                 if name.startswith("attention.")}  # fmt: skip
+    for function, shape in (
+        (backward_multi_head_attention, (12,)),
+        (backward_multi_head_attention_batch, (1, 12)),
+        (backward_multi_head_attention_batch, (1, 1, 12)),
+    ):
+        gradients = empty_gradients(attention)
+        d_x = function(
+            block.attention, d_output.reshape(shape), x.reshape(shape), context, gradients
+        )
+        assert d_x.shape == shape
+        answers.append({"x": d_x.ravel(), **gradients})
+    for first in (0, 3):
+        for answer in answers[first + 1 : first + 3]:
+            for name, value in answers[first].items():
+                assert_same_bits(answer[name], value, name)
+
+
+@every_tier
+def test_backward_transformer_block_leads_the_residual_path_around_the_norms():
+    """Departure 4: C adds the sub-layer's gradient first and sends both through the norm."""
+    config = make_config(num_blocks=1)
+    x, tokens, d_output, weights, expected = layer_case(config, 2, 5, "none", "")
+    block, context = run_block(config, x, tokens)
+    d_x = backward_transformer_block_batch(block, d_output, context, empty_gradients(weights))
+
+    def part(prefix):
+        return {n.removeprefix(prefix): v for n, v in weights.items() if n.startswith(prefix)}
+
+    norm1, norm2 = part("norm1."), part("norm2.")
+    inside1 = oracle.layer_norm(x, norm1["gamma"], norm1["beta"])
+    middle = x + oracle.attention(inside1, tokens, part("attention."), oracle_config(config))
+    inside2 = oracle.layer_norm(middle, norm2["gamma"], norm2["beta"])
+    d_inside2, _ = oracle.feed_forward_backward(
+        d_output, inside2, part("ffn."), oracle_config(config)
+    )
+    d_middle = oracle.fault4_residual_backward(d_output, d_inside2, middle, norm2["gamma"])
+    d_inside1, _ = oracle.attention_backward(
+        d_middle, inside1, tokens, part("attention."), oracle_config(config)
+    )
+    of_c = oracle.fault4_residual_backward(d_middle, d_inside1, x, norm1["gamma"])
+
+    assert_near({"x": d_x}, ({"x": expected[0]["x"]}, expected[1]))
+    assert np.abs(d_x - of_c).max() > 0.1
+    # The measure of both: how the output moves along a step of x.
+    direction = rows(*x.shape, seed=11).astype(float)
+    slope = oracle.directional_difference(
+        lambda at: np.sum(d_output * oracle.block(at, tokens, weights, oracle_config(config))),
+        x.astype(float),
+        direction,
+    )
+    atol = 8 * (expected[1]["x"] + UNIT_ROUNDOFF * np.abs(d_x).max()) * np.abs(direction).sum()
+    assert_close(np.sum(d_x * direction), slope, rtol=1e-8, atol=atol)
+    assert abs(np.sum(of_c * direction) - slope) > 0.1
+
+
+# --- What the layers reject -----------------------------------------------------------------------
+
+
+def test_layers_reject_gradients_that_do_not_fit():
+    config = make_config(num_blocks=1)
+    x, tokens, d_output, weights, _ = layer_case(config, 2, 5, "none", "")
+    block, context = run_block(config, x, tokens)
+    for name, value in weights.items():
+        right = np.zeros(value.shape, np.float32)
+        for bad in (
+            np.zeros((*value.shape[:-1], value.shape[-1] + 1), np.float32),
+            np.zeros(value.shape),
+            np.repeat(right, 2, axis=-1)[..., ::2],
+            rows(*value.shape),
+        ):
+            gradients = {**empty_gradients(weights), name: bad}
+            with pytest.raises((TypeError, ValueError)):
+                backward_transformer_block_batch(block, d_output, context, gradients)
+        gradients = empty_gradients(weights)
+        del gradients[name]
+        with pytest.raises(KeyError):
+            backward_transformer_block_batch(block, d_output, context, gradients)
+
+
+@pytest.mark.parametrize("d_output", [rows(2, 5, 11), rows(2, 4, 12), rows(10, 12), rows(12),
+                                      rows(2, 5, 12).astype(float), None])  # fmt: skip
+def test_layers_reject_activations_that_do_not_fit(d_output):
+    config = make_config(num_blocks=1)
+    x, tokens, _, weights, _ = layer_case(config, 2, 5, "none", "")
+    block, context = run_block(config, x, tokens)
+    gradients = empty_gradients(weights)
+    part = {name.partition(".")[2]: value for name, value in gradients.items()}
+    hidden = np.zeros((2, 5, 36), np.float32)
+    for call in (
+        lambda: backward_transformer_block_batch(block, d_output, context, gradients),
+        lambda: backward_multi_head_attention_batch(block.attention, d_output, x, context, part),
+        lambda: backward_multi_head_attention_batch(block.attention, x, d_output, context, part),
+        lambda: backward_feed_forward_batch(block.ffn, d_output, x, hidden, part),
+        lambda: backward_feed_forward_batch(block.ffn, x, d_output, hidden, part),
+        lambda: backward_feed_forward_batch(block.ffn, x, x, hidden[..., :35], part),
+    ):
+        with pytest.raises((TypeError, ValueError)):
+            call()
+
+
+# A context of other sizes, read and written past its end.
+OTHER_CONTEXTS = {
+    "block, fewer hidden": ("TransformerBlockContext(256, 1, 2, 3, 5)", "block"),
+    "block, fewer heads": ("TransformerBlockContext(256, 1024, 1, 3, 5)", "block"),
+    "block, fewer keys": ("TransformerBlockContext(256, 1024, 2, 3, 5, 1)", "block"),
+    "attention, fewer heads": ("TransformerBlockContext(256, 1, 1, 3, 5)", "attention"),
+    "attention, fewer keys": ("TransformerBlockContext(256, 1, 2, 3, 5, 1)", "attention"),
+    "attention, more tokens than positions": (
+        "TransformerBlockContext(256, 1, 2, 1, 5000)",
+        "long",
+    ),
+}
+BACKWARD_CALLS = {
+    "block": "backward_transformer_block_batch(block, x, context, gradients)",
+    "attention": "backward_multi_head_attention_batch(block.attention, x, x, context, part)",
+    "long": "backward_multi_head_attention_batch(block.attention, y, y, context, part)",
+}
+
+
+@pytest.mark.parametrize("case", OTHER_CONTEXTS)
+def test_layers_reject_a_context_of_other_sizes(case):
+    context, call = OTHER_CONTEXTS[case]
+    printed = run_child(
+        "from legacy1bit.backward import *\n"
+        "from legacy1bit.hyperparams import ModelConfig\n"
+        "config = ModelConfig(model_dim=256, num_blocks=1, num_heads=2, sequence_length=16)\n"
+        "block = create_legacy_llm(config, 1).blocks[0]\n"
+        "gradients = create_legacy_llm_gradients(config)\n"
+        "part, gradients = (gradients.layer(n) for n in ('blocks.0.attention', 'blocks.0'))\n"
+        "x, y = np.ones((3, 5, 256), np.float32), np.ones((1, 5000, 256), np.float32)\n"
+        f"context = {context}\n" + rejection(f"{BACKWARD_CALLS[call]}; print('no error')")
+    )
+    assert printed.startswith("ValueError")
+
+
+# --- The whole model ------------------------------------------------------------------------------
+
+
+def exact_gradients(config, tokens, targets):
+    def exact(weights):
+        loss, gradients = oracle.loss_and_gradients(weights, oracle_config(config), tokens, targets)
+        return {"loss": np.array(loss), **gradients}
+
+    return rounding_effect(exact, oracle_weights(model_of(config)))
+
+
+def model_case(config, batch, time, padding):
+    """Tokens, targets of which some are padding, the exact loss and the exact gradients."""
+    tokens = random_tokens(config, batch, time, padding)
+    targets = random_tokens(config, batch, time, seed=10)
+    targets[0, 0] = config.pad_token if tokens.size > 1 else targets[0, 0]
+    return tokens, targets, exact_gradients(config, tokens, targets)
+
+
+model_case = functools.cache(model_case)
+
+
+def assert_gradients_near(gradients, loss, expected, times=1):
+    """The gradients, each of which may be of another size than the loss, and the loss."""
+    exact, effects = expected
+    exact = {name: times * value for name, value in exact.items() if name != "loss"}
+    effects = {name: times * value for name, value in effects.items()}
+    assert_near(gradients.parameters, (exact, effects))
+    atol = 8 * (expected[1]["loss"] + UNIT_ROUNDOFF * abs(float(expected[0]["loss"])))
+    assert_close(loss, expected[0]["loss"], rtol=0, atol=atol, what="loss")
+
+
+@every_tier
+@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("padding", PADDINGS)
+def test_backward_llm_batch_is_the_oracles(changes, padding):
+    config = make_config(**changes)
+    for batch, time in ((1, 1), (3, 7), (2, 16)):
+        tokens, targets, expected = model_case(config, batch, time, padding)
+        gradients = create_legacy_llm_gradients(config)
+        loss = backward_llm_batch(model_of(config), tokens, targets, gradients)
+        assert_gradients_near(gradients, loss, expected)
+        again = backward_llm_batch(model_of(config), tokens, targets, gradients, 2)
+        assert_gradients_near(gradients, again, expected, times=2)
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 1, 65])
+@pytest.mark.parametrize("time", [65, 130])
+def test_backward_llm_batch_of_long_sequences_is_the_oracles(time, span):
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    tokens, targets, expected = model_case(config, 2, time, "left")
+    gradients = create_legacy_llm_gradients(config)
+    loss = backward_llm_batch(model_of(config), tokens, targets, gradients)
+    assert_gradients_near(gradients, loss, expected)
+
+
+@every_tier
+@pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu"},
+                                     {"positions": "none", "final_norm": False,
+                                      "ternary_embedding": True}], ids=str)  # fmt: skip
+def test_backward_llm_batch_is_the_slope_of_the_loss(changes):
+    # Past the oracle's own gradients: its loss, along random directions of every parameter.
+    config = make_config(model_dim=6, **changes)
+    tokens, targets, (_, effects) = model_case(config, 2, 5, "middle")
+    gradients = create_legacy_llm_gradients(config)
+    backward_llm_batch(model_of(config), tokens, targets, gradients)
+    counted = oracle.counted_positions(tokens, targets, config.vocab_size)
+    weights, rng = oracle_weights(model_of(config)), np.random.default_rng(12)
+    largest = np.abs(gradients.flat).max()
+
+    def loss_with(name, value):
+        logits, _ = oracle.forward({**weights, name: value}, oracle_config(config), tokens)
+        return oracle.cross_entropy(logits, targets, counted)
+
+    for name, gradient in gradients.parameters.items():
+        for _ in range(2):
+            direction = rng.normal(size=gradient.shape)
+            slope = oracle.directional_difference(
+                lambda value, name=name: loss_with(name, value), weights[name], direction, 1e-5
+            )
+            atol = 8 * (effects[name] + UNIT_ROUNDOFF * largest) * np.abs(direction).sum()
+            # The difference itself: 1e-16 of a loss of about 3, divided by the step.
+            assert_close(np.sum(gradient * direction), slope, rtol=0, atol=atol + 1e-9, what=name)
+
+
+@every_tier
+@pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu",
+                                          "attention_span": 3}], ids=str)  # fmt: skip
+def test_backward_llm_batch_agrees_with_torch(changes):
+    torch = pytest.importorskip("torch")
+    config = make_config(**changes)
+    tokens, targets, (exact, effects) = model_case(config, 3, 7, "middle")
+    leaves = {
+        name: torch.tensor(value, requires_grad=True)
+        for name, value in oracle_weights(model_of(config)).items()
+    }
+    _, loss = torch_loss(
+        torch, leaves, oracle_config(config), torch.tensor(tokens).long(),
+        torch.tensor(targets).long(),
+    )  # fmt: skip
+    loss.backward()
+    gradients = create_legacy_llm_gradients(config)
+    ours = backward_llm_batch(model_of(config), tokens, targets, gradients)
+    of_torch = {name: leaf.grad.numpy() for name, leaf in leaves.items()}
+    of_torch["loss"] = loss.item()
+    assert_gradients_near(gradients, ours, (of_torch, effects))
+    assert exact.keys() == of_torch.keys()
+
+
+@every_tier
+def test_backward_llm_is_a_batch_of_one_token():
+    config = make_config()
+    model, one, batch = model_of(config), *(create_legacy_llm_gradients(config) for _ in "ab")
+    loss = backward_llm(model, 3, 4, one)
+    assert loss == backward_llm_batch(model, [[3]], [[4]], batch)
+    assert_same_bits(one.flat, batch.flat)
+    assert backward_llm_batch(model, [3], [4], batch) == loss
+    assert loss == pytest.approx(cross_entropy_loss(forward_llm(model, 3), 4), rel=1e-6)
+
+
+@every_tier
+def test_backward_llm_batch_is_the_mean_of_its_positions():
+    # Sequences of one token each, so that they can be taken apart.
+    config = make_config()
+    model = model_of(config)
+    tokens, targets, (exact, effects) = model_case(config, 5, 1, "none")
+    losses, parts = [], create_legacy_llm_gradients(config)
+    for token, target in zip(tokens[:, 0], targets[:, 0], strict=True):
+        if target != config.pad_token:
+            losses.append(backward_llm(model, int(token), int(target), parts))
+    parts.flat[...] /= len(losses)
+    assert_gradients_near(parts, np.mean(losses), (exact, effects))
+
+
+# --- Padding --------------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("where", [("tokens", "targets"), ("tokens",), ("targets",)])
+def test_padding_gives_no_gradient(where):
+    config = make_config()
+    tokens, targets, _ = model_case(config, 3, 9, "none")
+    expected = exact_gradients(config, tokens[:, :5], targets[:, :5])
+    # The end of every sequence, and one more sequence, are padding.
+    padded = {"tokens": np.concatenate([tokens, tokens[:1]])}
+    padded["targets"] = np.concatenate([targets, targets[:1]])
+    for name in where:
+        padded[name][:, 5:] = padded[name][3] = config.pad_token
+    for threads in (1, 2):
+        gradients = create_legacy_llm_gradients(config)
+        loss = backward_llm_batch(model_of(config), *padded.values(), gradients, threads)
+        assert_gradients_near(gradients, loss, expected)
+
+
+@every_tier
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("which", ["tokens", "targets", "both", "alternating"])
+def test_a_batch_of_padding_has_no_loss_and_no_gradient(which, threads):
+    config = make_config()
+    pad = np.full((3, 5), config.pad_token, np.int32)
+    tokens, targets = random_tokens(config, 3, 5), random_tokens(config, 3, 5, seed=7)
+    if which == "alternating":
+        tokens[:, ::2], targets[:, 1::2] = config.pad_token, config.pad_token
+    else:
+        tokens = tokens if which == "targets" else pad
+        targets = targets if which == "tokens" else pad
+    gradients = create_legacy_llm_gradients(config)
+    assert backward_llm_batch(model_of(config), tokens, targets, gradients, threads) == 0.0
+    assert not gradients.flat.any()
+    backward_pass = BackwardPass(model_of(config), 3, 5, threads)
+    assert backward_pass.run(tokens, targets, gradients) == (0.0, 0)
+
+
+# --- BackwardPass ---------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_backward_pass_agrees_for_any_number_of_threads(batch):
+    config = make_config()
+    tokens, targets, expected = model_case(config, batch, 9, "left")
+    for threads in (1, 2, 3, 300):
+        backward_pass = BackwardPass(model_of(config), batch, 9, threads)
+        runs = []
+        for _ in range(3):
+            gradients = create_legacy_llm_gradients(config)
+            loss, count = backward_pass.run(tokens, targets, gradients)
+            assert count == oracle.counted_positions(tokens, targets, 11).sum()
+            assert_gradients_near(gradients, loss / count, expected)
+            runs.append((loss, gradients.flat))
+        for loss, flat in runs[1:]:
+            assert loss == runs[0][0]
+            assert_same_bits(flat, runs[0][1], f"{threads} threads")
+
+
+@every_tier
+def test_backward_pass_follows_the_model_and_forgets_the_last_batch():
+    config = make_config()
+    model = random_model(config)
+    backward_pass, gradients = BackwardPass(model, 2, 5, 2), create_legacy_llm_gradients(config)
+    tokens, targets, expected = model_case(config, 2, 5, "middle")
+    others = random_tokens(config, 2, 5, "left", seed=20)
+    backward_pass.run(others, others, gradients)
+    for values in model.latent.values():
+        values *= 2.0
+    model.quantize()
+    backward_pass.run(others, others, gradients)
+    for values in model.latent.values():
+        values *= 0.5
+    model.quantize()
+    gradients.flat[...] = 0.0
+    loss, count = backward_pass.run(tokens, targets, gradients)
+    assert_gradients_near(gradients, loss / count, expected)
+
+
+@every_tier
+def test_backward_pass_adds_to_what_is_there():
+    config = make_config()
+    tokens, targets, (exact, effects) = model_case(config, 3, 7, "none")
+    start = rows(create_legacy_llm_gradients(config).flat.size)
+    for threads in (1, 2):
+        gradients = create_legacy_llm_gradients(config)
+        gradients.flat[...] = start
+        BackwardPass(model_of(config), 3, 7, threads).run(tokens, targets, gradients)
+        added = create_legacy_llm_gradients(config)
+        added.flat[...] = start
+        sums = {name: exact[name] + value for name, value in added.parameters.items()}
+        assert_near(gradients.parameters, (sums, effects))
+
+
+def test_backward_pass_leaves_its_input():
+    config = make_config()
+    tokens, targets, _ = model_case(config, 3, 7, "middle")
+    tokens, targets = tokens.copy(), targets.copy()
+    before = tokens.copy(), targets.copy()
+    tokens.flags.writeable = targets.flags.writeable = False
+    gradients = create_legacy_llm_gradients(config)
+    BackwardPass(model_of(config), 3, 7).run(tokens, targets, gradients)
+    assert_same_bits(tokens, before[0])
+    assert_same_bits(targets, before[1])
+
+
+def test_backward_pass_rejects_what_does_not_fit():
+    config = make_config()
+    model, gradients = model_of(config), create_legacy_llm_gradients(config)
+    backward_pass = BackwardPass(model, 2, 3)
+    tokens = np.zeros((2, 3), np.int32)
+    for bad, error in (
+        (np.zeros((3, 2), np.int32), ValueError),
+        (np.zeros(6, np.int32), ValueError),
+        (np.zeros((2, 3)), TypeError),
+        (tokens - 1, IndexError),
+        (tokens + 12, IndexError),
+    ):
+        with pytest.raises(error):
+            backward_pass.run(bad, tokens, gradients)
+        with pytest.raises(error):
+            backward_pass.run(tokens, bad, gradients)
+    with pytest.raises(ValueError, match="other settings"):
+        backward_pass.run(
+            tokens, tokens, create_legacy_llm_gradients(make_config(final_norm=False))
+        )
+    with pytest.raises(ValueError, match="17 tokens in a sequence, expected at most 16"):
+        backward_llm_batch(model, np.zeros((1, 17), int), np.zeros((1, 17), int), gradients)
+    with pytest.raises(TypeError):
+        backward_pass.run(tokens, tokens, None)
+    assert not gradients.flat.any()
+
+
+@pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (-1, 3), (3, -1), (2, 3, 0), (2, 3, -1)])
+def test_backward_pass_rejects_sizes_below_one(sizes):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        BackwardPass(model_of(make_config()), *sizes)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
+def test_backward_llm_batch_rejects_empty_batches(shape):
+    empty, gradients = np.zeros(shape, np.int32), create_legacy_llm_gradients(make_config())
+    with pytest.raises(ValueError, match=r"empty|at least 1"):
+        backward_llm_batch(model_of(make_config()), empty, empty, gradients)

@@ -1,0 +1,284 @@
+"""Settings: what they refuse, how they travel, and the learning-rate schedules."""
+
+import dataclasses
+import json
+import math
+
+import oracle
+import pytest
+
+from legacy1bit.hyperparams import (
+    ModelConfig,
+    TrainingConfig,
+    lr_scheduler_cosine,
+    lr_scheduler_step,
+    lr_scheduler_warmup,
+)
+
+NAN, INF = math.nan, math.inf
+
+# Values that an integer, a number, a flag or a choice of any field must refuse, by the error.
+NOT_INTEGERS = (None, True, 1.0, "1", [1])
+NOT_NUMBERS = (None, True, "1", [1.0])
+NOT_FLAGS = (None, 0, 1, "true")
+NOT_CHOICES = (None, "", "RELU", 1, True, ["relu"])
+
+# For each field: values it takes, values out of its range, values of the wrong kind. The two
+# extremes of a range stand next to what lies just outside.
+MODEL_FIELDS = {
+    "vocab_size": ((1, 1 << 20), (0, -1, (1 << 20) + 1, 1 << 80), NOT_INTEGERS),
+    "model_dim": ((8, 1 << 14), (0, -8, (1 << 14) + 8), NOT_INTEGERS),
+    "num_blocks": ((1, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
+    "num_heads": ((1, 2, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
+    "ffn_multiplier": ((1, 1 << 6), (0, -4, (1 << 6) + 1), NOT_INTEGERS),
+    "sequence_length": ((1, 1 << 17), (0, -1, (1 << 17) + 1), NOT_INTEGERS),
+    "scheme": (("ternary", "float"), NOT_CHOICES, ()),
+    "scale": (("absmean", "one"), NOT_CHOICES, ()),
+    "ternary_embedding": ((False, True), (), NOT_FLAGS),
+    "activation": (("relu2", "relu"), NOT_CHOICES, ()),
+    "positions": (("rope", "none"), NOT_CHOICES, ()),
+    "rope_base": ((1, 1.0, 1e9), (0.999, -1e4, 1.1e9, NAN, INF, -INF), NOT_NUMBERS),
+    "final_norm": ((False, True), (), NOT_FLAGS),
+    "attention_span": ((0, 1, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
+}
+TRAINING_FIELDS = {
+    "steps": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
+    "batch_size": ((1, 1 << 20), (0, -1, (1 << 20) + 1), NOT_INTEGERS),
+    "optimizer": (("muon", "adamw"), NOT_CHOICES, ()),
+    "learning_rate": ((1e-12, 1, 1e3), (0.0, -1e-3, 1.1e3, NAN, INF), NOT_NUMBERS),
+    "final_learning_rate": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "decay_share": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    "beta1": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
+    "beta2": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
+    "epsilon": ((1e-30, 1), (0.0, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
+    "weight_decay": ((0, 1e3), (-0.1, 1.1e3, NAN, INF), NOT_NUMBERS),
+    "matrix_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
+    "clip": ((0, 1e9), (-1.0, 1.1e9, NAN, INF), NOT_NUMBERS),
+    "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
+    "threads": ((1, 256), (0, -1, 257), NOT_INTEGERS),
+    "evaluate_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
+}
+RECORDS = ((ModelConfig, MODEL_FIELDS), (TrainingConfig, TRAINING_FIELDS))
+records = pytest.mark.parametrize("record", [ModelConfig, TrainingConfig])
+
+
+def cases(which):
+    """(record, field, value) for the first, second or third entry of every field."""
+    return [
+        pytest.param(record, field, value, id=f"{field}={value!r:.20}")
+        for record, table in RECORDS
+        for field, values in table.items()
+        for value in values[which]
+    ]
+
+
+@pytest.mark.parametrize(("record", "table"), RECORDS)
+def test_every_field_has_cases(record, table):
+    assert set(table) == {field.name for field in dataclasses.fields(record)}
+
+
+@pytest.mark.parametrize(("record", "field", "value"), cases(0))
+def test_configs_accept_their_ranges(record, field, value):
+    # A width that even the largest number of heads divides.
+    base = {"model_dim": 1 << 12} if record is ModelConfig else {}
+    config = record(**{**base, field: value})
+    assert getattr(config, field) == value
+    assert record.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(("record", "field", "value"), cases(1))
+def test_configs_reject_values_out_of_range(record, field, value):
+    with pytest.raises(ValueError, match=f"{field} is .*expected") as caught:
+        record(**{field: value})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("record", "field", "value"), cases(2))
+def test_configs_reject_other_kinds(record, field, value):
+    with pytest.raises(TypeError, match=f"{field} is .*expected"):
+        record(**{field: value})
+
+
+@records
+def test_configs_cannot_be_changed(record):
+    config = record()
+    name = dataclasses.fields(record)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config, name, 7)
+    assert config == record()
+    assert hash(config) == hash(record())
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(9, 2), (8, 3), (3, 4), (128, 5)])
+def test_model_config_demands_that_heads_divide_the_dimension(dim, heads):
+    with pytest.raises(ValueError, match=r"model_dim is .*multiple of num_heads"):
+        ModelConfig(model_dim=dim, num_heads=heads)
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(1, 1), (9, 3), (6, 2), (21, 7)])
+def test_model_config_demands_even_heads_of_rotary_positions_only(dim, heads):
+    with pytest.raises(ValueError, match="even"):
+        ModelConfig(model_dim=dim, num_heads=heads, positions="rope")
+    assert ModelConfig(model_dim=dim, num_heads=heads, positions="none").head_dim == dim // heads
+
+
+def test_model_config_derives_its_other_sizes():
+    config = ModelConfig(vocab_size=50, model_dim=24, num_heads=3, ffn_multiplier=5)
+    assert (config.head_dim, config.ffn_dim, config.pad_token) == (8, 120, 50)
+
+
+# --- Dictionaries ---------------------------------------------------------------------------------
+
+
+@records
+def test_to_dict_has_every_field(record):
+    assert list(record().to_dict()) == [field.name for field in dataclasses.fields(record)]
+
+
+@records
+def test_from_dict_fills_in_defaults(record):
+    assert record.from_dict({}) == record()
+
+
+@pytest.mark.parametrize(("record", "key"), [(ModelConfig, "steps"), (TrainingConfig, "lr")])
+def test_from_dict_rejects_unknown_keys(record, key):
+    with pytest.raises(ValueError, match=f"'{key}', expected .*"):
+        record.from_dict({key: 1})
+
+
+@records
+@pytest.mark.parametrize("settings", [None, [], "vocab_size", 3, [("vocab_size", 3)]])
+def test_from_dict_rejects_other_kinds(record, settings):
+    with pytest.raises(TypeError, match="dictionary"):
+        record.from_dict(settings)
+
+
+def test_from_dict_checks_the_values():
+    with pytest.raises(ValueError, match="model_dim"):
+        ModelConfig.from_dict({"model_dim": -1})
+    with pytest.raises(TypeError, match="threads"):
+        TrainingConfig.from_dict({"threads": None})
+
+
+# --- The C original's settings --------------------------------------------------------------------
+
+
+def test_c_original_has_the_settings_of_c():
+    config = ModelConfig.c_original()
+    sizes = config.vocab_size, config.model_dim, config.num_blocks, config.num_heads
+    assert sizes == (256, 256, 2, 4)
+    assert (config.ffn_multiplier, config.sequence_length) == (4, 128)
+    assert (config.scheme, config.scale, config.ternary_embedding) == ("ternary", "one", True)
+    assert (config.activation, config.positions, config.final_norm) == ("relu", "none", False)
+    assert config.attention_span == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 9},
+        {"model_dim": 64},
+        {"num_blocks": 5},
+        {"num_heads": 8},
+        {"sequence_length": 7},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_is_c_original_does_not_mind_sizes(change):
+    assert dataclasses.replace(ModelConfig.c_original(), **change).is_c_original
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": "float"},
+        {"scale": "absmean"},
+        {"ternary_embedding": False},
+        {"activation": "relu2"},
+        {"positions": "rope"},
+        {"final_norm": True},
+        {"attention_span": 0},
+        {"attention_span": 2},
+        {"ffn_multiplier": 2},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_is_c_original_minds_every_option(change):
+    assert not dataclasses.replace(ModelConfig.c_original(), **change).is_c_original
+    assert not ModelConfig().is_c_original
+
+
+# --- Schedules ------------------------------------------------------------------------------------
+
+# Both sides work in float64, from the same formulas in another order.
+FLOAT64 = {"rel": 1e-14, "abs": 1e-18}
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 39])
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_learning_rate_at_warms_up_stays_and_falls(steps, warmup, share, final):
+    config = TrainingConfig(
+        steps=steps,
+        warmup_steps=warmup,
+        learning_rate=3e-3,
+        final_learning_rate=final,
+        decay_share=share,
+    )
+    falling = round(steps * share)
+    for step in range(steps):
+        if step < max(warmup, steps - falling):
+            expected = oracle.warmup_cosine(
+                step, peak=3e-3, warmup_steps=warmup, total_steps=steps, final_fraction=1.0
+            )
+        else:
+            expected = oracle.warmup_cosine(
+                step - (steps - falling),
+                peak=3e-3,
+                warmup_steps=0,
+                total_steps=falling,
+                final_fraction=final,
+            )
+        assert config.learning_rate_at(step) == pytest.approx(expected, **FLOAT64), step
+
+
+def test_learning_rate_at_that_falls_from_the_warmup_on_is_the_oracles():
+    config = TrainingConfig(steps=40, warmup_steps=8, final_learning_rate=0.1, decay_share=0.8)
+    for step in range(50):
+        expected = oracle.warmup_cosine(
+            step, peak=config.learning_rate, warmup_steps=8, total_steps=40, final_fraction=0.1
+        )
+        assert config.learning_rate_at(step) == pytest.approx(expected, **FLOAT64), step
+
+
+def test_learning_rate_at_stays_at_the_end():
+    config = TrainingConfig(steps=10, warmup_steps=3, learning_rate=1.0, final_learning_rate=0.25)
+    assert config.learning_rate_at(2) == 1.0
+    assert config.learning_rate_at(10) == config.learning_rate_at(1000) == 0.25
+
+
+def test_lr_scheduler_warmup_rises_by_equal_steps_from_the_first():
+    rates = [lr_scheduler_warmup(step, 4, 2.0) for step in range(6)]
+    assert rates == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
+    assert lr_scheduler_warmup(0, 0, 2.0) == 2.0
+
+
+def test_lr_scheduler_cosine_falls_from_end_to_end():
+    rates = [lr_scheduler_cosine(step, 4, 2.0, 1.0) for step in range(6)]
+    assert rates == pytest.approx(
+        [2.0, 1.5 + 0.5**0.5 / 2, 1.5, 1.5 - 0.5**0.5 / 2, 1.0, 1.0], **FLOAT64
+    )
+    assert lr_scheduler_cosine(0, 0, 2.0, 1.0) == 1.0
+
+
+def test_lr_scheduler_step_falls_once_an_interval():
+    rates = [lr_scheduler_step(epoch, 8.0, 0.5, 3) for epoch in range(8)]
+    assert rates == [8.0, 8.0, 8.0, 4.0, 4.0, 4.0, 2.0, 2.0]
+
+
+@pytest.mark.parametrize("epochs", [0, -1])
+def test_lr_scheduler_step_rejects_intervals_below_one(epochs):
+    with pytest.raises(ValueError, match=r"decay_epochs is .*expected"):
+        lr_scheduler_step(3, 1.0, 0.5, epochs)

@@ -1,0 +1,1289 @@
+"""The command line as its user meets it: what it prints, where, and what bad input is told."""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from compare import assert_same_bits
+from safetensors.numpy import load_file, save_file
+
+from legacy1bit import main as program
+from legacy1bit import stories, trainer
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.inference import generate
+from legacy1bit.logger import read_metrics
+from legacy1bit.main import main
+from legacy1bit.model import create_legacy_llm, load_model, save_model
+from legacy1bit.threads import available_cores
+from legacy1bit.trainer import read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "steps": 3,
+    "model-dim": 8,
+    "blocks": 1,
+    "heads": 1,
+    "sequence-length": 16,
+    "batch-size": 2,
+    "threads": 1,
+    "stories": 20,
+}
+TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
+METRICS = {
+    "step",
+    "train_loss",
+    "val_loss",
+    "perplexity",
+    "bits_per_byte",
+    "top1",
+    "top3",
+    "top5",
+    "learning_rate",
+    "tokens_per_second",
+    "elapsed_seconds",
+}
+
+
+def tiny(*more, **options):
+    """The arguments of a short training; None leaves an option out."""
+    options = TINY | {name.replace("_", "-"): value for name, value in options.items()}
+    pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
+    return ["train", *(text for pair in pairs for text in pair), *map(str, more)]
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # These files need not outlive a power cut.
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture
+def say(capsysbinary):
+    """Run a command that succeeds; return its standard output and standard error."""
+
+    def run(*arguments, status=0):
+        capsysbinary.readouterr()
+        assert main(list(map(str, arguments))) == status
+        return capsysbinary.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fail(capsysbinary):
+    """Run a command that is refused; return the one line that says why."""
+
+    def run(*arguments):
+        capsysbinary.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        output, errors = capsysbinary.readouterr()
+        assert stop.value.code == 2
+        assert output == b""
+        lines = errors.decode("utf-8", "surrogateescape").splitlines()
+        assert lines[-1].startswith("legacy1bit: error: ")
+        assert len(lines[-1]) > len("legacy1bit: error: ") + 10
+        # What went well before the error may have been told.
+        assert all(
+            re.match(r"training [\d,]+ parameters|going on with |$", line) for line in lines[:-1]
+        )
+        return lines[-1].removeprefix("legacy1bit: error: ")
+
+    return run
+
+
+def content_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run on stories that has ended."""
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main(tiny(out=folder)) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def wild(tmp_path_factory):
+    """A model whose every token depends on all before it."""
+    folder = tmp_path_factory.mktemp("models") / "wild"
+    config = ModelConfig(model_dim=16, num_blocks=1, num_heads=2, sequence_length=16)
+    model = create_legacy_llm(config, 0)
+    rng = np.random.default_rng(0)
+    for weights in model.latent.values():
+        if weights.ndim == 2:
+            weights[...] = rng.standard_normal(weights.shape, np.float32)
+    model.quantize()
+    save_model(model, folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(TEXT.encode())
+    return path
+
+
+def shell(*arguments, check=True, **options):
+    """Run the program as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **options.pop("env", {})}
+    environment.pop("PYTHONUNBUFFERED", None)
+    command = [sys.executable, "-m", "legacy1bit.main", *arguments]
+    if "stdout" not in options:
+        options["capture_output"] = True
+    done = subprocess.run(command, env=environment, timeout=60, check=False, **options)
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+# --- train ----------------------------------------------------------------------------------------
+
+
+def report_of(output):
+    """The report's numbers by their names."""
+    lines = output.decode().splitlines()
+    return {line[:18].strip(): line[18:] for line in lines if line[17:18] == " "}
+
+
+def test_train_reports(say):
+    output, errors = say(*tiny(out="here"))
+    report = report_of(output)
+    (record,) = read_metrics("here/metrics.jsonl")
+    assert report["validation loss"].startswith(f"{record['val_loss']:.4f} ")
+    assert report["perplexity"] == f"{math.exp(record['val_loss']):.4f}"
+    assert report["bits per byte"] == f"{record['val_loss'] / math.log(2):.4f}"
+    shares = [f"{record[name]:.1%}" for name in ("top1", "top3", "top5")]
+    assert report["top 1 / 3 / 5"] == " / ".join(shares)
+    assert report["entropy floor"].startswith(f"{stories.entropy_per_character():.4f} ")
+    assert re.search(rb"\nsample:\n.+", output)
+    assert b"\nthe run is in here " in output
+    assert b"python -m legacy1bit.main generate" in output
+    assert b"step      3  train loss " in errors
+    assert b"step" not in output
+
+
+def test_train_writes_metrics(say):
+    say(*tiny(out="here", steps=520))
+    records = read_metrics("here/metrics.jsonl")
+    assert [record["step"] for record in records] == [250, 500, 520]
+    for record in records:
+        assert set(record) == METRICS
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+        assert 0 <= record["top1"] <= record["top3"] <= record["top5"] <= 1
+    assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(256)
+
+
+def test_train_without_a_folder_makes_one_in_runs(say):
+    for _ in range(3):
+        say(*tiny())
+    folders = sorted(Path("runs").iterdir())
+    assert len(folders) == 3
+    assert all((folder / "metrics.jsonl").exists() for folder in folders)
+
+
+def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
+    """Two runs begun in the same second, the second while the first still makes its stories."""
+    monkeypatch.setattr(program, "time", SimpleNamespace(strftime=lambda form: "now"))
+    make, others = program.story_corpus, [tiny(seed=2)]
+
+    def make_slowly(*arguments):
+        if others:
+            assert main(others.pop()) == 0
+        return make(*arguments)
+
+    monkeypatch.setattr(program, "story_corpus", make_slowly)
+    say(*tiny(seed=1))
+    seeds = [read_settings(folder)[1].seed for folder in Path("runs").iterdir()]
+    assert sorted(seeds) == [1, 2]
+
+
+@pytest.mark.parametrize("out", ["a/b/c", "here/", "./here", "link"])
+def test_train_makes_the_folder_it_is_given(say, out):
+    Path("real").mkdir()
+    Path("link").symlink_to("real")
+    say(*tiny(out=out))
+    assert load_model(out).config.model_dim == 8
+    say("train", "--resume", out, "--steps", 5)
+    assert Path("link").is_symlink()
+
+
+def test_train_on_a_text(say, text):
+    output, errors = say(*tiny(data=text, out="here", stories=None))
+    report = report_of(output)
+    assert {"validation loss", "perplexity", "top 1 / 3 / 5"} <= report.keys()
+    assert "entropy floor" not in report
+    assert b"\nsample:\n" in output
+    assert b" on text.txt, " in errors
+
+
+def test_train_is_what_happens_without_a_command(say):
+    arguments = tiny(out="here")[1:]
+    output, _ = say(*arguments)
+    assert b"\nthe run is in here " in output
+
+
+def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
+    """Without arguments: the bundled stories and the default sizes, in a new folder."""
+    made = []
+
+    class Stop(Exception):
+        pass
+
+    def made_with(folder, model_config, config, corpus, source):
+        made.append((folder, model_config, config, corpus, source))
+        raise Stop
+
+    monkeypatch.setattr(program, "Trainer", made_with)
+    monkeypatch.setattr(program, "story_corpus", lambda *arguments: arguments)
+    with pytest.raises(Stop):
+        main([])
+    ((folder, model_config, config, corpus, source),) = made
+    assert model_config == ModelConfig()
+    expected = TrainingConfig(threads=config.threads)
+    assert config == expected
+    assert config.threads == available_cores()
+    assert folder.parent == Path("runs")
+    assert source["name"] == "stories"
+    assert corpus[0] >= 10_000
+    assert corpus[3] == model_config.sequence_length
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "setting"),
+    [
+        ("steps", 5, ("training", "steps")),
+        ("batch-size", 3, ("training", "batch_size")),
+        ("sequence-length", 9, ("model", "sequence_length")),
+        ("model-dim", 12, ("model", "model_dim")),
+        ("blocks", 2, ("model", "num_blocks")),
+        ("heads", 4, ("model", "num_heads")),
+        ("learning-rate", 0.125, ("training", "learning_rate")),
+        ("seed", 77, ("training", "seed")),
+        ("threads", 2, ("training", "threads")),
+        ("scheme", "float", ("model", "scheme")),
+    ],
+)
+def test_train_takes_its_options(say, option, value, setting):
+    say(*tiny(out="here", **{option: value}))
+    part, name = setting
+    assert json.loads(Path("here/training.json").read_bytes())[part][name] == value
+    others = json.loads(Path("here/config.json").read_bytes())
+    if part == "model":
+        assert others[name] == value
+
+
+def test_train_repeats_by_seed(say):
+    for name, options in {
+        "a": {"seed": 5, "threads": 2},
+        "b": {"seed": 5, "threads": 2},
+        "c": {"seed": 6, "threads": 2},
+    }.items():
+        say(*tiny(out=name, steps=6, **options))
+    losses = [
+        [(r["train_loss"], r["val_loss"], r["top1"]) for r in read_metrics(f"{name}/metrics.jsonl")]
+        for name in "abc"
+    ]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+    weights = [load_file(f"{name}/checkpoint.safetensors")["weights"] for name in "abc"]
+    assert_same_bits(weights[0], weights[1])
+    assert (weights[0] != weights[2]).any()
+
+
+def test_train_refuses_a_folder_with_a_run(fail, run):
+    before = content_of(run)
+    assert "holds a run already" in fail(*tiny(out=run))
+    assert content_of(run) == before
+
+
+def test_train_does_not_overwrite_a_model(finished):
+    """A model that was copied without its run is no less worth keeping."""
+    Path("mine").mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        shutil.copy(finished / name, "mine")
+    before = content_of(Path("mine"))
+    with contextlib.suppress(SystemExit):
+        main(tiny(out="mine", seed=9))
+    after = content_of(Path("mine"))
+    assert {name: after[name] for name in before} == before
+
+
+@pytest.mark.parametrize("out", [None, "there", "with space", "it's"])
+def test_train_says_what_to_type_next(say, out):
+    """The line that it prints can be pasted into a shell, and writes with this run's model."""
+    output, _ = say(*tiny(), *([] if out is None else [f"--out={out}"]))
+    line = output.decode().strip().splitlines()[-1]
+    python, dash, module, *arguments = shlex.split(line)
+    assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
+    folder = Path(out) if out else next(Path("runs").iterdir())
+    expected, _ = say("generate", f"--model={folder}", "--prompt", "One sunny day ")
+    assert say(*arguments).out == expected
+
+
+# --- Stopping and going on ------------------------------------------------------------------------
+
+
+def with_signals(monkeypatch, step, number, count=1):
+    """Let a run get signals during one of its steps."""
+    take = trainer.Trainer.train_step
+
+    def train_step(self):
+        if self.step == step:
+            for _ in range(count):
+                os.kill(os.getpid(), number)
+        return take(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+
+
+def assert_same_run(one, other):
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        expected = load_file(Path(other, name))
+        found = load_file(Path(one, name))
+        assert found.keys() == expected.keys()
+        for tensor in found:
+            assert_same_bits(found[tensor], expected[tensor], tensor)
+    last, wanted = (read_metrics(Path(run, "metrics.jsonl"))[-1] for run in (one, other))
+    for key in ("step", "val_loss", "perplexity", "top1", "top3", "top5", "learning_rate"):
+        assert last[key] == wanted[key]
+
+
+def last_command(errors):
+    """The arguments of the command that a stopped run says to type."""
+    line = errors.decode().strip().splitlines()[-1]
+    python, dash, module, *arguments = shlex.split(line)
+    assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
+    return arguments
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_stopped_run_goes_on_as_if_nothing_had_been(say, monkeypatch, number, threads):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    say(*tiny(out="whole", steps=20, threads=threads))
+    with monkeypatch.context() as patch:
+        with_signals(patch, 7, number)
+        output, errors = say(*tiny(out="parts", steps=20, threads=threads), status=130)
+    assert output == b""
+    assert b"stopped at step 8 of 20" in errors
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    output, errors = say(*last_command(errors))
+    assert b"going on with parts at step 8" in errors
+    assert b"\nthe run is in parts " in output
+    assert_same_run("parts", "whole")
+    assert [record["step"] for record in read_metrics("parts/metrics.jsonl")] == [8, 20]
+
+
+@pytest.mark.parametrize("out", ["with space", "it's", "$HOME", "\u00fcber"])
+def test_stopped_run_says_what_to_type(say, monkeypatch, out):
+    with monkeypatch.context() as patch:
+        with_signals(patch, 3, signal.SIGINT)
+        _, errors = say(*tiny(out=out, steps=6), status=130)
+    say(*last_command(errors))
+    assert read_metrics(Path(out, "metrics.jsonl"))[-1]["step"] == 6
+
+
+def test_run_stopped_twice_ends_at_once(say, monkeypatch):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    say(*tiny(out="whole", steps=600))
+    with monkeypatch.context() as patch:
+        with_signals(patch, 300, signal.SIGINT, count=2)
+        output, _ = say(*tiny(out="parts", steps=600), status=130)
+    assert output == b""
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert [record["step"] for record in read_metrics("parts/metrics.jsonl")] == [250]
+    say("train", "--resume", "parts")
+    assert_same_run("parts", "whole")
+
+
+def test_signal_at_the_last_step_ends_as_usual(say, monkeypatch):
+    with monkeypatch.context() as patch:
+        with_signals(patch, 2, signal.SIGINT)
+        output, _ = say(*tiny(out="here"))
+    assert b"\nthe run is in here " in output
+
+
+SLOW = """
+import sys, time
+from legacy1bit import main, trainer
+take = trainer.Trainer.train_step
+def train_step(self):
+    if self.step == 3:
+        print("in the middle", file=sys.stderr, flush=True)
+    time.sleep(0.02)
+    return take(self)
+trainer.Trainer.train_step = train_step
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_process_saves_when_it_is_told_to_stop(say, number):
+    arguments = tiny(out="parts", steps=150)
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    alarm = threading.Timer(30, process.kill)
+    alarm.start()
+    with process:
+        for line in process.stderr:
+            if b"in the middle" in line:
+                break
+        process.send_signal(number)
+        output, errors = process.communicate()
+    alarm.cancel()
+    assert process.returncode == 130
+    assert output == b""
+    assert b"Traceback" not in errors
+    (record,) = read_metrics("parts/metrics.jsonl")
+    assert 3 < record["step"] < 150
+    say(*last_command(errors))
+    say(*tiny(out="whole", steps=150))
+    assert_same_run("parts", "whole")
+
+
+def test_resume_takes_more_steps(say, run):
+    say("train", "--resume", run, "--steps", 5)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 5]
+    say("train", "--resume", run, "--steps", 7, "--threads", 2)
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 5, 7]
+    assert read_settings(run)[1].steps == 7
+
+
+def test_resume_drops_metrics_after_the_checkpoint(say, run):
+    with open(run / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "val_loss": 0.0}\n{"step": 5, "val_l')
+    say("train", "--resume", run, "--steps", 5)
+    records = read_metrics(run / "metrics.jsonl")
+    assert [record["step"] for record in records] == [3, 5]
+    assert set(records[1]) == METRICS
+
+
+def test_resume_finds_a_text_from_anywhere(say, text, monkeypatch, tmp_path):
+    say(*tiny(data=text.name, out=tmp_path / "run", stories=None))
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    say("train", "--resume", tmp_path / "run", "--steps", 5)
+    say("evaluate", "--model", tmp_path / "run")
+
+
+def test_resume_refuses_a_text_that_changed(fail, say, text):
+    say(*tiny(data=text, out="run", stories=None))
+    before = content_of(Path("run"))
+    for change in (TEXT + "x", TEXT.upper(), TEXT[:-1]):
+        text.write_bytes(change.encode())
+        assert "has changed since" in fail("train", "--resume", "run", "--steps", 5)
+        assert "has changed since" in fail("evaluate", "--model", "run")
+    text.unlink()
+    assert "text.txt" in fail("train", "--resume", "run", "--steps", 5)
+    text.mkdir()
+    assert "text.txt" in fail("train", "--resume", "run", "--steps", 5)
+    assert content_of(Path("run")) == before
+
+
+def test_resume_refuses_a_finished_run(fail, run):
+    before = content_of(run)
+    for more in ((), ("--steps", 3), ("--steps", 2)):
+        assert "has had its 3 steps" in fail("train", "--resume", run, *more)
+    assert content_of(run) == before
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--data", "text.txt"),
+        ("--out", "other"),
+        ("--batch-size", "2"),
+        ("--sequence-length", "16"),
+        ("--model-dim", "8"),
+        ("--blocks", "1"),
+        ("--heads", "2"),
+        ("--learning-rate", "0.1"),
+        ("--seed", "1"),
+        ("--scheme", "float"),
+        ("--optimizer", "adamw"),
+        ("--stories", "10"),
+    ],
+)
+def test_resume_refuses_options_that_cannot_change(fail, run, option):
+    before = content_of(run)
+    message = fail("train", "--resume", run, "--steps", 9, *option)
+    assert option[0] in message
+    assert content_of(run) == before
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty", "text.txt", ""])
+def test_resume_refuses_what_is_no_run(fail, text, name):
+    Path("empty").mkdir()
+    assert "is not a training run" in fail("train", "--resume", name)
+
+
+@pytest.mark.parametrize("steps", ["0", "-1", "nan", "1.5", str(10**30)])
+def test_resume_refuses_bad_steps(fail, run, steps):
+    fail("train", "--resume", run, f"--steps={steps}")
+
+
+def settings_with(**changes):
+    def damage(folder):
+        path = folder / "training.json"
+        settings = json.loads(path.read_bytes())
+        for part, values in changes.items():
+            if isinstance(values, dict):
+                settings[part] |= values
+            else:
+                settings[part] = values
+        path.write_text(json.dumps(settings), encoding="utf-8")
+
+    return damage
+
+
+def with_content(name, content):
+    def damage(folder):
+        path = folder / name
+        path.unlink()
+        path.write_bytes(content)
+
+    return damage
+
+
+def without(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def with_folder(name):
+    def damage(folder):
+        (folder / name).unlink()
+        (folder / name).mkdir()
+
+    return damage
+
+
+def cut(name, size):
+    def damage(folder):
+        path = folder / name
+        path.write_bytes(path.read_bytes()[:size])
+
+    return damage
+
+
+def header_of(path):
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]).get("__metadata__", {})
+
+
+def tensors_with(name, change):
+    """Damage the tensors of a safetensors file, or its metadata, and leave it well-formed."""
+
+    def damage(folder):
+        path = folder / name
+        header, tensors = header_of(path), load_file(path)
+        change(tensors, header)
+        save_file(tensors, path, header)
+
+    return damage
+
+
+def number_in(tensor, number):
+    def change(tensors, header):
+        tensors[tensor] = tensors[tensor].copy()
+        tensors[tensor].flat[0] = number
+
+    return change
+
+
+CHECKPOINT = "checkpoint.safetensors"
+
+DAMAGED_RUNS = {
+    "no settings": without("training.json"),
+    "settings empty": with_content("training.json", b""),
+    "settings no json": with_content("training.json", b"steps = 5"),
+    "settings list": with_content("training.json", b"[]"),
+    "settings bytes": with_content("training.json", b"\xff\xfe"),
+    "settings deep": with_content("training.json", b"[" * 100_000),
+    "settings folder": with_folder("training.json"),
+    "other model": settings_with(model={"model_dim": 16}),
+    "other heads": settings_with(model={"num_heads": 2}),
+    "odd model": settings_with(model={"model_dim": 7}),
+    "unknown setting": settings_with(training={"colour": "red"}),
+    "source empty": settings_with(source=[]),
+    "source text": settings_with(source="stories"),
+    "source without seed": settings_with(source=[["name", "stories"], ["stories", 20]]),
+    "source without path": settings_with(source={"name": "text.txt"}),
+    "source without hash": settings_with(source={"name": "text.txt", "path": "text.txt"}),
+    "source other kinds": settings_with(source={"stories": "many"}),
+    "source negative": settings_with(source={"stories": -500}),
+    "source seed": settings_with(source={"seed": -1}),
+    "source path number": settings_with(source={"path": 5, "sha256": 3}),
+    "source path folder": settings_with(source={"path": "/", "sha256": ""}),
+    "no checkpoint": without(CHECKPOINT),
+    "checkpoint empty": with_content(CHECKPOINT, b""),
+    "checkpoint text": with_content(CHECKPOINT, b"hello, world"),
+    "checkpoint cut": cut(CHECKPOINT, -1),
+    "checkpoint head": cut(CHECKPOINT, 20),
+    "checkpoint folder": with_folder(CHECKPOINT),
+    "checkpoint nan": tensors_with(CHECKPOINT, number_in("weights", np.nan)),
+    "checkpoint inf": tensors_with(CHECKPOINT, number_in("second", np.inf)),
+    "checkpoint other": lambda folder: shutil.copy(
+        folder / "model.safetensors", folder / CHECKPOINT
+    ),
+    "checkpoint no step": tensors_with(CHECKPOINT, lambda t, header: header.pop("step")),
+    "checkpoint word": tensors_with(CHECKPOINT, lambda t, header: header.update(step="x")),
+    "checkpoint back": tensors_with(CHECKPOINT, lambda t, header: header.update(step="-2")),
+    "checkpoint far": tensors_with(CHECKPOINT, lambda t, header: header.update(step="9" * 30)),
+    "checkpoint deep": tensors_with(
+        CHECKPOINT, lambda t, header: header.update(model="[" * 100_000)
+    ),
+    "metrics bytes": with_content("metrics.jsonl", b"\xff\xfe\n{}\n"),
+    "metrics words": with_content("metrics.jsonl", b"loss 5\nloss 4\n"),
+    "metrics number": with_content("metrics.jsonl", b"5\n6\n"),
+    "metrics list": with_content("metrics.jsonl", b"[]\n[]\n"),
+    "metrics no step": with_content("metrics.jsonl", b"{}\n{}\n"),
+    "metrics text step": with_content("metrics.jsonl", b'{"step": "3"}\n'),
+    "metrics folder": with_folder("metrics.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_RUNS)
+def test_resume_refuses_a_damaged_run(fail, run, name):
+    DAMAGED_RUNS[name](run)
+    before = content_of(run)
+    message = fail("train", "--resume", run, "--steps", 6)
+    # A message of Python's own, about the program and not about the run, helps nobody.
+    assert not re.search(
+        r"^'\w+'$|not supported between|unsupported operand|subscriptable|numpy", message
+    )
+    assert content_of(run) == before
+
+
+def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):
+    """Settings that promise more stories than memory holds are refused before they are told."""
+
+    def told(count, seed):
+        raise AssertionError(f"{count} stories")
+
+    settings_with(source={"stories": 10**15})(run)
+    monkeypatch.setattr(stories, "generate_stories", told)
+    fail("train", "--resume", run, "--steps", 6)
+
+
+# --- A full disk ----------------------------------------------------------------------------------
+
+
+# No file can grow beyond so many bytes, as if the disk were full.
+LIMITED = """
+import resource, sys
+size = int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+from legacy1bit.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(run, say):
+    """A real write that fails in the middle of the largest file."""
+    size = (run / CHECKPOINT).stat().st_size
+    before = content_of(run)
+    arguments = ["train", "--resume", str(run), "--steps", "6"]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(size - 1000), *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stdout == b""
+    *_, line = done.stderr.decode().splitlines()
+    assert line.startswith("legacy1bit: error: ")
+    assert not list(run.glob(".*"))
+    after = content_of(run)
+    assert after[CHECKPOINT] == before[CHECKPOINT]
+    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    assert say("info", "--model", run).out
+    say(*arguments)
+    say(*tiny(out="whole"))
+    say("train", "--resume", "whole", "--steps", "6")
+    assert_same_run(run, "whole")
+
+
+@pytest.fixture
+def stillborn(say, fail, monkeypatch):
+    """A folder under runs/ in which the disk was full when a run was saved for the first time."""
+
+    def save(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    say(*tiny(out="runs/good", seed=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "save_model", save)
+        assert "No space left" in fail(*tiny(out="runs/bad", seed=2))
+    return Path("runs/bad")
+
+
+def test_run_that_was_never_saved_is_not_the_latest(say, stillborn):
+    assert say("generate").out == say("generate", "--model", "runs/good").out
+
+
+def test_run_that_was_never_saved_can_be_started_again(say, stillborn):
+    """Nothing in its folder is worth keeping, and there is nothing to go on from."""
+    say(*tiny(out=stillborn, seed=2))
+
+
+def test_train_refuses_folders_it_cannot_write(fail, text):
+    for out in ("/proc/legacy1bit", "/dev/null", "text.txt", "text.txt/run"):
+        assert out in fail(*tiny(out=out))
+    Path("closed").mkdir(mode=0o500)
+    if not os.access("closed", os.W_OK):  # which root may
+        assert "closed" in fail(*tiny(out="closed"))
+        assert "closed" in fail(*tiny(out="closed/run"))
+
+
+# --- generate -------------------------------------------------------------------------------------
+
+
+def test_generate_writes_the_prompt_and_its_continuation(say, wild):
+    for prompt in ("Once ", "\u00e9t\u00e9 \U0001f600", "line\nline\r\n\t", "-", "a" * 16):
+        output, errors = say("generate", "--model", wild, f"--prompt={prompt}", "--max-tokens", 20)
+        expected = prompt.encode()
+        tokens = generate(load_model(wild), list(expected), 20, temperature=0.8)
+        assert output == expected + bytes(tokens)
+        assert errors == b""
+
+
+def test_generate_takes_bytes_that_are_no_text(say, wild):
+    prompt = b"\xff\xfe\x80 caf\xe9 \xc3\xa9"
+    output, _ = say("generate", "--model", wild, "--prompt", os.fsdecode(prompt), "--max-tokens", 5)
+    assert output == prompt + bytes(generate(load_model(wild), list(prompt), 5, temperature=0.8))
+    done = shell(b"generate", b"--model", os.fsencode(wild), b"--prompt", prompt, b"--max-tokens=5")
+    assert done.stdout == output
+    assert done.stderr == b""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict", "utf-16"])
+def test_generate_writes_bytes_whatever_the_terminal_speaks(wild, encoding):
+    done = shell(
+        "generate",
+        "--model",
+        str(wild),
+        "--prompt",
+        "\u00e9",
+        "--max-tokens",
+        "30",
+        env={"PYTHONIOENCODING": encoding},
+    )
+    prompt = "\u00e9".encode()
+    assert done.stdout == prompt + bytes(
+        generate(load_model(wild), list(prompt), 30, temperature=0.8)
+    )
+    assert done.stderr == b""
+
+
+def test_generate_writes_just_the_prompt_where_nothing_is_asked(say, wild):
+    for prompt in ("", "Once ", "a longer prompt than the context holds"):
+        assert say("generate", "--model", wild, "--prompt", prompt, "--max-tokens", 0).out == (
+            prompt.encode()
+        )
+
+
+def test_generate_at_temperature_0_is_greedy(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 40)
+    outputs = {
+        say(*arguments, "--temperature", 0, "--seed", seed, *more).out
+        for seed in (0, 1)
+        for more in ((), ("--top-k", 5), ("--top-p", 0.1))
+    }
+    greedy = generate(load_model(wild), list(b"The "), 40, temperature=0.0)
+    assert outputs == {b"The " + bytes(greedy)}
+    assert say(*arguments, "--top-k", 1).out in outputs
+
+
+def test_generate_takes_its_options(say, wild):
+    options = {"temperature": 1.5, "top-k": 7, "top-p": 0.9, "seed": 3}
+    pairs = [text for name, value in options.items() for text in (f"--{name}", value)]
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 40, *pairs)
+    expected = generate(load_model(wild), list(b"The "), 40, 3, 1.5, 7, 0.9)
+    assert say(*arguments).out == say(*arguments).out == b"The " + bytes(expected)
+    assert say(*arguments, "--seed", 4).out != say(*arguments).out
+
+
+def test_generate_uses_the_whole_prompt(say, wild):
+    tails = set()
+    for first in "ABCDEFGH":
+        prompt = f"{first} cat sat on a"
+        output = say("generate", "--model", wild, "--prompt", prompt, "--temperature", 0).out
+        tails.add(output.removeprefix(prompt.encode())[:8])
+    assert len(tails) > 2
+
+
+def test_generate_says_that_a_prompt_is_longer_than_the_context(say, wild):
+    prompt = "0123456789" * 5
+    output, errors = say("generate", "--model", wild, "--prompt", prompt, "--temperature", 0)
+    newest = say("generate", "--model", wild, "--prompt", prompt[-16:], "--temperature", 0)
+    assert output == prompt[:-16].encode() + newest.out
+    assert b"50" in errors
+    assert b"16" in errors
+    assert len(errors.splitlines()) == 1
+    assert newest.err == b""
+
+
+def test_generate_without_a_prompt_begins_as_after_a_line_break(say, wild):
+    expected = bytes(generate(load_model(wild), [10], 30, temperature=0.8))
+    assert say("generate", "--model", wild, "--max-tokens", 30).out == expected
+
+
+def test_generate_writes_with_a_file_of_the_c_original(say, fail, tmp_path):
+    model = create_legacy_llm(ModelConfig.c_original(256, 256, 1), 1)
+    save_model(model, tmp_path / "model.bin", format="c-v1")
+    arguments = ("generate", "--model", "model.bin", "--prompt", "ab", "--max-tokens", 5)
+    expected = bytes(generate(model, list(b"ab"), 5, temperature=0.8))
+    assert say(*arguments).out == b"ab" + expected
+    assert f"{model.num_parameters:,}".encode() in say("info", "--model", "model.bin").out
+    assert "training.json" in fail("evaluate", "--model", "model.bin")
+    Path("data").write_bytes(b"some text")
+    assert b"validation loss" in say("evaluate", "--model", "model.bin", "--data", "data").out
+
+
+def test_generate_refuses_bytes_outside_the_vocabulary(fail, tmp_path):
+    config = ModelConfig(vocab_size=64, model_dim=8, num_blocks=1, num_heads=1, sequence_length=8)
+    save_model(create_legacy_llm(config, 1), tmp_path / "small")
+    assert "outside the vocabulary of 64" in fail("generate", "--model", "small", "--prompt", "a")
+    Path("text").write_bytes(b"abc")
+    assert "outside the vocabulary" in fail("evaluate", "--model", "small", "--data", "text")
+
+
+def test_latest_run_is_the_one_saved_last(say, fail):
+    assert "no run in runs/ yet" in fail("generate")
+    assert "no run in runs/ yet" in fail("info")
+    Path("runs/empty").mkdir(parents=True)
+    Path("runs/file").touch()
+    assert "no run in runs/ yet" in fail("evaluate")
+    for name, seed in (("b", 1), ("a", 2), ("c", 3)):
+        say(*tiny(out=f"runs/{name}", seed=seed))
+    for now, name in enumerate("cab", 2_000_000_000):
+        os.utime(f"runs/{name}/training.json", (now, now))
+        assert say("info").out == say("info", "--model", f"runs/{name}").out
+        assert say("generate").out == say("generate", "--model", f"runs/{name}").out
+        assert say("evaluate").out == say("evaluate", "--model", f"runs/{name}").out
+
+
+# --- evaluate, info -------------------------------------------------------------------------------
+
+
+def test_evaluate_repeats_what_training_found(say, finished):
+    record = read_metrics(finished / "metrics.jsonl")[-1]
+    output, errors = say("evaluate", "--model", finished)
+    report = report_of(output)
+    assert report["validation loss"].startswith(f"{record['val_loss']:.4f} ")
+    assert report["perplexity"] == f"{record['perplexity']:.4f}"
+    assert errors == b""
+    for threads in (1, 2, 256):
+        assert say("evaluate", "--model", finished, "--threads", threads).out == output
+
+
+@pytest.mark.parametrize("size", [2, 16, 17, 18, 300])
+def test_evaluate_measures_a_text(say, wild, size):
+    content = TEXT.encode()[:size]
+    Path("data").write_bytes(content)
+    report = report_of(say("evaluate", "--model", wild, "--data", "data").out)
+    model, surprises = load_model(wild), []
+    for start in range(0, size - 1, min(16, size - 1)):
+        part = content[start : start + min(16, size - 1) + 1]
+        row = np.frombuffer(part[:-1], np.uint8).astype(np.int32)[None]
+        p = trainer.forward_llm_batch(model, row)[0].astype(np.float64)
+        surprises += [-math.log(p[time, token]) for time, token in enumerate(part[1:])]
+    assert len(surprises) == size - 1
+    assert float(report["validation loss"].split()[0]) == pytest.approx(
+        math.fsum(surprises) / len(surprises), abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate"])
+def test_data_that_is_no_text_is_refused(fail, finished, command):
+    arguments = tiny(stories=None) if command == "train" else ["evaluate", "--model", finished]
+    Path("empty").touch()
+    Path("one").write_bytes(b"x")
+    Path("folder").mkdir()
+    assert "missing" in fail(*arguments, "--data", "missing")
+    assert "empty" in fail(*arguments, "--data", "empty")
+    assert "one" in fail(*arguments, "--data", "one")
+    assert "folder" in fail(*arguments, "--data", "folder")
+    assert "one/below" in fail(*arguments, "--data", "one/below")
+    fail(*arguments, "--data", "")
+    fail(*arguments, "--data", "x" * 5000)
+    fail(*arguments, "--data", "a\0b")
+    fail(*arguments, "--data", "two\nlines")
+    Path("secret").write_bytes(TEXT.encode())
+    Path("secret").chmod(0)
+    if not os.access("secret", os.R_OK):  # which root may
+        assert "secret" in fail(*arguments, "--data", "secret")
+    assert not Path("runs").exists()
+
+
+def test_train_says_how_much_text_it_needs(fail, say):
+    Path("data").write_bytes(b"x" * 169)
+    message = fail(*tiny(data="data", stories=None))
+    assert "data has 169 bytes" in message
+    needed = int(re.search(r"at least (\d+)", message)[1])
+    Path("data").write_bytes(b"x" * needed)
+    say(*tiny(data="data", stories=None))
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "float"])
+def test_info_tells_what_a_model_is_made_of(say, scheme):
+    say(*tiny(out="run", scheme=scheme))
+    output, errors = say("info", "--model", "run")
+    model = load_model("run")
+    report = report_of(output)
+    assert errors == b""
+    assert report["model"] == "run"
+    for name, value in model.config.to_dict().items():
+        assert report[name] == str(value)
+    assert report["parameters"] == f"{model.num_parameters:,}"
+    assert (b"blocks.0.ffn.wi" in output) == (scheme == "ternary")
+
+
+# --- Models that cannot be used -------------------------------------------------------------------
+
+WEIGHTS = "model.safetensors"
+
+
+def config_with(**changes):
+    def damage(folder):
+        path = folder / "config.json"
+        config = json.loads(path.read_bytes()) | changes
+        path.write_text(json.dumps(config), encoding="utf-8")
+
+    return damage
+
+
+def foreign(folder):
+    save_file({"weight": np.ones((3, 3), np.float32)}, folder / WEIGHTS)
+
+
+def unknown_dtype(folder):
+    header = {"output.bias": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    encoded = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(4))
+
+
+DAMAGED_MODELS = {
+    "no config": without("config.json"),
+    "no weights": without(WEIGHTS),
+    "config folder": with_folder("config.json"),
+    "weights folder": with_folder(WEIGHTS),
+    "config empty": with_content("config.json", b""),
+    "config bytes": with_content("config.json", b"\xff\xfe\x00"),
+    "config list": with_content("config.json", b"[]"),
+    "config deep": with_content("config.json", b"[" * 100_000),
+    "config of another": with_content("config.json", b'{"model_type": "llama"}'),
+    "config version": config_with(format_version=2),
+    "config unknown": config_with(colour="red"),
+    "config dim": config_with(model_dim=16),
+    "config dim odd": config_with(model_dim=9),
+    "config dim text": config_with(model_dim="8"),
+    "config huge": config_with(model_dim=16384, num_blocks=1024),
+    "config beyond": config_with(model_dim=10**30),
+    "config blocks": config_with(num_blocks=2),
+    "config zero": config_with(num_heads=0),
+    "config nan": config_with(rope_base=math.nan),
+    "config scheme": config_with(scheme="float"),
+    "weights empty": with_content(WEIGHTS, b""),
+    "weights text": with_content(WEIGHTS, b"not a model at all"),
+    "weights zeros": with_content(WEIGHTS, bytes(1000)),
+    "weights header": with_content(WEIGHTS, struct.pack("<Q", 1 << 60) + b"{}"),
+    "weights cut 8": cut(WEIGHTS, 8),
+    "weights cut half": cut(WEIGHTS, 5000),
+    "weights cut end": cut(WEIGHTS, -1),
+    "weights foreign": foreign,
+    "weights float8": unknown_dtype,
+    "weights nan": tensors_with(WEIGHTS, number_in("embedding.weight", np.nan)),
+    "weights inf": tensors_with(WEIGHTS, number_in("output.bias", np.inf)),
+    "scale nan": tensors_with(WEIGHTS, number_in("blocks.0.ffn.wi.scale", np.nan)),
+    "code 3": tensors_with(WEIGHTS, number_in("blocks.0.ffn.wi.codes", 255)),
+    "one more": tensors_with(WEIGHTS, lambda t, h: t.update(more=np.ones(1, np.float32))),
+    "one less": tensors_with(WEIGHTS, lambda t, h: t.pop("output.bias")),
+    "float64": tensors_with(
+        WEIGHTS, lambda t, h: t.update({"output.bias": t["output.bias"].astype(np.float64)})
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED_MODELS)
+def test_commands_refuse_a_damaged_model(fail, run, name):
+    DAMAGED_MODELS[name](run)
+    before = content_of(run)
+    for command in ("generate", "evaluate", "info"):
+        message = fail(command, "--model", run)
+        assert "run" in message
+    assert content_of(run) == before
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint.safetensors", ""])
+def test_commands_refuse_a_run_they_cannot_read(fail, run, name):
+    path = run / name
+    mode = path.stat().st_mode
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("root reads everything")
+    if name.startswith("checkpoint"):
+        assert name in fail("train", "--resume", run, "--steps", 5)
+    else:
+        for command in ("generate", "evaluate", "info"):
+            assert "run" in fail(command, "--model", run)
+    path.chmod(mode)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate", "info"])
+def test_commands_refuse_what_is_no_model(fail, text, command):
+    Path("folder").mkdir()
+    assert "missing" in fail(command, "--model", "missing")
+    assert "folder" in fail(command, "--model", "folder")
+    assert "text.txt" in fail(command, "--model", text)
+    assert "text.txt" in fail(command, "--model", "text.txt/model")
+    fail(command, "--model", "/dev/null")
+    fail(command, "--model", "a\0b")
+    fail(command, "--model", "x" * 5000)
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+def test_commands_refuse_a_model_whose_numbers_overflow(fail, run, command):
+    """Every weight is finite, but what they give is not."""
+    tensors_with(WEIGHTS, lambda t, h: t["final_norm.gamma"].fill(3e38))(run)
+    message = fail(command, "--model", run, *(["--prompt="] if command == "generate" else []))
+    assert "number" in message or "finite" in message
+
+
+# --- Options --------------------------------------------------------------------------------------
+
+NO_INTEGERS = ("", "x", "1.5", "1e3", "nan", "inf", "0x10", "1,000")
+HUGE = str(10**30)
+
+BAD_OPTIONS = {
+    "train": {
+        "steps": (*NO_INTEGERS, "0", "-1", HUGE),
+        "batch-size": (*NO_INTEGERS, "0", "-1", str(2**20 + 1), HUGE),
+        "sequence-length": (*NO_INTEGERS, "0", "-1", str(2**17 + 1), HUGE),
+        "model-dim": (*NO_INTEGERS, "0", "-8", "7", str(2**14 + 2), HUGE),
+        "blocks": (*NO_INTEGERS, "0", "-1", "1025", HUGE),
+        "heads": (*NO_INTEGERS, "0", "-1", "3", "8", "16", "1025", HUGE),
+        "learning-rate": ("", "x", "nan", "inf", "-inf", "0", "-1", "1e-13", "1001", "1e400"),
+        "weight-decay": ("x", "nan", "inf", "-1", "1001"),
+        "seed": (*NO_INTEGERS, "-1", str(2**63), HUGE),
+        "threads": (*NO_INTEGERS, "0", "-1", "257", HUGE),
+        "stories": (*NO_INTEGERS, "0", "-1", "-256", "-300", str(10**15)),
+        "scheme": ("", "x", "Ternary", "ternary,float", "1"),
+        "optimizer": ("", "sgd"),
+    },
+    "generate": {
+        "max-tokens": (*NO_INTEGERS, "-1", f"-{HUGE}"),
+        "temperature": ("", "x", "-1", "-1e-9", "nan", "inf", "-inf", "1e400"),
+        "top-k": (*NO_INTEGERS, "-1", f"-{HUGE}"),
+        "top-p": ("", "x", "0", "-1", "1.0001", "2", "nan", "inf"),
+        "seed": (*NO_INTEGERS, "-1"),
+    },
+    "evaluate": {"threads": (*NO_INTEGERS, "0", "-1", "257", HUGE)},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        (command, option, value)
+        for command, options in BAD_OPTIONS.items()
+        for option, values in options.items()
+        for value in values
+    ],
+)
+def test_options_refuse_bad_values(fail, finished, monkeypatch, command, option, value):
+    tell = stories.generate_stories
+
+    def told(count, seed):
+        assert count < 10**6, "that many stories do not fit into memory"
+        return tell(count, seed)
+
+    monkeypatch.setattr(stories, "generate_stories", told)
+    arguments = tiny() if command == "train" else [command, "--model", finished]
+    if command == "generate":
+        arguments += ["--prompt", "abc"]
+    message = fail(*arguments, f"--{option}={value}")
+    # The option by its name, or the setting that it stands for.
+    settings = {"blocks": "num_blocks", "heads": "num_heads"}
+    names = {option, option.replace("-", "_"), settings.get(option, option)}
+    assert any(name in message for name in names)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--bogus"],
+        ["train", "--bogus", "1"],
+        ["train", "extra"],
+        ["train", "--steps"],
+        ["train", "--steps", "3", "--data"],
+        ["generate", "--steps", "3"],
+        ["generate", "text"],
+        ["evaluate", "--prompt", "x"],
+        ["info", "--data", "x"],
+        ["--bogus"],
+        ["bogus"],
+        [""],
+        ["Train"],
+        ["\udcff"],
+        ["bo\ngus"],
+        ["--model", "x"],
+    ],
+    ids=repr,
+)
+def test_arguments_that_mean_nothing_are_refused(fail, arguments):
+    fail(*arguments)
+    assert not Path("runs").exists()
+
+
+def test_options_are_not_guessed_from_their_beginnings(fail):
+    """An option that only one command has must not be taken for another of a second command."""
+    assert "--model" in fail(*tiny(model_dim=None), "--model", "16")
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--help"], ["-h"], *([c, "--help"] for c in ("train", "generate", "evaluate", "info"))],
+    ids=" ".join,
+)
+def test_help_is_printed(capsysbinary, arguments):
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    output, errors = capsysbinary.readouterr()
+    assert stop.value.code == 0
+    assert output.startswith(b"usage: ")
+    assert errors == b""
+    if arguments[0] == "train":
+        for option in ("data", "out", "scheme", "resume", *TINY):
+            assert f"--{option}".encode() in output
+
+
+# --- Standard streams -----------------------------------------------------------------------------
+
+
+def test_program_is_a_module_and_a_package():
+    done = shell(*tiny(out="run"))
+    assert b"\nthe run is in run " in done.stdout
+    assert b"Warning" not in done.stderr
+    command = [sys.executable, "-m", "legacy1bit", "info", "--model", "run"]
+    done = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, check=True
+    )
+    assert done.stdout.startswith(b"model ")
+
+
+def test_error_of_a_process_is_one_line():
+    done = shell("generate", "--model", "nowhere", check=False)
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.decode() == "legacy1bit: error: nowhere: No such file or directory\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "info", "evaluate"])
+def test_reader_that_leaves_early_is_no_error(finished, command):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "wb") as pipe:
+        done = shell(
+            command, "--model", str(finished), check=False, stdout=pipe, stderr=subprocess.PIPE
+        )
+    assert done.stderr == b""
+    assert done.returncode == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["generate", "info", "evaluate"])
+def test_output_that_cannot_be_written_is_an_error(finished, command):
+    with open("/dev/full", "wb") as full:
+        done = shell(
+            command, "--model", str(finished), check=False, stdout=full, stderr=subprocess.PIPE
+        )
+    assert done.returncode == 2
+    assert done.stderr.decode() == "legacy1bit: error: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["generate", "info"])
+def test_closed_output_is_no_traceback(finished, command):
+    arguments = [sys.executable, "-m", "legacy1bit.main", command, "--model", str(finished)]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    assert b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+def test_report_is_printed_whatever_the_terminal_speaks(encoding):
+    """An untrained model writes any bytes, and a folder's name may be any bytes."""
+    arguments = [os.fsencode(text) for text in tiny()] + [b"--out", b"run \xff"]
+    done = shell(*arguments, check=False, env={"PYTHONIOENCODING": encoding})
+    assert b"error" not in done.stderr
+    assert done.returncode == 0
+    assert b"\nthe run is in run " in done.stdout
+
+
+def unread(arguments, lines):
+    """Start a training whose standard error is closed after some lines; return its exit status."""
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "wb") as pipe:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "legacy1bit.main", *arguments],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=pipe,
+        )
+    with os.fdopen(reader, "rb") as pipe:
+        for _ in range(lines):
+            pipe.readline()
+    return process.wait(60)
+
+
+def test_training_that_nobody_watches_does_not_pretend_to_be_done():
+    """As in ``train 2>&1 | true``."""
+    status = unread(tiny(out="run"), 0)
+    assert (status == 0) == bool(read_metrics("run/metrics.jsonl"))
+
+
+def test_training_whose_watcher_leaves_is_not_lost(say):
+    """As in ``train 2>&1 | head -1``."""
+    status = unread(tiny(out="run", steps=600), 1)
+    last = read_metrics("run/metrics.jsonl")[-1]["step"]
+    assert last >= 250
+    if status == 0:
+        assert last == 600
+    else:
+        say("train", "--resume", "run")

@@ -1,0 +1,1418 @@
+"""The model's parts: making and freeing them, quantization, and the files (departures 10 to 14).
+
+The first section makes the models that the tests of the passes and of the optimizer use too.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import itertools
+import json
+import math
+import os
+import pickle
+import stat
+import struct
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+import safetensors.numpy
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits
+
+from legacy1bit import math_ops
+from legacy1bit.backward import BackwardPass, backward_llm, backward_llm_batch
+from legacy1bit.forward import KeyValueCache, forward_embedding, forward_llm, forward_llm_batch
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import (
+    FeedForward,
+    LayerNorm,
+    ModelFileError,
+    MultiHeadAttention,
+    RotaryTable,
+    TernaryMatrix,
+    TransformerBlock,
+    apply_ternary_weight_updates,
+    create_float_array,
+    create_legacy_llm,
+    create_legacy_llm_gradients,
+    create_ternary_matrix,
+    create_transformer_block_context,
+    free_float_array,
+    free_legacy_llm,
+    free_legacy_llm_gradients,
+    free_ternary_matrix,
+    free_transformer_block_context,
+    load_model,
+    pack_ternary,
+    parameter_layout,
+    save_model,
+    unpack_ternary,
+    zero_legacy_llm_gradients,
+)
+from legacy1bit.optimizer import AdamW
+
+GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
+
+every_tier = pytest.mark.usefixtures("tier")
+
+
+# --- Models to test with --------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 11,
+    "model_dim": 12,
+    "num_blocks": 2,
+    "num_heads": 3,
+    "ffn_multiplier": 3,
+    "sequence_length": 16,
+}
+
+
+def make_config(**changes):
+    return ModelConfig(**{**SMALL, **changes})
+
+
+def random_model(config, seed=1):
+    """A model without a trivial value: no gamma is 1 and no bias 0."""
+    model, rng = create_legacy_llm(config, seed), np.random.default_rng(seed)
+    for name, values in model.latent.items():
+        if values.ndim == 1:
+            values[...] = rng.normal(1.0 if name.endswith("gamma") else 0.0, 0.3, values.shape)
+        else:
+            # With scale 1 a fifth of the codes is not 0; else the layers keep the size of x.
+            std = 0.4 if config.scale == "one" else values.shape[1] ** -0.5
+            values[...] = rng.normal(0.0, std, values.shape)
+    model.quantize()
+    return model
+
+
+def oracle_weights(model, prefix=""):
+    """The effective weights in float64, as the oracle takes them, under a prefix."""
+    weights = {
+        name: value.values * float(value.scales[0]) if isinstance(value, TernaryMatrix) else value
+        for name, value in model.parameters.items()
+    }
+    return {
+        name.removeprefix(prefix): np.asarray(value, np.float64)
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def oracle_config(config):
+    names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
+             "positions", "rope_base", "final_norm", "attention_span")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+def rounding_effect(function, arrays, draws=4):
+    """How far one float32 rounding of every input moves the exact answer.
+
+    ``function`` takes a dict of float64 arrays and gives one. Returns its answer and, for each
+    entry, the largest change of any element among some random perturbations. It is what float32
+    arithmetic without any error of its own would be excused for, so a small multiple of it bounds
+    an arithmetic whose operations round.
+    """
+    exact, rng = function(arrays), np.random.default_rng(0)
+    effects = dict.fromkeys(exact, 0.0)
+    for _ in range(draws):
+        moved = function(
+            {
+                name: value * (1.0 + UNIT_ROUNDOFF * rng.uniform(-1.0, 1.0, np.shape(value)))
+                for name, value in arrays.items()
+            }
+        )
+        for name, value in moved.items():
+            effects[name] = max(effects[name], float(np.abs(value - exact[name]).max()))
+    return exact, effects
+
+
+def assert_near(actual, expected, roundings=8):
+    """Compare dicts of arrays with what `rounding_effect` returned.
+
+    Each array may be off by so many times the effect on it, and so many roundings of the largest
+    number of all: what cancels exactly in one of them, does so among numbers of that size.
+    """
+    exact, effects = expected
+    assert actual.keys() == exact.keys()
+    largest = max(float(np.abs(value).max()) for value in exact.values())
+    for name, value in exact.items():
+        atol = roundings * (effects[name] + UNIT_ROUNDOFF * largest)
+        assert_close(actual[name], value, rtol=0, atol=atol, what=name, dtype=np.float32)
+
+
+def run_child(code):
+    """What a script prints in a process of its own, where it may crash."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import numpy as np\nfrom legacy1bit.model import *\n" + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
+    return done.stdout.strip()
+
+
+def rejection(call):
+    """Code for `run_child` that makes a call and prints the exception that is raised."""
+    return f"try:\n    {call}\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
+
+
+# --- Matrices and arrays --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (64, 33)])
+def test_create_ternary_matrix_has_codes_and_scale_one(shape):
+    matrix = create_ternary_matrix(*shape, 1)
+    assert matrix.shape == matrix.values.shape == shape
+    assert matrix.values.dtype == np.int8
+    assert matrix.scale == 1.0
+    assert np.isin(matrix.values, (-1, 0, 1)).all()
+
+
+def test_create_ternary_matrix_takes_each_code_a_third_of_the_time():
+    values = create_ternary_matrix(100, 100, 1).values
+    # Five standard deviations of a binomial count.
+    assert_close(np.bincount(values.ravel() + 1), np.full(3, 1e4 / 3), rtol=0, atol=5 * 47.2)
+
+
+@pytest.mark.parametrize(
+    "create",
+    [
+        lambda seed: create_ternary_matrix(9, 9, seed).values,
+        lambda seed: create_float_array(9, seed),
+        lambda seed: np.concatenate(
+            [a.ravel() for a in create_legacy_llm(make_config(), seed).latent.values()]
+        ),
+    ],
+    ids=["create_ternary_matrix", "create_float_array", "create_legacy_llm"],
+)
+def test_create_functions_depend_on_the_seed_alone(create):
+    """Departure 14: C seeds from the clock, so that no run can be repeated."""
+    assert_same_bits(create(7), create(7))
+    assert_same_bits(create(np.random.default_rng(7)), create(7))
+    assert not np.array_equal(create(7), create(8))
+    generator = np.random.default_rng(7)
+    assert not np.array_equal(create(generator), create(generator))
+
+
+def test_create_float_array_is_uniform_and_small():
+    array = create_float_array(10_000, 1)
+    assert array.dtype == np.float32
+    assert array.shape == (10_000,)
+    assert np.abs(array).max() <= 0.01
+    # Five standard errors of the mean and of the mean square of a uniform distribution.
+    assert abs(array.mean(dtype=float)) < 5 * 0.01 / math.sqrt(3e4)
+    assert_close((array.astype(float) ** 2).mean() * 3e4, 1.0, rtol=5 * 0.9 / 100, atol=0)
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_create_functions_reject_sizes_below_one(size):
+    for create in (
+        lambda: create_ternary_matrix(size, 3, 1),
+        lambda: create_ternary_matrix(3, size, 1),
+        lambda: create_float_array(size, 1),
+        lambda: create_transformer_block_context(4, 8, 2, size, 3),
+        lambda: create_transformer_block_context(4, 8, 2, 3, size),
+    ):
+        with pytest.raises(ValueError, match=f"is {size}, expected at least 1"):
+            create()
+
+
+@pytest.mark.parametrize("size", [None, 2.0, "3", True])
+def test_create_functions_reject_other_kinds_of_size(size):
+    with pytest.raises(TypeError, match="rows is"):
+        create_ternary_matrix(size, 3, 1)
+    with pytest.raises(TypeError, match="size is"):
+        create_float_array(size, 1)
+
+
+CODES = np.array([[-1, 0, 1], [1, 1, 0]], np.int8)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pytest.param(None, id="None"),
+        pytest.param([[0, 1]], id="list"),
+        pytest.param(CODES.astype(np.float32), id="float32"),
+        pytest.param(CODES.astype(np.int64), id="int64"),
+        pytest.param(CODES.astype(np.uint8), id="uint8"),
+        pytest.param(CODES[0], id="one axis"),
+        pytest.param(CODES[None], id="three axes"),
+        pytest.param(CODES[:, ::2], id="strided"),
+        pytest.param(CODES.T, id="transposed"),
+        pytest.param(CODES[:0], id="no rows"),
+        pytest.param(CODES[:, :0], id="no columns"),
+        pytest.param(CODES * 2, id="2"),
+        pytest.param(np.full((2, 2), -128, np.int8), id="-128"),
+    ],
+)
+def test_ternary_matrix_rejects_other_values(values):
+    with pytest.raises((TypeError, ValueError)):
+        TernaryMatrix(values)
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [math.nan, math.inf, "x", None, np.ones(2, np.float32), np.ones(1), np.array([np.nan], "f4")],
+)
+def test_ternary_matrix_rejects_other_scales(scale):
+    with pytest.raises((TypeError, ValueError)):
+        TernaryMatrix(CODES, scale)
+
+
+def test_ternary_matrix_is_codes_times_scale():
+    matrix = TernaryMatrix(CODES, 0.375)
+    assert (matrix.shape, matrix.scale) == ((2, 3), 0.375)
+    assert matrix.values is CODES
+    assert_same_bits(matrix.dense(), (CODES * 0.375).astype(np.float32))
+
+
+def test_ternary_matrix_shares_an_array_of_its_scale():
+    scales = np.array([2.0], np.float32)
+    matrix = TernaryMatrix(CODES, scales)
+    scales[0] = 0.5
+    assert matrix.scale == 0.5
+
+
+# --- Freeing --------------------------------------------------------------------------------------
+
+FREED_MATRIX = {
+    "dense": lambda m: m.dense(),
+    "shape": lambda m: m.shape,
+    "forward_embedding": lambda m: forward_embedding(m, 0),
+    "a product": lambda m: math_ops.ternary_matrix_vector_mul(m, np.ones(4, np.float32)),
+    "a layer": lambda m: FeedForward(
+        m, np.zeros(3, np.float32), np.zeros((4, 3), np.float32), np.zeros(4, np.float32)
+    ),
+}
+
+
+@pytest.mark.parametrize("use", FREED_MATRIX)
+def test_free_ternary_matrix_makes_later_use_an_error(use):
+    matrix = create_ternary_matrix(3, 4, 1)
+    FREED_MATRIX[use](matrix)
+    free_ternary_matrix(matrix)
+    assert "freed" in repr(matrix)
+    with pytest.raises(ValueError, match="freed"):
+        FREED_MATRIX[use](matrix)
+
+
+def test_free_ternary_matrix_of_a_layer_leaves_no_dangling_pointer():
+    # Large enough that its memory goes back to the system, where reading it is a crash.
+    printed = run_child(
+        "from legacy1bit.forward import forward_embedding, forward_feed_forward\n"
+        "n = 2048\n"
+        "matrix = create_ternary_matrix(n, n, 1)\n"
+        "zeros = np.zeros(n, np.float32)\n"
+        "ffn = FeedForward(matrix, zeros, TernaryMatrix(np.zeros((n, n), np.int8)), zeros)\n"
+        "free_ternary_matrix(matrix)\n"
+        + rejection("forward_feed_forward(ffn, np.ones(n, np.float32)); print('computed')")
+    )
+    assert printed == "computed" or printed.startswith("ValueError")
+
+
+def test_free_float_array_leaves_the_array():
+    array = create_float_array(5, 1)
+    free_float_array(array)
+    assert_same_bits(array, create_float_array(5, 1))
+    with pytest.raises((TypeError, ValueError)):
+        free_float_array(None)
+
+
+FREED_MODEL = {
+    "trainable": lambda m: m.trainable,
+    "latent": lambda m: m.latent,
+    "quantize": lambda m: m.quantize(),
+    "stored_bytes": lambda m: m.stored_bytes(),
+    "save_model": lambda m: save_model(m, "/nonexistent/model"),
+    "save_model c-v1": lambda m: save_model(m, "/nonexistent/model", "c-v1"),
+    "forward_llm": lambda m: forward_llm(m, 1),
+    "forward_llm_batch": lambda m: forward_llm_batch(m, [[1, 2]]),
+    "KeyValueCache": lambda m: KeyValueCache(m).extend(m, [1]),
+    "BackwardPass": lambda m: BackwardPass(m, 1, 1),
+    "backward_llm": lambda m: backward_llm(m, 1, 2, create_legacy_llm_gradients(m.config)),
+    "AdamW": lambda m: AdamW(m),
+    "apply_ternary_weight_updates": lambda m: apply_ternary_weight_updates(
+        m, create_legacy_llm_gradients(m.config), 0.1
+    ),
+}
+
+
+@pytest.mark.parametrize("use", FREED_MODEL)
+def test_free_legacy_llm_makes_later_use_an_error(use):
+    model = create_legacy_llm(make_config(), 1)
+    free_legacy_llm(model)
+    free_legacy_llm(model)
+    assert "freed" in repr(model)
+    with pytest.raises(ValueError, match="freed"):
+        FREED_MODEL[use](model)
+
+
+def test_free_legacy_llm_stops_what_was_made_for_the_model():
+    model = create_legacy_llm(make_config(), 1)
+    gradients = create_legacy_llm_gradients(model.config)
+    cache, backward_pass, optimizer = KeyValueCache(model), BackwardPass(model, 1, 2), AdamW(model)
+    free_legacy_llm(model)
+    for use in (
+        lambda: cache.extend(model, [1]),
+        lambda: backward_pass.run([[1, 2]], [[2, 3]], gradients),
+        lambda: optimizer.step(gradients, 0.1),
+    ):
+        with pytest.raises(ValueError, match="freed"):
+            use()
+
+
+def test_free_legacy_llm_leaves_the_arrays_others_hold():
+    model = random_model(make_config())
+    bias, block = model.parameters["output.bias"], model.blocks[0]
+    before, norm = bias.copy(), block.norm1.gamma.copy()
+    free_legacy_llm(model)
+    assert_same_bits(bias, before)
+    assert_same_bits(block.norm1.gamma, norm)
+
+
+FREED_GRADIENTS = {
+    "zero": lambda m, g: zero_legacy_llm_gradients(g),
+    "layer": lambda m, g: g.layer("output"),
+    "backward_llm_batch": lambda m, g: backward_llm_batch(m, [[1]], [[2]], g),
+    "AdamW.step": lambda m, g: AdamW(m).step(g, 0.1),
+    "apply": lambda m, g: apply_ternary_weight_updates(m, g, 0.1),
+}
+
+
+@pytest.mark.parametrize("use", FREED_GRADIENTS)
+def test_free_legacy_llm_gradients_makes_later_use_an_error(use):
+    model = create_legacy_llm(make_config(), 1)
+    gradients = create_legacy_llm_gradients(model.config)
+    free_legacy_llm_gradients(gradients)
+    with pytest.raises(ValueError, match="freed"):
+        FREED_GRADIENTS[use](model, gradients)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [free_ternary_matrix, free_legacy_llm, free_legacy_llm_gradients,
+     free_transformer_block_context, zero_legacy_llm_gradients],
+)  # fmt: skip
+def test_free_functions_reject_other_kinds(function):
+    for value in (None, 3, np.zeros(3, np.float32)):
+        with pytest.raises(TypeError):
+            function(value)
+
+
+# --- Layers ---------------------------------------------------------------------------------------
+
+
+def floats(*shape):
+    return np.ones(shape, np.float32)
+
+
+ATTENTION = {
+    **{f"w{which}": floats(6, 6) for which in "qkvo"},
+    **{f"b{which}": floats(6) for which in "qkvo"},
+    "num_heads": 3,
+}
+FFN = {"wi": floats(9, 6), "bi": floats(9), "wo": floats(6, 9), "bo": floats(6)}
+NORM = {"gamma": floats(6), "beta": floats(6)}
+
+LAYER_ERRORS = [
+    *[(MultiHeadAttention, ATTENTION, {f"w{which}": value}, f"w{which}|expected")
+      for which in "qkvo" for value in (floats(6, 5), floats(5, 6), floats(7, 7))],
+    *[(MultiHeadAttention, ATTENTION, {f"b{which}": floats(5)}, f"b{which} has 5")
+      for which in "qkvo"],
+    *[(MultiHeadAttention, ATTENTION, {"num_heads": value}, "num_heads")
+      for value in (0, -1, 4, 5, 12)],
+    (MultiHeadAttention, ATTENTION, {"span": -1}, "span"),
+    (MultiHeadAttention, ATTENTION, {"rotary": RotaryTable(4, 8)}, "rotary"),
+    (FeedForward, FFN, {"wi": floats(9, 5)}, "wo"),
+    (FeedForward, FFN, {"wo": floats(9, 6)}, "wo"),
+    (FeedForward, FFN, {"bi": floats(6)}, "bi has 6"),
+    (FeedForward, FFN, {"bo": floats(9)}, "bo has 9"),
+    (FeedForward, FFN, {"activation": "gelu"}, "activation is 'gelu'"),
+    (LayerNorm, NORM, {"beta": floats(5)}, "beta has 5"),
+    (LayerNorm, NORM, {"gamma": floats(0), "beta": floats(0)}, "gamma is empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layer", "good", "change", "message"), LAYER_ERRORS)
+def test_layers_reject_shapes_that_do_not_fit(layer, good, change, message):
+    layer(**good)
+    with pytest.raises(ValueError, match=message):
+        layer(**{**good, **change})
+
+
+@pytest.mark.parametrize(("layer", "good"), [(MultiHeadAttention, ATTENTION), (FeedForward, FFN),
+                                             (LayerNorm, NORM)])  # fmt: skip
+def test_layers_reject_other_kinds_of_array(layer, good):
+    for name, value in good.items():
+        if not isinstance(value, np.ndarray):
+            continue
+        strided = np.repeat(value, 2, axis=-1)[..., ::2]
+        for bad in (None, value.astype(np.float64), value.tolist(), strided):
+            with pytest.raises((TypeError, ValueError)):
+                layer(**{**good, name: bad})
+
+
+def test_transformer_block_rejects_layers_of_other_widths():
+    attention, ffn, norm = MultiHeadAttention(**ATTENTION), FeedForward(**FFN), LayerNorm(**NORM)
+    TransformerBlock(attention, ffn, norm, norm)
+    other = LayerNorm(floats(5), floats(5))
+    wide = FeedForward(floats(9, 5), floats(9), floats(5, 9), floats(5))
+    for parts, message in (
+        ((attention, wide, norm, norm), "ffn.wi"),
+        ((attention, ffn, other, norm), "norm1"),
+        ((attention, ffn, norm, other), "norm2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TransformerBlock(*parts)
+    for parts in ((None, ffn, norm, norm), (attention, attention, norm, norm)):
+        with pytest.raises(TypeError):
+            TransformerBlock(*parts)
+
+
+@pytest.mark.parametrize(("head_dim", "base"), [(2, 10000.0), (8, 10000.0), (6, 7.0)])
+def test_rotary_table_turns_as_the_oracle_does(head_dim, base):
+    table = RotaryTable(head_dim, 9, base)
+    assert table.cosines.shape == table.sines.shape == (9, head_dim // 2)
+    # Of the unit vectors (1, 0), rotation gives the cosines and the sines themselves.
+    x = np.zeros((1, 9, 1, head_dim))
+    x[..., : head_dim // 2] = 1.0
+    turned = oracle.rotary(x, base)[0, :, 0]
+    actual = np.concatenate([table.cosines, table.sines], axis=1)
+    assert_close(actual, turned, rtol=0, atol=UNIT_ROUNDOFF, dtype=np.float32)
+
+
+def test_rotary_table_rejects_odd_heads():
+    with pytest.raises(ValueError, match="head_dim is 3, expected an even"):
+        RotaryTable(3, 8)
+
+
+CONTEXT_SHAPES = {
+    **dict.fromkeys(("input", "output", "norm1", "norm2", "q", "k", "v", "heads", "residual"),
+                    (3, 5, 6)),
+    **dict.fromkeys(("mean1", "inv_std1", "mean2", "inv_std2"), (3, 5)),
+    **dict.fromkeys(("hidden", "activated"), (3, 5, 24)),
+    "probs": (3, 2, 5, 5),
+}  # fmt: skip
+
+
+def test_create_transformer_block_context_has_room_for_every_activation():
+    context = create_transformer_block_context(6, 24, 2, 3, 5)
+    for name, shape in CONTEXT_SHAPES.items():
+        array = getattr(context, name)
+        assert (array.shape, array.dtype) == (shape, np.float32), name
+    free_transformer_block_context(context)
+
+
+# --- The layout of a model ------------------------------------------------------------------------
+
+KINDS = ("ternary", "matrix", "vector")
+LAYOUTS = {
+    "defaults": {},
+    "ternary embedding": {"ternary_embedding": True},
+    "float": {"scheme": "float"},
+    "float, ternary embedding": {"scheme": "float", "ternary_embedding": True},
+    "no final norm": {"final_norm": False},
+}
+layouts = pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
+
+
+@layouts
+def test_parameter_layout_names_every_parameter(changes):
+    config = make_config(**changes)
+    dim, hidden, vocab = 12, 36, 11
+    expected = {"embedding.weight": (vocab, dim), "output.weight": (vocab, dim)}
+    expected["output.bias"] = (vocab,)
+    for i in range(2):
+        expected |= {f"blocks.{i}.attention.w{w}": (dim, dim) for w in "qkvo"}
+        expected |= {f"blocks.{i}.attention.b{w}": (dim,) for w in "qkvo"}
+        expected |= {f"blocks.{i}.ffn.wi": (hidden, dim), f"blocks.{i}.ffn.bi": (hidden,)}
+        expected |= {f"blocks.{i}.ffn.wo": (dim, hidden), f"blocks.{i}.ffn.bo": (dim,)}
+        expected |= {f"blocks.{i}.norm{n}.{p}": (dim,) for n in (1, 2) for p in ("gamma", "beta")}
+    if config.final_norm:
+        expected |= {"final_norm.gamma": (dim,), "final_norm.beta": (dim,)}
+    layout = parameter_layout(config)
+    assert {name: shape for name, shape, _ in layout} == expected
+    assert len(layout) == len(expected)
+    kinds = {name: kind for name, _, kind in layout}
+    for name, shape in expected.items():
+        edge = name in ("embedding.weight", "output.weight")
+        ternary = config.scheme == "ternary" and (config.ternary_embedding or not edge)
+        assert kinds[name] == ("vector" if len(shape) == 1 else "ternary" if ternary else "matrix")
+    order = [KINDS.index(kind) for _, _, kind in layout]
+    assert order == sorted(order)
+
+
+@layouts
+def test_parameters_and_gradients_follow_the_layout(changes):
+    config = make_config(**changes)
+    model, gradients = random_model(config), create_legacy_llm_gradients(config)
+    layout = parameter_layout(config)
+    names = [name for name, _, _ in layout]
+    assert model.num_parameters == gradients.flat.size
+    assert list(model.latent) == list(gradients.parameters) == names
+    assert sorted(model.parameters) == sorted(names)
+    gradients.flat[...] = np.arange(gradients.flat.size)
+    flat = np.concatenate([array.ravel() for array in gradients.parameters.values()])
+    assert_same_bits(flat, gradients.flat)
+    for name, shape, kind in layout:
+        assert gradients.parameters[name].shape == model.latent[name].shape == shape
+        value = model.parameters[name]
+        assert isinstance(value, TernaryMatrix) == (kind == "ternary")
+        assert value.shape == shape
+        if kind != "ternary":
+            assert np.shares_memory(value, model.latent[name])
+    # Layers are made of the very arrays.
+    assert model.blocks[1].ffn.wi is model.parameters["blocks.1.ffn.wi"]
+    assert model.blocks[0].norm2.beta is model.parameters["blocks.0.norm2.beta"]
+    assert (model.final_norm is not None) == config.final_norm
+
+
+def test_gradients_layer_names_one_layers_arrays():
+    gradients = create_legacy_llm_gradients(make_config())
+    assert set(gradients.layer("blocks.1.ffn")) == {"wi", "bi", "wo", "bo"}
+    assert set(gradients.layer("output")) == {"weight", "bias"}
+    gradients.layer("output")["bias"][...] = 1.0
+    assert gradients.flat.sum() == 11.0
+
+
+def test_zero_legacy_llm_gradients_zeroes_all():
+    gradients = create_legacy_llm_gradients(make_config())
+    assert not gradients.flat.any()
+    gradients.flat[...] = np.nan
+    zero_legacy_llm_gradients(gradients)
+    assert_same_bits(gradients.flat, np.zeros_like(gradients.flat))
+
+
+def test_models_and_gradients_refuse_to_be_pickled():
+    config = make_config()
+    with pytest.raises(TypeError, match="save_model"):
+        pickle.dumps(create_legacy_llm(config, 1))
+    with pytest.raises(TypeError, match="pickled"):
+        pickle.dumps(create_legacy_llm_gradients(config))
+
+
+# --- Fresh models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks", [1, 4])
+@pytest.mark.parametrize("changes", [{}, {"scale": "one"}, {"scheme": "float"}], ids=str)
+def test_create_legacy_llm_spreads_its_weights(changes, blocks):
+    config = make_config(model_dim=64, num_heads=4, num_blocks=blocks, vocab_size=64, **changes)
+    for name, values in create_legacy_llm(config, 1).latent.items():
+        if values.ndim == 1:
+            continue
+        std = 0.6 if config.scale == "one" else 0.02
+        if name.endswith(".wo") and config.scale != "one":
+            std /= math.sqrt(2 * blocks)
+        # Five standard errors of the standard deviation and of the mean of at least 4096 numbers.
+        assert_close(values.std(), std, rtol=5 / math.sqrt(2 * 4096), atol=0, what=name)
+        assert abs(values.mean(dtype=float)) < 5 * std / math.sqrt(4096), name
+
+
+def test_create_legacy_llm_starts_norms_at_gamma_one_and_beta_zero():
+    """Departure 10: in C gamma starts near 0, like a float array, and with it every layer."""
+    model = create_legacy_llm(make_config(), 1)
+    for name, values in model.parameters.items():
+        if values.shape != (12,) and not name.endswith("bias"):
+            continue
+        assert_same_bits(values, np.full(values.shape, name.endswith("gamma"), np.float32), name)
+    assert np.abs(create_float_array(12, 1)).max() <= 0.01
+
+
+def test_create_legacy_llm_starts_as_an_even_guess():
+    """Departure 10: without a scale, C's softmax is saturated before it has learned anything."""
+    rng = np.random.default_rng(1)
+    tokens = rng.integers(0, 64, (2, 9))
+    targets = rng.integers(0, 64, (2, 9))
+    losses = {}
+    for name, config in {
+        "ours": make_config(vocab_size=64, model_dim=64, num_heads=4),
+        "c": ModelConfig.c_original(64, 64),
+    }.items():
+        model = create_legacy_llm(config, 1)
+        weights = oracle_weights(model)
+        if name == "c":
+            weights = {
+                key: create_ternary_matrix(*value.shape, rng).values.astype(np.float64)
+                if value.ndim == 2
+                else create_float_array(value.size, rng).astype(np.float64)
+                for key, value in weights.items()
+            }
+        losses[name] = oracle.loss_and_gradients(weights, oracle_config(config), tokens, targets)[0]
+    # Our logits have a standard deviation of 0.02 sqrt(64); five standard errors of 18 of them.
+    even = math.log(64)
+    assert abs(losses["ours"] - even) < 5 * 0.16 / math.sqrt(18)
+    assert losses["c"] > 1.5 * even
+
+
+@layouts
+def test_create_legacy_llm_without_latent_weights_computes_the_same(changes):
+    config = make_config(**changes)
+    model, small = create_legacy_llm(config, 3), create_legacy_llm(config, 3, trainable=False)
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            assert_same_bits(small.parameters[name].values, value.values)
+            assert_same_bits(small.parameters[name].scales, value.scales)
+        else:
+            assert_same_bits(small.parameters[name], value)
+    tokens = np.array([[1, 2, 3]])
+    assert_same_bits(forward_llm_batch(small, tokens), forward_llm_batch(model, tokens))
+    assert small.num_parameters == model.num_parameters
+    if config.scheme == "ternary":
+        assert not small.trainable
+        for use in (lambda: small.latent, small.quantize, lambda: AdamW(small)):
+            with pytest.raises(ValueError, match="no latent weights"):
+                use()
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def test_allocations_that_fail_raise_memory_error(tmp_path, monkeypatch):
+    """Departure 13: C looks at another pointer than the one it has just allocated."""
+    save_model(create_legacy_llm(make_config(), 1), tmp_path / "model")
+    model = create_legacy_llm(make_config(), 1)
+    for use in (
+        lambda: create_legacy_llm(make_config(), 1),
+        lambda: create_legacy_llm_gradients(make_config()),
+        lambda: create_transformer_block_context(6, 24, 2, 3, 5),
+        lambda: load_model(tmp_path / "model"),
+        lambda: forward_llm_batch(model, [[1, 2]]),
+        lambda: BackwardPass(model, 2, 3, 2),
+        lambda: KeyValueCache(model).extend(model, [1]),
+        lambda: AdamW(model),
+    ):
+        count = fails_at(use, monkeypatch, None)
+        assert count > 0
+        for failing in range(count):
+            with pytest.raises(MemoryError):
+                fails_at(use, monkeypatch, failing)
+
+
+def fails_at(use, monkeypatch, failing):
+    """Call with the allocation of that index failing; how many there were."""
+    calls = itertools.count()
+
+    def watch(function):
+        def allocate(*args, **kwargs):
+            if next(calls) == failing:
+                raise MemoryError("no memory")
+            return function(*args, **kwargs)
+
+        return allocate
+
+    with monkeypatch.context() as patch:
+        for name in ("zeros", "ones", "empty"):
+            patch.setattr(np, name, watch(getattr(np, name)))
+        use()
+    return next(calls)
+
+
+def test_create_legacy_llm_of_a_size_beyond_memory_raises_memory_error():
+    pytest.importorskip("resource")
+    printed = run_child(
+        "import resource\n"
+        "from legacy1bit.hyperparams import ModelConfig\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))\n"
+        "config = ModelConfig(vocab_size=1 << 20, model_dim=1 << 14)\n"
+        + rejection("create_legacy_llm(config, 1)")
+        + rejection("create_legacy_llm_gradients(config)")
+        + rejection("create_transformer_block_context(1 << 14, 1 << 16, 4, 1 << 10, 1 << 17)")
+    )
+    assert [line.split()[0] for line in printed.splitlines()] == ["MemoryError"] * 3
+
+
+# --- Quantization ---------------------------------------------------------------------------------
+
+
+def quantizable(shape, scale="absmean"):
+    """A model with an embedding of that shape, ternary like every other matrix."""
+    rows, columns = shape
+    return create_legacy_llm(
+        ModelConfig(vocab_size=rows, model_dim=columns, num_blocks=1, num_heads=1,
+                    ffn_multiplier=2, positions="none", ternary_embedding=True, scale=scale),
+        1,
+    )  # fmt: skip
+
+
+def assert_quantized(model):
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            codes, scale = oracle.ternarize(model.latent[name], model.config.scale)
+            assert_same_bits(value.scales, np.array([scale], np.float32), name)
+            assert_same_bits(value.values, codes, name)
+
+
+QUANTIZED_SHAPES = ((1, 1), (1, 97), (3, 5), (31, 33), (67, 64))
+
+
+@every_tier
+@pytest.mark.parametrize("scale", ["absmean", "one"])
+@pytest.mark.parametrize("shape", QUANTIZED_SHAPES)
+def test_quantize_is_the_oracles(shape, scale):
+    model, rng = quantizable(shape, scale), np.random.default_rng(3)
+    assert_quantized(model)
+    for std in (0.02, 0.6, 1e3):
+        for latent in model.latent.values():
+            latent[...] = rng.normal(0.0, std, latent.shape)
+        model.quantize()
+        assert_quantized(model)
+
+
+def quantize_values(values, scale="absmean"):
+    model = quantizable((6, 16), scale)
+    for latent in model.latent.values():
+        latent[...] = np.resize(np.asarray(values, np.float32), latent.shape)
+    model.quantize()
+    return model
+
+
+# The neighbours of a half, whose mean magnitude with 1.5 is still 1 in float16.
+ABOVE, BELOW = np.nextafter(np.float32(0.5), np.float32([1, 0]))
+
+
+@every_tier
+@pytest.mark.parametrize("scale", ["absmean", "one"])
+def test_quantize_rounds_ties_to_zero(scale):
+    model = quantize_values([0.5, 1.5, -0.5, -1.5, ABOVE, -1.5, -ABOVE, 1.5, BELOW, 1.5], scale)
+    matrix = model.parameters["embedding.weight"]
+    assert matrix.scale == 1.0
+    assert matrix.values.ravel()[:10].tolist() == [0, 1, 0, -1, 1, -1, -1, 1, 0, 1]
+    assert_quantized(model)
+
+
+@every_tier
+@pytest.mark.parametrize("scale", ["absmean", "one"])
+@pytest.mark.parametrize("value", [0.0, -0.0])
+def test_quantize_of_zeros_is_zeros(scale, value):
+    model = quantize_values([value], scale)
+    assert model.parameters["embedding.weight"].scale == (scale == "one")
+    assert_quantized(model)
+
+
+@every_tier
+@pytest.mark.parametrize(
+    "value",
+    [1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-11 + 2.0**-20, 65504.0, 2.0**-14],
+)
+def test_quantize_rounds_the_scale_to_float16(value):
+    # Halfway between two float16 numbers the even one is due. All sums are exact.
+    model = quantize_values([value])
+    assert model.parameters["embedding.weight"].scale == float(np.float16(value))
+    assert_quantized(model)
+
+
+@every_tier
+@pytest.mark.parametrize("steps", [0.25, 0.5, 0.75, 1, 1.5, 2.5, 100.25, 1000.5, 1022.75])
+def test_quantize_rounds_small_scales_to_float16_too(steps):
+    # Below 2^-14 float16 counts in steps of 2^-24.
+    model = quantize_values([steps * 2.0**-24])
+    assert model.parameters["embedding.weight"].scale == float(np.float16(steps * 2.0**-24))
+    assert_quantized(model)
+
+
+@every_tier
+def test_quantize_has_the_same_bits_with_any_number_of_threads():
+    config = make_config(ternary_embedding=True)
+    model, answers = random_model(config), []
+    for threads in (1, 2, 3, 50):
+        for value in model.parameters.values():
+            if isinstance(value, TernaryMatrix):
+                value.values.fill(0)
+                value.scales.fill(7.0)
+        model.quantize(threads)
+        assert_quantized(model)
+        answers.append([value.scale for value in model.parameters.values()
+                        if isinstance(value, TernaryMatrix)])  # fmt: skip
+    assert all(answer == answers[0] for answer in answers)
+
+
+# --- Packing --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 31, 64, 97])
+def test_pack_ternary_is_the_oracles(rows, columns):
+    codes = create_ternary_matrix(rows, columns, 1).values
+    packed = pack_ternary(codes)
+    assert_same_bits(packed, oracle.pack_2bit(codes))
+    assert_same_bits(unpack_ternary(packed, columns), codes)
+    assert_same_bits(oracle.unpack_2bit(packed, columns), codes)
+
+
+def test_unpack_ternary_rejects_the_code_three():
+    packed = pack_ternary(CODES)
+    for shift in (0, 2, 4):
+        bad = packed.copy()
+        bad[1, 0] |= 3 << shift
+        with pytest.raises(ValueError, match="code 3, expected"):
+            unpack_ternary(bad, 3)
+
+
+# --- Model folders --------------------------------------------------------------------------------
+
+
+def assert_same_model(actual, expected):
+    assert actual.config == expected.config
+    assert actual.parameters.keys() == expected.parameters.keys()
+    for name, value in expected.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            assert_same_bits(actual.parameters[name].values, value.values, name)
+            assert_same_bits(actual.parameters[name].scales, value.scales, name)
+        else:
+            assert_same_bits(actual.parameters[name], value, name)
+
+
+def names(folder):
+    return sorted(entry.name for entry in folder.iterdir())
+
+
+OPTIONS = [
+    dict(zip(("scheme", "scale", "ternary_embedding", "activation", "positions", "final_norm",
+              "attention_span"), values, strict=True))
+    for values in itertools.product(
+        ("ternary", "float"), ("absmean", "one"), (False, True), ("relu2", "relu"),
+        ("rope", "none"), (True, False), (0, 3))
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+def test_save_model_and_load_model_are_exact(tmp_path, options):
+    # Rows of 14 and 42 codes do not fill their last byte.
+    config = make_config(model_dim=14, num_heads=1, rope_base=500.0, **options)
+    model = random_model(config)
+    save_model(model, tmp_path / "model")
+    assert names(tmp_path / "model") == ["config.json", "model.safetensors"]
+    loaded = load_model(tmp_path / "model")
+    assert_same_model(loaded, model)
+    assert loaded.trainable == (config.scheme == "float")
+    tokens = np.array([[1, 2, 3, 4], [5, 6, 7, 11]])
+    assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(model, tokens))
+
+    data = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert model.stored_bytes() == len(data) - 8 - int.from_bytes(data[:8], "little")
+    for name, packed in safetensors.numpy.load(data).items():
+        if name.endswith(".codes"):
+            codes = model.parameters[name.removesuffix(".codes")].values
+            assert_same_bits(packed, oracle.pack_2bit(codes), name)
+
+
+def test_save_model_makes_folders_and_keeps_metadata(tmp_path):
+    model = random_model(make_config())
+    path = tmp_path / "a" / "b"
+    save_model(model, path, metadata={"trained on": "stories"})
+    save_model(model, str(path), metadata={"trained on": "tales"})
+    with safetensors.safe_open(path / "model.safetensors", "np") as file:
+        assert file.metadata()["trained on"] == "tales"
+    assert_same_model(load_model(str(path)), model)
+
+
+def test_save_model_rejects_unknown_formats(tmp_path):
+    with pytest.raises(ValueError, match="format is 'gguf', expected legacy1bit or c-v1"):
+        save_model(random_model(make_config()), tmp_path / "model", "gguf")
+    assert names(tmp_path) == []
+
+
+def test_save_model_cannot_put_a_folder_over_a_file_or_a_file_over_a_folder(tmp_path):
+    model = random_model(ModelConfig.c_original(8, 8))
+    (tmp_path / "file").write_bytes(b"keep")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="file"):
+        save_model(model, tmp_path / "file")
+    with pytest.raises(OSError, match="folder"):
+        save_model(model, tmp_path / "folder", "c-v1")
+    assert (tmp_path / "file").read_bytes() == b"keep"
+    assert names(tmp_path) == ["file", "folder"]
+    assert names(tmp_path / "folder") == []
+
+
+@pytest.mark.parametrize("file_format", ["legacy1bit", "c-v1"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["output.bias", "blocks.0.norm1.gamma", "blocks.1.ffn.wi"])
+def test_save_model_refuses_weights_that_are_not_finite(tmp_path, file_format, name, value):
+    model = random_model(ModelConfig.c_original(8, 8))
+    save_model(model, tmp_path / "model", file_format)
+    array = model.parameters[name]
+    (array.scales if isinstance(array, TernaryMatrix) else array)[0] = value
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=f"{name} holds a number that is not finite"):
+        save_model(model, tmp_path / "model", file_format)
+    assert contents(tmp_path) == before
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+SAVE_FAILURES = [
+    (function, call, file_format)
+    for file_format, calls in (("legacy1bit", (0, 1)), ("c-v1", (0,)))
+    for call in calls
+    for function in ("replace", "fsync")
+]
+
+
+@pytest.mark.parametrize(("function", "call", "file_format"), SAVE_FAILURES)
+def test_save_model_that_fails_leaves_a_whole_model(
+    tmp_path, monkeypatch, function, call, file_format
+):
+    """Departure 12: C writes over the only copy."""
+    old = random_model(ModelConfig.c_original(8, 8), seed=1)
+    save_model(old, tmp_path / "model", file_format)
+    before = contents(tmp_path)
+    others = [random_model(old.config, seed=2)]
+    if file_format == "legacy1bit":
+        # Of the same shapes but another arithmetic, and of other shapes.
+        others.append(random_model(dataclasses.replace(old.config, activation="relu2"), seed=2))
+        others.append(random_model(ModelConfig.c_original(12, 12), seed=2))
+    for new in others:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, function, fail_at(call, getattr(os, function)))
+            with pytest.raises(OSError, match="No space"):
+                save_model(new, tmp_path / "model", file_format)
+        after = contents(tmp_path)
+        assert after.keys() == before.keys()
+        if after != before:
+            assert load_model(tmp_path / "model").config == new.config
+            assert_same_model(load_model(tmp_path / "model"), new)
+            save_model(old, tmp_path / "model", file_format)
+            before = contents(tmp_path)
+
+
+def fail_at(failing, function):
+    """Fails at the call of that index among those for files; the synced folders do not count."""
+    calls = itertools.count()
+
+    def call(*args):
+        is_folder = isinstance(args[0], int) and stat.S_ISDIR(os.fstat(args[0]).st_mode)
+        if not is_folder and next(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return function(*args)
+
+    return call
+
+
+# --- Damaged model folders (departure 11) ---------------------------------------------------------
+
+
+def assert_refused(path, file=None, match=None):
+    """`load_model` refuses at once, in one line that names the file."""
+    start = time.perf_counter()
+    with pytest.raises(ModelFileError, match=match) as caught:
+        load_model(path)
+    assert time.perf_counter() - start < 5.0
+    assert "\n" not in str(caught.value)
+    assert str(file or path) in str(caught.value)
+
+
+@pytest.fixture
+def little_memory():
+    """Fails a test that allocates as much as a file promises and does not have."""
+    tracemalloc.start()
+    yield
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 64 << 20
+
+
+@pytest.fixture
+def folder(tmp_path):
+    path = tmp_path / "model"
+    save_model(create_legacy_llm(make_config(num_blocks=1), 1), path)
+    return path
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    for key, value in changes.items():
+        settings[key] = value
+    path.write_text(json.dumps(settings))
+
+
+def edit_tensors(folder, edit):
+    path = folder / "model.safetensors"
+    tensors = {name: array.copy() for name, array in safetensors.numpy.load_file(path).items()}
+    edit(tensors)
+    path.write_bytes(safetensors.numpy.save(tensors))
+
+
+CONFIG_KEYS = ("format", "format_version", *ModelConfig().to_dict())
+# Except where a setting's default, or a flag, is as good.
+WRONG_VALUES = (None, -1, 1 << 70, "x", [], {}, math.nan, math.inf)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("key", CONFIG_KEYS)
+def test_load_model_rejects_wrong_settings(folder, key):
+    for value in WRONG_VALUES:
+        edit_config(folder, **{key: value})
+        assert_refused(folder, folder / "config.json")
+
+
+@pytest.mark.parametrize("key", CONFIG_KEYS)
+def test_load_model_rejects_missing_settings(folder, key):
+    # The default would be another model than the one whose weights these are.
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    del settings[key]
+    path.write_text(json.dumps(settings))
+    assert_refused(folder, path)
+
+
+@pytest.mark.parametrize("key", ["unknown", "a\nb", ""])
+def test_load_model_rejects_unknown_settings(folder, key):
+    edit_config(folder, **{key: 1})
+    assert_refused(folder, folder / "config.json", match="expected")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"null", b"3", b'"x"', b"[]", b"[{}]", b"{", b"{'a': 1}", b"\xff\xfe\x00", b"\x00" * 9,
+     b"[" * 100_000, b'{"a":' * 100_000, b"9" * 5000, b'{"vocab_size": ' + b"9" * 5000 + b"}"],
+    ids=lambda text: repr(text[:8]),
+)  # fmt: skip
+def test_load_model_rejects_a_config_that_is_no_json_object(folder, text):
+    (folder / "config.json").write_bytes(text)
+    assert_refused(folder, folder / "config.json")
+
+
+def test_load_model_rejects_every_truncated_config(folder):
+    path = folder / "config.json"
+    text = path.read_bytes()
+    for size in range(len(text.rstrip())):
+        path.write_bytes(text[:size])
+        assert_refused(folder, path)
+
+
+def test_load_model_rejects_truncated_weights(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    for size in sorted({*range(0, len(data), 7), *range(40), *range(len(data) - 40, len(data))}):
+        path.write_bytes(data[:size])
+        assert_refused(folder, path)
+    path.write_bytes(data + b"\0")
+    assert_refused(folder, path)
+
+
+def test_load_model_takes_or_refuses_weights_with_a_damaged_byte(folder):
+    path, rng = folder / "model.safetensors", np.random.default_rng(1)
+    data = bytearray(path.read_bytes())
+    for position in rng.integers(0, len(data), 300):
+        former, data[position] = data[position], data[position] ^ (1 << int(rng.integers(8)))
+        path.write_bytes(data)
+        # Anything but this one error fails the test.
+        with contextlib.suppress(ModelFileError):
+            assert np.isfinite(forward_llm(load_model(folder), 1)).all()
+        data[position] = former
+
+
+TENSORS = ("embedding.weight", "output.bias", "blocks.0.attention.wq.codes",
+           "blocks.0.ffn.wo.scale", "final_norm.beta")  # fmt: skip
+
+
+def rename(tensors, name):
+    tensors[name + "2"] = tensors.pop(name)
+
+
+TENSOR_EDITS = {
+    "missing": lambda tensors, name: tensors.pop(name),
+    "renamed": rename,
+    "float64": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float64)}),
+    "float16": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float16)}),
+    "int8": lambda tensors, name: tensors.update({name: tensors[name].astype(np.int8)}),
+    "one axis more": lambda tensors, name: tensors.update({name: tensors[name][None]}),
+    "one axis less": lambda tensors, name: tensors.update({name: np.array(tensors[name][0])}),
+    "one row more": lambda tensors, name: tensors.update(
+        {name: np.concatenate([tensors[name], tensors[name][:1]])}
+    ),
+    "one row less": lambda tensors, name: tensors.update({name: tensors[name][1:]}),
+    "empty": lambda tensors, name: tensors.update({name: tensors[name][:0]}),
+}
+
+
+@pytest.mark.parametrize("edit", TENSOR_EDITS)
+@pytest.mark.parametrize("name", TENSORS)
+def test_load_model_rejects_other_tensors(folder, name, edit):
+    edit_tensors(folder, lambda tensors: TENSOR_EDITS[edit](tensors, name))
+    assert_refused(folder, folder / "model.safetensors", match=name)
+
+
+@pytest.mark.parametrize("name", ["extra", "blocks.1.norm1.gamma", "a\nb", ""])
+def test_load_model_rejects_an_unknown_tensor(folder, name):
+    edit_tensors(folder, lambda tensors: tensors.update({name: floats(1)}))
+    assert_refused(folder, folder / "model.safetensors", match="unknown tensor")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", [name for name in TENSORS if not name.endswith("codes")])
+def test_load_model_rejects_weights_that_are_not_finite(folder, name, value):
+    edit_tensors(folder, lambda tensors: tensors[name].reshape(-1).__setitem__(-1, value))
+    assert_refused(folder, folder / "model.safetensors", match="not finite")
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_load_model_rejects_the_code_three(folder, position):
+    name = "blocks.0.attention.wq.codes"
+    edit_tensors(folder, lambda tensors: tensors[name].reshape(-1).__setitem__(position, 0xFF))
+    assert_refused(folder, folder / "model.safetensors", match="code 3")
+
+
+def header_edits(entry, end):
+    """Headers of a safetensors file whose entry of one tensor is wrong."""
+    for dtype in ("BF16", "F8_E4M3", "F4", "C64", "F64", "no\nsuch", 3, None):
+        yield {**entry, "dtype": dtype}
+    for shape in ([-1], [1 << 63], [1 << 40, 1 << 40], ["11"], None, 11, [], [12]):
+        yield {**entry, "shape": shape}
+    for offsets in ([0, 0], [-4, 40], [4, 0], [0, 1 << 62], [end, end + 44], None, [0], ["a", 1]):
+        yield {**entry, "data_offsets": offsets}
+    yield {}
+    yield []
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_load_model_rejects_other_headers_of_the_weights(folder):
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + size]), data[8 + size :]
+    for entry in header_edits(header["output.bias"], len(body)):
+        text = json.dumps({**header, "output.bias": entry}).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+        assert_refused(folder, path)
+    for size, text in ((1 << 63, b"{}"), (2, b"[]"), (2, b"{}"), (100_000, b"[" * 100_000)):
+        path.write_bytes(struct.pack("<Q", size) + text)
+        assert_refused(folder, path)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"vocab_size": 1 << 20, "model_dim": 1 << 14, "num_heads": 1},
+        {"model_dim": 1 << 14, "ffn_multiplier": 64},
+        {"num_blocks": 1 << 10},
+        {"num_blocks": 1 << 10, "vocab_size": 1 << 20, "model_dim": 12 << 10},
+        {"scheme": "float", "vocab_size": 1 << 20},
+    ],
+    ids=str,
+)
+def test_load_model_rejects_a_promise_that_the_file_does_not_keep(folder, changes):
+    edit_config(folder, **{"num_heads": 1, **changes})
+    assert_refused(folder, folder / "model.safetensors", match="expected|no tensor")
+
+
+@pytest.mark.parametrize("missing", [("config.json",), ("model.safetensors",),
+                                     ("config.json", "model.safetensors")])  # fmt: skip
+def test_load_model_rejects_a_folder_that_is_no_model(folder, missing):
+    for name in missing:
+        (folder / name).unlink()
+    assert_refused(folder, match=f"no {missing[0]}")
+    (folder / missing[0]).mkdir()
+    assert_refused(folder, match=f"no {missing[0]}")
+
+
+def test_load_model_of_a_missing_path_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no-such-model"):
+        load_model(tmp_path / "no-such-model")
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_load_model_of_an_unreadable_file_is_an_os_error(folder, name):
+    (folder / name).chmod(0)
+    with pytest.raises(PermissionError):
+        load_model(folder)
+
+
+# --- The C original's file ------------------------------------------------------------------------
+
+
+def c_parameters(dim, blocks, seed=1):
+    """Random parameters of a C model, and its file's parts in their order."""
+    rng = np.random.default_rng(seed)
+    order = [("embedding.weight", (dim, dim))]
+    for i in range(blocks):
+        order += [(f"blocks.{i}.attention.w{which}", (dim, dim)) for which in "qkvo"]
+        order += [(f"blocks.{i}.attention.b{which}", (dim,)) for which in "qkvo"]
+        order += [(f"blocks.{i}.ffn.wi", (4 * dim, dim)), (f"blocks.{i}.ffn.wo", (dim, 4 * dim))]
+        order += [(f"blocks.{i}.ffn.bi", (4 * dim,)), (f"blocks.{i}.ffn.bo", (dim,))]
+        order += [(f"blocks.{i}.norm{n}.{p}", (dim,)) for n in (1, 2) for p in ("gamma", "beta")]
+    order += [("output.weight", (dim, dim)), ("output.bias", (dim,))]
+    return {
+        name: rng.integers(-1, 2, shape, np.int8)
+        if len(shape) == 2
+        else rng.normal(0.0, 0.5, shape).astype(np.float32)
+        for name, shape in order
+    }
+
+
+def write_c_v1(parameters, dim, blocks):
+    """The file's bytes, and where each of its numbers and contents begins."""
+    data = bytearray(struct.pack("<IIiii", 0x1B1B1, 1, dim, dim, blocks))
+    header = ("magic", "version", "vocab_size", "model_dim", "num_blocks")
+    numbers = {(name,): 4 * i for i, name in enumerate(header)}
+    begins = {}
+    for name, value in parameters.items():
+        for axis, size in enumerate(value.shape):
+            numbers[name, axis] = len(data)
+            data += struct.pack("<i", size)
+        begins[name] = len(data)
+        data += value.astype("<f4" if value.ndim == 1 else "i1").tobytes()
+    return bytes(data), numbers, begins
+
+
+@pytest.mark.parametrize(("dim", "blocks"), [(1, 1), (4, 1), (5, 2), (8, 3), (20, 1)])
+def test_load_model_reads_c_files(tmp_path, dim, blocks):
+    parameters = c_parameters(dim, blocks)
+    path = tmp_path / "llm_model.bin"
+    path.write_bytes(write_c_v1(parameters, dim, blocks)[0])
+    model = load_model(path)
+    assert model.config.is_c_original
+    assert not model.trainable
+    sizes = model.config.vocab_size, model.config.model_dim, model.config.num_blocks
+    assert sizes == (dim, dim, blocks)
+    assert model.parameters.keys() == parameters.keys()
+    for name, value in parameters.items():
+        loaded = model.parameters[name]
+        assert_same_bits(loaded.values if value.ndim == 2 else loaded, value, name)
+        assert value.ndim == 1 or loaded.scale == 1.0
+    read, config = oracle.read_c_v1(path, num_heads=4 if dim % 4 == 0 else 1)
+    tokens = np.arange(dim)[:, None]
+    expected = rounding_effect(lambda w: {"logits": oracle.forward(w, config, tokens)[0]}, read)
+    assert_near({"logits": forward_llm_batch(model, tokens, logits=True)}, expected)
+
+
+@pytest.mark.parametrize(("dim", "blocks"), [(4, 1), (5, 2), (8, 3)])
+def test_save_model_writes_c_files_byte_for_byte(tmp_path, dim, blocks):
+    data = write_c_v1(c_parameters(dim, blocks), dim, blocks)[0]
+    (tmp_path / "old").write_bytes(data)
+    save_model(load_model(tmp_path / "old"), tmp_path / "new", "c-v1")
+    assert (tmp_path / "new").read_bytes() == data
+    assert names(tmp_path) == ["new", "old"]
+
+
+def test_c_files_and_folders_hold_the_same_model(tmp_path):
+    model = random_model(ModelConfig.c_original(8, 8, sequence_length=128))
+    save_model(model, tmp_path / "file", "c-v1")
+    save_model(load_model(tmp_path / "file"), tmp_path / "folder")
+    assert_same_model(load_model(tmp_path / "folder"), model)
+
+
+@every_tier
+@pytest.mark.parametrize("name", ["c_v1_d32_l1", "c_v1_d64_l2"])
+def test_c_files_give_the_probabilities_of_c(name, tmp_path):
+    path = GOLDEN / f"{name}.bin"
+    if not path.exists():
+        pytest.skip(f"no golden file {path}: it was written by the C original")
+    model = load_model(path)
+    vocab = model.config.vocab_size
+    expected = np.fromfile(GOLDEN / f"{name}.probs.f32", "<f4").reshape(vocab, vocab)
+    actual = np.stack([forward_llm(model, token) for token in range(vocab)])
+    # Both computed in float32, from logits of the order of 100.
+    assert_close(actual, expected, rtol=0, atol=1e-4)
+    assert_close(forward_llm_batch(model, np.arange(vocab)), expected, rtol=0, atol=1e-4)
+    # A token of a C model sees itself only, wherever it stands.
+    together = forward_llm_batch(model, np.arange(vocab)[None])[0]
+    assert_close(together, expected, rtol=0, atol=1e-4)
+    save_model(model, tmp_path / "again", "c-v1")
+    assert (tmp_path / "again").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"scheme": "float"}, {"scale": "absmean"}, {"ternary_embedding": False},
+     {"activation": "relu2"}, {"positions": "rope"}, {"final_norm": True}, {"attention_span": 0},
+     {"ffn_multiplier": 2}, {"vocab_size": 9}],
+    ids=lambda changes: next(iter(changes)),
+)  # fmt: skip
+def test_save_model_refuses_what_c_has_no_format_for(tmp_path, changes):
+    config = dataclasses.replace(ModelConfig.c_original(8, 8), **changes)
+    with pytest.raises(ValueError, match="C original"):
+        save_model(create_legacy_llm(config, 1), tmp_path / "model", "c-v1")
+    assert names(tmp_path) == []
+
+
+def test_save_model_refuses_a_scale_that_c_does_not_know(tmp_path):
+    model = random_model(ModelConfig.c_original(8, 8))
+    model.parameters["blocks.0.ffn.wi"].scales[0] = 0.5
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn\.wi has scale 0\.5"):
+        save_model(model, tmp_path / "model", "c-v1")
+    assert names(tmp_path) == []
+
+
+@pytest.fixture
+def c_file(tmp_path):
+    """A small C file, and a function that writes a changed one and expects its refusal."""
+    data, numbers, begins = write_c_v1(c_parameters(4, 1), 4, 1)
+    path = tmp_path / "llm_model.bin"
+
+    def refuse(changed, match=None):
+        path.write_bytes(changed)
+        assert_refused(path, match=match)
+
+    refuse.data, refuse.numbers, refuse.begins = data, numbers, begins
+    return refuse
+
+
+def patched(data, offset, piece):
+    return data[:offset] + piece + data[offset + len(piece) :]
+
+
+def test_load_model_rejects_every_truncated_c_file(c_file):
+    for size in range(len(c_file.data)):
+        c_file(c_file.data[:size])
+    c_file(c_file.data + b"\0", match="expected")
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_load_model_rejects_every_wrong_number_of_a_c_file(c_file):
+    """Departure 11: C believes each of them."""
+    for (name, *_), offset in c_file.numbers.items():
+        former = struct.unpack_from("<i", c_file.data, offset)[0]
+        for number in {-(1 << 31), -1, 0, 1, 3, 4, 5, 16, 1 << 14, 1 << 20, (1 << 31) - 1}:
+            if number != former:
+                changed = patched(c_file.data, offset, struct.pack("<i", number))
+                c_file(changed, match="expected|are equal" if offset < 20 else f"{name}.*expected")
+
+
+@pytest.mark.usefixtures("little_memory")
+def test_load_model_rejects_sizes_that_agree_with_each_other_only(c_file):
+    dims, counts = (-4, 0, 1, 4, 5, 1 << 14, 1 << 30), (-1, 0, 1, 2, 1 << 10)
+    for dim, blocks in itertools.product(dims, counts):
+        if (dim, blocks) != (4, 1):
+            c_file(patched(c_file.data, 8, struct.pack("<iii", dim, dim, blocks)), match="expected")
+
+
+@pytest.mark.parametrize("code", [2, -2, 127, -128])
+def test_load_model_rejects_other_codes_in_a_c_file(c_file, code):
+    for name, offset in c_file.begins.items():
+        if "w" in name.rpartition(".")[2]:
+            for position in (0, 15):
+                changed = patched(c_file.data, offset + position, struct.pack("b", code))
+                c_file(changed, match=f"{name} holds a number other")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_load_model_rejects_floats_that_are_not_finite_in_a_c_file(c_file, value):
+    for name, offset in c_file.begins.items():
+        if "w" not in name.rpartition(".")[2]:
+            for position in (0, 3):
+                changed = patched(c_file.data, offset + 4 * position, struct.pack("<f", value))
+                c_file(changed, match=f"{name} holds a number that is not finite")
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"hello, this is no model at all\n", bytes(100)])
+def test_load_model_rejects_other_files(tmp_path, data):
+    path = tmp_path / "file"
+    path.write_bytes(data)
+    assert_refused(path)

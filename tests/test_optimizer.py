@@ -1,0 +1,457 @@
+"""AdamW and Muon against float64, and the C original's rule for updates (departure 1)."""
+
+import math
+
+import numpy as np
+import oracle
+import pytest
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from test_forward import random_tokens
+from test_model import (
+    assert_quantized,
+    make_config,
+    oracle_config,
+    oracle_weights,
+    random_model,
+    rounding_effect,
+)
+
+from legacy1bit.backward import backward_llm_batch
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import (
+    TernaryMatrix,
+    apply_ternary_weight_updates,
+    create_legacy_llm,
+    create_legacy_llm_gradients,
+    parameter_layout,
+)
+from legacy1bit.optimizer import AdamW, Muon
+
+every_tier = pytest.mark.usefixtures("tier")
+
+optimizers = pytest.mark.parametrize("make", [AdamW, Muon])
+
+# Threads share the weights in spans of 16,384 at most: below one, and several with a remainder.
+CONFIGS = {
+    "small": make_config(num_blocks=1),
+    "float": make_config(num_blocks=1, scheme="float"),
+    "large": make_config(vocab_size=101, model_dim=42, ffn_multiplier=4, ternary_embedding=True),
+}
+configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+
+
+def random_gradients(config, seed=1, std=0.1):
+    gradients = create_legacy_llm_gradients(config)
+    rng = np.random.default_rng(seed)
+    # Large ones, small ones and zeros.
+    sizes = 10.0 ** rng.integers(-3, 1, gradients.flat.size) * std
+    gradients.flat[...] = rng.normal(size=gradients.flat.size) * sizes
+    gradients.flat[::7] = 0.0
+    return gradients
+
+
+def flat(model):
+    return np.concatenate([values.ravel() for values in model.latent.values()])
+
+
+def decays(config):
+    """bool[N]: whether the weight is a matrix's."""
+    return np.concatenate(
+        [np.full(math.prod(shape), kind != "vector") for _, shape, kind in parameter_layout(config)]
+    )
+
+
+def state(optimizer):
+    model = optimizer.model
+    codes = [value.values.ravel() for value in model.parameters.values()
+             if isinstance(value, TernaryMatrix)]  # fmt: skip
+    scales = [value.scales for value in model.parameters.values()
+              if isinstance(value, TernaryMatrix)]  # fmt: skip
+    arrays = [flat(model), optimizer.first.copy(), optimizer.second.copy()]
+    if codes:
+        arrays += [np.concatenate(codes), np.concatenate(scales)]
+    return arrays
+
+
+def assert_same_state(actual, expected):
+    for array, other in zip(actual, expected, strict=True):
+        assert_same_bits(array, other)
+
+
+def float32(value):
+    """The value that is left of a setting in float32."""
+    return float(np.float32(value))
+
+
+def exact_adamw(optimizer, gradient, rate):
+    """The new weights, m and v of one step of the oracle, and how far off each may be."""
+    weight, m, v = flat(optimizer.model), optimizer.first, optimizer.second
+    beta1, beta2, epsilon, step = (
+        float32(optimizer.beta1), float32(optimizer.beta2), float32(optimizer.epsilon),
+        optimizer.steps + 1,
+    )  # fmt: skip
+    decayed, plain = (
+        oracle.adamw_step(weight, gradient, m, v, step, learning_rate=rate, beta1=beta1,
+                          beta2=beta2, epsilon=epsilon, weight_decay=weight_decay)
+        for weight_decay in (float32(optimizer.weight_decay), 0.0)
+    )  # fmt: skip
+    _, new_m, new_v = plain
+    # Roundings: the clipping factor and the product with it, 1 - beta, two products and a sum;
+    # the gradient's square doubles the first two.
+    m_bound = gamma(6) * (beta1 * np.abs(m) + (1 - beta1) * np.abs(gradient))
+    v_bound = gamma(9) * new_v
+    # The quotient: half of v's error, and of each correction, product, root, sum and division one.
+    size = rate / (1 - beta1**step) / (np.sqrt(new_v / (1 - beta2**step)) + epsilon)
+    bound = size * m_bound + gamma(14) * size * np.abs(new_m) + gamma(4) * np.abs(weight)
+    new_weight = np.where(decays(optimizer.model.config), decayed[0], plain[0])
+    return (new_weight, new_m, new_v), (bound, m_bound, v_bound)
+
+
+def exact_muon(weight, momentum, gradient, rate, decay, mu):
+    """The new weight and momentum of one matrix [R, C] (Jordan et al. 2024)."""
+    momentum = mu * momentum + gradient
+    update = gradient + mu * momentum
+    x = update if len(update) <= len(update[0]) else update.T
+    x = x / (np.linalg.norm(x) + 1e-7)
+    for _ in range(5):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    x = x if len(update) <= len(update[0]) else x.T
+    size = rate * math.sqrt(max(1.0, weight.shape[0] / weight.shape[1]))
+    return {"weight": (1.0 - rate * decay) * weight - size * x, "momentum": momentum}
+
+
+def muon_spans(optimizer):
+    """Start, stop and shape of the matrices that are Muon's."""
+    start = 0
+    for name, shape, kind in parameter_layout(optimizer.model.config):
+        stop = start + math.prod(shape)
+        if isinstance(optimizer, Muon) and name.startswith("blocks.") and kind != "vector":
+            yield start, stop, shape
+        start = stop
+
+
+def check_step(optimizer, gradients, learning_rate, factor=1.0, **kwargs):
+    """One step, against the exact one from the very same state."""
+    gradient, before = gradients.flat.copy(), optimizer.steps
+    rate = float32(learning_rate)
+    exact, bounds = exact_adamw(optimizer, factor * gradient.astype(float), rate)
+    for start, stop, shape in muon_spans(optimizer):
+        # Not clipped: only the direction counts.
+        arrays = {
+            name: array[start:stop].reshape(shape).astype(float)
+            for name, array in (
+                ("weight", flat(optimizer.model)),
+                ("momentum", optimizer.first),
+                ("gradient", gradient),
+            )
+        }
+        settings = (rate * float32(optimizer.matrix_ratio), float32(optimizer.weight_decay),
+                    float32(optimizer.momentum))  # fmt: skip
+        values, effects = rounding_effect(
+            lambda arrays, settings=settings: exact_muon(**arrays, rate=settings[0],
+                                                         decay=settings[1], mu=settings[2]),
+            arrays,
+        )  # fmt: skip
+        for target, bound, name in zip(exact, bounds, ("weight", "momentum", None), strict=True):
+            if name is None:
+                target[start:stop], bound[start:stop] = optimizer.second[start:stop], 0.0
+                continue
+            target[start:stop] = values[name].ravel()
+            largest = np.abs(values[name]).max()
+            bound[start:stop] = 8 * (effects[name] + UNIT_ROUNDOFF * largest)
+
+    norm = optimizer.step(gradients, learning_rate, **kwargs)
+    assert optimizer.steps == before + 1
+    assert_same_bits(gradients.flat, gradient, "the gradient")
+    # The squares are summed in float32 by two sums of 512 at most, and then in float64.
+    exact_norm = math.sqrt(math.fsum(gradient.astype(float) ** 2))
+    assert_close(norm, exact_norm, rtol=gamma(514) / 2, atol=0)
+    actual = flat(optimizer.model), optimizer.first, optimizer.second
+    for name, value, expected, bound in zip(
+        ("weights", "first", "second"), actual, exact, bounds, strict=True
+    ):
+        assert_close(value, expected, rtol=0, atol=bound, what=name, dtype=np.float32)
+    assert_quantized(optimizer.model)
+    return norm
+
+
+# --- AdamW and Muon -------------------------------------------------------------------------------
+
+
+@every_tier
+@optimizers
+@configs
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.999}, {"epsilon": 0.01}],
+    ids=str,
+)
+def test_step_is_exact_but_for_rounding(make, config, settings):
+    optimizer = make(random_model(config), **settings)
+    for step in range(3):
+        check_step(optimizer, random_gradients(config, seed=step), 0.01 / (step + 1))
+
+
+@every_tier
+@optimizers
+def test_step_is_exact_but_for_rounding_after_many_steps(make):
+    # The corrections approach 1 and the moments what they would be for ever.
+    config = CONFIGS["small"]
+    optimizer = make(random_model(config))
+    check_step(optimizer, random_gradients(config), 0.01)
+    optimizer.steps = 100_000
+    check_step(optimizer, random_gradients(config, seed=2), 0.01)
+
+
+@every_tier
+@optimizers
+@configs
+def test_step_decays_matrices_only(make, config):
+    optimizer = make(random_model(config), weight_decay=0.5)
+    before, matrices = flat(optimizer.model), decays(config)
+    check_step(optimizer, create_legacy_llm_gradients(config), 0.25)
+    after = flat(optimizer.model)
+    assert_same_bits(after[~matrices], before[~matrices])
+    # A gradient of 0 moves nothing. Both factors are exact.
+    factor = np.full(before.size, 1 - 0.25 * 0.5, np.float32)
+    for start, stop, _ in muon_spans(optimizer):
+        factor[start:stop] = 1 - 0.25 * 7.0 * 0.5
+    assert_same_bits(after[matrices], (before * factor)[matrices])
+
+
+@every_tier
+@optimizers
+@configs
+def test_step_clips_the_whole_gradient(make, config):
+    gradients = random_gradients(config)
+    norm = check_step(make(random_model(config)), gradients, 0.01, clip=0.0)
+    for clip in (norm / 3, norm * 0.999):
+        optimizer = make(random_model(config))
+        assert check_step(optimizer, gradients, 0.01, clip / norm, clip=clip) == norm
+
+
+@every_tier
+@optimizers
+def test_step_leaves_a_gradient_within_the_limit(make):
+    config = CONFIGS["small"]
+    gradients = random_gradients(config)
+    optimizer = make(random_model(config))
+    norm = optimizer.step(gradients, 0.01)
+    for clip in (0.0, norm, norm * 1.001, 1e9):
+        other = make(random_model(config))
+        assert other.step(gradients, 0.01, clip) == norm
+        assert_same_state(state(other), state(optimizer))
+
+
+@every_tier
+@optimizers
+@configs
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_step_changes_nothing_for_a_gradient_that_is_not_finite(make, config, value):
+    optimizer = make(random_model(config))
+    optimizer.step(random_gradients(config), 0.01)
+    before, gradients = state(optimizer), random_gradients(config, seed=2)
+    for position, threads in ((0, 1), (17, 2), (-1, 2)):
+        former, gradients.flat[position] = gradients.flat[position], value
+        assert not math.isfinite(optimizer.step(gradients, 0.01, 1.0, threads))
+        assert optimizer.steps == 1
+        assert_same_state(state(optimizer), before)
+        gradients.flat[position] = former
+    check_step(optimizer, gradients, 0.01)
+
+
+@every_tier
+@optimizers
+@configs
+def test_step_has_the_same_bits_with_any_number_of_threads(make, config):
+    answers = []
+    for threads in (1, 2, 3, 300):
+        optimizer = make(random_model(config))
+        norms = [optimizer.step(random_gradients(config, seed), 0.01, 1.0, threads)
+                 for seed in range(2)]  # fmt: skip
+        answers.append((norms, state(optimizer)))
+    for norms, arrays in answers[1:]:
+        assert norms == answers[0][0]
+        assert_same_state(arrays, answers[0][1])
+
+
+@optimizers
+def test_optimizers_go_on_from_their_moments(make):
+    config = CONFIGS["large"]
+    one = make(random_model(config))
+    one.step(random_gradients(config), 0.01)
+    other = make(random_model(config, seed=2))
+    for name, values in other.model.latent.items():
+        values[...] = one.model.latent[name]
+    other.first[...], other.second[...], other.steps = one.first, one.second, one.steps
+    for optimizer in (one, other):
+        optimizer.step(random_gradients(config, seed=2), 0.01)
+    assert_same_state(state(one), state(other))
+
+
+@every_tier
+@optimizers
+@pytest.mark.parametrize("scheme", ["ternary", "float"])
+def test_optimizers_lower_the_loss(make, scheme):
+    config = make_config(scheme=scheme)
+    model, tokens = random_model(config), random_tokens(config, 3, 9)
+    targets = random_tokens(config, 3, 9, seed=7)
+    optimizer, losses = make(model), []
+    for _ in range(30):
+        gradients = create_legacy_llm_gradients(config)
+        losses.append(backward_llm_batch(model, tokens, targets, gradients))
+        optimizer.step(gradients, 0.01, 1.0)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@every_tier
+def test_muon_moves_every_direction_of_a_matrix_alike():
+    config = make_config(num_blocks=1, model_dim=18, ffn_multiplier=2)
+    optimizer, gradients = Muon(random_model(config), weight_decay=0.0), random_gradients(config)
+    # Singular values from 1 down to a fiftieth, in both shapes of matrix and in squares.
+    rng = np.random.default_rng(3)
+    for gradient in gradients.parameters.values():
+        if gradient.ndim == 2:
+            u, _, vt = np.linalg.svd(rng.normal(size=gradient.shape), full_matrices=False)
+            gradient[...] = (u * np.geomspace(1.0, 0.02, len(vt))) @ vt
+    before = flat(optimizer.model)
+    optimizer.step(gradients, 0.01)
+    moved = (before.astype(float) - flat(optimizer.model)) / (0.01 * 7.0)
+    for start, stop, (height, width) in muon_spans(optimizer):
+        step = moved[start:stop].reshape(height, width) / math.sqrt(max(1.0, height / width))
+        u, s, vt = np.linalg.svd(gradients.flat[start:stop].reshape(height, width), False)
+        # The same directions, and in each about the same length: the coefficients of Jordan et
+        # al. bring singular values to within about 0.3 of 1, no nearer.
+        along = u.T @ step @ vt.T
+        assert_close(along - np.diag(np.diag(along)), np.zeros_like(along), rtol=0, atol=5e-6)
+        assert np.ptp(s) > 0.9
+        assert (np.abs(np.diag(along) - 1.0) < 0.35).all()
+
+
+@optimizers
+def test_optimizers_reject_what_does_not_fit(make):
+    config = CONFIGS["small"]
+    optimizer = make(random_model(config))
+    before = state(optimizer)
+    with pytest.raises(ValueError, match="other settings"):
+        optimizer.step(create_legacy_llm_gradients(make_config()), 0.01)
+    with pytest.raises(TypeError):
+        optimizer.step(None, 0.01)
+    with pytest.raises(ValueError, match="no latent weights"):
+        make(create_legacy_llm(config, 1, trainable=False))
+    with pytest.raises(TypeError):
+        make(None)
+    assert optimizer.steps == 0
+    assert_same_state(state(optimizer), before)
+
+
+@optimizers
+@pytest.mark.parametrize("threads", [0, -1])
+def test_step_rejects_fewer_than_one_thread(make, threads):
+    config = CONFIGS["small"]
+    with pytest.raises(ValueError, match=f"threads is {threads}, expected at least 1"):
+        make(random_model(config)).step(random_gradients(config), 0.01, 1.0, threads)
+
+
+# --- The C original's rule ------------------------------------------------------------------------
+
+C_CONFIG = ModelConfig.c_original(9, 8, 1)
+
+
+def c_update(direction="descend", learning_rate=0.5):
+    """A model before and after an update, and the gradients: of both signs, and zeros."""
+    gradients = random_gradients(C_CONFIG)
+    gradients.flat[1::7] = -0.0
+    gradients.flat[2::7] = np.float32(1e-45)
+    gradients.flat[3::7] = -1e30
+    model = random_model(C_CONFIG)
+    apply_ternary_weight_updates(model, gradients, learning_rate, direction)
+    return random_model(C_CONFIG), model, gradients
+
+
+def test_apply_ternary_weight_updates_steps_against_the_sign():
+    before, after, gradients = c_update()
+    for name, gradient in gradients.parameters.items():
+        old, new = before.parameters[name], after.parameters[name]
+        if isinstance(new, TernaryMatrix):
+            assert {-1.0, 0.0, 1.0} == set(np.sign(gradient).ravel())
+            assert_same_bits(new.values[gradient > 0], np.full((gradient > 0).sum(), -1, np.int8))
+            assert_same_bits(new.values[gradient < 0], np.full((gradient < 0).sum(), 1, np.int8))
+            assert_same_bits(new.values[gradient == 0], old.values[gradient == 0])
+            assert new.scale == old.scale
+        else:
+            expected = old - 0.5 * gradient.astype(float)
+            assert_close(new, expected, rtol=UNIT_ROUNDOFF, atol=0, what=name, dtype=np.float32)
+
+
+def test_apply_ternary_weight_updates_rounds_no_more_than_it_must():
+    before, after, gradients = c_update(learning_rate=0.1)
+    for name, gradient in gradients.parameters.items():
+        if not isinstance(after.parameters[name], TernaryMatrix):
+            change = float(np.float32(0.1)) * gradient.astype(float)
+            expected = before.parameters[name] - change
+            bound = gamma(2) * np.abs(change)
+            assert_close(after.parameters[name], expected, rtol=UNIT_ROUNDOFF, atol=bound)
+
+
+def test_apply_ternary_weight_updates_leaves_the_latent_weights():
+    before, after, _ = c_update()
+    for name, value in after.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            assert_same_bits(after.latent[name], before.latent[name])
+
+
+def test_apply_ternary_weight_updates_descends_where_c_climbs():
+    """Departure 1: C's weight becomes the gradient's own sign."""
+    before, ours, gradients = c_update()
+    _, of_c, _ = c_update("ascend")
+    slopes = {"ours": 0.0, "c": 0.0}
+    for name, gradient in gradients.parameters.items():
+        old = before.parameters[name]
+        if not isinstance(old, TernaryMatrix):
+            # The other parameters take the same step either way.
+            assert_same_bits(of_c.parameters[name], ours.parameters[name])
+            continue
+        expected = oracle.fault1_weight_update(old.values, gradient)
+        assert_same_bits(of_c.parameters[name].values, expected.astype(np.int8))
+        for who, model in (("ours", ours), ("c", of_c)):
+            moved = model.parameters[name].values.astype(float) - old.values
+            slopes[who] += float((gradient * moved).sum())
+    assert slopes["ours"] < 0.0 < slopes["c"]
+
+
+def test_apply_ternary_weight_updates_changes_the_loss_as_its_direction_says():
+    """Departure 1, seen in the loss: the first bit of the way, one matrix at a time."""
+    config = ModelConfig.c_original(16, 16, 1)
+    tokens, targets = random_tokens(config, 4, 8), random_tokens(config, 4, 8, seed=9)
+    gradients = create_legacy_llm_gradients(config)
+    backward_llm_batch(random_model(config), tokens, targets, gradients)
+
+    def loss(weights):
+        return oracle.loss_and_gradients(weights, oracle_config(config), tokens, targets)[0]
+
+    before = oracle_weights(random_model(config))
+    for direction, sign in (("descend", -1), ("ascend", 1)):
+        model = random_model(config)
+        apply_ternary_weight_updates(model, gradients, 0.0, direction)
+        after = oracle_weights(model)
+        for name in ("output.weight", "blocks.0.ffn.wo", "blocks.0.attention.wo"):
+            part = before[name] + 0.001 * (after[name] - before[name])
+            assert sign * (loss({**before, name: part}) - loss(before)) > 0.0, name
+
+
+def test_apply_ternary_weight_updates_rejects_what_does_not_fit():
+    model, gradients = random_model(C_CONFIG), random_gradients(C_CONFIG)
+    before = {name: np.copy(getattr(value, "values", value))
+              for name, value in model.parameters.items()}  # fmt: skip
+    with pytest.raises(ValueError, match="direction is 'up', expected descend or ascend"):
+        apply_ternary_weight_updates(model, gradients, 0.1, "up")
+    with pytest.raises(ValueError, match="other settings"):
+        apply_ternary_weight_updates(model, random_gradients(CONFIGS["small"]), 0.1)
+    with pytest.raises(TypeError):
+        apply_ternary_weight_updates(None, gradients, 0.1)
+    with pytest.raises(TypeError):
+        apply_ternary_weight_updates(model, None, 0.1)
+    for name, value in model.parameters.items():
+        assert_same_bits(getattr(value, "values", value), before[name])

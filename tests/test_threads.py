@@ -1,0 +1,270 @@
+"""The thread pool, seen through what runs on it: the same bits, whatever else happens."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from compare import assert_same_bits
+from test_forward import model_of, random_tokens
+from test_model import make_config, run_child
+
+from legacy1bit.backward import BackwardPass
+from legacy1bit.forward import forward_llm_batch
+from legacy1bit.math_ops import matmul
+from legacy1bit.model import create_legacy_llm_gradients
+from legacy1bit.threads import available_cores
+
+CONFIG = make_config(model_dim=24)
+TOKENS = random_tokens(CONFIG, 6, 16)
+A = np.random.default_rng(1).normal(size=(97, 65)).astype(np.float32)
+B = np.random.default_rng(2).normal(size=(65, 83)).astype(np.float32)
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+needs_affinity = pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or not os.path.isdir("/proc/self/task"),
+    reason="needs Linux's affinity",
+)
+
+
+def gradients_of(threads):
+    gradients = create_legacy_llm_gradients(CONFIG)
+    loss, _ = BackwardPass(model_of(CONFIG), 6, 16, threads).run(TOKENS, TOKENS[:, ::-1], gradients)
+    return np.append(gradients.flat, np.float32(loss))
+
+
+# Each gives the same bits every time it is called with the same number of threads.
+WORK = {
+    "matmul": lambda threads: matmul(A, B, threads=threads),
+    "forward": lambda threads: forward_llm_batch(model_of(CONFIG), TOKENS, threads),
+    "backward": gradients_of,
+}
+works = pytest.mark.parametrize("work", WORK.values(), ids=WORK)
+
+
+# --- Cores ----------------------------------------------------------------------------------------
+
+
+def test_available_cores_is_at_least_one():
+    assert 1 <= available_cores() <= os.cpu_count()
+
+
+def test_available_cores_follows_the_affinity_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 7}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert available_cores() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available_cores() == 1
+
+
+# --- The same bits --------------------------------------------------------------------------------
+
+
+@works
+@pytest.mark.parametrize("threads", [2, 3, 5, 300])
+def test_threaded_work_can_be_repeated(work, threads):
+    first = work(threads)
+    for _ in range(30):
+        assert_same_bits(work(threads), first)
+
+
+@works
+def test_threaded_work_does_not_depend_on_what_ran_before(work):
+    # The number of threads in use goes up and down.
+    expected = {threads: work(threads) for threads in (1, 2, 4)}
+    for threads in (4, 1, 2, 2, 4, 4, 1, 4, 2, 1):
+        assert_same_bits(work(threads), expected[threads])
+
+
+@works
+def test_threaded_work_of_several_python_threads_at_once(work):
+    # One of them has the pool; the others do their work themselves.
+    expected = {threads: work(threads) for threads in (1, 2, 3)}
+    start, errors = threading.Barrier(4), []
+
+    def run(threads):
+        start.wait()
+        try:
+            for _ in range(20):
+                assert_same_bits(work(threads), expected[threads])
+        except BaseException as error:
+            errors.append(error)
+
+    together(run, (1, 2, 2, 3))
+    assert not errors
+
+
+def test_different_work_of_several_python_threads_at_once():
+    expected = {name: work(2) for name, work in WORK.items()}
+    errors = []
+
+    def run(name):
+        try:
+            for _ in range(20):
+                assert_same_bits(WORK[name](2), expected[name], name)
+        except BaseException as error:
+            errors.append(error)
+
+    together(run, [*WORK, *WORK])
+    assert not errors
+
+
+def together(run, arguments):
+    threads = [threading.Thread(target=run, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+# --- Fork -----------------------------------------------------------------------------------------
+
+
+def exit_code_of_child(run, seconds=30):
+    """Run in a forked child that must end by itself; what it exits with."""
+    child = os.fork()
+    if child == 0:
+        # Nothing of pytest may run on in the child.
+        code = 1
+        try:
+            run()
+            code = 0
+        finally:
+            os._exit(code)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.002)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "it hangs"
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@works
+def test_threaded_work_goes_on_in_a_forked_child(work):
+    expected = work(3)
+
+    def in_child():
+        for _ in range(3):
+            assert_same_bits(work(3), expected)
+
+    def in_grandchild():
+        in_child()
+        assert exit_code_of_child(in_child) == 0
+        in_child()
+
+    assert exit_code_of_child(in_child) == 0
+    assert exit_code_of_child(in_grandchild) == 0
+    assert_same_bits(work(3), expected)
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_another_thread_works():
+    expected, stop = matmul(A, B, threads=3), threading.Event()
+
+    def work_on():
+        while not stop.is_set():
+            matmul(A, B, threads=3)
+
+    worker = threading.Thread(target=work_on)
+    worker.start()
+    try:
+        for _ in range(20):
+            code = exit_code_of_child(
+                lambda: assert_same_bits(matmul(A, B, threads=3), expected), seconds=10
+            )
+            assert code == 0
+    finally:
+        stop.set()
+        worker.join()
+
+
+# --- The process around it ------------------------------------------------------------------------
+
+
+def affinities():
+    """The affinity of every thread of the process; those that have just ended are left out."""
+    found = {}
+    for task in map(int, os.listdir("/proc/self/task")):
+        with contextlib.suppress(ProcessLookupError):
+            found[task] = os.sched_getaffinity(task)
+    return found
+
+
+@needs_affinity
+def test_threaded_work_leaves_every_affinity():
+    before = os.sched_getaffinity(0)
+    for _ in range(100):
+        matmul(A, B, threads=3)
+    after = affinities()
+    assert len(after) >= 3
+    assert os.sched_getaffinity(0) == before
+    assert all(cores == before for cores in after.values())
+
+
+@needs_affinity
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_threaded_work_stays_on_the_cores_it_is_given():
+    expected, core = matmul(A, B, threads=3), min(os.sched_getaffinity(0))
+
+    def in_child():
+        os.sched_setaffinity(0, {core})
+        for _ in range(20):
+            assert_same_bits(matmul(A, B, threads=3), expected)
+        assert all(cores == {core} for cores in affinities().values())
+
+    assert exit_code_of_child(in_child) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_threads_that_end_give_their_memory_back():
+    # Each has packing buffers of its own, of the order of a megabyte.
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    def run(_):
+        matmul(A, B)
+
+    for _ in range(20):
+        together(run, [0])
+    before = resident()
+    for _ in range(200):
+        together(run, [0])
+    assert resident() - before < 20 << 20
+
+
+def test_a_process_with_threads_ends():
+    printed = run_child(
+        "from legacy1bit.math_ops import matmul\n"
+        "print(matmul(np.ones((64, 64), 'f4'), np.ones((64, 64), 'f4'), threads=4)[0, 0])\n"
+    )
+    assert printed == "64.0"
+
+
+@needs_affinity
+def test_workers_leave_signals_to_the_program():
+    printed = run_child(
+        "import os, threading\n"
+        "from legacy1bit.math_ops import matmul\n"
+        "matmul(np.ones((64, 64), 'f4'), np.ones((64, 64), 'f4'), threads=4)\n"
+        "for task in os.listdir('/proc/self/task'):\n"
+        "    lines = open(f'/proc/self/task/{task}/status').read().splitlines()\n"
+        "    blocked = int(*(line.split()[1] for line in lines if line.startswith('SigBlk')), 16)\n"
+        "    print('main' if int(task) == os.getpid() else 'worker', blocked & 0x4002)\n"
+    )
+    # SIGINT and SIGTERM; NumPy's own threads do not block them.
+    assert printed.count("worker 16386") == 3
+    assert "main 0" in printed
