@@ -4,8 +4,18 @@ The modules carry what the files of the same name carried in the C program *Lega
 with ``model``, ``forward`` and ``backward``, or type ``python -m legacy1bit.main``.
 """
 
-from legacy1bit.math_ops import set_simd_level, simd_level, simd_levels
+from typing import Any
 
 __all__ = ["__version__", "set_simd_level", "simd_level", "simd_levels"]
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # The kernels are loaded, and LEGACY1BIT_SIMD obeyed, when they are first asked for: so the
+    # command line can tell of a wrong name in its own words.
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from legacy1bit import math_ops
+
+    return getattr(math_ops, name)

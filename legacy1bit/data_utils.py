@@ -175,6 +175,6 @@ class ByteTokenizer:
             found = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if not isinstance(found, dict) or found.get("model") != tokenizer._description()["model"]:
+        if found != tokenizer._description():
             raise ValueError(f"{path} is not a tokenizer of bytes, the only kind known here")
         return tokenizer

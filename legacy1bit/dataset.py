@@ -12,8 +12,8 @@ import numpy as np
 from legacy1bit import stories
 from legacy1bit.data_utils import Tokens, create_padded_sequence, tokenize_text
 
-# The share of a text that is kept from training, at its end.
-VALIDATION_SHARE = 0.1
+# One part in so many of a text, its end, is kept from training.
+VALIDATION_PART = 10
 
 
 @dataclass(frozen=True)
@@ -128,9 +128,9 @@ def text_corpus(text: bytes, name: str, sequence_length: int, pad_token: int) ->
         If the text is too short for one sequence of each.
     """
     tokens = tokenize_text(text)
-    held_out = int(tokens.size * VALIDATION_SHARE)
+    held_out = tokens.size // VALIDATION_PART
     if held_out <= sequence_length:
-        needed = int((sequence_length + 1) / VALIDATION_SHARE) + 1
+        needed = (sequence_length + 1) * VALIDATION_PART
         raise ValueError(
             f"{name} has {tokens.size} bytes, too few for sequences of {sequence_length}: "
             f"expected at least {needed}"

@@ -45,12 +45,13 @@ def sample_token(
     C: ``inference.c``, whose strategies are greedy, temperature and top-k.
     """
     check_sampling(temperature, top_k, top_p)
-    if np.isnan(logits).any():
-        raise ValueError("the model's logits are not numbers: its weights are damaged")
+    if not np.isfinite(np.max(logits)):
+        raise ValueError("the model's logits are not finite: its weights are damaged")
     if temperature == 0.0:
         return int(np.argmax(logits))
-    # float64, so that a tiny temperature overflows nothing after the largest is taken off.
-    scaled = (logits.astype(np.float64) - np.max(logits)) / temperature
+    # The largest becomes 0, and what a tiny temperature sends to -infinity is never drawn.
+    with np.errstate(over="ignore"):
+        scaled = (logits.astype(np.float64) - np.max(logits)) / temperature
     order = np.argsort(-scaled, kind="stable")
     if top_k:
         order = order[:top_k]

@@ -22,7 +22,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     OSError
         If the file cannot be read.
     ValueError
-        If a line before the last is not a JSON object.
+        If another line is not a JSON object with a step.
     """
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     records = []
@@ -33,6 +33,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: expected a JSON object") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise ValueError(f"{path}, line {number}: expected a JSON object with its step")
         records.append(record)
     return records
 

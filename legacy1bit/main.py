@@ -7,26 +7,39 @@ the other commands print. Progress and remarks go to standard error.
 import argparse
 import contextlib
 import hashlib
+import io
 import os
+import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+try:
+    from legacy1bit.math_ops import simd_level
+except ImportError as error:
+    # An instruction set that LEGACY1BIT_SIMD names and the machine lacks is the user's to mend.
+    print(f"legacy1bit: error: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
+
 from legacy1bit import stories
-from legacy1bit.data_utils import ByteTokenizer, load_text_from_file, tokenize_text
+from legacy1bit.data_utils import (
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    load_text_from_file,
+    tokenize_text,
+)
 from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
 from legacy1bit.hyperparams import OPTIMIZERS, SCHEMES, ModelConfig, TrainingConfig
 from legacy1bit.inference import check_sampling, generate
-from legacy1bit.logger import MetricsLogger
-from legacy1bit.math_ops import simd_level
+from legacy1bit.logger import METRICS_FILE, MetricsLogger
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
 from legacy1bit.threads import available_cores
 from legacy1bit.trainer import (
@@ -42,6 +55,7 @@ RUNS = Path("runs")
 STORIES = "stories"
 
 _STORIES = 20000
+_MOST_STORIES = 10_000_000
 _HELD_OUT_STORIES = 256
 _LINE_BREAK = b"\n"
 _INTERRUPTED = 130
@@ -50,11 +64,17 @@ _INTERRUPTED = 130
 _SAMPLES = 20
 _TEMPERATURE = 0.8
 
+# What is kept of where a corpus came from: of a text, and of the stories.
+_SOURCE_KINDS = ({"name": str, "path": str, "sha256": str}, {"stories": int, "seed": int})
+
 console = Console(stderr=True, highlight=False)
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line."""
+    """An argument parser whose errors are one line, and whose options are written out."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, **settings)
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
@@ -120,7 +140,7 @@ def _add_generation(commands: Any) -> None:
     command.add_argument("--prompt", default="", help="what the text begins with")
     command.add_argument("--max-tokens", type=int, default=250, metavar="N", help="default: 250")
     command.add_argument(
-        "--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest (default 0.8)"
+        "--temperature", type=float, default=0.8, metavar="X", help="0: the likeliest; default: 0.8"
     )
     command.add_argument("--top-k", type=int, default=0, metavar="N", help="default: no limit")
     command.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: no limit")
@@ -176,19 +196,40 @@ def latest_run() -> Path:
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
 
 
-def _new_run() -> Path:
-    name = time.strftime("%Y%m%d-%H%M%S")
-    path, number = RUNS / name, 1
-    while path.exists():
-        number += 1
-        path = RUNS / f"{name}-{number}"
-    return path
+def _make_folder(wanted: Path | None) -> Path:
+    """Make the folder of a new run: the one wanted, or one named by the time."""
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted
+    name, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
 
 
-def _source(data: str | None, count: int, seed: int) -> dict[str, Any]:
+def _check_folder(wanted: Path | None) -> None:
+    """Raise ``ValueError`` for a folder in which a run would write over something."""
+    if wanted is None or not wanted.exists():
+        return
+    if (wanted / SETTINGS_FILE).exists():
+        raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
+    # A folder with metrics and no settings is a run that failed before it was saved.
+    ours = (wanted / METRICS_FILE).exists()
+    if not wanted.is_dir() or (any(wanted.iterdir()) and not ours):
+        raise ValueError(f"{wanted} is no empty folder: name another")
+
+
+def _source(data: str | None, count: int | None, seed: int) -> dict[str, Any]:
     """Return where a corpus comes from, so that it can be made again."""
     if data is None:
-        return {"name": STORIES, "stories": count, "seed": seed}
+        return {"name": STORIES, "stories": _STORIES if count is None else count, "seed": seed}
+    if count is not None:
+        raise ValueError("--stories and --data exclude each other")
     text = load_text_from_file(data)
     return {
         "name": Path(data).name,
@@ -206,7 +247,13 @@ def _corpus(source: dict[str, Any], config: ModelConfig) -> Corpus:
     ValueError
         If the text has changed since, or is too short.
     """
-    if source.get("name") == STORIES and "path" not in source:
+    told = source.get("name") == STORIES and "path" not in source
+    for key, kind in _SOURCE_KINDS[told].items():
+        if type(source.get(key)) is not kind:
+            raise ValueError(f"the run's source has {key} {source.get(key)!r}, which is damaged")
+    if told:
+        if not 1 <= source["stories"] <= _MOST_STORIES:
+            raise ValueError(f"stories is {source['stories']}, expected 1 to {_MOST_STORIES}")
         return story_corpus(
             source["stories"],
             _HELD_OUT_STORIES,
@@ -276,13 +323,11 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if arguments.resume is not None:
         return _resume(arguments)
     model_config, config = _configs(arguments)
-    folder = arguments.out or _new_run()
-    if (folder / SETTINGS_FILE).exists():
-        raise ValueError(f"{folder} holds a run already: name another folder, or --resume it")
-    source = _source(arguments.data, arguments.stories or _STORIES, config.seed)
-    trainer = Trainer(folder, model_config, config, _corpus(source, model_config), source)
-    folder.mkdir(parents=True, exist_ok=True)
-    return trainer, MetricsLogger(folder)
+    _check_folder(arguments.out)
+    source = _source(arguments.data, arguments.stories, config.seed)
+    corpus = _corpus(source, model_config)
+    folder = _make_folder(arguments.out)
+    return Trainer(folder, model_config, config, corpus, source), MetricsLogger(folder)
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
@@ -350,7 +395,7 @@ def run_training(arguments: argparse.Namespace) -> int:
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
-            f"  python -m legacy1bit.main train --resume {trainer.folder}",
+            f"  python -m legacy1bit.main train --resume {shlex.quote(str(trainer.folder))}",
             file=sys.stderr,
         )
         return _INTERRUPTED
@@ -389,8 +434,9 @@ def _report(trainer: Trainer) -> None:
     else:
         text = bytes(generate(model, list(_LINE_BREAK), 300, temperature=_TEMPERATURE))
         print("\nsample:\n" + text.decode("utf-8", "replace"))
+    folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
-    print('  python -m legacy1bit.main generate --prompt "One sunny day "')
+    print(f'  python -m legacy1bit.main generate --model {folder} --prompt "{prompt}"')
 
 
 def _write_story(model: LegacyLLM, seed: int) -> str:
@@ -420,8 +466,11 @@ def run_generation(arguments: argparse.Namespace) -> int:
     check_sampling(arguments.temperature, arguments.top_k, arguments.top_p)
     if arguments.seed < 0:
         raise ValueError(f"--seed is {arguments.seed}, expected 0 or more")
-    folder = arguments.model or latest_run()
-    model = load_model(folder)
+    if arguments.max_tokens < 0:
+        raise ValueError(f"--max-tokens is {arguments.max_tokens}, expected 0 or more")
+    if sys.stdout is None:
+        raise ValueError("standard output is closed")
+    model, tokenizer, _ = _load(arguments)
     prompt = os.fsencode(arguments.prompt)
     # A model predicts from what came before; before the first character came a line break.
     tokens = tokenize_text(prompt or _LINE_BREAK, model.config.vocab_size)
@@ -443,7 +492,7 @@ def run_generation(arguments: argparse.Namespace) -> int:
         arguments.top_k,
         arguments.top_p,
     ):
-        output.write(ByteTokenizer().decode([token]))
+        output.write(tokenizer.decode([token]))
         output.flush()
     if sys.stdout.isatty():
         print(file=sys.stderr)
@@ -453,8 +502,7 @@ def run_generation(arguments: argparse.Namespace) -> int:
 def run_evaluation(arguments: argparse.Namespace) -> int:
     """Print how well a model predicts a text."""
     threads = _threads(arguments)
-    folder = arguments.model or latest_run()
-    model = load_model(folder)
+    model, _, folder = _load(arguments)
     if arguments.data is None:
         _, _, source = read_settings(folder)
         corpus = _corpus(source, model.config)
@@ -475,8 +523,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
 
 def run_info(arguments: argparse.Namespace) -> int:
     """Print what a model is made of."""
-    folder = arguments.model or latest_run()
-    model = load_model(folder)
+    model, _, folder = _load(arguments)
     print(f"{'model':<18}{folder}")
     for name, value in model.config.to_dict().items():
         print(f"{name:<18}{value}")
@@ -499,6 +546,20 @@ def run_info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _load(arguments: argparse.Namespace) -> tuple[LegacyLLM, ByteTokenizer, Path]:
+    """Return the model that is asked for, its tokenizer, and where it lies."""
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    has_tokenizer = (folder / TOKENIZER_FILE).exists()
+    tokenizer = ByteTokenizer.load(folder) if has_tokenizer else ByteTokenizer()
+    if model.config.vocab_size > tokenizer.vocab_size:
+        raise ValueError(
+            f"{folder} has {model.config.vocab_size} tokens, expected bytes: "
+            f"{tokenizer.vocab_size} at most"
+        )
+    return model, tokenizer, folder
+
+
 def _threads(arguments: argparse.Namespace) -> int:
     if arguments.threads is None:
         return available_cores()
@@ -519,19 +580,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["train", *arguments]
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     parsed = _parser().parse_args(arguments)
     try:
         status: int = parsed.run(parsed)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has had enough; Python must not try to flush the rest.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        # Whoever read the output has had enough. A training that lost its reader is not done.
+        _silence(sys.stdout, sys.stderr)
+        return 1 if parsed.run is run_training else 0
     except KeyboardInterrupt:
         return _INTERRUPTED
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
+        if isinstance(error, OSError):
+            _silence(sys.stdout)
         _fail(_describe(error))
     return status
+
+
+def _silence(*streams: TextIO | None) -> None:
+    """Let what streams still hold go nowhere, so that Python does not fail on it at exit."""
+    for stream in streams:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
 
 
 if __name__ == "__main__":

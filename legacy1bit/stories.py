@@ -80,40 +80,47 @@ RULES: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
         "trait": """blue cold dry fine gold huge iron lucky magic new old pink red small tiny
             warm yellow""",
         "thing": "axe bell cup drum fan gem hat jar kite lamp map net oar pen ring saw tub vase wig",
-        "kind": """black brown clean cute fat funny good gray kind long loud nice odd pretty quiet
-            round shy sly soft strong""",
+        "state": """bent big clean cute dusty fancy flat heavy light long loud muddy nice odd plain
+            pretty rare round soft square""",
+        "kind": """brave clever eager funny good happy kind lazy merry polite proud quick quiet shy
+            silly sly strong tall wise young""",
         "animal": "ant bear cat dog eel fox goat hen lion mouse owl pig rat seal toad wolf",
-        "ware": """ball bed boat book box coat doll flag fork horn key mug pan plate quilt rope
-            shoe spoon tent wand""",
+        "ware": "ball boat book box chair coat doll flag fork horn key mug pan quilt rope shoe",
+        "colour": "amber black brown cream gray green orange purple silver white",
+        "gear": """bed bench broom cart chest clock desk door hook ladder sled spoon stool table
+            tent wand""",
         "weather": "bright cold dark foggy icy misty rainy sunny warm windy",
         "day": "day evening morning night Friday Monday Sunday",
         "place": "barn camp dam farm gate hill inn lake mill park river tower well",
-        "food": "apples bread corn dates eggs figs ham jam milk nuts pie rice soup tarts",
+        "fruit": "apples beans dates figs grapes lemons melons nuts olives pears",
+        "dish": "bread cake corn eggs ham jam milk pie rice soup tarts yogurt",
+        "folk": "boys children farmers girls men nuns people twins women",
         "noise": "Bang Crack Snap Thud Zap",
         "plot": (
             # Lost and found.
             "lost the {object} one {weather} {day}. {helper=name} the {kind} {animal} gave {hero}"
-            " {food} and {food}. {helper:He} looked in a {ware}, a {ware} and a {kind} {ware}. {hero} got"
+            " {fruit} and {dish}. {helper:He} looked in a {ware} and a {colour} {gear}. {hero} got"
             " the {look} {object} back from {helper}.",
             # A gift.
-            'met {helper=name} the {kind} {animal}. "A {ware}, {hero}? A {ware}? A {kind} {ware}?"'
-            ' asked {helper}. "No, a {object}!" said {hero}. {helper} took the {look} {object} and'
-            " gave {hero} {food} and {food}.",
+            'met {helper=name} the {kind} {animal}. "A {ware}, {hero}? A {colour} {gear}?" asked'
+            ' {helper}. "No, a {object}!" said {hero}. {helper} took the {look} {object} and gave'
+            " {hero} {fruit} and {dish}.",
             # A storm.
-            "took the {object} to the {weather} {place}. {noise}! {hero} saw {helper=name} the {kind}"
-            " {animal} fall on a {ware} and a {ware}. {hero} helped with a {ware} and {hero:his} {object}."
-            " {helper} thanked {hero} for the {look} {object}.",
+            "took the {object} to the {weather} {place}. {noise}! {hero} saw {helper=name} the"
+            " {kind} {animal} fall on a {ware}. {hero} helped with a {gear} and {hero:his}"
+            " {object}. {helper} thanked {hero} for the {look} {object}.",
             # A race.
             "raced {helper=name} the {kind} {animal} to the {place} one {weather} {day}."
-            ' "Go, {hero}!" yelled a {kind} {animal}. {helper} fell on a {kind} {ware}. {hero} won'
-            " {food} and {food} and gave {helper} the {look} {object}.",
+            ' "Run, {hero}!" yelled the {folk}. {helper} fell on a {colour} {ware}. {hero} won'
+            " {fruit} and {dish} and gave {helper} the {look} {object}.",
             # A wish.
             'rubbed the {object}. "Make a wish, {hero}!" said {helper=name} the {kind} {animal}.'
-            " {hero} got a {kind} {ware}, {food}, {food} and a {ware}, and {helper} slept in"
+            " {hero} got a {colour} {gear}, {fruit}, {dish} and a {ware}, and {helper} slept in"
             " {hero}'s {look} {object}.",
         ),
         "story": (
-            "{hero=name} was a {kind} {job}. {hero} had a {look=trait} {object=thing}. {hero} {plot}",
+            "{hero=name} was a {job}. {hero} had a {look=trait} {object=thing}. The {look} {object}"
+            " was {state}. {hero} {plot}",
         ),
     }
 )

@@ -38,6 +38,20 @@ SETTINGS_FILE = "training.json"
 _QUICK_TOKENS = 16384
 _EVALUATION_BATCH = 32
 
+_MOST_STEPS = 1 << 40
+
+
+# What reading a damaged file can raise, in the libraries that read it.
+_DAMAGE = (
+    SafetensorError,
+    AttributeError,
+    KeyError,
+    OverflowError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
 
 class TrainingDiverged(ValueError):
     """The loss or a gradient is no longer a finite number."""
@@ -96,7 +110,12 @@ def evaluate(
     dataset : TokenDataset
     threads : int
     limit : int, optional
-        Stop after about so many tokens, spread evenly over the dataset.
+        Measure only about so many tokens, spread evenly over the dataset.
+
+    Raises
+    ------
+    ValueError
+        If the model's predictions are not finite, or there is nothing to measure.
     """
     loss, tokens = 0.0, 0
     within = np.zeros(3, np.int64)
@@ -104,33 +123,39 @@ def evaluate(
         logits = forward_llm_batch(model, inputs, threads=threads, logits=True)
         targets = ignore_padding(inputs, targets, model.config.pad_token)
         chosen = logits[targets >= 0]
+        if not np.isfinite(chosen).all():
+            raise ValueError("the model's logits are not finite: its weights are damaged")
         truth = targets[targets >= 0]
         goal = np.take_along_axis(chosen, truth[:, None], axis=1)
         top = chosen.max(axis=1, keepdims=True)
         exponentials = np.exp(chosen - top)
         log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
         loss += float((log_sums - goal[:, 0]).sum())
-        ranks = (chosen > goal).sum(axis=1)
+        # Of equal tokens the first ranks first, as argmax would have it.
+        before = np.arange(chosen.shape[1]) < truth[:, None]
+        ranks = ((chosen > goal) | ((chosen == goal) & before)).sum(axis=1)
         within += [(ranks < k).sum() for k in (1, 3, 5)]
         tokens += truth.size
     if tokens == 0:
         raise ValueError("there is nothing to measure: every token is padding")
-    return Metrics(loss / tokens, *(within / tokens).tolist(), tokens)
+    top1, top3, top5 = (within / tokens).tolist()
+    return Metrics(loss / tokens, top1, top3, top5, tokens)
 
 
 def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) -> float:
-    """Return the share of stories at whose end the model names the right hero.
+    """Return the share of endings in which the model names the right hero.
 
     The model reads each story up to the hero's name in its last sentence; it is right if it finds
     every letter of the name the likeliest.
     """
+    pad_token = model.config.pad_token
     right = asked = 0
     for first in range(0, len(told), _EVALUATION_BATCH):
         part = told[first : first + _EVALUATION_BATCH]
         length = min(max(len(story) for story in part) + 1, model.config.sequence_length)
         rows = np.stack(
             [
-                create_padded_sequence(tokenize_text("\n" + story), 0, length, model.config.pad_token)
+                create_padded_sequence(tokenize_text("\n" + story), 0, length, pad_token)
                 for story in part
             ]
         )
@@ -228,17 +253,11 @@ class Trainer:
             last = self.step == self.config.steps
             stopped = stop()
             if last or stopped or self.step % self.config.evaluate_every == 0:
-                metrics = evaluate(
-                    self.model,
-                    self.corpus.validation,
-                    self.config.threads,
-                    None if last else _QUICK_TOKENS,
-                )
-                self.metrics = metrics
+                self.metrics = self._measure(None if last else _QUICK_TOKENS)
                 record = {
                     "step": self.step,
                     "train_loss": sum(losses) / len(losses),
-                    **metrics.record(),
+                    **self.metrics.record(),
                     "learning_rate": self.config.learning_rate_at(self.step - 1),
                     "tokens_per_second": speed,
                     "elapsed_seconds": self.seconds,
@@ -252,6 +271,14 @@ class Trainer:
             if stopped and not last:
                 return False
         return True
+
+    def _measure(self, limit: int | None) -> Metrics:
+        try:
+            return evaluate(self.model, self.corpus.validation, self.config.threads, limit)
+        except ValueError as error:
+            raise TrainingDiverged(
+                f"after step {self.step}: {error}; try a lower --learning-rate"
+            ) from None
 
     def train_step(self) -> float:
         """Take one step and return the loss of its batch."""
@@ -276,14 +303,11 @@ class Trainer:
         return loss
 
     def save(self) -> None:
-        """Write settings, tokenizer, model and checkpoint, each as a whole or not at all."""
+        """Write tokenizer, model, checkpoint and settings, each as a whole or not at all.
+
+        The settings come last: they are what makes a folder a run, which has all the rest.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
-        settings = {
-            "model": self.model.config.to_dict(),
-            "training": self.config.to_dict(),
-            "source": self.source,
-        }
-        atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         ByteTokenizer().save(self.folder)
         save_model(self.model, self.folder, metadata={"step": str(self.step)})
         state = {
@@ -297,6 +321,12 @@ class Trainer:
             "seconds": repr(self.seconds),
         }
         atomic_write(self.folder / CHECKPOINT_FILE, save_safetensors(state, header))
+        settings = {
+            "model": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            "source": self.source,
+        }
+        atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     def restore(self) -> None:
         """Go back to where the run's checkpoint was written.
@@ -319,9 +349,11 @@ class Trainer:
             if json.loads(header["model"]) != self.model.config.to_dict():
                 raise ModelFileError(f"{path} is of a model with other settings")
             step, seconds = int(header["step"]), float(header["seconds"])
+            if not 0 <= step <= _MOST_STEPS:
+                raise ValueError(f"its step is {step}, expected 0 to {_MOST_STEPS}")
         except ModelFileError:
             raise
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        except _DAMAGE as error:
             raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
         for name in ("weights", "first", "second"):
             values = state.get(name)
@@ -363,6 +395,6 @@ def read_settings(folder: Path) -> tuple[ModelConfig, TrainingConfig, dict[str, 
         model = ModelConfig.from_dict(settings["model"])
         training = TrainingConfig.from_dict(settings["training"])
         source = dict(settings["source"])
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+    except _DAMAGE as error:
         raise ModelFileError(f"{path} is not a run's settings: {error}") from None
     return model, training, source

@@ -340,7 +340,7 @@ def test_train_says_what_to_type_next(say, out):
     python, dash, module, *arguments = shlex.split(line)
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     folder = Path(out) if out else next(Path("runs").iterdir())
-    expected, _ = say("generate", f"--model={folder}", "--prompt", "One sunny day ")
+    expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a")
     assert say(*arguments).out == expected
 
 
