@@ -542,7 +542,7 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
 
     Notes
     -----
-    C: ``backward.c``, ``backward_transformer_block_batch``, which sends the residual path's gradient
+    C: ``backward.c``, ``backward_transformer_block_batch``, which sends the residual's gradient
     through the layer norms too (departure 4).
     """
     cdef Extent extent

@@ -6,6 +6,7 @@ all alike; medians are printed, with the spread from the first to the third quar
 """
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -62,16 +63,25 @@ def benchmarks(threads: int) -> Iterator[tuple[str, Benchmark]]:
         b = normal(n, k) if transpose_b else normal(k, n)
         out = np.empty((m, n), np.float32)
 
-        def product(a=a, b=b, out=out, turned=(transpose_a, transpose_b)):  # type: ignore
-            math_ops.matmul(a, b, out, *turned, threads=threads)
-
+        product = functools.partial(
+            math_ops.matmul,
+            a,
+            b,
+            out,
+            transpose_a=transpose_a,
+            transpose_b=transpose_b,
+            threads=threads,
+        )
         yield name, ("GFLOP/s", 2e-9 * m * n * k, product)
 
     codes, vector = rng.integers(-1, 2, (512, 512), np.int8), normal(512)
-    yield "ternary 512x512", (
-        "GMAC/s",
-        1e-9 * codes.size,
-        lambda: math_ops.ternary_matrix_vector_mul(codes, vector),
+    yield (
+        "ternary 512x512",
+        (
+            "GMAC/s",
+            1e-9 * codes.size,
+            lambda: math_ops.ternary_matrix_vector_mul(codes, vector),
+        ),
     )
 
     model = create_legacy_llm(TRAINING, 0)
@@ -107,7 +117,7 @@ def numpy_products() -> Iterator[tuple[str, Callable[[], object]]]:
         b = rng.standard_normal((n, k) if transpose_b else (k, n), np.float32)
         left, right = (a.T if transpose_a else a), (b.T if transpose_b else b)
         out = np.empty((m, n), np.float32)
-        yield name, lambda left=left, right=right, out=out: np.matmul(left, right, out=out)
+        yield name, functools.partial(np.matmul, left, right, out=out)
 
 
 def measure(levels: list[str], rounds: int, threads: int) -> dict[str, dict[str, list[float]]]:

@@ -61,9 +61,7 @@ class TokenDataset:
             starts = self.starts[rng.integers(0, self.starts.size, batch_size)]
         return self._sequences(starts, np.full(batch_size, self.tokens.size))
 
-    def sweep(
-        self, batch_size: int, limit: int | None = None
-    ) -> Iterator[tuple[Tokens, Tokens]]:
+    def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tokens, Tokens]]:
         """Go through all tokens once, or through all that lie between starts and stops.
 
         Parameters

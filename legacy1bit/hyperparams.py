@@ -1,4 +1,4 @@
-"""What a model and a training run can be told (C: ``hyperparams.c`` and the macros of ``config.h``).
+"""What a model and a training run can be told (C: ``hyperparams.c``, the macros of ``config.h``).
 
 ``ModelConfig`` fixes a model's shape and arithmetic; ``TrainingConfig`` how it is trained. Both
 check themselves when they are made, travel as plain dictionaries, and refuse keys they do not
@@ -56,7 +56,7 @@ class _Record:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary."""
-        return asdict(self)  # type: ignore[call-overload]
+        return dict(asdict(self))  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:

@@ -592,7 +592,7 @@ cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
     cdef vf32 total[TILE_ROWS][TILE_VECTORS]
     cdef vf32 right[TILE_VECTORS]
     cdef vf32 left
-    cdef Py_ssize_t i, j, k
+    cdef Py_ssize_t i, j, _k
     if start:
         for i in range(TILE_ROWS):
             for j in range(TILE_VECTORS):
@@ -601,7 +601,7 @@ cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
         for i in range(TILE_ROWS):
             for j in range(TILE_VECTORS):
                 total[i][j] = vf32_load(c + i * c_row + j * VF32_LANES)
-    for k in range(depth):
+    for _k in range(depth):
         for j in range(TILE_VECTORS):
             right[j] = vf32_load(b + j * VF32_LANES)
         for i in range(TILE_ROWS):

@@ -426,7 +426,7 @@ def _report(trainer: Trainer) -> None:
             f"(the loss is {metrics.loss / corpus.floor - 1:.1%} above)"
         )
     if corpus.stories:
-        print(f"{'right hero':<18}{recall_of_heroes(model, corpus.stories, threads):.1%} of endings")
+        _print_recall(recall_of_heroes(model, corpus.stories, threads))
         written = [_write_story(model, seed) for seed in range(_SAMPLES)]
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
@@ -448,6 +448,10 @@ def _write_story(model: LegacyLLM, seed: int) -> str:
             break
         text.append(token)
     return text.decode("utf-8", "replace")
+
+
+def _print_recall(share: float) -> None:
+    print(f"{'right hero':<18}{share:.1%} of endings")
 
 
 def _print_metrics(metrics: Metrics) -> None:
@@ -508,8 +512,7 @@ def run_evaluation(arguments: argparse.Namespace) -> int:
         corpus = _corpus(source, model.config)
         _print_metrics(evaluate(model, corpus.validation, threads))
         if corpus.stories:
-            recall = recall_of_heroes(model, corpus.stories, threads)
-            print(f"{'right hero':<18}{recall:.1%} of endings")
+            _print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
     tokens = tokenize_text(load_text_from_file(arguments.data), model.config.vocab_size)
     if tokens.size < 2:

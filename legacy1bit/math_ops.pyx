@@ -145,7 +145,8 @@ cdef int check_shape(str name, Py_ssize_t rows, Py_ssize_t cols,
 
 cdef object ternary_product(object matrix, object vector, object output, object scale,
                             bint transpose):
-    cdef const signed char[:, ::1] codes = check_not_none("matrix", getattr(matrix, "values", matrix))
+    cdef const signed char[:, ::1] codes = check_not_none(
+        "matrix", getattr(matrix, "values", matrix))
     cdef const float[::1] x = check_not_none("vector", vector)
     cdef float factor = getattr(matrix, "scale", 1.0) if scale is None else scale
     cdef Py_ssize_t rows = codes.shape[0], cols = codes.shape[1]
@@ -260,7 +261,10 @@ def multiply_vector_inplace(float[::1] x not None, const float[::1] y not None) 
 
 
 def scalar_mul_vector_inplace(float[::1] x not None, float scalar) -> None:
-    """Multiply every element of ``x``, float32[N], by ``scalar``. C: ``scalar_mul_vector_inplace``."""
+    """Multiply every element of ``x``, float32[N], by ``scalar``.
+
+    C: ``scalar_mul_vector_inplace``.
+    """
     check_not_empty("x", x.shape[0])
     with nogil:
         active.scale(&x[0], scalar, x.shape[0])
@@ -307,7 +311,7 @@ def vector_sum(const float[::1] x not None) -> float:
 
 
 def dot_product(const float[::1] x not None, const float[::1] y not None) -> float:
-    """Return the dot product of ``x`` and ``y``, both float32[N], in float32. C: ``dot_product``."""
+    """Return the dot product of ``x`` and ``y``, both float32[N]. C: ``dot_product``."""
     check_not_empty("x", x.shape[0])
     check_size("y", y.shape[0], x.shape[0])
     with nogil:

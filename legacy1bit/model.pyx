@@ -26,7 +26,7 @@ from legacy1bit.hyperparams import ModelConfig
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport KernelTable, Matrix
+from legacy1bit.kernels cimport Matrix
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.threads cimport parallel_for
 
@@ -376,7 +376,8 @@ def parameter_layout(config) -> list:
             (f"{ffn}.bo", (dim,), "vector"),
         ]
         for norm in ("norm1", "norm2"):
-            layout += [(f"blocks.{i}.{norm}.{part}", (dim,), "vector") for part in ("gamma", "beta")]
+            layout += [(f"blocks.{i}.{norm}.gamma", (dim,), "vector"),
+                       (f"blocks.{i}.{norm}.beta", (dim,), "vector")]
     if config.final_norm:
         layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
     layout += [("output.weight", (vocab, dim), edge_kind), ("output.bias", (vocab,), "vector")]
@@ -1002,7 +1003,7 @@ def _load_folder(path):
 
 
 def _config_of(settings, file):
-    """Return the settings that a model folder's ``config.json`` holds, all of which it must name."""
+    """Return the settings of a model folder's ``config.json``, which must name all there are."""
     kind, version = settings.pop("format", None), settings.pop("format_version", None)
     if kind != _FORMAT or type(version) is not int or version != _FORMAT_VERSION:
         raise ModelFileError(f"{file} has format {kind!r} version {version!r}, expected "

@@ -71,9 +71,9 @@ cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *room,
     cdef float *b = a + square
     cdef float *y = b + square
     cdef double norm = sqrt(kernel.sum_of_squares(x, size))
-    cdef int i
+    cdef int _round
     kernel.scale(x, 1.0 / (norm + 1e-7), size)
-    for i in range(5):
+    for _round in range(5):
         kernel.matmul(rows, rows, cols, x, cols, 1, x, 1, cols, NULL, False, a, rows, workspace)
         kernel.matmul(rows, rows, rows, a, rows, 1, a, rows, 1, NULL, False, b, rows, workspace)
         kernel.scale(b, 2.0315, square)

@@ -79,7 +79,8 @@ RULES: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
             tailor""",
         "trait": """blue cold dry fine gold huge iron lucky magic new old pink red small tiny
             warm yellow""",
-        "thing": "axe bell cup drum fan gem hat jar kite lamp map net oar pen ring saw tub vase wig",
+        "thing": """axe bell cup drum fan gem hat jar kite lamp map net oar pen ring saw tub vase
+            wig""",
         "state": """bent big clean cute dusty fancy flat heavy light long loud muddy nice odd plain
             pretty rare round soft square""",
         "kind": """brave clever eager funny good happy kind lazy merry polite proud quick quiet shy
@@ -94,7 +95,7 @@ RULES: Mapping[str, str | tuple[str, ...]] = MappingProxyType(
         "place": "barn camp dam farm gate hill inn lake mill park river tower well",
         "fruit": "apples beans dates figs grapes lemons melons nuts olives pears",
         "dish": "bread cake corn eggs ham jam milk pie rice soup tarts yogurt",
-        "folk": "boys children farmers girls men nuns people twins women",
+        "folk": "boys cooks girls kids men nuns people twins women",
         "noise": "Bang Crack Snap Thud Zap",
         "plot": (
             # Lost and found.
