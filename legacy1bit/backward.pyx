@@ -15,7 +15,7 @@ from legacy1bit.forward cimport (
     Extent, ForwardContext, ModelContext, check_tokens, fill_head, run_model,
 )
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels
+from legacy1bit.math_ops cimport kernels, packing_room
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients, ModelGradient, ModelView,
@@ -233,13 +233,6 @@ def d_loss_d_logits(probabilities, int target):
 # ---------------------------------------------------------------------------------------------
 # The C original's functions
 
-cdef float *_workspace() except NULL:
-    cdef float *workspace = scratch(kernels().workspace_floats)
-    if workspace == NULL:
-        raise MemoryError("no memory for the kernels' packing buffers")
-    return workspace
-
-
 cdef object _rows(object array, tuple shape, str name):
     """Return a float32 array's memory as one row of floats, after checking its shape."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
@@ -296,7 +289,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
     cdef const float[::1] x = _rows(hidden, shape, "hidden")
     cdef float *d_weight = gradient_pointer(gradients["weight"], (view.rows, view.cols), "weight")
     cdef float *d_bias = gradient_pointer(gradients["bias"], (view.rows,), "bias")
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     cdef Py_ssize_t rows = x.shape[0] // view.cols
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
@@ -348,7 +341,7 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     cdef float[::1] after = np.empty(before.shape[0], np.float32)
     cdef float[::1] d_hidden = np.empty(before.shape[0], np.float32)
     cdef Py_ssize_t rows = source.shape[0] // dim
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     _fill_ffn_gradient(&gradient, gradients, dim, wide)
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
@@ -504,7 +497,7 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     cdef const float[::1] source = _rows(x, shape, "x")
     cdef BackwardContext room = BackwardContext(dim, 1, extent.batch, extent.time)
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
@@ -561,7 +554,7 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     gradient.norm2.beta = gradient_pointer(parts["norm2"]["beta"], (dim,), "norm2.beta")
     rows = _rows(d_output, shape, "d_output")
     cdef BackwardContext room = BackwardContext(dim, wide, extent.batch, extent.time)
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     room.arrays[0][...] = rows
     with nogil:
         backward_transform(&block.view, &extent, &context.view, &gradient, &room.view, workspace)

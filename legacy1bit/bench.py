@@ -1,13 +1,14 @@
 """How fast the kernels are: ``make bench SSE=0`` and ``make bench SSE=1``.
 
-SSE=0 measures the scalar instruction set, SSE=1 that and every other the CPU has, and NumPy for
-the matrix product. All of them take turns in one run, so that a machine whose speed drifts slows
-all alike; medians are printed, with the spread from the first to the third quartile.
+SSE=0 measures the scalar instruction set, SSE=1 that and every other the CPU has, and NumPy, with
+as many threads, for the matrix product. All of them take turns in one run, so that a machine whose
+speed drifts slows all alike; medians are printed, with the first and the third quartile.
 """
 
 import argparse
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ PRODUCTS = (
 TRAINING = ModelConfig(model_dim=128, num_blocks=4, sequence_length=64)
 BATCH = 12
 DECODED = 32
+
+_BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 # A benchmark: its unit, how much of it one call does, and the call.
 Benchmark = tuple[str, float, Callable[[], object]]
@@ -179,6 +182,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.rounds < 1 or not 1 <= arguments.threads <= available_cores():
         parser.error(f"expected at least 1 round, and 1 to {available_cores()} threads")
+    if os.environ.get(_BLAS_THREADS) != str(arguments.threads):
+        # NumPy reads this once, when it is imported: start again, so that it has no more threads.
+        os.environ[_BLAS_THREADS] = str(arguments.threads)
+        os.execv(sys.executable, [sys.executable, "-m", "legacy1bit.bench", *sys.argv[1:]])
     levels = math_ops.simd_levels() if arguments.sse else ["scalar"]
     before = math_ops.simd_level()
     rates = measure(levels, arguments.rounds, arguments.threads)

@@ -17,7 +17,8 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
 
     Each content goes to a temporary file beside its target and onto the disk; only when all are
     there do they take the old files' places. So at every moment each file is the old or the new
-    one, complete, and where one cannot be written none is changed.
+    one, complete, and where one cannot be written none is changed. Only between two renames, a
+    crash or an error can leave some files new and others old.
 
     Parameters
     ----------
@@ -37,7 +38,8 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
             os.replace(temporary, path)
     except BaseException:
         for temporary in written.values():
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
         raise
     for folder in {path.parent for path in contents}:
         _sync_folder(folder)
@@ -53,8 +55,9 @@ def _write_beside(path: Path, content: bytes | str) -> Path:
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
             error.filename = str(path)
         raise
     return temporary

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels
+from legacy1bit.math_ops cimport kernels, packing_room
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardView, LegacyLLM, ModelView,
     MultiHeadAttention, TransformerBlock, TransformerBlockContext, check_context, fill_matrix,
@@ -255,13 +255,6 @@ cdef const float *_read_pointer(object array) except NULL:
     return &view[0]
 
 
-cdef float *_workspace() except NULL:
-    cdef float *workspace = scratch(kernels().workspace_floats)
-    if workspace == NULL:
-        raise MemoryError("no memory for the kernels' packing buffers")
-    return workspace
-
-
 cdef object _fill_extent(Extent *extent, tuple shape, object allowed):
     """Fill an extent for [B, T] positions; returns the array that must stay alive with it."""
     cdef const unsigned char[:, ::1] mask
@@ -365,7 +358,7 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     out = np.empty(shape, np.float32)
     cdef const float *rows = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     with nogil:
         attend(view, &extent, rows, &context.view, to, workspace)
     return out
@@ -419,7 +412,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     cdef float *middle = float_pointer(hidden)
     cdef float *after = float_pointer(activated)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     with nogil:
         feed_forward(&ffn.view, rows, source, middle, after, to, workspace)
     return out
@@ -479,7 +472,7 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
                            block.attention.num_heads)
     context.input[...] = sequences
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     with nogil:
         transform(&block.view, &extent, &context.view, workspace)
     return context.output.reshape(shape).copy()
@@ -511,7 +504,7 @@ def forward_output_layer_batch(output, bias, hidden):
     out = np.empty((*shape[:-1], view.rows), np.float32)
     cdef const float *source = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = _workspace()
+    cdef float *workspace = packing_room()
     with nogil:
         kernels().linear(&view, bias_pointer, source, rows, to, workspace)
     return out
@@ -705,12 +698,13 @@ cdef class KeyValueCache:
         cdef ForwardContext context
         cdef Extent extent
         cdef Py_ssize_t i
-        cdef float *workspace = _workspace()
+        cdef float *workspace = packing_room()
         if model.config != self.config:
             raise ValueError("the cache was made for a model with other settings")
+        token_rows = as_token_rows(tokens)
         if np.ndim(tokens) > 1:
             raise ValueError(f"tokens has {np.ndim(tokens)} axes, expected one sequence")
-        rows = as_token_rows(tokens).reshape(1, -1)
+        rows = token_rows.reshape(1, -1)
         check_tokens(model, rows, "tokens")
         if (np.asarray(rows) == self.config.pad_token).any():
             raise IndexError(f"tokens holds {self.config.pad_token}, padding, which no sequence "

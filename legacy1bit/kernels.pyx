@@ -653,12 +653,16 @@ cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, P
         packed += depth * TILE_ROWS
 
 
+cdef enum:
+    TRANSPOSED_ROWS = 16
+
+
 cdef inline void pack_right(const weight *b, Py_ssize_t b_row, Py_ssize_t b_col,
                             Py_ssize_t depth, Py_ssize_t cols, float factor,
                             float *packed) noexcept nogil:
     # Panels of TILE_COLUMNS columns, each [depth, TILE_COLUMNS], times factor; columns past the
     # last are zeros.
-    cdef Py_ssize_t j, k, panel, here
+    cdef Py_ssize_t j, k, panel, here, block
     cdef vf32 f = vf32_splat(factor)
     for panel from 0 <= panel < cols by TILE_COLUMNS:
         here = min(cols - panel, TILE_COLUMNS)
@@ -670,9 +674,11 @@ cdef inline void pack_right(const weight *b, Py_ssize_t b_row, Py_ssize_t b_col,
                     vf32_store(packed + k * TILE_COLUMNS + j * VF32_LANES,
                                vf32_mul(f, load_weights(b + k * b_row + panel + j * VF32_LANES)))
         elif b_row == 1:
-            for j in range(here):
-                for k in range(depth):
-                    packed[k * TILE_COLUMNS + j] = factor * <float>b[(panel + j) * b_col + k]
+            # A transposition, a few rows of the panel at a time: they stay in the first cache.
+            for block from 0 <= block < depth by TRANSPOSED_ROWS:
+                for j in range(here):
+                    for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
+                        packed[k * TILE_COLUMNS + j] = factor * <float>b[(panel + j) * b_col + k]
         else:
             for k in range(depth):
                 for j in range(here):
@@ -881,7 +887,8 @@ cdef float ternarize(const float *weights, Py_ssize_t n, bint unit_scale,
             part = absolute_sum(weights + start, min(n - start, 1024))
             total += part
         step = round_to_float16(<float>(total / n))
-    half = 0.5 * step
+    # A scale that rounds to 0 leaves no weights: then every code is 0.
+    half = 0.5 * step if step > 0.0 else <float>INFINITY
     for i in range(n):
         codes[i] = <signed char>((weights[i] > half) - (weights[i] < -half))
     STOP_TIMER(TIMER_TERNARIZE)

@@ -1,3 +1,7 @@
 from legacy1bit.kernels cimport KernelTable
 
+# The table of the instruction set in use.
 cdef const KernelTable *kernels() noexcept nogil
+
+# The calling thread's room for the products' packing; MemoryError where there is none.
+cdef float *packing_room() except NULL

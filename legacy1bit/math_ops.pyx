@@ -34,6 +34,13 @@ cdef const KernelTable *kernels() noexcept nogil:
     return active
 
 
+cdef float *packing_room() except NULL:
+    cdef float *room = scratch(active.workspace_floats)
+    if room == NULL:
+        raise MemoryError("no memory for the kernels' packing buffers")
+    return room
+
+
 # ---------------------------------------------------------------------------------------------
 # The instruction set
 

@@ -900,7 +900,7 @@ def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=Non
     ValueError
         If the format is unknown, a weight is not finite, or the C original has no such models.
     OSError
-        If the file cannot be written; what was there before is untouched (departure 12).
+        If a file cannot be written; what was there before is untouched (departure 12).
 
     Notes
     -----
@@ -996,10 +996,18 @@ def _load_folder(path):
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{file} is not a safetensors file: {reason}") from None
-    if "config" in header and header["config"] != json.dumps(settings):
+    if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / _CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
     return _from_tensors(_config_of(settings, path / _CONFIG_FILE), tensors, file)
+
+
+def _parsed(text):
+    """Return what JSON text says, or None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
 
 
 def _config_of(settings, file):

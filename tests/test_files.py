@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from legacy1bit.files import atomic_write
+from legacy1bit import files
+from legacy1bit.files import atomic_write, atomic_write_all
 
 OLD, NEW = b"the old content", b"the new content, longer"
 
@@ -23,11 +24,54 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def fail_with(error):
-    def fail(*args, **kwargs):
-        raise error
+ERRORS = {
+    "OSError": lambda *names: OSError(errno.ENOSPC, "No space left on device", *names),
+    "KeyboardInterrupt": lambda *names: KeyboardInterrupt(),
+}
+FUNCTIONS = ("open", "write", "fsync", "replace")
 
-    return fail
+
+class FullFile:
+    """A file that takes one byte and no more."""
+
+    def __init__(self, file, error):
+        self.file, self.error = file, error
+
+    def write(self, data):
+        self.file.write(data[:1])
+        self.file.flush()
+        raise self.error
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.file.close()
+
+
+def fail_at(patch, function, failing=0, error=ERRORS["OSError"]):
+    """Let a function fail at the call of that index, of those for files; folders do not count.
+
+    The errors name what the system's would.
+    """
+    calls = iter(range(1000))
+    real = open if function in ("open", "write") else getattr(os, function)
+
+    def call(*args):
+        if function == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
+            return real(*args)
+        if next(calls) != failing:
+            return real(*args)
+        if function == "write":
+            return FullFile(real(*args), error())
+        if function == "replace":
+            raise error(str(args[0]), None, str(args[1]))
+        raise error(*(str(args[0]),) if function == "open" else ())
+
+    if function in ("open", "write"):
+        patch.setattr(files, "open", call, raising=False)
+    else:
+        patch.setattr(os, function, call)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00\xff\n\r\n", NEW, bytes(1 << 20)], ids=len)
@@ -65,30 +109,23 @@ def test_atomic_write_obeys_the_umask(tmp_path, umask):
         assert os.umask(former) == umask
 
 
-FAILURES = (
-    OSError(errno.ENOSPC, "No space left on device"),
-    KeyboardInterrupt(),
-)
-
-
-@pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
-@pytest.mark.parametrize("function", ["fsync", "replace", "fdopen", "chmod"])
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("function", FUNCTIONS)
 def test_atomic_write_that_fails_leaves_what_was_there(old_file, monkeypatch, function, error):
-    with monkeypatch.context() as patch:
-        patch.setattr(os, function, fail_with(error))
-        with pytest.raises(type(error)):
-            atomic_write(old_file, NEW)
-        with pytest.raises(type(error)):
-            atomic_write(old_file.with_name("other"), NEW)
+    for path in (old_file, old_file.with_name("other")):
+        with monkeypatch.context() as patch:
+            fail_at(patch, function, error=ERRORS[error])
+            with pytest.raises(type(ERRORS[error]())):
+                atomic_write(path, NEW)
     assert old_file.read_bytes() == OLD
     assert names(old_file.parent) == [old_file.name]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
-@pytest.mark.parametrize("function", ["fsync", "replace", "chmod"])
+@pytest.mark.parametrize("function", ["write", "fsync", "replace"])
 def test_atomic_write_closes_its_file_when_it_fails(old_file, monkeypatch, function):
     before = len(os.listdir("/proc/self/fd"))
-    monkeypatch.setattr(os, function, fail_with(FAILURES[0]))
+    fail_at(monkeypatch, function)
     with pytest.raises(OSError, match="space"):
         atomic_write(old_file, NEW)
     assert len(os.listdir("/proc/self/fd")) == before
@@ -102,13 +139,15 @@ def test_atomic_write_rejects_text_that_is_no_unicode(old_file):
 
 
 def test_atomic_write_demands_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        atomic_write(tmp_path / "missing" / "file", NEW)
     (tmp_path / "file").write_bytes(OLD)
-    with pytest.raises(NotADirectoryError):
-        atomic_write(tmp_path / "file" / "file", NEW)
-    with pytest.raises(OSError, match="directory"):
-        atomic_write(tmp_path, NEW)
+    for error, path in (
+        (FileNotFoundError, tmp_path / "missing" / "file"),
+        (NotADirectoryError, tmp_path / "file" / "file"),
+        (OSError, tmp_path),
+    ):
+        with pytest.raises(error, match="directory") as caught:
+            atomic_write(path, NEW)
+        assert f"'{path}'" in str(caught.value)
     assert names(tmp_path) == ["file"]
 
 
@@ -161,3 +200,104 @@ def test_atomic_write_from_several_threads_leaves_one_content_whole(tmp_path):
         thread.join()
     assert path.read_bytes() in contents
     assert names(tmp_path) == ["file"]
+
+
+# --- Files that belong together -------------------------------------------------------------------
+
+
+@pytest.fixture
+def three(tmp_path):
+    """What three files hold in two folders, one of them a new file, and what they are to hold."""
+    (tmp_path / "deep").mkdir()
+    paths = [tmp_path / "a", tmp_path / "deep" / "b", tmp_path / "c"]
+    for path in paths[:2]:
+        path.write_bytes(OLD)
+    return {path: bytes([i]) * 100 for i, path in enumerate(paths)}
+
+
+def contents(paths):
+    """Every file beside those."""
+    folders = {path.parent for path in paths}
+    return {p: p.read_bytes() for folder in folders for p in folder.iterdir() if p.is_file()}
+
+
+def test_atomic_write_all_writes_bytes_and_text(three):
+    text = three.popitem()[0]
+    atomic_write_all({**three, text: "naïve\r\n"})
+    assert contents(three) == {**three, text: "naïve\r\n".encode()}
+
+
+def test_atomic_write_all_of_nothing_does_nothing():
+    atomic_write_all({})
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("function", ["open", "write", "fsync"])
+def test_atomic_write_all_writes_all_or_none(three, monkeypatch, function, failing, error):
+    before = contents(three)
+    with monkeypatch.context() as patch:
+        fail_at(patch, function, failing, ERRORS[error])
+        with pytest.raises(type(ERRORS[error]())):
+            atomic_write_all(three)
+    assert contents(three) == before
+    atomic_write_all(three)
+    assert contents(three) == three
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_atomic_write_all_leaves_whole_files_where_one_cannot_take_its_place(
+    three, monkeypatch, failing, error
+):
+    expected = {**contents(three), **dict(list(three.items())[:failing])}
+    with monkeypatch.context() as patch:
+        fail_at(patch, "replace", failing, ERRORS[error])
+        with pytest.raises(type(ERRORS[error]())):
+            atomic_write_all(three)
+    assert contents(three) == expected
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_atomic_write_all_names_the_file_it_could_not_write(three, monkeypatch, function, failing):
+    with monkeypatch.context() as patch:
+        fail_at(patch, function, failing)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            atomic_write_all(three)
+    assert caught.value.errno == errno.ENOSPC
+    assert f"'{list(three)[failing]}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("position", [0, 1, 2])
+def test_atomic_write_all_writes_none_where_one_is_wrong(three, position):
+    before, items = contents(three), list(three.items())
+    missing = items[0][0].parent / "missing" / "file"
+    for item, error in (((missing, NEW), FileNotFoundError),
+                        ((missing.parent, "\ud800"), UnicodeEncodeError)):  # fmt: skip
+        with pytest.raises(error):
+            atomic_write_all(dict([*items[:position], item, *items[position:]]))
+        assert contents(three) == before
+
+
+def test_atomic_write_all_has_all_on_the_disk_before_any_takes_its_name(three, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def watched_fsync(handle):
+        fsync(handle)
+        status = os.fstat(handle)
+        is_folder = stat.S_ISDIR(status.st_mode)
+        events.append("folder" if is_folder else (status.st_ino, status.st_size))
+
+    def watched_replace(source, target):
+        status = os.stat(source)
+        assert (status.st_ino, status.st_size) in events[:3]
+        assert os.path.dirname(source) == str(target.parent)
+        replace(source, target)
+        events.append(target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    atomic_write_all(three)
+    assert [size for _, size in events[:3]] == [100] * 3
+    assert events[3:] == [*three, "folder", "folder"]

@@ -916,6 +916,16 @@ def test_save_model_makes_folders_and_keeps_metadata(tmp_path):
     assert_same_model(load_model(str(path)), model)
 
 
+def test_save_model_puts_the_settings_into_both_files(tmp_path):
+    model = random_model(make_config())
+    save_model(model, tmp_path, metadata={"config": "of the caller"})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    assert settings.items() >= model.config.to_dict().items()
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert json.loads(file.metadata()["config"]) == settings
+    assert_same_model(load_model(tmp_path), model)
+
+
 def test_save_model_rejects_unknown_formats(tmp_path):
     with pytest.raises(ValueError, match="format is 'gguf', expected legacy1bit or c-v1"):
         save_model(random_model(make_config()), tmp_path / "model", "gguf")
@@ -965,7 +975,11 @@ SAVE_FAILURES = [
 def test_save_model_that_fails_leaves_a_whole_model(
     tmp_path, monkeypatch, function, call, file_format
 ):
-    """Departure 12: C writes over the only copy."""
+    """Departure 12: C writes over the only copy.
+
+    Only where the second file cannot take its place can the first not be taken back. Then both
+    models' files make one model, or the folder is refused: there is no mixture.
+    """
     old = random_model(ModelConfig.c_original(8, 8), seed=1)
     save_model(old, tmp_path / "model", file_format)
     before = contents(tmp_path)
@@ -981,11 +995,22 @@ def test_save_model_that_fails_leaves_a_whole_model(
                 save_model(new, tmp_path / "model", file_format)
         after = contents(tmp_path)
         assert after.keys() == before.keys()
-        if after != before:
-            assert load_model(tmp_path / "model").config == new.config
+        if (function, call) != ("replace", 1):
+            assert after == before
+            assert_same_model(load_model(tmp_path / "model"), old)
+            continue
+        assert after != before
+        if new.config == old.config:
             assert_same_model(load_model(tmp_path / "model"), new)
-            save_model(old, tmp_path / "model", file_format)
-            before = contents(tmp_path)
+        else:
+            assert_refused(tmp_path / "model", tmp_path / "model" / "config.json", MISMATCH)
+        for model in (new, old):
+            save_model(model, tmp_path / "model", file_format)
+            assert_same_model(load_model(tmp_path / "model"), model)
+        assert contents(tmp_path) == before
+
+
+MISMATCH = r"is not the one that model\.safetensors was saved with"
 
 
 def fail_at(failing, function):
@@ -1031,19 +1056,75 @@ def folder(tmp_path):
     return path
 
 
-def edit_config(folder, **changes):
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
-    for key, value in changes.items():
-        settings[key] = value
-    path.write_text(json.dumps(settings))
+# Whether the weights carry their settings, as those that `save_model` wrote; else those of
+# config.json alone count.
+carrying = pytest.mark.parametrize("carried", [True, False], ids=["carried", "alone"])
 
 
-def edit_tensors(folder, edit):
+def read_config(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def write_config(folder, settings, carried=True):
+    """Give both files the same settings, whatever they are."""
+    (folder / "config.json").write_text(json.dumps(settings))
+    edit_tensors(folder, lambda tensors: None, {"config": json.dumps(settings)} if carried else {})
+
+
+def edit_tensors(folder, edit, metadata=None):
     path = folder / "model.safetensors"
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata() if metadata is None else metadata
     tensors = {name: array.copy() for name, array in safetensors.numpy.load_file(path).items()}
     edit(tensors)
-    path.write_bytes(safetensors.numpy.save(tensors))
+    path.write_bytes(safetensors.numpy.save(tensors, metadata))
+
+
+@carrying
+def test_load_model_takes_settings_with_and_without_those_of_the_weights(folder, carried):
+    model, settings = load_model(folder), read_config(folder)
+    write_config(folder, settings, carried)
+    assert_same_model(load_model(folder), model)
+    # The tests below rewrite both files: what they change must count.
+    write_config(folder, {**settings, "activation": "relu"}, carried)
+    assert load_model(folder).config == dataclasses.replace(model.config, activation="relu")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"activation": "relu"}, {"attention_span": 3}, {"rope_base": 500.0}, {"sequence_length": 17},
+     {"positions": "none"}, {"num_heads": 1}, {"vocab_size": 12}, {"format_version": 2},
+     {"model_dim": "x"}, {"unknown": 1}, {}],
+    ids=str,
+)  # fmt: skip
+def test_load_model_rejects_settings_other_than_those_of_the_weights(folder, changes):
+    """Most of them fit the weights, which would answer in another arithmetic than their own."""
+    path, settings = folder / "config.json", read_config(folder)
+    text = json.dumps(settings)
+    other = json.dumps({**settings, **changes} if changes else dict(list(settings.items())[:-1]))
+    path.write_text(other)
+    assert_refused(folder, path, match=MISMATCH)
+    path.write_text(text)
+    load_model(folder)
+    edit_tensors(folder, lambda tensors: None, {"config": other})
+    assert_refused(folder, path, match=MISMATCH)
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", "{", "x\ny", "[" * 100_000], ids=len)
+def test_load_model_rejects_weights_that_carry_no_settings_under_that_name(folder, text):
+    edit_tensors(folder, lambda tensors: None, {"config": text})
+    assert_refused(folder, folder / "config.json", match=MISMATCH)
+
+
+def test_load_model_rejects_one_file_of_each_of_two_models(folder, tmp_path):
+    other = tmp_path / "other"
+    save_model(create_legacy_llm(make_config(num_blocks=1, activation="relu"), 1), other)
+    for name in names(folder):
+        ours, theirs = (folder / name).read_bytes(), (other / name).read_bytes()
+        (folder / name).write_bytes(theirs)
+        assert_refused(folder, folder / "config.json", match=MISMATCH)
+        (folder / name).write_bytes(ours)
+        load_model(folder)
 
 
 CONFIG_KEYS = ("format", "format_version", *ModelConfig().to_dict())
@@ -1052,27 +1133,32 @@ WRONG_VALUES = (None, -1, 1 << 70, "x", [], {}, math.nan, math.inf)
 
 
 @pytest.mark.usefixtures("little_memory")
+@carrying
 @pytest.mark.parametrize("key", CONFIG_KEYS)
-def test_load_model_rejects_wrong_settings(folder, key):
+def test_load_model_rejects_wrong_settings(folder, key, carried):
+    settings = read_config(folder)
+    reason = "has format .* expected" if key.startswith("format") else f"{key} is .* expected"
     for value in WRONG_VALUES:
-        edit_config(folder, **{key: value})
-        assert_refused(folder, folder / "config.json")
+        write_config(folder, {**settings, key: value}, carried)
+        assert_refused(folder, folder / "config.json", match=reason)
 
 
+@carrying
 @pytest.mark.parametrize("key", CONFIG_KEYS)
-def test_load_model_rejects_missing_settings(folder, key):
+def test_load_model_rejects_missing_settings(folder, key, carried):
     # The default would be another model than the one whose weights these are.
-    path = folder / "config.json"
-    settings = json.loads(path.read_text())
+    settings = read_config(folder)
     del settings[key]
-    path.write_text(json.dumps(settings))
-    assert_refused(folder, path)
+    write_config(folder, settings, carried)
+    reason = "has format .* expected" if key.startswith("format") else f"has no setting '{key}'"
+    assert_refused(folder, folder / "config.json", match=reason)
 
 
+@carrying
 @pytest.mark.parametrize("key", ["unknown", "a\nb", ""])
-def test_load_model_rejects_unknown_settings(folder, key):
-    edit_config(folder, **{key: 1})
-    assert_refused(folder, folder / "config.json", match="expected")
+def test_load_model_rejects_unknown_settings(folder, key, carried):
+    write_config(folder, {**read_config(folder), key: 1}, carried)
+    assert_refused(folder, folder / "config.json", match="unknown setting .* expected")
 
 
 @pytest.mark.parametrize(
@@ -1083,7 +1169,7 @@ def test_load_model_rejects_unknown_settings(folder, key):
 )  # fmt: skip
 def test_load_model_rejects_a_config_that_is_no_json_object(folder, text):
     (folder / "config.json").write_bytes(text)
-    assert_refused(folder, folder / "config.json")
+    assert_refused(folder, folder / "config.json", match="JSON")
 
 
 def test_load_model_rejects_every_truncated_config(folder):
@@ -1091,7 +1177,7 @@ def test_load_model_rejects_every_truncated_config(folder):
     text = path.read_bytes()
     for size in range(len(text.rstrip())):
         path.write_bytes(text[:size])
-        assert_refused(folder, path)
+        assert_refused(folder, path, match="is not JSON")
 
 
 def test_load_model_rejects_truncated_weights(folder):
@@ -1195,6 +1281,7 @@ def test_load_model_rejects_other_headers_of_the_weights(folder):
 
 
 @pytest.mark.usefixtures("little_memory")
+@carrying
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1206,8 +1293,8 @@ def test_load_model_rejects_other_headers_of_the_weights(folder):
     ],
     ids=str,
 )
-def test_load_model_rejects_a_promise_that_the_file_does_not_keep(folder, changes):
-    edit_config(folder, **{"num_heads": 1, **changes})
+def test_load_model_rejects_a_promise_that_the_file_does_not_keep(folder, changes, carried):
+    write_config(folder, {**read_config(folder), "num_heads": 1, **changes}, carried)
     assert_refused(folder, folder / "model.safetensors", match="expected|no tensor")
 
 
