@@ -1,7 +1,8 @@
 /* A small thread pool: pool_run calls task(context, i) for every i in [0, tasks) on up to
  * `threads` threads, the caller among them, and returns when all are done.
  *
- * Waiting threads sleep; none spins while another program wants its core. A sleeper woken on the
+ * Waiting threads look for some microseconds whether there is work and then sleep: waking one costs
+ * as much as a small product, and none keeps its core from another program. A sleeper woken on the
  * waker's own core would stand in line there until the waker is done (schedulers do place it so
  * where cores share no cache), so on Linux it is kept off that core until it runs.
  *
@@ -21,13 +22,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { POOL_MAX_THREADS = 256 };
+enum {
+    POOL_MAX_THREADS = 256,
+    POOL_LOOKS = 1000          /* of some 50 ns each, before a thread sleeps */
+};
 
 typedef void (*pool_task)(void *context, long index);
 
 static struct {
     pthread_t id;
-    int cpu;                   /* where it last ran; -1 when not known */
+    int asleep;                /* waiting to be woken, or just made: it could start anywhere */
 #ifdef __linux__
     int moved;                 /* its affinity was narrowed and is to be restored */
     cpu_set_t affinity;
@@ -48,6 +52,24 @@ static struct {
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
           0, 0, 0, 0, NULL, NULL, 0, 0};
 
+static inline void pool_pause(void)
+{
+#if defined(__x86_64__) || defined(__i386__)
+    __builtin_ia32_pause();
+#endif
+}
+
+/* Takes the lock, without sleeping if it is free soon. */
+static void pool_lock(void)
+{
+    for (int i = 0; i < POOL_LOOKS; i++) {
+        if (!pthread_mutex_trylock(&pool.lock))
+            return;
+        pool_pause();
+    }
+    pthread_mutex_lock(&pool.lock);
+}
+
 static void pool_share(pool_task task, void *context, long tasks, int thread, int threads)
 {
     for (long i = thread; i < tasks; i += threads)
@@ -56,14 +78,15 @@ static void pool_share(pool_task task, void *context, long tasks, int thread, in
 
 #ifdef __linux__
 
-/* Keeps the first threads - 1 workers off the caller's core for their next waking. Locked. */
+/* Keeps those of the first threads - 1 workers that sleep off the caller's core for their next
+ * waking. Called with the lock held. */
 static void pool_spread(int threads)
 {
     const int here = sched_getcpu();
 
     for (int i = 1; i < threads; i++) {
         cpu_set_t others;
-        if (here < 0 || here >= CPU_SETSIZE || pool_workers[i].cpu != here)
+        if (here < 0 || here >= CPU_SETSIZE || !pool_workers[i].asleep)
             continue;
         if (pthread_getaffinity_np(pool_workers[i].id, sizeof others, &others))
             continue;
@@ -83,13 +106,10 @@ static void pool_awake(int thread)
     }
 }
 
-static void pool_asleep(int thread) { pool_workers[thread].cpu = sched_getcpu(); }
-
 #else
 
 static void pool_spread(int threads) { (void)threads; }
 static void pool_awake(int thread) { (void)thread; }
-static void pool_asleep(int thread) { (void)thread; }
 
 #endif
 
@@ -98,13 +118,17 @@ static void *pool_worker(void *argument)
     const int thread = (int)(long)argument;
     unsigned long seen = 0;
 
-    pthread_mutex_lock(&pool.lock);
     for (;;) {
+        for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.job, __ATOMIC_RELAXED) == seen; i++)
+            pool_pause();
+        pool_lock();
         while (pool.job == seen || thread >= pool.threads) {
             seen = pool.job;
+            pool_workers[thread].asleep = 1;
             pthread_cond_wait(&pool.wake, &pool.lock);
         }
         seen = pool.job;
+        pool_workers[thread].asleep = 0;
         pool_awake(thread);
         const pool_task task = pool.task;
         void *const context = pool.context;
@@ -112,10 +136,10 @@ static void *pool_worker(void *argument)
         const int threads = pool.threads;
         pthread_mutex_unlock(&pool.lock);
         pool_share(task, context, tasks, thread, threads);
-        pthread_mutex_lock(&pool.lock);
-        pool_asleep(thread);
-        if (--pool.remaining == 0)
+        pool_lock();
+        if (__atomic_sub_fetch(&pool.remaining, 1, __ATOMIC_RELAXED) == 0)
             pthread_cond_signal(&pool.done);
+        pthread_mutex_unlock(&pool.lock);
     }
     return NULL;
 }
@@ -170,8 +194,7 @@ static void pool_grow(int wanted)
         if (pthread_create(&pool_workers[next].id, NULL, pool_worker, (void *)(long)next))
             break;
         pthread_detach(pool_workers[next].id);
-        /* A new thread starts out on its maker's core. */
-        pool_asleep(next);
+        pool_workers[next].asleep = 1;
         pool.workers = next;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -199,11 +222,13 @@ static void pool_run(pool_task task, void *context, long tasks, int threads)
             pool.threads = threads;
             pool.remaining = threads - 1;
             pool_spread(threads);
-            pool.job++;
+            __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
             pthread_cond_broadcast(&pool.wake);
             pthread_mutex_unlock(&pool.lock);
             pool_share(task, context, tasks, 0, threads);
-            pthread_mutex_lock(&pool.lock);
+            for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
+                pool_pause();
+            pool_lock();
             while (pool.remaining)
                 pthread_cond_wait(&pool.done, &pool.lock);
             pool.busy = 0;

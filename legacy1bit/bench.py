@@ -134,17 +134,18 @@ def measure(levels: list[str], rounds: int, threads: int) -> dict[str, dict[str,
     table = dict(benchmarks(threads))
     peers = dict(numpy_products()) if len(levels) > 1 else {}
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in table}
+    runs = [(name, level, table[name][2]) for name in table for level in levels]
+    runs += [(name, "numpy", call) for name, call in peers.items()]
     for turn in range(rounds + 1):
-        for name, (_, amount, call) in table.items():
-            runs = [(level, call) for level in levels]
-            if name in peers:
-                runs.append(("numpy", peers[name]))
-            for level, run in runs:
-                if level != "numpy":
-                    math_ops.set_simd_level(level)
-                rate = amount / _seconds(run)
-                if turn:  # the first turn warms up
-                    rates[name].setdefault(level, []).append(rate)
+        # A BLAS keeps its threads spinning for a while after a product. They would take the cores
+        # from whoever comes next: so it comes last, and they get time to fall asleep.
+        time.sleep(0.2)
+        for name, level, call in runs:
+            if level != "numpy":
+                math_ops.set_simd_level(level)
+            rate = table[name][1] / _seconds(call)
+            if turn:  # the first turn warms up
+                rates[name].setdefault(level, []).append(rate)
     return rates
 
 
