@@ -96,13 +96,15 @@ def timings() -> dict:
 
 
 def _print_timings():
-    rows = sorted(timings().items(), key=lambda row: -row[1][1])
-    total = sum(seconds for _, (_, seconds) in rows) or 1.0
+    rows = sorted(((name, calls, seconds) for name, (calls, seconds) in timings().items() if calls),
+                  key=lambda row: -row[2])
+    if not rows:
+        return
+    total = sum(seconds for _, _, seconds in rows)
     print(f"\n{'kernel':<20} {'calls':>12} {'milliseconds':>14} {'share':>7}", file=sys.stderr)
-    for name, (calls, seconds) in rows:
-        if calls:
-            print(f"{name:<20} {calls:>12,} {seconds * 1e3:>14,.1f} {seconds / total:>7.1%}",
-                  file=sys.stderr)
+    for name, calls, seconds in rows:
+        print(f"{name:<20} {calls:>12,} {seconds * 1e3:>14,.1f} {seconds / total:>7.1%}",
+              file=sys.stderr)
 
 
 def _choose():
