@@ -476,14 +476,16 @@ def run_generation(arguments: argparse.Namespace) -> int:
         raise ValueError("standard output is closed")
     model, tokenizer, _ = _load(arguments)
     prompt = os.fsencode(arguments.prompt)
-    # A model predicts from what came before; before the first character came a line break.
-    tokens = tokenize_text(prompt or _LINE_BREAK, model.config.vocab_size)
+    tokens = tokenize_text(prompt, model.config.vocab_size)
     reach = model.config.sequence_length
     if tokens.size > reach:
         print(
             f"the prompt has {tokens.size} tokens and the model sees {reach}: its newest count",
             file=sys.stderr,
         )
+    # A prompt is the beginning of a line: what the model has learned of beginnings, it has learned
+    # behind a line break.
+    tokens = np.concatenate([tokenize_text(_LINE_BREAK), tokens])
     output = sys.stdout.buffer
     output.write(prompt)
     output.flush()
