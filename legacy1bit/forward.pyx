@@ -19,7 +19,9 @@ from legacy1bit.model cimport (
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
-cdef float EPSILON = 1e-5
+from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
+
+cdef float EPSILON = _EPSILON
 
 
 # ---------------------------------------------------------------------------------------------

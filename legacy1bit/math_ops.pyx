@@ -110,7 +110,7 @@ def _print_timings():
 def _choose():
     wanted = os.environ.get("LEGACY1BIT_SIMD", "")
     try:
-        set_simd_level(wanted or list(reversed(simd_levels()))[0])
+        set_simd_level(wanted or simd_levels()[-1])
     except ValueError as error:
         raise ImportError(f"LEGACY1BIT_SIMD: {error}") from None
     if active.measuring():
