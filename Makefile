@@ -19,14 +19,14 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-MEASURE_PERFORMANCE ?= $(if $(filter run bench test test-slow lint,$(MAKECMDGOALS)),$(LAST),0)
+MEASURE_PERFORMANCE ?= $(if $(filter run bench results test test-slow lint,$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench test test-slow test-wheel lint wheel clean distclean always
+.PHONY: build help run bench results test test-slow test-wheel lint wheel clean distclean always
 
 build: build/done
 
@@ -34,6 +34,7 @@ help:
 	@echo 'make build              compile and install; MEASURE_PERFORMANCE=1: with timers'
 	@echo 'make run                python -m legacy1bit.main; ARGS="--help" says what it can do'
 	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
+	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
@@ -69,6 +70,9 @@ run: build
 
 bench: build
 	$(PYTHON) -m legacy1bit.bench $(if $(SSE),--sse $(SSE)) $(ARGS)
+
+results: build
+	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: build
 	$(PYTHON) -m pytest $(ARGS)

@@ -17,8 +17,8 @@ enum timer {
     TIMER_ACTIVATION,
     TIMER_SOFTMAX,
     TIMER_CROSS_ENTROPY,
-    TIMER_TERNARIZE,
-    TIMER_ADAMW,
+    TIMER_QUANTIZE,
+    TIMER_OPTIMIZER,
     TIMER_VECTOR,
     TIMER_COUNT
 };
@@ -26,7 +26,7 @@ enum timer {
 #define TIMER_NAMES                                                                          \
     "matmul", "matrix_vector", "attention_forward", "attention_backward",                    \
     "layer_norm_forward", "layer_norm_backward", "rotary", "activation", "softmax",          \
-    "cross_entropy", "ternarize", "adamw", "vector"
+    "cross_entropy", "quantize", "optimizer", "vector"
 
 typedef struct {
     unsigned long long calls, nanoseconds;

@@ -3,8 +3,8 @@ are overwritten unless a comment says otherwise."""
 
 from legacy1bit.forward cimport Extent, ModelContext
 from legacy1bit.model cimport (
-    AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForwardGradient,
-    FeedForwardView, ModelGradient, ModelView,
+    AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForwardContext,
+    FeedForwardGradient, FeedForwardView, ModelGradient, ModelView,
 )
 
 cdef struct BackwardRoom:
@@ -16,6 +16,7 @@ cdef struct BackwardRoom:
     float *d_k
     float *d_v
     float *d_hidden         # [M, F]
+    float *d_wide           # [M, F], where layers have a norm before wo; else NULL
     float *d_probs          # [T, T]
 
 cdef void backward_attend(const AttentionView *layer, const Extent *extent, const float *d_out,
@@ -23,8 +24,8 @@ cdef void backward_attend(const AttentionView *layer, const Extent *extent, cons
                           AttentionGradient *gradient, const BackwardRoom *room, float *d_x,
                           float *workspace) noexcept nogil
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
-                       const float *x, const float *hidden, const float *activated,
-                       FeedForwardGradient *gradient, float *d_hidden, float *d_x,
+                       const float *x, const FeedForwardContext *context,
+                       FeedForwardGradient *gradient, const BackwardRoom *room, float *d_x,
                        float *workspace) noexcept nogil
 cdef void backward_transform(const BlockView *block, const Extent *extent,
                              const BlockContext *context, BlockGradient *gradient,

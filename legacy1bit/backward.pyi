@@ -19,7 +19,9 @@ _Ids = npt.NDArray[np.int32]
 _Matrix = TernaryMatrix | _Floats
 
 class BackwardContext:
-    def __init__(self, model_dim: int, ffn_dim: int, batch_size: int, time: int) -> None: ...
+    def __init__(
+        self, model_dim: int, ffn_dim: int, batch_size: int, time: int, sub_norm: bool = False
+    ) -> None: ...
 
 def cross_entropy_loss(probabilities: _Floats, target: int) -> float: ...
 def d_loss_d_logits(probabilities: _Floats, target: int) -> _Floats: ...
@@ -86,7 +88,14 @@ def backward_embedding_batch(
 def ignore_padding(tokens: _Ids, targets: _Ids, pad_token: int) -> _Ids: ...
 
 class BackwardPass:
-    def __init__(self, model: LegacyLLM, batch_size: int, time: int, threads: int = 1) -> None: ...
+    def __init__(
+        self,
+        model: LegacyLLM,
+        batch_size: int,
+        time: int,
+        threads: int = 1,
+        recompute: bool = False,
+    ) -> None: ...
     @property
     def model(self) -> LegacyLLM: ...
     @property
@@ -96,7 +105,11 @@ class BackwardPass:
     @property
     def threads(self) -> int: ...
     def run(
-        self, tokens: npt.ArrayLike, targets: npt.ArrayLike, gradients: LegacyLLMGradients
+        self,
+        tokens: npt.ArrayLike,
+        targets: npt.ArrayLike,
+        gradients: LegacyLLMGradients,
+        total: int | None = None,
     ) -> tuple[float, int]: ...
 
 def backward_llm(

@@ -12,15 +12,17 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from legacy1bit.forward cimport (
-    Extent, ForwardContext, ModelContext, check_tokens, fill_head, run_model,
+    Extent, FeedForwardRoom, ForwardContext, ModelContext, activate, check_tokens, fill_head,
+    run_model, transform,
 )
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels, packing_room
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
-    FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients, ModelGradient, ModelView,
-    MultiHeadAttention, TransformerBlock, TransformerBlockContext, check_context, fill_matrix,
-    float_pointer, gradient_pointer, vector_pointer,
+    FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
+    ModelGradient, ModelView, MultiHeadAttention, NormGradient, NormView, TransformerBlock,
+    TransformerBlockContext, check_context, fill_matrix, float_pointer, gradient_pointer,
+    vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
@@ -42,20 +44,39 @@ cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssiz
     kernels().column_sums(d_out, rows, out_dim, d_bias)
 
 
+cdef inline void backward_wo(const Matrix *wo, const NormView *norm, const float *d_out,
+                             Py_ssize_t rows, const float *x, const float *normed,
+                             const float *mean, const float *inv_std, float *d_weight,
+                             float *d_bias, const NormGradient *d_norm, float *room, float *d_x,
+                             float *workspace) noexcept nogil:
+    # Of out = wo norm(x) + bias, where the norm may be missing; room is for that norm's output's
+    # gradient. int8 rounding lets gradients pass straight through.
+    cdef const KernelTable *kernel = kernels()
+    add_weight_gradient(d_out, normed, rows, wo.rows, wo.cols, d_weight, d_bias, workspace)
+    if norm.gamma == NULL:
+        kernel.linear_backward(wo, d_out, rows, False, d_x, workspace)
+        return
+    kernel.linear_backward(wo, d_out, rows, False, room, workspace)
+    memset(d_x, 0, rows * wo.cols * sizeof(float))
+    kernel.layer_norm_backward(room, x, norm.gamma, mean, inv_std, d_x, d_norm.gamma, d_norm.beta,
+                               rows, wo.cols)
+
+
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
-                       const float *x, const float *hidden, const float *activated,
-                       FeedForwardGradient *gradient, float *d_hidden, float *d_x,
+                       const float *x, const FeedForwardContext *context,
+                       FeedForwardGradient *gradient, const BackwardRoom *room, float *d_x,
                        float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
-    add_weight_gradient(d_out, activated, rows, dim, wide, gradient.wo, gradient.bo, workspace)
-    kernel.linear_backward(&layer.wo, d_out, rows, False, d_hidden, workspace)
+    backward_wo(&layer.wo, &layer.norm, d_out, rows, context.activated, context.normed,
+                context.mean, context.inv_std, gradient.wo, gradient.bo, &gradient.norm,
+                room.d_wide, room.d_hidden, workspace)
     if layer.squared:
-        kernel.relu2_backward(hidden, d_hidden, d_hidden, rows * wide)
+        kernel.relu2_backward(context.hidden, room.d_hidden, room.d_hidden, rows * wide)
     else:
-        kernel.relu_backward(hidden, d_hidden, d_hidden, rows * wide)
-    add_weight_gradient(d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
-    kernel.linear_backward(&layer.wi, d_hidden, rows, False, d_x, workspace)
+        kernel.relu_backward(context.hidden, room.d_hidden, room.d_hidden, rows * wide)
+    add_weight_gradient(room.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
+    kernel.linear_backward(&layer.wi, room.d_hidden, rows, False, d_x, workspace)
 
 
 cdef void backward_attend(const AttentionView *layer, const Extent *extent, const float *d_out,
@@ -66,8 +87,10 @@ cdef void backward_attend(const AttentionView *layer, const Extent *extent, cons
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
     cdef Py_ssize_t i, j, row, rows = extent.batch * extent.time
     cdef Attention head
-    add_weight_gradient(d_out, context.heads, rows, dim, dim, gradient.wo, gradient.bo, workspace)
-    kernel.linear_backward(&layer.wo, d_out, rows, False, room.d_heads, workspace)
+    # d_x has the same room as the heads' gradient, and is not needed until the end.
+    backward_wo(&layer.wo, &layer.norm, d_out, rows, context.heads, context.heads_normed,
+                context.heads_mean, context.heads_inv_std, gradient.wo, gradient.bo,
+                &gradient.norm, d_x, room.d_heads, workspace)
     head.d_probs = room.d_probs
     for i in range(extent.batch):
         for j in range(layer.num_heads):
@@ -99,8 +122,8 @@ cdef void backward_transform(const BlockView *block, const Extent *extent,
     # residual path goes around both norms, so their gradients add to it.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
-    backward_ffn(&block.ffn, rows, room.d_x, context.norm2, context.hidden, context.activated,
-                 &gradient.ffn, room.d_hidden, room.d_norm, workspace)
+    backward_ffn(&block.ffn, rows, room.d_x, context.norm2, &context.ffn, &gradient.ffn, room,
+                 room.d_norm, workspace)
     kernel.layer_norm_backward(room.d_norm, context.residual, block.norm2.gamma, context.mean2,
                                context.inv_std2, room.d_x, gradient.norm2.gamma,
                                gradient.norm2.beta, rows, dim)
@@ -142,6 +165,8 @@ cdef double backward_model(const ModelView *model, const Extent *extent, const i
     else:
         kernel.linear_backward(&model.output, context.logits, rows, False, room.d_x, workspace)
     for i in range(model.num_blocks - 1, -1, -1):
+        if context.recomputed and i < model.num_blocks - 1:
+            transform(&model.blocks[i], extent, &context.blocks[i], workspace)
         backward_transform(&model.blocks[i], extent, &context.blocks[i], &gradient.blocks[i],
                            room, workspace)
     backward_embed(tokens, rows, vocab, dim, room.d_x, gradient.embedding)
@@ -154,7 +179,7 @@ cdef class BackwardContext:
     cdef object arrays
     cdef BackwardRoom view
 
-    def __init__(self, model_dim, ffn_dim, batch_size, time):
+    def __init__(self, model_dim, ffn_dim, batch_size, time, sub_norm=False):
         rows = batch_size * time
         self.arrays = [np.empty(rows * model_dim, np.float32) for _ in range(6)]
         self.arrays.append(np.empty(rows * ffn_dim, np.float32))
@@ -167,6 +192,10 @@ cdef class BackwardContext:
         self.view.d_v = float_pointer(self.arrays[5])
         self.view.d_hidden = float_pointer(self.arrays[6])
         self.view.d_probs = float_pointer(self.arrays[7])
+        self.view.d_wide = NULL
+        if sub_norm:
+            self.arrays.append(np.empty(rows * ffn_dim, np.float32))
+            self.view.d_wide = float_pointer(self.arrays[8])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -320,7 +349,8 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     hidden : float32[..., F]
         ``wi x + bi``, from before the activation.
     gradients : dict
-        ``wi``, ``bi``, ``wo`` and ``bo``, added to: ``gradients.layer("blocks.0.ffn")``.
+        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` where the layer has them,
+        added to: ``gradients.layer("blocks.0.ffn")``.
 
     Returns
     -------
@@ -333,34 +363,48 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     values from before the activation (departure 3).
     """
     cdef FeedForwardGradient gradient
+    cdef FeedForwardRoom forward_room
+    cdef FeedForwardContext context
     cdef Py_ssize_t dim = ffn.view.wi.cols, wide = ffn.view.wi.rows
     shape = _shape_of(x, dim, "x")
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
-    cdef const float[::1] source = _rows(x, shape, "x")
-    cdef const float[::1] before = _rows(hidden, (*shape[:-1], wide), "hidden")
-    cdef float[::1] after = np.empty(before.shape[0], np.float32)
-    cdef float[::1] d_hidden = np.empty(before.shape[0], np.float32)
-    cdef Py_ssize_t rows = source.shape[0] // dim
+    inputs = _rows(x, shape, "x").copy()
+    before = _rows(hidden, (*shape[:-1], wide), "hidden").copy()
+    cdef float *source = float_pointer(inputs)
+    cdef Py_ssize_t rows = inputs.size // dim
     cdef float *workspace = packing_room()
-    _fill_ffn_gradient(&gradient, gradients, dim, wide)
+    cdef BackwardContext room = BackwardContext(dim, wide, rows, 1, ffn.norm is not None)
+    forward_room = FeedForwardRoom(ffn, rows)
+    context = forward_room.view
+    context.hidden = float_pointer(before)
+    _fill_ffn_gradient(&gradient, gradients, &ffn.view)
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        if ffn.view.squared:
-            kernels().relu2(&before[0], &after[0], rows * wide)
-        else:
-            kernels().relu(&before[0], &after[0], rows * wide)
-        backward_ffn(&ffn.view, rows, &d_out[0], &source[0], &before[0], &after[0], &gradient,
-                     &d_hidden[0], to, workspace)
+        if ffn.view.rounded:
+            kernels().round_rows(source, rows, dim)
+        activate(&ffn.view, rows, &context)
+        backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient, &room.view, to,
+                     workspace)
     return d_x
 
 
-cdef int _fill_ffn_gradient(FeedForwardGradient *gradient, object gradients, Py_ssize_t dim,
-                            Py_ssize_t wide) except -1:
+cdef int _fill_ffn_gradient(FeedForwardGradient *gradient, object gradients,
+                            const FeedForwardView *layer) except -1:
+    cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
     gradient.wi = gradient_pointer(gradients["wi"], (wide, dim), "wi")
     gradient.bi = gradient_pointer(gradients["bi"], (wide,), "bi")
     gradient.wo = gradient_pointer(gradients["wo"], (dim, wide), "wo")
     gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
+    if layer.norm.gamma:
+        _fill_norm_gradient(&gradient.norm, gradients, wide)
+    return 0
+
+
+cdef int _fill_norm_gradient(NormGradient *gradient, object gradients,
+                             Py_ssize_t dim) except -1:
+    gradient.gamma = gradient_pointer(gradients["gamma"], (dim,), "gamma")
+    gradient.beta = gradient_pointer(gradients["beta"], (dim,), "beta")
     return 0
 
 
@@ -429,7 +473,8 @@ def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta
 
 
 cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
-                                  Py_ssize_t dim) except -1:
+                                  const AttentionView *layer) except -1:
+    cdef Py_ssize_t dim = layer.wq.cols
     gradient.wq = gradient_pointer(gradients["wq"], (dim, dim), "wq")
     gradient.wk = gradient_pointer(gradients["wk"], (dim, dim), "wk")
     gradient.wv = gradient_pointer(gradients["wv"], (dim, dim), "wv")
@@ -438,6 +483,8 @@ cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
     gradient.bk = gradient_pointer(gradients["bk"], (dim,), "bk")
     gradient.bv = gradient_pointer(gradients["bv"], (dim,), "bv")
     gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
+    if layer.norm.gamma:
+        _fill_norm_gradient(&gradient.norm, gradients, dim)
     return 0
 
 
@@ -450,7 +497,8 @@ cdef tuple _fill_extent(Extent *extent, object x, const AttentionView *layer, ob
     extent.time = shape[1] if len(shape) > 2 else 1
     extent.past = 0
     extent.allowed = NULL       # the forward pass has left probability 0 at padding
-    check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads)
+    check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads,
+                  layer.norm.gamma != NULL)
     if layer.cosines != NULL and extent.time > layer.length:
         raise ValueError(f"x has {extent.time} positions, expected at most {layer.length}")
     return shape
@@ -477,7 +525,8 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     context : TransformerBlockContext
         As the forward pass of the same ``x`` left it.
     gradients : dict
-        ``wq`` to ``bo``, added to: ``gradients.layer("blocks.0.attention")``.
+        ``wq`` to ``bo``, and ``gamma`` and ``beta`` where the layer has them, added to:
+        ``gradients.layer("blocks.0.attention")``.
 
     Returns
     -------
@@ -493,15 +542,18 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef AttentionGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
     shape = _fill_extent(&extent, x, &attention.view, None, context)
-    _fill_attention_gradient(&gradient, gradients, dim)
+    _fill_attention_gradient(&gradient, gradients, &attention.view)
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
-    cdef const float[::1] source = _rows(x, shape, "x")
+    inputs = _rows(x, shape, "x").copy()
+    cdef float *source = float_pointer(inputs)
     cdef BackwardContext room = BackwardContext(dim, 1, extent.batch, extent.time)
     cdef float *workspace = packing_room()
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        backward_attend(&attention.view, &extent, &d_out[0], &source[0], &context.view, &gradient,
+        if attention.view.rounded:
+            kernels().round_rows(source, extent.batch * extent.time, dim)
+        backward_attend(&attention.view, &extent, &d_out[0], source, &context.view, &gradient,
                         &room.view, to, workspace)
     return d_x
 
@@ -546,14 +598,13 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     for name, array in gradients.items():
         layer, _, part = name.partition(".")
         parts.setdefault(layer, {})[part] = array
-    _fill_attention_gradient(&gradient.attention, parts["attention"], dim)
-    _fill_ffn_gradient(&gradient.ffn, parts["ffn"], dim, wide)
-    gradient.norm1.gamma = gradient_pointer(parts["norm1"]["gamma"], (dim,), "norm1.gamma")
-    gradient.norm1.beta = gradient_pointer(parts["norm1"]["beta"], (dim,), "norm1.beta")
-    gradient.norm2.gamma = gradient_pointer(parts["norm2"]["gamma"], (dim,), "norm2.gamma")
-    gradient.norm2.beta = gradient_pointer(parts["norm2"]["beta"], (dim,), "norm2.beta")
+    _fill_attention_gradient(&gradient.attention, parts["attention"], &block.view.attention)
+    _fill_ffn_gradient(&gradient.ffn, parts["ffn"], &block.view.ffn)
+    _fill_norm_gradient(&gradient.norm1, parts["norm1"], dim)
+    _fill_norm_gradient(&gradient.norm2, parts["norm2"], dim)
     rows = _rows(d_output, shape, "d_output")
-    cdef BackwardContext room = BackwardContext(dim, wide, extent.batch, extent.time)
+    cdef BackwardContext room = BackwardContext(dim, wide, extent.batch, extent.time,
+                                                block.view.ffn.norm.gamma != NULL)
     cdef float *workspace = packing_room()
     room.arrays[0][...] = rows
     with nogil:
@@ -676,6 +727,9 @@ cdef class BackwardPass:
     threads : int
         How many threads share the sequences. Gradients are summed share by share, so that their
         last bits depend on this number, and on nothing else.
+    recompute : bool
+        Gradient checkpointing: keep only the blocks' inputs, and work out their other activations
+        once more on the way back. The results are the same to the bit.
     """
 
     cdef readonly LegacyLLM model
@@ -686,7 +740,7 @@ cdef class BackwardPass:
     def __cinit__(self):
         memset(&self.job, 0, sizeof(self.job))
 
-    def __init__(self, LegacyLLM model not None, batch_size, time, threads=1):
+    def __init__(self, LegacyLLM model not None, batch_size, time, threads=1, recompute=False):
         cdef ForwardContext context
         cdef BackwardContext room
         cdef LegacyLLMGradients gradients
@@ -711,8 +765,9 @@ cdef class BackwardPass:
             raise MemoryError("no memory for the pass")
         self.contexts, self.rooms, self.gradients = [], [], []
         for i in range(tasks):
-            context = ForwardContext(config, largest, time)
-            room = BackwardContext(config.model_dim, config.ffn_dim, largest, time)
+            context = ForwardContext(config, largest, time, "inputs" if recompute else "all")
+            room = BackwardContext(config.model_dim, config.ffn_dim, largest, time,
+                                   config.sub_norm)
             self.contexts.append(context)
             self.rooms.append(room)
             job.contexts[i] = context.view
@@ -730,7 +785,7 @@ cdef class BackwardPass:
         free(self.job.losses)
         free(self.job.flats)
 
-    def run(self, tokens, targets, LegacyLLMGradients gradients not None):
+    def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None):
         """Add the gradient of a batch's mean loss to ``gradients``.
 
         Parameters
@@ -738,6 +793,9 @@ cdef class BackwardPass:
         tokens, targets : int[B, T]
             Positions where either is padding count for nothing.
         gradients : LegacyLLMGradients
+        total : int, optional
+            By how many positions to divide, where the batch is a part of a larger one; its own
+            when not given.
 
         Returns
         -------
@@ -775,7 +833,7 @@ cdef class BackwardPass:
         if allowed is not None:
             mask = allowed
             job.allowed = &mask[0, 0]
-        job.gradient_scale = 1.0 / max(count, 1)
+        job.gradient_scale = 1.0 / max(count if total is None else total, 1)
         job.gradients[0] = gradients.alive()[0]
         job.flats[0] = float_pointer(gradients.flat)
         job.size = gradients.flat.size

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 
@@ -45,10 +45,36 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
         _sync_folder(folder)
 
 
+def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
+    """Put copies of files into a folder, each as a whole or not at all.
+
+    Where the file system can, a copy is a second name for the same content, which costs nothing:
+    what ``atomic_write`` does to one name later leaves the other alone.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        temporary = _temporary(folder / source.name)
+        try:
+            try:
+                os.link(source, temporary)
+            except OSError:
+                temporary = _write_beside(folder / source.name, source.read_bytes())
+            os.replace(temporary, folder / source.name)
+        finally:
+            # Two names of one content are not renamed into each other: then this one is left.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+    _sync_folder(folder)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
 def _write_beside(path: Path, content: bytes | str) -> Path:
     """Write content to a new file in the folder of ``path``, onto the disk."""
     data = content.encode("utf-8") if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
             file.write(data)

@@ -1,7 +1,8 @@
 """The forward pass without the GIL."""
 
 from legacy1bit.model cimport (
-    AttentionView, BlockContext, BlockView, FeedForwardView, LegacyLLM, ModelView,
+    AttentionView, BlockContext, BlockView, FeedForwardContext, FeedForwardView, LegacyLLM,
+    ModelView,
 )
 from legacy1bit.kernels cimport Attention, Matrix
 
@@ -16,6 +17,7 @@ cdef struct Extent:
 
 cdef struct ModelContext:
     BlockContext *blocks
+    bint recomputed         # the blocks keep their inputs alone, and share room for the rest
     float *normed           # [M, C] after the final norm; the last block's output without one
     float *mean             # [M] of the final norm
     float *inv_std
@@ -25,11 +27,12 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
                     Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil
-cdef void attend(const AttentionView *layer, const Extent *extent, const float *x,
+cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil
-cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, const float *x,
-                       float *hidden, float *activated, float *out,
-                       float *workspace) noexcept nogil
+cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
+                   FeedForwardContext *context) noexcept nogil
+cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
+                       FeedForwardContext *context, float *out, float *workspace) noexcept nogil
 cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
                     float *workspace) noexcept nogil
 cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
@@ -39,9 +42,15 @@ cdef void run_model(const ModelView *model, const Extent *extent, const int *tok
 cdef class ForwardContext:
     cdef readonly object config
     cdef readonly list blocks
+    cdef list inputs
     cdef readonly object normed, mean, inv_std, logits
     cdef readonly Py_ssize_t batch_size, time
     cdef ModelContext view
+
+
+cdef class FeedForwardRoom:
+    cdef list arrays
+    cdef FeedForwardContext view
 
 
 cdef class KeyValueCache:

@@ -1,3 +1,5 @@
+from typing import Literal
+
 import numpy as np
 import numpy.typing as npt
 
@@ -22,7 +24,7 @@ class ForwardContext:
         config: ModelConfig,
         batch_size: int,
         time: int,
-        keep: bool = True,
+        keep: Literal["all", "inputs", "none"] = "all",
         keys: int | None = None,
     ) -> None: ...
     @property
@@ -53,6 +55,10 @@ def forward_multi_head_attention_batch(
     allowed: npt.ArrayLike | None = None,
     context: TransformerBlockContext | None = None,
 ) -> _Floats: ...
+
+class FeedForwardRoom:
+    def __init__(self, ffn: FeedForward, rows: int) -> None: ...
+
 def forward_feed_forward(ffn: FeedForward, x: _Floats) -> _Floats: ...
 def forward_feed_forward_batch(
     ffn: FeedForward, x: _Floats, hidden: _Floats | None = None

@@ -13,9 +13,9 @@ from libc.string cimport memcpy, memset
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels, packing_room
 from legacy1bit.model cimport (
-    AttentionView, BlockContext, BlockView, FeedForward, FeedForwardView, LegacyLLM, ModelView,
-    MultiHeadAttention, TransformerBlock, TransformerBlockContext, check_context, fill_matrix,
-    float_pointer, vector_pointer,
+    AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
+    LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext,
+    check_context, fill_matrix, float_pointer, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
@@ -32,13 +32,15 @@ cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
     # Padding, and no other token, lies outside the table; its row is zeros.
     cdef Py_ssize_t i, j, dim = embedding.cols
     cdef const signed char *codes
+    cdef const float *scales
     for i in range(rows):
         if tokens[i] >= embedding.rows:
             memset(out + i * dim, 0, dim * sizeof(float))
         elif embedding.codes:
             codes = embedding.codes + tokens[i] * dim
+            scales = embedding.scale + tokens[i] * embedding.scale_row
             for j in range(dim):
-                out[i * dim + j] = embedding.scale[0] * codes[j]
+                out[i * dim + j] = scales[j // embedding.group] * codes[j]
         else:
             memcpy(out + i * dim, embedding.dense + tokens[i] * dim, dim * sizeof(float))
 
@@ -62,13 +64,16 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
 
 
-cdef void attend(const AttentionView *layer, const Extent *extent, const float *x,
+cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil:
-    # out = wo heads + bo; q, k, v, probs and heads stay in the context.
+    # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. x is rounded in
+    # place where the layer asks for it.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
     cdef Py_ssize_t i, j, start, rows = extent.batch * extent.time
     cdef Attention head
+    if layer.rounded:
+        kernel.round_rows(x, rows, dim)
     kernel.linear(&layer.wq, layer.bq, x, rows, context.q, workspace)
     kernel.linear(&layer.wk, layer.bk, x, rows, context.k, workspace)
     kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
@@ -84,20 +89,40 @@ cdef void attend(const AttentionView *layer, const Extent *extent, const float *
         for j in range(layer.num_heads):
             fill_head(layer, extent, context, i, j, &head)
             kernel.attention(&head, workspace)
-    kernel.linear(&layer.wo, layer.bo, context.heads, rows, out, workspace)
+    if layer.norm.gamma:
+        kernel.layer_norm(context.heads, layer.norm.gamma, layer.norm.beta, EPSILON,
+                          context.heads_normed, context.heads_mean, context.heads_inv_std, rows,
+                          dim)
+    if layer.rounded:
+        kernel.round_rows(context.heads_normed, rows, dim)
+    kernel.linear(&layer.wo, layer.bo, context.heads_normed, rows, out, workspace)
 
 
-cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, const float *x,
-                       float *hidden, float *activated, float *out,
-                       float *workspace) noexcept nogil:
-    # hidden = wi x + bi; activated = act(hidden); out = wo activated + bo
+cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
+                   FeedForwardContext *context) noexcept nogil:
+    # From wi's output to wo's input.
     cdef const KernelTable *kernel = kernels()
-    kernel.linear(&layer.wi, layer.bi, x, rows, hidden, workspace)
+    cdef Py_ssize_t wide = layer.wi.rows
     if layer.squared:
-        kernel.relu2(hidden, activated, rows * layer.wi.rows)
+        kernel.relu2(context.hidden, context.activated, rows * wide)
     else:
-        kernel.relu(hidden, activated, rows * layer.wi.rows)
-    kernel.linear(&layer.wo, layer.bo, activated, rows, out, workspace)
+        kernel.relu(context.hidden, context.activated, rows * wide)
+    if layer.norm.gamma:
+        kernel.layer_norm(context.activated, layer.norm.gamma, layer.norm.beta, EPSILON,
+                          context.normed, context.mean, context.inv_std, rows, wide)
+    if layer.rounded:
+        kernel.round_rows(context.normed, rows, wide)
+
+
+cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
+                       FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
+    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. x is rounded in place where the layer
+    # asks for it.
+    if layer.rounded:
+        kernels().round_rows(x, rows, layer.wi.cols)
+    kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
+    activate(layer, rows, context)
+    kernels().linear(&layer.wo, layer.bo, context.normed, rows, out, workspace)
 
 
 cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
@@ -112,8 +137,7 @@ cdef void transform(const BlockView *block, const Extent *extent, BlockContext *
     kernel.add(context.residual, context.input, rows * dim)
     kernel.layer_norm(context.residual, block.norm2.gamma, block.norm2.beta, EPSILON,
                       context.norm2, context.mean2, context.inv_std2, rows, dim)
-    feed_forward(&block.ffn, rows, context.norm2, context.hidden, context.activated,
-                 context.output, workspace)
+    feed_forward(&block.ffn, rows, context.norm2, &context.ffn, context.output, workspace)
     kernel.add(context.output, context.residual, rows * dim)
 
 
@@ -129,6 +153,8 @@ cdef void run_model(const ModelView *model, const Extent *extent, const int *tok
         kernel.layer_norm(context.blocks[model.num_blocks - 1].output, model.final_norm.gamma,
                           model.final_norm.beta, EPSILON, context.normed, context.mean,
                           context.inv_std, rows, dim)
+    if model.rounded:
+        kernel.round_rows(context.normed, rows, dim)
     kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
                   workspace)
 
@@ -144,9 +170,10 @@ cdef class ForwardContext:
     config : ModelConfig
     batch_size, time : int
         B and T.
-    keep : bool
-        Whether every block's activations stay, as the backward pass needs; else the blocks take
-        turns in one block's room.
+    keep : {"all", "inputs", "none"}
+        Which activations of the blocks stay: all, as the backward pass needs, or the inputs, of
+        which it can work out the rest once more (gradient checkpointing; Chen et al., arXiv
+        1604.06174). Otherwise the blocks take turns in one block's room.
     keys : int, optional
         How many keys a query may meet; T when not given.
 
@@ -160,27 +187,36 @@ cdef class ForwardContext:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, config, batch_size, time, keep=True, keys=None):
+    def __init__(self, config, batch_size, time, keep="all", keys=None):
         cdef TransformerBlockContext block
         cdef Py_ssize_t i
         count = config.num_blocks
+        if keep not in ("all", "inputs", "none"):
+            raise ValueError(f"keep is {keep!r}, expected all, inputs or none")
         self.config = config
         self.batch_size, self.time = batch_size, time
         self.blocks = [
             TransformerBlockContext(config.model_dim, config.ffn_dim, config.num_heads, batch_size,
-                                    time, keys)
-            for _ in range(count if keep else 1)
+                                    time, keys, config.sub_norm)
+            for _ in range(count if keep == "all" else 1)
         ]
+        self.inputs = [
+            np.empty((batch_size, time, config.model_dim), np.float32)
+            for _ in range(count - 1 if keep == "inputs" else 0)
+        ]
+        self.view.recomputed = keep == "inputs"
         self.view.blocks = <BlockContext *>calloc(count, sizeof(BlockContext))
         if self.view.blocks == NULL:
             raise MemoryError("no memory for the model's activations")
         for i in range(count):
-            block = self.blocks[i if keep else 0]
+            block = self.blocks[i if keep == "all" else 0]
             self.view.blocks[i] = block.view
             if i:
                 self.view.blocks[i].input = self.view.blocks[i - 1].output
-            if not keep:
+            if keep == "none":
                 self.view.blocks[i].output = self.view.blocks[0].input
+            elif keep == "inputs" and i < count - 1:
+                self.view.blocks[i].output = float_pointer(self.inputs[i])
         self.normed = np.empty((batch_size, time, config.model_dim), np.float32)
         self.mean = np.empty((batch_size, time), np.float32)
         self.inv_std = np.empty((batch_size, time), np.float32)
@@ -356,9 +392,11 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     allowed = _fill_extent(&extent, sequences.shape, allowed)
-    context = _context_for(context, batch, time, dim, None, attention.num_heads)
+    context = _context_for(context, batch, time, dim, None, attention.num_heads,
+                           attention.norm is not None)
     out = np.empty(shape, np.float32)
-    cdef const float *rows = _read_pointer(sequences)
+    sequences = sequences.copy()
+    cdef float *rows = float_pointer(sequences)
     cdef float *to = float_pointer(out)
     cdef float *workspace = packing_room()
     with nogil:
@@ -367,11 +405,26 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
 
 
 cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch, time, dim, ffn,
-                                          heads):
+                                          heads, sub_norm):
     if context is None:
-        return TransformerBlockContext(dim, 1 if ffn is None else ffn, heads, batch, time)
-    check_context(context, batch, time, dim, ffn, heads)
+        return TransformerBlockContext(dim, 1 if ffn is None else ffn, heads, batch, time,
+                                       sub_norm=sub_norm)
+    check_context(context, batch, time, dim, ffn, heads, sub_norm)
     return context
+
+
+cdef class FeedForwardRoom:
+    """Room for one feed-forward layer's activations over so many positions."""
+
+    def __init__(self, FeedForward ffn, Py_ssize_t rows):
+        wide = rows * ffn.view.wi.rows
+        self.arrays = [np.empty(wide, np.float32) for _ in range(2)]
+        self.arrays += [np.empty(rows, np.float32) for _ in range(2)]
+        self.view.activated = self.view.normed = float_pointer(self.arrays[0])
+        if ffn.norm is not None:
+            self.view.normed = float_pointer(self.arrays[1])
+        self.view.mean = float_pointer(self.arrays[2])
+        self.view.inv_std = float_pointer(self.arrays[3])
 
 
 def forward_feed_forward(FeedForward ffn not None, x):
@@ -401,6 +454,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     -----
     C: ``forward.c``, ``forward_feed_forward_batch``.
     """
+    cdef FeedForwardRoom room
     sequences, shape = _as_sequences(x, ffn.view.wi.cols, "x")
     cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
     wide = (*shape[:-1], ffn.view.wi.rows)
@@ -408,15 +462,16 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
         hidden = np.empty(wide, np.float32)
     elif hidden.shape != wide:
         raise ValueError(f"hidden has shape {hidden.shape}, expected {wide}")
-    activated = np.empty(wide, np.float32)
+    sequences = sequences.copy()
+    room = FeedForwardRoom(ffn, rows)
     out = np.empty(shape, np.float32)
-    cdef const float *source = _read_pointer(sequences)
-    cdef float *middle = float_pointer(hidden)
-    cdef float *after = float_pointer(activated)
+    cdef FeedForwardContext context = room.view
+    cdef float *source = float_pointer(sequences)
     cdef float *to = float_pointer(out)
     cdef float *workspace = packing_room()
+    context.hidden = float_pointer(hidden)
     with nogil:
-        feed_forward(&ffn.view, rows, source, middle, after, to, workspace)
+        feed_forward(&ffn.view, rows, source, &context, to, workspace)
     return out
 
 
@@ -472,7 +527,7 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     allowed = _fill_extent(&extent, sequences.shape, allowed)
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
-                           block.attention.num_heads)
+                           block.attention.num_heads, block.attention.norm is not None)
     context.input[...] = sequences
     cdef float *workspace = packing_room()
     with nogil:
@@ -586,7 +641,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
     try:
         largest = (rows.shape[0] + job.tasks - 1) // job.tasks
         for i in range(job.tasks):
-            context = ForwardContext(model.config, largest, rows.shape[1], keep=False)
+            context = ForwardContext(model.config, largest, rows.shape[1], keep="none")
             contexts.append(context)
             job.contexts[i] = context.view
             job.contexts[i].logits = &out[rows.shape[0] * i // job.tasks, 0, 0]
@@ -716,7 +771,7 @@ cdef class KeyValueCache:
             raise ValueError(f"{self.length} tokens and {time} more do not fit a cache of "
                              f"{self.capacity}")
         if self.context is None or self.context.time != time:
-            self.context = ForwardContext(self.config, 1, time, keep=False, keys=self.capacity)
+            self.context = ForwardContext(self.config, 1, time, keep="none", keys=self.capacity)
         context = self.context
         for i in range(view.num_blocks):
             context.view.blocks[i].k = &keys[i, self.length, 0]

@@ -1,58 +1,71 @@
 """What a model and a training run can be told (C: ``hyperparams.c``, the macros of ``config.h``).
 
-``ModelConfig`` fixes a model's shape and arithmetic; ``TrainingConfig`` how it is trained. Both
-check themselves when they are made, travel as plain dictionaries, and refuse keys they do not
-know. The learning-rate schedules keep the names of their C functions.
+``ModelConfig`` fixes a model's shape and arithmetic; ``TrainingConfig`` how it is trained. A field
+carries its range and what it means; both records check themselves by that when they are made, the
+command line makes its options of it, and they travel as plain dictionaries. The learning-rate
+schedules keep the names of their C functions.
 """
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self
 
-SCHEMES = ("ternary", "float")
-SCALES = ("absmean", "one")
-ACTIVATIONS = ("relu2", "relu")
-POSITIONS = ("rope", "none")
-OPTIMIZERS = ("muon", "adamw")
+from legacy1bit.schemes import FLOAT, SCHEMES
 
-# Past these sizes a number in a file or on a command line is a mistake or an attack, not a model.
-_LARGEST = {
-    "vocab_size": 1 << 20,
-    "model_dim": 1 << 14,
-    "num_blocks": 1 << 10,
-    "num_heads": 1 << 10,
-    "ffn_multiplier": 1 << 6,
-    "sequence_length": 1 << 17,
-    "attention_span": 1 << 17,
-}
+SCALES = ("tensor", "row", "128", "256", "one")
+OPTIMIZERS = ("muon", "adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "step", "constant")
+
+# The peak learning rate where none is given.
+DEFAULT_RATES = {"muon": 3e-3, "adamw": 3e-3, "sgd": 0.1}
 
 
-def _check_integer(name: str, value: Any, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r}, expected a whole number")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, expected {low} to {high}")
+def _integer(default: int, low: int, high: int, meaning: str) -> Any:
+    return field(
+        default=default, metadata={"kind": int, "low": low, "high": high, "meaning": meaning}
+    )
 
 
-def _check_number(name: str, value: Any, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} is {value!r}, expected a number")
-    if not low <= value <= high:
-        raise ValueError(f"{name} is {value}, expected {low:g} to {high:g}")
+def _number(default: float | None, low: float, high: float, meaning: str) -> Any:
+    return field(
+        default=default, metadata={"kind": float, "low": low, "high": high, "meaning": meaning}
+    )
 
 
-def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(choices)}")
+def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
+    return field(default=default, metadata={"kind": str, "choices": choices, "meaning": meaning})
 
 
-def _check_flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} is {value!r}, expected true or false")
+def _flag(default: bool, meaning: str) -> Any:
+    return field(default=default, metadata={"kind": bool, "meaning": meaning})
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _check(setting: Field[Any], value: Any) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for a value that is not what a field takes."""
+    kind, name = setting.metadata["kind"], setting.name
+    if kind is str:
+        if value not in setting.metadata["choices"]:
+            expected = ", ".join(setting.metadata["choices"])
+            raise ValueError(f"{name} is {value!r}, expected one of {expected}")
+        return
+    fits = isinstance(value, (int, float) if kind is float else kind)
+    if not fits or (kind is not bool and isinstance(value, bool)):
+        raise TypeError(f"{name} is {value!r}, expected {_WORDS[kind]}")
+    if kind is not bool:
+        low, high = setting.metadata["low"], setting.metadata["high"]
+        if not low <= value <= high:
+            raise ValueError(f"{name} is {value}, expected {low} to {high}")
 
 
 class _Record:
-    """A dataclass that turns into a dictionary and back."""
+    """A dataclass that checks itself, and turns into a dictionary and back."""
+
+    def __post_init__(self) -> None:
+        for setting in fields(self):  # type: ignore[arg-type]
+            _check(setting, getattr(self, setting.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary."""
@@ -69,72 +82,44 @@ class _Record:
         """
         if not isinstance(settings, dict):
             raise TypeError(f"expected a dictionary of settings, not {type(settings).__name__}")
-        known = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+        known = {setting.name for setting in fields(cls)}  # type: ignore[arg-type]
         unknown = sorted(set(settings) - known)
         if unknown:
             raise ValueError(f"unknown setting {unknown[0]!r}, expected {', '.join(sorted(known))}")
         return cls(**settings)
 
 
+# The upper ends of the sizes: beyond them a number in a file or on a command line is a mistake or
+# an attack, not a model.
 @dataclass(frozen=True)
 class ModelConfig(_Record):
-    """The shape and the arithmetic of a model.
+    """The shape and the arithmetic of a model; each field says what it means."""
 
-    Attributes
-    ----------
-    vocab_size : int
-        V, the number of tokens; the id V itself is padding.
-    model_dim : int
-        C, the width of the residual stream.
-    num_blocks : int
-    num_heads : int
-        H; it divides C, and with rotary positions C / H is even.
-    ffn_multiplier : int
-        F / C, the width of the hidden layer of the feed-forward network.
-    sequence_length : int
-        The longest context, in tokens.
-    scheme : {"ternary", "float"}
-        What the matrices of the blocks hold.
-    scale : {"absmean", "one"}
-        The scale of each ternary matrix: the mean of its latent weights' magnitudes (BitNet
-        b1.58, arXiv 2402.17764, equation 3), or 1.
-    ternary_embedding : bool
-        Whether embedding and output matrix are ternary too.
-    activation : {"relu2", "relu"}
-    positions : {"rope", "none"}
-    rope_base : float
-    final_norm : bool
-        Whether a layer norm stands before the output layer.
-    attention_span : int
-        How many tokens back a token sees, itself included; 0 means all.
-    """
-
-    vocab_size: int = 256
-    model_dim: int = 96
-    num_blocks: int = 3
-    num_heads: int = 4
-    ffn_multiplier: int = 4
-    sequence_length: int = 256
-    scheme: str = "ternary"
-    scale: str = "absmean"
-    ternary_embedding: bool = False
-    activation: str = "relu2"
-    positions: str = "rope"
-    rope_base: float = 10000.0
-    final_norm: bool = True
-    attention_span: int = 0
+    vocab_size: int = _integer(256, 1, 1 << 20, "V, the tokens; the id V itself is padding")
+    model_dim: int = _integer(96, 1, 1 << 14, "C, the width of the residual stream")
+    num_blocks: int = _integer(3, 1, 1 << 10, "the transformer blocks")
+    num_heads: int = _integer(4, 1, 1 << 10, "H, attention heads a block; divides the width")
+    ffn_multiplier: int = _integer(4, 1, 1 << 6, "the feed-forward layer's width over C")
+    sequence_length: int = _integer(256, 1, 1 << 17, "T, the longest context, in tokens")
+    scheme: str = _choice("ternary", (*SCHEMES, FLOAT), "what the blocks' matrices hold")
+    scale: str = _choice(
+        "tensor", SCALES, "which weights share a scale: a matrix, a row, so many of a row; one: 1"
+    )
+    ternary_embedding: bool = _flag(False, "quantize embedding and output matrix, too")
+    int8_activations: bool = _flag(
+        False, "round the inputs of quantized layers to int8, with one scale a token"
+    )
+    sub_norm: bool = _flag(False, "a layer norm before every linear layer (SubLN)")
+    activation: str = _choice("relu2", ("relu2", "relu"), "the feed-forward layer's activation")
+    positions: str = _choice("rope", ("rope", "none"), "rotary positions, or none")
+    rope_base: float = _number(10000.0, 1.0, 1e9, "the base of the rotary positions' wavelengths")
+    final_norm: bool = _flag(True, "a layer norm before the output layer")
+    attention_span: int = _integer(
+        0, 0, 1 << 17, "how many tokens back a token sees, itself included; 0: all"
+    )
 
     def __post_init__(self) -> None:
-        for name, largest in _LARGEST.items():
-            low = 0 if name == "attention_span" else 1
-            _check_integer(name, getattr(self, name), low, largest)
-        _check_choice("scheme", self.scheme, SCHEMES)
-        _check_choice("scale", self.scale, SCALES)
-        _check_choice("activation", self.activation, ACTIVATIONS)
-        _check_choice("positions", self.positions, POSITIONS)
-        _check_number("rope_base", self.rope_base, 1.0, 1e9)
-        _check_flag("ternary_embedding", self.ternary_embedding)
-        _check_flag("final_norm", self.final_norm)
+        super().__post_init__()
         if self.model_dim % self.num_heads:
             raise ValueError(
                 f"model_dim is {self.model_dim}, expected a multiple of num_heads "
@@ -201,79 +186,81 @@ class ModelConfig(_Record):
 
 @dataclass(frozen=True)
 class TrainingConfig(_Record):
-    """How a model is trained.
+    """How a model is trained; each field says what it means.
 
-    Attributes
-    ----------
-    steps : int
-        Updates of the weights.
-    batch_size : int
-        Sequences in a step.
-    optimizer : {"muon", "adamw"}
-        Muon takes the matrices of the blocks and leaves the rest to AdamW.
-    learning_rate : float
-        The peak, reached after ``warmup_steps`` of linear warm-up.
-    decay_share : float
-        The share of the steps, at the end, in which the rate falls along half a cosine to
-        ``learning_rate * final_learning_rate``. Until then it stays at its peak.
-    matrix_ratio : float
-        Muon's learning rate over AdamW's.
-    weight_decay : float
-        Decoupled, on matrices only.
-    clip : float
-        The largest norm of the whole gradient; 0 means no limit.
-    seed : int
-        Fixes the initial weights and the order of the data.
-    threads : int
-        The same seed, threads and instruction set give the same losses to the bit.
-    evaluate_every : int
-        Steps between two looks at the validation set.
+    The learning rate rises over ``warmup_steps``, stays at its peak, and falls over the last
+    ``decay_share`` of the steps along the ``schedule``.
     """
 
-    steps: int = 1500
-    batch_size: int = 8
-    optimizer: str = "muon"
-    learning_rate: float = 3e-3
-    matrix_ratio: float = 7.0
-    final_learning_rate: float = 0.0
-    decay_share: float = 0.4
-    warmup_steps: int = 100
-    beta1: float = 0.9
-    beta2: float = 0.99
-    epsilon: float = 1e-8
-    weight_decay: float = 0.02
-    clip: float = 1.0
-    seed: int = 1
-    threads: int = 1
-    evaluate_every: int = 250
+    steps: int = _integer(1500, 1, 1 << 40, "updates of the weights")
+    batch_size: int = _integer(8, 1, 1 << 20, "sequences in a batch")
+    gradient_accumulation: int = _integer(
+        1, 1, 1 << 20, "batches whose gradients are added up for one step"
+    )
+    optimizer: str = _choice(
+        "muon", OPTIMIZERS, "muon: for the blocks' matrices, and AdamW for the rest"
+    )
+    learning_rate: float | None = _number(
+        None, 1e-12, 1e3, "the peak; default: 0.003, with sgd 0.1"
+    )
+    matrix_ratio: float = _number(7.0, 1e-6, 1e6, "Muon's learning rate over AdamW's")
+    momentum: float = _number(0.95, 0.0, 0.999999, "what Muon and SGD keep of the last direction")
+    beta1: float = _number(0.9, 0.0, 0.999999, "what AdamW keeps of the gradient's mean")
+    beta2: float = _number(0.99, 0.0, 0.999999, "what AdamW keeps of the gradient's mean square")
+    epsilon: float = _number(1e-8, 1e-30, 1.0, "AdamW's smallest divisor")
+    weight_decay: float = _number(0.02, 0.0, 1e3, "decoupled, on matrices only")
+    weight_decay_until: float = _number(
+        1.0, 0.0, 1.0, "the share of the steps that have weight decay"
+    )
+    clip: float = _number(1.0, 0.0, 1e9, "the largest norm of the whole gradient; 0: no limit")
+    schedule: str = _choice("cosine", SCHEDULES, "how the learning rate falls")
+    warmup_steps: int = _integer(100, 0, 1 << 40, "steps in which the learning rate rises")
+    decay_share: float = _number(0.4, 0.0, 1.0, "the share of the steps in which it falls")
+    final_learning_rate: float = _number(
+        0.0, 0.0, 1.0, "its end over its peak, for cosine and linear"
+    )
+    decay_factor: float = _number(0.5, 0.0, 1.0, "what it falls by at every stair of step")
+    decay_every: int = _integer(100, 1, 1 << 40, "the length of such a stair, in steps")
+    float_steps: int = _integer(
+        0, 0, 1 << 40, "steps, from the first, in full precision: a warm start"
+    )
+    sign_direction: str = _choice(
+        "descend", ("descend", "ascend"), "of the scheme sign; ascend is the C program's own"
+    )
+    gradient_checkpointing: bool = _flag(
+        False, "work the blocks' activations out twice rather than keep them: slower, smaller"
+    )
+    seed: int = _integer(1, 0, (1 << 63) - 1, "fixes the initial weights and the data's order")
+    threads: int = _integer(
+        1, 1, 256, "the same number, seed and instruction set give the same losses to the bit"
+    )
+    evaluate_every: int = _integer(
+        250, 1, 1 << 40, "steps between two looks at the validation set, each with a checkpoint"
+    )
 
     def __post_init__(self) -> None:
-        _check_integer("steps", self.steps, 1, 1 << 40)
-        _check_integer("batch_size", self.batch_size, 1, 1 << 20)
-        _check_integer("warmup_steps", self.warmup_steps, 0, 1 << 40)
-        _check_integer("seed", self.seed, 0, (1 << 63) - 1)
-        _check_integer("threads", self.threads, 1, 256)
-        _check_integer("evaluate_every", self.evaluate_every, 1, 1 << 40)
-        _check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        _check_number("matrix_ratio", self.matrix_ratio, 1e-6, 1e6)
-        _check_number("learning_rate", self.learning_rate, 1e-12, 1e3)
-        _check_number("final_learning_rate", self.final_learning_rate, 0.0, 1.0)
-        _check_number("decay_share", self.decay_share, 0.0, 1.0)
-        _check_number("beta1", self.beta1, 0.0, 0.999999)
-        _check_number("beta2", self.beta2, 0.0, 0.999999)
-        _check_number("epsilon", self.epsilon, 1e-30, 1.0)
-        _check_number("weight_decay", self.weight_decay, 0.0, 1e3)
-        _check_number("clip", self.clip, 0.0, 1e9)
+        if self.learning_rate is None and self.optimizer in OPTIMIZERS:
+            # How a frozen record is filled in; an unknown optimizer is refused right after.
+            object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.optimizer])
+        super().__post_init__()
 
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        warmed = lr_scheduler_warmup(step, self.warmup_steps, self.learning_rate)
+        peak = self.learning_rate or 0.0
+        warmed = lr_scheduler_warmup(step, self.warmup_steps, peak)
         decay_steps = round(self.steps * self.decay_share)
         falling = step - (self.steps - decay_steps)
-        if falling < 0 or step < self.warmup_steps:
+        if falling < 0 or step < self.warmup_steps or self.schedule == "constant":
             return warmed
-        lowest = self.learning_rate * self.final_learning_rate
-        return lr_scheduler_cosine(falling, decay_steps, self.learning_rate, lowest)
+        if self.schedule == "step":
+            return lr_scheduler_step(falling, peak, self.decay_factor, self.decay_every)
+        lowest = peak * self.final_learning_rate
+        fall = lr_scheduler_cosine if self.schedule == "cosine" else lr_scheduler_linear
+        return fall(falling, decay_steps, peak, lowest)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Return the weight decay of update ``step``, counted from 0."""
+        return self.weight_decay if step < round(self.steps * self.weight_decay_until) else 0.0
 
 
 def lr_scheduler_warmup(step: int, warmup_steps: int, initial_lr: float) -> float:
@@ -296,6 +283,17 @@ def lr_scheduler_cosine(step: int, total_steps: int, initial_lr: float, min_lr: 
     if step >= total_steps:
         return min_lr
     return min_lr + 0.5 * (initial_lr - min_lr) * (1.0 + math.cos(math.pi * step / total_steps))
+
+
+def lr_scheduler_linear(step: int, total_steps: int, initial_lr: float, min_lr: float) -> float:
+    """Return the learning rate on the line from ``initial_lr`` down to ``min_lr``.
+
+    At ``total_steps`` and after, it is ``min_lr``. The C original has no such schedule; "straight
+    to zero" is what Bergsma et al., arXiv 2502.15938, found best.
+    """
+    if step >= total_steps:
+        return min_lr
+    return initial_lr + (min_lr - initial_lr) * step / total_steps
 
 
 def lr_scheduler_step(

@@ -6,13 +6,23 @@
 """
 
 cdef struct Matrix:
-    # The weights of one linear map, [rows, cols] row-major: int8 codes times one scale, or,
-    # where codes is NULL, dense float32.
+    # The weights of one linear map, [rows, cols] row-major: int8 codes times scales, or, where
+    # codes is NULL, dense float32. The code at (i, j) counts scale[i * scale_row + j / group].
     Py_ssize_t rows
     Py_ssize_t cols
     const signed char *codes
     const float *scale
+    Py_ssize_t scale_row      # scales a row has; 0 where all rows share one
+    Py_ssize_t group          # neighbouring weights of a row that share a scale
     const float *dense
+
+cdef struct Scheme:
+    # How weights become codes; see schemes.py.
+    bint median
+    float factor
+    float threshold
+    signed char inner
+    signed char outer
 
 cdef struct Attention:
     # One head of one sequence. Rows of q, k, v and the outputs are `stride` floats apart.
@@ -34,7 +44,8 @@ cdef struct Attention:
     float *d_v
     float *d_probs            # scratch, float32[queries, keys]
 
-cdef struct AdamW:
+cdef struct Update:
+    # One step of an optimizer.
     float learning_rate
     float beta1
     float beta2
@@ -43,6 +54,7 @@ cdef struct AdamW:
     float correction1         # 1 - beta1^step
     float correction2         # 1 - beta2^step
     float gradient_scale      # multiplies every gradient first (clipping)
+    float momentum            # of SGD, which needs neither beta
 
 cdef struct KernelTable:
     const char *name
@@ -101,10 +113,13 @@ cdef struct KernelTable:
     void (*attention)(const Attention *head, float *workspace) noexcept nogil
     void (*attention_backward)(const Attention *head, float *workspace) noexcept nogil
 
-    float (*ternarize)(const float *weights, Py_ssize_t n, bint unit_scale,
-                       signed char *codes) noexcept nogil
+    float (*quantize)(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
+                      signed char *codes, float *room) noexcept nogil
+    void (*round_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
     void (*adamw)(float *weights, float *first, float *second, const float *gradient,
-                  Py_ssize_t n, const AdamW *settings) noexcept nogil
+                  Py_ssize_t n, const Update *settings) noexcept nogil
+    void (*sgd)(float *weights, float *momentum, const float *gradient, Py_ssize_t n,
+                const Update *settings) noexcept nogil
 
     int (*measuring)() noexcept nogil
     const char *(*timer_name)(int timer) noexcept nogil

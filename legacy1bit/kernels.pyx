@@ -10,10 +10,10 @@ loop of ``range`` only where it can see the sign of the step.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
-from libc.math cimport INFINITY, fabs, isnan, log, sqrtf
+from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport AdamW, Attention, KernelTable, Matrix
+from legacy1bit.kernels cimport Attention, KernelTable, Matrix, Scheme, Update
 
 cdef extern from "simd.h" nogil:
     ctypedef struct vf32:
@@ -66,8 +66,8 @@ cdef extern from "measure.h" nogil:
         TIMER_ACTIVATION
         TIMER_SOFTMAX
         TIMER_CROSS_ENTROPY
-        TIMER_TERNARIZE
-        TIMER_ADAMW
+        TIMER_QUANTIZE
+        TIMER_OPTIMIZER
         TIMER_VECTOR
     void START_TIMER(int timer)
     void STOP_TIMER(int timer)
@@ -508,13 +508,25 @@ cdef void rotary(float *x, const float *cosines, const float *sines, float direc
 # ---------------------------------------------------------------------------------------------
 # Matrix times vector
 
-cdef inline void rows_times_vector(const weight *w, Py_ssize_t rows, Py_ssize_t cols,
-                                   float factor, const float *x, float *out) noexcept nogil:
-    # Four rows share every load of x.
-    cdef Py_ssize_t i = 0, j, whole = cols - cols % VF32_LANES, left = cols - whole
+cdef inline float scale_at(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col) noexcept nogil:
+    if matrix.codes == NULL:
+        return 1.0
+    if matrix.scale_row <= 1:
+        return matrix.scale[row * matrix.scale_row]
+    return matrix.scale[row * matrix.scale_row + col // matrix.group]
+
+
+cdef inline void rows_times_vector(const weight *w, const Matrix *matrix, Py_ssize_t first,
+                                   Py_ssize_t count, const float *x, float *out) noexcept nogil:
+    # out[rows] += the product of columns first to first + count, which share their scales, with
+    # x. Four rows share every load of x.
+    cdef Py_ssize_t i = 0, j, cols = matrix.cols, whole = count - count % VF32_LANES
+    cdef Py_ssize_t left = count - whole
     cdef const weight *r
     cdef vf32 v, s0, s1, s2, s3
-    while i + 4 <= rows:
+    x += first
+    w += first
+    while i + 4 <= matrix.rows:
         r = w + i * cols
         s0 = s1 = s2 = s3 = vf32_zero()
         for j from 0 <= j < whole by VF32_LANES:
@@ -529,23 +541,27 @@ cdef inline void rows_times_vector(const weight *w, Py_ssize_t rows, Py_ssize_t 
             s1 = vf32_fmadd(load_first_weights(r + cols + whole, left), v, s1)
             s2 = vf32_fmadd(load_first_weights(r + 2 * cols + whole, left), v, s2)
             s3 = vf32_fmadd(load_first_weights(r + 3 * cols + whole, left), v, s3)
-        out[i] = factor * vf32_sum(s0)
-        out[i + 1] = factor * vf32_sum(s1)
-        out[i + 2] = factor * vf32_sum(s2)
-        out[i + 3] = factor * vf32_sum(s3)
+        out[i] += scale_at(matrix, i, first) * vf32_sum(s0)
+        out[i + 1] += scale_at(matrix, i + 1, first) * vf32_sum(s1)
+        out[i + 2] += scale_at(matrix, i + 2, first) * vf32_sum(s2)
+        out[i + 3] += scale_at(matrix, i + 3, first) * vf32_sum(s3)
         i += 4
-    while i < rows:
-        out[i] = factor * weighted_sum(w + i * cols, x, cols)
+    while i < matrix.rows:
+        out[i] += scale_at(matrix, i, first) * weighted_sum(w + i * cols, x, count)
         i += 1
 
 
 cdef void matrix_vector(const Matrix *matrix, const float *x, float *out) noexcept nogil:
     # out[rows] = matrix[rows, cols] x[cols]
+    cdef Py_ssize_t first
     START_TIMER(TIMER_MATRIX_VECTOR)
+    memset(out, 0, matrix.rows * sizeof(float))
     if matrix.codes:
-        rows_times_vector(matrix.codes, matrix.rows, matrix.cols, matrix.scale[0], x, out)
+        for first from 0 <= first < matrix.cols by matrix.group:
+            rows_times_vector(matrix.codes, matrix, first, min(matrix.group, matrix.cols - first),
+                              x, out)
     else:
-        rows_times_vector(matrix.dense, matrix.rows, matrix.cols, 1.0, x, out)
+        rows_times_vector(matrix.dense, matrix, 0, matrix.cols, x, out)
     STOP_TIMER(TIMER_MATRIX_VECTOR)
 
 
@@ -565,16 +581,17 @@ cdef inline void add_row(const weight *w, Py_ssize_t cols, float factor,
 cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
                                   float *out) noexcept nogil:
     # out[cols] = matrix[rows, cols]^T x[rows]
-    cdef Py_ssize_t i
+    cdef Py_ssize_t i, first
     START_TIMER(TIMER_MATRIX_VECTOR)
     memset(out, 0, matrix.cols * sizeof(float))
     for i in range(matrix.rows):
         if matrix.codes:
-            add_row(matrix.codes + i * matrix.cols, matrix.cols, x[i], out)
+            for first from 0 <= first < matrix.cols by matrix.group:
+                add_row(matrix.codes + i * matrix.cols + first,
+                        min(matrix.group, matrix.cols - first), x[i] * scale_at(matrix, i, first),
+                        out + first)
         else:
             add_row(matrix.dense + i * matrix.cols, matrix.cols, x[i], out)
-    if matrix.codes:
-        scale(out, matrix.scale[0], matrix.cols)
     STOP_TIMER(TIMER_MATRIX_VECTOR)
 
 
@@ -657,43 +674,95 @@ cdef enum:
     TRANSPOSED_ROWS = 16
 
 
-cdef inline void pack_right(const weight *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                            Py_ssize_t depth, Py_ssize_t cols, float factor,
-                            float *packed) noexcept nogil:
-    # Panels of TILE_COLUMNS columns, each [depth, TILE_COLUMNS], times factor; columns past the
-    # last are zeros.
+cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                            Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
+    # Panels of TILE_COLUMNS columns, each [depth, TILE_COLUMNS]; columns past the last are zeros.
     cdef Py_ssize_t j, k, panel, here, block
-    cdef vf32 f = vf32_splat(factor)
     for panel from 0 <= panel < cols by TILE_COLUMNS:
         here = min(cols - panel, TILE_COLUMNS)
         if here < TILE_COLUMNS:
             memset(packed, 0, depth * TILE_COLUMNS * sizeof(float))
         if b_col == 1 and here == TILE_COLUMNS:
             for k in range(depth):
-                for j in range(TILE_VECTORS):
-                    vf32_store(packed + k * TILE_COLUMNS + j * VF32_LANES,
-                               vf32_mul(f, load_weights(b + k * b_row + panel + j * VF32_LANES)))
+                memcpy(packed + k * TILE_COLUMNS, b + k * b_row + panel,
+                       TILE_COLUMNS * sizeof(float))
         elif b_row == 1:
             # A transposition, a few rows of the panel at a time: they stay in the first cache.
             for block from 0 <= block < depth by TRANSPOSED_ROWS:
                 for j in range(here):
                     for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
-                        packed[k * TILE_COLUMNS + j] = factor * <float>b[(panel + j) * b_col + k]
+                        packed[k * TILE_COLUMNS + j] = b[(panel + j) * b_col + k]
         else:
             for k in range(depth):
                 for j in range(here):
-                    packed[k * TILE_COLUMNS + j] = \
-                        factor * <float>b[(panel + j) * b_col + k * b_row]
+                    packed[k * TILE_COLUMNS + j] = b[(panel + j) * b_col + k * b_row]
         packed += depth * TILE_COLUMNS
 
 
-cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                         const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                         const weight *b, Py_ssize_t b_row, Py_ssize_t b_col, float factor,
-                         const float *bias, bint accumulate,
-                         float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
-    # c[m, n] = a[m, k] (factor b[k, n]) + bias[n], or c += ... where accumulate is set. Element
-    # (i, j) of a lies at a + i * a_row + j * a_col, and likewise in b; c has rows c_row apart.
+cdef inline void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
+                            Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
+    # What pack_right does, of the weights whose corner is at (row, col), widened and scaled.
+    # Panels begin at multiples of a vector, so that a vector has one scale.
+    cdef const signed char *codes = matrix.codes + row * matrix.cols + col
+    cdef Py_ssize_t j, k, panel, here
+    cdef vf32 factor
+    for panel from 0 <= panel < cols by TILE_COLUMNS:
+        here = min(cols - panel, TILE_COLUMNS)
+        if here < TILE_COLUMNS:
+            memset(packed, 0, depth * TILE_COLUMNS * sizeof(float))
+        for k in range(depth):
+            if here == TILE_COLUMNS:
+                factor = vf32_splat(scale_at(matrix, row + k, col + panel))
+                for j in range(TILE_VECTORS):
+                    if j and matrix.scale_row > 1:
+                        factor = vf32_splat(scale_at(matrix, row + k,
+                                                     col + panel + j * VF32_LANES))
+                    vf32_store(packed + k * TILE_COLUMNS + j * VF32_LANES,
+                               vf32_mul(factor, vf32_load_i8(codes + k * matrix.cols + panel
+                                                             + j * VF32_LANES)))
+            else:
+                for j in range(here):
+                    packed[k * TILE_COLUMNS + j] = \
+                        scale_at(matrix, row + k, col + panel + j) \
+                        * <float>codes[k * matrix.cols + panel + j]
+        packed += depth * TILE_COLUMNS
+
+
+cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
+                                       Py_ssize_t depth, Py_ssize_t cols,
+                                       float *packed) noexcept nogil:
+    # The same of the transposed matrix: its column j is the matrix's row row + j. Blocks begin at
+    # multiples of TRANSPOSED_ROWS, so that each has one scale.
+    cdef const signed char *codes
+    cdef Py_ssize_t j, k, panel, here, block
+    cdef float factor
+    for panel from 0 <= panel < cols by TILE_COLUMNS:
+        here = min(cols - panel, TILE_COLUMNS)
+        if here < TILE_COLUMNS:
+            memset(packed, 0, depth * TILE_COLUMNS * sizeof(float))
+        for block from 0 <= block < depth by TRANSPOSED_ROWS:
+            for j in range(here):
+                codes = matrix.codes + (row + panel + j) * matrix.cols + col
+                factor = scale_at(matrix, row + panel + j, col + block)
+                for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
+                    packed[k * TILE_COLUMNS + j] = factor * <float>codes[k]
+        packed += depth * TILE_COLUMNS
+
+
+cdef enum Right:
+    FLOATS                    # the right matrix is b
+    CODES                     # it is a matrix of codes
+    CODES_TRANSPOSED          # or such a matrix transposed
+
+
+cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                               const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                               Right kind, const Matrix *matrix,
+                               const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                               const float *bias, bint accumulate,
+                               float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
+    # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... where accumulate is set. Element (i, j) of a
+    # lies at a + i * a_row + j * a_col, and likewise in b; c has rows c_row apart.
     cdef float *right = workspace
     cdef float *left = right + PACK_DEPTH * PACK_COLUMNS
     cdef float *start = left + PACK_ROWS * PACK_DEPTH
@@ -709,7 +778,12 @@ cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                 memcpy(start, bias + jc, columns * sizeof(float))
         for pc from 0 <= pc < k by PACK_DEPTH:
             depth = min(k - pc, PACK_DEPTH)
-            pack_right(b + pc * b_row + jc * b_col, b_row, b_col, depth, columns, factor, right)
+            if kind == FLOATS:
+                pack_right(b + pc * b_row + jc * b_col, b_row, b_col, depth, columns, right)
+            elif kind == CODES:
+                pack_codes(matrix, pc, jc, depth, columns, right)
+            else:
+                pack_codes_transposed(matrix, jc, pc, depth, columns, right)
             for ic from 0 <= ic < m by PACK_ROWS:
                 rows = min(m - ic, PACK_ROWS)
                 pack_left(a + ic * a_row + pc * a_col, a_row, a_col, rows, depth, left)
@@ -727,13 +801,23 @@ cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                           right + jr * depth, begin, corner, c_row)
 
 
+cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                         const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                         const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                         const float *bias, bint accumulate,
+                         float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
+    panel_product(m, n, k, a, a_row, a_col, FLOATS, NULL, b, b_row, b_col, bias, accumulate, c,
+                  c_row, workspace)
+
+
 cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                  const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
                  const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
                  const float *bias, bint accumulate,
                  float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
     START_TIMER(TIMER_MATMUL)
-    product(m, n, k, a, a_row, a_col, b, b_row, b_col, 1.0, bias, accumulate, c, c_row, workspace)
+    product(m, n, k, a, a_row, a_col, b, b_row, b_col, bias, accumulate, c, c_row,
+            workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -749,12 +833,9 @@ cdef void linear(const Matrix *matrix, const float *bias, const float *x, Py_ssi
                 add(out + i * matrix.rows, bias, matrix.rows)
         return
     START_TIMER(TIMER_MATMUL)
-    if matrix.codes:
-        product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1, matrix.codes, 1, matrix.cols,
-                matrix.scale[0], bias, False, out, matrix.rows, workspace)
-    else:
-        product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1, matrix.dense, 1, matrix.cols,
-                1.0, bias, False, out, matrix.rows, workspace)
+    panel_product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1,
+                  CODES_TRANSPOSED if matrix.codes else FLOATS, matrix, matrix.dense, 1,
+                  matrix.cols, bias, False, out, matrix.rows, workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -762,12 +843,9 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
                           bint accumulate, float *d_x, float *workspace) noexcept nogil:
     # d_x[rows, matrix.cols] = d_out[rows, matrix.rows] matrix, or += where accumulate is set.
     START_TIMER(TIMER_MATMUL)
-    if matrix.codes:
-        product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1, matrix.codes, matrix.cols,
-                1, matrix.scale[0], NULL, accumulate, d_x, matrix.cols, workspace)
-    else:
-        product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1, matrix.dense, matrix.cols,
-                1, 1.0, NULL, accumulate, d_x, matrix.cols, workspace)
+    panel_product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1,
+                  CODES if matrix.codes else FLOATS, matrix, matrix.dense, matrix.cols, 1, NULL,
+                  accumulate, d_x, matrix.cols, workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -799,7 +877,7 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, head.q + block * stride, stride, 1,
-                head.k + low * stride, 1, stride, 1.0, NULL, False,
+                head.k + low * stride, 1, stride, NULL, False,
                 head.probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys
@@ -812,7 +890,7 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
             softmax_row(row + first, past + i + 1 - first, factor)
             memset(row + past + i + 1, 0, (last - past - i - 1) * sizeof(float))
         product(rows, head.head_dim, last - low, head.probs + block * keys + low, keys, 1,
-                head.v + low * stride, stride, 1, 1.0, NULL, False, head.out + block * stride,
+                head.v + low * stride, stride, 1, NULL, False, head.out + block * stride,
                 stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
 
@@ -834,7 +912,7 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, head.d_out + block * stride, stride, 1,
-                head.v + low * stride, 1, stride, 1.0, NULL, False,
+                head.v + low * stride, 1, stride, NULL, False,
                 head.d_probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys + low
@@ -844,13 +922,13 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
             multiply(d_row, row, last - low)
             scale(d_row, factor, last - low)
         product(rows, head.head_dim, last - low, head.d_probs + block * keys + low, keys, 1,
-                head.k + low * stride, stride, 1, 1.0, NULL, False, head.d_q + block * stride,
+                head.k + low * stride, stride, 1, NULL, False, head.d_q + block * stride,
                 stride, workspace)
         product(last - low, head.head_dim, rows, head.d_probs + block * keys + low, 1, keys,
-                head.q + block * stride, stride, 1, 1.0, NULL, True, head.d_k + low * stride,
+                head.q + block * stride, stride, 1, NULL, True, head.d_k + low * stride,
                 stride, workspace)
         product(last - low, head.head_dim, rows, head.probs + block * keys + low, 1, keys,
-                head.d_out + block * stride, stride, 1, 1.0, NULL, True, head.d_v + low * stride,
+                head.d_out + block * stride, stride, 1, NULL, True, head.d_v + low * stride,
                 stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_BACKWARD)
 
@@ -859,10 +937,12 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
 # Training
 
 cdef inline float round_to_float16(float x) noexcept nogil:
-    # For x >= 0: the nearest float16, ties to even. Normal numbers lose the 13 low bits of their
-    # mantissa; below 2^-14 float16 counts in steps of 2^-24.
+    # For x >= 0: the nearest finite float16, ties to even. Normal numbers lose the 13 low bits of
+    # their mantissa; below 2^-14 float16 counts in steps of 2^-24.
     cdef unsigned int bits
     cdef float steps = x * <float>16777216.0
+    if x > <float>65504.0:
+        return 65504.0
     if x < <float>6.103515625e-05:
         steps = steps + <float>12582912.0       # 1.5 * 2^23: no room for a fraction
         return (steps - <float>12582912.0) / <float>16777216.0
@@ -873,26 +953,103 @@ cdef inline float round_to_float16(float x) noexcept nogil:
     return x
 
 
-cdef float ternarize(const float *weights, Py_ssize_t n, bint unit_scale,
-                     signed char *codes) noexcept nogil:
-    # codes = round(clip(w / scale, -1, 1)), scale = mean |w| in float16 precision (BitNet b1.58,
-    # arXiv 2402.17764, equations 1 to 3) or 1. Rounding w / scale is comparing w with half of
-    # scale: exact, with no division. Returns the scale.
+cdef float quantize(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
+                    signed char *codes, float *room) noexcept nogil:
+    # The codes of n weights that share a scale, and that scale: `fixed`, or, where that is 0, the
+    # scheme's. Comparing |w| with threshold * scale is exact, with no division. room has n floats
+    # for a median, and is not touched else.
     cdef Py_ssize_t i, start
     cdef double total = 0.0
-    cdef float step = 1.0, half, part
-    START_TIMER(TIMER_TERNARIZE)
-    if not unit_scale:
-        for start from 0 <= start < n by 1024:
-            part = absolute_sum(weights + start, min(n - start, 1024))
-            total += part
-        step = round_to_float16(<float>(total / n))
-    # A scale that rounds to 0 leaves no weights: then every code is 0.
-    half = 0.5 * step if step > 0.0 else <float>INFINITY
+    cdef float step = fixed, bound, part
+    cdef signed char code
+    START_TIMER(TIMER_QUANTIZE)
+    if fixed == 0.0:
+        if scheme.median:
+            step = absolute_median(weights, n, room)
+        else:
+            for start from 0 <= start < n by 1024:
+                part = absolute_sum(weights + start, min(n - start, 1024))
+                total += part
+            step = <float>(total / n)
+        step = round_to_float16(scheme.factor * step)
+    # A scale that rounds to 0 leaves no weights: then every code is the inner one.
+    bound = scheme.threshold * step if step > 0.0 else <float>INFINITY
     for i in range(n):
-        codes[i] = <signed char>((weights[i] > half) - (weights[i] < -half))
-    STOP_TIMER(TIMER_TERNARIZE)
+        code = scheme.outer if fabsf(weights[i]) > bound else scheme.inner
+        codes[i] = -code if weights[i] < 0.0 else code
+    STOP_TIMER(TIMER_QUANTIZE)
     return step
+
+
+cdef float absolute_median(const float *x, Py_ssize_t n, float *room) noexcept nogil:
+    # The median of |x|: Hoare's selection (CACM 4(7), 1961, algorithm 65) of the upper middle one
+    # and, where n is even, the mean of it and the largest below it.
+    cdef Py_ssize_t i, j, low = 0, high = n - 1, middle = n // 2
+    cdef float pivot, swap, below
+    for i in range(n):
+        room[i] = fabsf(x[i])
+    while low < high:
+        pivot = room[(low + high) // 2]
+        i = low
+        j = high
+        while i <= j:
+            while room[i] < pivot:
+                i += 1
+            while pivot < room[j]:
+                j -= 1
+            if i <= j:
+                swap = room[i]
+                room[i] = room[j]
+                room[j] = swap
+                i += 1
+                j -= 1
+        if j < middle:
+            low = i
+        if middle < i:
+            high = j
+    if n % 2:
+        return room[middle]
+    below = room[0]
+    for i in range(1, middle):
+        below = room[i] if room[i] > below else below
+    return <float>(0.5 * (<double>below + <double>room[middle]))
+
+
+cdef void round_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    # Each row becomes whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet
+    # b1.58, arXiv 2402.17764, section 2): what int8 with one scale a token keeps of it. A row
+    # whose step float32 does not hold stays as it is, and so does one that is not finite.
+    cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef float *row
+    cdef float top, step, inverse
+    cdef vf32 most, strange, v, up, down
+    START_TIMER(TIMER_QUANTIZE)
+    for i in range(rows):
+        row = x + i * cols
+        most = strange = vf32_zero()
+        for j from 0 <= j < whole by VF32_LANES:
+            v = vf32_load(row + j)
+            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+            strange = vf32_add(strange, vf32_sub(v, v))
+        if left:
+            v = vf32_load_first(row + whole, left)
+            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+            strange = vf32_add(strange, vf32_sub(v, v))
+        top = vf32_largest(most)
+        step = top / <float>127.0
+        inverse = <float>127.0 / top
+        # x - x is 0 of every number, and NaN of what is none.
+        if not (vf32_sum(strange) == 0.0 and 0.0 < inverse < INFINITY
+                and <float>127.0 * step < INFINITY):
+            continue
+        up = vf32_splat(inverse)
+        down = vf32_splat(step)
+        for j from 0 <= j < whole by VF32_LANES:
+            vf32_store(row + j, vf32_mul(down, vf32_round(vf32_mul(up, vf32_load(row + j)))))
+        if left:
+            v = vf32_load_first(row + whole, left)
+            vf32_store_first(row + whole, left, vf32_mul(down, vf32_round(vf32_mul(up, v))))
+    STOP_TIMER(TIMER_QUANTIZE)
 
 
 cdef inline float absolute_sum(const float *x, Py_ssize_t n) noexcept nogil:
@@ -903,11 +1060,11 @@ cdef inline float absolute_sum(const float *x, Py_ssize_t n) noexcept nogil:
         v = vf32_load(x + i)
         total = vf32_add(total, vf32_max(v, vf32_sub(vf32_zero(), v)))
     for i in range(whole, n):
-        rest += <float>fabs(x[i])
+        rest += fabsf(x[i])
     return vf32_sum(total) + rest
 
 
-cdef inline vf32 adamw_lanes(vf32 w, vf32 m, vf32 v, const AdamW *s) noexcept nogil:
+cdef inline vf32 adamw_lanes(vf32 w, vf32 m, vf32 v, const Update *s) noexcept nogil:
     # w (1 - rate decay) - rate (m / c1) / (sqrt(v / c2) + epsilon)
     cdef vf32 bottom = vf32_add(vf32_sqrt(vf32_mul(v, vf32_splat(1.0 / s.correction2))),
                                 vf32_splat(s.epsilon))
@@ -916,14 +1073,14 @@ cdef inline vf32 adamw_lanes(vf32 w, vf32 m, vf32 v, const AdamW *s) noexcept no
 
 
 cdef void adamw(float *weights, float *first, float *second, const float *gradient,
-                Py_ssize_t n, const AdamW *s) noexcept nogil:
+                Py_ssize_t n, const Update *s) noexcept nogil:
     # One step of AdamW (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2), in place.
     cdef Py_ssize_t i, left
     cdef vf32 g, m, v
     cdef vf32 b1 = vf32_splat(s.beta1), a1 = vf32_splat(1.0 - s.beta1)
     cdef vf32 b2 = vf32_splat(s.beta2), a2 = vf32_splat(1.0 - s.beta2)
     cdef vf32 factor = vf32_splat(s.gradient_scale)
-    START_TIMER(TIMER_ADAMW)
+    START_TIMER(TIMER_OPTIMIZER)
     for i from 0 <= i < n - n % VF32_LANES by VF32_LANES:
         g = vf32_mul(factor, vf32_load(gradient + i))
         m = vf32_fmadd(a1, g, vf32_mul(b1, vf32_load(first + i)))
@@ -941,7 +1098,30 @@ cdef void adamw(float *weights, float *first, float *second, const float *gradie
         vf32_store_first(second + i, left, v)
         vf32_store_first(weights + i, left,
                          adamw_lanes(vf32_load_first(weights + i, left), m, v, s))
-    STOP_TIMER(TIMER_ADAMW)
+    STOP_TIMER(TIMER_OPTIMIZER)
+
+
+cdef void sgd(float *weights, float *momentum, const float *gradient, Py_ssize_t n,
+              const Update *s) noexcept nogil:
+    # momentum <- mu momentum + g;  w <- (1 - rate decay) w - rate momentum (Sutskever et al. 2013,
+    # equations 1 and 2, with the rate outside the sum)
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES, left = n - whole
+    cdef vf32 m, mu = vf32_splat(s.momentum), factor = vf32_splat(s.gradient_scale)
+    cdef vf32 keep = vf32_splat(1.0 - s.learning_rate * s.weight_decay)
+    cdef vf32 rate = vf32_splat(-s.learning_rate)
+    START_TIMER(TIMER_OPTIMIZER)
+    for i from 0 <= i < whole by VF32_LANES:
+        m = vf32_fmadd(mu, vf32_load(momentum + i), vf32_mul(factor, vf32_load(gradient + i)))
+        vf32_store(momentum + i, m)
+        vf32_store(weights + i, vf32_fmadd(rate, m, vf32_mul(keep, vf32_load(weights + i))))
+    if left:
+        i = whole
+        m = vf32_fmadd(mu, vf32_load_first(momentum + i, left),
+                       vf32_mul(factor, vf32_load_first(gradient + i, left)))
+        vf32_store_first(momentum + i, left, m)
+        vf32_store_first(weights + i, left,
+                         vf32_fmadd(rate, m, vf32_mul(keep, vf32_load_first(weights + i, left))))
+    STOP_TIMER(TIMER_OPTIMIZER)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -995,8 +1175,10 @@ kernels.linear = linear
 kernels.linear_backward = linear_backward
 kernels.attention = attention
 kernels.attention_backward = attention_backward
-kernels.ternarize = ternarize
+kernels.quantize = quantize
+kernels.round_rows = round_rows
 kernels.adamw = adamw
+kernels.sgd = sgd
 kernels.measuring = measuring
 kernels.timer_name = timer_name
 kernels.timer_calls = timer_calls

@@ -1,15 +1,19 @@
-"""The record of a training run: one JSON object a line (C: ``logger.c``)."""
+"""The record of a training run: one JSON object a line (C: ``logger.c``), and TensorBoard's events
+for those who want them.
+"""
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from legacy1bit.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FOLDER = "tensorboard"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -51,24 +55,102 @@ class MetricsLogger:
         The run.
     resume_at : int
         What was recorded after this step is dropped: it is about to happen again.
+    tensorboard : bool
+        Whether every number goes to TensorBoard event files in ``tensorboard/``, too.
+
+    Raises
+    ------
+    ValueError
+        If those are wanted and tensorboardX is not installed.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], resume_at: int = 0) -> None:
+    def __init__(
+        self, folder: str | os.PathLike[str], resume_at: int = 0, tensorboard: bool = False
+    ) -> None:
         self.path = Path(folder) / METRICS_FILE
+        if tensorboard:
+            check_tensorboard()
         kept = []
         if resume_at and self.path.exists():
             kept = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
         atomic_write(self.path, "".join(_line(record) for record in kept))
+        self._events = _Events(Path(folder) / EVENTS_FOLDER, resume_at) if tensorboard else None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record. Numbers that are not finite become null: JSON has none."""
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(_line(record))
+        if self._events is not None:
+            self._events.add(record["step"], dict(_numbers(record)))
+
+    def close(self) -> None:
+        """Finish TensorBoard's file; a run without one has nothing to finish."""
+        if self._events is not None:
+            self._events.close()
+
+
+def check_tensorboard() -> None:
+    """Raise ``ValueError`` if what writes TensorBoard's events is not installed."""
+    try:
+        import tensorboardX  # type: ignore[import-untyped] # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "TensorBoard's events need tensorboardX, which is not installed: "
+            "pip install 'legacy1bit[tensorboard]'"
+        ) from None
+
+
+class _Events:
+    """A file of TensorBoard's events: one for each record, on the disk when it was added.
+
+    Parameters
+    ----------
+    folder : Path
+    resume_at : int
+        Events of earlier files after this step are no longer shown.
+    """
+
+    def __init__(self, folder: Path, resume_at: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter  # type: ignore[import-untyped]
+        from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
+
+        folder.mkdir(parents=True, exist_ok=True)
+        # The name has the second in it, and the step, so that two attempts do not share one.
+        self._file = EventsWriter(str(folder / "events"), f".{resume_at}")
+        self._write(resume_at + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def add(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Write the numbers of one step."""
+        from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
+        self._write(step, summary=Summary(value=values))
+
+    def _write(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._file.write_event(Event(step=step, wall_time=time.time(), **content))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Finish the file."""
+        self._file.close()
+
+
+def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers of a record and of the records within it, by their paths."""
+    for key, value in record.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}/")
+        elif value is not None and f"{prefix}{key}" != "step":
+            yield f"{prefix}{key}", float(value)
 
 
 def _line(record: Mapping[str, Any]) -> str:
-    finite = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in record.items()
-    }
-    return json.dumps(finite, allow_nan=False) + "\n"
+    return json.dumps(_finite(record), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -37,9 +37,9 @@ from legacy1bit.data_utils import (
     tokenize_text,
 )
 from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
-from legacy1bit.hyperparams import OPTIMIZERS, SCHEMES, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.inference import check_sampling, generate
-from legacy1bit.logger import METRICS_FILE, MetricsLogger
+from legacy1bit.logger import METRICS_FILE, MetricsLogger, check_tensorboard
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
 from legacy1bit.threads import available_cores
 from legacy1bit.trainer import (
@@ -49,6 +49,7 @@ from legacy1bit.trainer import (
     evaluate,
     read_settings,
     recall_of_heroes,
+    weight_shares,
 )
 
 RUNS = Path("runs")
@@ -100,8 +101,41 @@ def _describe(error: Exception) -> str:
 # Arguments
 
 
+# Settings whose options are not named like them; None: the command line has none.
+_OPTIONS = {"vocab_size": None, "num_blocks": "blocks", "num_heads": "heads"}
+
+# What a run that goes on may be told anew.
+_CHANGEABLE = ("steps", "threads")
+
+
+def _option(name: str) -> str | None:
+    """Return the command line's name of a setting, without its dashes."""
+    option = _OPTIONS.get(name, name)
+    return None if option is None else option.replace("_", "-")
+
+
+def _add_settings(command: argparse.ArgumentParser, title: str, record: type[Any]) -> None:
+    """Give a command an option for each field of a record of settings."""
+    group = command.add_argument_group(title)
+    for setting in fields(record):
+        option, meta = _option(setting.name), setting.metadata
+        if option is None:
+            continue
+        default = "the cores there are" if setting.name == "threads" else setting.default
+        meaning = meta["meaning"] + ("" if default is None else f" (default: {default})")
+        settings: dict[str, Any] = {"dest": setting.name, "help": meaning}
+        if meta["kind"] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+            settings["default"] = None
+        elif "choices" in meta:
+            settings["choices"] = meta["choices"]
+        else:
+            settings["type"] = meta["kind"]
+            settings["metavar"] = "N" if meta["kind"] is int else "X"
+        group.add_argument(f"--{option}", **settings)
+
+
 def _add_training(commands: Any) -> None:
-    model, training = ModelConfig(), TrainingConfig()
     command = commands.add_parser(
         "train",
         help="train a model (what happens without a command, too)",
@@ -111,22 +145,12 @@ def _add_training(commands: Any) -> None:
     command.add_argument("--data", metavar="FILE", help="any text file (default: the stories)")
     command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
     command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
-    command.add_argument("--stories", type=int, help="how many stories to learn from")
-    for name, kind, default in (
-        ("steps", int, training.steps),
-        ("batch-size", int, training.batch_size),
-        ("sequence-length", int, model.sequence_length),
-        ("model-dim", int, model.model_dim),
-        ("blocks", int, model.num_blocks),
-        ("heads", int, model.num_heads),
-        ("learning-rate", float, training.learning_rate),
-        ("weight-decay", float, training.weight_decay),
-        ("seed", int, training.seed),
-    ):
-        command.add_argument(f"--{name}", type=kind, metavar="N", help=f"default: {default}")
-    command.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
-    command.add_argument("--scheme", choices=SCHEMES, help=f"default: {model.scheme}")
-    command.add_argument("--optimizer", choices=OPTIMIZERS, help=f"default: {training.optimizer}")
+    command.add_argument("--stories", type=int, metavar="N", help="how many to learn from")
+    command.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard's events, too"
+    )
+    _add_settings(command, "the model", ModelConfig)
+    _add_settings(command, "the training", TrainingConfig)
     command.set_defaults(run=run_training)
 
 
@@ -294,28 +318,16 @@ class _Interrupts:
         self.requested = True
 
 
+def _given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
+    """Return the settings of a record that the command line names."""
+    values = {setting.name: getattr(arguments, setting.name, None) for setting in fields(record)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
     """Return the settings that the command line asks for."""
-    model = {
-        "sequence_length": arguments.sequence_length,
-        "model_dim": arguments.model_dim,
-        "num_blocks": arguments.blocks,
-        "num_heads": arguments.heads,
-        "scheme": arguments.scheme,
-    }
-    training = {
-        "steps": arguments.steps,
-        "batch_size": arguments.batch_size,
-        "learning_rate": arguments.learning_rate,
-        "weight_decay": arguments.weight_decay,
-        "seed": arguments.seed,
-        "optimizer": arguments.optimizer,
-        "threads": available_cores() if arguments.threads is None else arguments.threads,
-    }
-    return (
-        ModelConfig(**{key: value for key, value in model.items() if value is not None}),
-        TrainingConfig(**{key: value for key, value in training.items() if value is not None}),
-    )
+    training = {"threads": available_cores(), **_given(arguments, TrainingConfig)}
+    return ModelConfig(**_given(arguments, ModelConfig)), TrainingConfig(**training)
 
 
 def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
@@ -323,39 +335,30 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if arguments.resume is not None:
         return _resume(arguments)
     model_config, config = _configs(arguments)
+    if arguments.tensorboard:
+        check_tensorboard()
     _check_folder(arguments.out)
     source = _source(arguments.data, arguments.stories, config.seed)
     corpus = _corpus(source, model_config)
     folder = _make_folder(arguments.out)
-    return Trainer(folder, model_config, config, corpus, source), MetricsLogger(folder)
+    logger = MetricsLogger(folder, tensorboard=arguments.tensorboard)
+    return Trainer(folder, model_config, config, corpus, source), logger
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
     model_config, config, source = read_settings(folder)
-    fixed = {
-        "data": arguments.data,
-        "out": arguments.out,
-        "stories": arguments.stories,
-        "batch-size": arguments.batch_size,
-        "sequence-length": arguments.sequence_length,
-        "model-dim": arguments.model_dim,
-        "blocks": arguments.blocks,
-        "heads": arguments.heads,
-        "learning-rate": arguments.learning_rate,
-        "weight-decay": arguments.weight_decay,
-        "seed": arguments.seed,
-        "scheme": arguments.scheme,
-        "optimizer": arguments.optimizer,
-    }
-    given = [name for name, value in fixed.items() if value is not None]
-    if given:
+    places = ("data", "out", "stories")
+    given = [name for name in places if getattr(arguments, name) is not None]
+    given += [*_given(arguments, ModelConfig), *_given(arguments, TrainingConfig)]
+    fixed = [_option(name) for name in given if name not in _CHANGEABLE]
+    if fixed:
         raise ValueError(
-            f"--{given[0]} cannot change in a run that goes on: only --steps and --threads can"
+            f"--{fixed[0]} cannot change in a run that goes on: only --steps and --threads can"
         )
-    changes = {"steps": arguments.steps, "threads": arguments.threads}
-    config = replace(config, **{key: value for key, value in changes.items() if value is not None})
+    changes = {name: getattr(arguments, name) for name in given}
+    config = replace(config, **changes)
     trainer = Trainer(folder, model_config, config, _corpus(source, model_config), source)
     trainer.restore()
     if trainer.step >= config.steps:
@@ -363,7 +366,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
             f"{folder} has had its {trainer.step} steps: give more with --steps to go on"
         )
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
-    return trainer, MetricsLogger(folder, trainer.step)
+    return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
 
 
 def run_training(arguments: argparse.Namespace) -> int:
@@ -391,7 +394,8 @@ def run_training(arguments: argparse.Namespace) -> int:
                 f"{record['tokens_per_second']:,.0f} tokens/s"
             )
 
-        done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
+        with contextlib.closing(logger):
+            done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
@@ -534,19 +538,17 @@ def run_info(arguments: argparse.Namespace) -> int:
         print(f"{name:<18}{value}")
     print(f"{'parameters':<18}{model.num_parameters:,}")
     print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")
-    ternary = {
-        name: matrix
-        for name, matrix in model.parameters.items()
-        if isinstance(matrix, TernaryMatrix)
-    }
-    if ternary:
-        width = max(map(len, ternary))
-        print(f"\n{'matrix':<{width}}  {'shape':>11}  {'scale':>9}  {'-1':>6} {'0':>6} {'1':>6}")
-    for name, matrix in ternary.items():
-        shares = [np.mean(matrix.values == code) for code in (-1, 0, 1)]
+    matrices = weight_shares(model)
+    if matrices:
+        width = max(map(len, matrices))
+        levels = " ".join(f"{level:>6}" for level in next(iter(matrices.values())))
+        print(f"\n{'matrix':<{width}}  {'shape':>11}  {'scale':>9}  {levels}")
+    for name, shares in matrices.items():
+        matrix = model.parameters[name]
+        assert isinstance(matrix, TernaryMatrix)
         print(
             f"{name:<{width}}  {'x'.join(map(str, matrix.shape)):>11}  {matrix.scale:>9.6f}  "
-            + " ".join(f"{share:>6.1%}" for share in shares)
+            + " ".join(f"{share:>6.1%}" for share in shares.values())
         )
     return 0
 

@@ -157,7 +157,7 @@ cdef object ternary_product(object matrix, object vector, object output, object 
     cdef const signed char[:, ::1] codes = check_not_none(
         "matrix", getattr(matrix, "values", matrix))
     cdef const float[::1] x = check_not_none("vector", vector)
-    cdef float factor = getattr(matrix, "scale", 1.0) if scale is None else scale
+    cdef const float[:, ::1] scales
     cdef Py_ssize_t rows = codes.shape[0], cols = codes.shape[1]
     cdef Matrix view
     cdef float[::1] out
@@ -170,7 +170,14 @@ cdef object ternary_product(object matrix, object vector, object output, object 
     view.rows = rows
     view.cols = cols
     view.codes = &codes[0, 0]
-    view.scale = &factor
+    # A matrix with scales of its own brings them along.
+    if scale is None and hasattr(matrix, "scales"):
+        scales, view.group = matrix.scales, matrix.group
+    else:
+        scales = np.array([[1.0 if scale is None else scale]], np.float32)
+        view.group = cols
+    view.scale = &scales[0, 0]
+    view.scale_row = 0 if scales.shape[0] * scales.shape[1] == 1 else scales.shape[1]
     view.dense = NULL
     with nogil:
         if transpose:
@@ -393,6 +400,23 @@ def softmax(x) -> None:
     check_not_empty("x", rows.shape[0] * rows.shape[1])
     with nogil:
         active.softmax(&rows[0, 0], rows.shape[0], rows.shape[1])
+
+
+def quantize_activations(x) -> None:
+    """Round ``x``, float32[N] or the rows of float32[R, N], to what int8 with one scale keeps.
+
+    A row becomes whole multiples, -127 to 127, of a step of its own: max |x| / 127 (BitNet b1.58,
+    arXiv 2402.17764, section 2). A row whose step float32 does not hold (one of zeros, say) stays
+    as it is, and so does one that is not finite. The C original has nothing of the kind.
+    """
+    cdef float[:, ::1] rows
+    if getattr(check_not_none("x", x), "ndim", 1) == 1:
+        rows = _as_row(x)
+    else:
+        rows = x
+    check_not_empty("x", rows.shape[0] * rows.shape[1])
+    with nogil:
+        active.round_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
 
 
 cdef float[:, ::1] _as_row(float[::1] x):

@@ -21,6 +21,8 @@ cdef struct AttentionView:
     const float *cosines    # [length, D / 2]; NULL without rotary positions
     const float *sines
     Py_ssize_t length       # rows of those tables
+    NormView norm           # before wo
+    bint rounded            # inputs of its matrices are rounded to int8
 
 cdef struct FeedForwardView:
     Matrix wi               # [F, C]
@@ -28,6 +30,8 @@ cdef struct FeedForwardView:
     const float *bi         # [F]
     const float *bo         # [C]
     bint squared            # ReLU squared rather than ReLU
+    NormView norm           # before wo
+    bint rounded            # inputs of its matrices are rounded to int8
 
 cdef struct BlockView:
     AttentionView attention
@@ -41,6 +45,7 @@ cdef struct ModelView:
     NormView final_norm
     Matrix output           # [V, C]
     const float *output_bias    # [V]
+    bint rounded            # inputs of the output matrix are rounded to int8
 
 cdef struct NormGradient:
     float *gamma
@@ -55,12 +60,14 @@ cdef struct AttentionGradient:
     float *bk
     float *bv
     float *bo
+    NormGradient norm
 
 cdef struct FeedForwardGradient:
     float *wi
     float *wo
     float *bi
     float *bo
+    NormGradient norm
 
 cdef struct BlockGradient:
     AttentionGradient attention
@@ -74,6 +81,14 @@ cdef struct ModelGradient:
     float *output
     float *output_bias
 
+cdef struct FeedForwardContext:
+    # The activations of a feed-forward layer, M = B T rows each.
+    float *hidden           # [M, F] before the activation
+    float *activated        # [M, F] after it
+    float *normed           # [M, F], what wo gets; `activated` itself where there is no norm
+    float *mean
+    float *inv_std
+
 cdef struct BlockContext:
     # The activations of one block, M = B T rows each; see TransformerBlockContext.
     float *input
@@ -86,36 +101,41 @@ cdef struct BlockContext:
     float *v
     float *probs            # [B, H, T, keys]
     float *heads
+    float *heads_normed     # [M, C], what wo gets; `heads` itself where there is no norm
+    float *heads_mean
+    float *heads_inv_std
     float *residual
     float *norm2
     float *mean2
     float *inv_std2
-    float *hidden
-    float *activated
+    FeedForwardContext ffn
 
 
 cdef class TernaryMatrix:
     cdef object codes
     cdef readonly object scales
+    cdef readonly Py_ssize_t group
     cdef bint freed
     cdef int fill(self, Matrix *view) except -1
+
+
+cdef class LayerNorm:
+    cdef readonly object gamma, beta
+    cdef NormView view
 
 
 cdef class MultiHeadAttention:
     cdef readonly object wq, wk, wv, wo, bq, bk, bv, bo, rotary
     cdef readonly Py_ssize_t num_heads, span
+    cdef readonly LayerNorm norm
     cdef AttentionView view
 
 
 cdef class FeedForward:
     cdef readonly object wi, bi, wo, bo
     cdef readonly str activation
+    cdef readonly LayerNorm norm
     cdef FeedForwardView view
-
-
-cdef class LayerNorm:
-    cdef readonly object gamma, beta
-    cdef NormView view
 
 
 cdef class TransformerBlock:
@@ -130,8 +150,9 @@ cdef class LegacyLLM:
     cdef readonly dict parameters
     cdef readonly list blocks
     cdef readonly LayerNorm final_norm
-    cdef object codes, scales, weights
-    cdef Py_ssize_t ternary_size, matrix_size, total_size
+    cdef readonly bint full_precision
+    cdef object codes, scales, weights, shares
+    cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
     cdef ModelView *alive(self) except NULL
 
@@ -148,9 +169,12 @@ cdef class LegacyLLMGradients:
 cdef class TransformerBlockContext:
     cdef readonly object input, output, norm1, mean1, inv_std1, q, k, v, probs, heads, residual
     cdef readonly object norm2, mean2, inv_std2, hidden, activated
+    cdef readonly object heads_normed, heads_mean, heads_inv_std
+    cdef readonly object activated_normed, activated_mean, activated_inv_std
     cdef BlockContext view
 
-cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads) except -1
+cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
+                       sub_norm) except -1
 cdef float *float_pointer(object array) except NULL
 cdef int fill_matrix(Matrix *view, object weights, str name) except -1
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL

@@ -1,11 +1,11 @@
 """The model: its weights, their gradients, and the files they live in (C: ``model.c``).
 
-A model keeps its weights in three flat arrays: the int8 codes of all ternary matrices, their
+A model keeps its weights in three flat arrays: the int8 codes of all quantized matrices, their
 scales, and the float32 parameters. A model that is to be trained has latent float weights for the
-ternary matrices too, in front of the other floats, so that one array holds everything that
+quantized matrices too, in front of the other floats, so that one array holds everything that
 learns; gradients and optimizer states have the same layout. All names are views into these:
 
-    [ latent weights of ternary matrices | float matrices | vectors ]
+    [ latent weights of quantized matrices | float matrices | vectors ]
 
 Weight decay goes to the first two parts, and the third is small.
 """
@@ -22,20 +22,21 @@ from safetensors.numpy import save as save_safetensors
 
 from legacy1bit.files import atomic_write, atomic_write_all
 from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.schemes import FLOAT, SCHEMES
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport Matrix
+from legacy1bit.kernels cimport Matrix, Scheme
 from legacy1bit.math_ops cimport kernels
-from legacy1bit.threads cimport parallel_for
+from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
 
-_WEIGHTS_FILE = "model.safetensors"
-_CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
 _FORMAT = "legacy1bit"
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
 
 _V1_MAGIC = 0x1B1B1
 _V1_VERSION = 1
@@ -86,6 +87,8 @@ cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
     view.cols = dense.shape[1]
     view.codes = NULL
     view.scale = NULL
+    view.scale_row = 0
+    view.group = view.cols
     view.dense = &dense[0, 0]
     return 0
 
@@ -100,38 +103,56 @@ cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str 
 # Matrices and vectors
 
 cdef class TernaryMatrix:
-    """A matrix of -1, 0 and 1 times one scale (C: ``TernaryMatrix``).
+    """A matrix of -1, 0 and 1 times scales (C: ``TernaryMatrix``), or of another scheme's codes.
 
     Parameters
     ----------
     values : int8[R, C]
         The codes; kept, not copied.
-    scale : float or float32[1]
-        Multiplies every code. An array is kept, so that two owners can share it. The C original
-        has no scale (departure 10).
+    scale : float, float32[1, 1] or float32[R, G]
+        Multiplies every code, or those of G groups of neighbours in each row. An array is kept,
+        so that two owners can share it. The C original has no scale (departure 10).
+    group : int
+        How many neighbours share a scale, a multiple of 16; 0 means the whole row.
+    levels : tuple of int
+        The codes that are allowed.
 
     Raises
     ------
     ValueError
         If ``values`` is empty, not two-dimensional or of another dtype, or holds another number,
-        or ``scale`` is not finite.
+        or a scale is not finite, or the scales are not as many as the groups.
     """
 
-    def __init__(self, values, scale=1.0):
+    def __init__(self, values, scale=1.0, group=0, levels=(-1, 0, 1)):
         cdef const signed char[:, ::1] codes = values
         if codes.shape[0] * codes.shape[1] == 0:
             raise ValueError("values is empty")
-        if values.min() < -1 or values.max() > 1:
-            raise ValueError("values holds a number other than -1, 0 and 1")
+        if not levels:
+            raise ValueError("levels is empty")
+        if not np.isin(values, levels).all():
+            raise ValueError("values holds a number other than "
+                             f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
         self.codes = values
         self.freed = False
-        if isinstance(scale, np.ndarray):
-            vector_pointer(scale, 1, "scale")
-            self.scales = scale
-        else:
-            self.scales = np.array([scale], np.float32)
-        if not np.isfinite(self.scales[0]):
-            raise ValueError(f"scale is {self.scales[0]}, expected a finite number")
+        self.group = codes.shape[1] if group == 0 else _size("group", group)
+        if self.group < codes.shape[1] and self.group % 16:
+            raise ValueError(f"group is {self.group}, expected a multiple of 16: no vector may "
+                             "have two scales")
+        self.scales = scale
+        if not isinstance(scale, np.ndarray):
+            self.scales = np.array([[scale]], np.float32)
+        elif scale.dtype != np.float32 or not scale.flags.c_contiguous:
+            raise ValueError(f"scale is {scale.dtype}, expected float32 and C-contiguous")
+        if self.scales.shape == (1, 1):
+            self.group = max(self.group, codes.shape[1])
+        groups = (codes.shape[1] + self.group - 1) // self.group
+        if self.scales.shape not in ((1, 1), (codes.shape[0], groups)):
+            raise ValueError(f"scale has shape {self.scales.shape}, which is none for codes of "
+                             f"shape {values.shape} in groups of {self.group}")
+        if not np.isfinite(self.scales).all():
+            raise ValueError(f"scale is {self.scales.ravel()[0]}, expected finite numbers"
+                             if self.scales.size == 1 else "a scale is not a finite number")
 
     @property
     def values(self):
@@ -142,8 +163,8 @@ cdef class TernaryMatrix:
 
     @property
     def scale(self) -> float:
-        """The number that multiplies every code."""
-        return float(self.scales[0])
+        """The number that multiplies every code; of several scales their mean."""
+        return float(self.scales.mean(dtype=np.float64))
 
     @property
     def shape(self) -> tuple:
@@ -151,15 +172,20 @@ cdef class TernaryMatrix:
         return self.values.shape
 
     def dense(self):
-        """Return the matrix as float32[R, C]: codes times scale."""
-        return self.values.astype(np.float32) * self.scales[0]
+        """Return the matrix as float32[R, C]: codes times scales."""
+        cols = self.shape[1]
+        wide = np.repeat(self.scales, self.group, axis=1)[:, :cols]
+        return self.values.astype(np.float32) * wide
 
     cdef int fill(self, Matrix *view) except -1:
         cdef const signed char[:, ::1] codes = self.values
+        cdef const float[:, ::1] scales = self.scales
         view.rows = codes.shape[0]
         view.cols = codes.shape[1]
         view.codes = &codes[0, 0]
-        view.scale = vector_pointer(self.scales, 1, "scale")
+        view.scale = &scales[0, 0]
+        view.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
+        view.group = self.group
         view.dense = NULL
         return 0
 
@@ -240,6 +266,23 @@ class RotaryTable:
         self.sines = np.sin(angles).astype(np.float32)
 
 
+cdef class LayerNorm:
+    """The weights of one layer norm: gamma and beta, both float32[C]."""
+
+    def __init__(self, gamma, beta):
+        self.view.gamma = vector_pointer(gamma, len(gamma), "gamma")
+        self.view.beta = vector_pointer(beta, len(gamma), "beta")
+        self.gamma, self.beta = gamma, beta
+
+
+cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size):
+    """Return the norm inside a layer, or None where it has none."""
+    if gamma is None and beta is None:
+        return None
+    vector_pointer(gamma, size, "gamma")
+    return LayerNorm(gamma, beta)
+
+
 cdef class MultiHeadAttention:
     """The weights of one attention layer (C: ``MultiHeadAttentionLayer``).
 
@@ -254,9 +297,14 @@ cdef class MultiHeadAttention:
         Turns queries and keys by their positions; without it attention knows none.
     span : int
         How many tokens back a token sees, itself included; 0 means all.
+    gamma, beta : float32[C], optional
+        Of a layer norm before ``wo`` (SubLN).
+    rounded : bool
+        Whether what the matrices get is rounded to int8, with one scale a token.
     """
 
-    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, span=0):
+    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, span=0, gamma=None,
+                 beta=None, rounded=False):
         cdef Py_ssize_t dim
         cdef const float[:, ::1] table
         cdef AttentionView *view = &self.view
@@ -295,6 +343,10 @@ cdef class MultiHeadAttention:
         self.num_heads = num_heads
         self.span = span
         self.rotary = rotary
+        self.norm = _inner_norm(gamma, beta, dim)
+        if self.norm is not None:
+            view.norm = self.norm.view
+        view.rounded = rounded
 
 
 cdef class FeedForward:
@@ -307,9 +359,13 @@ cdef class FeedForward:
     wo : TernaryMatrix or float32[C, F]
     bo : float32[C]
     activation : {"relu2", "relu"}
+    gamma, beta : float32[F], optional
+        Of a layer norm before ``wo`` (SubLN).
+    rounded : bool
+        Whether what the matrices get is rounded to int8, with one scale a token.
     """
 
-    def __init__(self, wi, bi, wo, bo, activation="relu2"):
+    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None, rounded=False):
         cdef FeedForwardView *view = &self.view
         if activation not in ("relu2", "relu"):
             raise ValueError(f"activation is {activation!r}, expected relu2 or relu")
@@ -321,15 +377,10 @@ cdef class FeedForward:
         view.squared = activation == "relu2"
         self.wi, self.bi, self.wo, self.bo = wi, bi, wo, bo
         self.activation = activation
-
-
-cdef class LayerNorm:
-    """The weights of one layer norm: gamma and beta, both float32[C]."""
-
-    def __init__(self, gamma, beta):
-        self.view.gamma = vector_pointer(gamma, len(gamma), "gamma")
-        self.view.beta = vector_pointer(beta, len(gamma), "beta")
-        self.gamma, self.beta = gamma, beta
+        self.norm = _inner_norm(gamma, beta, view.wi.rows)
+        if self.norm is not None:
+            view.norm = self.norm.view
+        view.rounded = rounded
 
 
 cdef class TransformerBlock:
@@ -341,6 +392,9 @@ cdef class TransformerBlock:
         check_matrix(&ffn.view.wi, ffn.view.wi.rows, dim, "ffn.wi")
         for name, norm in (("norm1", norm1), ("norm2", norm2)):
             vector_pointer(norm.gamma, dim, f"{name}.gamma")
+        if (attention.norm is None) != (ffn.norm is None):
+            raise ValueError("one of attention and ffn has a norm before wo, expected both or "
+                             "neither")
         self.attention, self.ffn = attention, ffn
         self.norm1, self.norm2 = norm1, norm2
         self.view.attention = attention.view
@@ -358,11 +412,11 @@ def parameter_layout(config) -> list:
     Returns
     -------
     list of (str, tuple of int, str)
-        Name, shape and kind of each parameter: "ternary" (latent weights with codes), "matrix"
+        Name, shape and kind of each parameter: "quantized" (latent weights with codes), "matrix"
         (float32, decays) or "vector" (float32, does not).
     """
     dim, hidden, vocab = config.model_dim, config.ffn_dim, config.vocab_size
-    block_kind = "ternary" if config.scheme == "ternary" else "matrix"
+    block_kind = "matrix" if config.scheme == FLOAT else "quantized"
     edge_kind = block_kind if config.ternary_embedding else "matrix"
     layout = [("embedding.weight", (vocab, dim), edge_kind)]
     for i in range(config.num_blocks):
@@ -375,13 +429,31 @@ def parameter_layout(config) -> list:
             (f"{ffn}.wo", (dim, hidden), block_kind),
             (f"{ffn}.bo", (dim,), "vector"),
         ]
-        for norm in ("norm1", "norm2"):
-            layout += [(f"blocks.{i}.{norm}.gamma", (dim,), "vector"),
-                       (f"blocks.{i}.{norm}.beta", (dim,), "vector")]
+        norms = {f"blocks.{i}.norm1": dim, f"blocks.{i}.norm2": dim}
+        if config.sub_norm:
+            norms |= {attention: dim, ffn: hidden}
+        layout += [(f"{norm}.{part}", (size,), "vector") for norm, size in norms.items()
+                   for part in ("gamma", "beta")]
     if config.final_norm:
         layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
     layout += [("output.weight", (vocab, dim), edge_kind), ("output.bias", (vocab,), "vector")]
-    return sorted(layout, key=lambda entry: ("ternary", "matrix", "vector").index(entry[2]))
+    return sorted(layout, key=lambda entry: ("quantized", "matrix", "vector").index(entry[2]))
+
+
+def _scale_shape(config, shape):
+    """Return the shape of a quantized matrix's scales, and how many neighbours share one."""
+    rows, cols = shape
+    if config.scale in ("tensor", "one"):
+        return (1, 1), cols
+    group = cols if config.scale == "row" else int(config.scale)
+    return (rows, (cols + group - 1) // group), group
+
+
+def _spread(config, name):
+    """Return the standard deviation of a matrix's first weights."""
+    if config.scale == "one" and config.scheme != FLOAT:
+        return 0.6
+    return 0.02 / np.sqrt(2.0 * config.num_blocks) if name.endswith(".wo") else 0.02
 
 
 def _views(flat, layout):
@@ -412,58 +484,64 @@ cdef class LegacyLLM:
     ----------
     config : ModelConfig
     parameters : dict of str to TernaryMatrix or float32 array
-        What the forward pass uses, by name; views, so that writing to an array changes the model.
+        The weights by name; views, so that writing to an array changes the model.
     blocks : list of TransformerBlock
     final_norm : LayerNorm or None
+    full_precision : bool
+        Whether the forward pass uses the latent weights in place of the codes.
     """
 
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
     def __init__(self, config, trainable=False):
-        cdef Py_ssize_t i
         layout = parameter_layout(config)
-        ternary = [(name, shape) for name, shape, kind in layout if kind == "ternary"]
-        sizes = {kind: sum(int(np.prod(shape)) for _, shape, of in layout if of == kind)
-                 for kind in ("ternary", "matrix", "vector")}
+        quantized = [(name, shape) for name, shape, kind in layout if kind == "quantized"]
+        scale_shapes = [_scale_shape(config, shape) for _, shape in quantized]
         self.config = config
-        self.ternary_size = sizes["ternary"]
-        self.matrix_size = sizes["ternary"] + sizes["matrix"]
-        self.total_size = sum(sizes.values())
-        self.codes = np.zeros(self.ternary_size, np.int8)
-        self.scales = np.ones(len(ternary), np.float32)
-        self.weights = np.zeros(self.total_size - (0 if trainable else self.ternary_size),
+        self.shares = _shares(config)
+        self.quantized_size = sum(int(np.prod(shape)) for _, shape in quantized)
+        self.total_size = sum(int(np.prod(shape)) for _, shape, _ in layout)
+        levels, inner = (), 0
+        if quantized:
+            levels, inner = SCHEMES[config.scheme].levels, SCHEMES[config.scheme].inner
+        self.codes = np.full(self.quantized_size, inner, np.int8)
+        self.scales = np.ones(sum(int(np.prod(shape)) for shape, _ in scale_shapes), np.float32)
+        self.weights = np.zeros(self.total_size - (0 if trainable else self.quantized_size),
                                 np.float32)
-        floats = self.weights[self.ternary_size:] if trainable else self.weights
-        values = _views(floats, [entry for entry in layout if entry[2] != "ternary"])
-        start = 0
-        for i, (name, shape) in enumerate(ternary):
-            stop = start + int(np.prod(shape))
+        floats = self.weights[self.quantized_size:] if trainable else self.weights
+        values = _views(floats, [entry for entry in layout if entry[2] != "quantized"])
+        start = begin = 0
+        for (name, shape), (scale_shape, group) in zip(quantized, scale_shapes):
+            stop, end = start + int(np.prod(shape)), begin + int(np.prod(scale_shape))
             values[name] = TernaryMatrix(self.codes[start:stop].reshape(shape),
-                                         self.scales[i:i + 1])
-            start = stop
+                                         self.scales[begin:end].reshape(scale_shape), group,
+                                         levels)
+            start, begin = stop, end
         self.parameters = values
-        self._connect()
+        self._connect(values)
 
-    def _connect(self):
-        """Make the layers of the parameters, and the structs that point at them."""
+    def _connect(self, parameters):
+        """Make the layers of parameters, and the structs that point at them."""
         cdef ModelView *view = &self.view
         cdef TransformerBlock block
-        config, parameters = self.config, self.parameters
+        config = self.config
         rotary = None
         if config.positions == "rope":
             rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
         view.num_blocks = config.num_blocks
-        view.blocks = <BlockView *>calloc(config.num_blocks, sizeof(BlockView))
+        if view.blocks == NULL:
+            view.blocks = <BlockView *>calloc(config.num_blocks, sizeof(BlockView))
         if view.blocks == NULL:
             raise MemoryError("no memory for the model's blocks")
         self.blocks = []
         for i in range(config.num_blocks):
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, span=config.attention_span),
+                                   num_heads=config.num_heads, span=config.attention_span,
+                                   rounded=config.int8_activations),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation),
+                            activation=config.activation, rounded=config.int8_activations),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
             self.blocks.append(block)
@@ -475,6 +553,7 @@ cdef class LegacyLLM:
         fill_matrix(&view.output, parameters["output.weight"], "output.weight")
         view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
                                           "output.bias")
+        view.rounded = config.int8_activations and config.ternary_embedding
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -500,7 +579,7 @@ cdef class LegacyLLM:
 
     @property
     def latent(self) -> dict:
-        """The arrays that learn, by name: float32 views, latent weights for ternary matrices.
+        """The arrays that learn, by name: float32 views, latent weights for quantized matrices.
 
         Raises ``ValueError`` if the model was made or loaded without latent weights.
         """
@@ -508,41 +587,58 @@ cdef class LegacyLLM:
             raise ValueError("the model has no latent weights: it was made for inference")
         return _views(self.weights, parameter_layout(self.config))
 
-    def quantize(self, threads=1) -> None:
-        """Take codes and scales anew from the latent weights.
+    def use_full_precision(self, wanted) -> None:
+        """Let the forward pass use the latent weights in place of the codes, or the codes again.
 
-        ``codes = round(clip(w / scale, -1, 1))`` with ``scale = mean |w|`` rounded to float16, or 1
-        where the settings say so (BitNet b1.58, arXiv 2402.17764, equations 1 to 3).
+        Codes and scales follow the latent weights either way, and they are what is saved.
+        """
+        self.alive()
+        if bool(wanted) != self.full_precision:
+            self._connect(self.latent if wanted else self.parameters)
+            self.full_precision = wanted
+
+    def quantize(self, threads=1) -> None:
+        """Take codes and scales anew from the latent weights, by the rule of ``schemes``.
+
+        Scales are 1 where the settings say so. The scheme ``sign`` has codes for latent weights,
+        and a scale that stays: the mean |w| of weights as other schemes begin with.
         """
         cdef QuantizeJob job
         cdef float[::1] weights, scales
         cdef signed char[::1] codes
-        cdef Py_ssize_t[::1] bounds
-        cdef Py_ssize_t matrices
+        cdef const Share[::1] shares = self.shares
         cdef int workers = _size("threads", threads)
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
-        matrices = len(self.scales)
-        if self.ternary_size == 0:
+        if self.quantized_size == 0:
             return
+        scheme = SCHEMES[self.config.scheme]
         weights, codes, scales = self.weights, self.codes, self.scales
-        sizes = [int(np.prod(shape)) for _, shape, kind in parameter_layout(self.config)
-                 if kind == "ternary"]
-        bounds = np.cumsum([0, *sizes], dtype=np.intp)
         job.weights = &weights[0]
         job.codes = &codes[0]
         job.scales = &scales[0]
-        job.bounds = &bounds[0]
-        job.unit_scale = self.config.scale == "one"
+        job.shares = &shares[0]
+        job.scheme.median = scheme.median
+        job.scheme.factor = scheme.factor
+        job.scheme.threshold = scheme.threshold
+        job.scheme.inner = scheme.inner
+        job.scheme.outer = scheme.outer
+        job.out_of_memory = False
         with nogil:
-            parallel_for(quantize_task, &job, matrices, workers)
+            parallel_for(quantize_task, &job, shares.shape[0], workers)
+        if job.out_of_memory:
+            raise MemoryError("no memory to find the median of a matrix")
 
     def stored_bytes(self) -> int:
-        """Return the size of the weights as ``save_model`` packs them: 2 bits a ternary weight."""
+        """Return the size of the weights as ``save_model`` packs them."""
         self.alive()
-        packed = sum(shape[0] * ((shape[1] + 3) // 4)
-                     for _, shape, kind in parameter_layout(self.config) if kind == "ternary")
-        return packed + 4 * (self.scales.size + self.num_parameters - self.ternary_size)
+        packed = 0
+        if self.quantized_size:
+            bits = SCHEMES[self.config.scheme].bits
+            packed = 2 * self.scales.size + sum(
+                shape[0] * ((shape[1] * bits + 7) // 8)
+                for _, shape, kind in parameter_layout(self.config) if kind == "quantized")
+        return packed + 4 * (self.num_parameters - self.quantized_size)
 
     def __repr__(self):
         if self.parameters is None:
@@ -551,19 +647,64 @@ cdef class LegacyLLM:
                 f"{self.config.model_dim})")
 
 
+cdef struct Share:
+    # A quantized matrix: where its weights and its scales begin, its shape, how many neighbours
+    # share a scale, and that scale where it is fixed, else 0.
+    Py_ssize_t start, scale, rows, cols, group
+    float fixed
+
+
+_SHARE = np.dtype([("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
+                   ("group", np.intp), ("fixed", np.float32)], align=True)
+
+
+def _shares(config):
+    """Return how ``quantize`` goes about the matrices of a model, as ``_SHARE`` records."""
+    shares, start, scale = [], 0, 0
+    for name, shape, kind in parameter_layout(config):
+        if kind != "quantized":
+            break
+        rows, cols = shape
+        scale_shape, group = _scale_shape(config, shape)
+        fixed = 1.0 if config.scale == "one" else 0.0
+        if not SCHEMES[config.scheme].learns and not fixed:
+            fixed = float(np.float16(_spread(config, name) * np.sqrt(2.0 / np.pi)))
+        if config.scale in ("tensor", "one"):
+            shares.append((start, scale, 1, rows * cols, rows * cols, fixed))
+        else:
+            shares.append((start, scale, rows, cols, group, fixed))
+        start += rows * cols
+        scale += int(np.prod(scale_shape))
+    return np.array(shares, _SHARE)
+
+
 cdef struct QuantizeJob:
     const float *weights
     signed char *codes
     float *scales
-    const Py_ssize_t *bounds
-    bint unit_scale
+    const Share *shares
+    Scheme scheme
+    bint out_of_memory
 
 
 cdef void quantize_task(void *context, long index) noexcept nogil:
     cdef QuantizeJob *job = <QuantizeJob *>context
-    cdef Py_ssize_t start = job.bounds[index], stop = job.bounds[index + 1]
-    job.scales[index] = kernels().ternarize(job.weights + start, stop - start, job.unit_scale,
-                                            job.codes + start)
+    cdef const Share *share = &job.shares[index]
+    cdef Py_ssize_t _row, first, count, start = share.start
+    cdef float *scale = job.scales + share.scale
+    cdef float *room = NULL
+    if job.scheme.median:
+        room = scratch(share.group)
+        if room == NULL:
+            job.out_of_memory = True
+            return
+    for _row in range(share.rows):
+        for first from 0 <= first < share.cols by share.group:
+            count = min(share.group, share.cols - first)
+            scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, share.fixed,
+                                          job.codes + start, room)
+            scale += 1
+            start += count
 
 
 def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
@@ -571,7 +712,8 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
 
     Matrices start from N(0, 0.02), those that write into the residual stream divided by
     sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), which makes
-    three codes in five 0. Biases and beta start at 0, gamma at 1.
+    three codes in five 0; without latent weights from codes that are equally likely, as in C.
+    Biases and beta start at 0, gamma at 1.
 
     Parameters
     ----------
@@ -593,14 +735,15 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
     """
     rng = np.random.default_rng(seed)
     model = LegacyLLM(config, trainable=True)
-    spread = 0.02 if config.scale == "absmean" or config.scheme == "float" else 0.6
-    for name, values in model.latent.items():
-        if values.ndim == 2:
-            values[...] = rng.standard_normal(values.shape, np.float32) * np.float32(spread)
-            if name.endswith(".wo") and spread == 0.02:
-                values /= np.float32(np.sqrt(2.0 * config.num_blocks))
+    latent = model.latent
+    for name, shape, kind in parameter_layout(config):
+        if kind == "quantized" and not SCHEMES[config.scheme].learns:
+            latent[name][...] = rng.integers(-1, 2, shape)
+        elif kind != "vector":
+            values = rng.standard_normal(shape, np.float32)
+            latent[name][...] = values * np.float32(_spread(config, name))
         elif name.endswith("gamma"):
-            values[...] = 1.0
+            latent[name][...] = 1.0
     model.quantize()
     return model if trainable else _without_latent(model)
 
@@ -636,7 +779,7 @@ cdef class LegacyLLMGradients:
     flat : float32[N]
         All of them, in the order of ``parameter_layout``.
     parameters : dict of str to float32 array
-        Views into ``flat``, by name; for ternary matrices the gradient of the effective weight,
+        Views into ``flat``, by name; for quantized matrices the gradient of the effective weight,
         which passes straight through to the latent one.
     """
 
@@ -677,6 +820,11 @@ cdef class LegacyLLMGradients:
             block.norm1.beta = self._pointer(f"blocks.{i}.norm1.beta")
             block.norm2.gamma = self._pointer(f"blocks.{i}.norm2.gamma")
             block.norm2.beta = self._pointer(f"blocks.{i}.norm2.beta")
+            if config.sub_norm:
+                block.attention.norm.gamma = self._pointer(f"blocks.{i}.attention.gamma")
+                block.attention.norm.beta = self._pointer(f"blocks.{i}.attention.beta")
+                block.ffn.norm.gamma = self._pointer(f"blocks.{i}.ffn.gamma")
+                block.ffn.norm.beta = self._pointer(f"blocks.{i}.ffn.beta")
 
     cdef float *_pointer(self, str name) except NULL:
         return float_pointer(self.parameters[name])
@@ -777,13 +925,18 @@ cdef class TransformerBlockContext:
     probs : [B, H, T, T]
     heads : [B, T, C]
         The heads' outputs, side by side.
+    heads_normed, heads_mean, heads_inv_std : [B, T, C], [B, T], [B, T]
+        After the norm before ``wo``; None where there is none.
     residual : [B, T, C]
         The input plus the attention's output.
     hidden, activated : [B, T, F]
         The feed-forward network's hidden layer before and after its activation.
+    activated_normed, activated_mean, activated_inv_std : [B, T, F], [B, T], [B, T]
+        After the norm before ``wo``; None where there is none.
     """
 
-    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, keys=None):
+    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, keys=None,
+                 sub_norm=False):
         cdef BlockContext *view = &self.view
         keys = time if keys is None else keys
         for name, value in (("model_dim", model_dim), ("ffn_dim", ffn_dim),
@@ -822,12 +975,30 @@ cdef class TransformerBlockContext:
         view.norm2 = float_pointer(self.norm2)
         view.mean2 = float_pointer(self.mean2)
         view.inv_std2 = float_pointer(self.inv_std2)
-        view.hidden = float_pointer(self.hidden)
-        view.activated = float_pointer(self.activated)
+        view.ffn.hidden = float_pointer(self.hidden)
+        view.ffn.activated = float_pointer(self.activated)
+        view.heads_normed, view.ffn.normed = view.heads, view.ffn.activated
+        if sub_norm:
+            self.heads_normed = np.empty(wide, np.float32)
+            self.heads_mean = np.empty(rows, np.float32)
+            self.heads_inv_std = np.empty(rows, np.float32)
+            self.activated_normed = np.empty(hidden, np.float32)
+            self.activated_mean = np.empty(rows, np.float32)
+            self.activated_inv_std = np.empty(rows, np.float32)
+            view.heads_normed = float_pointer(self.heads_normed)
+            view.heads_mean = float_pointer(self.heads_mean)
+            view.heads_inv_std = float_pointer(self.heads_inv_std)
+            view.ffn.normed = float_pointer(self.activated_normed)
+            view.ffn.mean = float_pointer(self.activated_mean)
+            view.ffn.inv_std = float_pointer(self.activated_inv_std)
 
 
-cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads) except -1:
+cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
+                       sub_norm) except -1:
     # Whether a context has room for a layer's pass; ffn is None for attention alone.
+    if bool(sub_norm) != (context.heads_normed is not None):
+        raise ValueError(f"the context was made {'without' if sub_norm else 'with'} sub_norm, "
+                         "unlike the layer")
     found = (*context.input.shape, context.probs.shape[1], context.probs.shape[3])
     wanted = (batch, time, dim, heads, time)
     if ffn is not None:
@@ -837,9 +1008,11 @@ cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, h
     return 0
 
 
-def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time):
+def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time,
+                                     sub_norm=False):
     """Return room for one block's activations. C: ``create_transformer_block_context``."""
-    return TransformerBlockContext(model_dim, ffn_dim, num_heads, batch_size, time)
+    return TransformerBlockContext(model_dim, ffn_dim, num_heads, batch_size, time,
+                                   sub_norm=sub_norm)
 
 
 def free_transformer_block_context(TransformerBlockContext context not None) -> None:
@@ -851,36 +1024,6 @@ def free_transformer_block_context(TransformerBlockContext context not None) -> 
 
 # ---------------------------------------------------------------------------------------------
 # Files
-
-def pack_ternary(values):
-    """Pack ternary codes, four to a byte.
-
-    Parameters
-    ----------
-    values : int8[R, C]
-        -1, 0 and 1.
-
-    Returns
-    -------
-    uint8[R, ceil(C / 4)]
-        Codes w + 1, the first in the lowest two bits; what a row leaves open holds the code of 0.
-    """
-    rows, cols = values.shape
-    padded = np.ones((rows, (cols + 3) // 4 * 4), np.uint8)
-    padded[:, :cols] = values + 1
-    quads = padded.reshape(rows, -1, 4)
-    return (quads << np.array([0, 2, 4, 6], np.uint8)).sum(axis=2, dtype=np.uint8)
-
-
-def unpack_ternary(packed, cols):
-    """Undo ``pack_ternary``: int8[R, cols]. Raises ``ValueError`` for the code 3, which none is."""
-    rows = packed.shape[0]
-    codes = (packed[:, :, None] >> np.array([0, 2, 4, 6], np.uint8)) & 3
-    codes = codes.reshape(rows, -1)
-    if (codes == 3).any():
-        raise ValueError("a packed weight has the code 3, expected 0, 1 or 2")
-    return np.ascontiguousarray(codes[:, :cols]).astype(np.int8) - np.int8(1)
-
 
 def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=None) -> None:
     """Write a model, as a whole or not at all.
@@ -923,12 +1066,21 @@ def _check_finite(name, value, error=ValueError):
         raise error(f"{name} holds a number that is not finite")
 
 
+def _as_float16(name, scales):
+    """Return scales as float16, which all that ``quantize`` finds are already."""
+    with np.errstate(over="ignore"):
+        halves = scales.astype(np.float16)
+    if (halves != scales).any():
+        raise ValueError(f"{name} has a scale that float16 does not hold: {scales.max()}")
+    return halves
+
+
 def _save_folder(model, path, metadata):
     tensors = {}
     for name, value in model.parameters.items():
         if isinstance(value, TernaryMatrix):
-            tensors[f"{name}.codes"] = pack_ternary(value.values)
-            tensors[f"{name}.scale"] = value.scales
+            tensors[f"{name}.codes"] = SCHEMES[model.config.scheme].pack(value.values)
+            tensors[f"{name}.scale"] = _as_float16(name, value.scales)
         else:
             tensors[name] = value
     config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
@@ -937,8 +1089,8 @@ def _save_folder(model, path, metadata):
     header = {**metadata, "config": json.dumps(config)}
     path.mkdir(parents=True, exist_ok=True)
     atomic_write_all({
-        path / _WEIGHTS_FILE: save_safetensors(tensors, header),
-        path / _CONFIG_FILE: json.dumps(config, indent=2) + "\n",
+        path / WEIGHTS_FILE: save_safetensors(tensors, header),
+        path / CONFIG_FILE: json.dumps(config, indent=2) + "\n",
     })
 
 
@@ -984,11 +1136,11 @@ def _read_json(path):
 
 
 def _load_folder(path):
-    for name in (_CONFIG_FILE, _WEIGHTS_FILE):
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
-    settings = _read_json(path / _CONFIG_FILE)
-    file = path / _WEIGHTS_FILE
+    settings = _read_json(path / CONFIG_FILE)
+    file = path / WEIGHTS_FILE
     try:
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
@@ -997,9 +1149,9 @@ def _load_folder(path):
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{file} is not a safetensors file: {reason}") from None
     if "config" in header and _parsed(header["config"]) != settings:
-        raise ModelFileError(f"{path / _CONFIG_FILE} is not the one that {file.name} was saved "
+        raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
-    return _from_tensors(_config_of(settings, path / _CONFIG_FILE), tensors, file)
+    return _from_tensors(_config_of(settings, path / CONFIG_FILE), tensors, file)
 
 
 def _parsed(text):
@@ -1025,46 +1177,46 @@ def _config_of(settings, file):
         raise ModelFileError(f"{file}: {error}") from None
 
 
-def _take(tensors, name, shape, dtype, file):
-    """Take a tensor out of a file's, checking that it is what the settings promise."""
-    tensor = tensors.pop(name, None)
-    if tensor is None:
-        raise ModelFileError(f"{file} has no tensor {name}")
-    if tensor.shape != shape or tensor.dtype != dtype:
-        raise ModelFileError(f"{file}: {name} is {tensor.dtype}{list(tensor.shape)}, expected "
-                             f"{np.dtype(dtype)}{list(shape)}")
-    return tensor
-
-
 def _from_tensors(config, tensors, file):
     # The settings may promise more than memory holds: compare them with the file first.
+    scheme = SCHEMES.get(config.scheme)
     found = {name: tensor.shape for name, tensor in tensors.items()}
     for name, shape, kind in parameter_layout(config):
-        stored = f"{name}.codes" if kind == "ternary" else name
-        if stored not in found:
-            raise ModelFileError(f"{file} has no tensor {stored}")
-        wanted = (shape[0], (shape[1] + 3) // 4) if kind == "ternary" else shape
-        if found[stored] != wanted:
-            raise ModelFileError(f"{file}: {stored} has shape {list(found[stored])}, expected "
-                                 f"{list(wanted)}")
+        wanted = {name: shape}
+        if kind == "quantized":
+            wanted = {f"{name}.codes": (shape[0], (shape[1] * scheme.bits + 7) // 8),
+                      f"{name}.scale": _scale_shape(config, shape)[0]}
+        for stored, size in wanted.items():
+            if stored not in found:
+                raise ModelFileError(f"{file} has no tensor {stored}")
+            if found[stored] != size:
+                raise ModelFileError(f"{file}: {stored} has shape {list(found[stored])}, expected "
+                                     f"{list(size)}")
     model = LegacyLLM(config)
     for name, value in model.parameters.items():
         if isinstance(value, TernaryMatrix):
-            rows, cols = value.shape
-            packed = _take(tensors, f"{name}.codes", (rows, (cols + 3) // 4), np.uint8, file)
+            packed = _take(tensors, f"{name}.codes", np.uint8, file)
             try:
-                value.values[...] = unpack_ternary(packed, cols)
+                value.values[...] = scheme.unpack(packed, value.shape[1])
             except ValueError as error:
                 raise ModelFileError(f"{file}: {name}: {error}") from None
-            value.scales[...] = _take(tensors, f"{name}.scale", (1,), np.float32, file)
+            value.scales[...] = _take(tensors, f"{name}.scale", np.float16, file)
             if config.scale == "one" and value.scale != 1.0:
                 raise ModelFileError(f"{file}: {name} has scale {value.scale}, expected 1")
         else:
-            value[...] = _take(tensors, name, value.shape, np.float32, file)
+            value[...] = _take(tensors, name, np.float32, file)
         _check_finite(f"{file}: {name}", value, ModelFileError)
     if tensors:
         raise ModelFileError(f"{file} has an unknown tensor {sorted(tensors)[0]!r}")
     return model
+
+
+def _take(tensors, name, dtype, file):
+    """Take a tensor out of a file's, checking its dtype."""
+    tensor = tensors.pop(name)
+    if tensor.dtype != dtype:
+        raise ModelFileError(f"{file}: {name} is {tensor.dtype}, expected {np.dtype(dtype)}")
+    return tensor
 
 
 # The v1 file: five numbers, then matrices (rows, cols, codes) and arrays (size, floats).

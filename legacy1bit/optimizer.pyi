@@ -2,31 +2,18 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.model import LegacyLLM, LegacyLLMGradients
+from legacy1bit.schemes import SCHEMES as SCHEMES
 
-class AdamW:
+class Optimizer:
     steps: int
-    def __init__(
-        self,
-        model: LegacyLLM,
-        beta1: float = 0.9,
-        beta2: float = 0.99,
-        epsilon: float = 1e-8,
-        weight_decay: float = 0.1,
-    ) -> None: ...
+    weight_decay: float
+    def __init__(self, model: LegacyLLM, weight_decay: float, sign_direction: str) -> None: ...
     @property
     def model(self) -> LegacyLLM: ...
     @property
     def first(self) -> npt.NDArray[np.float32]: ...
     @property
     def second(self) -> npt.NDArray[np.float32]: ...
-    @property
-    def beta1(self) -> float: ...
-    @property
-    def beta2(self) -> float: ...
-    @property
-    def epsilon(self) -> float: ...
-    @property
-    def weight_decay(self) -> float: ...
     def step(
         self,
         gradients: LegacyLLMGradients,
@@ -34,6 +21,17 @@ class AdamW:
         clip: float = 0.0,
         threads: int = 1,
     ) -> float: ...
+
+class AdamW(Optimizer):
+    def __init__(
+        self,
+        model: LegacyLLM,
+        beta1: float = 0.9,
+        beta2: float = 0.99,
+        epsilon: float = 1e-8,
+        weight_decay: float = 0.1,
+        sign_direction: str = "descend",
+    ) -> None: ...
 
 class Muon(AdamW):
     def __init__(
@@ -43,10 +41,16 @@ class Muon(AdamW):
         beta2: float = 0.99,
         epsilon: float = 1e-8,
         weight_decay: float = 0.1,
+        sign_direction: str = "descend",
         matrix_ratio: float = 7.0,
         momentum: float = 0.95,
     ) -> None: ...
-    @property
-    def matrix_ratio(self) -> float: ...
-    @property
-    def momentum(self) -> float: ...
+
+class SGD(Optimizer):
+    def __init__(
+        self,
+        model: LegacyLLM,
+        momentum: float = 0.9,
+        weight_decay: float = 0.1,
+        sign_direction: str = "descend",
+    ) -> None: ...

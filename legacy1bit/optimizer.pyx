@@ -1,7 +1,7 @@
 """What turns gradients into better weights.
 
-An optimizer changes a model's latent weights in place, in spans that threads share; each span
-belongs to one thread, so that the result has the same bits for any number of them.
+An optimizer changes a model's latent weights in place, in spans that threads share. Each span has
+its rule, and belongs to one thread, so that the result has the same bits for any number of them.
 """
 
 import numpy as np
@@ -9,26 +9,29 @@ import numpy as np
 from libc.math cimport fmax, isfinite, pow, sqrt
 from libc.string cimport memcpy
 
-from legacy1bit.kernels cimport AdamW as AdamWStep
-from legacy1bit.kernels cimport KernelTable
+from legacy1bit.kernels cimport KernelTable, Update
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
 
 from legacy1bit.model import parameter_layout
+from legacy1bit.schemes import SCHEMES
 
 # The longest span, so that threads have enough of them to share.
 _LONGEST = 16384
 
+cdef enum Rule:
+    BY_ADAMW
+    BY_SGD
+    BY_SIGN
+    BY_MUON         # whose spans are whole matrices
+
 
 cdef struct Span:
     Py_ssize_t start, stop
+    Py_ssize_t rows, cols       # for Muon
+    int rule
     bint decays
-
-
-cdef struct Matrices:
-    # Where a matrix that Muon updates begins, and its shape.
-    Py_ssize_t start, rows, cols
 
 
 cdef struct UpdateJob:
@@ -38,9 +41,8 @@ cdef struct UpdateJob:
     const float *gradient
     double *squares
     const Span *spans
-    const Matrices *matrices
-    AdamWStep decay, plain
-    float matrix_rate, matrix_decay, momentum
+    Update decay, plain, matrix
+    float direction
     bint out_of_memory
 
 
@@ -51,12 +53,25 @@ cdef void squares_task(void *context, long index) noexcept nogil:
                                                   span.stop - span.start)
 
 
-cdef void adamw_task(void *context, long index) noexcept nogil:
+cdef void update_task(void *context, long index) noexcept nogil:
     cdef UpdateJob *job = <UpdateJob *>context
     cdef const Span *span = &job.spans[index]
-    kernels().adamw(job.weights + span.start, job.first + span.start, job.second + span.start,
-                    job.gradient + span.start, span.stop - span.start,
-                    &job.decay if span.decays else &job.plain)
+    cdef Py_ssize_t i, size = span.stop - span.start
+    cdef const Update *update = &job.decay if span.decays else &job.plain
+    cdef float *weights = job.weights + span.start
+    cdef const float *gradient = job.gradient + span.start
+    if span.rule == BY_MUON:
+        muon(job, span)
+    elif span.rule == BY_SIGN:
+        # The C program's rule: a weight is the sign of its gradient, times a direction.
+        for i in range(size):
+            if gradient[i] != 0.0:
+                weights[i] = job.direction if gradient[i] > 0.0 else -job.direction
+    elif span.rule == BY_SGD:
+        kernels().sgd(weights, job.first + span.start, gradient, size, update)
+    else:
+        kernels().adamw(weights, job.first + span.start, job.second + span.start, gradient, size,
+                        update)
 
 
 cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *room,
@@ -90,98 +105,105 @@ cdef void transpose(const float *x, Py_ssize_t rows, Py_ssize_t cols, float *out
             out[j * rows + i] = x[i * cols + j]
 
 
-cdef void muon_task(void *context, long index) noexcept nogil:
+cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     # momentum <- mu momentum + g;  w <- (1 - rate decay) w
     #                                    - rate sqrt(max(1, rows / cols)) orth(g + mu momentum)
-    cdef UpdateJob *job = <UpdateJob *>context
     cdef const KernelTable *kernel = kernels()
-    cdef const Matrices *matrix = &job.matrices[index]
-    cdef Py_ssize_t rows = matrix.rows, cols = matrix.cols, size = rows * cols
+    cdef const Update *settings = &job.matrix
+    cdef Py_ssize_t rows = span.rows, cols = span.cols, size = rows * cols
     cdef Py_ssize_t low = min(rows, cols), high = max(rows, cols)
     cdef float *workspace = scratch(kernel.workspace_floats + 2 * size + low * (2 * low + high))
     cdef float *update = workspace + kernel.workspace_floats
     cdef float *turned = update + size
     cdef float *room = turned + size
-    cdef float *weights = job.weights + matrix.start
-    cdef float *momentum = job.first + matrix.start
+    cdef float *weights = job.weights + span.start
+    cdef float *momentum = job.first + span.start
     if workspace == NULL:
         job.out_of_memory = True
         return
-    kernel.scale(momentum, job.momentum, size)
-    kernel.add(momentum, job.gradient + matrix.start, size)
-    memcpy(update, job.gradient + matrix.start, size * sizeof(float))
-    kernel.add_scaled(update, job.momentum, momentum, size)
+    kernel.scale(momentum, settings.momentum, size)
+    kernel.add(momentum, job.gradient + span.start, size)
+    memcpy(update, job.gradient + span.start, size * sizeof(float))
+    kernel.add_scaled(update, settings.momentum, momentum, size)
     if rows <= cols:
         orthogonalize(update, rows, cols, room, workspace)
     else:
         transpose(update, rows, cols, turned)
         orthogonalize(turned, cols, rows, room, workspace)
         transpose(turned, cols, rows, update)
-    kernel.scale(weights, 1.0 - job.matrix_rate * job.matrix_decay, size)
-    kernel.add_scaled(weights, -job.matrix_rate * sqrt(fmax(1.0, <double>rows / cols)), update,
-                      size)
+    kernel.scale(weights, 1.0 - settings.learning_rate * settings.weight_decay, size)
+    kernel.add_scaled(weights, -settings.learning_rate * sqrt(fmax(1.0, <double>rows / cols)),
+                      update, size)
 
 
-def _spans(layout, chosen):
-    """Return (start, stop, decays) of the parameters that ``chosen`` accepts, cut to length."""
-    spans, start = [], 0
-    for name, shape, kind in layout:
+def _spans(config, rule_of):
+    """Return the spans of a model's parameters, whole matrices first: they take longest."""
+    whole, cut, start = [], [], 0
+    for name, shape, kind in parameter_layout(config):
         stop = start + int(np.prod(shape))
-        if chosen(name, kind):
-            spans += [(begin, min(begin + _LONGEST, stop), kind != "vector")
-                      for begin in range(start, stop, _LONGEST)]
+        rule, decays = rule_of(name, kind), kind != "vector"
+        if rule == BY_MUON:
+            whole.append((start, stop, *shape, rule, decays))
+        else:
+            cut += [(begin, min(begin + _LONGEST, stop), 0, 0, rule, decays)
+                    for begin in range(start, stop, _LONGEST)]
         start = stop
-    return spans
+    return np.array(whole + cut, _SPAN)
 
 
-def _is_block_matrix(name, kind):
-    return kind != "vector" and name.startswith("blocks.")
-
-
-cdef class AdamW:
-    """AdamW over all weights of a model (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2).
+cdef class Optimizer:
+    """What the optimizers share: moments, clipping and the scheme ``sign``.
 
     Parameters
     ----------
     model : LegacyLLM
-        Made with latent weights.
-    beta1, beta2 : float
-        How much of the gradient's mean and mean square a step keeps.
-    epsilon : float
+        Made with latent weights. Where its scheme is ``sign``, the quantized matrices follow the
+        C program's rule, whatever the optimizer.
     weight_decay : float
         Decoupled; on matrices, not on biases and norms.
+    sign_direction : {"descend", "ascend"}
+        "ascend" gives the weights of the scheme ``sign`` their gradient's own sign, as C does:
+        that climbs the loss (departure 1).
 
     Attributes
     ----------
     steps : int
         Steps taken.
     first, second : float32[N]
-        The moments, in the order of ``parameter_layout``.
+        The moments, in the order of ``parameter_layout``. Momentum is a first one.
+    weight_decay : float
+        May change between steps.
     """
 
     cdef readonly LegacyLLM model
     cdef readonly object first, second
-    cdef readonly float beta1, beta2, epsilon, weight_decay
+    cdef public float weight_decay
     cdef public long steps
-    cdef object squares, all_spans, adamw_spans
+    cdef Update settings
+    cdef float matrix_ratio, direction
+    cdef object squares, spans
 
-    def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1):
+    def __init__(self, LegacyLLM model not None, weight_decay, sign_direction):
         if not model.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
-        layout = parameter_layout(model.config)
+        if sign_direction not in ("descend", "ascend"):
+            raise ValueError(f"sign_direction is {sign_direction!r}, expected descend or ascend")
+        scheme = SCHEMES.get(model.config.scheme)
         self.model = model
-        self.beta1, self.beta2 = beta1, beta2
-        self.epsilon, self.weight_decay = epsilon, weight_decay
+        self.weight_decay = weight_decay
+        self.matrix_ratio = 1.0
+        self.direction = -1.0 if sign_direction == "descend" else 1.0
         self.first = np.zeros(model.num_parameters, np.float32)
         self.second = np.zeros(model.num_parameters, np.float32)
-        self.all_spans = np.array(_spans(layout, lambda name, kind: True), _SPAN)
-        self.adamw_spans = np.array(_spans(layout, self._has_adamw), _SPAN)
-        self.squares = np.zeros(self.all_spans.size, np.float64)
+        self.spans = _spans(
+            model.config,
+            lambda name, kind: BY_SIGN if kind == "quantized" and not scheme.learns
+            else self._rule(name, kind))
+        self.squares = np.zeros(self.spans.size, np.float64)
         self.steps = 0
 
-    def _has_adamw(self, name, kind):
-        return True
+    def _rule(self, name, kind):
+        raise TypeError("make an AdamW, a Muon or an SGD")
 
     def step(self, LegacyLLMGradients gradients not None, float learning_rate, float clip=0.0,
              int threads=1) -> float:
@@ -204,7 +226,7 @@ cdef class AdamW:
         cdef UpdateJob job
         cdef float[::1] weights = self.model.weights, first = self.first, second = self.second
         cdef const float[::1] gradient
-        cdef const Span[::1] spans = self.all_spans
+        cdef const Span[::1] spans = self.spans
         cdef double[::1] squares = self.squares
         cdef Py_ssize_t i
         cdef double norm = 0.0
@@ -219,6 +241,8 @@ cdef class AdamW:
         job.gradient = &gradient[0]
         job.squares = &squares[0]
         job.spans = &spans[0]
+        job.direction = self.direction
+        job.out_of_memory = False
         with nogil:
             parallel_for(squares_task, &job, squares.shape[0], threads)
         for i in range(squares.shape[0]):
@@ -227,25 +251,45 @@ cdef class AdamW:
         if not isfinite(norm):
             return norm
         self.steps += 1
+        job.plain = self.settings
         job.plain.learning_rate = learning_rate
-        job.plain.beta1, job.plain.beta2 = self.beta1, self.beta2
-        job.plain.epsilon = self.epsilon
         job.plain.weight_decay = 0.0
-        job.plain.correction1 = 1.0 - pow(self.beta1, self.steps)
-        job.plain.correction2 = 1.0 - pow(self.beta2, self.steps)
+        job.plain.correction1 = 1.0 - pow(job.plain.beta1, self.steps)
+        job.plain.correction2 = 1.0 - pow(job.plain.beta2, self.steps)
         job.plain.gradient_scale = clip / norm if clip > 0.0 and norm > clip else 1.0
         job.decay = job.plain
         job.decay.weight_decay = self.weight_decay
-        self.update(&job, threads)
+        job.matrix = job.decay
+        job.matrix.learning_rate = learning_rate * self.matrix_ratio
+        with nogil:
+            parallel_for(update_task, &job, spans.shape[0], threads)
+        if job.out_of_memory:
+            raise MemoryError("no memory to make updates orthogonal")
         self.model.quantize(threads)
         return norm
 
-    cdef int update(self, UpdateJob *job, int threads) except -1:
-        cdef const Span[::1] spans = self.adamw_spans
-        job.spans = &spans[0]
-        with nogil:
-            parallel_for(adamw_task, job, spans.shape[0], threads)
-        return 0
+
+cdef class AdamW(Optimizer):
+    """AdamW over all weights of a model (Loshchilov & Hutter, arXiv 1711.05101, algorithm 2).
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    beta1, beta2 : float
+        How much of the gradient's mean and mean square a step keeps.
+    epsilon : float
+    weight_decay, sign_direction
+        See ``Optimizer``.
+    """
+
+    def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
+                 weight_decay=0.1, sign_direction="descend"):
+        super().__init__(model, weight_decay, sign_direction)
+        self.settings.beta1, self.settings.beta2 = beta1, beta2
+        self.settings.epsilon = epsilon
+
+    def _rule(self, name, kind):
+        return BY_ADAMW
 
 
 cdef class Muon(AdamW):
@@ -257,7 +301,7 @@ cdef class Muon(AdamW):
 
     Parameters
     ----------
-    model, beta1, beta2, epsilon, weight_decay
+    model, beta1, beta2, epsilon, weight_decay, sign_direction
         As for ``AdamW``.
     matrix_ratio : float
         Muon's learning rate over that of AdamW.
@@ -265,36 +309,36 @@ cdef class Muon(AdamW):
         How much of the gradients' sum a step keeps.
     """
 
-    cdef readonly float matrix_ratio, momentum
-    cdef object matrices
-
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, matrix_ratio=7.0, momentum=0.95):
-        super().__init__(model, beta1, beta2, epsilon, weight_decay)
-        matrices, start = [], 0
-        for name, shape, kind in parameter_layout(model.config):
-            if _is_block_matrix(name, kind):
-                matrices.append((start, *shape))
-            start += int(np.prod(shape))
-        self.matrix_ratio, self.momentum = matrix_ratio, momentum
-        self.matrices = np.array(matrices, _MATRICES)
+                 weight_decay=0.1, sign_direction="descend", matrix_ratio=7.0, momentum=0.95):
+        super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction)
+        self.matrix_ratio = matrix_ratio
+        self.settings.momentum = momentum
 
-    def _has_adamw(self, name, kind):
-        return not _is_block_matrix(name, kind)
-
-    cdef int update(self, UpdateJob *job, int threads) except -1:
-        cdef const Matrices[::1] matrices = self.matrices
-        job.matrices = &matrices[0]
-        job.matrix_rate = job.plain.learning_rate * self.matrix_ratio
-        job.matrix_decay = self.weight_decay
-        job.momentum = self.momentum
-        job.out_of_memory = False
-        with nogil:
-            parallel_for(muon_task, job, matrices.shape[0], threads)
-        if job.out_of_memory:
-            raise MemoryError("no memory to make updates orthogonal")
-        return AdamW.update(self, job, threads)
+    def _rule(self, name, kind):
+        return BY_MUON if kind != "vector" and name.startswith("blocks.") else BY_ADAMW
 
 
-_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("decays", np.intc)], align=True)
-_MATRICES = np.dtype([("start", np.intp), ("rows", np.intp), ("cols", np.intp)], align=True)
+cdef class SGD(Optimizer):
+    """Stochastic gradient descent with momentum (Sutskever et al. 2013, section 2).
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    momentum : float
+        How much of the gradients' sum a step keeps.
+    weight_decay, sign_direction
+        See ``Optimizer``.
+    """
+
+    def __init__(self, LegacyLLM model not None, momentum=0.9, weight_decay=0.1,
+                 sign_direction="descend"):
+        super().__init__(model, weight_decay, sign_direction)
+        self.settings.momentum = momentum
+
+    def _rule(self, name, kind):
+        return BY_SGD
+
+
+_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("rows", np.intp), ("cols", np.intp),
+                  ("rule", np.intc), ("decays", np.intc)], align=True)

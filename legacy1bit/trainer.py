@@ -1,5 +1,6 @@
 """The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
 
+import contextlib
 import json
 import math
 import time
@@ -9,34 +10,48 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as save_safetensors
 
 from legacy1bit import stories
 from legacy1bit.backward import BackwardPass, ignore_padding
-from legacy1bit.data_utils import ByteTokenizer, create_padded_sequence, tokenize_text
+from legacy1bit.data_utils import (
+    TOKENIZER_FILE,
+    ByteTokenizer,
+    create_padded_sequence,
+    tokenize_text,
+)
 from legacy1bit.dataset import Corpus, TokenDataset
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_copies, atomic_write
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.model import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     LegacyLLM,
     ModelFileError,
+    TernaryMatrix,
     create_legacy_llm,
     create_legacy_llm_gradients,
     save_model,
     zero_legacy_llm_gradients,
 )
-from legacy1bit.optimizer import AdamW, Muon
+from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.schemes import SCHEMES
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 SETTINGS_FILE = "training.json"
+BEST_FOLDER = "best"
+
+# The files of a saved run, in the order in which they are written.
+_RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, CHECKPOINT_FILE, SETTINGS_FILE)
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
-# evenly; at the end on all of them.
+# evenly; at the end on all of them. So many tokens are looked at together.
 _QUICK_TOKENS = 16384
-_EVALUATION_BATCH = 32
+_EVALUATION_TOKENS = 2048
 
 _MOST_STEPS = 1 << 40
 
@@ -91,6 +106,7 @@ class Metrics:
         """Return what ``metrics.jsonl`` keeps of the numbers."""
         return {
             "val_loss": self.loss,
+            "val_tokens": self.tokens,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
             "top1": self.top1,
@@ -119,7 +135,7 @@ def evaluate(
     """
     loss, tokens = 0.0, 0
     within = np.zeros(3, np.int64)
-    for inputs, targets in dataset.sweep(_EVALUATION_BATCH, limit):
+    for inputs, targets in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
         logits = forward_llm_batch(model, inputs, threads=threads, logits=True)
         targets = ignore_padding(inputs, targets, model.config.pad_token)
         chosen = logits[targets >= 0]
@@ -142,6 +158,48 @@ def evaluate(
     return Metrics(loss / tokens, top1, top3, top5, tokens)
 
 
+def _evaluation_batch(sequence_length: int) -> int:
+    return max(_EVALUATION_TOKENS // sequence_length, 1)
+
+
+def weight_shares(
+    model: LegacyLLM, before: dict[str, npt.NDArray[np.int8]] | None = None
+) -> dict[str, dict[str, float]]:
+    """Return how the codes of each quantized matrix are distributed.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    before : dict of str to int8 array, optional
+        The codes at an earlier time.
+
+    Returns
+    -------
+    dict of str to dict of str to float
+        By matrix, the share of each code, such as ``"-1"``, and as ``"flipped"`` the share of
+        those that have changed since.
+    """
+    shares = {}
+    for name, codes in _codes(model).items():
+        levels = SCHEMES[model.config.scheme].levels
+        shares[name] = {str(level): _share(codes == level) for level in levels}
+        if before is not None:
+            shares[name]["flipped"] = _share(codes != before[name])
+    return shares
+
+
+def _share(chosen: npt.NDArray[np.bool_]) -> float:
+    return round(float(np.mean(chosen)), 6)
+
+
+def _codes(model: LegacyLLM) -> dict[str, npt.NDArray[np.int8]]:
+    return {
+        name: value.values
+        for name, value in model.parameters.items()
+        if isinstance(value, TernaryMatrix)
+    }
+
+
 def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) -> float:
     """Return the share of endings in which the model names the right hero.
 
@@ -150,8 +208,9 @@ def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) 
     """
     pad_token = model.config.pad_token
     right = asked = 0
-    for first in range(0, len(told), _EVALUATION_BATCH):
-        part = told[first : first + _EVALUATION_BATCH]
+    batch = _evaluation_batch(model.config.sequence_length)
+    for first in range(0, len(told), batch):
+        part = told[first : first + batch]
         length = min(max(len(story) for story in part) + 1, model.config.sequence_length)
         rows = np.stack(
             [
@@ -188,6 +247,9 @@ class Trainer:
         Updates done so far.
     metrics : Metrics or None
         The last measurement; after the last step that of the whole validation set.
+    best : (float, int)
+        The lowest loss so far of the part of the validation set that every look is at, and the
+        step it was measured after. What was saved then lies in the folder ``best`` of the run.
     """
 
     def __init__(
@@ -198,6 +260,11 @@ class Trainer:
         corpus: Corpus,
         source: dict[str, Any],
     ) -> None:
+        if config.float_steps and not SCHEMES.get(model_config.scheme, SCHEMES["ternary"]).learns:
+            raise ValueError(
+                f"float_steps is {config.float_steps}, expected 0: the scheme "
+                f"{model_config.scheme} has no float weights to start with"
+            )
         self.folder = folder
         self.config = config
         self.corpus = corpus
@@ -206,11 +273,16 @@ class Trainer:
         self.optimizer = _optimizer(self.model, config)
         self.gradients = create_legacy_llm_gradients(model_config)
         self.passes = BackwardPass(
-            self.model, config.batch_size, model_config.sequence_length, config.threads
+            self.model,
+            config.batch_size,
+            model_config.sequence_length,
+            config.threads,
+            config.gradient_checkpointing,
         )
         self.step = 0
         self.seconds = 0.0
         self.metrics: Metrics | None = None
+        self.best = (math.inf, 0)
 
     def train(
         self,
@@ -241,36 +313,64 @@ class Trainer:
         TrainingDiverged
             If the loss or a gradient is not finite; what was saved before stays as it was.
         """
-        per_step = self.config.batch_size * self.model.config.sequence_length
+        config = self.config
+        per_step = (
+            config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
+        )
         begin, first = time.perf_counter() - self.seconds, self.step
         began_here = self.seconds
         losses: list[float] = []
-        while self.step < self.config.steps:
-            losses.append(self.train_step())
+        norms: list[float] = []
+        codes = {name: values.copy() for name, values in _codes(self.model).items()}
+        while self.step < config.steps:
+            loss, norm = self.train_step()
+            losses.append(loss)
+            norms.append(norm)
             self.seconds = time.perf_counter() - begin
             speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
-            on_step(losses[-1], speed)
-            last = self.step == self.config.steps
+            on_step(loss, speed)
+            last = self.step == config.steps
             stopped = stop()
-            if last or stopped or self.step % self.config.evaluate_every == 0:
-                self.metrics = self._measure(None if last else _QUICK_TOKENS)
+            if last or stopped or self.step % config.evaluate_every == 0:
+                self._look(last)
+                assert self.metrics is not None
                 record = {
                     "step": self.step,
                     "train_loss": sum(losses) / len(losses),
                     **self.metrics.record(),
-                    "learning_rate": self.config.learning_rate_at(self.step - 1),
+                    "learning_rate": config.learning_rate_at(self.step - 1),
+                    "gradient_norm": sum(norms) / len(norms),
                     "tokens_per_second": speed,
                     "elapsed_seconds": self.seconds,
+                    "full_precision": self.model.full_precision,
+                    "weights": weight_shares(self.model, codes),
                 }
-                self.save()
+                # The record first: what is ahead of the checkpoint a resume drops, but what the
+                # checkpoint is ahead of would be missing for good.
                 logger.log(record)
+                self.save()
                 on_report(record)
                 losses.clear()
+                norms.clear()
+                codes = {name: values.copy() for name, values in _codes(self.model).items()}
                 # Measuring is not training: it counts for nothing in the speed.
                 begin = time.perf_counter() - self.seconds
             if stopped and not last:
                 return False
         return True
+
+    def _look(self, last: bool) -> None:
+        """Measure the model, and note whether it is the best so far."""
+        self._choose_weights()
+        self.metrics = quick = self._measure(_QUICK_TOKENS)
+        if last:
+            self.metrics = self._measure(None)
+        if quick.loss < self.best[0] and not self.model.full_precision:
+            self.best = (quick.loss, self.step)
+
+    def _choose_weights(self) -> None:
+        """Let the model use its latent weights during a warm start, and then its codes."""
+        self.model.use_full_precision(self.step < self.config.float_steps)
 
     def _measure(self, limit: int | None) -> Metrics:
         try:
@@ -280,17 +380,26 @@ class Trainer:
                 f"after step {self.step}: {error}; try a lower --learning-rate"
             ) from None
 
-    def train_step(self) -> float:
-        """Take one step and return the loss of its batch."""
+    def train_step(self) -> tuple[float, float]:
+        """Take one step and return the loss of its batch and the norm of the gradient."""
         config = self.config
-        tokens, targets = self.corpus.training.batch(self.step, config.batch_size, config.seed)
+        self._choose_weights()
+        tokens, targets = self.corpus.training.batch(
+            self.step, config.batch_size * config.gradient_accumulation, config.seed
+        )
         zero_legacy_llm_gradients(self.gradients)
-        total, count = self.passes.run(tokens, targets, self.gradients)
-        loss = total / max(count, 1)
+        counted = ignore_padding(tokens, targets, self.model.config.pad_token) >= 0
+        total = int(counted.sum())
+        loss = 0.0
+        for first in range(0, len(tokens), config.batch_size):
+            rows = slice(first, first + config.batch_size)
+            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total)[0]
+        loss /= max(total, 1)
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"the loss is {loss} at step {self.step + 1}: try a lower --learning-rate"
             )
+        self.optimizer.weight_decay = config.weight_decay_at(self.step)
         norm = self.optimizer.step(
             self.gradients, config.learning_rate_at(self.step), config.clip, config.threads
         )
@@ -300,7 +409,7 @@ class Trainer:
                 "--learning-rate"
             )
         self.step += 1
-        return loss
+        return loss, norm
 
     def save(self) -> None:
         """Write tokenizer, model, checkpoint and settings, each as a whole or not at all.
@@ -319,6 +428,7 @@ class Trainer:
             "model": json.dumps(self.model.config.to_dict()),
             "step": str(self.step),
             "seconds": repr(self.seconds),
+            "best": json.dumps(self.best),
         }
         atomic_write(self.folder / CHECKPOINT_FILE, save_safetensors(state, header))
         settings = {
@@ -327,6 +437,12 @@ class Trainer:
             "source": self.source,
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        self._keep_best()
+
+    def _keep_best(self) -> None:
+        """Keep what was saved last, if it is the best so far."""
+        if 0 < self.best[1] == self.step:
+            atomic_copies((self.folder / name for name in _RUN_FILES), self.folder / BEST_FOLDER)
 
     def restore(self) -> None:
         """Go back to where the run's checkpoint was written.
@@ -351,6 +467,10 @@ class Trainer:
             step, seconds = int(header["step"]), float(header["seconds"])
             if not 0 <= step <= _MOST_STEPS:
                 raise ValueError(f"its step is {step}, expected 0 to {_MOST_STEPS}")
+            lowest, found_at = json.loads(header["best"])
+            best = (float(lowest), int(found_at))
+            if math.isnan(best[0]):
+                raise ValueError("its best loss is not a number")
         except ModelFileError:
             raise
         except _DAMAGE as error:
@@ -370,13 +490,27 @@ class Trainer:
         self.optimizer.second[...] = state["second"]
         self.optimizer.steps = self.step = step
         self.seconds = seconds
+        self.best = best
+        # A crash may have come after the checkpoint and before the best was kept; but where it came
+        # later, between model and checkpoint, the model there is a newer one.
+        saved = None
+        with (
+            contextlib.suppress(OSError, SafetensorError),
+            safe_open(self.folder / WEIGHTS_FILE, framework="numpy") as file,
+        ):
+            saved = (file.metadata() or {}).get("step")
+        if saved == str(step):
+            self._keep_best()
 
 
-def _optimizer(model: LegacyLLM, config: TrainingConfig) -> AdamW:
-    shared = (config.beta1, config.beta2, config.epsilon, config.weight_decay)
-    if config.optimizer == "muon":
-        return Muon(model, *shared, config.matrix_ratio)
-    return AdamW(model, *shared)
+def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
+    decay, direction = config.weight_decay, config.sign_direction
+    if config.optimizer == "sgd":
+        return SGD(model, config.momentum, decay, direction)
+    shared = (config.beta1, config.beta2, config.epsilon, decay, direction)
+    if config.optimizer == "adamw":
+        return AdamW(model, *shared)
+    return Muon(model, *shared, config.matrix_ratio, config.momentum)
 
 
 def read_settings(folder: Path) -> tuple[ModelConfig, TrainingConfig, dict[str, Any]]:

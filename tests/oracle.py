@@ -14,10 +14,13 @@ The parameters of a model are a dict of arrays:
 - ``blocks.{i}.ffn.wi`` [F, C], ``bi`` [F], ``wo`` [C, F], ``bo`` [C]
 - ``blocks.{i}.norm1.gamma``, ``norm1.beta``, ``norm2.gamma``, ``norm2.beta`` [C]
 - ``final_norm.gamma``, ``final_norm.beta`` [C] where the configuration has a final norm
+- ``blocks.{i}.attention.gamma``, ``beta`` [C] and ``blocks.{i}.ffn.gamma``, ``beta`` [F] where it
+  has norms before the layers' last matrices
 
 The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
 ``num_heads``, ``ffn_multiplier``, ``activation`` ("relu" or "relu2"), ``positions`` ("rope" or
-"none"), ``rope_base``, ``final_norm`` (bool) and ``attention_span`` (0: no limit).
+"none"), ``rope_base``, ``final_norm`` (bool) and ``attention_span`` (0: no limit), and, where they
+are not False, ``sub_norm``, ``int8_activations`` and ``ternary_embedding``.
 """
 
 import math
@@ -178,6 +181,20 @@ def layer_norm_backward(d_output, x, gamma, epsilon=LAYER_NORM_EPSILON):
     return d_x, _sum_rows(d_output * normalised), _sum_rows(d_output)
 
 
+def activation_step(x):
+    """What the rows of x [..., N] are multiples of after `quantize_activations`: [..., 1]."""
+    return np.abs(_float64(x)).max(axis=-1, keepdims=True) / 127.0
+
+
+def quantize_activations(x):
+    """x [..., N] as int8 with a step for each row: the nearest multiples of max |x| / 127.
+
+    BitNet b1.58, arXiv 2402.17764, section 2; ties go to the even multiple, and zeros stay.
+    """
+    step = activation_step(x)
+    return step * np.rint(_float64(x) / np.where(step > 0.0, step, 1.0))
+
+
 def _rows(x):
     """x [..., N] as a matrix of rows [rows, N]."""
     return x.reshape(-1, x.shape[-1])
@@ -208,6 +225,31 @@ def activate(x, activation):
 def activate_backward(d_output, x, activation):
     """Backward of `activate`; the gradient of relu at 0 is 0."""
     return d_output * {"relu": (x > 0).astype(np.float64), "relu2": 2.0 * relu(x)}[activation]
+
+
+def _rounded(x, config):
+    """What a layer's matrix makes of its input x [..., N].
+
+    The gradient goes straight through: the one of the result counts as that of x (Bengio et al.,
+    arXiv 1308.3432).
+    """
+    return quantize_activations(x) if config.get("int8_activations") else x
+
+
+def _before_wo(x, weights, config):
+    """What a layer's last matrix gets for x [..., N]: normed and rounded as configured."""
+    if config.get("sub_norm"):
+        x = layer_norm(x, weights["gamma"], weights["beta"])
+    return _rounded(x, config)
+
+
+def _before_wo_backward(d_output, x, weights, config, gradients):
+    """d_x; the gradients of gamma and beta go into ``gradients``."""
+    if config.get("sub_norm"):
+        d_output, gradients["gamma"], gradients["beta"] = layer_norm_backward(
+            d_output, x, weights["gamma"]
+        )
+    return d_output
 
 
 def embedding(tokens, weight):
@@ -289,16 +331,22 @@ def _attend(x, tokens, weights, config):
 def attention(x, tokens, weights, config):
     """Causal multi-head attention: x [B, T, C], tokens [B, T] -> [B, T, C].
 
-    ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``. The tokens say which keys are padding.
+    ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``, and ``gamma`` and ``beta`` with sub_norm.
+    The tokens say which keys are padding.
     """
-    return linear(_attend(x, tokens, weights, config)[-1], weights["wo"], weights["bo"])
+    heads = _attend(_rounded(x, config), tokens, weights, config)[-1]
+    return linear(_before_wo(heads, weights, config), weights["wo"], weights["bo"])
 
 
 def attention_backward(d_output, x, tokens, weights, config):
     """Backward of `attention`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
+    x = _rounded(x, config)
     q, k, v, probabilities, heads = _attend(x, tokens, weights, config)
     gradients = {}
-    d_heads, gradients["wo"], gradients["bo"] = linear_backward(d_output, heads, weights["wo"])
+    d_heads, gradients["wo"], gradients["bo"] = linear_backward(
+        d_output, _before_wo(heads, weights, config), weights["wo"]
+    )
+    d_heads = _before_wo_backward(d_heads, heads, weights, config, gradients)
     d_heads = _split_heads(d_heads, config["num_heads"])
 
     d_probabilities = np.einsum("bihd,bjhd->bhij", d_heads, v)
@@ -321,17 +369,22 @@ def attention_backward(d_output, x, tokens, weights, config):
 
 
 def feed_forward(x, weights, config):
-    """``Wo act(Wi x + bi) + bo``: x [B, T, C] -> [B, T, C]."""
-    hidden = activate(linear(x, weights["wi"], weights["bi"]), config["activation"])
-    return linear(hidden, weights["wo"], weights["bo"])
+    """``Wo norm(act(Wi x + bi)) + bo``, the norm with sub_norm: x [B, T, C] -> [B, T, C]."""
+    before = linear(_rounded(x, config), weights["wi"], weights["bi"])
+    hidden = activate(before, config["activation"])
+    return linear(_before_wo(hidden, weights, config), weights["wo"], weights["bo"])
 
 
 def feed_forward_backward(d_output, x, weights, config):
     """Backward of `feed_forward`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
+    x = _rounded(x, config)
     before = linear(x, weights["wi"], weights["bi"])
     hidden = activate(before, config["activation"])
     gradients = {}
-    d_hidden, gradients["wo"], gradients["bo"] = linear_backward(d_output, hidden, weights["wo"])
+    d_hidden, gradients["wo"], gradients["bo"] = linear_backward(
+        d_output, _before_wo(hidden, weights, config), weights["wo"]
+    )
+    d_hidden = _before_wo_backward(d_hidden, hidden, weights, config, gradients)
     d_before = activate_backward(d_hidden, before, config["activation"])
     d_x, gradients["wi"], gradients["bi"] = linear_backward(d_before, x, weights["wi"])
     return d_x, gradients
@@ -424,9 +477,14 @@ def _hidden_states(params, config, tokens):
 
 
 def _head(params, config, x):
-    """The last state, normed where configured, and its logits."""
+    """What the output matrix gets for the last state, and the logits.
+
+    It is normed where configured, and rounded where that matrix is one of few levels.
+    """
     if config["final_norm"]:
         x = _norm(x, params, "final_norm")
+    if config.get("ternary_embedding"):
+        x = _rounded(x, config)
     return x, linear(x, params["output.weight"], params["output.bias"])
 
 
@@ -504,61 +562,168 @@ def adamw_step(weight, gradient, m, v, step, *, learning_rate, beta1, beta2, eps
     return weight - learning_rate * update, m, v
 
 
-def warmup_cosine(step, *, peak, warmup_steps, total_steps, final_fraction=0.1):
+def sgd_step(weight, gradient, momentum, *, learning_rate, mu, weight_decay):
+    """One step of SGD with momentum (Sutskever et al. 2013), the decay multiplied by the rate.
+
+    Returns the new weight and momentum.
+    """
+    weight, momentum = _float64(weight), mu * _float64(momentum) + _float64(gradient)
+    return weight - learning_rate * (weight_decay * weight + momentum), momentum
+
+
+def sign_step(weight, gradient, direction="descend"):
+    """The C original's rule, the other way round: where it is not 0, minus the gradient's sign.
+
+    With "ascend" it is C's own, departure 1.
+    """
+    turned = gradient if direction == "ascend" else np.negative(gradient)
+    return fault1_weight_update(_float64(weight), turned)
+
+
+def learning_rate(
+    step,
+    *,
+    peak,
+    warmup_steps,
+    total_steps,
+    falling_steps,
+    schedule="cosine",
+    final_fraction=0.0,
+    factor=0.5,
+    stair=100,
+):
     """Learning rate at ``step``, counted from 0.
 
-    It rises by equal steps and reaches the peak at the last warm-up step, then follows half a
-    cosine from the peak at ``warmup_steps`` down to ``final_fraction * peak`` at ``total_steps``,
-    where it stays.
+    It rises by equal steps, reaches the peak at the last warm-up step and stays there until the
+    last ``falling_steps`` of the ``total_steps``. Then it follows half a "cosine" or a "linear" way
+    down to ``final_fraction * peak``, where it stays; or falls, with "step", by ``factor`` after
+    every ``stair`` steps; or stays, with "constant".
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
-    if step >= total_steps:
-        return peak * final_fraction
-    progress = (step - warmup_steps) / (total_steps - warmup_steps)
-    return peak * (
-        final_fraction + (1.0 - final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))
-    )
+    gone = step - total_steps + falling_steps
+    if gone < 0 or schedule == "constant":
+        return peak
+    if schedule == "step":
+        return peak * math.prod([factor] * len(range(stair, gone + 1, stair)))
+    progress = gone / falling_steps if gone < falling_steps else 1.0
+    left = {"cosine": math.cos(math.pi * progress / 2.0) ** 2, "linear": 1.0 - progress}[schedule]
+    return peak * (final_fraction + (1.0 - final_fraction) * left)
 
 
-# --- Ternary weights ------------------------------------------------------------------------------
+# --- Quantized weights ----------------------------------------------------------------------------
+
+# The codes of each scheme.
+CODES = {
+    "ternary": (-1, 0, 1),
+    "ternary-median": (-1, 0, 1),
+    "binary": (-1, 1),
+    "2bit": (-3, -1, 1, 3),
+    "sign": (-1, 0, 1),
+}
+FLOAT16_LARGEST = 65504.0
 
 
-def ternarize(weight, scale="absmean"):
-    """Codes int8 in {-1, 0, 1} and the scale (a float) of a weight matrix [R, C].
+def to_float16(x):
+    """The nearest finite float16 to each number, as float64."""
+    return np.minimum(_float64(x), FLOAT16_LARGEST).astype(np.float16).astype(np.float64)
 
-    The scale is mean |w| rounded to float16 ("absmean", BitNet b1.58, arXiv 2402.17764) or 1
-    ("one", as in the C original). A scale of 0 gives codes of 0. The effective weight is
-    ``scale * codes``.
+
+def groups(weight, scale):
+    """The weights that share a scale, as a list of rows of lists: a matrix [R, C] is [R][G]."""
+    if scale in ("tensor", "one"):
+        return [[weight.reshape(-1)]]
+    size = weight.shape[1] if scale == "row" else int(scale)
+    return [[row[i : i + size] for i in range(0, row.size, size)] for row in weight]
+
+
+def scales_before_rounding(weight, scheme, scale):
+    """float64[1, 1] or float64[R, G]: what each group of a weight matrix [R, C] asks for.
+
+    mean |w| (BitNet b1.58, arXiv 2402.17764, equation 3; XNOR-Net, arXiv 1603.05279, equation 6),
+    median |w| (BitNet b1.58 Reloaded, arXiv 2407.09527) or, for two bits, half the step of the best
+    uniform quantizer of normal numbers (Max 1960), 5 / 8 mean |w|.
+    """
+    of_group = {
+        "ternary": lambda w: math.fsum(w) / w.size,
+        "ternary-median": np.median,
+        "binary": lambda w: math.fsum(w) / w.size,
+        "2bit": lambda w: 5.0 * math.fsum(w) / (8.0 * w.size),
+    }[scheme]
+    magnitudes = groups(np.abs(_float64(weight)), scale)
+    return np.array([[float(of_group(group)) for group in row] for row in magnitudes])
+
+
+def first_scale(name, num_blocks):
+    """The scale that the matrices of the scheme "sign" keep: the mean |w| they begin with.
+
+    That is of normal numbers of standard deviation 0.02, divided by sqrt(2 num_blocks) where they
+    write into the residual stream.
+    """
+    deviation = 0.02 / math.sqrt(2 * num_blocks) if name.endswith(".wo") else 0.02
+    return float(to_float16(deviation * math.sqrt(2.0 / math.pi)))
+
+
+def codes_of(weight, scales, scheme, scale):
+    """int8[R, C]: for each weight the code of its sign that, times its scale, is nearest to it.
+
+    Of two as near it is the smaller one, and 0 counts as positive. A scale of 0 leaves the smallest
+    codes, and the scheme "sign" has no use for scales.
     """
     weight = _float64(weight)
-    factor = {"absmean": float(np.float16(np.abs(weight).mean())), "one": 1.0}[scale]
-    if factor == 0.0:
-        return np.zeros(weight.shape, dtype=np.int8), factor
-    return np.round(np.clip(weight / factor, -1.0, 1.0)).astype(np.int8), factor
+    if scheme == "sign":
+        return np.sign(weight).astype(np.int8)
+    magnitudes = np.array([code for code in CODES[scheme] if code >= 0])
+    size = weight.shape[1] if scale in ("tensor", "row", "one") else int(scale)
+    wide = np.repeat(_float64(scales), size, axis=1)[:, : weight.shape[1]]
+    ratio = np.where(wide == 0.0, 0.0, np.abs(weight) / np.where(wide == 0.0, 1.0, wide))
+    # Beyond the largest code the distance from it would be rounded away.
+    distances = np.abs(np.minimum(ratio, 4.0)[..., None] - magnitudes)
+    nearest = magnitudes[distances.argmin(axis=-1)]
+    return np.where(weight < 0.0, -nearest, nearest).astype(np.int8)
 
 
-def pack_2bit(codes):
-    """Ternary codes int8 [R, C] as uint8 [R, ceil(C / 4)].
+def quantize(weight, scheme="ternary", scale="tensor", fixed=None):
+    """Codes int8[R, C] and scales float64[1, 1] or [R, G] of a weight matrix [R, C].
 
-    A byte holds four columns as code + 1, the first in its lowest bits; columns past the end are
-    stored as 1, the code of 0.
+    The scales are rounded to float16, or are 1 (``scale`` "one", as in the C original), or are
+    ``fixed``. The effective weight is the code times its scale.
     """
-    rows, columns = codes.shape
-    packed = np.zeros((rows, -(-columns // 4)), dtype=np.uint8)
-    for row in range(rows):
-        for column in range(4 * packed.shape[1]):
-            code = int(codes[row, column]) + 1 if column < columns else 1
-            packed[row, column // 4] |= code << (2 * (column % 4))
-    return packed
+    if scale == "one" or fixed is not None:
+        shape = [len(part) for part in (groups(weight, scale), groups(weight, scale)[0])]
+        scales = np.full(shape, 1.0 if scale == "one" else fixed)
+    else:
+        scales = to_float16(scales_before_rounding(weight, scheme, scale))
+    return codes_of(weight, scales, scheme, scale), scales
 
 
-def unpack_2bit(packed, columns):
-    """The inverse of `pack_2bit`: uint8 [R, ceil(C / 4)] -> int8 [R, C]."""
-    codes = np.zeros((packed.shape[0], columns), dtype=np.int8)
-    for column in range(columns):
-        codes[:, column] = ((packed[:, column // 4] >> (2 * (column % 4))) & 3).astype(np.int8) - 1
-    return codes
+# Bits a code takes in a file, where it is its place among the sorted codes.
+BITS = {"ternary": 2, "ternary-median": 2, "binary": 1, "2bit": 2, "sign": 2}
+
+
+def pack(codes, scheme):
+    """Codes int8[R, C] as uint8[R, ceil(C bits / 8)]: each row is one little-endian number.
+
+    The first column is its lowest digit; what is left over of the last byte is 0.
+    """
+    places, bits = CODES[scheme], BITS[scheme]
+    size = -(-codes.shape[1] * bits // 8)
+    packed = bytearray()
+    for row in codes.tolist():
+        number = sum(places.index(code) << bits * column for column, code in enumerate(row))
+        packed += number.to_bytes(size, "little")
+    return np.frombuffer(packed, np.uint8).reshape(len(codes), size)
+
+
+def unpack(packed, scheme, columns):
+    """The inverse of `pack`: uint8[R, ceil(C bits / 8)] -> int8[R, C]."""
+    places, bits = CODES[scheme], BITS[scheme]
+    numbers = [int.from_bytes(row.tobytes(), "little") for row in packed]
+    return np.array(
+        [[places[n >> bits * column & (1 << bits) - 1] for column in range(columns)]
+         for n in numbers],
+        np.int8,
+    )  # fmt: skip
 
 
 # --- The C original's model file ------------------------------------------------------------------

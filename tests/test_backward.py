@@ -1,26 +1,41 @@
 """The backward pass against the oracle's gradients, in every instruction set (departures 2 to 5).
 
 The oracle is held against finite differences and PyTorch by its own tests; the compiled model's
-gradients are once more here. Tolerances are those of `test_model.assert_near`.
+gradients are once more here. Tolerances are those of `models.assert_near`.
 """
 
-import functools
 import math
 
 import numpy as np
 import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from test_forward import MODELS, PADDINGS, model_of, random_tokens, rows
-from test_model import (
+from models import (
+    CODED,
+    MODELS,
+    PADDINGS,
+    as_float64,
     assert_near,
+    every_tier,
+    exact_dense,
+    float_twin,
+    layers,
     make_config,
+    model_of,
+    models,
     oracle_config,
     oracle_weights,
+    paddings,
+    random_matrix,
     random_model,
+    random_tokens,
     rejection,
     rounding_effect,
+    rows,
     run_child,
+    scaled_matrices,
+    schemes,
+    without_ties,
 )
 from test_oracle import torch_loss
 
@@ -49,10 +64,8 @@ from legacy1bit.forward import (
     forward_multi_head_attention_batch,
     forward_transformer_block_batch_with_context,
 )
+from legacy1bit.math_ops import quantize_activations
 from legacy1bit.model import create_legacy_llm_gradients, create_transformer_block_context
-
-every_tier = pytest.mark.usefixtures("tier")
-schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
 
 
 def empty_gradients(weights):
@@ -142,10 +155,6 @@ def norm_case(dim, shape):
     return arrays, rounding_effect(exact, as_float64(arrays))
 
 
-def as_float64(arrays):
-    return {name: value.astype(np.float64) for name, value in arrays.items()}
-
-
 @every_tier
 @pytest.mark.parametrize("shape", [(), (1,), (9,), (2, 5)])
 @pytest.mark.parametrize("dim", [1, 2, 7, 16, 33, 97])
@@ -207,6 +216,22 @@ def test_backward_output_layer_is_the_oracles(kind, vocab, dim):
 
 
 @every_tier
+@scaled_matrices
+def test_backward_output_layer_of_scaled_codes_is_exact(scheme, shape, group):
+    matrix, rng = random_matrix(scheme, shape, group), np.random.default_rng(3)
+    for count in (1, 29):
+        # Sums of at most 600 3 * 8 * 9 in eighths: float32 holds them.
+        x = rng.integers(-9, 10, (count, shape[1])).astype(np.float32)
+        d_logits = rng.integers(-9, 10, (count, shape[0])).astype(np.float32)
+        gradients = {"weight": np.ones(shape, np.float32), "bias": np.ones(shape[0], np.float32)}
+        d_x = backward_output_layer_batch(matrix, d_logits, x, gradients)
+        expected = oracle.linear_backward(d_logits.astype(float), x, exact_dense(matrix))
+        start = (0.0, 1.0, 1.0)
+        for actual, value, more in zip((d_x, *gradients.values()), expected, start, strict=True):
+            assert_close(actual, value + more, rtol=0, atol=0, dtype=np.float32)
+
+
+@every_tier
 def test_backward_output_layer_gives_the_matrix_a_gradient_of_its_own_shape():
     """Departure 5: C's is transposed, which only shows where vocabulary and dimension differ."""
     for vocab, dim in ((11, 6), (8, 8)):
@@ -261,9 +286,10 @@ def test_backward_embedding_rejects_other_ids_and_shapes():
 # --- Feed forward ---------------------------------------------------------------------------------
 
 
-def ffn_case(config, shape):
+@without_ties
+def ffn_case(config, shape, draw):
     weights = oracle_weights(model_of(config), "blocks.0.ffn.")
-    x, d_output = rows(*shape, config.model_dim), rows(*shape, config.model_dim, seed=8)
+    x, d_output = (rows(*shape, config.model_dim, seed=(seed, draw)) for seed in (5, 8))
 
     def exact(w):
         d_x, gradients = oracle.feed_forward_backward(w["d"], w["x"], w, oracle_config(config))
@@ -273,7 +299,22 @@ def ffn_case(config, shape):
     return x, d_output, weights, rounding_effect(exact, arrays)
 
 
-ffn_case = functools.cache(ffn_case)
+def check_feed_forward(config, shapes):
+    ffn = model_of(config).blocks[0].ffn
+    for shape in shapes:
+        x, d_output, weights, expected = ffn_case(config, shape)
+        hidden = np.empty((*shape, config.ffn_dim), np.float32)
+        forward_feed_forward_batch(ffn, x, hidden)
+        before = [array.copy() for array in (x, d_output, hidden)]
+        functions = [backward_feed_forward_batch] + [backward_feed_forward] * (shape == ())
+        for function in functions:
+            check_backward(
+                lambda g, f=function, d=d_output, x=x, h=hidden: f(ffn, d, x, h, g),
+                expected,
+                weights,
+            )
+        for array, value in zip((x, d_output, hidden), before, strict=True):
+            assert_same_bits(array, value, "the input")
 
 
 @every_tier
@@ -283,18 +324,18 @@ ffn_case = functools.cache(ffn_case)
 def test_backward_feed_forward_is_the_oracles(scheme, activation, dim):
     config = make_config(model_dim=dim, num_heads=1, positions="none", scheme=scheme,
                          activation=activation, num_blocks=1)  # fmt: skip
-    ffn = model_of(config).blocks[0].ffn
-    for shape in ((), (1,), (3,), (15,), (2, 5)):
-        x, d_output, weights, expected = ffn_case(config, shape)
-        hidden = np.empty((*shape, config.ffn_dim), np.float32)
-        forward_feed_forward_batch(ffn, x, hidden)
-        functions = [backward_feed_forward_batch] + [backward_feed_forward] * (shape == ())
-        for function in functions:
-            check_backward(
-                lambda g, f=function, d=d_output, x=x, h=hidden: f(ffn, d, x, h, g),
-                expected,
-                weights,
-            )
+    check_feed_forward(config, ((), (1,), (3,), (15,), (2, 5)))
+
+
+@every_tier
+@layers
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_backward_feed_forward_with_other_settings_is_the_oracles(changes, activation):
+    for dim in (1, 6, 33) + ((129, 257) if "scale" in changes else ()):
+        config = make_config(model_dim=dim, num_heads=1, positions="none", activation=activation,
+                             num_blocks=1, ffn_multiplier=3 if dim < 99 else 1,
+                             **changes)  # fmt: skip
+        check_feed_forward(config, ((), (3,), (15,)))
 
 
 @every_tier
@@ -321,11 +362,12 @@ def test_backward_feed_forward_takes_the_values_after_the_activation():
 # --- Attention and block --------------------------------------------------------------------------
 
 
-def layer_case(config, batch, time, padding, layer):
+@without_ties
+def layer_case(config, batch, time, padding, layer, draw):
     """x, tokens, d_output, weights and the exact gradients of an attention layer or a block."""
     weights = oracle_weights(model_of(config), f"blocks.0.{layer}")
     tokens = random_tokens(config, batch, time, padding)
-    x, d_output = (rows(batch, time, config.model_dim, seed=seed) for seed in (5, 8))
+    x, d_output = (rows(batch, time, config.model_dim, seed=(seed, draw)) for seed in (5, 8))
     backward = oracle.attention_backward if layer else oracle.block_backward
 
     def exact(w):
@@ -336,19 +378,24 @@ def layer_case(config, batch, time, padding, layer):
     return x, tokens, d_output, weights, rounding_effect(exact, arrays)
 
 
-layer_case = functools.cache(layer_case)
+def room_for(config, batch, time):
+    return create_transformer_block_context(
+        config.model_dim, config.ffn_dim, config.num_heads, batch, time, config.sub_norm
+    )
 
 
 def check_attention(config, batch, time, padding):
     x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "attention.")
-    attention = model_of(config).blocks[0].attention
-    context = create_transformer_block_context(config.model_dim, 1, config.num_heads, batch, time)
+    attention, context = model_of(config).blocks[0].attention, room_for(config, batch, time)
     forward_multi_head_attention_batch(attention, x, tokens != config.pad_token, context)
+    before = x.copy(), d_output.copy()
     check_backward(
         lambda g: backward_multi_head_attention_batch(attention, d_output, x, context, g),
         expected,
         weights,
     )
+    assert_same_bits(x, before[0], "the input")
+    assert_same_bits(d_output, before[1], "the output's gradient")
 
 
 @every_tier
@@ -365,6 +412,20 @@ def test_backward_multi_head_attention_is_the_oracles(scheme, positions, span):
 
 
 @every_tier
+@layers
+def test_backward_multi_head_attention_with_other_settings_is_the_oracles(changes):
+    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9))
+    if "scale" in changes:
+        shapes += ((1, 1, 1, 3), (300, 3, 1, 2), (130, 5, 2, 8))
+    for dim, heads, batch, time in shapes:
+        config = make_config(model_dim=dim, num_heads=heads, sequence_length=32, num_blocks=1,
+                             positions="none" if dim in (1, 300) else "rope", ffn_multiplier=1,
+                             **changes)  # fmt: skip
+        for padding in ("none", "left", "row"):
+            check_attention(config, batch, time, padding)
+
+
+@every_tier
 @pytest.mark.parametrize("span", [0, 1, 3, 64, 70])
 @pytest.mark.parametrize("time", [64, 65, 130])
 def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, span):
@@ -375,8 +436,7 @@ def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, sp
 
 
 def run_block(config, x, tokens):
-    batch, time, dim = x.shape
-    context = create_transformer_block_context(dim, config.ffn_dim, config.num_heads, batch, time)
+    context = room_for(config, *x.shape[:2])
     block = model_of(config).blocks[0]
     forward_transformer_block_batch_with_context(block, x, context, tokens != config.pad_token)
     return block, context
@@ -392,13 +452,49 @@ def test_backward_transformer_block_is_the_oracles(scheme, options, dim, heads, 
     config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, num_blocks=1,
                          sequence_length=70, **options)  # fmt: skip
     for padding in PADDINGS:
-        x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "")
-        block, context = run_block(config, x, tokens)
-        check_backward(
-            lambda g, b=block, d=d_output, c=context: backward_transformer_block_batch(b, d, c, g),
-            expected,
-            weights,
-        )
+        check_block(config, batch, time, padding)
+
+
+def check_block(config, batch, time, padding):
+    x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "")
+    block, context = run_block(config, x, tokens)
+    before = d_output.copy()
+    check_backward(
+        lambda g: backward_transformer_block_batch(block, d_output, context, g), expected, weights
+    )
+    assert_same_bits(d_output, before, "the output's gradient")
+
+
+@every_tier
+@layers
+def test_backward_transformer_block_with_other_settings_is_the_oracles(changes):
+    for dim, heads, batch, time in ((6, 3, 2, 5), (34, 1, 3, 7)):
+        config = make_config(model_dim=dim, num_heads=heads, num_blocks=1, **changes)
+        for padding in ("none", "left", "row"):
+            check_block(config, batch, time, padding)
+
+
+@every_tier
+def test_backward_goes_straight_through_int8():
+    """The gradients are those of plain layers whose inputs happen to be what int8 keeps."""
+    config = make_config(num_blocks=1, int8_activations=True)
+    ffn = model_of(config).blocks[0].ffn
+    plain = model_of(make_config(num_blocks=1)).blocks[0].ffn
+    x, d_output, weights, _ = ffn_case(config, (15,))
+    hidden, answers = np.empty((15, 36), np.float32), []
+    forward_feed_forward_batch(ffn, x, hidden)
+    rounded = x.copy()
+    quantize_activations(rounded)
+    for layer, inputs in ((ffn, x), (plain, rounded)):
+        gradients = empty_gradients(weights)
+        d_x = backward_feed_forward_batch(layer, d_output, inputs, hidden, gradients)
+        answers.append({"x": d_x, **gradients})
+    for name, value in answers[0].items():
+        if name == "wo":
+            # Its own input is rounded here alone.
+            assert np.abs(value - answers[1][name]).max() > 1e-3
+        else:
+            assert_same_bits(value, answers[1][name], name)
 
 
 @every_tier
@@ -519,6 +615,21 @@ def test_layers_reject_activations_that_do_not_fit(d_output):
             call()
 
 
+def test_layers_with_norms_reject_a_context_without_room_for_them():
+    config = make_config(num_blocks=1, sub_norm=True)
+    x, _, d_output, weights, _ = layer_case(config, 2, 5, "none", "")
+    block, gradients = model_of(config).blocks[0], empty_gradients(weights)
+    part = {name.removeprefix("attention."): value for name, value in gradients.items()
+            if name.startswith("attention.")}  # fmt: skip
+    context = create_transformer_block_context(12, 36, 3, 2, 5)
+    for call in (
+        lambda: backward_transformer_block_batch(block, d_output, context, gradients),
+        lambda: backward_multi_head_attention_batch(block.attention, d_output, x, context, part),
+    ):
+        with pytest.raises(ValueError, match="sub_norm"):
+            call()
+
+
 # A context of other sizes, read and written past its end.
 OTHER_CONTEXTS = {
     "block, fewer hidden": ("TransformerBlockContext(256, 1, 2, 3, 5)", "block"),
@@ -565,15 +676,13 @@ def exact_gradients(config, tokens, targets):
     return rounding_effect(exact, oracle_weights(model_of(config)))
 
 
-def model_case(config, batch, time, padding):
+@without_ties
+def model_case(config, batch, time, padding, draw):
     """Tokens, targets of which some are padding, the exact loss and the exact gradients."""
-    tokens = random_tokens(config, batch, time, padding)
-    targets = random_tokens(config, batch, time, seed=10)
+    tokens = random_tokens(config, batch, time, padding, seed=(6, draw))
+    targets = random_tokens(config, batch, time, seed=(10, draw))
     targets[0, 0] = config.pad_token if tokens.size > 1 else targets[0, 0]
     return tokens, targets, exact_gradients(config, tokens, targets)
-
-
-model_case = functools.cache(model_case)
 
 
 def assert_gradients_near(gradients, loss, expected, times=1):
@@ -587,8 +696,8 @@ def assert_gradients_near(gradients, loss, expected, times=1):
 
 
 @every_tier
-@pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("padding", PADDINGS)
+@models
+@paddings
 def test_backward_llm_batch_is_the_oracles(changes, padding):
     config = make_config(**changes)
     for batch, time in ((1, 1), (3, 7), (2, 16)):
@@ -614,7 +723,8 @@ def test_backward_llm_batch_of_long_sequences_is_the_oracles(time, span):
 @every_tier
 @pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu"},
                                      {"positions": "none", "final_norm": False,
-                                      "ternary_embedding": True}], ids=str)  # fmt: skip
+                                      "ternary_embedding": True},
+                                     {"sub_norm": True, "scale": "row"}], ids=str)  # fmt: skip
 def test_backward_llm_batch_is_the_slope_of_the_loss(changes):
     # Past the oracle's own gradients: its loss, along random directions of every parameter.
     config = make_config(model_dim=6, **changes)
@@ -642,7 +752,8 @@ def test_backward_llm_batch_is_the_slope_of_the_loss(changes):
 
 @every_tier
 @pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu",
-                                          "attention_span": 3}], ids=str)  # fmt: skip
+                                          "attention_span": 3}, MODELS["int8, last"],
+                                     MODELS["b158"]], ids=str)  # fmt: skip
 def test_backward_llm_batch_agrees_with_torch(changes):
     torch = pytest.importorskip("torch")
     config = make_config(**changes)
@@ -768,6 +879,83 @@ def test_backward_pass_follows_the_model_and_forgets_the_last_batch():
     gradients.flat[...] = 0.0
     loss, count = backward_pass.run(tokens, targets, gradients)
     assert_gradients_near(gradients, loss / count, expected)
+
+
+@every_tier
+@models
+def test_backward_pass_has_the_same_bits_when_it_works_activations_out_once_more(changes):
+    config = make_config(**{"num_blocks": 3, **changes})
+    model, tokens = model_of(config), random_tokens(config, 3, 7, "middle")
+    targets = random_tokens(config, 3, 7, "right", seed=10)
+    for threads in (1, 2):
+        runs = []
+        for recompute in (False, True):
+            backward_pass = BackwardPass(model, 3, 7, threads, recompute)
+            gradients = create_legacy_llm_gradients(config)
+            # Another batch before leaves nothing behind.
+            backward_pass.run(targets, tokens, gradients)
+            gradients.flat[...] = 0.0
+            runs.append((backward_pass.run(tokens, targets, gradients), gradients.flat))
+        assert runs[0][0] == runs[1][0]
+        assert_same_bits(runs[1][1], runs[0][1], f"{threads} threads")
+        assert runs[0][1].any()
+
+
+@every_tier
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sub_norm": True, "int8_activations": True}], ids=str)
+def test_backward_pass_over_the_parts_of_a_batch_is_that_of_the_whole(changes, recompute):
+    config = make_config(**changes)
+    tokens, targets, expected = model_case(config, 6, 7, "left")
+    # The parts count differently many positions: each one's own mean would weigh them wrongly.
+    counts = oracle.counted_positions(tokens, targets, 11).reshape(3, -1).sum(axis=1)
+    assert len(set(counts)) > 1
+    gradients, losses = create_legacy_llm_gradients(config), []
+    backward_pass = BackwardPass(model_of(config), 2, 7, 1, recompute)
+    for part, expected_count in zip(range(0, 6, 2), counts, strict=True):
+        chosen = slice(part, part + 2)
+        loss, count = backward_pass.run(
+            tokens[chosen], targets[chosen], gradients, total=int(counts.sum())
+        )
+        assert count == expected_count
+        losses.append(loss)
+    assert_gradients_near(gradients, sum(losses) / counts.sum(), expected)
+
+
+@every_tier
+def test_backward_pass_divides_the_gradient_and_not_the_loss_by_the_total():
+    config = make_config()
+    tokens, targets, _ = model_case(config, 3, 7, "none")
+    backward_pass, answers = BackwardPass(model_of(config), 3, 7), []
+    # A power of two is divided by without an error.
+    count = int(oracle.counted_positions(tokens, targets, 11).sum())
+    for total in (None, count, 4 * count):
+        gradients = create_legacy_llm_gradients(config)
+        answers.append((backward_pass.run(tokens, targets, gradients, total), gradients.flat))
+    assert answers[0][0] == answers[1][0] == answers[2][0]
+    assert_same_bits(answers[1][1], answers[0][1])
+    assert_same_bits(answers[2][1] * np.float32(4.0), answers[0][1])
+
+
+@every_tier
+@pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
+def test_full_precision_has_the_gradients_of_the_float_twin(changes):
+    model = random_model(make_config(**changes))
+    twin, config = float_twin(model), model.config
+    tokens, targets = random_tokens(config, 3, 7, "middle"), random_tokens(config, 3, 7, seed=7)
+    # Passes that were there before follow the model.
+    passes = [BackwardPass(one, 3, 7) for one in (model, twin)]
+    ours, theirs, coded = (create_legacy_llm_gradients(c) for c in (config, twin.config, config))
+    coded_loss = passes[0].run(tokens, targets, coded)
+    model.use_full_precision(True)
+    assert passes[0].run(tokens, targets, ours) == passes[1].run(tokens, targets, theirs)
+    for name, value in theirs.parameters.items():
+        assert_same_bits(ours.parameters[name], value, name)
+    assert np.abs(ours.flat - coded.flat).max() > 1e-4
+    model.use_full_precision(False)
+    again = create_legacy_llm_gradients(config)
+    assert passes[0].run(tokens, targets, again) == coded_loss
+    assert_same_bits(again.flat, coded.flat)
 
 
 @every_tier

@@ -2,13 +2,14 @@
 
 import errno
 import os
+import shutil
 import stat
 import threading
 
 import pytest
 
 from legacy1bit import files
-from legacy1bit.files import atomic_write, atomic_write_all
+from legacy1bit.files import atomic_copies, atomic_write, atomic_write_all
 
 OLD, NEW = b"the old content", b"the new content, longer"
 
@@ -301,3 +302,170 @@ def test_atomic_write_all_has_all_on_the_disk_before_any_takes_its_name(three, m
     atomic_write_all(three)
     assert [size for _, size in events[:3]] == [100] * 3
     assert events[3:] == [*three, "folder", "folder"]
+
+
+# --- Copies ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def originals(tmp_path):
+    """Three files to copy."""
+    paths = [tmp_path / name for name in "abc"]
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]) * 100)
+    return paths
+
+
+@pytest.fixture(params=["link", "copy"])
+def _links(request, monkeypatch):
+    """Whether the file system gives a file a second name."""
+
+    def refuse(*names):
+        raise OSError(errno.EPERM, "Operation not permitted", *map(str, names))
+
+    if request.param == "copy":
+        monkeypatch.setattr(os, "link", refuse)
+
+
+def held(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_puts_copies_into_a_folder_it_makes(originals, tmp_path):
+    expected = {path.name: path.read_bytes() for path in originals}
+    atomic_copies(iter(originals), tmp_path / "deep" / "copies")
+    assert held(tmp_path / "deep" / "copies") == expected
+    assert {path.name: path.read_bytes() for path in originals} == expected
+
+
+def test_atomic_copies_costs_no_room_where_files_have_second_names(originals, tmp_path):
+    atomic_copies(originals, tmp_path / "copies")
+    assert all(path.samefile(tmp_path / "copies" / path.name) for path in originals)
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_stay_when_their_originals_are_replaced(originals, tmp_path):
+    before = {path.name: path.read_bytes() for path in originals}
+    atomic_copies(originals, tmp_path / "copies")
+    for path in originals:
+        atomic_write(path, NEW)
+    assert held(tmp_path / "copies") == before
+    atomic_write(tmp_path / "copies" / "a", OLD)
+    assert all(path.read_bytes() == NEW for path in originals)
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_takes_the_place_of_earlier_copies(originals, tmp_path):
+    atomic_copies(originals, tmp_path / "copies")
+    atomic_write(originals[1], NEW)
+    # Two of three are two names of one content already.
+    for _ in range(3):
+        atomic_copies(originals, tmp_path / "copies")
+        assert held(tmp_path / "copies") == {path.name: path.read_bytes() for path in originals}
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_leaves_other_files_alone(originals, tmp_path):
+    (tmp_path / "copies").mkdir()
+    (tmp_path / "copies" / "other").write_bytes(OLD)
+    atomic_copies(originals[:1], tmp_path / "copies")
+    assert held(tmp_path / "copies") == {"a": originals[0].read_bytes(), "other": OLD}
+
+
+def breaking_copy(patch, failing, error):
+    """Let no file have a second name, and the copy of that index fail with half of it written."""
+    calls = iter(range(1000))
+    real = os.fsync
+
+    def refuse(*names):
+        raise OSError(errno.EXDEV, "Invalid cross-device link", *map(str, names))
+
+    def half_of_it(handle):
+        if stat.S_ISREG(os.fstat(handle).st_mode) and next(calls) == failing:
+            raise error()
+        real(handle)
+
+    def copyfile(source, target, **options):
+        with open(source, "rb") as whole, open(target, "wb") as part:
+            content = whole.read()
+            part.write(content[:10])
+            part.flush()
+            half_of_it(part.fileno())
+            part.write(content[10:])
+        return target
+
+    patch.setattr(os, "link", refuse)
+    patch.setattr(os, "fsync", half_of_it)
+    patch.setattr(shutil, "copyfile", copyfile)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("failing", [0, 1, 2])
+@pytest.mark.parametrize("function", ["copy", "replace"])
+def test_atomic_copies_that_fail_leave_whole_files_alone(
+    originals, tmp_path, monkeypatch, function, failing, error
+):
+    copies = tmp_path / "copies"
+    atomic_copies(originals, copies)
+    before = held(copies)
+    for path in originals:
+        atomic_write(path, NEW + path.name.encode())
+    with monkeypatch.context() as patch:
+        if function == "copy":
+            breaking_copy(patch, failing, ERRORS[error])
+        else:
+            fail_at(patch, "replace", failing, ERRORS[error])
+        with pytest.raises(type(ERRORS[error]())):
+            atomic_copies(originals, copies)
+    done = [path.name for path in originals[:failing]]
+    assert held(copies) == before | {name: NEW + name.encode() for name in done}
+    atomic_copies(originals, copies)
+    assert held(copies) == {path.name: path.read_bytes() for path in originals}
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_demands_files_to_copy(originals, tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing"):
+        atomic_copies([originals[0], tmp_path / "missing"], tmp_path / "copies")
+    assert names(tmp_path / "copies") == ["a"]
+
+
+def test_atomic_copies_demands_a_folder_to_copy_to(originals, tmp_path):
+    with pytest.raises(FileExistsError, match=r"'.*/a'"):
+        atomic_copies(originals, originals[0])
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_has_the_content_on_the_disk_before_it_takes_the_name(
+    originals, tmp_path, monkeypatch
+):
+    """An original is on the disk, and so is its second name's content; a copy must be put there."""
+    on_disk = {path.stat().st_ino for path in originals}
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle):
+        fsync(handle)
+        if os.fstat(handle).st_size == 100:
+            on_disk.add(os.fstat(handle).st_ino)
+
+    def watched_replace(source, target):
+        assert os.stat(source).st_ino in on_disk
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    atomic_copies(originals, tmp_path / "copies")
+    assert names(tmp_path / "copies") == ["a", "b", "c"]
+
+
+def test_atomic_copies_puts_the_folder_onto_the_disk(originals, tmp_path, monkeypatch):
+    synced, fsync = [], os.fsync
+
+    def watched(handle):
+        fsync(handle)
+        synced.append((os.fstat(handle).st_ino, names(tmp_path / "copies")))
+
+    monkeypatch.setattr(os, "fsync", watched)
+    atomic_copies(originals, tmp_path / "copies")
+    assert synced[-1] == ((tmp_path / "copies").stat().st_ino, ["a", "b", "c"])

@@ -1,26 +1,40 @@
 """The forward pass against the oracle, in every instruction set (departures 6, 7 and 8).
 
-How close is close enough, `test_model.assert_near` works out from the oracle itself.
+How close is close enough, `models.assert_near` works out from the oracle itself.
 """
-
-import functools
 
 import numpy as np
 import oracle
 import pytest
 from compare import assert_close, assert_same_bits
-from test_model import (
+from models import (
+    CODED,
+    PADDINGS,
     assert_near,
+    every_tier,
+    exact_dense,
+    float_twin,
+    layers,
     make_config,
+    model_of,
+    models,
     oracle_config,
     oracle_weights,
+    paddings,
+    random_matrix,
     random_model,
+    random_tokens,
     rejection,
     rounding_effect,
+    rows,
     run_child,
+    scaled_matrices,
+    schemes,
+    without_ties,
 )
 
 from legacy1bit.forward import (
+    ForwardContext,
     KeyValueCache,
     forward_embedding,
     forward_embedding_batch,
@@ -37,40 +51,13 @@ from legacy1bit.forward import (
     forward_transformer_block_with_context,
 )
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import TernaryMatrix, create_transformer_block_context
-
-every_tier = pytest.mark.usefixtures("tier")
-schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
-
-# The models are made once; the tests leave them as they are.
-model_of = functools.cache(random_model)
-
-
-def rows(*shape, seed=5):
-    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-    x.flags.writeable = False
-    return x
-
-
-def random_tokens(config, batch, time, padding="none", seed=6):
-    """int32[B, T] with padding at one side, in the middle, in a whole row or everywhere."""
-    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time), np.int32)
-    some = max(time // 3, 1)
-    place = {
-        "none": np.s_[:0],
-        "left": np.s_[0, :some],
-        "right": np.s_[-1, time - some :],
-        "middle": np.s_[:, time // 2 : time // 2 + some],
-        "row": np.s_[-1],
-        "all": np.s_[:],
-    }[padding]
-    tokens[place] = config.pad_token
-    return tokens
-
-
-PADDINGS = ("none", "left", "right", "middle", "row", "all")
-paddings = pytest.mark.parametrize("padding", PADDINGS)
-
+from legacy1bit.model import (
+    FeedForward,
+    MultiHeadAttention,
+    TernaryMatrix,
+    create_legacy_llm,
+    create_transformer_block_context,
+)
 
 # --- Embedding ------------------------------------------------------------------------------------
 
@@ -95,6 +82,17 @@ def test_forward_embedding_copies_rows(kind, dim):
         assert_close(forward_embedding(embedding, token), expected, rtol=0, atol=0)
 
 
+@every_tier
+@scaled_matrices
+def test_forward_embedding_of_scaled_codes_is_exact(scheme, shape, group):
+    matrix = random_matrix(scheme, shape, group)
+    tokens = np.arange(shape[0] + 1)
+    expected = oracle.embedding(tokens, exact_dense(matrix)).astype(np.float32)
+    assert_close(
+        forward_embedding_batch(matrix, tokens), expected, rtol=0, atol=0, dtype=np.float32
+    )
+
+
 @pytest.mark.parametrize("token", [-1, 12, 1000, -(1 << 31)])
 def test_forward_embedding_rejects_other_ids(token):
     embedding = model_of(make_config()).parameters["embedding.weight"]
@@ -110,22 +108,51 @@ def test_forward_embedding_rejects_other_ids(token):
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def attention_case(config, batch, time, padding):
+def attention_values(x, tokens, weights, config):
+    """What attention leaves in its context, and its output, for an input that is rounded."""
+    options = oracle_config(config)
+    q, k, v, probs, heads = oracle._attend(x, tokens, weights, options)
+    flat = {name: value.reshape(x.shape) for name, value in (("q", q), ("k", k), ("v", v))}
+    values = {"probs": probs, "heads": heads, **flat}
+    values |= norm_values("heads", heads, weights, config)
+    last = oracle._before_wo(heads, weights, options)
+    return {**values, "out": oracle.linear(last, weights["wo"], weights["bo"])}
+
+
+def norm_values(name, x, weights, config):
+    """What a layer leaves of x and of the norm before its last matrix, rounding included."""
+    rounded = oracle._before_wo(x, weights, oracle_config(config))
+    if not config.sub_norm:
+        return {name: rounded}
+    _, mean, inv_std = oracle.layer_norm_forward(x, weights["gamma"], weights["beta"])
+    norm = {f"{name}_normed": rounded, f"{name}_mean": mean, f"{name}_inv_std": inv_std}
+    return {name: x, **norm}
+
+
+def assert_context_near(actual, expected):
+    """1 / std, which epsilon lets grow to 316, gives a bound to itself alone."""
+    exact, effects = expected
+    alone = [name for name in exact if "inv_std" in name]
+    assert actual.keys() == exact.keys()
+    for names in ([name for name in exact if name not in alone], *([name] for name in alone)):
+        assert_near(
+            {name: actual[name] for name in names}, ({name: exact[name] for name in names}, effects)
+        )
+
+
+@without_ties
+def attention_case(config, batch, time, padding, draw):
     """x, tokens and `allowed`, the exact intermediate values and how far rounding moves them."""
     weights = oracle_weights(model_of(config), "blocks.0.attention.")
-    tokens, x = random_tokens(config, batch, time, padding), rows(batch, time, config.model_dim)
+    tokens = random_tokens(config, batch, time, padding)
+    x = rows(batch, time, config.model_dim, seed=(5, draw))
 
     def exact(arrays):
-        q, k, v, probs, heads = oracle._attend(arrays["x"], tokens, arrays, oracle_config(config))
-        flat = {name: value.reshape(x.shape) for name, value in (("q", q), ("k", k), ("v", v))}
-        out = oracle.linear(heads, arrays["wo"], arrays["bo"])
-        return {"out": out, "probs": probs, "heads": heads, **flat}
+        rounded = oracle._rounded(arrays["x"], oracle_config(config))
+        return attention_values(rounded, tokens, arrays, config)
 
     return x, tokens, rounding_effect(exact, {"x": x.astype(np.float64), **weights})
 
-
-# Otherwise each tier would work out the same answers again.
-attention_case = functools.cache(attention_case)
 
 # C, heads, B, T: heads of one element, of odd sizes, of several vectors and a remainder.
 ATTENTION_SHAPES = ((2, 1, 1, 1), (6, 3, 2, 5), (12, 2, 3, 7), (66, 3, 1, 9), (40, 1, 1, 17))
@@ -135,14 +162,18 @@ ODD_HEADS = ((3, 3, 2, 4), (35, 5, 1, 18))
 def check_attention(config, batch, time, padding):
     x, tokens, expected = attention_case(config, batch, time, padding)
     allowed = (tokens != config.pad_token).astype(np.uint8)
-    attention = model_of(config).blocks[0].attention
-    context = create_transformer_block_context(config.model_dim, 1, config.num_heads, batch, time)
+    attention, before = model_of(config).blocks[0].attention, x.copy()
+    context = create_transformer_block_context(
+        config.model_dim, 1, config.num_heads, batch, time, config.sub_norm
+    )
     out = forward_multi_head_attention_batch(attention, x, allowed, context)
+    assert_same_bits(x, before, "the input")
     # Probabilities that no query asked for are not written; the oracle has 0 there.
     in_reach = oracle.allowed_keys(np.zeros((1, time)), 1, config.attention_span)
-    actual = {name: getattr(context, name) for name in ("q", "k", "v", "heads")}
-    actual |= {"out": out, "probs": np.where(in_reach, context.probs, np.float32(0.0))}
-    assert_near(actual, expected)
+    probs = np.where(in_reach, context.probs, np.float32(0.0))
+    actual = {name: getattr(context, name, None) for name in expected[0]}
+    actual |= {"out": out, "probs": probs}
+    assert_context_near(actual, expected)
     # What may not be seen is exactly 0.
     seen = oracle.allowed_keys(tokens, config.pad_token, config.attention_span)[:, None]
     assert not np.where(seen, np.float32(0.0), actual["probs"]).any()
@@ -160,6 +191,20 @@ def test_forward_multi_head_attention_is_the_oracles(scheme, positions, span):
         config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, positions=positions,
                              attention_span=span, sequence_length=32, num_blocks=1)  # fmt: skip
         for padding in PADDINGS:
+            check_attention(config, batch, time, padding)
+
+
+@every_tier
+@layers
+def test_forward_multi_head_attention_with_other_settings_is_the_oracles(changes):
+    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9))
+    if "scale" in changes:
+        shapes += ((1, 1, 1, 3), (300, 3, 1, 2), (130, 5, 2, 8))
+    for dim, heads, batch, time in shapes:
+        config = make_config(model_dim=dim, num_heads=heads, sequence_length=32, num_blocks=1,
+                             positions="none" if dim in (1, 300) else "rope", ffn_multiplier=1,
+                             **changes)  # fmt: skip
+        for padding in ("none", "left", "row"):
             check_attention(config, batch, time, padding)
 
 
@@ -207,20 +252,33 @@ def test_forward_multi_head_attention_over_one_token_copies_the_values_as_c_does
 # --- Feed forward, block, output layer ------------------------------------------------------------
 
 
-def ffn_case(config, shape):
-    weights, x = oracle_weights(model_of(config), "blocks.0.ffn."), rows(*shape, config.model_dim)
+@without_ties
+def ffn_case(config, shape, draw):
+    weights = oracle_weights(model_of(config), "blocks.0.ffn.")
+    x = rows(*shape, config.model_dim, seed=(5, draw))
 
     def exact(arrays):
-        hidden = oracle.linear(arrays["x"], arrays["wi"], arrays["bi"])
+        rounded = oracle._rounded(arrays["x"], oracle_config(config))
         return {
-            "hidden": hidden,
+            "hidden": oracle.linear(rounded, arrays["wi"], arrays["bi"]),
             "out": oracle.feed_forward(arrays["x"], arrays, oracle_config(config)),
         }
 
     return x, rounding_effect(exact, {"x": x.astype(np.float64), **weights})
 
 
-ffn_case = functools.cache(ffn_case)
+def check_feed_forward(config, shapes):
+    ffn = model_of(config).blocks[0].ffn
+    for shape in shapes:
+        x, expected = ffn_case(config, shape)
+        before = x.copy()
+        hidden = np.full((*shape, config.ffn_dim), np.nan, np.float32)
+        out = forward_feed_forward_batch(ffn, x, hidden)
+        assert_near({"hidden": hidden, "out": out}, expected)
+        assert_same_bits(x, before, "the input")
+        assert_same_bits(forward_feed_forward_batch(ffn, x), out)
+        if shape == ():
+            assert_same_bits(forward_feed_forward(ffn, x), out)
 
 
 @every_tier
@@ -230,49 +288,61 @@ ffn_case = functools.cache(ffn_case)
 def test_forward_feed_forward_is_the_oracles(scheme, activation, dim):
     config = make_config(model_dim=dim, num_heads=1, positions="none", scheme=scheme,
                          activation=activation, num_blocks=1)  # fmt: skip
-    ffn = model_of(config).blocks[0].ffn
-    for shape in ((), (1,), (3,), (15,), (2, 5), (4, 9)):
-        x, expected = ffn_case(config, shape)
-        hidden = np.full((*shape, config.ffn_dim), np.nan, np.float32)
-        out = forward_feed_forward_batch(ffn, x, hidden)
-        assert_near({"hidden": hidden, "out": out}, expected)
-        assert_same_bits(forward_feed_forward_batch(ffn, x), out)
-        if shape == ():
-            assert_same_bits(forward_feed_forward(ffn, x), out)
+    check_feed_forward(config, ((), (1,), (3,), (15,), (2, 5), (4, 9)))
 
 
-BLOCK_NAMES = ("input", "norm1", "mean1", "inv_std1", "q", "k", "v", "heads", "residual", "norm2",
-               "mean2", "inv_std2", "hidden", "activated", "output")  # fmt: skip
+@every_tier
+@layers
+@pytest.mark.parametrize("activation", ["relu2", "relu"])
+def test_forward_feed_forward_with_other_settings_is_the_oracles(changes, activation):
+    for dim in (1, 6, 33) + ((129, 257) if "scale" in changes else ()):
+        config = make_config(model_dim=dim, num_heads=1, positions="none", activation=activation,
+                             num_blocks=1, ffn_multiplier=3 if dim < 99 else 1,
+                             **changes)  # fmt: skip
+        check_feed_forward(config, ((), (3,), (15,)))
 
 
-def block_case(config, batch, time, padding):
+@without_ties
+def block_case(config, batch, time, padding, draw):
     weights = oracle_weights(model_of(config), "blocks.0.")
-    tokens, x = random_tokens(config, batch, time, padding), rows(batch, time, config.model_dim)
-    attention_names = ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo")
+    tokens = random_tokens(config, batch, time, padding)
+    x, options = rows(batch, time, config.model_dim, seed=(5, draw)), oracle_config(config)
 
     def norm(x, w, name):
         return oracle.layer_norm_forward(x, w[f"{name}.gamma"], w[f"{name}.beta"])
 
     def exact(w):
+        attention, ffn = oracle._part(w, "attention."), oracle._part(w, "ffn.")
         values = {"input": w["x"]}
         values["norm1"], values["mean1"], values["inv_std1"] = norm(w["x"], w, "norm1")
-        attention = {name: w[f"attention.{name}"] for name in attention_names}
-        q, k, v, _, values["heads"] = oracle._attend(
-            values["norm1"], tokens, attention, oracle_config(config)
-        )
-        values |= {n: part.reshape(x.shape) for n, part in (("q", q), ("k", k), ("v", v))}
-        mixed = oracle.linear(values["heads"], attention["wo"], attention["bo"])
-        values["residual"] = w["x"] + mixed
+        values["norm1"] = oracle._rounded(values["norm1"], options)
+        values |= attention_values(values["norm1"], tokens, attention, config)
+        values["residual"] = w["x"] + values.pop("out")
+        del values["probs"]
         values["norm2"], values["mean2"], values["inv_std2"] = norm(values["residual"], w, "norm2")
-        values["hidden"] = oracle.linear(values["norm2"], w["ffn.wi"], w["ffn.bi"])
-        values["activated"] = oracle.activate(values["hidden"], config.activation)
-        values["output"] = oracle.block(w["x"], tokens, w, oracle_config(config))
+        values["norm2"] = oracle._rounded(values["norm2"], options)
+        values["hidden"] = oracle.linear(values["norm2"], ffn["wi"], ffn["bi"])
+        activated = oracle.activate(values["hidden"], config.activation)
+        values |= norm_values("activated", activated, ffn, config)
+        values["output"] = oracle.block(w["x"], tokens, w, options)
         return values
 
     return x, tokens, rounding_effect(exact, {"x": x.astype(np.float64), **weights})
 
 
-block_case = functools.cache(block_case)
+def check_block(config, batch, time, padding):
+    block = model_of(config).blocks[0]
+    x, tokens, expected = block_case(config, batch, time, padding)
+    allowed, before = tokens != config.pad_token, x.copy()
+    context = create_transformer_block_context(
+        config.model_dim, config.ffn_dim, config.num_heads, batch, time, config.sub_norm
+    )
+    out = forward_transformer_block_batch_with_context(block, x, context, allowed)
+    assert_context_near({name: getattr(context, name) for name in expected[0]}, expected)
+    assert_same_bits(x, before, "the input")
+    assert_same_bits(out, context.output)
+    assert not np.shares_memory(out, context.output)
+    assert_same_bits(forward_transformer_block_batch(block, x, allowed), out)
 
 
 @every_tier
@@ -284,16 +354,35 @@ block_case = functools.cache(block_case)
 def test_forward_transformer_block_is_the_oracles(scheme, options, dim, heads, batch, time):
     config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, num_blocks=1,
                          sequence_length=70, **options)  # fmt: skip
-    block = model_of(config).blocks[0]
     for padding in PADDINGS:
-        x, tokens, expected = block_case(config, batch, time, padding)
-        allowed = tokens != config.pad_token
-        context = create_transformer_block_context(dim, config.ffn_dim, heads, batch, time)
-        out = forward_transformer_block_batch_with_context(block, x, context, allowed)
-        assert_near({name: getattr(context, name) for name in BLOCK_NAMES}, expected)
-        assert_same_bits(out, context.output)
-        assert not np.shares_memory(out, context.output)
-        assert_same_bits(forward_transformer_block_batch(block, x, allowed), out)
+        check_block(config, batch, time, padding)
+
+
+@every_tier
+@layers
+def test_forward_transformer_block_with_other_settings_is_the_oracles(changes):
+    for dim, heads, batch, time in ((6, 3, 2, 5), (34, 1, 3, 7)):
+        config = make_config(model_dim=dim, num_heads=heads, num_blocks=1, **changes)
+        for padding in ("none", "left", "row"):
+            check_block(config, batch, time, padding)
+
+
+@every_tier
+def test_layers_round_their_matrices_inputs_to_int8():
+    """Each of them is whole multiples of a step; what is not a matrix's input, is not."""
+    for sub_norm in (False, True):
+        config = make_config(num_blocks=1, int8_activations=True, sub_norm=sub_norm)
+        block, context = model_of(config).blocks[0], create_transformer_block_context(
+            12, 36, 3, 3, 5, sub_norm
+        )  # fmt: skip
+        forward_transformer_block_batch_with_context(block, rows(3, 5, 12), context)
+        suffix = "_normed" if sub_norm else ""
+        whole = {"norm1", "norm2", "heads" + suffix, "activated" + suffix}
+        for name in whole | {"input", "residual", "hidden", "q", "heads", "activated", "output"}:
+            x = getattr(context, name)
+            away = np.abs(x - oracle.quantize_activations(x)) / oracle.activation_step(x)
+            # A step and a multiple of it are rounded: twice 127 half units in the last place.
+            assert (away.max() < 2.5e-5) == (name in whole), name
 
 
 @every_tier
@@ -338,6 +427,42 @@ def test_forward_output_layer_batch_is_the_oracles(kind, vocab, dim):
             model.parameters["output.weight"], model.parameters["output.bias"], x
         )
         assert_near({"logits": logits}, expected)
+
+
+@every_tier
+@scaled_matrices
+def test_forward_output_layer_batch_of_scaled_codes_is_exact(scheme, shape, group):
+    """One position at a time multiplies the codes as they are, and many the weights packed."""
+    matrix, rng = random_matrix(scheme, shape, group), np.random.default_rng(3)
+    weight, bias = exact_dense(matrix), rng.integers(-9, 9, shape[0]).astype(np.float32)
+    for count in (1, 3, 29):
+        # Sums of at most 600 3 * 8 * 9 in eighths: float32 holds them.
+        x = rng.integers(-9, 10, (count, shape[1])).astype(np.float32)
+        logits = forward_output_layer_batch(matrix, bias, x)
+        expected = oracle.linear(x.astype(np.float64), weight, bias)
+        assert_close(logits, expected, rtol=0, atol=0, dtype=np.float32)
+
+
+@every_tier
+@pytest.mark.parametrize("group", [1, 5, 16, 48, 100, 1000])
+@pytest.mark.parametrize("scales", ["one", "several"])
+def test_scales_of_other_groups_are_rejected_or_right(group, scales):
+    codes = np.random.default_rng(3).integers(-1, 2, (19, 100), np.int8)
+    shape = (1, 1) if scales == "one" else (19, -(-100 // group))
+    values = 2.0 ** np.random.default_rng(4).integers(-3, 4, shape).astype(np.float32)
+    try:
+        matrix = TernaryMatrix(codes, values, group)
+    except ValueError:
+        return
+    wide = values if scales == "one" else np.repeat(values, group, axis=1)[:, :100]
+    weight = codes * wide.astype(np.float64)
+    x = np.random.default_rng(5).integers(-9, 10, (29, 100)).astype(np.float32)
+    for count in (1, 29):
+        logits = forward_output_layer_batch(matrix, np.zeros(19, np.float32), x[:count])
+        assert_close(logits, x[:count] @ weight.T, rtol=0, atol=0, dtype=np.float32)
+    table = forward_embedding_batch(matrix, np.arange(19))
+    assert_close(table, weight, rtol=0, atol=0, dtype=np.float32)
+    assert_close(matrix.dense(), weight, rtol=0, atol=0, dtype=np.float32)
 
 
 # --- What the layers reject -----------------------------------------------------------------------
@@ -396,6 +521,88 @@ def test_layers_reject_other_shapes_of_allowed(shape):
         forward_transformer_block_batch(block, rows(2, 5, 12), allowed)
 
 
+def test_layers_with_norms_reject_a_context_without_room_for_them():
+    config = make_config(num_blocks=1, sub_norm=True)
+    block, x = model_of(config).blocks[0], rows(2, 5, 12)
+    context = create_transformer_block_context(12, 36, 3, 2, 5)
+    for call in (
+        lambda: forward_multi_head_attention_batch(block.attention, x, None, context),
+        lambda: forward_transformer_block_batch_with_context(block, x, context),
+    ):
+        with pytest.raises(ValueError, match="sub_norm"):
+            call()
+
+
+@every_tier
+def test_layers_without_norms_reject_a_context_with_them_or_leave_its_room_alone():
+    block, x = model_of(make_config(num_blocks=1)).blocks[0], rows(2, 5, 12)
+    context = create_transformer_block_context(12, 36, 3, 2, 5, True)
+    for array in (context.heads_normed, context.activated_normed):
+        array.fill(np.nan)
+    for run, expected in (
+        (
+            lambda: forward_multi_head_attention_batch(block.attention, x, None, context),
+            forward_multi_head_attention_batch(block.attention, x),
+        ),
+        (
+            lambda: forward_transformer_block_batch_with_context(block, x, context),
+            forward_transformer_block_batch(block, x),
+        ),
+    ):
+        try:
+            out = run()
+        except ValueError:
+            continue
+        assert_same_bits(out, expected)
+
+
+def test_layers_take_both_parts_of_a_norm_and_of_the_right_size():
+    attention, ffn = (getattr(model_of(make_config()).blocks[0], n) for n in ("attention", "ffn"))
+    matrices = [getattr(attention, "w" + n) for n in "qkvo"]
+    biases = [getattr(attention, "b" + n) for n in "qkvo"]
+    for size, make in (
+        (12, lambda **norm: MultiHeadAttention(*matrices, *biases, 3, **norm)),
+        (36, lambda **norm: FeedForward(ffn.wi, ffn.bi, ffn.wo, ffn.bo, **norm)),
+    ):
+        right, wrong = rows(size), rows(size - 1)
+        assert make(gamma=right, beta=right).norm.gamma is right
+        assert make().norm is None
+        for norm in ({"gamma": wrong, "beta": right}, {"gamma": right, "beta": wrong},
+                     {"gamma": right}, {"beta": right},
+                     {"gamma": right, "beta": right.astype(float)}):  # fmt: skip
+            with pytest.raises((TypeError, ValueError)):
+                make(**norm)
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_block_with_one_norm_before_a_last_matrix_is_rejected_or_right(without):
+    printed = run_child(
+        "from legacy1bit.forward import *\n"
+        "from legacy1bit.hyperparams import ModelConfig\n"
+        "from legacy1bit.math_ops import layer_norm\n"
+        "config = ModelConfig(model_dim=64, num_blocks=1, num_heads=2, sub_norm=True)\n"
+        "block = create_legacy_llm(config, 1).blocks[0]\n"
+        "a, f = block.attention, block.ffn\n"
+        "norms = [{'gamma': n.norm.gamma, 'beta': n.norm.beta} for n in (a, f)]\n"
+        f"norms[{without}] = {{}}\n"
+        "a = MultiHeadAttention(a.wq, a.wk, a.wv, a.wo, a.bq, a.bk, a.bv, a.bo, 2, **norms[0])\n"
+        "f = FeedForward(f.wi, f.bi, f.wo, f.bo, **norms[1])\n"
+        "x = np.random.default_rng(1).normal(size=(3, 50, 64)).astype(np.float32)\n"
+        "def normed(x, norm):\n"
+        "    x = x.copy()\n"
+        "    for row in x.reshape(-1, 64):\n"
+        "        layer_norm(row, norm.gamma, norm.beta)\n"
+        "    return x\n"
+        "def check():\n"
+        "    out = forward_transformer_block_batch(TransformerBlock(a, f, *norms), x)\n"
+        "    y = forward_multi_head_attention_batch(a, normed(x, norms[0])) + x\n"
+        "    y = forward_feed_forward_batch(f, normed(y, norms[1])) + y\n"
+        "    print('right' if np.array_equal(out, y) else 'wrong')\n"
+        "norms = [block.norm1, block.norm2]\n" + rejection("check()")
+    )
+    assert printed.startswith(("ValueError", "right"))
+
+
 # A context and a buffer that are too small: written to all the same, they crash the process.
 SMALL_ROOM = {
     "context of another ffn_dim": (
@@ -448,32 +655,17 @@ def test_layers_reject_room_that_does_not_fit(case):
 
 # --- The whole model ------------------------------------------------------------------------------
 
-MODELS = {
-    "defaults": {},
-    "float": {"scheme": "float"},
-    "ternary embedding": {"ternary_embedding": True},
-    "scale one": {"scale": "one", "ternary_embedding": True},
-    "plain": {"activation": "relu", "positions": "none", "final_norm": False},
-    "span 1": {"attention_span": 1},
-    "span 3": {"attention_span": 3, "positions": "none"},
-    "one block": {"num_blocks": 1, "final_norm": False},
-    "odd": {"vocab_size": 7, "model_dim": 15, "num_heads": 5, "positions": "none"},
-    "wide": {"vocab_size": 67, "model_dim": 66, "num_heads": 3, "ffn_multiplier": 1},
-}
-models = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 
-
-def model_case(config, batch, time, padding):
-    model, tokens = model_of(config), random_tokens(config, batch, time, padding)
+@without_ties
+def model_case(config, batch, time, padding, draw):
+    model = model_of(config)
+    tokens = random_tokens(config, batch, time, padding, seed=(6, draw))
 
     def exact(weights):
         logits, probabilities = oracle.forward(weights, oracle_config(config), tokens)
         return {"logits": logits, "probabilities": probabilities}
 
     return tokens, rounding_effect(exact, oracle_weights(model))
-
-
-model_case = functools.cache(model_case)
 
 
 def assert_model_near(model, tokens, expected, threads=1):
@@ -553,6 +745,66 @@ def test_forward_llm_takes_a_token_a_batch_or_sequences():
     assert_close(one.sum(), 1.0, rtol=1e-6, atol=0)
 
 
+# --- Full precision -------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
+def test_full_precision_is_the_float_twin_of_the_same_latent_weights(changes):
+    model = random_model(make_config(**changes))
+    twin = float_twin(model)
+    tokens = random_tokens(model.config, 3, 7, "middle")
+    coded = forward_llm_batch(model, tokens, logits=True)
+    model.use_full_precision(True)
+    assert model.full_precision is True
+    full = forward_llm_batch(model, tokens, logits=True)
+    assert_same_bits(full, forward_llm_batch(twin, tokens, logits=True))
+    assert np.abs(full - coded).max() > 1e-3
+    ours, theirs = KeyValueCache(model), KeyValueCache(twin)
+    assert_same_bits(ours.extend(model, [1, 2, 3]), theirs.extend(twin, [1, 2, 3]))
+    model.use_full_precision(False)
+    assert model.full_precision is False
+    assert_same_bits(forward_llm_batch(model, tokens, logits=True), coded)
+
+
+@every_tier
+def test_full_precision_follows_the_latent_weights_before_they_are_quantized():
+    model = random_model(make_config())
+    model.use_full_precision(True)
+    before = forward_llm_batch(model, [[1, 2, 3]], logits=True)
+    model.latent["blocks.0.ffn.wi"][...] *= 1.1
+    after = forward_llm_batch(model, [[1, 2, 3]], logits=True)
+    assert np.abs(after - before).max() > 1e-3
+    assert_same_bits(after, forward_llm_batch(float_twin(model), [[1, 2, 3]], logits=True))
+    model.use_full_precision(True)
+    assert_same_bits(forward_llm_batch(model, [[1, 2, 3]], logits=True), after)
+
+
+def test_full_precision_needs_latent_weights():
+    model = create_legacy_llm(make_config(), 1, trainable=False)
+    before = forward_llm_batch(model, [[1, 2, 3]])
+    with pytest.raises(ValueError, match="no latent weights"):
+        model.use_full_precision(True)
+    assert model.full_precision is False
+    assert_same_bits(forward_llm_batch(model, [[1, 2, 3]]), before)
+
+
+# --- Room for a pass ------------------------------------------------------------------------------
+
+
+def test_forward_context_keeps_what_it_is_told_to():
+    config = make_config(num_blocks=3, sub_norm=True)
+    for keep, blocks in (("all", 3), ("inputs", 1), ("none", 1)):
+        context = ForwardContext(config, 2, 5, keep)
+        assert len(context.blocks) == blocks
+        assert context.blocks[0].heads_normed.shape == (2, 5, 12)
+        assert context.logits.shape == (2, 5, 11)
+    assert ForwardContext(make_config(), 2, 5).blocks[0].heads_normed is None
+    for keep in (True, False, "input", None, 1):
+        with pytest.raises(ValueError, match=r"keep is .*, expected all, inputs or none"):
+            ForwardContext(config, 2, 5, keep)
+
+
 # --- Who sees whom --------------------------------------------------------------------------------
 
 
@@ -579,8 +831,8 @@ def test_forward_llm_batch_looks_back_and_never_ahead(span):
 def test_forward_llm_batch_with_a_span_of_one_answers_each_token_alone():
     # As the C original does: what stands before makes no difference.
     config = make_config(attention_span=1, positions="none")
-    model, tokens = model_of(config), random_tokens(config, 2, 9)
-    _, expected = model_case(config, 2, 9, "none")
+    model = model_of(config)
+    tokens, expected = model_case(config, 2, 9, "none")
     alone = np.stack([forward_llm(model, int(token)) for token in tokens.ravel()])
     exact, effects = expected
     assert_near(
@@ -593,9 +845,8 @@ def test_forward_llm_batch_with_a_span_of_one_answers_each_token_alone():
 def test_padding_changes_nothing_elsewhere():
     config = make_config(positions="none")
     model, pad = model_of(config), config.pad_token
-    tokens = random_tokens(config, 1, 8)
+    tokens, (exact, effects) = model_case(config, 1, 8, "none")
     alone = forward_llm_batch(model, tokens, logits=True)[0]
-    _, (exact, effects) = model_case(config, 1, 8, "none")
     for places in ((8, 9, 10), (0, 1, 2), (0, 4, 9), (2, 3, 5)):
         padded = np.full((1, 11), pad, np.int32)
         others = [place for place in range(11) if place not in places]

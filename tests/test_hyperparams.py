@@ -8,9 +8,14 @@ import oracle
 import pytest
 
 from legacy1bit.hyperparams import (
+    DEFAULT_RATES,
+    OPTIMIZERS,
+    SCALES,
+    SCHEDULES,
     ModelConfig,
     TrainingConfig,
     lr_scheduler_cosine,
+    lr_scheduler_linear,
     lr_scheduler_step,
     lr_scheduler_warmup,
 )
@@ -27,14 +32,20 @@ NOT_CHOICES = (None, "", "RELU", 1, True, ["relu"])
 # extremes of a range stand next to what lies just outside.
 MODEL_FIELDS = {
     "vocab_size": ((1, 1 << 20), (0, -1, (1 << 20) + 1, 1 << 80), NOT_INTEGERS),
-    "model_dim": ((8, 1 << 14), (0, -8, (1 << 14) + 8), NOT_INTEGERS),
+    "model_dim": ((1, 1 << 14), (0, -8, (1 << 14) + 4), NOT_INTEGERS),
     "num_blocks": ((1, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
     "num_heads": ((1, 2, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
     "ffn_multiplier": ((1, 1 << 6), (0, -4, (1 << 6) + 1), NOT_INTEGERS),
     "sequence_length": ((1, 1 << 17), (0, -1, (1 << 17) + 1), NOT_INTEGERS),
-    "scheme": (("ternary", "float"), NOT_CHOICES, ()),
-    "scale": (("absmean", "one"), NOT_CHOICES, ()),
+    "scheme": (
+        ("ternary", "ternary-median", "binary", "2bit", "sign", "float"),
+        (*NOT_CHOICES, "ternary_median", "1bit"),
+        (),
+    ),
+    "scale": (("tensor", "row", "128", "256", "one"), (*NOT_CHOICES, "absmean", 128, "64"), ()),
     "ternary_embedding": ((False, True), (), NOT_FLAGS),
+    "int8_activations": ((False, True), (), NOT_FLAGS),
+    "sub_norm": ((False, True), (), NOT_FLAGS),
     "activation": (("relu2", "relu"), NOT_CHOICES, ()),
     "positions": (("rope", "none"), NOT_CHOICES, ()),
     "rope_base": ((1, 1.0, 1e9), (0.999, -1e4, 1.1e9, NAN, INF, -INF), NOT_NUMBERS),
@@ -44,8 +55,13 @@ MODEL_FIELDS = {
 TRAINING_FIELDS = {
     "steps": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
     "batch_size": ((1, 1 << 20), (0, -1, (1 << 20) + 1), NOT_INTEGERS),
-    "optimizer": (("muon", "adamw"), NOT_CHOICES, ()),
-    "learning_rate": ((1e-12, 1, 1e3), (0.0, -1e-3, 1.1e3, NAN, INF), NOT_NUMBERS),
+    "gradient_accumulation": ((1, 1 << 20), (0, -1, (1 << 20) + 1), NOT_INTEGERS),
+    "optimizer": (("muon", "adamw", "sgd"), (*NOT_CHOICES, "adam"), ()),
+    # None is the optimizer's default.
+    "learning_rate": ((1e-12, 1, 1e3), (0.0, -1e-3, 1.1e3, NAN, INF), NOT_NUMBERS[1:]),
+    "schedule": (("cosine", "linear", "step", "constant"), NOT_CHOICES, ()),
+    "decay_factor": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "decay_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
     "final_learning_rate": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "decay_share": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
@@ -53,6 +69,11 @@ TRAINING_FIELDS = {
     "beta2": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "epsilon": ((1e-30, 1), (0.0, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
     "weight_decay": ((0, 1e3), (-0.1, 1.1e3, NAN, INF), NOT_NUMBERS),
+    "weight_decay_until": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "float_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    "momentum": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
+    "sign_direction": (("descend", "ascend"), (*NOT_CHOICES, "up"), ()),
+    "gradient_checkpointing": ((False, True), (), NOT_FLAGS),
     "matrix_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
     "clip": ((0, 1e9), (-1.0, 1.1e9, NAN, INF), NOT_NUMBERS),
     "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
@@ -78,10 +99,53 @@ def test_every_field_has_cases(record, table):
     assert set(table) == {field.name for field in dataclasses.fields(record)}
 
 
+@pytest.mark.parametrize(("record", "table"), RECORDS)
+def test_fields_say_what_they_take(record, table):
+    """The command line makes its options of this: kind, range or choices, and meaning."""
+    for field in dataclasses.fields(record):
+        accepted, out_of_range, _ = table[field.name]
+        kind, meaning = field.metadata["kind"], field.metadata["meaning"]
+        expected = {"kind", "meaning"}
+        if kind is str:
+            expected |= {"choices"}
+            assert field.metadata["choices"] == accepted, field.name
+            assert field.default in accepted, field.name
+        elif kind in (int, float):
+            expected |= {"low", "high"}
+            low, high = field.metadata["low"], field.metadata["high"]
+            assert (low, high) == (accepted[0], accepted[-1]), field.name
+            assert field.default is None or low <= field.default <= high, field.name
+            assert all(not low <= value <= high for value in out_of_range), field.name
+        else:
+            assert kind is bool
+        assert set(field.metadata) == expected, field.name
+        assert field.default is None or isinstance(field.default, kind), field.name
+        # One line, of one clause.
+        assert meaning.strip() == meaning, field.name
+        assert meaning, field.name
+        assert "\n" not in meaning, field.name
+        assert not meaning.endswith("."), field.name
+
+
+def test_choices_are_those_of_the_fields():
+    choices = {
+        field.name: field.metadata.get("choices")
+        for record, _ in RECORDS
+        for field in dataclasses.fields(record)
+    }
+    assert choices["scale"] == SCALES
+    assert choices["optimizer"] == OPTIMIZERS
+    assert choices["schedule"] == SCHEDULES
+
+
 @pytest.mark.parametrize(("record", "field", "value"), cases(0))
 def test_configs_accept_their_ranges(record, field, value):
-    # A width that even the largest number of heads divides.
-    base = {"model_dim": 1 << 12} if record is ModelConfig else {}
+    base = {}
+    if field == "model_dim":
+        base = {"num_heads": 1, "positions": "none"}
+    elif record is ModelConfig:
+        # A width that even the largest number of heads divides.
+        base = {"model_dim": 1 << 12}
     config = record(**{**base, field: value})
     assert getattr(config, field) == value
     assert record.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -128,6 +192,24 @@ def test_model_config_derives_its_other_sizes():
     assert (config.head_dim, config.ffn_dim, config.pad_token) == (8, 120, 50)
 
 
+@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 3e-3), ("adamw", 3e-3), ("sgd", 0.1)])
+def test_learning_rate_is_the_optimizers_unless_it_is_given(optimizer, rate):
+    assert DEFAULT_RATES[optimizer] == rate
+    assert TrainingConfig(optimizer=optimizer).learning_rate == rate
+    assert TrainingConfig(optimizer=optimizer, learning_rate=None).learning_rate == rate
+    assert TrainingConfig(optimizer=optimizer, learning_rate=0.5).learning_rate == 0.5
+    # What travels is the number, so that another default leaves old runs as they were.
+    settings = TrainingConfig(optimizer=optimizer).to_dict()
+    assert settings["learning_rate"] == rate
+    assert TrainingConfig.from_dict({**settings, "learning_rate": None}).learning_rate == rate
+
+
+@pytest.mark.parametrize("optimizer", [None, "adam", ["sgd"], {}])
+def test_learning_rate_has_no_default_for_an_unknown_optimizer(optimizer):
+    with pytest.raises(ValueError, match=r"optimizer is .*expected one of muon, adamw, sgd"):
+        TrainingConfig(optimizer=optimizer, learning_rate=None)
+
+
 # --- Dictionaries ---------------------------------------------------------------------------------
 
 
@@ -171,7 +253,7 @@ def test_c_original_has_the_settings_of_c():
     assert (config.ffn_multiplier, config.sequence_length) == (4, 128)
     assert (config.scheme, config.scale, config.ternary_embedding) == ("ternary", "one", True)
     assert (config.activation, config.positions, config.final_norm) == ("relu", "none", False)
-    assert config.attention_span == 1
+    assert (config.attention_span, config.int8_activations, config.sub_norm) == (1, False, False)
 
 
 @pytest.mark.parametrize(
@@ -193,8 +275,12 @@ def test_is_c_original_does_not_mind_sizes(change):
     "change",
     [
         {"scheme": "float"},
-        {"scale": "absmean"},
+        {"scheme": "binary"},
+        {"scale": "tensor"},
+        {"scale": "row"},
         {"ternary_embedding": False},
+        {"int8_activations": True},
+        {"sub_norm": True},
         {"activation": "relu2"},
         {"positions": "rope"},
         {"final_norm": True},
@@ -217,46 +303,92 @@ FLOAT64 = {"rel": 1e-14, "abs": 1e-18}
 
 @pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("warmup", [0, 1, 7, 39])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 39, 100])
 @pytest.mark.parametrize("steps", [1, 2, 40])
-def test_learning_rate_at_warms_up_stays_and_falls(steps, warmup, share, final):
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_at_is_the_oracles(schedule, steps, warmup, share, final):
     config = TrainingConfig(
         steps=steps,
+        schedule=schedule,
         warmup_steps=warmup,
         learning_rate=3e-3,
         final_learning_rate=final,
         decay_share=share,
+        decay_factor=0.3,
+        decay_every=5,
     )
-    falling = round(steps * share)
-    for step in range(steps):
-        if step < max(warmup, steps - falling):
-            expected = oracle.warmup_cosine(
-                step, peak=3e-3, warmup_steps=warmup, total_steps=steps, final_fraction=1.0
-            )
-        else:
-            expected = oracle.warmup_cosine(
-                step - (steps - falling),
-                peak=3e-3,
-                warmup_steps=0,
-                total_steps=falling,
-                final_fraction=final,
-            )
-        assert config.learning_rate_at(step) == pytest.approx(expected, **FLOAT64), step
-
-
-def test_learning_rate_at_that_falls_from_the_warmup_on_is_the_oracles():
-    config = TrainingConfig(steps=40, warmup_steps=8, final_learning_rate=0.1, decay_share=0.8)
-    for step in range(50):
-        expected = oracle.warmup_cosine(
-            step, peak=config.learning_rate, warmup_steps=8, total_steps=40, final_fraction=0.1
+    for step in range(steps + 3):
+        expected = oracle.learning_rate(
+            step,
+            peak=3e-3,
+            warmup_steps=warmup,
+            total_steps=steps,
+            falling_steps=round(steps * share),
+            schedule=schedule,
+            final_fraction=final,
+            factor=0.3,
+            stair=5,
         )
         assert config.learning_rate_at(step) == pytest.approx(expected, **FLOAT64), step
 
 
-def test_learning_rate_at_stays_at_the_end():
-    config = TrainingConfig(steps=10, warmup_steps=3, learning_rate=1.0, final_learning_rate=0.25)
+@pytest.mark.parametrize(
+    ("changes", "rates"),
+    [
+        ({"schedule": "cosine"}, [0.5, 1.0, 1.0, 1.0, 0.625, 0.25, 0.25]),
+        ({"schedule": "linear"}, [0.5, 1.0, 1.0, 1.0, 0.625, 0.25, 0.25]),
+        ({"schedule": "constant"}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"schedule": "step"}, [0.5, 1.0, 1.0, 1.0, 0.125, 0.015625, 0.125**9]),
+        ({"schedule": "step", "decay_every": 2}, [0.5, 1.0, 1.0, 1.0, 1.0, 0.125, 0.125**4]),
+        ({"schedule": "step", "decay_factor": 0.0}, [0.5, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0]),
+        ({"schedule": "step", "decay_factor": 1.0}, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ],
+    ids=str,
+)
+def test_learning_rate_at_by_hand(changes, rates):
+    # Of five steps the last two fall: at step 3 the way begins.
+    options = {"decay_factor": 0.125, "decay_every": 1, "final_learning_rate": 0.25, **changes}
+    config = TrainingConfig(steps=5, warmup_steps=2, learning_rate=1.0, decay_share=0.4, **options)
+    actual = [config.learning_rate_at(step) for step in (0, 1, 2, 3, 4, 5, 12)]
+    assert actual == pytest.approx(rates, **FLOAT64)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rate_at_rises_to_its_end_even_into_the_fall(schedule):
+    config = TrainingConfig(
+        steps=10, warmup_steps=8, decay_share=1.0, schedule=schedule, learning_rate=8.0,
+        decay_every=1,
+    )  # fmt: skip
+    assert [config.learning_rate_at(step) for step in range(8)] == list(range(1, 9))
+    # Then it is where it would be without the warm-up.
+    expected = {"cosine": 4 * (1 + math.cos(0.8 * math.pi)), "linear": 1.6, "step": 8 * 0.5**8,
+                "constant": 8.0}  # fmt: skip
+    assert config.learning_rate_at(8) == pytest.approx(expected[schedule], **FLOAT64)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_learning_rate_at_stays_at_the_end(schedule):
+    config = TrainingConfig(
+        steps=10, warmup_steps=3, learning_rate=1.0, final_learning_rate=0.25, schedule=schedule
+    )
     assert config.learning_rate_at(2) == 1.0
     assert config.learning_rate_at(10) == config.learning_rate_at(1000) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("until", "decayed"),
+    [(0.0, 0), (0.04, 0), (0.05, 0), (0.1, 1), (0.14, 1), (0.5, 5), (0.96, 10), (1.0, 10)],
+)
+def test_weight_decay_at_stops_where_it_is_told(until, decayed):
+    config = TrainingConfig(steps=10, weight_decay=0.25, weight_decay_until=until)
+    assert [config.weight_decay_at(step) for step in range(10)] == [0.25] * decayed + [0.0] * (
+        10 - decayed
+    )
+
+
+def test_weight_decay_at_is_the_weight_decay_by_default():
+    config = TrainingConfig(steps=3)
+    assert [config.weight_decay_at(step) for step in range(3)] == [config.weight_decay] * 3
 
 
 def test_lr_scheduler_warmup_rises_by_equal_steps_from_the_first():
@@ -271,6 +403,12 @@ def test_lr_scheduler_cosine_falls_from_end_to_end():
         [2.0, 1.5 + 0.5**0.5 / 2, 1.5, 1.5 - 0.5**0.5 / 2, 1.0, 1.0], **FLOAT64
     )
     assert lr_scheduler_cosine(0, 0, 2.0, 1.0) == 1.0
+
+
+def test_lr_scheduler_linear_falls_from_end_to_end():
+    rates = [lr_scheduler_linear(step, 4, 2.0, 1.0) for step in range(6)]
+    assert rates == [2.0, 1.75, 1.5, 1.25, 1.0, 1.0]
+    assert lr_scheduler_linear(0, 0, 2.0, 1.0) == 1.0
 
 
 def test_lr_scheduler_step_falls_once_an_interval():

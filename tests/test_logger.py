@@ -1,14 +1,18 @@
-"""The metrics file: an object a line, complete at every moment, cut back when a run goes on."""
+"""The metrics file: an object a line, complete at every moment, cut back when a run goes on; and
+TensorBoard's events.
+"""
 
 import errno
 import json
 import math
 import os
+import struct
+import sys
 
 import numpy as np
 import pytest
 
-from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
+from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, read_metrics
 
 RECORDS = [{"step": step, "val_loss": 1.0 / step, "note": "\u00e9\n"} for step in (10, 20, 30)]
 
@@ -48,6 +52,35 @@ def test_log_writes_null_where_json_has_no_number(tmp_path, number):
     logger = MetricsLogger(tmp_path)
     logger.log({"step": 1, "val_loss": number})
     assert logger.path.read_text(encoding="utf-8") == '{"step": 1, "val_loss": null}\n'
+
+
+NESTED = {
+    "step": 1,
+    "full_precision": False,
+    "weights": {"blocks.0.ffn.wi": {"-1": 0.25, "0": 0.5, "1": 0.25}, "output": {}},
+}
+
+
+def test_log_keeps_records_within_records(tmp_path):
+    logger = MetricsLogger(tmp_path)
+    logger.log(NESTED)
+    assert logger.path.read_text(encoding="utf-8") == json.dumps(NESTED) + "\n"
+    assert read_metrics(logger.path) == [NESTED]
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf, np.float64("nan")])
+def test_log_writes_null_within_records_too(tmp_path, number):
+    logger = MetricsLogger(tmp_path)
+    logger.log({"step": 1, "weights": {"a": {"0": number, "1": 0.5}}})
+    (record,) = read_metrics(logger.path)
+    assert record == {"step": 1, "weights": {"a": {"0": None, "1": 0.5}}}
+
+
+def test_logger_without_events_has_nothing_to_close(tmp_path):
+    logger = MetricsLogger(tmp_path)
+    logger.log(NESTED)
+    logger.close()
+    assert [file.name for file in tmp_path.iterdir()] == [METRICS_FILE]
 
 
 def test_read_metrics_passes_over_a_line_cut_short(path):
@@ -120,4 +153,153 @@ def test_logger_loses_nothing_on_a_full_disk(path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         MetricsLogger(path.parent, 20)
     assert read_metrics(path) == RECORDS
+    assert [file.name for file in path.parent.iterdir()] == [METRICS_FILE]
+
+
+# --- TensorBoard ----------------------------------------------------------------------------------
+
+
+def events_of(path):
+    """The events of one file: a length, its checksum, the event, its checksum, and so on."""
+    from tensorboardX.proto import event_pb2
+
+    content, start, events = path.read_bytes(), 0, []
+    while start < len(content):
+        (length,) = struct.unpack_from("<Q", content, start)
+        events.append(event_pb2.Event.FromString(content[start + 12 : start + 12 + length]))
+        start += 12 + length + 4
+    assert start == len(content)
+    return events
+
+
+def shown(folder):
+    """The numbers that TensorBoard shows of a run, by name and step."""
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    numbers = {}
+    for path in sorted((folder / EVENTS_FOLDER).glob("events.out.tfevents.*")):
+        for event in events_of(path):
+            if event.session_log.status == SessionLog.START:
+                # A run that starts anew forgets what came after.
+                numbers = {key: n for key, n in numbers.items() if key[1] < event.step}
+            for value in event.summary.value:
+                assert (value.tag, event.step) not in numbers
+                numbers[value.tag, event.step] = value.simple_value
+    return numbers
+
+
+def numbers_of(record, prefix=""):
+    """The numbers of a record by their paths, rounded to float32 as events hold them."""
+    numbers = {}
+    for key, value in record.items():
+        if isinstance(value, dict):
+            numbers |= numbers_of(value, f"{prefix}{key}/")
+        elif value is not None and key != "step":
+            numbers[prefix + key] = float(np.float32(value))
+    return numbers
+
+
+def expected_events(records):
+    return {
+        (name, record["step"]): number
+        for record in records
+        for name, number in numbers_of(record).items()
+    }
+
+
+def set_apart(folder, name):
+    """Files are named by the second in which they begin: as if the last had begun earlier."""
+    (path,) = (folder / EVENTS_FOLDER).glob("events.out.tfevents.1[0-9]*")
+    path.rename(path.with_name(f"events.out.tfevents.{name}"))
+
+
+def without_tensorboardx(monkeypatch):
+    """As where it is not installed."""
+    names = [name for name in sys.modules if name.startswith("tensorboardX.")]
+    for name in ("tensorboardX", *names):
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def event_record(step, loss):
+    shares = {"-1": 0.125, "0": 1 / 3, "1": 1 - 1 / 3 - 0.125, "flipped": 1 / step}
+    return {
+        "step": step,
+        "val_loss": loss,
+        "val_tokens": 100,
+        "full_precision": step < 20,
+        "weights": {"blocks.0.attention.wq": shares, "blocks.0.ffn.wi": shares},
+    }
+
+
+def test_events_hold_every_number_of_a_record(tmp_path):
+    records = [event_record(step, 1.0 / step) for step in (10, 20, 30)]
+    logger = MetricsLogger(tmp_path, tensorboard=True)
+    for record in records:
+        logger.log(record)
+    logger.close()
+    assert shown(tmp_path) == expected_events(records)
+    assert ("weights/blocks.0.ffn.wi/-1", 30) in shown(tmp_path)
+    assert read_metrics(logger.path) == records
+
+
+def test_events_are_in_the_file_as_soon_as_they_are_logged(tmp_path):
+    """A run that is killed then has them in both of its records."""
+    logger = MetricsLogger(tmp_path, tensorboard=True)
+    for step in (10, 20):
+        logger.log(event_record(step, 1.0))
+        assert shown(tmp_path) == expected_events(read_metrics(logger.path))
+    logger.close()
+
+
+def test_events_of_an_earlier_attempt_are_not_overwritten(tmp_path):
+    """Also where it began in the same second."""
+    for step in (10, 20, 30):
+        logger = MetricsLogger(tmp_path, step - 10, tensorboard=True)
+        logger.log(event_record(step, 1.0))
+        logger.close()
+    assert shown(tmp_path) == expected_events(read_metrics(logger.path))
+
+
+def test_events_leave_out_what_json_has_no_number_for_or_hold_it(tmp_path):
+    """A loss that is no number must not end a run."""
+    logger = MetricsLogger(tmp_path, tensorboard=True)
+    logger.log({"step": 1, "val_loss": math.nan, "top1": None, "weights": {"a": {"0": math.inf}}})
+    logger.close()
+    assert not any(math.isfinite(number) for number in shown(tmp_path).values())
+    assert read_metrics(logger.path)[0]["val_loss"] is None
+
+
+@pytest.mark.parametrize("step", [10, 15, 20, 30])
+def test_events_after_the_checkpoint_are_no_longer_shown(tmp_path, step):
+    logger = MetricsLogger(tmp_path, tensorboard=True)
+    for at in (10, 20, 30):
+        logger.log(event_record(at, 1.0))
+    logger.close()
+    set_apart(tmp_path, "0")
+    logger = MetricsLogger(tmp_path, step, tensorboard=True)
+    for at in (20, 30, 40):
+        if at > step:
+            logger.log(event_record(at, 2.0))
+    logger.close()
+    records = read_metrics(logger.path)
+    assert [record["step"] for record in records] == [10, 20, 30, 40]
+    losses = [record["val_loss"] for record in records]
+    assert losses == [1.0 + (at > step) for at in (10, 20, 30, 40)]
+    assert shown(tmp_path) == expected_events(records)
+
+
+def test_events_need_tensorboardx(tmp_path, monkeypatch):
+    """One sentence says what to do, and nothing is written."""
+    without_tensorboardx(monkeypatch)
+    with pytest.raises(ValueError, match=r"tensorboardX, which is not installed: pip install"):
+        MetricsLogger(tmp_path, tensorboard=True)
+    assert list(tmp_path.iterdir()) == []
+    MetricsLogger(tmp_path).log(NESTED)
+    assert read_metrics(tmp_path / METRICS_FILE) == [NESTED]
+
+
+def test_events_do_not_begin_in_a_run_whose_metrics_are_damaged(path):
+    path.write_text("{}\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl"):
+        MetricsLogger(path.parent, 20, tensorboard=True)
     assert [file.name for file in path.parent.iterdir()] == [METRICS_FILE]

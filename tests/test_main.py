@@ -5,6 +5,7 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -13,6 +14,8 @@ import struct
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,14 +23,24 @@ import numpy as np
 import pytest
 from compare import assert_same_bits
 from safetensors.numpy import load_file, save_file
+from test_logger import expected_events, set_apart, shown, without_tensorboardx
+from test_trainer import RECORD_KEYS, assert_same_files, measured, with_losses
 
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
-from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    DEFAULT_RATES,
+    OPTIMIZERS,
+    SCALES,
+    SCHEDULES,
+    ModelConfig,
+    TrainingConfig,
+)
 from legacy1bit.inference import generate
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model, save_model
+from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.threads import available_cores
 from legacy1bit.trainer import read_settings
 
@@ -43,19 +56,6 @@ TINY = {
     "stories": 20,
 }
 TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
-METRICS = {
-    "step",
-    "train_loss",
-    "val_loss",
-    "perplexity",
-    "bits_per_byte",
-    "top1",
-    "top3",
-    "top5",
-    "learning_rate",
-    "tokens_per_second",
-    "elapsed_seconds",
-}
 
 
 def tiny(*more, **options):
@@ -190,8 +190,11 @@ def test_train_writes_metrics(say):
     records = read_metrics("here/metrics.jsonl")
     assert [record["step"] for record in records] == [250, 500, 520]
     for record in records:
-        assert set(record) == METRICS
-        assert all(math.isfinite(value) for value in record.values())
+        assert tuple(record) == RECORD_KEYS
+        shares = [share for matrix in record["weights"].values() for share in matrix.values()]
+        assert all(0.0 <= share <= 1.0 for share in shares)
+        numbers = [value for key, value in record.items() if key != "weights"]
+        assert all(math.isfinite(number) for number in numbers)
         assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
         assert 0 <= record["top1"] <= record["top3"] <= record["top5"] <= 1
     assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(256)
@@ -272,28 +275,124 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
     assert corpus[3] == model_config.sequence_length
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "setting"),
-    [
-        ("steps", 5, ("training", "steps")),
-        ("batch-size", 3, ("training", "batch_size")),
-        ("sequence-length", 9, ("model", "sequence_length")),
-        ("model-dim", 12, ("model", "model_dim")),
-        ("blocks", 2, ("model", "num_blocks")),
-        ("heads", 4, ("model", "num_heads")),
-        ("learning-rate", 0.125, ("training", "learning_rate")),
-        ("seed", 77, ("training", "seed")),
-        ("threads", 2, ("training", "threads")),
-        ("scheme", "float", ("model", "scheme")),
-    ],
-)
-def test_train_takes_its_options(say, option, value, setting):
-    say(*tiny(out="here", **{option: value}))
-    part, name = setting
-    assert json.loads(Path("here/training.json").read_bytes())[part][name] == value
-    others = json.loads(Path("here/config.json").read_bytes())
-    if part == "model":
-        assert others[name] == value
+# A value for every setting that has an option, none of them its default.
+SETTINGS = {
+    "model_dim": 12,
+    "num_blocks": 2,
+    "num_heads": 3,
+    "ffn_multiplier": 5,
+    "sequence_length": 9,
+    "scheme": "2bit",
+    "scale": "row",
+    "ternary_embedding": True,
+    "int8_activations": True,
+    "sub_norm": True,
+    "activation": "relu",
+    "positions": "none",
+    "rope_base": 500.5,
+    "final_norm": False,
+    "attention_span": 7,
+    "steps": 6,
+    "batch_size": 4,
+    "gradient_accumulation": 2,
+    "optimizer": "sgd",
+    "learning_rate": 0.125,
+    "matrix_ratio": 3.5,
+    "momentum": 0.75,
+    "beta1": 0.8,
+    "beta2": 0.98,
+    "epsilon": 1e-7,
+    "weight_decay": 0.5,
+    "weight_decay_until": 0.625,
+    "clip": 2.5,
+    "schedule": "step",
+    "warmup_steps": 1,
+    "decay_share": 0.55,
+    "final_learning_rate": 0.25,
+    "decay_factor": 0.9,
+    "decay_every": 8,
+    "float_steps": 3,
+    "sign_direction": "ascend",
+    "gradient_checkpointing": True,
+    "seed": 77,
+    "threads": 2,
+    "evaluate_every": 3,
+}
+RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}
+BOTH = [*fields(ModelConfig), *fields(TrainingConfig)]
+FLAGS = [setting.name for setting in BOTH if setting.metadata["kind"] is bool]
+
+
+def option_of(name, value):
+    """A setting as the command line has it."""
+    option = RENAMED.get(name, name).replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{option}" if value else f"--no-{option}"]
+    return [f"--{option}", str(value)]
+
+
+def stored_settings(folder):
+    """What a run was started with; no setting is in both of its parts."""
+    settings = json.loads(Path(folder, "training.json").read_bytes())
+    assert not settings["model"].keys() & settings["training"].keys()
+    return settings["model"] | settings["training"]
+
+
+def test_every_setting_has_an_option(say):
+    """But the vocabulary: tokens are bytes. All at once, so that none sets another's."""
+    assert SETTINGS.keys() == {setting.name for setting in BOTH} - {"vocab_size"}
+    assert all(SETTINGS[s.name] != s.default for s in BOTH if s.name in SETTINGS)
+    options = [text for name, value in SETTINGS.items() for text in option_of(name, value)]
+    say("train", "--out", "here", "--stories", 20, *options)
+    assert stored_settings("here") == SETTINGS | {"vocab_size": 256}
+    config = json.loads(Path("here/config.json").read_bytes())
+    assert {name: config[name] for name in ModelConfig().to_dict()} == (
+        ModelConfig(**{s.name: SETTINGS.get(s.name, 256) for s in fields(ModelConfig)}).to_dict()
+    )
+
+
+@pytest.mark.parametrize("setting", [s for s in BOTH if s.name in SETTINGS], ids=lambda s: s.name)
+def test_an_option_sets_its_setting_alone(setting):
+    parsed = program._parser().parse_args(
+        ["train", *option_of(setting.name, SETTINGS[setting.name])]
+    )
+    changed = {setting.name: SETTINGS[setting.name]}
+    found = program._given(parsed, ModelConfig) | program._given(parsed, TrainingConfig)
+    assert found == changed
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_a_flag_can_be_set_and_unset(say, fail, name):
+    for value in (True, False):
+        say(*tiny(*option_of(name, value), out=str(value)))
+        assert stored_settings(str(value))[name] is value
+        (option,) = option_of(name, value)
+        assert option in fail(*tiny(), f"{option}=yes")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_learning_rate_is_the_optimizers_own_where_none_is_given(say, optimizer):
+    say(*tiny(out="here", optimizer=optimizer))
+    assert stored_settings("here")["learning_rate"] == DEFAULT_RATES[optimizer]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("scheme", ["2bit", FLOAT])
+def test_train_takes_every_scale(say, scheme, scale):
+    say(*tiny(out="here", scheme=scheme, scale=scale))
+    assert stored_settings("here")["scale"] == scale
+    (record,) = read_metrics("here/metrics.jsonl")
+    assert len(record["weights"]) == (0 if scheme == FLOAT else 6)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_train_follows_its_schedule(say, schedule):
+    options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_share": 0.5}
+    say(*tiny(out="here", schedule=schedule, decay_every=2, **options))
+    config = read_settings(Path("here"))[1]
+    rates = [record["learning_rate"] for record in read_metrics("here/metrics.jsonl")]
+    assert rates == [config.learning_rate_at(step) for step in range(6)]
+    assert (rates[-1] < rates[2]) == (schedule != "constant")
 
 
 def test_train_repeats_by_seed(say):
@@ -483,7 +582,7 @@ def test_resume_drops_metrics_after_the_checkpoint(say, run):
     say("train", "--resume", run, "--steps", 5)
     records = read_metrics(run / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 5]
-    assert set(records[1]) == METRICS
+    assert tuple(records[1]) == RECORD_KEYS
 
 
 def test_resume_finds_a_text_from_anywhere(say, text, monkeypatch, tmp_path):
@@ -515,27 +614,23 @@ def test_resume_refuses_a_finished_run(fail, run):
     assert content_of(run) == before
 
 
-@pytest.mark.parametrize(
-    "option",
-    [
-        ("--data", "text.txt"),
-        ("--out", "other"),
-        ("--batch-size", "2"),
-        ("--sequence-length", "16"),
-        ("--model-dim", "8"),
-        ("--blocks", "1"),
-        ("--heads", "2"),
-        ("--learning-rate", "0.1"),
-        ("--seed", "1"),
-        ("--scheme", "float"),
-        ("--optimizer", "adamw"),
-        ("--stories", "10"),
-    ],
-)
+FIXED = [
+    ["--data", "text.txt"],
+    ["--out", "other"],
+    ["--stories", "10"],
+    *(option_of(name, SETTINGS[name]) for name in SETTINGS if name not in ("steps", "threads")),
+    *(option_of(name, False) for name in FLAGS),
+    # Not even to what they are.
+    ["--seed", "1"],
+    ["--blocks", "1"],
+]
+
+
+@pytest.mark.parametrize("option", FIXED, ids=" ".join)
 def test_resume_refuses_options_that_cannot_change(fail, run, option):
     before = content_of(run)
     message = fail("train", "--resume", run, "--steps", 9, *option)
-    assert option[0] in message
+    assert f"{option[0].replace('--no-', '--')} cannot change" in message
     assert content_of(run) == before
 
 
@@ -683,6 +778,28 @@ def test_resume_refuses_a_damaged_run(fail, run, name):
     assert content_of(run) == before
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        without("model.safetensors"),
+        with_content("model.safetensors", b"not a model at all"),
+        with_folder("model.safetensors"),
+        without("tokenizer.json"),
+        lambda folder: shutil.rmtree(folder / "best"),
+    ],
+    ids=["no model", "other model", "folder", "no tokenizer", "no best"],
+)
+def test_resume_of_a_run_whose_model_is_damaged_goes_on_or_says_why(run, damage, capsys):
+    """The checkpoint has all that it takes; what is kept as the best lies beside it."""
+    damage(run)
+    status = 2
+    with contextlib.suppress(SystemExit):
+        status = main(["train", "--resume", str(run), "--steps", "6"])
+    assert (status == 2) == ("legacy1bit: error: " in capsys.readouterr().err)
+    if status == 0:
+        assert load_model(run).config == load_model(run / "best").config
+
+
 def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):
     """Settings that promise more stories than memory holds are refused before they are told."""
 
@@ -692,6 +809,183 @@ def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):
     settings_with(source={"stories": 10**15})(run)
     monkeypatch.setattr(stories, "generate_stories", told)
     fail("train", "--resume", run, "--steps", 6)
+
+
+# --- The best model -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def worse(say, monkeypatch):
+    """A run whose best step was 4 of 6, and the losses of a run on from there."""
+    with monkeypatch.context() as patch:
+        with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
+        say(*tiny(out="run", steps=6, evaluate_every=2, learning_rate=0.05))
+    say(*tiny(out="four", steps=6, evaluate_every=2, learning_rate=0.05))
+    return Path("run")
+
+
+def test_best_model_can_be_used_like_any_other(say, worse):
+    best = worse / "best"
+    say("generate", "--model", best, "--prompt", "Kim")
+    outputs = {}
+    for command in (["generate", "--prompt", "Kim", "--temperature", 0], ["evaluate"], ["info"]):
+        outputs[command[0]] = [say(*command, "--model", folder).out for folder in (worse, best)]
+    assert outputs["evaluate"][0] != outputs["evaluate"][1]
+    assert outputs["info"][1].startswith(b"model             run/best\n")
+    model = load_model(best)
+    expected = b"Kim" + bytes(generate(model, list(b"\nKim"), 250, temperature=0.0))
+    assert outputs["generate"][1] == expected
+    loss = read_metrics("four/metrics.jsonl")[1]["val_loss"]
+    report = report_of(outputs["evaluate"][1])
+    assert report["validation loss"].startswith(f"{loss:.4f} ")
+
+
+def test_best_model_can_be_trained_on(say, worse):
+    _, errors = say("train", "--resume", worse / "best")
+    assert b"going on with run/best at step 4" in errors
+    assert_same_run(worse / "best", worse.parent / "four")
+    assert [record["step"] for record in read_metrics(worse / "best/metrics.jsonl")] == [6]
+
+
+def test_best_model_is_not_the_latest_run(say):
+    say(*tiny(out="runs/one"))
+    assert Path("runs/one/best/training.json").exists()
+    os.utime("runs/one/training.json", (1, 1))
+    assert say("info").out == say("info", "--model", "runs/one").out
+
+
+# --- TensorBoard ----------------------------------------------------------------------------------
+
+
+def test_tensorboard_shows_what_the_metrics_hold(say, monkeypatch):
+    arguments = tiny("--tensorboard", out="run", steps=8, evaluate_every=2)
+    with monkeypatch.context() as patch:
+        with_signals(patch, 4, signal.SIGINT)
+        say(*arguments, status=130)
+    records = read_metrics("run/metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 4, 5]
+    assert shown(Path("run")) == expected_events(records)
+    set_apart(Path("run"), "0")
+    say("train", "--resume", "run", "--tensorboard")
+    records = read_metrics("run/metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 4, 5, 6, 8]
+    numbers = shown(Path("run"))
+    assert numbers == expected_events(records)
+    names = {name for name, _ in numbers}
+    assert {"val_loss", "gradient_norm", "weights/blocks.0.ffn.wi/flipped"} <= names
+
+
+def test_tensorboard_is_off_unless_asked_for(say, run):
+    assert not (run / "tensorboard").exists()
+    say("train", "--resume", run, "--steps", 5, "--tensorboard")
+    assert {step for _, step in shown(run)} == {5}
+    say("train", "--resume", run, "--steps", 7)
+    assert {step for _, step in shown(run)} == {5}
+
+
+def test_tensorboard_of_a_run_that_fails_holds_what_came_before(capsysbinary, monkeypatch):
+    take = trainer.Trainer.train_step
+
+    def train_step(self):
+        if self.step == 4:
+            raise trainer.TrainingDiverged("the loss is nan at step 5")
+        return take(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    with pytest.raises(SystemExit):
+        main(tiny("--tensorboard", out="run", steps=8, evaluate_every=2))
+    assert b"legacy1bit: error: the loss is nan" in capsysbinary.readouterr().err
+    records = read_metrics("run/metrics.jsonl")
+    assert [record["step"] for record in records] == [2, 4]
+    assert shown(Path("run")) == expected_events(records)
+
+
+@pytest.mark.parametrize("out", [None, "here"])
+def test_tensorboard_that_is_not_installed_is_named(say, fail, run, monkeypatch, out):
+    without_tensorboardx(monkeypatch)
+    message = fail(*tiny("--tensorboard", out=out))
+    assert "tensorboardX, which is not installed: pip install" in message
+    before = content_of(run)
+    assert "not installed" in fail("train", "--resume", run, "--steps", 5, "--tensorboard")
+    assert content_of(run) == before
+    say("train", "--resume", run, "--steps", 5)
+    # Nothing was begun that cannot be done.
+    assert not Path("runs").exists()
+    assert not Path("here").exists()
+
+
+# --- Kills ----------------------------------------------------------------------------------------
+
+
+# A training with time to be killed in.
+KILLABLE = """
+import sys, time
+from legacy1bit import main, trainer
+take, train = trainer.Trainer.train_step, trainer.Trainer.train
+def train_step(self):
+    time.sleep(0.002)
+    return take(self)
+def begin(self, *arguments):
+    print("it begins", file=sys.stderr, flush=True)
+    return train(self, *arguments)
+trainer.Trainer.train_step, trainer.Trainer.train = train_step, begin
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def train_and_kill(arguments, delay):
+    """Run a training in a process of its own and kill it some seconds after it has begun.
+
+    Returns whether it had not ended by then.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLABLE, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    alarm = threading.Timer(60, process.kill)
+    alarm.start()
+    with process:
+        told = b""
+        for line in process.stderr:
+            told += line
+            if b"it begins" in line:
+                break
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    alarm.cancel()
+    assert b"it begins" in told, told
+    assert process.returncode in (0, -signal.SIGKILL)
+    return process.returncode != 0
+
+
+@pytest.mark.parametrize(
+    ("kills", "steps"), [(3, 400), pytest.param(25, 3000, marks=pytest.mark.slow)]
+)
+def test_run_that_is_killed_ends_like_an_unbroken_one(say, kills, steps):
+    """At any moments: the record, the last model and the best come out the same."""
+    options = {"steps": steps, "evaluate_every": 10, "sequence_length": 4, "float_steps": 20}
+    choice, killed = random.Random(steps), 0
+
+    def go_on():
+        # A run that was not saved yet has nothing to go on from.
+        saved = Path("parts/training.json").exists()
+        return ["train", "--resume", "parts"] if saved else tiny(out="parts", **options)
+
+    while killed < kills and train_and_kill(go_on(), choice.uniform(0.0, 0.1)):
+        killed += 1
+    assert killed > kills // 2
+    if killed == kills:
+        say(*go_on())
+    say(*tiny(out="whole", **options))
+    parts, whole = (measured(read_metrics(f"{name}/metrics.jsonl")) for name in ("parts", "whole"))
+    assert len(whole) == steps // 10
+    assert parts == whole
+    assert_same_run("parts", "whole")
+    for place in (".", "best"):
+        assert_same_files(Path("parts", place), Path("whole", place))
 
 
 # --- A full disk ----------------------------------------------------------------------------------
@@ -725,12 +1019,14 @@ def test_full_disk_leaves_the_earlier_checkpoint(run, say):
     assert not list(run.glob(".*"))
     after = content_of(run)
     assert after[CHECKPOINT] == before[CHECKPOINT]
-    assert after["metrics.jsonl"] == before["metrics.jsonl"]
+    # What was recorded of the step that could not be saved is dropped by the run that goes on.
+    assert after["metrics.jsonl"].startswith(before["metrics.jsonl"])
     assert say("info", "--model", run).out
     say(*arguments)
     say(*tiny(out="whole"))
     say("train", "--resume", "whole", "--steps", "6")
     assert_same_run(run, "whole")
+    assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 6]
 
 
 @pytest.fixture
@@ -955,9 +1251,10 @@ def test_train_says_how_much_text_it_needs(fail, say):
     say(*tiny(data="data", stories=None))
 
 
-@pytest.mark.parametrize("scheme", ["ternary", "float"])
-def test_info_tells_what_a_model_is_made_of(say, scheme):
-    say(*tiny(out="run", scheme=scheme))
+@pytest.mark.parametrize("scheme", [*SCHEMES, FLOAT])
+@pytest.mark.parametrize("scale", ["tensor", "row"])
+def test_info_tells_what_a_model_is_made_of(say, scheme, scale):
+    say(*tiny("--ternary-embedding", out="run", scheme=scheme, scale=scale))
     output, errors = say("info", "--model", "run")
     model = load_model("run")
     report = report_of(output)
@@ -966,7 +1263,19 @@ def test_info_tells_what_a_model_is_made_of(say, scheme):
     for name, value in model.config.to_dict().items():
         assert report[name] == str(value)
     assert report["parameters"] == f"{model.num_parameters:,}"
-    assert (b"blocks.0.ffn.wi" in output) == (scheme == "ternary")
+    assert report["stored"] == f"{model.stored_bytes():,} bytes of weights"
+    _, _, table = output.decode().partition("\n\n")
+    if scheme == FLOAT:
+        assert table == ""
+        return
+    head, *rows = (line.split() for line in table.splitlines())
+    levels = SCHEMES[scheme].levels
+    assert head == ["matrix", "shape", "scale", *map(str, levels)]
+    assert len(rows) == 8
+    for name, shape, _, *shares in rows:
+        codes = model.parameters[name].values
+        assert shape == "x".join(map(str, codes.shape))
+        assert shares == [f"{np.mean(codes == level):.1%}" for level in levels]
 
 
 # --- Models that cannot be used -------------------------------------------------------------------
@@ -1003,7 +1312,8 @@ DAMAGED_MODELS = {
     "config list": with_content("config.json", b"[]"),
     "config deep": with_content("config.json", b"[" * 100_000),
     "config of another": with_content("config.json", b'{"model_type": "llama"}'),
-    "config version": config_with(format_version=2),
+    "config version": config_with(format_version=1),
+    "config later": config_with(format_version=3),
     "config unknown": config_with(colour="red"),
     "config dim": config_with(model_dim=16),
     "config dim odd": config_with(model_dim=9),
@@ -1099,7 +1409,7 @@ BAD_OPTIONS = {
         "threads": (*NO_INTEGERS, "0", "-1", "257", HUGE),
         "stories": (*NO_INTEGERS, "0", "-1", "-256", "-300", str(10**15)),
         "scheme": ("", "x", "Ternary", "ternary,float", "1"),
-        "optimizer": ("", "sgd"),
+        "optimizer": ("", "SGD", "momentum"),
     },
     "generate": {
         "max-tokens": (*NO_INTEGERS, "-1", f"-{HUGE}"),
@@ -1138,6 +1448,30 @@ def test_options_refuse_bad_values(fail, finished, monkeypatch, command, option,
     names = {option, option.replace("-", "_"), settings.get(option, option)}
     assert any(name in message for name in names)
     assert not Path("runs").exists()
+
+
+def wrong_values(setting):
+    """Values just outside what a setting takes, and what is no such value at all."""
+    meta = setting.metadata
+    if meta["kind"] is str:
+        return ["", "x", meta["choices"][0].upper(), ",".join(meta["choices"][:2])]
+    if meta["kind"] is int:
+        return ["", "x", "1.5", str(meta["low"] - 1), str(meta["high"] + 1)]
+    below, above = np.nextafter(meta["low"], -math.inf), np.nextafter(meta["high"], math.inf)
+    return ["", "x", "nan", str(float(below)), str(float(above))]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [s for s in BOTH if s.name in SETTINGS and s.name not in FLAGS],
+    ids=lambda setting: setting.name,
+)
+def test_options_refuse_values_just_out_of_range(fail, setting):
+    option = RENAMED.get(setting.name, setting.name).replace("_", "-")
+    for value in wrong_values(setting):
+        message = fail(*tiny(), f"--{option}={value}")
+        assert option in message or setting.name in message, value
+        assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize(
@@ -1186,8 +1520,11 @@ def test_help_is_printed(capsysbinary, arguments):
     assert output.startswith(b"usage: ")
     assert errors == b""
     if arguments[0] == "train":
-        for option in ("data", "out", "scheme", "resume", *TINY):
-            assert f"--{option}".encode() in output
+        for option in ("data", "out", "resume", "tensorboard", *TINY):
+            assert f"--{option} ".encode() in output
+        for name in SETTINGS:
+            option = option_of(name, SETTINGS[name] or True)[0]
+            assert re.search(rf"\n  {option}\b".encode(), output), option
 
 
 # --- Standard streams -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ holds the exact sum or product of two float32 numbers closely enough that roundi
 float32 is the correct rounding (Figueroa 1995), which is the value demanded.
 """
 
+import itertools
 import os
 import re
 import subprocess
@@ -16,8 +17,10 @@ import numpy as np
 import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
+from models import exact_dense, random_matrix, scaled_matrices
 
 from legacy1bit import math_ops
+from legacy1bit.model import TernaryMatrix
 
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
 SHAPES = ((1, 1), (1, 97), (97, 1), (3, 5), (8, 16), (7, 9), (15, 17), (33, 31), (64, 65))
@@ -240,7 +243,30 @@ def test_ternary_products_of_a_zero_matrix_are_zero(name):
 def test_ternary_products_accept_a_ternary_matrix(name):
     matrix, vector = ternary(9, 9), integers(9, seed=1)
     function, expected, _ = product_of(name, matrix, vector, 0.5)
-    assert_rounded(function(SimpleNamespace(values=matrix, scale=0.5), vector), expected)
+    one = np.array([[0.5]], np.float32)
+    for given in (TernaryMatrix(matrix, 0.5), SimpleNamespace(values=matrix, scales=one, group=9)):
+        assert_rounded(function(given, vector), expected)
+        # A scale that is told goes before the matrix's own.
+        assert_rounded(function(given, vector, scale=0.25), expected / 2)
+
+
+@every_tier
+@scaled_matrices
+@products
+def test_ternary_products_of_scaled_codes_are_exact(name, scheme, shape, group):
+    matrix = random_matrix(scheme, shape, group)
+    axis, reference = TERNARY[name]
+    # Sums of at most 600 3 * 8 * 9 in eighths: float32 holds them.
+    vector = integers(shape[axis], seed=1, limit=9)
+    output = np.full(shape[1 - axis], np.nan, np.float32)
+    result, output = call(
+        lambda *arrays: getattr(math_ops, name)(matrix, *arrays), vector, output, writes=(1,)
+    )
+    assert result is output
+    assert_rounded(output, reference(exact_dense(matrix), vector))
+    codes = matrix.values.astype(np.float64)
+    whole = getattr(math_ops, name)(matrix, vector, scale=0.5)
+    assert_rounded(whole, reference(codes, vector, 0.5))
 
 
 # --- Element by element ---------------------------------------------------------------------------
@@ -509,6 +535,123 @@ def test_softmax_gives_exact_zeros_where_masked(n):
     assert not actual[np.isneginf(x)].any()
 
 
+# --- Activations in int8 --------------------------------------------------------------------------
+
+FLOAT32 = np.finfo(np.float32)
+# Where the largest of a row is smaller, 127 over it is not finite.
+SMALLEST_TOP = np.float32(127.0 / float(FLOAT32.max))
+
+
+def steps_of(x):
+    """The steps of rows, and the number of each element, by the kernel's own float32 rounding.
+
+    Multiplying by 127 / max |x| decides ties, and rounds twice; a float64 quotient would not.
+    """
+    top = np.abs(x).max(axis=-1, keepdims=True).astype(np.float64)
+    inverse, step = ((127.0 / top).astype(np.float32), (top / 127.0).astype(np.float32))
+    return step, np.rint(inverse * x)
+
+
+@every_tier
+@pytest.mark.parametrize("kind", ["normal", "wide", "large_and_one", "ones"])
+@sizes
+def test_quantize_activations_is_exact(n, kind):
+    x = VECTORS[kind](n)
+    step, multiples = steps_of(x)
+    assert np.abs(multiples).max() == 127.0
+    actual = in_place(math_ops.quantize_activations, x)
+    assert_rounded(actual, step.astype(np.float64) * multiples)
+    # Half a step at most, but for the roundings on the way to 127 steps.
+    bound = oracle.activation_step(x) * (0.5 + 127 * gamma(4))
+    assert_close(actual, x, rtol=0, atol=bound)
+
+
+@every_tier
+@shapes
+def test_quantize_activations_works_by_rows(shape):
+    # Rows far apart: one step for all would leave zeros.
+    x = normal(*shape) * (10.0 ** np.linspace(-20, 20, shape[0])).astype(np.float32)[:, None]
+    actual = in_place(math_ops.quantize_activations, x)
+    for row, expected in zip(actual, x, strict=True):
+        assert_same_bits(row, in_place(math_ops.quantize_activations, expected))
+    multiples = actual / oracle.activation_step(x)
+    assert_close(multiples, steps_of(x)[1], rtol=gamma(3), atol=0)
+
+
+@every_tier
+@pytest.mark.parametrize("scale", [2.0**-60, 0.5, 2.0**60])
+@sizes
+def test_quantize_activations_takes_the_even_one_of_a_tie(n, scale):
+    # A step that is a power of two: every half is a tie, and nothing is rounded on the way.
+    x = np.resize(np.arange(-126.5, 127.0), n) * scale
+    x[n // 2] = 127.0 * scale
+    expected = np.rint(x / scale) * scale
+    assert_rounded(in_place(math_ops.quantize_activations, x.astype(np.float32)), expected)
+    # What is rounded stays.
+    again = in_place(math_ops.quantize_activations, expected.astype(np.float32))
+    assert_rounded(again, expected)
+
+
+@every_tier
+@sizes
+def test_quantize_activations_leaves_what_has_no_127_steps(n):
+    for value in (0.0, -0.0, 1e-45, -1e-40, np.nextafter(SMALLEST_TOP, np.float32(0))):
+        x = np.full(n, value, np.float32)
+        x[::2] = -x[::2] / 3
+        assert_same_bits(in_place(math_ops.quantize_activations, x), x)
+    # A row of zeros between others.
+    x = np.stack([normal(n), np.zeros(n, np.float32), normal(n, seed=1)])
+    actual = in_place(math_ops.quantize_activations, x)
+    assert_same_bits(actual[1], x[1])
+    assert_same_bits(actual[2], in_place(math_ops.quantize_activations, x[2]))
+
+
+@every_tier
+@pytest.mark.parametrize("top", [1e-36, 1e-30, 1e30, 3e38, -3e38])
+def test_quantize_activations_of_extreme_numbers(top):
+    for n in SIZES:
+        x = (normal(n) / 8).clip(-1, 1).astype(np.float32) * np.float32(top)
+        x[n // 2] = top
+        expected = oracle.activation_step(x) * steps_of(x)[1]
+        actual = in_place(math_ops.quantize_activations, x)
+        assert np.isfinite(actual).all()
+        # A step below 2^-126 has fewer bits than others: the smallest here 23 of them.
+        assert_close(actual, expected, rtol=2.0**-22, atol=0, dtype=np.float32)
+
+
+@every_tier
+def test_quantize_activations_leaves_a_row_that_would_overflow():
+    # 127 times the nearest float32 to max / 127 is more than max.
+    for n in SIZES:
+        x = np.full(n, FLOAT32.max, np.float32)
+        assert_same_bits(in_place(math_ops.quantize_activations, x), x)
+
+
+@every_tier
+@pytest.mark.parametrize("value", [1.5, -1.5, 3e38, 1e-30, -7.0])
+def test_quantize_activations_of_one_element_is_the_element(value):
+    x = np.array([value], np.float32)
+    assert_close(in_place(math_ops.quantize_activations, x), x, rtol=gamma(2), atol=0)
+
+
+@every_tier
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_quantize_activations_does_not_hide_what_is_not_finite(value):
+    # At many places of a vector and after the last whole one.
+    for n, place in itertools.product(SIZES, (0, 1, 4, 20, -1)):
+        if place >= n:
+            continue
+        x = np.stack([normal(n), normal(n, seed=1)])
+        x[0, place] = value
+        actual = in_place(math_ops.quantize_activations, x)
+        assert not np.isfinite(actual[0, place])
+        assert_same_bits(actual[1], in_place(math_ops.quantize_activations, x[1]))
+        # The others are what they were, or not finite any more, or whole steps of the finite ones.
+        others = np.delete(actual[0], place)
+        largest = np.abs(np.delete(x[0], place)).max(initial=0.0)
+        assert not (np.abs(others[np.isfinite(others)]) > largest * (1 + gamma(3))).any()
+
+
 # --- Layer norm -----------------------------------------------------------------------------------
 
 LAYER_NORM_ROWS = {
@@ -738,6 +881,7 @@ CALLS = {
     "relu": ({"x": normal(19)}, {"x"}),
     "relu2": ({"x": normal(19)}, {"x"}),
     "softmax": ({"x": normal(19)}, {"x"}),
+    "quantize_activations": ({"x": normal(19)}, {"x"}),
     "exp_inplace": ({"x": normal(19)}, {"x"}),
     "layer_norm_forward": (
         {"x": normal(19), "gamma": normal(19), "beta": normal(19), "epsilon": 1e-5},

@@ -1,11 +1,9 @@
-"""The model's parts: making and freeing them, quantization, and the files (departures 10 to 14).
-
-The first section makes the models that the tests of the passes and of the optimizer use too.
-"""
+"""The model's parts: making and freeing them, quantization, and the files (departures 10 to 14)."""
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import itertools
 import json
 import math
@@ -13,8 +11,6 @@ import os
 import pickle
 import stat
 import struct
-import subprocess
-import sys
 import time
 import tracemalloc
 from pathlib import Path
@@ -23,15 +19,29 @@ import numpy as np
 import oracle
 import pytest
 import safetensors.numpy
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
+from models import (
+    assert_near,
+    every_tier,
+    exact_dense,
+    float_twin,
+    make_config,
+    oracle_config,
+    oracle_weights,
+    random_model,
+    rejection,
+    rounding_effect,
+    run_child,
+)
 
 from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_llm, backward_llm_batch
 from legacy1bit.forward import KeyValueCache, forward_embedding, forward_llm, forward_llm_batch
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import SCALES, ModelConfig
 from legacy1bit.model import (
     FeedForward,
     LayerNorm,
+    LegacyLLM,
     ModelFileError,
     MultiHeadAttention,
     RotaryTable,
@@ -49,120 +59,14 @@ from legacy1bit.model import (
     free_ternary_matrix,
     free_transformer_block_context,
     load_model,
-    pack_ternary,
     parameter_layout,
     save_model,
-    unpack_ternary,
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import AdamW
+from legacy1bit.schemes import SCHEMES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
-
-every_tier = pytest.mark.usefixtures("tier")
-
-
-# --- Models to test with --------------------------------------------------------------------------
-
-SMALL = {
-    "vocab_size": 11,
-    "model_dim": 12,
-    "num_blocks": 2,
-    "num_heads": 3,
-    "ffn_multiplier": 3,
-    "sequence_length": 16,
-}
-
-
-def make_config(**changes):
-    return ModelConfig(**{**SMALL, **changes})
-
-
-def random_model(config, seed=1):
-    """A model without a trivial value: no gamma is 1 and no bias 0."""
-    model, rng = create_legacy_llm(config, seed), np.random.default_rng(seed)
-    for name, values in model.latent.items():
-        if values.ndim == 1:
-            values[...] = rng.normal(1.0 if name.endswith("gamma") else 0.0, 0.3, values.shape)
-        else:
-            # With scale 1 a fifth of the codes is not 0; else the layers keep the size of x.
-            std = 0.4 if config.scale == "one" else values.shape[1] ** -0.5
-            values[...] = rng.normal(0.0, std, values.shape)
-    model.quantize()
-    return model
-
-
-def oracle_weights(model, prefix=""):
-    """The effective weights in float64, as the oracle takes them, under a prefix."""
-    weights = {
-        name: value.values * float(value.scales[0]) if isinstance(value, TernaryMatrix) else value
-        for name, value in model.parameters.items()
-    }
-    return {
-        name.removeprefix(prefix): np.asarray(value, np.float64)
-        for name, value in weights.items()
-        if name.startswith(prefix)
-    }
-
-
-def oracle_config(config):
-    names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
-             "positions", "rope_base", "final_norm", "attention_span")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
-
-
-def rounding_effect(function, arrays, draws=4):
-    """How far one float32 rounding of every input moves the exact answer.
-
-    ``function`` takes a dict of float64 arrays and gives one. Returns its answer and, for each
-    entry, the largest change of any element among some random perturbations. It is what float32
-    arithmetic without any error of its own would be excused for, so a small multiple of it bounds
-    an arithmetic whose operations round.
-    """
-    exact, rng = function(arrays), np.random.default_rng(0)
-    effects = dict.fromkeys(exact, 0.0)
-    for _ in range(draws):
-        moved = function(
-            {
-                name: value * (1.0 + UNIT_ROUNDOFF * rng.uniform(-1.0, 1.0, np.shape(value)))
-                for name, value in arrays.items()
-            }
-        )
-        for name, value in moved.items():
-            effects[name] = max(effects[name], float(np.abs(value - exact[name]).max()))
-    return exact, effects
-
-
-def assert_near(actual, expected, roundings=8):
-    """Compare dicts of arrays with what `rounding_effect` returned.
-
-    Each array may be off by so many times the effect on it, and so many roundings of the largest
-    number of all: what cancels exactly in one of them, does so among numbers of that size.
-    """
-    exact, effects = expected
-    assert actual.keys() == exact.keys()
-    largest = max(float(np.abs(value).max()) for value in exact.values())
-    for name, value in exact.items():
-        atol = roundings * (effects[name] + UNIT_ROUNDOFF * largest)
-        assert_close(actual[name], value, rtol=0, atol=atol, what=name, dtype=np.float32)
-
-
-def run_child(code):
-    """What a script prints in a process of its own, where it may crash."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import numpy as np\nfrom legacy1bit.model import *\n" + code],
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
-    return done.stdout.strip()
-
-
-def rejection(call):
-    """Code for `run_child` that makes a call and prints the exception that is raised."""
-    return f"try:\n    {call}\nexcept Exception as error:\n    print(type(error).__name__, error)\n"
-
 
 # --- Matrices and arrays --------------------------------------------------------------------------
 
@@ -261,25 +165,155 @@ def test_ternary_matrix_rejects_other_values(values):
 
 @pytest.mark.parametrize(
     "scale",
-    [math.nan, math.inf, "x", None, np.ones(2, np.float32), np.ones(1), np.array([np.nan], "f4")],
+    [
+        math.nan,
+        math.inf,
+        -math.inf,
+        "x",
+        None,
+        np.ones((1, 1)),
+        np.array([[np.nan]], "f4"),
+        np.array([[1], [np.inf]], "f4"),
+        np.ones(1, np.float32),
+        np.ones(2, np.float32),
+        np.ones((1, 2), np.float32),
+        np.ones((2, 2), np.float32),
+        np.ones((3, 1), np.float32),
+        np.ones((2, 3), np.float32),
+        np.ones((0, 1), np.float32),
+        np.ones((2, 1, 1), np.float32),
+        np.ones((4, 1), np.float32)[::2],
+        np.ones((2, 1), np.float16),
+    ],
 )
 def test_ternary_matrix_rejects_other_scales(scale):
     with pytest.raises((TypeError, ValueError)):
         TernaryMatrix(CODES, scale)
 
 
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_ternary_matrix_demands_as_many_scales_as_groups(rows, columns):
+    codes = np.ones((2, 129), np.int8)
+    TernaryMatrix(codes, np.ones((2, 2), np.float32), 128)
+    if (rows, columns) != (1, 1):
+        with pytest.raises(ValueError, match=r"scale has shape .*groups of 128"):
+            TernaryMatrix(codes, np.ones((rows, columns), np.float32), 128)
+
+
+@pytest.mark.parametrize("group", [-1, -16, True, 2.0, "16", None])
+def test_ternary_matrix_rejects_other_groups(group):
+    with pytest.raises((TypeError, ValueError), match="group is"):
+        TernaryMatrix(CODES, 1.0, group)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8, 17, 24, 128 + 8])
+def test_ternary_matrix_rejects_groups_that_kernels_cannot_multiply_by(group):
+    """They take 16 neighbours at a time, which must have one scale."""
+    codes = np.ones((2, 257), np.int8)
+    scales = np.ones((2, -(-257 // group)), np.float32)
+    with pytest.raises(ValueError, match=f"group is {group}"):
+        TernaryMatrix(codes, scales, group)
+
+
+@pytest.mark.parametrize("levels", [(-1, 1), (-3, -1, 1, 3), (0,), (-128, 127)])
+def test_ternary_matrix_takes_the_codes_of_its_levels_alone(levels):
+    for code in range(-128, 128):
+        codes = np.full((2, 3), levels[0], np.int8)
+        codes[1, 2] = code
+        if code in levels:
+            assert TernaryMatrix(codes, levels=levels).values is codes
+        else:
+            with pytest.raises(ValueError, match=f"number other than .*{levels[-1]}"):
+                TernaryMatrix(codes, levels=levels)
+
+
+def test_ternary_matrix_without_levels_is_an_error():
+    # In a process of its own: nothing may be read from in front of an empty tuple.
+    printed = run_child(rejection("TernaryMatrix(np.ones((2, 5), np.int8), levels=())"))
+    assert printed.startswith("ValueError")
+
+
 def test_ternary_matrix_is_codes_times_scale():
     matrix = TernaryMatrix(CODES, 0.375)
-    assert (matrix.shape, matrix.scale) == ((2, 3), 0.375)
+    assert (matrix.shape, matrix.scale, matrix.group) == ((2, 3), 0.375, 3)
     assert matrix.values is CODES
+    assert_same_bits(matrix.scales, np.array([[0.375]], np.float32))
     assert_same_bits(matrix.dense(), (CODES * 0.375).astype(np.float32))
 
 
-def test_ternary_matrix_shares_an_array_of_its_scale():
-    scales = np.array([2.0], np.float32)
-    matrix = TernaryMatrix(CODES, scales)
-    scales[0] = 0.5
-    assert matrix.scale == 0.5
+def test_ternary_matrix_shares_an_array_of_its_scales():
+    for scales in (np.array([[2.0]], np.float32), np.array([[2.0], [2.0]], np.float32)):
+        matrix = TernaryMatrix(CODES, scales)
+        assert matrix.scales is scales
+        scales[...] = 0.5
+        assert matrix.scale == 0.5
+        assert_same_bits(matrix.dense(), (CODES * 0.5).astype(np.float32))
+
+
+def test_ternary_matrix_scale_is_the_mean_of_several():
+    matrix = TernaryMatrix(CODES, np.array([[0.25], [1.0]], np.float32))
+    assert matrix.scale == 0.625
+    assert "scale=0.625" in repr(matrix)
+
+
+def test_ternary_matrix_has_one_scale_for_all_groups():
+    codes = create_ternary_matrix(3, 40, 1).values
+    matrix = TernaryMatrix(codes, 0.5, 16)
+    assert_same_bits(matrix.dense(), (codes * 0.5).astype(np.float32))
+
+
+# A row, groups with and without a shorter one at the end, one longer than the row.
+SCALED_SHAPES = ((1, 1), (3, 17), (17, 3), (2, 129), (129, 2), (5, 257), (4, 128), (6, 256))
+scaled = pytest.mark.parametrize("group", [0, 16, 128, 256])
+scaled_shapes = pytest.mark.parametrize("shape", SCALED_SHAPES)
+
+
+def scaled_matrix(shape, group, scales):
+    """Random codes of two bits, and a scale for each group drawn from ``scales``."""
+    rng = np.random.default_rng(5)
+    codes = rng.choice(np.array([-3, -1, 1, 3], np.int8), shape)
+    count = shape[0], -(-shape[1] // (group or shape[1]))
+    return TernaryMatrix(codes, rng.choice(np.array(scales, "f4"), count), group, (-3, -1, 1, 3))
+
+
+@scaled
+@scaled_shapes
+def test_ternary_matrix_dense_is_codes_times_scales(shape, group):
+    matrix = scaled_matrix(shape, group, [0.3, -1.7, 0.0, 1e-3])
+    assert matrix.group == (group or shape[1])
+    assert_same_bits(matrix.dense(), exact_dense(matrix).astype(np.float32))
+
+
+SCALED_PRODUCTS = {
+    "ternary_matrix_vector_mul": (1, oracle.ternary_matrix_vector_mul),
+    "matrix_transpose_vector_mul": (0, oracle.matrix_transpose_vector_mul),
+}
+
+
+@every_tier
+@pytest.mark.parametrize("name", SCALED_PRODUCTS)
+@scaled
+@scaled_shapes
+def test_products_with_scales_are_those_of_the_dense_matrix(shape, group, name):
+    axis, reference = SCALED_PRODUCTS[name]
+    product, rng = getattr(math_ops, name), np.random.default_rng(6)
+    # Powers of two and whole numbers: sums stay below 2^24 quarters, whatever their order.
+    matrix = scaled_matrix(shape, group, [0.25, 0.5, 1.0, -2.0, 4.0])
+    vector = rng.integers(-100, 101, shape[axis]).astype(np.float32)
+    expected = reference(exact_dense(matrix), vector)
+    assert_same_bits(product(matrix, vector) + np.float32(0), expected.astype(np.float32) + 0)
+    # Another factor takes their place.
+    expected = reference(matrix.values, vector, 0.5).astype(np.float32)
+    assert_same_bits(product(matrix, vector, scale=0.5) + np.float32(0), expected + 0)
+
+    matrix = scaled_matrix(shape, group, [0.3, -1.7, 1e-3, 70.0])
+    vector = rng.normal(size=shape[axis]).astype(np.float32)
+    exact = exact_dense(matrix)
+    # The terms of a sum, a sum for each group, a scale and the product with it.
+    bound = dot_bound(reference(np.abs(exact), np.abs(vector)), shape[axis] + shape[1] // 16 + 3)
+    assert_close(product(matrix, vector), reference(exact, vector), rtol=0, atol=bound,
+                 dtype=np.float32)  # fmt: skip
 
 
 # --- Freeing --------------------------------------------------------------------------------------
@@ -331,6 +365,8 @@ FREED_MODEL = {
     "trainable": lambda m: m.trainable,
     "latent": lambda m: m.latent,
     "quantize": lambda m: m.quantize(),
+    "use_full_precision": lambda m: m.use_full_precision(True),
+    "use_full_precision again": lambda m: m.use_full_precision(False),
     "stored_bytes": lambda m: m.stored_bytes(),
     "save_model": lambda m: save_model(m, "/nonexistent/model"),
     "save_model c-v1": lambda m: save_model(m, "/nonexistent/model", "c-v1"),
@@ -354,6 +390,15 @@ def test_free_legacy_llm_makes_later_use_an_error(use):
     assert "freed" in repr(model)
     with pytest.raises(ValueError, match="freed"):
         FREED_MODEL[use](model)
+
+
+def test_free_legacy_llm_in_full_precision_makes_later_use_an_error():
+    model = create_legacy_llm(make_config(), 1)
+    model.use_full_precision(True)
+    free_legacy_llm(model)
+    for wanted in (False, True):
+        with pytest.raises(ValueError, match="freed"):
+            model.use_full_precision(wanted)
 
 
 def test_free_legacy_llm_stops_what_was_made_for_the_model():
@@ -422,6 +467,8 @@ ATTENTION = {
 }
 FFN = {"wi": floats(9, 6), "bi": floats(9), "wo": floats(6, 9), "bo": floats(6)}
 NORM = {"gamma": floats(6), "beta": floats(6)}
+NORMED_ATTENTION = {**ATTENTION, **NORM}
+NORMED_FFN = {**FFN, "gamma": floats(9), "beta": floats(9)}
 
 LAYER_ERRORS = [
     *[(MultiHeadAttention, ATTENTION, {f"w{which}": value}, f"w{which}|expected")
@@ -437,6 +484,13 @@ LAYER_ERRORS = [
     (FeedForward, FFN, {"bi": floats(6)}, "bi has 6"),
     (FeedForward, FFN, {"bo": floats(9)}, "bo has 9"),
     (FeedForward, FFN, {"activation": "gelu"}, "activation is 'gelu'"),
+    *[(MultiHeadAttention, NORMED_ATTENTION, {part: floats(size)}, f"{part} has {size}")
+      for part in ("gamma", "beta") for size in (5, 9)],
+    *[(FeedForward, NORMED_FFN, {part: floats(size)}, f"{part} has {size}")
+      for part in ("gamma", "beta") for size in (6, 8)],
+    *[(layer, good, {part: None}, part)
+      for layer, good in ((MultiHeadAttention, NORMED_ATTENTION), (FeedForward, NORMED_FFN))
+      for part in ("gamma", "beta")],
     (LayerNorm, NORM, {"beta": floats(5)}, "beta has 5"),
     (LayerNorm, NORM, {"gamma": floats(0), "beta": floats(0)}, "gamma is empty"),
 ]  # fmt: skip
@@ -449,8 +503,10 @@ def test_layers_reject_shapes_that_do_not_fit(layer, good, change, message):
         layer(**{**good, **change})
 
 
-@pytest.mark.parametrize(("layer", "good"), [(MultiHeadAttention, ATTENTION), (FeedForward, FFN),
-                                             (LayerNorm, NORM)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layer", "good"),
+    [(MultiHeadAttention, NORMED_ATTENTION), (FeedForward, NORMED_FFN), (LayerNorm, NORM)],
+)
 def test_layers_reject_other_kinds_of_array(layer, good):
     for name, value in good.items():
         if not isinstance(value, np.ndarray):
@@ -459,6 +515,16 @@ def test_layers_reject_other_kinds_of_array(layer, good):
         for bad in (None, value.astype(np.float64), value.tolist(), strided):
             with pytest.raises((TypeError, ValueError)):
                 layer(**{**good, name: bad})
+
+
+def test_layers_have_a_norm_where_they_get_one():
+    for layer, plain, normed in (
+        (MultiHeadAttention, ATTENTION, NORMED_ATTENTION),
+        (FeedForward, FFN, NORMED_FFN),
+    ):
+        assert layer(**plain).norm is None
+        assert layer(**normed).norm.gamma is normed["gamma"]
+        assert layer(**normed).norm.beta is normed["beta"]
 
 
 def test_transformer_block_rejects_layers_of_other_widths():
@@ -502,6 +568,11 @@ CONTEXT_SHAPES = {
     **dict.fromkeys(("hidden", "activated"), (3, 5, 24)),
     "probs": (3, 2, 5, 5),
 }  # fmt: skip
+SUB_NORM_SHAPES = {
+    "heads_normed": (3, 5, 6),
+    "activated_normed": (3, 5, 24),
+    **dict.fromkeys(("heads_mean", "heads_inv_std", "activated_mean", "activated_inv_std"), (3, 5)),
+}
 
 
 def test_create_transformer_block_context_has_room_for_every_activation():
@@ -509,18 +580,32 @@ def test_create_transformer_block_context_has_room_for_every_activation():
     for name, shape in CONTEXT_SHAPES.items():
         array = getattr(context, name)
         assert (array.shape, array.dtype) == (shape, np.float32), name
+    assert all(getattr(context, name) is None for name in SUB_NORM_SHAPES)
     free_transformer_block_context(context)
+
+
+def test_create_transformer_block_context_has_room_for_the_inner_norms():
+    context = create_transformer_block_context(6, 24, 2, 3, 5, sub_norm=True)
+    for name, shape in (CONTEXT_SHAPES | SUB_NORM_SHAPES).items():
+        array = getattr(context, name)
+        assert (array.shape, array.dtype) == (shape, np.float32), name
 
 
 # --- The layout of a model ------------------------------------------------------------------------
 
-KINDS = ("ternary", "matrix", "vector")
+KINDS = ("quantized", "matrix", "vector")
 LAYOUTS = {
     "defaults": {},
     "ternary embedding": {"ternary_embedding": True},
     "float": {"scheme": "float"},
     "float, ternary embedding": {"scheme": "float", "ternary_embedding": True},
     "no final norm": {"final_norm": False},
+    "inner norms": {"sub_norm": True},
+    "inner norms, float": {"sub_norm": True, "scheme": "float", "int8_activations": True},
+    "binary rows": {"scheme": "binary", "scale": "row", "ternary_embedding": True},
+    "2bit groups": {"scheme": "2bit", "scale": "128", "int8_activations": True},
+    "median groups": {"scheme": "ternary-median", "scale": "256"},
+    "signs": {"scheme": "sign", "ternary_embedding": True},
 }
 layouts = pytest.mark.parametrize("changes", LAYOUTS.values(), ids=LAYOUTS)
 
@@ -537,6 +622,9 @@ def test_parameter_layout_names_every_parameter(changes):
         expected |= {f"blocks.{i}.ffn.wi": (hidden, dim), f"blocks.{i}.ffn.bi": (hidden,)}
         expected |= {f"blocks.{i}.ffn.wo": (dim, hidden), f"blocks.{i}.ffn.bo": (dim,)}
         expected |= {f"blocks.{i}.norm{n}.{p}": (dim,) for n in (1, 2) for p in ("gamma", "beta")}
+        if config.sub_norm:
+            expected |= {f"blocks.{i}.attention.{p}": (dim,) for p in ("gamma", "beta")}
+            expected |= {f"blocks.{i}.ffn.{p}": (hidden,) for p in ("gamma", "beta")}
     if config.final_norm:
         expected |= {"final_norm.gamma": (dim,), "final_norm.beta": (dim,)}
     layout = parameter_layout(config)
@@ -545,8 +633,9 @@ def test_parameter_layout_names_every_parameter(changes):
     kinds = {name: kind for name, _, kind in layout}
     for name, shape in expected.items():
         edge = name in ("embedding.weight", "output.weight")
-        ternary = config.scheme == "ternary" and (config.ternary_embedding or not edge)
-        assert kinds[name] == ("vector" if len(shape) == 1 else "ternary" if ternary else "matrix")
+        quantized = config.scheme != "float" and (config.ternary_embedding or not edge)
+        kind = "vector" if len(shape) == 1 else "quantized" if quantized else "matrix"
+        assert kinds[name] == kind, name
     order = [KINDS.index(kind) for _, _, kind in layout]
     assert order == sorted(order)
 
@@ -566,20 +655,27 @@ def test_parameters_and_gradients_follow_the_layout(changes):
     for name, shape, kind in layout:
         assert gradients.parameters[name].shape == model.latent[name].shape == shape
         value = model.parameters[name]
-        assert isinstance(value, TernaryMatrix) == (kind == "ternary")
+        assert isinstance(value, TernaryMatrix) == (kind == "quantized")
         assert value.shape == shape
-        if kind != "ternary":
+        if kind != "quantized":
             assert np.shares_memory(value, model.latent[name])
     # Layers are made of the very arrays.
     assert model.blocks[1].ffn.wi is model.parameters["blocks.1.ffn.wi"]
     assert model.blocks[0].norm2.beta is model.parameters["blocks.0.norm2.beta"]
     assert (model.final_norm is not None) == config.final_norm
+    for layer, name in ((model.blocks[1].attention, "attention"), (model.blocks[1].ffn, "ffn")):
+        assert (layer.norm is not None) == config.sub_norm
+        if config.sub_norm:
+            assert layer.norm.gamma is model.parameters[f"blocks.1.{name}.gamma"]
+            assert layer.norm.beta is model.parameters[f"blocks.1.{name}.beta"]
 
 
 def test_gradients_layer_names_one_layers_arrays():
     gradients = create_legacy_llm_gradients(make_config())
     assert set(gradients.layer("blocks.1.ffn")) == {"wi", "bi", "wo", "bo"}
     assert set(gradients.layer("output")) == {"weight", "bias"}
+    inner = create_legacy_llm_gradients(make_config(sub_norm=True))
+    assert set(inner.layer("blocks.1.ffn")) == {"wi", "bi", "wo", "bo", "gamma", "beta"}
     gradients.layer("output")["bias"][...] = 1.0
     assert gradients.flat.sum() == 11.0
 
@@ -604,25 +700,59 @@ def test_models_and_gradients_refuse_to_be_pickled():
 
 
 @pytest.mark.parametrize("blocks", [1, 4])
-@pytest.mark.parametrize("changes", [{}, {"scale": "one"}, {"scheme": "float"}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scale": "one"}, {"scheme": "float"}, {"scheme": "float", "scale": "one"},
+     {"scheme": "2bit", "scale": "row"}],
+    ids=str,
+)  # fmt: skip
 def test_create_legacy_llm_spreads_its_weights(changes, blocks):
     config = make_config(model_dim=64, num_heads=4, num_blocks=blocks, vocab_size=64, **changes)
     for name, values in create_legacy_llm(config, 1).latent.items():
         if values.ndim == 1:
             continue
-        std = 0.6 if config.scale == "one" else 0.02
-        if name.endswith(".wo") and config.scale != "one":
+        unit = config.scale == "one" and config.scheme != "float"
+        std = 0.6 if unit else 0.02
+        if name.endswith(".wo") and not unit:
             std /= math.sqrt(2 * blocks)
         # Five standard errors of the standard deviation and of the mean of at least 4096 numbers.
         assert_close(values.std(), std, rtol=5 / math.sqrt(2 * 4096), atol=0, what=name)
         assert abs(values.mean(dtype=float)) < 5 * std / math.sqrt(4096), name
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_create_legacy_llm_takes_each_sign_a_third_of_the_time(scale):
+    config = make_config(scheme="sign", scale=scale, model_dim=64, num_heads=4, num_blocks=4)
+    model = create_legacy_llm(config, 1)
+    counts = np.zeros(3)
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            counts += np.bincount(value.values.ravel() + 1, minlength=3)
+            expected = 1.0 if scale == "one" else oracle.first_scale(name, 4)
+            assert_same_bits(value.scales, np.full_like(value.scales, expected), name)
+            assert_same_bits(value.values, model.latent[name].astype(np.int8), name)
+    size = counts.sum()
+    # Five standard deviations of a binomial count.
+    assert_close(counts, np.full(3, size / 3), rtol=0, atol=5 * math.sqrt(size * 2 / 9))
+
+
+def test_legacy_llm_is_blank_until_it_is_filled():
+    for scheme, inner in zip(SCHEMES, (0, 0, 1, 1, 0), strict=True):
+        model = LegacyLLM(make_config(scheme=scheme, scale="row"))
+        for value in model.parameters.values():
+            if isinstance(value, TernaryMatrix):
+                assert_same_bits(value.values, np.full(value.shape, inner, np.int8))
+                assert_same_bits(value.scales, np.ones((value.shape[0], 1), np.float32))
+            else:
+                assert not value.any()
+        assert np.isfinite(forward_llm(model, 1)).all()
+
+
 def test_create_legacy_llm_starts_norms_at_gamma_one_and_beta_zero():
     """Departure 10: in C gamma starts near 0, like a float array, and with it every layer."""
-    model = create_legacy_llm(make_config(), 1)
+    model = create_legacy_llm(make_config(sub_norm=True), 1)
     for name, values in model.parameters.items():
-        if values.shape != (12,) and not name.endswith("bias"):
+        if len(values.shape) != 1:
             continue
         assert_same_bits(values, np.full(values.shape, name.endswith("gamma"), np.float32), name)
     assert np.abs(create_float_array(12, 1)).max() <= 0.01
@@ -667,9 +797,14 @@ def test_create_legacy_llm_without_latent_weights_computes_the_same(changes):
     tokens = np.array([[1, 2, 3]])
     assert_same_bits(forward_llm_batch(small, tokens), forward_llm_batch(model, tokens))
     assert small.num_parameters == model.num_parameters
-    if config.scheme == "ternary":
+    if config.scheme != "float":
         assert not small.trainable
-        for use in (lambda: small.latent, small.quantize, lambda: AdamW(small)):
+        for use in (
+            lambda: small.latent,
+            small.quantize,
+            lambda: small.use_full_precision(True),
+            lambda: AdamW(small),
+        ):
             with pytest.raises(ValueError, match="no latent weights"):
                 use()
 
@@ -711,7 +846,7 @@ def fails_at(use, monkeypatch, failing):
         return allocate
 
     with monkeypatch.context() as patch:
-        for name in ("zeros", "ones", "empty"):
+        for name in ("zeros", "ones", "empty", "full"):
             patch.setattr(np, name, watch(getattr(np, name)))
         use()
     return next(calls)
@@ -734,95 +869,258 @@ def test_create_legacy_llm_of_a_size_beyond_memory_raises_memory_error():
 # --- Quantization ---------------------------------------------------------------------------------
 
 
-def quantizable(shape, scale="absmean"):
-    """A model with an embedding of that shape, ternary like every other matrix."""
-    rows, columns = shape
-    return create_legacy_llm(
-        ModelConfig(vocab_size=rows, model_dim=columns, num_blocks=1, num_heads=1,
-                    ffn_multiplier=2, positions="none", ternary_embedding=True, scale=scale),
-        1,
+def assert_quantized(model, exact=False):
+    """Codes and scales are the oracle's, of the latent weights as they are.
+
+    Sums of arbitrary weights are rounded, up to 1,024 of them in float32, and so a scale may be
+    either float16 number where its sum lies that near to the middle of two. With ``exact`` the
+    sums are said to be exact, and the scales have to be.
+    """
+    config = model.config
+    for name, value in model.parameters.items():
+        if not isinstance(value, TernaryMatrix):
+            continue
+        latent = model.latent[name]
+        fixed = oracle.first_scale(name, config.num_blocks) if config.scheme == "sign" else None
+        if exact or config.scale == "one" or fixed is not None:
+            codes, scales = oracle.quantize(latent, config.scheme, config.scale, fixed)
+        else:
+            wanted = oracle.scales_before_rounding(latent, config.scheme, config.scale)
+            error = gamma(1024 + 4)
+            low, high = (oracle.to_float16(wanted * (1 + sign * error)) for sign in (-1, 1))
+            # What is in between is one of the two.
+            scales = np.clip(value.scales.astype(np.float64), low, high)
+            assert_same_bits(oracle.to_float16(scales), scales, name)
+            codes = oracle.codes_of(latent, scales, config.scheme, config.scale)
+        assert_same_bits(value.scales, scales.astype(np.float32), f"the scales of {name}")
+        assert_same_bits(value.values, codes, name)
+
+
+every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
+every_scale = pytest.mark.parametrize("scale", SCALES)
+
+
+@functools.cache
+def quantizable(size, scheme, scale, columns=3):
+    """A model whose matrices are all quantized; those of ffn are as wide as the two numbers say."""
+    dim, multiplier = size
+    return LegacyLLM(
+        ModelConfig(vocab_size=columns, model_dim=dim, num_blocks=1, num_heads=1,
+                    ffn_multiplier=multiplier, positions="none", ternary_embedding=True,
+                    scheme=scheme, scale=scale),
+        trainable=True,
     )  # fmt: skip
 
 
-def assert_quantized(model):
-    for name, value in model.parameters.items():
-        if isinstance(value, TernaryMatrix):
-            codes, scale = oracle.ternarize(model.latent[name], model.config.scale)
-            assert_same_bits(value.scales, np.array([scale], np.float32), name)
-            assert_same_bits(value.values, codes, name)
+@functools.cache
+def expected_quantization(size, scheme, scale, case, chosen):
+    """Latent weights of such a model, by name, and the oracle's codes and scales for them."""
+    weights, expected = {}, {}
+    for name, value in quantizable(size, scheme, scale).parameters.items():
+        if isinstance(value, TernaryMatrix) and name.endswith(chosen):
+            fixed = oracle.first_scale(name, 1) if scheme == "sign" else None
+            weights[name] = np.asarray(WEIGHTS[case](value.shape), np.float32)
+            expected[name] = oracle.quantize(weights[name], scheme, scale, fixed)
+    return weights, expected
 
 
-QUANTIZED_SHAPES = ((1, 1), (1, 97), (3, 5), (31, 33), (67, 64))
-
-
-@every_tier
-@pytest.mark.parametrize("scale", ["absmean", "one"])
-@pytest.mark.parametrize("shape", QUANTIZED_SHAPES)
-def test_quantize_is_the_oracles(shape, scale):
-    model, rng = quantizable(shape, scale), np.random.default_rng(3)
-    assert_quantized(model)
-    for std in (0.02, 0.6, 1e3):
-        for latent in model.latent.values():
-            latent[...] = rng.normal(0.0, std, latent.shape)
-        model.quantize()
-        assert_quantized(model)
-
-
-def quantize_values(values, scale="absmean"):
-    model = quantizable((6, 16), scale)
-    for latent in model.latent.values():
-        latent[...] = np.resize(np.asarray(values, np.float32), latent.shape)
+def check_quantization(size, scheme, scale, case, chosen=""):
+    """Quantize the matrices whose names end so, and compare them with the oracle's."""
+    model = quantizable(size, scheme, scale)
+    weights, expected = expected_quantization(size, scheme, scale, case, chosen)
+    for name, values in weights.items():
+        model.latent[name][...] = values
+        # Whatever was there before has no say.
+        model.parameters[name].values.fill(9)
+        model.parameters[name].scales.fill(9.0)
     model.quantize()
-    return model
+    for name, (codes, scales) in expected.items():
+        value, what = model.parameters[name], f"{case}: {name}"
+        assert_same_bits(value.scales, scales.astype(np.float32), f"{what}, scales")
+        assert_same_bits(value.values, codes, what)
+        assert_same_bits(model.latent[name], weights[name], f"{what}, latent")
 
 
-# The neighbours of a half, whose mean magnitude with 1.5 is still 1 in float16.
-ABOVE, BELOW = np.nextafter(np.float32(0.5), np.float32([1, 0]))
+def whole_numbers(deviation):
+    """Normal weights that are multiples, up to 2^13, of one power of two: sums are exact."""
+    unit = 2.0 ** math.floor(math.log2(deviation / 1000))
+
+    def draw(shape):
+        numbers = np.random.default_rng(3).normal(0.0, deviation / unit, shape)
+        return np.clip(np.rint(numbers), -(2**13), 2**13) * unit
+
+    return draw
+
+
+def repeated(*values):
+    return lambda shape: np.resize(np.asarray(values, np.float64), shape)
+
+
+def one_among(large, small, at=0):
+    def draw(shape):
+        weights = np.full(shape, small)
+        weights.reshape(-1)[at] = large
+        return weights
+
+    return draw
+
+
+SMALLEST, LARGEST = 2.0**-149, float(np.finfo(np.float32).max)
+# The neighbours of a number in float32.
+ABOVE, BELOW = (
+    lambda value, to=to: float(np.nextafter(np.float32(value), np.float32(to)))
+    for to in (math.inf, -math.inf)
+)
+WEIGHTS = {
+    **{f"deviation {deviation}": whole_numbers(deviation) for deviation in (0.02, 0.6, 1e3)},
+    "0": repeated(0.0),
+    "-0": repeated(-0.0),
+    "both zeros": repeated(0.0, -0.0, -0.0, 0.0, 0.0),
+    "all equal": repeated(0.75),
+    "all equal, negative": repeated(-0.75),
+    "equal but for the sign": repeated(0.375, -0.375),
+    # Their mean and median are 1 or nearly so: w / scale is the tie, or next to it.
+    "half": repeated(0.5, 1.5, -0.5, -1.5, ABOVE(0.5), -1.5, -ABOVE(0.5), 1.5, BELOW(0.5), -1.5),
+    "half of the median": repeated(1.0, 0.5, -1.0, -0.5, ABOVE(0.5), BELOW(0.5), 1.0, 1.0, -1.0),
+    "five quarters": repeated(1.25, 0.75, -1.25, -0.75, ABOVE(1.25), 0.75, BELOW(1.25), -0.75),
+    "two": repeated(0.5, -0.5, 2.0, -2.0, ABOVE(2), -ABOVE(2), BELOW(2), -BELOW(2)),
+    # What float16 does with the scale: ties to even, nothing beyond its largest number.
+    **{f"tie {value}": repeated(value)
+       for value in (1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-11 + 2.0**-14)},
+    **{f"{value:g}": repeated(value, -value)
+       for value in (65504.0, 65519.0, 65520.0, 104_806.0, 104_832.0, 1e5, 1e30, LARGEST)},
+    # Below 2^-14 it counts in steps of 2^-24.
+    **{f"{steps} steps": repeated(steps * 2.0**-24)
+       for steps in (0.25, 0.5, 0.75, 0.8125, 1, 1.5, 2.375, 2.5, 100.25, 1000.5, 1022.75, 1024)},
+    "smallest": repeated(SMALLEST, -SMALLEST, 0.0),
+    "denormals": repeated(*(SMALLEST * np.arange(-50, 2**13, 7))),
+    "one large": one_among(-(2.0**12), 2.0**-11),
+    "one huge": one_among(LARGEST, 0.0),
+    "one huge, negative, last": one_among(-LARGEST, 2.0**-20, at=-1),
+    "one smallest": one_among(-SMALLEST, 0.0),
+    "mostly zeros": repeated(0.0, 0.0, -0.0, 1.0, -0.5),
+    "two values": repeated(0.25, 0.25, 1.0),
+    "rising": lambda shape: np.arange(math.prod(shape)).reshape(shape) * 2.0**-10,
+    "falling": lambda shape: -np.arange(math.prod(shape))[::-1].reshape(shape) * 2.0**-10,
+}  # fmt: skip
+# Odd widths, and rows of 129 and 259: groups of 128 and 256 with one or three left over.
+QUANTIZED_SIZES = ((1, 1), (3, 5), (17, 2), (3, 43), (7, 37))
 
 
 @every_tier
-@pytest.mark.parametrize("scale", ["absmean", "one"])
-def test_quantize_rounds_ties_to_zero(scale):
-    model = quantize_values([0.5, 1.5, -0.5, -1.5, ABOVE, -1.5, -ABOVE, 1.5, BELOW, 1.5], scale)
+@every_scheme
+@every_scale
+def test_quantize_is_the_oracles(scale, scheme):
+    for size, deviation in itertools.product(QUANTIZED_SIZES, (0.02, 0.6, 1e3)):
+        check_quantization(size, scheme, scale, f"deviation {deviation}")
+
+
+@every_tier
+@every_scheme
+@every_scale
+def test_quantize_is_the_oracles_for_awkward_weights(scale, scheme):
+    for size, case in itertools.product(((1, 3), (3, 43)), WEIGHTS):
+        check_quantization(size, scheme, scale, case, "ffn.wo")
+
+
+@every_tier
+@every_scheme
+@every_scale
+def test_quantize_is_the_oracles_for_arbitrary_weights(scale, scheme):
+    model = quantizable((7, 37), scheme, scale)
+    for latent in model.latent.values():
+        latent[...] = np.random.default_rng(4).normal(0.0, 0.1, latent.shape)
+    model.quantize()
+    assert_quantized(model)
+
+
+def of_one_row(values, scheme, scale="row"):
+    """The codes and the scale of a few weights, as plain numbers."""
+    model = quantizable((len(values), 1), scheme, scale, 1)
+    model.latent["embedding.weight"][...] = values
+    model.quantize()
     matrix = model.parameters["embedding.weight"]
-    assert matrix.scale == 1.0
-    assert matrix.values.ravel()[:10].tolist() == [0, 1, 0, -1, 1, -1, -1, 1, 0, 1]
-    assert_quantized(model)
-
-
-@every_tier
-@pytest.mark.parametrize("scale", ["absmean", "one"])
-@pytest.mark.parametrize("value", [0.0, -0.0])
-def test_quantize_of_zeros_is_zeros(scale, value):
-    model = quantize_values([value], scale)
-    assert model.parameters["embedding.weight"].scale == (scale == "one")
-    assert_quantized(model)
+    return matrix.values[0].tolist(), matrix.scale
 
 
 @every_tier
 @pytest.mark.parametrize(
-    "value",
-    [1.0, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 1 + 2.0**-11 + 2.0**-20, 65504.0, 2.0**-14],
+    ("scheme", "weights", "codes", "scale"),
+    [
+        ("ternary", [0.5, -1.5, 1.5, -0.5], [0, -1, 1, 0], 1.0),
+        ("ternary", [ABOVE(0.5), 1.5, -1.5, -ABOVE(0.5)], [1, 1, -1, -1], 1.0),
+        ("ternary-median", [-0.5, 1.0, 0.5, 9.0, -1.0], [0, 1, 0, 1, -1], 1.0),
+        # Of an even number the mean of the two in the middle.
+        ("ternary-median", [-0.5, 7.0, -0.5, 1.5], [0, 1, 0, 1], 1.0),
+        ("binary", [0.0, -0.0, 3.0, -1.0], [1, 1, 1, -1], 1.0),
+        ("2bit", [1.25, -0.75, -1.25, 0.75], [1, -1, -1, 1], 0.625),
+        ("2bit", [ABOVE(1.25), -0.75, -ABOVE(1.25), 0.0], [3, -1, -3, 1], 0.5078125),
+        ("2bit", [3.0, -3.0, 1.0, -1.0], [3, -3, 1, -1], 1.25),
+        ("sign", [3.0, -SMALLEST, -0.0, 0.0], [1, -1, 0, 0], float(np.float16(0.0159577))),
+        # Where the scale is rounded to nothing, no code has a weight: the least one stays.
+        ("ternary", [2.0**-26, 0.0, -(2.0**-26), 0.0], [0, 0, 0, 0], 0.0),
+        ("binary", [2.0**-26, 0.0, -(2.0**-26), 0.0], [1, 1, -1, 1], 0.0),
+        ("2bit", [2.0**-26, 0.0, -(2.0**-26), 0.0], [1, 1, -1, 1], 0.0),
+        ("ternary", [3e38, 3e38, -3e38, 1.0], [1, 1, -1, 0], 65504.0),
+        ("2bit", [3e38, 1e5, -3e38, 1.0], [3, 1, -3, 1], 65504.0),
+        # The mean is that one's, the median that of the others.
+        ("ternary", [0.25, -0.25, 0.25, 99.25], [0, 0, 0, 1], 25.0),
+        ("ternary-median", [0.25, -0.25, 0.25, 99.25], [1, -1, 1, 1], 0.25),
+    ],
 )
-def test_quantize_rounds_the_scale_to_float16(value):
+def test_quantize_by_hand(scheme, weights, codes, scale):
+    assert of_one_row(weights, scheme) == (codes, scale)
+
+
+@every_tier
+@pytest.mark.parametrize("scheme", ["ternary", "ternary-median", "binary"])
+@pytest.mark.parametrize("value", [1.0, 1 + 2.0**-11, 65504.0, 2.0**-14, 1022.75 * 2.0**-24])
+def test_quantize_rounds_the_scale_to_float16(value, scheme):
     # Halfway between two float16 numbers the even one is due. All sums are exact.
-    model = quantize_values([value])
-    assert model.parameters["embedding.weight"].scale == float(np.float16(value))
-    assert_quantized(model)
+    assert of_one_row([value] * 9, scheme)[1] == float(np.float16(value))
+
+
+MEDIAN_ORDERS = {
+    "rising": np.sort,
+    "falling": lambda x: np.sort(x)[::-1],
+    "up and down": lambda x: np.concatenate([np.sort(x[::2]), np.sort(x[1::2])[::-1]]),
+    "shuffled": np.random.default_rng(7).permutation,
+    "all equal": lambda x: np.full_like(x, 3.0),
+    "two values": lambda x: np.where(x > np.median(x), 5.0, 2.0),
+    "few values": lambda x: x % 4,
+    "one huge": lambda x: np.where(x == x.max(), 1e38, x),
+    "one smallest": lambda x: np.where(x == x.min(), SMALLEST, x + 1),
+}
 
 
 @every_tier
-@pytest.mark.parametrize("steps", [0.25, 0.5, 0.75, 1, 1.5, 2.5, 100.25, 1000.5, 1022.75])
-def test_quantize_rounds_small_scales_to_float16_too(steps):
-    # Below 2^-14 float16 counts in steps of 2^-24.
-    model = quantize_values([steps * 2.0**-24])
-    assert model.parameters["embedding.weight"].scale == float(np.float16(steps * 2.0**-24))
-    assert_quantized(model)
+@pytest.mark.parametrize("order", MEDIAN_ORDERS)
+def test_quantize_finds_every_median(order):
+    rng = np.random.default_rng(8)
+    for count in (*range(1, 12), 31, 32, 97, 100, 257, 1000):
+        values = MEDIAN_ORDERS[order](rng.permutation(2 * count)[:count].astype(np.float64))
+        signs = rng.choice([-1.0, 1.0], count)
+        model = quantizable((1, 1), "ternary-median", "tensor", count)
+        model.latent["embedding.weight"][:, 0] = values * signs
+        model.quantize()
+        matrix = model.parameters["embedding.weight"]
+        # Halves of whole numbers below 2,048, which float16 holds, and what it does not.
+        assert matrix.scale == float(oracle.to_float16(np.median(values))), count
 
 
 @every_tier
-def test_quantize_has_the_same_bits_with_any_number_of_threads():
-    config = make_config(ternary_embedding=True)
+def test_quantize_of_weights_that_are_not_finite_ends():
+    for scheme, scale in itertools.product(SCHEMES, SCALES):
+        for values in ([math.nan] * 5, [1.0, math.nan, -1.0, math.nan, 2.0], [math.inf, 1.0, -2.0]):
+            codes, _ = of_one_row(values, scheme, scale)
+            assert set(codes) <= set(SCHEMES[scheme].levels)
+
+
+@every_tier
+@every_scheme
+@pytest.mark.parametrize("scale", ["tensor", "row", "one"])
+def test_quantize_has_the_same_bits_with_any_number_of_threads(scale, scheme):
+    config = make_config(ternary_embedding=True, scheme=scheme, scale=scale)
     model, answers = random_model(config), []
     for threads in (1, 2, 3, 50):
         for value in model.parameters.values():
@@ -831,31 +1129,83 @@ def test_quantize_has_the_same_bits_with_any_number_of_threads():
                 value.scales.fill(7.0)
         model.quantize(threads)
         assert_quantized(model)
-        answers.append([value.scale for value in model.parameters.values()
+        answers.append([value.scales.copy() for value in model.parameters.values()
                         if isinstance(value, TernaryMatrix)])  # fmt: skip
-    assert all(answer == answers[0] for answer in answers)
+    for answer in answers[1:]:
+        for actual, expected in zip(answer, answers[0], strict=True):
+            assert_same_bits(actual, expected)
 
 
-# --- Packing --------------------------------------------------------------------------------------
+@pytest.mark.parametrize("threads", [0, -1])
+def test_quantize_rejects_fewer_than_one_thread(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}, expected at least 1"):
+        create_legacy_llm(make_config(), 1).quantize(threads)
 
 
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 31, 64, 97])
-def test_pack_ternary_is_the_oracles(rows, columns):
-    codes = create_ternary_matrix(rows, columns, 1).values
-    packed = pack_ternary(codes)
-    assert_same_bits(packed, oracle.pack_2bit(codes))
-    assert_same_bits(unpack_ternary(packed, columns), codes)
-    assert_same_bits(oracle.unpack_2bit(packed, columns), codes)
+@every_scheme
+@every_scale
+def test_quantized_matrices_share_their_scales_as_the_settings_say(scale, scheme):
+    model = random_model(make_config(scheme=scheme, scale=scale, model_dim=132, ffn_multiplier=2))
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            rows, columns = value.shape
+            group = {"128": 128, "256": 256}.get(scale, columns)
+            count = (1, 1) if scale in ("tensor", "one") else (rows, -(-columns // group))
+            assert (value.scales.shape, value.group) == (count, group), name
+            assert_same_bits(value.dense(), exact_dense(value).astype(np.float32), name)
 
 
-def test_unpack_ternary_rejects_the_code_three():
-    packed = pack_ternary(CODES)
-    for shift in (0, 2, 4):
-        bad = packed.copy()
-        bad[1, 0] |= 3 << shift
-        with pytest.raises(ValueError, match="code 3, expected"):
-            unpack_ternary(bad, 3)
+# --- Full precision -------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"scheme": "binary", "ternary_embedding": True, "scale": "row"}, {"scheme": "float"},
+     {"scheme": "2bit", "sub_norm": True, "final_norm": False}, {"scheme": "sign"}],
+    ids=str,
+)  # fmt: skip
+def test_use_full_precision_computes_with_the_latent_weights(changes):
+    config = make_config(**changes)
+    model, tokens = random_model(config), np.array([[1, 2, 3, 4], [5, 6, 7, 11]])
+    before = forward_llm_batch(model, tokens)
+    assert not model.full_precision
+    model.use_full_precision(True)
+    model.use_full_precision(True)
+    assert model.full_precision
+    twin = float_twin(model)
+    assert_same_bits(forward_llm_batch(model, tokens), forward_llm_batch(twin, tokens))
+    # Weights that change count at once, and the codes follow them when they are told to.
+    for each in (model, twin):
+        each.latent["blocks.0.ffn.wi"][...] *= -1.0
+    assert_same_bits(forward_llm_batch(model, tokens), forward_llm_batch(twin, tokens))
+    model.latent["blocks.0.ffn.wi"][...] *= -1.0
+    model.quantize()
+    model.use_full_precision(False)
+    assert not model.full_precision
+    assert_same_bits(forward_llm_batch(model, tokens), before)
+
+
+def test_use_full_precision_leaves_codes_and_scales():
+    model = random_model(make_config(scheme="2bit", scale="row"))
+    other = random_model(model.config)
+    model.use_full_precision(True)
+    assert_same_model(model, other)
+    assert model.stored_bytes() == other.stored_bytes()
+    assert isinstance(model.blocks[0].ffn.wi, np.ndarray)
+    assert np.shares_memory(model.blocks[0].ffn.wi, model.latent["blocks.0.ffn.wi"])
+    model.use_full_precision(False)
+    assert model.blocks[0].ffn.wi is model.parameters["blocks.0.ffn.wi"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"scheme": "sign"}], ids=str)
+def test_use_full_precision_needs_latent_weights(changes):
+    model = create_legacy_llm(make_config(**changes), 1, trainable=False)
+    with pytest.raises(ValueError, match="no latent weights"):
+        model.use_full_precision(True)
+    model.use_full_precision(False)
+    assert not model.full_precision
+    assert np.isfinite(forward_llm(model, 1)).all()
 
 
 # --- Model folders --------------------------------------------------------------------------------
@@ -876,34 +1226,91 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
+SWITCHES = ("ternary_embedding", "activation", "positions", "final_norm", "attention_span",
+            "int8_activations", "sub_norm")  # fmt: skip
+SWITCHED = list(itertools.product((False, True), ("relu2", "relu"), ("rope", "none"),
+                                  (True, False), (0, 3), (False, True), (False, True)))  # fmt: skip
+# Every set of switches, and every scheme with every scale.
 OPTIONS = [
-    dict(zip(("scheme", "scale", "ternary_embedding", "activation", "positions", "final_norm",
-              "attention_span"), values, strict=True))
-    for values in itertools.product(
-        ("ternary", "float"), ("absmean", "one"), (False, True), ("relu2", "relu"),
-        ("rope", "none"), (True, False), (0, 3))
-]  # fmt: skip
+    {"scheme": scheme, "scale": scale, **dict(zip(SWITCHES, values, strict=True))}
+    for (scheme, scale), values in zip(
+        itertools.cycle(itertools.product((*SCHEMES, "float"), SCALES)), SWITCHED, strict=False
+    )
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 def test_save_model_and_load_model_are_exact(tmp_path, options):
     # Rows of 14 and 42 codes do not fill their last byte.
     config = make_config(model_dim=14, num_heads=1, rope_base=500.0, **options)
-    model = random_model(config)
-    save_model(model, tmp_path / "model")
-    assert names(tmp_path / "model") == ["config.json", "model.safetensors"]
-    loaded = load_model(tmp_path / "model")
+    check_saved(random_model(config), tmp_path / "model")
+
+
+@pytest.mark.parametrize("scale", ["row", "128", "256"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_save_model_and_load_model_are_exact_for_long_rows(tmp_path, scheme, scale):
+    # Groups of 128, 128 and 3, or of 256 and 3.
+    model, count = long_model(scheme, scale), {"row": 1, "128": 3, "256": 2}[scale]
+    assert model.parameters["blocks.0.ffn.wo"].scales.shape == (7, count)
+    check_saved(model, tmp_path / "model")
+
+
+def check_saved(model, path):
+    """Save and load a model, and look into its file."""
+    save_model(model, path)
+    assert names(path) == ["config.json", "model.safetensors"]
+    loaded = load_model(path)
     assert_same_model(loaded, model)
-    assert loaded.trainable == (config.scheme == "float")
+    assert loaded.trainable == (model.config.scheme == "float")
     tokens = np.array([[1, 2, 3, 4], [5, 6, 7, 11]])
     assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(model, tokens))
 
-    data = (tmp_path / "model" / "model.safetensors").read_bytes()
+    data = (path / "model.safetensors").read_bytes()
     assert model.stored_bytes() == len(data) - 8 - int.from_bytes(data[:8], "little")
-    for name, packed in safetensors.numpy.load(data).items():
-        if name.endswith(".codes"):
-            codes = model.parameters[name.removesuffix(".codes")].values
-            assert_same_bits(packed, oracle.pack_2bit(codes), name)
+    tensors = safetensors.numpy.load(data)
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            packed = oracle.pack(value.values, model.config.scheme)
+            assert_same_bits(tensors.pop(f"{name}.codes"), packed, name)
+            assert_same_bits(tensors.pop(f"{name}.scale"), value.scales.astype(np.float16), name)
+        else:
+            assert_same_bits(tensors.pop(name), value, name)
+    assert not tensors
+
+
+def test_stored_bytes_by_hand():
+    # Four matrices of 12 x 12 and two of 12 x 36: codes in rows of whole bytes, and scales.
+    floats = 4 * (2 * 11 * 12 + 11 + 4 * 12 + 36 + 12 + 4 * 12 + 2 * 12)
+    codes = {1: 4 * 12 * 2 + 36 * 2 + 12 * 5, 2: 4 * 12 * 3 + 36 * 3 + 12 * 9}
+    scales = {"tensor": 6, "row": 4 * 12 + 36 + 12, "one": 6}
+    for scheme, bits in (("binary", 1), ("ternary", 2), ("2bit", 2), ("sign", 2)):
+        for scale, count in scales.items():
+            config = make_config(num_blocks=1, scheme=scheme, scale=scale)
+            expected = floats + codes[bits] + 2 * count
+            assert create_legacy_llm(config, 1).stored_bytes() == expected
+    config = make_config(num_blocks=1, scheme="float")
+    assert create_legacy_llm(config, 1).stored_bytes() == floats + 4 * (4 * 144 + 2 * 432)
+
+
+def test_save_model_saves_the_codes_in_full_precision(tmp_path):
+    model = random_model(make_config())
+    model.use_full_precision(True)
+    save_model(model, tmp_path / "model")
+    loaded = load_model(tmp_path / "model")
+    assert_same_model(loaded, model)
+    model.use_full_precision(False)
+    assert_same_bits(forward_llm(loaded, 1), forward_llm(model, 1))
+
+
+@pytest.mark.parametrize("scale", [1.0 + 2.0**-11, 65520.0, 1e6, 2.0**-25])
+def test_save_model_refuses_a_scale_that_float16_does_not_hold(tmp_path, scale):
+    model = random_model(make_config(scale="row"))
+    save_model(model, tmp_path / "model")
+    before = contents(tmp_path)
+    model.parameters["blocks.1.ffn.wi"].scales[35, 0] = scale
+    with pytest.raises(ValueError, match=r"blocks\.1\.ffn\.wi has a scale that float16"):
+        save_model(model, tmp_path / "model")
+    assert contents(tmp_path) == before
 
 
 def test_save_model_makes_folders_and_keeps_metadata(tmp_path):
@@ -1093,7 +1500,8 @@ def test_load_model_takes_settings_with_and_without_those_of_the_weights(folder,
 @pytest.mark.parametrize(
     "changes",
     [{"activation": "relu"}, {"attention_span": 3}, {"rope_base": 500.0}, {"sequence_length": 17},
-     {"positions": "none"}, {"num_heads": 1}, {"vocab_size": 12}, {"format_version": 2},
+     {"positions": "none"}, {"num_heads": 1}, {"vocab_size": 12}, {"format_version": 1},
+     {"scheme": "2bit"}, {"int8_activations": True}, {"scale": "row"}, {"sub_norm": True},
      {"model_dim": "x"}, {"unknown": 1}, {}],
     ids=str,
 )  # fmt: skip
@@ -1141,6 +1549,14 @@ def test_load_model_rejects_wrong_settings(folder, key, carried):
     for value in WRONG_VALUES:
         write_config(folder, {**settings, key: value}, carried)
         assert_refused(folder, folder / "config.json", match=reason)
+
+
+@carrying
+@pytest.mark.parametrize("version", [0, 1, 3, 2.0, True, "2"])
+def test_load_model_rejects_other_versions_of_the_format(folder, version, carried):
+    write_config(folder, {**read_config(folder), "format_version": version}, carried)
+    reason = f"version {version!r}, expected 'legacy1bit' version 2"
+    assert_refused(folder, folder / "config.json", match=reason)
 
 
 @carrying
@@ -1214,7 +1630,10 @@ TENSOR_EDITS = {
     "missing": lambda tensors, name: tensors.pop(name),
     "renamed": rename,
     "float64": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float64)}),
-    "float16": lambda tensors, name: tensors.update({name: tensors[name].astype(np.float16)}),
+    # The other one of those that a file has.
+    "float16 or float32": lambda tensors, name: tensors.update(
+        {name: tensors[name].astype({"f4": "f2"}.get(tensors[name].dtype.str[1:], "f4"))}
+    ),
     "int8": lambda tensors, name: tensors.update({name: tensors[name].astype(np.int8)}),
     "one axis more": lambda tensors, name: tensors.update({name: tensors[name][None]}),
     "one axis less": lambda tensors, name: tensors.update({name: np.array(tensors[name][0])}),
@@ -1222,6 +1641,9 @@ TENSOR_EDITS = {
         {name: np.concatenate([tensors[name], tensors[name][:1]])}
     ),
     "one row less": lambda tensors, name: tensors.update({name: tensors[name][1:]}),
+    "one column more": lambda tensors, name: tensors.update(
+        {name: np.concatenate([tensors[name], tensors[name][..., :1]], axis=-1)}
+    ),
     "empty": lambda tensors, name: tensors.update({name: tensors[name][:0]}),
 }
 
@@ -1246,11 +1668,45 @@ def test_load_model_rejects_weights_that_are_not_finite(folder, name, value):
     assert_refused(folder, folder / "model.safetensors", match="not finite")
 
 
+@pytest.mark.parametrize("scheme", ["ternary", "ternary-median", "sign"])
 @pytest.mark.parametrize("position", [0, -1])
-def test_load_model_rejects_the_code_three(folder, position):
+def test_load_model_rejects_the_code_three(tmp_path, position, scheme):
+    save_model(random_model(make_config(scheme=scheme)), tmp_path)
     name = "blocks.0.attention.wq.codes"
-    edit_tensors(folder, lambda tensors: tensors[name].reshape(-1).__setitem__(position, 0xFF))
-    assert_refused(folder, folder / "model.safetensors", match="code 3")
+    edit_tensors(tmp_path, lambda tensors: tensors[name].reshape(-1).__setitem__(position, 0xFF))
+    assert_refused(tmp_path, tmp_path / "model.safetensors", match=f"{name[:-6]}: .*code 3, exp")
+
+
+@pytest.mark.parametrize("stored", SCALES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 1), (7, 2), (7, 3), (7, 4), (1, 3), (3, 7), (7,)])
+def test_load_model_rejects_scales_of_another_shape(tmp_path, shape, stored):
+    name, expected = "blocks.0.ffn.wo.scale", {
+        "tensor": (1, 1), "row": (7, 1), "128": (7, 3), "256": (7, 2), "one": (1, 1)
+    }[stored]  # fmt: skip
+    save_model(long_model("2bit", stored), tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.update({name: np.ones(shape, np.float16)}))
+    if shape == expected:
+        load_model(tmp_path)
+    else:
+        reason = rf"{name} has shape \[.*\], expected \[{expected[0]}, {expected[1]}\]"
+        assert_refused(tmp_path, tmp_path / "model.safetensors", match=reason)
+
+
+@functools.cache
+def long_model(scheme, scale):
+    """A model whose ``ffn.wo`` has 7 rows of 259 weights."""
+    config = make_config(model_dim=7, num_heads=1, ffn_multiplier=37, positions="none",
+                         num_blocks=1, scheme=scheme, scale=scale)  # fmt: skip
+    return random_model(config)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_load_model_rejects_a_scale_other_than_one_where_it_is_one(tmp_path, scheme):
+    save_model(random_model(make_config(scheme=scheme, scale="one")), tmp_path)
+    load_model(tmp_path)
+    name = "blocks.1.ffn.wi.scale"
+    edit_tensors(tmp_path, lambda tensors: tensors[name].fill(0.5))
+    assert_refused(tmp_path, tmp_path / "model.safetensors", match=r"has scale 0\.5, expected 1")
 
 
 def header_edits(entry, end):
@@ -1417,7 +1873,8 @@ def test_c_files_give_the_probabilities_of_c(name, tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"scheme": "float"}, {"scale": "absmean"}, {"ternary_embedding": False},
+    [{"scheme": "float"}, {"scheme": "binary"}, {"scale": "tensor"}, {"scale": "row"},
+     {"int8_activations": True}, {"sub_norm": True}, {"ternary_embedding": False},
      {"activation": "relu2"}, {"positions": "rope"}, {"final_norm": True}, {"attention_span": 0},
      {"ffn_multiplier": 2}, {"vocab_size": 9}],
     ids=lambda changes: next(iter(changes)),

@@ -1,20 +1,22 @@
-"""AdamW and Muon against float64, and the C original's rule for updates (departure 1)."""
+"""The optimizers against float64, and the C original's rule for updates (departure 1)."""
 
+import dataclasses
 import math
 
 import numpy as np
 import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from test_forward import random_tokens
-from test_model import (
-    assert_quantized,
+from models import (
+    every_tier,
     make_config,
     oracle_config,
     oracle_weights,
     random_model,
+    random_tokens,
     rounding_effect,
 )
+from test_model import assert_quantized
 
 from legacy1bit.backward import backward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
@@ -25,17 +27,25 @@ from legacy1bit.model import (
     create_legacy_llm_gradients,
     parameter_layout,
 )
-from legacy1bit.optimizer import AdamW, Muon
+from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.schemes import SCHEMES
 
-every_tier = pytest.mark.usefixtures("tier")
-
-optimizers = pytest.mark.parametrize("make", [AdamW, Muon])
+OPTIMIZERS = (AdamW, Muon, SGD)
+optimizers = pytest.mark.parametrize("make", OPTIMIZERS)
+ADAMW = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1}
+DEFAULTS = {
+    AdamW: ADAMW,
+    Muon: {**ADAMW, "matrix_ratio": 7.0, "momentum": 0.95},
+    SGD: {"momentum": 0.9, "weight_decay": 0.1},
+}
 
 # Threads share the weights in spans of 16,384 at most: below one, and several with a remainder.
 CONFIGS = {
     "small": make_config(num_blocks=1),
     "float": make_config(num_blocks=1, scheme="float"),
     "large": make_config(vocab_size=101, model_dim=42, ffn_multiplier=4, ternary_embedding=True),
+    "sign": make_config(num_blocks=1, scheme="sign", sub_norm=True),
+    "2bit": make_config(num_blocks=1, scheme="2bit", scale="row", int8_activations=True),
 }
 configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
@@ -69,7 +79,7 @@ def state(optimizer):
               if isinstance(value, TernaryMatrix)]  # fmt: skip
     arrays = [flat(model), optimizer.first.copy(), optimizer.second.copy()]
     if codes:
-        arrays += [np.concatenate(codes), np.concatenate(scales)]
+        arrays += [np.concatenate(codes), np.concatenate([value.ravel() for value in scales])]
     return arrays
 
 
@@ -83,19 +93,30 @@ def float32(value):
     return float(np.float32(value))
 
 
-def exact_adamw(optimizer, gradient, rate):
+def rules(optimizer):
+    """Start, stop, shape and rule of every parameter: "sign", "muon", "sgd" or "adamw"."""
+    config, start = optimizer.model.config, 0
+    for name, shape, kind in parameter_layout(config):
+        stop = start + math.prod(shape)
+        if config.scheme == "sign" and kind == "quantized":
+            rule = "sign"
+        elif isinstance(optimizer, SGD):
+            rule = "sgd"
+        elif isinstance(optimizer, Muon) and name.startswith("blocks.") and kind != "vector":
+            rule = "muon"
+        else:
+            rule = "adamw"
+        yield start, stop, shape, rule
+        start = stop
+
+
+def exact_adamw(arrays, rate, step, beta1, beta2, epsilon, weight_decay):
     """The new weights, m and v of one step of the oracle, and how far off each may be."""
-    weight, m, v = flat(optimizer.model), optimizer.first, optimizer.second
-    beta1, beta2, epsilon, step = (
-        float32(optimizer.beta1), float32(optimizer.beta2), float32(optimizer.epsilon),
-        optimizer.steps + 1,
+    weight, m, v, gradient = (arrays[name] for name in ("weight", "first", "second", "gradient"))
+    new_weight, new_m, new_v = oracle.adamw_step(
+        weight, gradient, m, v, step, learning_rate=rate, beta1=beta1, beta2=beta2,
+        epsilon=epsilon, weight_decay=weight_decay,
     )  # fmt: skip
-    decayed, plain = (
-        oracle.adamw_step(weight, gradient, m, v, step, learning_rate=rate, beta1=beta1,
-                          beta2=beta2, epsilon=epsilon, weight_decay=weight_decay)
-        for weight_decay in (float32(optimizer.weight_decay), 0.0)
-    )  # fmt: skip
-    _, new_m, new_v = plain
     # Roundings: the clipping factor and the product with it, 1 - beta, two products and a sum;
     # the gradient's square doubles the first two.
     m_bound = gamma(6) * (beta1 * np.abs(m) + (1 - beta1) * np.abs(gradient))
@@ -103,8 +124,20 @@ def exact_adamw(optimizer, gradient, rate):
     # The quotient: half of v's error, and of each correction, product, root, sum and division one.
     size = rate / (1 - beta1**step) / (np.sqrt(new_v / (1 - beta2**step)) + epsilon)
     bound = size * m_bound + gamma(14) * size * np.abs(new_m) + gamma(4) * np.abs(weight)
-    new_weight = np.where(decays(optimizer.model.config), decayed[0], plain[0])
     return (new_weight, new_m, new_v), (bound, m_bound, v_bound)
+
+
+def exact_sgd(arrays, rate, momentum, weight_decay):
+    """The same of one step of SGD, which leaves the second moments."""
+    weight, first, gradient = (arrays[name] for name in ("weight", "first", "gradient"))
+    new_weight, new_first = oracle.sgd_step(
+        weight, gradient, first, learning_rate=rate, mu=momentum, weight_decay=weight_decay
+    )
+    # Roundings: the clipping factor, two products and a sum.
+    first_bound = gamma(4) * (momentum * np.abs(first) + np.abs(gradient))
+    # The factor of the decay, two, a product with either and the sum.
+    bound = rate * first_bound + gamma(4) * (np.abs(weight) + rate * np.abs(new_first))
+    return (new_weight, new_first, arrays["second"]), (bound, first_bound, 0.0)
 
 
 def exact_muon(weight, momentum, gradient, rate, decay, mu):
@@ -121,46 +154,61 @@ def exact_muon(weight, momentum, gradient, rate, decay, mu):
     return {"weight": (1.0 - rate * decay) * weight - size * x, "momentum": momentum}
 
 
-def muon_spans(optimizer):
-    """Start, stop and shape of the matrices that are Muon's."""
-    start = 0
-    for name, shape, kind in parameter_layout(optimizer.model.config):
-        stop = start + math.prod(shape)
-        if isinstance(optimizer, Muon) and name.startswith("blocks.") and kind != "vector":
-            yield start, stop, shape
-        start = stop
+def exact_orthogonal(arrays, rate, shape, momentum, weight_decay):
+    """The same of one step of Muon on a matrix. Not clipped: only the direction counts."""
+    names = {"weight": "weight", "first": "momentum", "whole_gradient": "gradient"}
+    values, effects = rounding_effect(
+        lambda a: exact_muon(**a, rate=rate, decay=weight_decay, mu=momentum),
+        {new: arrays[name].reshape(shape) for name, new in names.items()},
+    )
+    bounds = [8 * (effects[name] + UNIT_ROUNDOFF * np.abs(values[name]).max())
+              for name in ("weight", "momentum")]  # fmt: skip
+    new = values["weight"].ravel(), values["momentum"].ravel(), arrays["second"]
+    return new, (*bounds, 0.0)
 
 
-def check_step(optimizer, gradients, learning_rate, factor=1.0, **kwargs):
-    """One step, against the exact one from the very same state."""
-    gradient, before = gradients.flat.copy(), optimizer.steps
-    rate = float32(learning_rate)
-    exact, bounds = exact_adamw(optimizer, factor * gradient.astype(float), rate)
-    for start, stop, shape in muon_spans(optimizer):
-        # Not clipped: only the direction counts.
-        arrays = {
-            name: array[start:stop].reshape(shape).astype(float)
-            for name, array in (
-                ("weight", flat(optimizer.model)),
-                ("momentum", optimizer.first),
-                ("gradient", gradient),
+def exact_step(optimizer, gradient, rate, factor, given):
+    """The new weights and moments of the oracle, and how far off each may be."""
+    settings = {**DEFAULTS[type(optimizer)], **given, "weight_decay": optimizer.weight_decay}
+    direction = settings.pop("sign_direction", "descend")
+    settings = {name: float32(value) for name, value in settings.items()}
+    ratio, decay = settings.pop("matrix_ratio", 1.0), settings.pop("weight_decay")
+    adam = {name: settings[name] for name in ("beta1", "beta2", "epsilon") if name in settings}
+    before = {
+        "weight": flat(optimizer.model),
+        "first": optimizer.first,
+        "second": optimizer.second,
+        "gradient": factor * gradient.astype(float),
+        "whole_gradient": gradient,
+    }
+    exact, bounds = np.zeros((2, 3, gradient.size))
+    for start, stop, shape, rule in rules(optimizer):
+        arrays = {name: array[start:stop].astype(float) for name, array in before.items()}
+        decayed = decay if len(shape) == 2 else 0.0
+        if rule == "sign":
+            new = oracle.sign_step(arrays["weight"], arrays["whole_gradient"], direction)
+            answer, bound = (new, arrays["first"], arrays["second"]), (0.0, 0.0, 0.0)
+        elif rule == "sgd":
+            answer, bound = exact_sgd(arrays, rate, settings["momentum"], decayed)
+        elif rule == "muon":
+            momentum = settings["momentum"]
+            answer, bound = exact_orthogonal(arrays, rate * ratio, shape, momentum, decayed)
+        else:
+            answer, bound = exact_adamw(
+                arrays, rate, optimizer.steps + 1, weight_decay=decayed, **adam
             )
-        }
-        settings = (rate * float32(optimizer.matrix_ratio), float32(optimizer.weight_decay),
-                    float32(optimizer.momentum))  # fmt: skip
-        values, effects = rounding_effect(
-            lambda arrays, settings=settings: exact_muon(**arrays, rate=settings[0],
-                                                         decay=settings[1], mu=settings[2]),
-            arrays,
-        )  # fmt: skip
-        for target, bound, name in zip(exact, bounds, ("weight", "momentum", None), strict=True):
-            if name is None:
-                target[start:stop], bound[start:stop] = optimizer.second[start:stop], 0.0
-                continue
-            target[start:stop] = values[name].ravel()
-            largest = np.abs(values[name]).max()
-            bound[start:stop] = 8 * (effects[name] + UNIT_ROUNDOFF * largest)
+        for i in range(3):
+            exact[i, start:stop], bounds[i, start:stop] = answer[i], bound[i]
+    return exact, bounds
 
+
+def check_step(optimizer, gradients, learning_rate, factor=1.0, given=None, **kwargs):
+    """One step, against the exact one from the very same state.
+
+    ``given`` are the settings that the optimizer was made with, but for the weight decay.
+    """
+    gradient, before = gradients.flat.copy(), optimizer.steps
+    exact, bounds = exact_step(optimizer, gradient, float32(learning_rate), factor, given or {})
     norm = optimizer.step(gradients, learning_rate, **kwargs)
     assert optimizer.steps == before + 1
     assert_same_bits(gradients.flat, gradient, "the gradient")
@@ -176,21 +224,39 @@ def check_step(optimizer, gradients, learning_rate, factor=1.0, **kwargs):
     return norm
 
 
-# --- AdamW and Muon -------------------------------------------------------------------------------
+# --- AdamW, Muon and SGD --------------------------------------------------------------------------
 
 
 @every_tier
 @optimizers
 @configs
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"weight_decay": 0.0}, {"beta1": 0.0, "beta2": 0.999}, {"epsilon": 0.01}],
-    ids=str,
-)
-def test_step_is_exact_but_for_rounding(make, config, settings):
-    optimizer = make(random_model(config), **settings)
+def test_step_is_exact_but_for_rounding(config, make):
+    optimizer = make(random_model(config))
     for step in range(3):
         check_step(optimizer, random_gradients(config, seed=step), 0.01 / (step + 1))
+
+
+@every_tier
+@pytest.mark.parametrize("config", ["small", "sign"])
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [
+        *[(make, {"weight_decay": 0.0}) for make in OPTIMIZERS],
+        *[(make, {"sign_direction": "ascend"}) for make in OPTIMIZERS],
+        (AdamW, {"beta1": 0.0, "beta2": 0.999}),
+        (AdamW, {"epsilon": 0.01}),
+        (Muon, {"beta1": 0.0, "beta2": 0.999, "momentum": 0.0}),
+        (Muon, {"epsilon": 0.01, "matrix_ratio": 0.5}),
+        (SGD, {"momentum": 0.0}),
+        (SGD, {"momentum": 0.999, "weight_decay": 3.0}),
+    ],
+)
+def test_step_heeds_its_settings(make, settings, config):
+    optimizer = make(random_model(CONFIGS[config]), **settings)
+    assert optimizer.weight_decay == float32(settings.get("weight_decay", 0.1))
+    for step in range(3):
+        gradients = random_gradients(CONFIGS[config], seed=step)
+        check_step(optimizer, gradients, 0.01 / (step + 1), given=settings)
 
 
 @every_tier
@@ -213,11 +279,27 @@ def test_step_decays_matrices_only(make, config):
     check_step(optimizer, create_legacy_llm_gradients(config), 0.25)
     after = flat(optimizer.model)
     assert_same_bits(after[~matrices], before[~matrices])
-    # A gradient of 0 moves nothing. Both factors are exact.
+    # A gradient of 0 moves nothing. Both factors are exact, and signs have no size to lose.
     factor = np.full(before.size, 1 - 0.25 * 0.5, np.float32)
-    for start, stop, _ in muon_spans(optimizer):
-        factor[start:stop] = 1 - 0.25 * 7.0 * 0.5
+    for start, stop, _, rule in rules(optimizer):
+        if rule in ("muon", "sign"):
+            factor[start:stop] = {"muon": 1 - 0.25 * 7.0 * 0.5, "sign": 1.0}[rule]
     assert_same_bits(after[matrices], (before * factor)[matrices])
+
+
+@every_tier
+@optimizers
+def test_weight_decay_may_change_between_steps(make):
+    config = CONFIGS["small"]
+    optimizer = make(random_model(config), weight_decay=0.5)
+    for step, decay in enumerate((0.5, 0.0, 0.25)):
+        optimizer.weight_decay = decay
+        check_step(optimizer, random_gradients(config, seed=step), 0.01)
+    before = flat(optimizer.model)
+    optimizer.weight_decay = 0.0
+    optimizer.first[...] = 0.0
+    optimizer.step(create_legacy_llm_gradients(config), 0.01)
+    assert_same_bits(flat(optimizer.model), before)
 
 
 @every_tier
@@ -228,7 +310,8 @@ def test_step_clips_the_whole_gradient(make, config):
     norm = check_step(make(random_model(config)), gradients, 0.01, clip=0.0)
     for clip in (norm / 3, norm * 0.999):
         optimizer = make(random_model(config))
-        assert check_step(optimizer, gradients, 0.01, clip / norm, clip=clip) == norm
+        for _ in range(2):
+            assert check_step(optimizer, gradients, 0.01, clip / norm, clip=clip) == norm
 
 
 @every_tier
@@ -292,7 +375,7 @@ def test_optimizers_go_on_from_their_moments(make):
 
 @every_tier
 @optimizers
-@pytest.mark.parametrize("scheme", ["ternary", "float"])
+@pytest.mark.parametrize("scheme", [*SCHEMES, "float"])
 def test_optimizers_lower_the_loss(make, scheme):
     config = make_config(scheme=scheme)
     model, tokens = random_model(config), random_tokens(config, 3, 9)
@@ -301,7 +384,7 @@ def test_optimizers_lower_the_loss(make, scheme):
     for _ in range(30):
         gradients = create_legacy_llm_gradients(config)
         losses.append(backward_llm_batch(model, tokens, targets, gradients))
-        optimizer.step(gradients, 0.01, 1.0)
+        optimizer.step(gradients, 0.05 if make is SGD else 0.01, 1.0)
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -318,7 +401,10 @@ def test_muon_moves_every_direction_of_a_matrix_alike():
     before = flat(optimizer.model)
     optimizer.step(gradients, 0.01)
     moved = (before.astype(float) - flat(optimizer.model)) / (0.01 * 7.0)
-    for start, stop, (height, width) in muon_spans(optimizer):
+    for start, stop, shape, rule in rules(optimizer):
+        if rule != "muon":
+            continue
+        height, width = shape
         step = moved[start:stop].reshape(height, width) / math.sqrt(max(1.0, height / width))
         u, s, vt = np.linalg.svd(gradients.flat[start:stop].reshape(height, width), False)
         # The same directions, and in each about the same length: the coefficients of Jordan et
@@ -342,6 +428,11 @@ def test_optimizers_reject_what_does_not_fit(make):
         make(create_legacy_llm(config, 1, trainable=False))
     with pytest.raises(TypeError):
         make(None)
+    for direction in ("up", None, 1, "Ascend"):
+        with pytest.raises(ValueError, match=r"sign_direction is .*expected descend or ascend"):
+            make(random_model(config), sign_direction=direction)
+    with pytest.raises(TypeError):
+        optimizer.weight_decay = None
     assert optimizer.steps == 0
     assert_same_state(state(optimizer), before)
 
@@ -352,6 +443,128 @@ def test_step_rejects_fewer_than_one_thread(make, threads):
     config = CONFIGS["small"]
     with pytest.raises(ValueError, match=f"threads is {threads}, expected at least 1"):
         make(random_model(config)).step(random_gradients(config), 0.01, 1.0, threads)
+
+
+def test_optimizer_has_no_rule_of_its_own():
+    with pytest.raises(TypeError, match="make an AdamW, a Muon or an SGD"):
+        Optimizer(random_model(CONFIGS["small"]), 0.1, "descend")
+    assert all(issubclass(make, Optimizer) for make in OPTIMIZERS)
+
+
+@every_tier
+def test_sgd_by_hand():
+    config = CONFIGS["float"]
+    optimizer, gradients = SGD(random_model(config), 0.5, 0.25), create_legacy_llm_gradients(config)
+    matrix, bias = optimizer.model.latent["output.weight"], optimizer.model.latent["output.bias"]
+    matrix[...], bias[...] = 2.0, 2.0
+    for name in ("output.weight", "output.bias"):
+        gradients.parameters[name][...] = 1.0
+    # Momenta 1, 1.5, 1.75; the decay takes a sixteenth of the matrix. All of it is exact.
+    for expected in (
+        (2.0 * 15 / 16 - 0.25, 1.75),
+        ((2.0 * 15 / 16 - 0.25) * 15 / 16 - 0.375, 1.375),
+        (((2.0 * 15 / 16 - 0.25) * 15 / 16 - 0.375) * 15 / 16 - 0.4375, 0.9375),
+    ):
+        optimizer.step(gradients, 0.25)
+        assert_same_bits(matrix, np.full(matrix.shape, expected[0], np.float32))
+        assert_same_bits(bias, np.full(bias.shape, expected[1], np.float32))
+    assert not optimizer.second.any()
+
+
+# --- The scheme sign ------------------------------------------------------------------------------
+
+SIGN_CONFIGS = {
+    "tensor": make_config(scheme="sign", num_blocks=1),
+    "rows, all": make_config(scheme="sign", scale="row", ternary_embedding=True),
+    "one": make_config(scheme="sign", scale="one", num_blocks=1, sub_norm=True),
+    # Spans of 16,384 and less.
+    "large": make_config(scheme="sign", model_dim=42, num_blocks=1, scale="128"),
+}
+
+
+@every_tier
+@optimizers
+@pytest.mark.parametrize("direction", ["descend", "ascend"])
+@pytest.mark.parametrize("config", SIGN_CONFIGS.values(), ids=SIGN_CONFIGS)
+def test_codes_of_sign_become_the_signs_of_their_gradients(config, direction, make):
+    """Departure 1: C's weight becomes the gradient's own sign, and that is "ascend"."""
+    optimizer = make(random_model(config), sign_direction=direction)
+    before = {name: (value.values.copy(), value.scales.copy())
+              for name, value in optimizer.model.parameters.items()
+              if isinstance(value, TernaryMatrix)}  # fmt: skip
+    gradients = random_gradients(config)
+    gradients.flat[1::7] = -0.0
+    gradients.flat[2::7] *= np.float32(1e-38)
+    gradients.flat[3::7] = np.float32(-1e-45)
+    gradients.flat[4::7] = 1e18
+    # Clipping changes no sign, not even of what it makes vanish.
+    optimizer.step(gradients, 0.01, 1.0)
+    for name, (codes, scales) in before.items():
+        value, gradient = optimizer.model.parameters[name], gradients.parameters[name]
+        expected = oracle.sign_step(codes, gradient, direction).astype(np.int8)
+        assert {-1.0, 0.0, 1.0} == set(np.sign(gradient).ravel())
+        assert_same_bits(value.values, expected, name)
+        assert_same_bits(value.scales, scales, name)
+        assert_same_bits(optimizer.model.latent[name], expected.astype(np.float32), name)
+
+
+@every_tier
+@optimizers
+@pytest.mark.parametrize("config", SIGN_CONFIGS.values(), ids=SIGN_CONFIGS)
+def test_floats_of_sign_follow_the_optimizer(config, make):
+    steps = {}
+    for scheme, direction in (("sign", "descend"), ("sign", "ascend"), ("ternary", "descend")):
+        changed = dataclasses.replace(config, scheme=scheme)
+        optimizer = make(random_model(changed), sign_direction=direction)
+        gradients = random_gradients(changed)
+        # The same vectors in all three, and the same gradients: they have the same norm.
+        for name, values in optimizer.model.latent.items():
+            if values.ndim == 1 or not isinstance(optimizer.model.parameters[name], TernaryMatrix):
+                values[...] = np.linspace(-1.0, 1.0, values.size).reshape(values.shape)
+        for _ in range(2):
+            optimizer.step(gradients, 0.01, 1.0)
+        floats = np.concatenate([
+            values.ravel() for name, values in optimizer.model.latent.items()
+            if not isinstance(optimizer.model.parameters[name], TernaryMatrix)
+        ])  # fmt: skip
+        steps[scheme, direction] = floats
+        if scheme == "sign":
+            size = optimizer.model.num_parameters - floats.size
+            # What has no moments keeps none.
+            assert not optimizer.first[:size].any()
+            assert not optimizer.second[:size].any()
+            assert optimizer.first[size:].any()
+    for floats in steps.values():
+        assert_same_bits(floats, steps["sign", "descend"])
+
+
+@every_tier
+@pytest.mark.parametrize("direction", ["descend", "ascend"])
+def test_sign_is_what_apply_ternary_weight_updates_does(direction):
+    config = make_config(scheme="sign", num_blocks=1)
+    gradients, model = random_gradients(config), random_model(config)
+    apply_ternary_weight_updates(model, gradients, 0.01, direction)
+    for make in OPTIMIZERS:
+        optimizer = make(random_model(config), sign_direction=direction)
+        optimizer.step(gradients, 0.01)
+        for name, value in optimizer.model.parameters.items():
+            if isinstance(value, TernaryMatrix):
+                assert_same_bits(value.values, model.parameters[name].values, name)
+
+
+def test_sign_descends_where_c_climbs():
+    config = make_config(scheme="sign", scale="one", model_dim=24)
+    gradients, slopes = random_gradients(config), {}
+    for direction in ("descend", "ascend"):
+        optimizer = SGD(random_model(config), sign_direction=direction)
+        before = oracle_weights(optimizer.model)
+        optimizer.step(gradients, 0.0)
+        after = oracle_weights(optimizer.model)
+        slopes[direction] = sum(
+            float((gradient * (after[name] - before[name])).sum())
+            for name, gradient in gradients.parameters.items()
+        )
+    assert slopes["descend"] < 0.0 < slopes["ascend"]
 
 
 # --- The C original's rule ------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def tokens_with(padding):
     return np.array(PADDED_ROWS[padding], dtype=np.int32)
 
 
-def make_config(activation="relu2", positions="rope", span=0, final_norm=True, num_blocks=1):
+def make_config(
+    activation="relu2", positions="rope", span=0, final_norm=True, num_blocks=1, **changes
+):
     return {
         "vocab_size": VOCAB,
         "model_dim": 6,
@@ -50,6 +52,7 @@ def make_config(activation="relu2", positions="rope", span=0, final_norm=True, n
         "rope_base": 10000.0,
         "final_norm": final_norm,
         "attention_span": span,
+        **changes,
     }
 
 
@@ -68,7 +71,12 @@ def make_params(config, seed=1):
         shapes |= {f"{block}attention.b{name}": (c,) for name in "qkvo"}
         shapes |= {f"{block}ffn.wi": (f, c), f"{block}ffn.bi": (f,)}
         shapes |= {f"{block}ffn.wo": (c, f), f"{block}ffn.bo": (c,)}
-        shapes |= {f"{block}norm{n}.{name}": (c,) for n in (1, 2) for name in ("gamma", "beta")}
+        norms = {"norm1": c, "norm2": c}
+        if config.get("sub_norm"):
+            norms |= {"attention": c, "ffn": f}
+        shapes |= {
+            f"{block}{norm}.{n}": (norms[norm],) for norm in norms for n in ("gamma", "beta")
+        }
     if config["final_norm"]:
         shapes |= {"final_norm.gamma": (c,), "final_norm.beta": (c,)}
     return {
@@ -181,6 +189,10 @@ def test_cross_entropy_gradients(padding):
     )
 
 
+sub_norms = pytest.mark.parametrize("sub_norm", [False, True])
+
+
+@sub_norms
 @pytest.mark.parametrize(
     ("positions", "span", "padding"),
     [
@@ -192,8 +204,8 @@ def test_cross_entropy_gradients(padding):
         ("rope", 1, "all"),
     ],
 )
-def test_attention_gradients(positions, span, padding):
-    config = make_config(positions=positions, span=span)
+def test_attention_gradients(positions, span, padding, sub_norm):
+    config = make_config(positions=positions, span=span, sub_norm=sub_norm)
     tokens = tokens_with(padding)
 
     def backward(d, x, **weights):
@@ -207,9 +219,10 @@ def test_attention_gradients(positions, span, padding):
     )
 
 
+@sub_norms
 @pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_feed_forward_gradients(activation):
-    config = make_config(activation=activation)
+def test_feed_forward_gradients(activation, sub_norm):
+    config = make_config(activation=activation, sub_norm=sub_norm)
 
     def backward(d, x, **weights):
         d_x, gradients = oracle.feed_forward_backward(d, x, weights, config)
@@ -222,10 +235,17 @@ def test_feed_forward_gradients(activation):
     )
 
 
-@pytest.mark.parametrize("padding", ["none", "middle"])
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
-def test_block_gradients(activation, padding):
-    config = make_config(activation=activation, span=3)
+@pytest.mark.parametrize(
+    ("activation", "padding", "sub_norm"),
+    [
+        ("relu", "none", False),
+        ("relu2", "middle", False),
+        ("relu", "middle", True),
+        ("relu2", "none", True),
+    ],
+)
+def test_block_gradients(activation, padding, sub_norm):
+    config = make_config(activation=activation, span=3, sub_norm=sub_norm)
     tokens = tokens_with(padding)
 
     def backward(d, x, **weights):
@@ -244,7 +264,8 @@ def test_block_gradients(activation, padding):
 def test_loss_and_gradients_along_random_directions(
     activation, positions, span, final_norm, padding
 ):
-    config = make_config(activation, positions, span, final_norm)
+    # Both kinds of norm before the last matrices, along with all the other options.
+    config = make_config(activation, positions, span, final_norm, sub_norm=span == 3)
     params, tokens = make_params(config), tokens_with(padding)
     loss, gradients = oracle.loss_and_gradients(params, config, tokens, TARGETS)
     assert gradients.keys() == params.keys()
@@ -272,6 +293,8 @@ def test_loss_and_gradients_along_random_directions(
 def torch_loss(torch, params, config, tokens, targets):
     """The model once more, with PyTorch's own norm, rotation, softmax and cross entropy."""
     functional = torch.nn.functional
+    # Over so little, threads would mostly wait for each other.
+    torch.set_num_threads(1)
     batch, time = tokens.shape
     dim, heads = config["model_dim"], config["num_heads"]
     head_dim = dim // heads
@@ -281,7 +304,18 @@ def torch_loss(torch, params, config, tokens, targets):
     allowed = ((distance >= 0) & (distance < reach))[None, None] & ~padding[:, None, None, :]
 
     def norm(x, name):
-        return functional.layer_norm(x, (dim,), params[name + ".gamma"], params[name + ".beta"])
+        gain, bias = params[name + ".gamma"], params[name + ".beta"]
+        return functional.layer_norm(x, gain.shape, gain, bias)
+
+    def rounded(x):
+        # The rounding error counts as a constant: so the gradient goes straight through.
+        if not config.get("int8_activations"):
+            return x
+        step = x.abs().amax(dim=-1, keepdim=True) / 127
+        return x + (step * (x / step.where(step > 0, 1.0)).round() - x).detach()
+
+    def before_wo(x, name):
+        return rounded(norm(x, name) if config.get("sub_norm") else x)
 
     def rotate(x):
         # A pair as one complex number, turned by exp(i angle).
@@ -291,6 +325,7 @@ def torch_loss(torch, params, config, tokens, targets):
         return torch.cat([pairs.real, pairs.imag], dim=-1)
 
     def attention(x, name):
+        x = rounded(x)
         q, k, v = (
             functional.linear(x, params[f"{name}.w{p}"], params[f"{name}.b{p}"])
             .view(batch, time, heads, head_dim)
@@ -302,13 +337,14 @@ def torch_loss(torch, params, config, tokens, targets):
         scores = (q @ k.transpose(2, 3)) / math.sqrt(head_dim)
         # Finite, so that a row without any key has no NaN in its backward pass.
         weights = scores.masked_fill(~allowed, -1e300).softmax(dim=-1) * allowed
-        mixed = (weights @ v).transpose(1, 2).reshape(batch, time, dim)
+        mixed = before_wo((weights @ v).transpose(1, 2).reshape(batch, time, dim), name)
         return functional.linear(mixed, params[name + ".wo"], params[name + ".bo"])
 
     def feed_forward(x, name):
-        x = functional.linear(x, params[name + ".wi"], params[name + ".bi"]).relu()
+        x = functional.linear(rounded(x), params[name + ".wi"], params[name + ".bi"]).relu()
         if config["activation"] == "relu2":
             x = x.square()
+        x = before_wo(x, name)
         return functional.linear(x, params[name + ".wo"], params[name + ".bo"])
 
     x = functional.embedding(tokens.clamp(max=config["vocab_size"] - 1), params["embedding.weight"])
@@ -318,6 +354,8 @@ def torch_loss(torch, params, config, tokens, targets):
         x = x + feed_forward(norm(x, f"blocks.{i}.norm2"), f"blocks.{i}.ffn")
     if config["final_norm"]:
         x = norm(x, "final_norm")
+    if config.get("ternary_embedding"):
+        x = rounded(x)
     logits = functional.linear(x, params["output.weight"], params["output.bias"])
     counted = ~padding & (targets != config["vocab_size"])
     loss = (
@@ -331,8 +369,21 @@ def torch_loss(torch, params, config, tokens, targets):
 @pytest.mark.parametrize("padding", PADDED_ROWS)
 @pytest.mark.parametrize(("activation", "positions", "span", "final_norm"), OPTIONS)
 def test_loss_and_gradients_agree_with_torch(activation, positions, span, final_norm, padding):
+    check_against_torch(make_config(activation, positions, span, final_norm, 2), padding)
+
+
+@sub_norms
+@pytest.mark.parametrize("padding", ["none", "middle", "all"])
+@pytest.mark.parametrize("int8", [(True, True), (True, False), (False, True)])
+def test_norms_and_int8_agree_with_torch(int8, padding, sub_norm):
+    int8, ternary_embedding = int8
+    config = make_config(final_norm=padding != "middle", num_blocks=2, sub_norm=sub_norm)
+    config |= {"int8_activations": int8, "ternary_embedding": ternary_embedding}
+    check_against_torch(config, padding)
+
+
+def check_against_torch(config, padding):
     torch = pytest.importorskip("torch")
-    config = make_config(activation, positions, span, final_norm, num_blocks=2)
     params, tokens = make_params(config), tokens_with(padding)
     leaves = {name: torch.tensor(value, requires_grad=True) for name, value in params.items()}
     logits, loss = torch_loss(
@@ -347,6 +398,55 @@ def test_loss_and_gradients_agree_with_torch(activation, positions, span, final_
         expected = leaves[name].grad
         expected = np.zeros_like(gradient) if expected is None else expected.numpy()
         assert_close(gradient, expected, what=name, **FLOAT64)
+
+
+# --- Activations in int8 --------------------------------------------------------------------------
+
+
+def test_quantize_activations_by_hand():
+    # The step is 0.5; 0.25 and 0.75 are ties, and 0.3 is nearer to the first multiple.
+    x = np.array([[63.5, 0.25, -0.75, 0.3], [0.0, 0.0, 0.0, 0.0], [-2.0, 1.0, 0.0, 2.0]])
+    third = [-2.0, 2.0 / 127 * 64, 0.0, 2.0]
+    expected = [[63.5, 0.0, -1.0, 0.5], [0.0] * 4, third]
+    assert_close(oracle.quantize_activations(x), expected, **FLOAT64)
+    assert_close(oracle.activation_step(x), [[0.5], [0.0], [2.0 / 127]], **FLOAT64)
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 64])
+def test_quantize_activations_moves_by_half_a_step_at_most(size):
+    x = normal(20, size)
+    rounded, step = oracle.quantize_activations(x), oracle.activation_step(x)
+    multiples = rounded / step
+    assert_close(multiples, np.rint(multiples), rtol=0, atol=1e-12)
+    assert_close(np.abs(multiples).max(axis=1), np.full(20, 127.0), **FLOAT64)
+    assert (np.abs(rounded - x) <= step / 2 * (1 + 1e-12)).all()
+
+
+def test_int8_gradients_go_straight_through_the_rounding():
+    """Those of the weights meet rounded inputs; those of the inputs are those of plain layers."""
+    config = make_config("relu", sub_norm=True)
+    weights = part(make_params(config), "blocks.0.ffn.")
+    x, d_output = normal(2, 3, 6), normal(2, 3, 6, seed=4)
+    int8 = {**config, "int8_activations": True}
+    d_x, gradients = oracle.feed_forward_backward(d_output, x, weights, int8)
+
+    inputs = oracle.quantize_activations(x).reshape(6, 6)
+    hidden = np.maximum(inputs @ weights["wi"].T + weights["bi"], 0.0)
+    normed = oracle.layer_norm(hidden, weights["gamma"], weights["beta"])
+    d_rows = d_output.reshape(6, 6)
+    assert_close(gradients["wo"], d_rows.T @ oracle.quantize_activations(normed), **FLOAT64)
+    d_hidden, d_gamma, d_beta = oracle.layer_norm_backward(
+        d_rows @ weights["wo"], hidden, weights["gamma"]
+    )
+    d_hidden = d_hidden * (hidden > 0)
+    assert_close(gradients["gamma"], d_gamma, **FLOAT64)
+    assert_close(gradients["beta"], d_beta, **FLOAT64)
+    assert_close(gradients["wi"], d_hidden.T @ inputs, **FLOAT64)
+    assert_close(gradients["bi"], d_hidden.sum(axis=0), **FLOAT64)
+    assert_close(d_x.reshape(6, 6), d_hidden @ weights["wi"], **FLOAT64)
+    # And it is not what a layer without rounding has.
+    plain = oracle.feed_forward_backward(d_output, x, weights, config)[1]
+    assert np.abs(gradients["wi"] - plain["wi"]).max() > 1e-3
 
 
 # --- What must hold for the model -----------------------------------------------------------------
@@ -486,7 +586,7 @@ def test_fault9_layer_norm_has_12_bits(size):
     assert 2**-20 < np.abs(faulty / right - 1).max() <= 2**-12
 
 
-# --- Optimizer, ternary weights -------------------------------------------------------------------
+# --- Optimizers, quantized weights ----------------------------------------------------------------
 
 
 def test_adamw_step_by_hand():
@@ -519,44 +619,170 @@ def test_adamw_step_agrees_with_torch(weight_decay):
     assert_close(weight, parameter.detach().numpy(), **FLOAT64)
 
 
-def test_warmup_cosine_by_hand():
-    rates = [
-        oracle.warmup_cosine(step, peak=2.0, warmup_steps=4, total_steps=8, final_fraction=0.1)
-        for step in (0, 1, 3, 4, 6, 8, 100)
-    ]
-    assert_close(rates, [0.5, 1.0, 2.0, 2.0, 1.1, 0.2, 0.2], **FLOAT64)
+def test_sgd_step_by_hand():
+    weight, momentum = oracle.sgd_step(
+        [2.0, -4.0], [0.5, -3.0], [1.0, 0.0], learning_rate=0.1, mu=0.5, weight_decay=0.25
+    )
+    assert_close(momentum, [1.0, -3.0], **FLOAT64)
+    assert_close(weight, [2.0 - 0.1 * (1.0 + 0.5), -4.0 + 0.1 * (3.0 + 1.0)], **FLOAT64)
 
 
-def test_ternarize_by_hand():
+@pytest.mark.parametrize("mu", [0.0, 0.9])
+def test_sgd_step_agrees_with_torch(mu):
+    # PyTorch's decay is not decoupled: left out.
+    torch = pytest.importorskip("torch")
+    weight, gradients = normal(3, 5), normal(4, 3, 5)
+    parameter = torch.tensor(weight, requires_grad=True)
+    optimizer = torch.optim.SGD([parameter], lr=0.01, momentum=mu)
+    momentum = np.zeros_like(weight)
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        optimizer.step()
+        weight, momentum = oracle.sgd_step(
+            weight, gradient, momentum, learning_rate=0.01, mu=mu, weight_decay=0.0
+        )
+    assert_close(weight, parameter.detach().numpy(), **FLOAT64)
+
+
+def test_sign_step_by_hand():
+    weight, gradient = np.array([1, 0, -1, -1, 1]), np.array([2.0, -1e-40, -0.0, 0.0, -3.0])
+    assert oracle.sign_step(weight, gradient).tolist() == [-1, 1, -1, -1, 1]
+    assert oracle.sign_step(weight, gradient, "ascend").tolist() == [1, -1, -1, -1, -1]
+
+
+LATE_FALL = {"peak": 2.0, "warmup_steps": 4, "total_steps": 10, "falling_steps": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "rates"),
+    [
+        ({"schedule": "cosine", "final_fraction": 0.1}, [2.0, 1.1, 0.2, 0.2]),
+        ({"schedule": "linear", "final_fraction": 0.1}, [2.0, 1.1, 0.2, 0.2]),
+        ({"schedule": "linear"}, [2.0, 1.0, 0.0, 0.0]),
+        ({"schedule": "step", "factor": 0.1, "stair": 2}, [2.0, 0.2, 0.02, 0.002]),
+        ({"schedule": "step", "factor": 0.5, "stair": 4}, [2.0, 2.0, 1.0, 1.0]),
+        ({"schedule": "constant"}, [2.0, 2.0, 2.0, 2.0]),
+    ],
+    ids=str,
+)
+def test_learning_rate_by_hand(options, rates):
+    early = [oracle.learning_rate(step, **LATE_FALL, **options) for step in (0, 1, 3, 4, 5)]
+    late = [oracle.learning_rate(step, **LATE_FALL, **options) for step in (6, 8, 10, 12)]
+    assert_close(early, [0.5, 1.0, 2.0, 2.0, 2.0], **FLOAT64)
+    assert_close(late, rates, **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "settings"),
+    [
+        ({"schedule": "cosine", "final_fraction": 0.25}, "CosineAnnealingLR",
+         {"T_max": 12, "eta_min": 0.5}),
+        ({"schedule": "linear", "final_fraction": 0.25}, "LinearLR",
+         {"start_factor": 1.0, "end_factor": 0.25, "total_iters": 12}),
+        ({"schedule": "step", "factor": 0.5, "stair": 5}, "StepLR",
+         {"gamma": 0.5, "step_size": 5}),
+        ({"schedule": "constant"}, "ConstantLR", {"factor": 1.0}),
+    ],
+    ids=["cosine", "linear", "step", "constant"],
+)  # fmt: skip
+def test_learning_rate_agrees_with_torch(options, name, settings):
+    torch = pytest.importorskip("torch")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=2.0)
+    scheduler = getattr(torch.optim.lr_scheduler, name)(optimizer, **settings)
+    for step in range(13):
+        rate = oracle.learning_rate(
+            step, peak=2.0, warmup_steps=0, total_steps=12, falling_steps=12, **options
+        )
+        assert_close(rate, optimizer.param_groups[0]["lr"], **FLOAT64)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_quantize_by_hand():
     # mean |w| = 0.5; 0.25 and -0.75 are the ties 0.5 and -1.5 (clipped to -1) of w / scale.
-    codes, scale = oracle.ternarize([[0.25, -0.75, 0.0], [0.26, 1.24, -0.5]])
-    assert scale == 0.5
-    assert codes.tolist() == [[0, -1, 0], [1, 1, -1]]
+    weight = np.array([[0.25, -0.75, 0.0], [0.26, 1.24, -0.5]])
+    codes, scales = oracle.quantize(weight)
+    assert (codes.tolist(), scales.tolist()) == ([[0, -1, 0], [1, 1, -1]], [[0.5]])
     assert codes.dtype == np.int8
-    codes, scale = oracle.ternarize(np.zeros((2, 3)))
-    assert scale == 0.0
-    assert not codes.any()
-    codes, scale = oracle.ternarize([[0.5, -0.6, 3.0]], scale="one")
-    assert (codes.tolist(), scale) == ([[0, -1, 1]], 1.0)
+    # Sorted magnitudes: 0, 0.25, 0.26, 0.5, 0.75, 1.24.
+    codes, scales = oracle.quantize(weight, "ternary-median")
+    assert scales.tolist() == [[float(np.float16(0.38))]]
+    assert codes.tolist() == [[1, -1, 0], [1, 1, -1]]
+    codes, scales = oracle.quantize(weight, "binary")
+    assert (codes.tolist(), scales.tolist()) == ([[1, -1, 1], [1, 1, -1]], [[0.5]])
+    # 5 / 8 of 0.5: the bound between 1 and 3 is at 0.625.
+    codes, scales = oracle.quantize(weight, "2bit")
+    assert (codes.tolist(), scales.tolist()) == ([[1, -3, 1], [1, 3, -1]], [[0.3125]])
+    codes, scales = oracle.quantize(weight, "sign", fixed=0.25)
+    assert (codes.tolist(), scales.tolist()) == ([[1, -1, 0], [1, 1, -1]], [[0.25]])
 
 
-def test_ternarize_rounds_the_scale_to_float16():
-    weight = normal(9, 17)
-    _, scale = oracle.ternarize(weight)
-    assert scale == float(np.float16(scale)) != np.abs(weight).mean()
-    assert_close(scale, np.abs(weight).mean(), rtol=2.0**-11, atol=0)
+@pytest.mark.parametrize(
+    ("scheme", "codes"),
+    [("ternary", [0, 0, -1, 1, -1, 1]), ("ternary-median", [0, 0, -1, 1, -1, 1]),
+     ("binary", [1, -1, -1, 1, -1, 1]), ("2bit", [1, -1, -1, 1, -1, 3]),
+     ("sign", [1, -1, -1, 1, -1, 1])],
+)  # fmt: skip
+def test_quantize_with_scale_one_by_hand(scheme, codes):
+    weight = np.array([[0.5, -0.5, -0.6, 2.0, -2.0, 1e38]])
+    answer, scales = oracle.quantize(weight, scheme, "one")
+    assert (answer.tolist(), scales.tolist()) == ([codes], [[1.0]])
 
 
-def test_pack_2bit_by_hand():
-    packed = oracle.pack_2bit(np.array([[-1, 0, 1, -1, 1], [0, 0, 0, 0, -1]], dtype=np.int8))
-    assert packed.tolist() == [[0b00_10_01_00, 0b01_01_01_10], [0b01_01_01_01, 0b01_01_01_00]]
-    assert packed.dtype == np.uint8
+@pytest.mark.parametrize(
+    ("scheme", "codes"),
+    [("ternary", [0, 0, 0, 0]), ("ternary-median", [0, 0, 0, 0]), ("binary", [1, 1, 1, -1]),
+     ("2bit", [1, 1, 1, -1])],
+)  # fmt: skip
+def test_quantize_with_a_scale_of_zero_by_hand(scheme, codes):
+    answer, scales = oracle.quantize(np.array([[0.0, -0.0, 1e-45, -1e-45]]), scheme)
+    assert (answer.tolist(), scales.tolist()) == ([codes], [[0.0]])
 
 
-@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 17])
-def test_pack_2bit_is_undone_by_unpack_2bit(columns):
-    codes = np.random.default_rng(7).integers(-1, 2, size=(3, columns), dtype=np.int8)
-    assert_same_bits(oracle.unpack_2bit(oracle.pack_2bit(codes), columns), codes)
+def test_quantize_by_groups_by_hand():
+    weight = np.array([[1.0] * 128 + [3.0] * 128 + [5.0], [-0.25] * 256 + [1.0]])
+    for scale, expected in (
+        ("tensor", [[(4 * 128 + 5 + 64 + 1) / 514]]),
+        ("row", [[517 / 257], [65 / 257]]),
+        ("128", [[1.0, 3.0, 5.0], [0.25, 0.25, 1.0]]),
+        ("256", [[2.0, 5.0], [0.25, 1.0]]),
+    ):
+        codes, scales = oracle.quantize(weight, "ternary", scale)
+        assert_close(scales, oracle.to_float16(expected), rtol=0, atol=0)
+        wide = np.repeat(scales, 257 if scale in ("tensor", "row") else int(scale), axis=1)
+        assert_same_bits(codes, (np.sign(weight) * (abs(weight) > wide[:, :257] / 2)).astype("i1"))
+
+
+def test_to_float16_is_the_nearest_finite_number():
+    values = [0.1, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 1.5 * 2.0**-24, 7e4, 1e300]
+    expected = [1638 / 2**14, 1.0, 1 + 2.0**-9, 0.0, 2.0**-23, 65504.0, 65504.0]
+    assert_close(oracle.to_float16(values), expected, rtol=0, atol=0)
+
+
+def test_first_scale_is_that_of_normal_numbers():
+    for name, deviation in (("output.weight", 0.02), ("blocks.0.ffn.wo", 0.01)):
+        magnitude = np.abs(normal(100_000)).mean() * deviation
+        # Four standard errors of the mean magnitude.
+        assert_close(oracle.first_scale(name, 2), magnitude, rtol=4 * 0.76 / 316, atol=0)
+
+
+def test_pack_by_hand():
+    codes = np.array([[-1, 0, 1, -1, 1], [0, 0, 0, 0, -1]], dtype=np.int8)
+    for scheme in ("ternary", "ternary-median", "sign"):
+        packed = oracle.pack(codes, scheme)
+        assert packed.tolist() == [[0b00_10_01_00, 0b10], [0b01_01_01_01, 0b00]]
+        assert packed.dtype == np.uint8
+    codes = np.array([[-3, -1, 1, 3, 3]], dtype=np.int8)
+    assert oracle.pack(codes, "2bit").tolist() == [[0b11_10_01_00, 0b11]]
+    codes = np.array([[1, -1, -1, 1, 1, -1, -1, -1, 1]], dtype=np.int8)
+    assert oracle.pack(codes, "binary").tolist() == [[0b00011001, 0b1]]
+
+
+@pytest.mark.parametrize("scheme", oracle.CODES)
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 9, 17])
+def test_pack_is_undone_by_unpack(columns, scheme):
+    codes = np.random.default_rng(7).choice(oracle.CODES[scheme], (3, columns)).astype(np.int8)
+    assert_same_bits(oracle.unpack(oracle.pack(codes, scheme), scheme, columns), codes)
 
 
 # --- The comparison helper ------------------------------------------------------------------------

@@ -4,22 +4,26 @@ import errno
 import json
 import math
 import os
+import shutil
 import stat
 import struct
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
+from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from safetensors.numpy import load_file, save_file
 
-from legacy1bit import stories, trainer
-from legacy1bit.dataset import TokenDataset, story_corpus, text_corpus
+from legacy1bit import logger, stories, trainer
+from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import OPTIMIZERS, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.model import ModelFileError, create_legacy_llm, load_model
+from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.trainer import (
+    BEST_FOLDER,
     CHECKPOINT_FILE,
     SETTINGS_FILE,
     Metrics,
@@ -28,13 +32,36 @@ from legacy1bit.trainer import (
     evaluate,
     read_settings,
     recall_of_heroes,
+    weight_shares,
 )
 
 PAD = 256
 TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
 STEPS, EVERY = 12, 5
 
-MODEL_KEYS = {"scheme", "model_dim", "num_heads", "sequence_length", "positions"}
+MODEL_KEYS = {setting.name for setting in fields(ModelConfig)}
+
+# What a line of metrics.jsonl holds, in this order.
+RECORD_KEYS = (
+    "step",
+    "train_loss",
+    "val_loss",
+    "val_tokens",
+    "perplexity",
+    "bits_per_byte",
+    "top1",
+    "top3",
+    "top5",
+    "learning_rate",
+    "gradient_norm",
+    "tokens_per_second",
+    "elapsed_seconds",
+    "full_precision",
+    "weights",
+)
+
+# Of those, the ones that the clock decides.
+TIMES = ("tokens_per_second", "elapsed_seconds")
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +81,29 @@ def make(folder, text=TEXT, **changes):
     return Trainer(folder, config, TrainingConfig(**training), corpus, {"name": "text"})
 
 
-def train(run, stop_at=None):
+def train(run, stop_at=None, on_report=lambda record: None):
     """Train a run, from where it is, until its end or until a step; return losses and records."""
     run.folder.mkdir(exist_ok=True)
-    logger = MetricsLogger(run.folder, run.step)
     losses, records = [], []
+
+    def report(record):
+        records.append(record)
+        on_report(record)
+
     done = run.train(
-        logger,
+        MetricsLogger(run.folder, run.step),
         lambda loss, speed: losses.append(loss),
-        records.append,
+        report,
         lambda: run.step == stop_at,
     )
     return done, losses, records
+
+
+def resumed(folder, **changes):
+    """A run as it goes on from its checkpoint."""
+    run = make(folder, **changes)
+    run.restore()
+    return run
 
 
 def state_of(run):
@@ -84,10 +122,7 @@ def assert_same_state(one, other):
 
 def measured(records):
     """Records without what the clock decides."""
-    return [
-        {k: v for k, v in record.items() if k not in ("tokens_per_second", "elapsed_seconds")}
-        for record in records
-    ]
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -253,6 +288,7 @@ def test_metrics_derive_from_the_loss():
     assert metrics.bits_per_byte == pytest.approx(3.0)
     assert metrics.record() == {
         "val_loss": metrics.loss,
+        "val_tokens": 100,
         "perplexity": metrics.perplexity,
         "bits_per_byte": metrics.bits_per_byte,
         "top1": 0.25,
@@ -383,17 +419,17 @@ def test_training_does_not_depend_on_when_it_measures(tmp_path):
     assert_same_state(state_of(often), state_of(seldom))
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("scheme", ["ternary", "float"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheme", [*SCHEMES, FLOAT])
 def test_training_learns(tmp_path, optimizer, scheme):
-    text = b"abcdefgh" * 60
+    rates = {"muon": 1e-2, "adamw": 1e-2, "sgd": 0.1}
     run = make(
         tmp_path / "run",
-        text,
+        b"abcdefgh" * 60,
         optimizer=optimizer,
         scheme=scheme,
         steps=150,
-        learning_rate=1e-2,
+        learning_rate=rates[optimizer],
         evaluate_every=150,
     )
     _, losses, records = train(run)
@@ -402,8 +438,22 @@ def test_training_learns(tmp_path, optimizer, scheme):
     assert records[-1]["top1"] > 0.9
 
 
+def recording_norms(run):
+    """A list that gets the norm of every step's gradient."""
+    norms, take = [], run.train_step
+
+    def train_step():
+        loss, norm = take()
+        norms.append(norm)
+        return loss, norm
+
+    run.train_step = train_step
+    return norms
+
+
 def test_train_records_what_it_measures(tmp_path):
     run = make(tmp_path / "run")
+    norms = recording_norms(run)
     done, losses, records = train(run)
     assert done
     assert run.step == len(losses) == STEPS
@@ -411,21 +461,12 @@ def test_train_records_what_it_measures(tmp_path):
     assert read_metrics(run.folder / METRICS_FILE) == records
     before = 0
     for record in records:
-        assert list(record) == [
-            "step",
-            "train_loss",
-            "val_loss",
-            "perplexity",
-            "bits_per_byte",
-            "top1",
-            "top3",
-            "top5",
-            "learning_rate",
-            "tokens_per_second",
-            "elapsed_seconds",
-        ]
+        assert tuple(record) == RECORD_KEYS
         part = losses[before : record["step"]]
         assert record["train_loss"] == pytest.approx(sum(part) / len(part))
+        part = norms[before : record["step"]]
+        assert record["gradient_norm"] == pytest.approx(sum(part) / len(part))
+        assert record["full_precision"] is False
         assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
         assert record["bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2))
         assert record["learning_rate"] == run.config.learning_rate_at(record["step"] - 1)
@@ -436,9 +477,21 @@ def test_train_records_what_it_measures(tmp_path):
     final = evaluate(load_model(run.folder), run.corpus.validation)
     assert run.metrics == final
     assert records[-1]["val_loss"] == final.loss
+    assert records[-1]["val_tokens"] == final.tokens == run.corpus.validation.tokens.size - 1
+
+
+def test_step_gives_the_norm_of_its_gradient(tmp_path):
+    """The whole gradient's, before clipping."""
+    run = make(tmp_path / "run", clip=1e-3)
+    for _ in range(3):
+        _, norm = run.train_step()
+        gradient = run.gradients.flat.astype(np.float64)
+        # Squares are added up in float32, up to 1,024 of them.
+        assert_close(norm, math.sqrt(math.fsum(gradient**2)), rtol=gamma(1024), atol=0)
 
 
 def test_train_measures_everything_at_the_end_only(tmp_path, monkeypatch):
+    """And at the end the sample, too, by which the best model is found."""
     limits = []
 
     def measure(model, dataset, threads, limit):
@@ -447,7 +500,7 @@ def test_train_measures_everything_at_the_end_only(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "evaluate", measure)
     train(make(tmp_path / "run"))
-    assert limits == [16384, 16384, None]
+    assert limits == [16384, 16384, 16384, None]
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 11])
@@ -472,9 +525,13 @@ def test_train_told_to_stop_at_the_last_step_is_done(tmp_path):
 # --- Going on -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("scheme", ["ternary", "float"])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("scheme", "optimizer", "threads"),
+    [
+        *((scheme, optimizer, 1) for scheme in (*SCHEMES, FLOAT) for optimizer in OPTIMIZERS),
+        *(("ternary", "muon", 2), (FLOAT, "adamw", 2), ("sign", "sgd", 2)),
+    ],
+)
 def test_restored_run_ends_like_an_unbroken_one(tmp_path, optimizer, scheme, threads):
     settings = {"optimizer": optimizer, "scheme": scheme, "threads": threads}
     whole = make(tmp_path / "whole", **settings)
@@ -516,21 +573,629 @@ def test_restored_run_goes_on_counting_seconds(tmp_path):
     assert records[0]["elapsed_seconds"] > run.seconds
 
 
+RUN_FILES = {
+    SETTINGS_FILE,
+    CHECKPOINT_FILE,
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+}
+
+
 def test_saved_run_holds_all_that_it_needs(tmp_path):
     run = make(tmp_path / "deep" / "run", seed=7)
     run.save()
-    names = {path.name for path in run.folder.iterdir()}
-    assert names == {
-        SETTINGS_FILE,
-        CHECKPOINT_FILE,
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
+    names = {path.name for path in run.folder.iterdir() if path.is_file()}
+    assert names == RUN_FILES
     assert read_settings(run.folder) == (run.model.config, run.config, run.source)
     loaded = load_model(run.folder)
     tokens = np.arange(8, dtype=np.int32)[None]
     assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(run.model, tokens))
+
+
+# --- Parts of a step ------------------------------------------------------------------------------
+
+
+def half_padding(rows=12):
+    """A corpus of sequences of 8 tokens that hold padding: some much, some nothing else."""
+    rng = np.random.default_rng(5)
+    tokens = rng.integers(97, 123, 9 * rows).astype(np.int32)
+    for row in range(rows):
+        tokens[9 * row + 9 - row % 10 : 9 * row + 9] = PAD
+    starts = np.arange(0, tokens.size, 9)
+    training = TokenDataset(tokens, 8, PAD, starts)
+    assert (training._sequences(starts, starts + 9)[0] == PAD).all(axis=1).any()
+    return Corpus("padding", training, training)
+
+
+def in_parts(folder, parts, corpus, **changes):
+    """A run that works at its 12 sequences a step in so many parts."""
+    run = make(folder, batch_size=12 // parts, gradient_accumulation=parts, **changes)
+    run.corpus = corpus or run.corpus
+    return run
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path, parts, padded):
+    corpus = half_padding() if padded else None
+    whole, split, single = (in_parts(tmp_path / "run", n, corpus) for n in (1, parts, 12))
+    tokens, targets = whole.corpus.training.batch(0, 12, 1)
+    asked = int(((tokens != PAD) & (targets != PAD)).sum())
+    terms = np.zeros_like(single.gradients.flat)
+    for row in range(12):
+        single.gradients.flat[...] = 0
+        single.passes.run(tokens[[row]], targets[[row]], single.gradients, asked)
+        terms += np.abs(single.gradients.flat)
+    (loss, norm), (same_loss, same_norm) = whole.train_step(), split.train_step()
+    # Sums over the tokens of a batch, whose order alone differs.
+    bound = gamma(2 * tokens.size) * terms.max()
+    assert_close(split.gradients.flat, whole.gradients.flat, rtol=0, atol=bound)
+    assert_close(same_norm, norm, rtol=0, atol=bound * math.sqrt(terms.size))
+    assert_close(same_loss, loss, rtol=gamma(2 * tokens.size), atol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 12])
+def test_run_in_parts_ends_like_one_of_whole_batches(tmp_path, parts, padded):
+    """By SGD on float weights, which makes no leaps: rate x (error of a gradient) a step."""
+    settings = {"scheme": FLOAT, "optimizer": "sgd", "warmup_steps": 0, "decay_share": 0.0}
+    corpus = half_padding() if padded else None
+    whole = in_parts(tmp_path / "whole", 1, corpus, **settings)
+    split = in_parts(tmp_path / "split", parts, corpus, **settings)
+    start = state_of(whole)
+    (_, losses, records), (_, others, copies) = train(whole), train(split)
+    ends, again = state_of(whole), state_of(split)
+    for name in ends:
+        # A gradient has less than 2 n roundings of its n tokens, clipped to a norm of 1; momentum
+        # adds up 20 of them.
+        bound = STEPS * 0.1 * 20 * gamma(2 * 12 * 8)
+        assert_close(again[name], ends[name], rtol=4 * UNIT_ROUNDOFF, atol=bound, what=name)
+    moved = max(np.abs(ends[name] - start[name]).max() for name in whole.model.latent)
+    assert moved > 100 * bound
+    assert_close(others, losses, rtol=1e-4, atol=0)
+    assert [r["val_tokens"] for r in records] == [r["val_tokens"] for r in copies]
+    assert [r["learning_rate"] for r in records] == [r["learning_rate"] for r in copies]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_run_in_parts_goes_on_to_the_bit(tmp_path, threads):
+    settings = {"batch_size": 2, "gradient_accumulation": 3, "threads": threads}
+    whole = make(tmp_path / "whole", **settings)
+    _, losses, records = train(whole)
+    run = make(tmp_path / "run", **settings)
+    parts = train(run, stop_at=5)[1]
+    run = resumed(tmp_path / "run", **settings)
+    parts += train(run)[1]
+    assert parts == losses
+    assert_same_state(state_of(run), state_of(whole))
+    assert measured(read_metrics(run.folder / METRICS_FILE)) == measured(records)
+
+
+def test_speed_counts_every_part(tmp_path, monkeypatch):
+    """Tokens a second: of all sequences of a step."""
+    run = make(tmp_path / "run", batch_size=2, gradient_accumulation=3, steps=1)
+    ticks = iter(range(1000))
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    _, _, records = train(run)
+    assert records[0]["elapsed_seconds"] == 1.0
+    assert records[0]["tokens_per_second"] == 2 * 3 * 8
+
+
+@pytest.mark.usefixtures("tier")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("scheme", ["ternary", FLOAT])
+def test_gradient_checkpointing_changes_no_bit(tmp_path, monkeypatch, threads, scheme):
+    told = []
+
+    def passes(model, batch_size, time, threads, checkpointing):
+        told.append(checkpointing)
+        return backward(model, batch_size, time, threads, checkpointing)
+
+    backward = trainer.BackwardPass
+    monkeypatch.setattr(trainer, "BackwardPass", passes)
+    settings = {"scheme": scheme, "num_blocks": 3, "threads": threads, "gradient_accumulation": 2}
+    runs = [
+        make(tmp_path / str(twice), gradient_checkpointing=twice, **settings)
+        for twice in (False, True)
+    ]
+    (_, losses, records), (_, others, copies) = map(train, runs)
+    assert told == [False, True]
+    assert others == losses
+    assert measured(copies) == measured(records)
+    assert_same_state(state_of(runs[1]), state_of(runs[0]))
+
+
+# --- A warm start ---------------------------------------------------------------------------------
+
+# Half of the 12 steps.
+FLOAT_STEPS = 6
+WARM = {"float_steps": FLOAT_STEPS, "evaluate_every": 3}
+
+
+LEARNING = [name for name, scheme in SCHEMES.items() if scheme.learns]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheme", LEARNING)
+def test_warm_start_trains_in_full_precision_and_then_with_codes(tmp_path, scheme, optimizer):
+    settings = {"optimizer": optimizer, "ternary_embedding": True}
+    warm = make(tmp_path / "warm", scheme=scheme, **settings, **WARM)
+    precise = make(tmp_path / "float", scheme=FLOAT, evaluate_every=3, **settings)
+    assert_same_state(state_of(warm), state_of(precise))
+    (_, losses, records), (_, others, copies) = train(warm), train(precise)
+    assert losses[:FLOAT_STEPS] == others[:FLOAT_STEPS]
+    assert losses[FLOAT_STEPS] != others[FLOAT_STEPS]
+    assert [r["full_precision"] for r in records] == [True, False, False, False]
+    for key in ("train_loss", "val_loss", "top5", "gradient_norm"):
+        assert records[0][key] == copies[0][key]
+    # What is measured when the phase is over is what it leads to, the codes.
+    assert records[1]["train_loss"] == copies[1]["train_loss"]
+    assert records[1]["val_loss"] != copies[1]["val_loss"]
+    assert not warm.model.full_precision
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("scheme", LEARNING)
+def test_warm_start_beside_float_embeddings(tmp_path, scheme, optimizer):
+    """The weights lie in another order then; without clipping nothing depends on it."""
+    warm = make(tmp_path / "warm", scheme=scheme, optimizer=optimizer, clip=0.0, **WARM)
+    precise = make(tmp_path / "float", scheme=FLOAT, optimizer=optimizer, clip=0.0)
+    for name, weights in precise.model.latent.items():
+        weights[...] = warm.model.latent[name]
+    losses, others = train(warm)[1], train(precise)[1]
+    assert losses[:FLOAT_STEPS] == others[:FLOAT_STEPS]
+    assert losses[FLOAT_STEPS] != others[FLOAT_STEPS]
+
+
+def test_codes_are_used_after_a_warm_start(tmp_path):
+    """From there on it is as if the weights had come from elsewhere."""
+    run = make(tmp_path / "run", **WARM)
+    train(run, stop_at=FLOAT_STEPS)
+    shutil.copytree(run.folder, tmp_path / "copy")
+    _, losses, records = train(resumed(tmp_path / "run", **WARM))
+    _, others, copies = train(resumed(tmp_path / "copy", **WARM | {"float_steps": 0}))
+    assert others == losses
+    assert measured(copies) == measured(records)
+
+
+def test_codes_follow_the_weights_of_a_warm_start(tmp_path):
+    """They are what is saved, and what a record tells of."""
+    run = make(tmp_path / "run", learning_rate=0.1, **WARM)
+    _, _, (record,) = train(run, stop_at=3)
+    assert record["full_precision"]
+    loaded = load_model(run.folder)
+    again = create_legacy_llm(run.model.config, 9)
+    for name, weights in again.latent.items():
+        weights[...] = run.model.latent[name]
+    again.quantize()
+    for name, matrix in codes_of(again).items():
+        assert_same_bits(codes_of(loaded)[name], matrix, name)
+    assert any(shares["flipped"] > 0 for shares in record["weights"].values())
+    assert evaluate(loaded, run.corpus.validation).loss != record["val_loss"]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6, 7, 9])
+def test_warm_start_goes_on_to_the_bit(tmp_path, stop):
+    whole = make(tmp_path / "whole", **WARM)
+    _, losses, records = train(whole)
+    run = make(tmp_path / "run", **WARM)
+    parts = train(run, stop_at=stop)[1]
+    run = resumed(tmp_path / "run", **WARM)
+    parts += train(run)[1]
+    assert parts == losses
+    assert_same_state(state_of(run), state_of(whole))
+    kept = measured(read_metrics(run.folder / METRICS_FILE))
+    if stop % 3 == 0:
+        assert kept == measured(records)
+    assert kept[-1]["val_loss"] == records[-1]["val_loss"]
+    assert [r["full_precision"] for r in kept] == [r["step"] < FLOAT_STEPS for r in kept]
+
+
+def test_no_model_of_a_warm_start_is_the_best(tmp_path, monkeypatch):
+    with_losses(monkeypatch, {3: 1.0, 6: 5.0, 9: 4.0, 12: 6.0})
+    run = make(tmp_path / "run", **WARM)
+    train(run, stop_at=3)
+    assert run.best == (math.inf, 0)
+    assert not (run.folder / BEST_FOLDER).exists()
+    run = resumed(tmp_path / "run", **WARM)
+    assert run.best == (math.inf, 0)
+    train(run)
+    assert run.best == (4.0, 9)
+    assert step_of(run.folder / BEST_FOLDER) == 9
+
+
+def test_warm_start_to_the_end_still_ends_with_codes(tmp_path):
+    run = make(tmp_path / "run", float_steps=STEPS)
+    _, _, records = train(run)
+    assert [r["full_precision"] for r in records] == [True, True, False]
+    assert records[-1]["val_loss"] == evaluate(load_model(run.folder), run.corpus.validation).loss
+    assert run.best[1] == STEPS
+
+
+# --- Weight decay ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_ends_when_it_is_told_to(tmp_path, optimizer):
+    settings = {"optimizer": optimizer, "weight_decay": 3.0, "scheme": FLOAT}
+    until = make(tmp_path / "until", weight_decay_until=0.5, **settings)
+    always = make(tmp_path / "always", **settings)
+    never = make(tmp_path / "never", **settings | {"weight_decay": 0.0})
+    states = {}
+    for run in (until, always, never):
+        for _ in range(6):
+            run.train_step()
+        states[run] = state_of(run)
+    assert_same_state(states[until], states[always])
+    assert any((states[until][name] != states[never][name]).any() for name in states[until])
+    # From there on as a run without, which begins with the same state.
+    for name, weights in never.model.latent.items():
+        weights[...] = states[until][name]
+    never.model.quantize()
+    never.optimizer.first[...], never.optimizer.second[...] = (
+        states[until]["first"],
+        states[until]["second"],
+    )
+    for run in (until, always, never):
+        for _ in range(6):
+            run.train_step()
+    assert_same_state(state_of(until), state_of(never))
+    assert any((state_of(always)[name] != state_of(until)[name]).any() for name in states[until])
+
+
+@pytest.mark.parametrize("stop", [3, 6, 8])
+def test_weight_decay_that_ends_goes_on_to_the_bit(tmp_path, stop):
+    settings = {"weight_decay": 3.0, "weight_decay_until": 0.5}
+    whole = make(tmp_path / "whole", **settings)
+    _, losses, _ = train(whole)
+    run = make(tmp_path / "run", **settings)
+    parts = train(run, stop_at=stop)[1]
+    run = resumed(tmp_path / "run", **settings)
+    assert parts + train(run)[1] == losses
+    assert_same_state(state_of(run), state_of(whole))
+
+
+# --- Codes in the record --------------------------------------------------------------------------
+
+
+def codes_of(model):
+    """The codes of each quantized matrix, by its name."""
+    return {
+        name: matrix.values.copy()
+        for name, matrix in model.parameters.items()
+        if not isinstance(matrix, np.ndarray)
+    }
+
+
+def counted(codes, levels, before=None):
+    """Shares of codes, one weight at a time."""
+    shares = {}
+    for name, matrix in codes.items():
+        values = matrix.reshape(-1).tolist()
+        shares[name] = {str(level): values.count(level) / len(values) for level in levels}
+        if before is not None:
+            pairs = zip(values, before[name].reshape(-1).tolist(), strict=True)
+            shares[name]["flipped"] = sum(one != other for one, other in pairs) / len(values)
+    return shares
+
+
+def assert_same_shares(found, expected):
+    assert list(found) == list(expected)
+    for name in found:
+        assert list(found[name]) == list(expected[name])
+        for key, share in expected[name].items():
+            assert abs(found[name][key] - share) <= 5.1e-7, (name, key)
+
+
+LEVELS = {
+    "ternary": (-1, 0, 1),
+    "ternary-median": (-1, 0, 1),
+    "binary": (-1, 1),
+    "2bit": (-3, -1, 1, 3),
+    "sign": (-1, 0, 1),
+}
+
+
+@pytest.mark.parametrize("embedding", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weight_shares_are_those_of_a_count(scheme, embedding):
+    config = ModelConfig(
+        model_dim=12,
+        num_blocks=2,
+        num_heads=2,
+        ffn_multiplier=2,
+        scheme=scheme,
+        ternary_embedding=embedding,
+    )
+    one, other = (create_legacy_llm(config, seed) for seed in (1, 2))
+    codes, before = codes_of(one), codes_of(other)
+    assert len(codes) == 2 * 6 + 2 * embedding
+    assert_same_shares(weight_shares(one), counted(codes, LEVELS[scheme]))
+    assert_same_shares(weight_shares(one, before), counted(codes, LEVELS[scheme], before))
+    for shares in weight_shares(one, codes).values():
+        assert shares.pop("flipped") == 0.0
+        assert sum(shares.values()) == pytest.approx(1.0, abs=3e-6)
+
+
+def test_weight_shares_of_floats_are_none():
+    config = ModelConfig(model_dim=8, num_blocks=1, num_heads=1, scheme=FLOAT)
+    assert weight_shares(create_legacy_llm(config, 1), {}) == {}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_records_tell_of_the_codes(tmp_path, scheme):
+    """And what became of them since the last record, or since the start."""
+    run = make(tmp_path / "run", scheme=scheme, learning_rate=0.05)
+    codes, expected = [codes_of(run.model)], []
+
+    def on_report(record):
+        codes.append(codes_of(run.model))
+        expected.append(counted(codes[-1], LEVELS[scheme], codes[-2]))
+
+    _, _, records = train(run, on_report=on_report)
+    assert len(records) == 3
+    for record, shares in zip(records, expected, strict=True):
+        assert_same_shares(record["weights"], shares)
+        assert any(0 < share["flipped"] < 1 for share in shares.values())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("stop", [5, 10])
+def test_records_of_a_run_that_goes_on_are_the_same(tmp_path, scheme, stop):
+    settings = {"scheme": scheme, "learning_rate": 0.05}
+    _, _, records = train(make(tmp_path / "whole", **settings))
+    train(make(tmp_path / "run", **settings), stop_at=stop)
+    train(resumed(tmp_path / "run", **settings))
+    assert measured(read_metrics(tmp_path / "run" / METRICS_FILE)) == measured(records)
+
+
+# --- The best model -------------------------------------------------------------------------------
+
+
+def with_losses(monkeypatch, losses, whole=None):
+    """Let the validation set have a loss by step; and at the end, another on the whole of it."""
+
+    def measure(self, limit):
+        loss = losses[self.step] if limit is not None or whole is None else whole
+        return Metrics(loss, 0.25, 0.5, 0.75, 100)
+
+    monkeypatch.setattr(Trainer, "_measure", measure)
+
+
+def step_of(folder):
+    """The step that a run's files are of; every one must be of the same."""
+    steps = {header_of(folder / name)["step"] for name in ("model.safetensors", CHECKPOINT_FILE)}
+    assert len(steps) == 1
+    return int(*steps)
+
+
+def header_of(path):
+    """The words in the head of a safetensors file, whose order is left to chance."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length])["__metadata__"]
+
+
+def assert_same_files(one, other):
+    """Two folders hold the same of a run, but for the seconds it took."""
+    for name in RUN_FILES:
+        if name.endswith(".safetensors"):
+            headers = [header_of(folder / name) for folder in (one, other)]
+            for header in headers:
+                header.pop("seconds", None)
+            assert headers[0] == headers[1]
+            assert_same_state(*(load_file(folder / name) for folder in (one, other)))
+        else:
+            assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+RISES_AND_FALLS = {
+    "falls": ({5: 3.0, 10: 2.0, 12: 1.0}, 12),
+    "rises": ({5: 1.0, 10: 2.0, 12: 3.0}, 5),
+    "falls and rises": ({5: 3.0, 10: 1.0, 12: 2.0}, 10),
+    "rises and falls": ({5: 2.0, 10: 3.0, 12: 1.0}, 12),
+    "stays": ({5: 1.0, 10: 1.0, 12: 1.0}, 5),
+}
+
+
+@pytest.mark.parametrize("name", RISES_AND_FALLS)
+def test_best_folder_holds_the_run_as_it_was_at_its_best(tmp_path, monkeypatch, name):
+    losses, best = RISES_AND_FALLS[name]
+    with_losses(monkeypatch, losses)
+    run, then = make(tmp_path / "run"), {}
+
+    def on_report(record):
+        if record["step"] == best:
+            then.update({name: (run.folder / name).read_bytes() for name in RUN_FILES})
+
+    train(run, on_report=on_report)
+    assert run.best == (losses[best], best)
+    assert contents(run.folder / BEST_FOLDER) == then
+    assert step_of(run.folder / BEST_FOLDER) == best
+    assert step_of(run.folder) == STEPS
+
+
+def test_best_is_found_by_what_every_look_is_at(tmp_path, monkeypatch):
+    """The last look is at the whole validation set, whose loss is no measure for a part's."""
+    with_losses(monkeypatch, {5: 3.0, 10: 1.0, 12: 2.0}, whole=0.5)
+    run = make(tmp_path / "run")
+    _, _, records = train(run)
+    assert run.best == (1.0, 10)
+    assert [record["val_loss"] for record in records] == [3.0, 1.0, 0.5]
+    assert run.metrics.loss == 0.5
+
+
+def test_best_is_the_one_measured(tmp_path):
+    """The lowest loss of the record, without a helping hand."""
+    run = make(tmp_path / "run", learning_rate=0.05, evaluate_every=1)
+    _, _, records = train(run)
+    losses = [record["val_loss"] for record in records]
+    assert run.best == (min(losses), losses.index(min(losses)) + 1)
+    model = load_model(run.folder / BEST_FOLDER)
+    assert evaluate(model, run.corpus.validation).loss == min(losses)
+
+
+@pytest.mark.parametrize("stop", [5, 7, 10])
+def test_best_is_remembered_by_a_run_that_goes_on(tmp_path, monkeypatch, stop):
+    with_losses(monkeypatch, {5: 1.0, 7: 3.0, 10: 2.0, 12: 1.5})
+    train(make(tmp_path / "run"), stop_at=stop)
+    shutil.copytree(tmp_path / "run" / BEST_FOLDER, tmp_path / "kept")
+    run = resumed(tmp_path / "run")
+    assert run.best == (1.0, 5)
+    train(run)
+    assert run.best == (1.0, 5)
+    assert_same_files(run.folder / BEST_FOLDER, tmp_path / "kept")
+    assert step_of(run.folder / BEST_FOLDER) == 5
+
+
+def test_best_folder_is_a_run_that_can_go_on(tmp_path, monkeypatch):
+    with_losses(monkeypatch, {5: 1.0, 10: 2.0, 12: 3.0})
+    run = make(tmp_path / "run")
+    _, losses, _ = train(run)
+    before = contents(run.folder / BEST_FOLDER)
+    assert read_settings(run.folder / BEST_FOLDER) == (run.model.config, run.config, run.source)
+    shutil.copytree(run.folder / BEST_FOLDER, tmp_path / "best")
+    best = resumed(tmp_path / "best")
+    assert best.step == 5
+    assert train(best)[1] == losses[5:]
+    assert_same_state(state_of(best), state_of(run))
+    # In its own place, too: what it writes there is not written into the run.
+    files_of_the_run = {name: (run.folder / name).read_bytes() for name in RUN_FILES}
+    best = resumed(run.folder / BEST_FOLDER)
+    assert train(best)[1] == losses[5:]
+    assert {name: (run.folder / name).read_bytes() for name in RUN_FILES} == files_of_the_run
+    assert contents(run.folder / BEST_FOLDER) != before
+
+
+def test_run_that_was_never_measured_has_no_best(tmp_path):
+    run = make(tmp_path / "run")
+    run.save()
+    assert not (run.folder / BEST_FOLDER).exists()
+    resumed(tmp_path / "run")
+    assert not (run.folder / BEST_FOLDER).exists()
+
+
+def test_best_is_kept_when_a_crash_came_before(tmp_path, monkeypatch):
+    def crash(*arguments):
+        raise KeyboardInterrupt
+
+    with_losses(monkeypatch, {5: 2.0, 10: 1.0, 12: 3.0})
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "atomic_copies", crash)
+        run = resumed_without_keeping(run.folder)
+        with pytest.raises(KeyboardInterrupt):
+            train(run)
+    assert step_of(run.folder) == 10
+    assert step_of(run.folder / BEST_FOLDER) == 5
+    run = resumed(tmp_path / "run")
+    assert step_of(run.folder / BEST_FOLDER) == 10
+    train(run)
+    assert run.best == (1.0, 10)
+    assert step_of(run.folder / BEST_FOLDER) == 10
+
+
+def resumed_without_keeping(folder):
+    run = make(folder)
+    run._keep_best = lambda: None
+    run.restore()
+    del run._keep_best
+    return run
+
+
+def test_best_is_not_mixed_when_a_crash_came_between_model_and_checkpoint(tmp_path, monkeypatch):
+    """The newer model lies beside the older checkpoint then, and the best is the older one."""
+    with_losses(monkeypatch, {5: 1.0, 10: 2.0, 12: 3.0})
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    shutil.copytree(run.folder / BEST_FOLDER, tmp_path / "kept")
+    with monkeypatch.context() as patch:
+        # The logger's new file, tokenizer and model.
+        fill_disk(patch, 4)
+        run = resumed(tmp_path / "run")
+        with pytest.raises(OSError, match="No space left"):
+            train(run)
+    run = resumed(tmp_path / "run")
+    assert_same_files(run.folder / BEST_FOLDER, tmp_path / "kept")
+
+
+class Killed(BaseException):
+    """The end of a process, as seen from within."""
+
+
+def kill_at(patch, moment):
+    """Let the process end before its so many-th change of a folder: nothing it does counts then.
+
+    Returns the list of all changes.
+    """
+    changes = []
+
+    def dying(real):
+        def call(*arguments, **options):
+            if len(changes) > moment:
+                raise Killed
+            changes.append(real.__name__)
+            if len(changes) > moment:
+                raise Killed
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("link", "mkdir", "replace"):
+        patch.setattr(os, name, dying(getattr(os, name)))
+    patch.setattr(logger, "open", dying(open), raising=False)
+
+    # What a process would clean up when it fails, it leaves behind when it is killed.
+    def unlink(*arguments, real=os.unlink, **options):
+        if len(changes) > moment:
+            raise Killed
+        real(*arguments, **options)
+
+    patch.setattr(os, "unlink", unlink)
+    return changes
+
+
+CRASHES = {"falls": {2: 2.0, 4: 1.0}, "rises": {2: 1.0, 4: 2.0}}
+
+
+@pytest.mark.parametrize("name", CRASHES)
+def test_run_that_is_killed_anywhere_ends_like_an_unbroken_one(tmp_path, monkeypatch, name):
+    """At every single change of a folder: the record and every file come out the same."""
+    settings = {"steps": 4, "evaluate_every": 2, "warmup_steps": 2}
+    with_losses(monkeypatch, CRASHES[name])
+    whole = make(tmp_path / "whole", **settings)
+    then = {step: tmp_path / f"step {step}" for step in CRASHES[name]}
+    with monkeypatch.context() as patch:
+        changes = kill_at(patch, 10**6)
+        records = train(whole)[2]
+    for step, folder in then.items():
+        train(make(folder, **settings), stop_at=step)
+    assert {*changes} == {"link", "mkdir", "open", "replace"}
+    for moment in range(len(changes)):
+        folder = tmp_path / str(moment)
+        best = folder / BEST_FOLDER
+        run = make(folder, **settings)
+        with monkeypatch.context() as patch:
+            kill_at(patch, moment)
+            with pytest.raises(Killed):
+                train(run)
+        if (best / SETTINGS_FILE).exists():
+            # Even half renewed, it can be used.
+            load_model(best)
+            read_settings(best)
+        saved = (folder / SETTINGS_FILE).exists()
+        run = (resumed if saved else make)(folder, **settings)
+        if best.exists():
+            assert_same_files(best, then[run.best[1]])
+        train(run)
+        assert measured(read_metrics(folder / METRICS_FILE)) == measured(records), moment
+        assert run.best == whole.best
+        assert_same_files(folder, whole.folder)
+        assert_same_files(best, whole.folder / BEST_FOLDER)
+        shutil.rmtree(folder)
 
 
 # --- A disk that is full, a loss that is no number ------------------------------------------------
@@ -549,7 +1214,7 @@ def fill_disk(monkeypatch, writes):
     monkeypatch.setattr(os, "fsync", fsync)
 
 
-FILES_OF_A_SAVE = 5
+FILES_OF_A_SAVE = len(RUN_FILES)
 
 
 @pytest.mark.parametrize("writes", range(FILES_OF_A_SAVE))
@@ -568,13 +1233,11 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     assert read_settings(run.folder)[1] == run.config
     again = make(tmp_path / "run")
     again.restore()
-    # The settings alone come after the checkpoint; what is recorded comes after both.
-    kept = 10 if writes == FILES_OF_A_SAVE - 1 else 5
-    assert again.step == kept
+    # The settings alone come after the checkpoint.
+    assert again.step == (10 if writes == FILES_OF_A_SAVE - 1 else 5)
     train(again)
     assert_same_state(state_of(again), state_of(whole))
-    recorded = [5, 12] if kept == 10 else [5, 10, 12]
-    assert [r["step"] for r in read_metrics(run.folder / METRICS_FILE)] == recorded
+    assert [r["step"] for r in read_metrics(run.folder / METRICS_FILE)] == [5, 10, 12]
 
 
 def test_full_disk_at_the_first_save_leaves_no_half_file(tmp_path, monkeypatch):
@@ -588,7 +1251,7 @@ def test_full_disk_at_the_first_save_leaves_no_half_file(tmp_path, monkeypatch):
         assert len(list(run.folder.iterdir())) <= writes
         assert not (run.folder / SETTINGS_FILE).exists()
         run.save()
-        assert len(list(run.folder.iterdir())) == FILES_OF_A_SAVE
+        assert {path.name for path in run.folder.iterdir() if path.is_file()} == RUN_FILES
 
 
 class Sick:
@@ -597,8 +1260,8 @@ class Sick:
     def __init__(self, passes, healthy, loss, gradient):
         self.passes, self.healthy, self.loss, self.gradient = passes, healthy, loss, gradient
 
-    def run(self, tokens, targets, gradients):
-        total, count = self.passes.run(tokens, targets, gradients)
+    def run(self, tokens, targets, gradients, divisor):
+        total, count = self.passes.run(tokens, targets, gradients, divisor)
         self.healthy -= 1
         if self.healthy >= 0:
             return total, count
@@ -644,7 +1307,9 @@ def test_run_that_diverged_between_steps_keeps_its_checkpoint(tmp_path, monkeypa
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """Every file in a folder and below it."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_diverging_step_changes_no_weight(tmp_path):
@@ -756,6 +1421,7 @@ HEADERS = {
     "no model": {"model": None},
     "no step": {"step": None},
     "no seconds": {"seconds": None},
+    "no best": {"best": None},
     "empty": {"model": ""},
     "list": {"model": "[]"},
     "deep": {"model": "[" * 100_000},
@@ -765,6 +1431,14 @@ HEADERS = {
     "huge": {"step": str(10**30)},
     "long": {"step": "9" * 5000},
     "time": {"seconds": "a while"},
+    "best empty": {"best": ""},
+    "best number": {"best": "5"},
+    "best of one": {"best": "[1.5]"},
+    "best of three": {"best": "[1.5, 5, 5]"},
+    "best words": {"best": '["low", "five"]'},
+    "best null": {"best": "[null, 5]"},
+    "best endless": {"best": "[1.5, Infinity]"},
+    "best deep": {"best": "[" * 100_000},
 }
 
 

@@ -1,0 +1,223 @@
+"""``make results``: train every variant that docs/RESULTS.md compares, and fill in its tables.
+
+Each run is one call of the command line, with one thread, as many at a time as there are cores.
+What is finished is not run again, so that a stopped ``make results`` goes on where it was.
+"""
+
+import argparse
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from legacy1bit.files import atomic_write
+from legacy1bit.logger import METRICS_FILE, read_metrics
+from legacy1bit.model import load_model
+from legacy1bit.threads import available_cores
+
+SEEDS = (1, 2, 3)
+
+# The shape that all but the stories share; later options override earlier ones.
+_SHAPE = (
+    "--blocks 4 --heads 4 --model-dim 128 --sequence-length 64 --batch-size 12 --steps 2000 "
+    "--evaluate-every 500"
+)
+_BASE = "ternary"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One line of a table.
+
+    Attributes
+    ----------
+    label : str
+    options : str
+        What its command line says besides data, shape and seed.
+    """
+
+    label: str
+    options: str = ""
+
+
+TABLES = {
+    "schemes": (
+        Variant(_BASE),
+        Variant("ternary, a scale a row", "--scale row"),
+        Variant("ternary, a scale for 128 weights", "--scale 128"),
+        Variant("ternary-median", "--scheme ternary-median"),
+        Variant("binary", "--scheme binary"),
+        Variant("2bit", "--scheme 2bit"),
+        Variant("float", "--scheme float"),
+        Variant("sign", "--scheme sign"),
+    ),
+    "optimizers": (
+        Variant(_BASE),
+        Variant("ternary, AdamW", "--optimizer adamw"),
+        Variant("ternary, SGD with momentum", "--optimizer sgd"),
+        Variant("float", "--scheme float"),
+        Variant("float, AdamW", "--scheme float --optimizer adamw"),
+    ),
+    "options": (
+        Variant(_BASE),
+        Variant("int8 activations", "--int8-activations"),
+        Variant("ternary embedding and head", "--ternary-embedding"),
+        Variant("a norm before every linear layer", "--sub-norm"),
+        Variant("float for the first 20 %", "--float-steps 400"),
+        Variant("no weight decay in the second half", "--weight-decay-until 0.5"),
+        Variant("rate held, then down over 40 %", "--decay-share 0.4"),
+    ),
+    "shapes": (
+        Variant("1 block of 176", "--blocks 1 --model-dim 176"),
+        Variant("2 blocks of 152", "--blocks 2 --model-dim 152"),
+        Variant(_BASE),
+        Variant("8 blocks of 104", "--blocks 8 --model-dim 104"),
+    ),
+    "sizes": (
+        Variant(_BASE),
+        Variant("float", "--scheme float"),
+        Variant("ternary, 256 wide", "--model-dim 256"),
+        Variant("ternary, 256 wide, ternary embedding", "--model-dim 256 --ternary-embedding"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the runs of a variant came to.
+
+    Attributes
+    ----------
+    losses : list of float
+        By seed, on the whole validation set.
+    stored : int
+        The bytes of the model's weights.
+    """
+
+    losses: list[float]
+    stored: int
+
+    @property
+    def mean(self) -> float:
+        """The mean loss."""
+        return statistics.fmean(self.losses)
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the losses, as one of a sample."""
+        return statistics.stdev(self.losses)
+
+
+def command(variant: Variant, seed: int, data: str, folder: Path) -> list[str]:
+    """Return the command line that trains a variant, without the interpreter."""
+    options = shlex.split(f"{_SHAPE} {variant.options} --seed {seed} --threads 1")
+    return ["-m", "legacy1bit.main", "train", "--data", data, *options, "--out", str(folder)]
+
+
+def _folder(out: Path, variant: Variant, seed: int) -> Path:
+    name = variant.options.replace("--", "").replace(" ", "-") or "base"
+    return out / f"{name}-{seed}"
+
+
+def _is_finished(folder: Path) -> bool:
+    file = folder / METRICS_FILE
+    records = read_metrics(file) if file.exists() else []
+    return bool(records) and records[-1]["step"] == 2000
+
+
+def train(variant: Variant, seed: int, data: str, out: Path) -> Outcome:
+    """Train a variant with one seed, unless that is done already, and return what came of it.
+
+    Raises
+    ------
+    subprocess.CalledProcessError
+        If the training failed; its error is on standard error.
+    """
+    folder = _folder(out, variant, seed)
+    if not _is_finished(folder):
+        arguments = command(variant, seed, data, folder)
+        if (folder / "training.json").exists():
+            arguments = ["-m", "legacy1bit.main", "train", "--resume", str(folder)]
+        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            done.check_returncode()
+    loss = read_metrics(folder / METRICS_FILE)[-1]["val_loss"]
+    print(f"{loss:.4f}  seed {seed}  {variant.label}", file=sys.stderr, flush=True)
+    return Outcome([loss], load_model(folder).stored_bytes())
+
+
+def run_all(data: str, out: Path, jobs: int) -> dict[Variant, Outcome]:
+    """Train every variant of every table with every seed."""
+    variants = list(dict.fromkeys(variant for table in TABLES.values() for variant in table))
+    tasks = [(variant, seed) for seed in SEEDS for variant in variants]
+    with ThreadPoolExecutor(jobs) as pool:
+        outcomes = list(pool.map(lambda task: train(task[0], task[1], data, out), tasks))
+    by_variant: dict[Variant, Outcome] = {}
+    for (variant, _), outcome in zip(tasks, outcomes, strict=True):
+        losses = by_variant[variant].losses if variant in by_variant else []
+        by_variant[variant] = Outcome([*losses, *outcome.losses], outcome.stored)
+    return by_variant
+
+
+def table(variants: Sequence[Variant], outcomes: dict[Variant, Outcome]) -> Iterator[str]:
+    """Yield the lines of one table in Markdown."""
+    base = outcomes[Variant(_BASE)].mean
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    yield f"| | options | loss | to the first recipe | {seeds} | bytes |"
+    yield "| --- | --- | --- | ---: |" + " ---: |" * (len(SEEDS) + 1)
+    for variant in variants:
+        outcome = outcomes[variant]
+        each = " | ".join(f"{loss:.4f}" for loss in outcome.losses)
+        options = f"`{variant.options}`" if variant.options else ""
+        yield (
+            f"| {variant.label} | {options} | {outcome.mean:.4f} ± {outcome.deviation:.4f} | "
+            f"{outcome.mean - base:+.4f} | {each} | {outcome.stored:,} |"
+        )
+
+
+def fill(text: str, name: str, lines: Sequence[str]) -> str:
+    """Return a document with new lines between the marks of a table.
+
+    Raises
+    ------
+    ValueError
+        If the document has no such marks.
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"the document has no place for {name}: expected {begin.strip()}")
+    head, rest = text.split(begin, 1)
+    return head + begin + "".join(f"{line}\n" for line in lines) + end + rest.split(end, 1)[1]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run what is missing and fill in the document."""
+    parser = argparse.ArgumentParser(prog="legacy1bit.results", description=__doc__)
+    parser.add_argument("--data", required=True, help="tinyshakespeare's input.txt")
+    parser.add_argument("--out", type=Path, default=Path("runs/results"), help="where runs go")
+    parser.add_argument("--document", type=Path, default=Path("docs/RESULTS.md"))
+    parser.add_argument("--jobs", type=int, default=available_cores(), help="runs at a time")
+    arguments = parser.parse_args(argv)
+    outcomes = run_all(arguments.data, arguments.out, arguments.jobs)
+    text = arguments.document.read_text(encoding="utf-8")
+    for name, variants in TABLES.items():
+        text = fill(text, name, list(table(variants, outcomes)))
+    atomic_write(arguments.document, text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

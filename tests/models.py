@@ -1,0 +1,305 @@
+"""Models and data to test the passes with, and how close to the oracle is close enough.
+
+With int8 activations an answer jumps where a number lies half way between two steps, so that the
+smallest error decides. There is no tolerance for that; there is data without such numbers, which
+`without_ties` looks for and `rounding_effect` makes sure of.
+"""
+
+import contextlib
+import functools
+import subprocess
+import sys
+from unittest import mock
+
+import numpy as np
+import oracle
+import pytest
+from compare import UNIT_ROUNDOFF, assert_close
+
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import TernaryMatrix, create_legacy_llm
+from legacy1bit.schemes import SCHEMES
+
+every_tier = pytest.mark.usefixtures("tier")
+schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
+
+# --- Models ---------------------------------------------------------------------------------------
+
+SMALL = {
+    "vocab_size": 11,
+    "model_dim": 12,
+    "num_blocks": 2,
+    "num_heads": 3,
+    "ffn_multiplier": 3,
+    "sequence_length": 16,
+}
+
+
+def make_config(**changes):
+    return ModelConfig(**{**SMALL, **changes})
+
+
+def random_model(config, seed=1):
+    """A model without a trivial value: no gamma is 1, no bias 0 and no code certain."""
+    model, rng = create_legacy_llm(config, seed), np.random.default_rng(seed)
+    for name, values in model.latent.items():
+        if values.ndim == 1:
+            values[...] = rng.normal(1.0 if name.endswith("gamma") else 0.0, 0.3, values.shape)
+        elif config.scheme == "sign" and isinstance(model.parameters[name], TernaryMatrix):
+            values[...] = rng.integers(-1, 2, values.shape)
+        else:
+            # With scale 1 a fifth of ternary codes is not 0, and of 2-bit ones 3 or -3; else the
+            # layers keep the size of x.
+            std = values.shape[1] ** -0.5
+            if config.scale == "one":
+                std = 1.6 if config.scheme == "2bit" else 0.4
+            values[...] = rng.normal(0.0, std, values.shape)
+    model.quantize()
+    return model
+
+
+# The models are made once; the tests leave them as they are.
+model_of = functools.cache(random_model)
+
+
+def exact_dense(matrix):
+    """The weights of a matrix of codes in float64, which holds them exactly."""
+    wide = np.repeat(matrix.scales.astype(np.float64), matrix.group, axis=1)
+    return matrix.values * wide[:, : matrix.shape[1]]
+
+
+def oracle_weights(model, prefix=""):
+    """The effective weights in float64, as the oracle takes them, under a prefix."""
+    weights = {
+        name: exact_dense(value) if isinstance(value, TernaryMatrix) else value
+        for name, value in model.parameters.items()
+    }
+    return {
+        name.removeprefix(prefix): np.asarray(value, np.float64)
+        for name, value in weights.items()
+        if name.startswith(prefix)
+    }
+
+
+def oracle_config(config):
+    names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
+             "positions", "rope_base", "final_norm", "attention_span", "scheme",
+             "ternary_embedding", "int8_activations", "sub_norm")  # fmt: skip
+    return {name: getattr(config, name) for name in names}
+
+
+# Groups with a tail and without, one and more than a panel of the packed product, rows fewer and
+# more than its tile.
+SCALED_SHAPES = ((1, 1), (3, 3), (5, 129), (33, 257), (17, 300), (40, 600), (530, 260), (1, 300))
+scaled_matrices = pytest.mark.parametrize(
+    ("scheme", "shape", "group"),
+    [(scheme, shape, group) for scheme in SCHEMES for shape in SCALED_SHAPES
+     for group in (0, 128, 256, "tensor")
+     if scheme == "ternary" or shape[1] == 300 or (scheme == "2bit" and group == 128)],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)  # fmt: skip
+
+
+def random_matrix(scheme, shape, group):
+    """Random codes of a scheme, and for scales powers of two: products of integers are exact."""
+    rng, levels = np.random.default_rng(1), SCHEMES[scheme].levels
+    codes = rng.choice(np.array(levels, np.int8), shape)
+    if group == "tensor":
+        return TernaryMatrix(codes, 0.25, levels=levels)
+    groups = -(-shape[1] // group) if group else 1
+    scales = 2.0 ** rng.integers(-3, 4, (shape[0], groups)).astype(np.float32)
+    return TernaryMatrix(codes, scales, group, levels)
+
+
+MODELS = {
+    "defaults": {},
+    "float": {"scheme": "float"},
+    "ternary embedding": {"ternary_embedding": True},
+    "scale one": {"scale": "one", "ternary_embedding": True},
+    "plain": {"activation": "relu", "positions": "none", "final_norm": False},
+    "span 1": {"attention_span": 1},
+    "span 3": {"attention_span": 3, "positions": "none"},
+    "one block": {"num_blocks": 1, "final_norm": False},
+    "odd": {"vocab_size": 7, "model_dim": 15, "num_heads": 5, "positions": "none"},
+    "wide": {"vocab_size": 67, "model_dim": 66, "num_heads": 3, "ffn_multiplier": 1},
+    "median, a row": {"scheme": "ternary-median", "scale": "row", "ternary_embedding": True},
+    "binary, groups": {"scheme": "binary", "scale": "128", "ternary_embedding": True,
+                       "model_dim": 130, "num_heads": 5, "ffn_multiplier": 1, "num_blocks": 1},
+    "2bit, groups": {"scheme": "2bit", "scale": "256", "model_dim": 90, "num_heads": 3,
+                     "num_blocks": 1},
+    "sign": {"scheme": "sign", "scale": "row", "attention_span": 3},
+    "sub norm": {"sub_norm": True},
+    "sub norm, plain": {"sub_norm": True, "scheme": "float", "activation": "relu",
+                        "positions": "none", "final_norm": False},
+    "int8": {"int8_activations": True},
+    "int8, last": {"int8_activations": True, "ternary_embedding": True, "scale": "row"},
+    "int8, no final norm": {"int8_activations": True, "ternary_embedding": True,
+                            "final_norm": False, "scheme": "2bit", "model_dim": 6},
+    "b158": {"int8_activations": True, "sub_norm": True, "ternary_embedding": True,
+             "scheme": "binary", "activation": "relu"},
+}  # fmt: skip
+models = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
+CODED = {name: changes for name, changes in MODELS.items() if changes.get("scheme") != "float"}
+
+# What the layers can have besides; every scheme, and scales of every granularity.
+LAYERS = {
+    "sub norm": {"sub_norm": True},
+    "sub norm, float": {"sub_norm": True, "scheme": "float"},
+    "int8": {"int8_activations": True, "scale": "row"},
+    "int8, float": {"int8_activations": True, "scheme": "float"},
+    "int8, sub norm": {"int8_activations": True, "sub_norm": True, "scheme": "binary"},
+    "median, a row": {"scheme": "ternary-median", "scale": "row"},
+    "binary, groups": {"scheme": "binary", "scale": "128"},
+    "2bit, groups": {"scheme": "2bit", "scale": "256"},
+    "sign, a row": {"scheme": "sign", "scale": "row"},
+    "2bit, one": {"scheme": "2bit", "scale": "one"},
+}
+layers = pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
+
+
+def float_twin(model, **changes):
+    """The model that has for weights what another has for latent ones."""
+    settings = {**model.config.to_dict(), "scheme": "float", **changes}
+    twin = create_legacy_llm(ModelConfig(**settings), 2)
+    for name, values in model.latent.items():
+        twin.latent[name][...] = values
+    return twin
+
+
+# --- Data -----------------------------------------------------------------------------------------
+
+
+def rows(*shape, seed=5):
+    x = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    x.flags.writeable = False
+    return x
+
+
+def random_tokens(config, batch, time, padding="none", seed=6):
+    """int32[B, T] with padding at one side, in the middle, in a whole row or everywhere."""
+    tokens = np.random.default_rng(seed).integers(0, config.vocab_size, (batch, time), np.int32)
+    some = max(time // 3, 1)
+    place = {
+        "none": np.s_[:0],
+        "left": np.s_[0, :some],
+        "right": np.s_[-1, time - some :],
+        "middle": np.s_[:, time // 2 : time // 2 + some],
+        "row": np.s_[-1],
+        "all": np.s_[:],
+    }[padding]
+    tokens[place] = config.pad_token
+    return tokens
+
+
+PADDINGS = ("none", "left", "right", "middle", "row", "all")
+paddings = pytest.mark.parametrize("padding", PADDINGS)
+
+
+def as_float64(arrays):
+    return {name: value.astype(np.float64) for name, value in arrays.items()}
+
+
+# --- How close is close enough --------------------------------------------------------------------
+
+
+class NearTieError(Exception):
+    """A number lies so close to half way between two int8 steps that float32 may go either way."""
+
+
+def without_ties(case):
+    """Let ``case(*args, draw)`` try one draw of its data after the other, and keep the first good.
+
+    The cases are kept: otherwise each tier would work out the same answers again.
+    """
+
+    @functools.cache
+    def first_good(*args):
+        for draw in range(200):
+            with contextlib.suppress(NearTieError):
+                return case(*args, draw)
+        raise AssertionError(f"no data without a tie for {args}")
+
+    return first_good
+
+
+def run_watched(function, arrays):
+    """The function's answer, and all that the oracle rounded to int8 for it, counted in steps."""
+    original, seen = oracle.quantize_activations, []
+
+    def watched(x):
+        step = oracle.activation_step(x)
+        seen.append(x / np.where(step > 0.0, step, 1.0))
+        return original(x)
+
+    with mock.patch.object(oracle, "quantize_activations", watched):
+        return function(arrays), seen
+
+
+def rounding_effect(function, arrays, draws=4):
+    """How far one float32 rounding of every input moves the exact answer.
+
+    ``function`` takes a dict of float64 arrays and gives one. Returns its answer and, for each
+    entry, the largest change of any element among some random perturbations. It is what float32
+    arithmetic without any error of its own would be excused for, so a small multiple of it bounds
+    an arithmetic whose operations round. Raises `NearTieError` where a number that is rounded to
+    int8 lies within such a multiple of a tie.
+    """
+    (exact, steps), rng = run_watched(function, arrays), np.random.default_rng(0)
+    effects = dict.fromkeys(exact, 0.0)
+    # Counting in steps rounds a number of up to 127 twice.
+    movements = [2 * 127 * UNIT_ROUNDOFF] * len(steps)
+    check_ties(steps, movements)
+    for _ in range(draws):
+        moved, moved_steps = run_watched(
+            function,
+            {
+                name: value * (1.0 + UNIT_ROUNDOFF * rng.uniform(-1.0, 1.0, np.shape(value)))
+                for name, value in arrays.items()
+            },
+        )
+        for name, value in moved.items():
+            effects[name] = max(effects[name], float(np.abs(value - exact[name]).max()))
+        for i, (before, after) in enumerate(zip(steps, moved_steps, strict=True)):
+            movements[i] = max(movements[i], float(np.abs(after - before).max()))
+    check_ties(steps, movements)
+    return exact, effects
+
+
+def check_ties(steps, movements):
+    for values, movement in zip(steps, movements, strict=True):
+        if np.abs(np.abs(values - np.rint(values)) - 0.5).min() < 8 * movement:
+            raise NearTieError
+
+
+def assert_near(actual, expected, roundings=8):
+    """Compare dicts of arrays with what `rounding_effect` returned.
+
+    Each array may be off by so many times the effect on it, and so many roundings of the largest
+    number of all: what cancels exactly in one of them, does so among numbers of that size.
+    """
+    exact, effects = expected
+    assert actual.keys() == exact.keys()
+    largest = max(float(np.abs(value).max()) for value in exact.values())
+    for name, value in exact.items():
+        atol = roundings * (effects[name] + UNIT_ROUNDOFF * largest)
+        assert_close(actual[name], value, rtol=0, atol=atol, what=name, dtype=np.float32)
+
+
+# --- Calls that may crash -------------------------------------------------------------------------
+
+
+def run_child(code):
+    """What a script prints in a process of its own, where it may crash."""
+    done = subprocess.run(
+        [sys.executable, "-c", "import numpy as np\nfrom legacy1bit.model import *\n" + code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
+    return done.stdout.strip()
+
+
+def rejection(call):
+    """Code for `run_child` that makes a call and prints the exception that is raised."""
+    return f"try:\n    {call}\nexcept Exception as error:\n    print(type(error).__name__, error)\n"

@@ -1,0 +1,153 @@
+"""The tables of docs/RESULTS.md: what they run, what they say, where they go."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from legacy1bit import main, results
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.results import TABLES, Outcome, Variant
+
+VARIANTS = sorted(
+    {variant for table in TABLES.values() for variant in table}, key=lambda one: one.options
+)
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs/RESULTS.md"
+
+
+def parsed(arguments):
+    """The settings that a command line of ``results.command`` asks for."""
+    assert arguments[:2] == ["-m", "legacy1bit.main"]
+    values = main._parser().parse_args(arguments[2:])
+    return main._configs(values)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
+def test_commands_are_understood(variant):
+    model, training = parsed(results.command(variant, 3, "text", Path("out")))
+    assert (training.seed, training.threads, training.steps) == (3, 1, 2000)
+    assert model.sequence_length == 64
+    # Each variant differs from the first recipe in what it says, and in nothing else.
+    base_model, base_training = parsed(results.command(Variant("base"), 3, "text", Path("out")))
+    changes = [
+        name
+        for new, base in ((model, base_model), (training, base_training))
+        for name in new.to_dict()
+        if getattr(new, name) != getattr(base, name)
+    ]
+    # An optimizer brings its own learning rate.
+    assert len(set(changes) - {"learning_rate"}) == variant.options.count("--")
+
+
+def test_the_first_recipe_is_the_default():
+    model, training = parsed(results.command(Variant("base"), 1, "text", Path("out")))
+    shape = {"num_blocks": 4, "num_heads": 4, "model_dim": 128, "sequence_length": 64}
+    assert model == ModelConfig(**shape)
+    assert training == TrainingConfig(batch_size=12, steps=2000, evaluate_every=500)
+
+
+def test_variants_have_folders_of_their_own():
+    folders = {results._folder(Path("out"), one, seed) for one in VARIANTS for seed in (1, 2)}
+    assert len(folders) == 2 * len(VARIANTS)
+
+
+def test_a_variant_has_one_label():
+    labels = {}
+    for one in (variant for table in TABLES.values() for variant in table):
+        assert labels.setdefault(one.options, one.label) == one.label
+
+
+def test_outcome_has_mean_and_deviation():
+    outcome = Outcome([1.0, 2.0, 4.0], 10)
+    assert outcome.mean == pytest.approx(7 / 3)
+    assert outcome.deviation == pytest.approx((7 / 3) ** 0.5)
+
+
+def test_table_compares_with_the_first_recipe():
+    variants = (Variant("ternary"), Variant("other", "--scheme float"))
+    outcomes = {
+        variants[0]: Outcome([1.5, 1.5, 1.5], 1000),
+        variants[1]: Outcome([1.25, 1.5, 1.75], 2048000),
+    }
+    lines = list(results.table(variants, outcomes))
+    assert len(lines) == 4
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 1.5000 ± 0.0000 | +0.0000 | 1.5000 | 1.5000 | 1.5000 | 1,000 |" in lines[2]
+    assert "`--scheme float` | 1.5000 ± 0.2500 | +0.0000 | 1.2500 |" in lines[3]
+
+
+def test_fill_replaces_what_is_between_the_marks():
+    text = "a\n<!-- x -->\nold\n<!-- end of x -->\nb\n<!-- y -->\n<!-- end of y -->\n"
+    filled = results.fill(text, "x", ["1", "2"])
+    assert filled == text.replace("old\n", "1\n2\n")
+    assert results.fill(filled, "x", ["1", "2"]) == filled
+
+
+def test_fill_refuses_a_document_without_the_table():
+    with pytest.raises(ValueError, match=r"no place for x: expected <!-- x -->"):
+        results.fill("nothing", "x", [])
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/RESULTS.md lies beside the source only")
+def test_the_document_has_a_place_for_every_table():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    for name in TABLES:
+        assert results.fill(text, name, ["new"]) != text
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """The command lines that would have been run; each leaves a finished run."""
+    made = []
+
+    def run(arguments, **_):
+        made.append(arguments[1:])
+        where = arguments.index("--resume" if "--resume" in arguments else "--out") + 1
+        folder = Path(arguments[where])
+        folder.mkdir(parents=True, exist_ok=True)
+        record = json.dumps({"step": 2000, "val_loss": 1.5})
+        (folder / "metrics.jsonl").write_text(record + "\n")
+        return subprocess.CompletedProcess(arguments, 0, "", "")
+
+    monkeypatch.setattr(results.subprocess, "run", run)
+    monkeypatch.setattr(
+        results, "load_model", lambda _: type("Model", (), {"stored_bytes": lambda self: 7})()
+    )
+    return made
+
+
+def test_train_runs_what_is_missing_and_nothing_else(calls, tmp_path):
+    variant = Variant("binary", "--scheme binary")
+    for _ in range(2):
+        assert results.train(variant, 2, "text", tmp_path) == Outcome([1.5], 7)
+    assert calls == [results.command(variant, 2, "text", results._folder(tmp_path, variant, 2))]
+
+
+def test_train_goes_on_with_a_run_that_was_stopped(calls, tmp_path):
+    folder = results._folder(tmp_path, Variant("base"), 1)
+    folder.mkdir(parents=True)
+    (folder / "training.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"step": 500, "val_loss": 2.0}\n')
+    results.train(Variant("base"), 1, "text", tmp_path)
+    assert calls == [["-m", "legacy1bit.main", "train", "--resume", str(folder)]]
+
+
+def test_train_tells_what_failed(monkeypatch, tmp_path, capsys):
+    failed = subprocess.CompletedProcess(["x"], 2, "", "legacy1bit: error: no such file\n")
+    monkeypatch.setattr(results.subprocess, "run", lambda *_, **__: failed)
+    with pytest.raises(subprocess.CalledProcessError):
+        results.train(Variant("base"), 1, "text", tmp_path)
+    assert "no such file" in capsys.readouterr().err
+
+
+def test_main_fills_in_the_document(calls, tmp_path):
+    document = tmp_path / "RESULTS.md"
+    document.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
+    arguments = ["--data", "text", "--out", str(tmp_path / "runs"), "--document", str(document)]
+    assert results.main([*arguments, "--jobs", "2"]) == 0
+    assert len(calls) == len(VARIANTS) * len(results.SEEDS)
+    text = document.read_text()
+    for one in VARIANTS:
+        assert f"| {one.label} | " in text
+    assert text.count("1.5000 ± 0.0000") == sum(map(len, TABLES.values()))
