@@ -203,7 +203,7 @@ class TrainingConfig(_Record):
     learning_rate: float | None = _number(
         None, 1e-12, 1e3, "the peak; default: 0.003, with sgd 0.1"
     )
-    matrix_ratio: float = _number(7.0, 1e-6, 1e6, "Muon's learning rate over AdamW's")
+    matrix_ratio: float = _number(3.3, 1e-6, 1e6, "Muon's learning rate over AdamW's")
     momentum: float = _number(0.95, 0.0, 0.999999, "what Muon and SGD keep of the last direction")
     beta1: float = _number(0.9, 0.0, 0.999999, "what AdamW keeps of the gradient's mean")
     beta2: float = _number(0.99, 0.0, 0.999999, "what AdamW keeps of the gradient's mean square")
@@ -215,7 +215,7 @@ class TrainingConfig(_Record):
     clip: float = _number(1.0, 0.0, 1e9, "the largest norm of the whole gradient; 0: no limit")
     schedule: str = _choice("cosine", SCHEDULES, "how the learning rate falls")
     warmup_steps: int = _integer(100, 0, 1 << 40, "steps in which the learning rate rises")
-    decay_share: float = _number(0.4, 0.0, 1.0, "the share of the steps in which it falls")
+    decay_share: float = _number(1.0, 0.0, 1.0, "the share of the steps in which it falls")
     final_learning_rate: float = _number(
         0.0, 0.0, 1.0, "its end over its peak, for cosine and linear"
     )

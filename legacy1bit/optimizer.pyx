@@ -310,7 +310,7 @@ cdef class Muon(AdamW):
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, sign_direction="descend", matrix_ratio=7.0, momentum=0.95):
+                 weight_decay=0.1, sign_direction="descend", matrix_ratio=3.3, momentum=0.95):
         super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction)
         self.matrix_ratio = matrix_ratio
         self.settings.momentum = momentum

@@ -82,7 +82,6 @@ TABLES = {
         Variant(_BASE),
         Variant("float", "--scheme float"),
         Variant("ternary, 256 wide", "--model-dim 256"),
-        Variant("ternary, 256 wide, ternary embedding", "--model-dim 256 --ternary-embedding"),
     ),
 }
 

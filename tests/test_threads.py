@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from models import make_config, run_child
 from test_forward import model_of, random_tokens
-from test_model import make_config, run_child
 
 from legacy1bit.backward import BackwardPass
 from legacy1bit.forward import forward_llm_batch
