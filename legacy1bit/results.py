@@ -1,15 +1,19 @@
 """``make results``: train every variant that docs/RESULTS.md compares, and fill in its tables.
 
-Each run is one call of the command line, with one thread, as many at a time as there are cores.
-What is finished is not run again, so that a stopped ``make results`` goes on where it was.
+Each run is one call of the command line. Those of the tables of losses have one thread, and there
+are as many at a time as cores; those of speed and memory have all cores, one after the other. What
+is finished is not run again, so that a stopped ``make results`` goes on where it was.
 """
 
 import argparse
+import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +22,7 @@ from pathlib import Path
 from legacy1bit.files import atomic_write
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.model import load_model
+from legacy1bit.stories import entropy_per_character
 from legacy1bit.threads import available_cores
 
 SEEDS = (1, 2, 3)
@@ -69,8 +74,6 @@ TABLES = {
         Variant("ternary embedding and head", "--ternary-embedding"),
         Variant("a norm before every linear layer", "--sub-norm"),
         Variant("float for the first 20 %", "--float-steps 400"),
-        Variant("no weight decay in the second half", "--weight-decay-until 0.5"),
-        Variant("rate held, then down over 40 %", "--decay-share 0.4"),
     ),
     "shapes": (
         Variant("1 block of 176", "--blocks 1 --model-dim 176"),
@@ -187,6 +190,85 @@ def table(variants: Sequence[Variant], outcomes: dict[Variant, Outcome]) -> Iter
         )
 
 
+# Runs the command line and then tells the most memory it had, in KiB, as the last line of standard
+# error. (What the system tells of an ended child counts its parent's memory in, too.)
+_WITH_PEAK = """
+import sys
+from legacy1bit.main import main
+status = main(sys.argv[1:])
+with open("/proc/self/status") as file:
+    peak = next(line for line in file if line.startswith("VmHWM:"))
+print(peak.split()[1], file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
+    """Train with all cores, unless that is done already.
+
+    Returns
+    -------
+    dict
+        The run's last record, ``peak_bytes`` and ``run_seconds``, which counts everything in.
+    """
+    note = folder / "alone.json"
+    if not note.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-c", _WITH_PEAK, "train", *arguments, "--out", str(folder)],
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+        seconds = time.perf_counter() - begin
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
+            done.check_returncode()
+        record = read_metrics(folder / METRICS_FILE)[-1]
+        record["peak_bytes"] = 1024 * int(done.stderr.split()[-1])
+        record["run_seconds"] = seconds
+        atomic_write(note, json.dumps(record))
+    outcome: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
+    print(f"{outcome['val_loss']:.4f}  {' '.join(arguments)}", file=sys.stderr, flush=True)
+    return outcome
+
+
+def story_table(out: Path) -> Iterator[str]:
+    """Yield the lines of the table of the stories, which the default job learns."""
+    floor = entropy_per_character()
+    yield "| | loss | above the floor | whole command | peak memory |"
+    yield "| --- | ---: | ---: | ---: | ---: |"
+    for seed in SEEDS:
+        run = run_alone(["--seed", str(seed)], out / f"stories-{seed}")
+        yield (
+            f"| seed {seed} | {run['val_loss']:.4f} | {run['val_loss'] / floor - 1:.1%} | "
+            f"{run['run_seconds']:.0f} s | {run['peak_bytes'] / 2**20:.0f} MiB |"
+        )
+
+
+def memory_table(out: Path) -> Iterator[str]:
+    """Yield the lines of the table of what gradient checkpointing saves and costs.
+
+    The runs take turns, so that a change in the machine's speed meets all of them.
+    """
+    options = {"": [], "`--gradient-checkpointing`": ["--gradient-checkpointing"]}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in options}
+    for turn in range(3):
+        for name, given in options.items():
+            folder = out / f"memory-{len(given)}-{turn}"
+            runs[name].append(run_alone(["--steps", "150", *given], folder))
+    speeds = {
+        name: statistics.median(run["tokens_per_second"] for run in done)
+        for name, done in runs.items()
+    }
+    yield "| options | peak memory | tokens/s | speed |"
+    yield "| --- | ---: | ---: | ---: |"
+    for name, done in runs.items():
+        peak = statistics.median(run["peak_bytes"] for run in done) / 2**20
+        yield f"| {name} | {peak:.0f} MiB | {speeds[name]:,.0f} | {speeds[name] / speeds['']:.2f} |"
+
+
 def fill(text: str, name: str, lines: Sequence[str]) -> str:
     """Return a document with new lines between the marks of a table.
 
@@ -214,6 +296,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = arguments.document.read_text(encoding="utf-8")
     for name, variants in TABLES.items():
         text = fill(text, name, list(table(variants, outcomes)))
+    text = fill(text, "stories", list(story_table(arguments.out)))
+    text = fill(text, "memory", list(memory_table(arguments.out)))
     atomic_write(arguments.document, text)
     return 0
 

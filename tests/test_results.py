@@ -92,7 +92,7 @@ def test_fill_refuses_a_document_without_the_table():
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/RESULTS.md lies beside the source only")
 def test_the_document_has_a_place_for_every_table():
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in TABLES:
+    for name in (*TABLES, "stories", "memory"):
         assert results.fill(text, name, ["new"]) != text
 
 
@@ -141,9 +141,64 @@ def test_train_tells_what_failed(monkeypatch, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
-def test_main_fills_in_the_document(calls, tmp_path):
+def test_run_alone_measures_a_run_once(tmp_path):
+    arguments = ["--steps", "3", "--stories", "20", "--model-dim", "8", "--sequence-length", "8"]
+    outcome = results.run_alone(arguments, tmp_path / "run")
+    assert outcome["step"] == 3
+    assert outcome["run_seconds"] > outcome["elapsed_seconds"]
+    # Python and NumPy alone take 20 MiB; nothing here takes a fifth of a GiB.
+    assert 20 * 2**20 < outcome["peak_bytes"] < 200 * 2**20
+    assert results.run_alone(arguments, tmp_path / "run") == outcome
+
+
+def test_run_alone_tells_what_failed(tmp_path, capsys):
+    with pytest.raises(subprocess.CalledProcessError):
+        results.run_alone(["--steps", "0"], tmp_path / "run")
+    assert "steps is 0" in capsys.readouterr().err
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Runs that would have had all cores: twice as slow where activations are worked out twice."""
+    made = []
+
+    def run(arguments, folder):
+        made.append(arguments)
+        twice = "--gradient-checkpointing" in arguments
+        return {
+            "val_loss": 0.2,
+            "run_seconds": 90.0,
+            "peak_bytes": (100 if twice else 150) * 2**20,
+            "tokens_per_second": 500.0 if twice else 1000.0,
+        }
+
+    monkeypatch.setattr(results, "run_alone", run)
+    return made
+
+
+def test_story_table_compares_with_the_floor(alone, tmp_path, monkeypatch):
+    monkeypatch.setattr(results, "entropy_per_character", lambda: 0.16)
+    lines = list(results.story_table(tmp_path))
+    assert alone == [["--seed", "1"], ["--seed", "2"], ["--seed", "3"]]
+    assert lines[2] == "| seed 1 | 0.2000 | 25.0% | 90 s | 150 MiB |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_memory_table_compares_in_turns(alone, tmp_path):
+    lines = list(results.memory_table(tmp_path))
+    assert len(alone) == 6
+    assert alone[0] != alone[1]
+    assert alone[:2] == alone[2:4] == alone[4:]
+    assert lines[2:] == [
+        "|  | 150 MiB | 1,000 | 1.00 |",
+        "| `--gradient-checkpointing` | 100 MiB | 500 | 0.50 |",
+    ]
+
+
+def test_main_fills_in_the_document(calls, alone, tmp_path):
     document = tmp_path / "RESULTS.md"
-    document.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in TABLES))
+    places = (*TABLES, "stories", "memory")
+    document.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in places))
     arguments = ["--data", "text", "--out", str(tmp_path / "runs"), "--document", str(document)]
     assert results.main([*arguments, "--jobs", "2"]) == 0
     assert len(calls) == len(VARIANTS) * len(results.SEEDS)
