@@ -7,6 +7,7 @@ and a note of the flags they were made with lie in ``build/``; other flags rebui
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -25,6 +26,9 @@ TIERS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+# AVX-512 with products in bfloat16 on the matrix unit, where compiler and system know it.
+if sys.platform == "linux":
+    TIERS["amx"] = [*TIERS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
@@ -83,6 +87,9 @@ class BuildExt(build_ext):
     def build_extensions(self):
         compiler = self.compiler.compiler_so
         check_tools(compiler[0])
+        self.extensions = [
+            module for module in self.extensions if understands(compiler, module.extra_compile_args)
+        ]
         arguments = [module.extra_compile_args for module in self.extensions]
         flags = f"{sys.version} {Cython.__version__} {compiler} {arguments} {DIRECTIVES}"
         note = Path(self.build_temp, "flags")
@@ -99,6 +106,17 @@ class BuildExt(build_ext):
             module.sources = made.sources
         super().build_extensions()
         note.write_text(flags)
+
+
+def understands(compiler, flags):
+    """Return whether the compiler takes these flags; the newest instruction sets are optional."""
+    if "-mamx-tile" not in flags:
+        return True
+    command = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
+    known = subprocess.run(command, capture_output=True).returncode == 0
+    if not known:
+        print(f"legacy1bit: {compiler[0]} knows no AMX: built without products in bfloat16")
+    return known
 
 
 def check_tools(compiler):

@@ -41,9 +41,25 @@ static inline int cpu_widest_tier(void)
     return CPU_AVX512;
 }
 
+/* Whether there is a matrix unit for bfloat16, and the system saves its tiles. */
+static inline int cpu_has_amx(void)
+{
+    const unsigned int amx = 1u << 22 | 1u << 24;               /* leaf 7, edx: BF16, TILE */
+    const unsigned int bf16 = 1u << 5;                          /* leaf 7.1, eax */
+    const unsigned long long tiles = 0x60000;                   /* bits of XCR0 */
+    unsigned int eax, ebx, ecx, edx;
+
+    if (cpu_widest_tier() != CPU_AVX512 || (cpu_saved_state() & tiles) != tiles)
+        return 0;
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & amx) != amx)
+        return 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bf16);
+}
+
 #else
 
 static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
+static inline int cpu_has_amx(void) { return 0; }
 
 #endif
 #endif

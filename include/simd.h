@@ -33,7 +33,11 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(LEGACY1BIT_TIER_AVX512)
+#if defined(LEGACY1BIT_TIER_AMX)
+#include "simd_avx512.h"
+#undef TIER_NAME
+#define TIER_NAME "amx"
+#elif defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"
 #elif defined(LEGACY1BIT_TIER_AVX2)
 #include "simd_avx2.h"
@@ -42,6 +46,8 @@
 #else
 #include "simd_scalar.h"
 #endif
+
+#include "amx.h"
 
 /* The matrix product packs PACK_DEPTH x PACK_COLUMNS of the right-hand matrix (half a megabyte,
  * for the second-level cache) and PACK_ROWS x PACK_DEPTH of the left-hand one. */

@@ -227,6 +227,12 @@ class TrainingConfig(_Record):
     sign_direction: str = _choice(
         "descend", ("descend", "ascend"), "of the scheme sign; ascend is the C program's own"
     )
+    precision: str = _choice(
+        "auto",
+        ("auto", "float32", "bf16"),
+        "of the matrix products while training; bf16 needs a CPU with AMX, and is what auto means "
+        "there",
+    )
     gradient_checkpointing: bool = _flag(
         False, "work the blocks' activations out twice rather than keep them: slower, smaller"
     )

@@ -48,6 +48,22 @@ cdef extern from "simd.h" nogil:
     vf32 vf32_where_positive(vf32 x, vf32 y)
     float vf32_sum(vf32 v)
     float vf32_largest(vf32 v)
+    ctypedef struct amx_operand:
+        const float *dense
+        long line_stride
+        long depth_stride
+        const signed char *codes
+        const float *scale
+        long scale_row
+        long group
+        int turned
+    enum:
+        MATRIX_UNIT
+        AMX_WORKSPACE
+    int amx_request()
+    void amx_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
+                     float factor, const float *bias, int accumulate, float *c, long c_row,
+                     float *workspace)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -755,6 +771,30 @@ cdef enum Right:
     CODES_TRANSPOSED          # or such a matrix transposed
 
 
+cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
+                                     const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
+                                     Right kind, const Matrix *matrix,
+                                     const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
+                                     const float *bias, bint accumulate,
+                                     float *c, Py_ssize_t c_row,
+                                     float *workspace) noexcept nogil:
+    # What panel_product does, in bfloat16. One scale for all codes stays out of the rounding.
+    cdef amx_operand left, right
+    cdef float factor = 1.0
+    memset(&left, 0, sizeof(left))
+    memset(&right, 0, sizeof(right))
+    left.dense, left.line_stride, left.depth_stride = a, a_row, a_col
+    right.dense, right.line_stride, right.depth_stride = b, b_col, b_row
+    if kind != FLOATS:
+        right.codes = matrix.codes
+        right.scale, right.scale_row, right.group = matrix.scale, matrix.scale_row, matrix.group
+        right.turned = kind == CODES
+        right.line_stride = 1 if kind == CODES else matrix.cols
+        right.depth_stride = matrix.cols if kind == CODES else 1
+        factor = matrix.scale[0] if matrix.scale_row == 0 else 1.0
+    amx_product(m, n, k, &left, &right, factor, bias, accumulate, c, c_row, workspace)
+
+
 cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
                                Right kind, const Matrix *matrix,
@@ -770,6 +810,10 @@ cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
     cdef const float *a_tile
     cdef float *corner
     cdef Py_ssize_t jc, pc, ic, jr, ir, columns, depth, rows, tile_rows, tile_columns
+    if MATRIX_UNIT:
+        matrix_unit_product(m, n, k, a, a_row, a_col, kind, matrix, b, b_row, b_col, bias,
+                            accumulate, c, c_row, workspace)
+        return
     for jc from 0 <= jc < n by PACK_COLUMNS:
         columns = min(n - jc, PACK_COLUMNS)
         if not accumulate:
@@ -1148,6 +1192,10 @@ cdef KernelTable kernels
 kernels.name = TIER_NAME
 kernels.workspace_floats = (PACK_DEPTH * PACK_COLUMNS + PACK_ROWS * PACK_DEPTH
                             + PACK_COLUMNS + TILE_COLUMNS)
+if MATRIX_UNIT:
+    kernels.workspace_floats = AMX_WORKSPACE
+    if not amx_request():
+        raise ImportError("the system does not grant the matrix unit")
 kernels.add = add
 kernels.add_scaled = add_scaled
 kernels.multiply = multiply

@@ -105,7 +105,7 @@ def _describe(error: Exception) -> str:
 _OPTIONS = {"vocab_size": None, "num_blocks": "blocks", "num_heads": "heads"}
 
 # What a run that goes on may be told anew.
-_CHANGEABLE = ("steps", "threads")
+_CHANGEABLE = ("steps", "threads", "precision")
 
 
 def _option(name: str) -> str | None:
@@ -355,7 +355,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     fixed = [_option(name) for name in given if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
-            f"--{fixed[0]} cannot change in a run that goes on: only --steps and --threads can"
+            f"--{fixed[0]} cannot change in a run that goes on: only --steps, --threads and "
+            "--precision can"
         )
     changes = {name: getattr(arguments, name) for name in given}
     config = replace(config, **changes)
@@ -376,7 +377,7 @@ def run_training(arguments: argparse.Namespace) -> int:
     print(
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
         f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
-        f"{trainer.config.threads} threads, {simd_level()}",
+        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
         file=sys.stderr,
     )
     with _Interrupts() as interrupts, _progress() as progress:

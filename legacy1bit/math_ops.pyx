@@ -10,6 +10,7 @@ matrices), C-contiguous. Another dtype is a ``ValueError``, never a silent copy.
 """
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import sys
@@ -24,6 +25,7 @@ from legacy1bit.threads cimport parallel_for, scratch
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
+    bint cpu_has_amx()
 
 _TIERS = ("scalar", "sse2", "avx2", "avx512")
 
@@ -69,14 +71,63 @@ def set_simd_level(str name not None) -> None:
     ValueError
         If there is no instruction set of that name, or this CPU cannot run it.
     """
-    global active
     if name not in _TIERS:
         raise ValueError(f"unknown instruction set {name!r}: expected one of {', '.join(_TIERS)}")
     levels = simd_levels()
     if name not in levels:
         raise ValueError(f"this CPU or build cannot run {name!r}: it has {', '.join(levels)}")
-    module = importlib.import_module(f"legacy1bit._kernels_{name}")
-    active = <const KernelTable *>PyCapsule_GetPointer(module.table, "legacy1bit.kernels")
+    _use(name)
+
+
+# The kernels of each instruction set that was used.
+_loaded = {}
+
+
+cdef const KernelTable *_table(str name) except NULL:
+    if name not in _loaded:
+        _loaded[name] = importlib.import_module(f"legacy1bit._kernels_{name}").table
+    return <const KernelTable *>PyCapsule_GetPointer(_loaded[name], "legacy1bit.kernels")
+
+
+def _use(str name):
+    global active
+    active = _table(name)
+
+
+def product_precisions() -> list:
+    """Return the precisions in which matrices can be multiplied: float32, and bf16 perhaps.
+
+    That needs a CPU with AMX, and its widest instruction set in use.
+    """
+    built = importlib.util.find_spec("legacy1bit._kernels_amx") is not None
+    widest = simd_level() in ("avx512", "amx")
+    return ["float32", "bf16"] if built and widest and cpu_has_amx() else ["float32"]
+
+
+@contextlib.contextmanager
+def product_precision(str name not None):
+    """Multiply matrices in a precision while the context lasts, in every thread.
+
+    With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
+    float32 on the CPU's matrix unit; all else is as with ``avx512``. Results are no longer within
+    the bounds of float32.
+
+    Raises
+    ------
+    ValueError
+        If this CPU, this build or the chosen instruction set has no such products.
+    """
+    if name not in ("float32", "bf16"):
+        raise ValueError(f"unknown precision {name!r}: expected float32 or bf16")
+    level = simd_level()
+    if name not in product_precisions():
+        raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
+                         "and its widest instruction set")
+    _use("amx" if name == "bf16" else "avx512" if level == "amx" else level)
+    try:
+        yield
+    finally:
+        _use(level)
 
 
 def timings() -> dict:
@@ -87,12 +138,17 @@ def timings() -> dict:
     dict of str to (int, float)
         For each kernel its calls and seconds; empty unless built with MEASURE_PERFORMANCE=1.
     """
-    if not active.measuring():
-        return {}
-    return {
-        active.timer_name(i).decode(): (active.timer_calls(i), active.timer_nanoseconds(i) * 1e-9)
-        for i in range(active.timers)
-    }
+    cdef const KernelTable *table
+    cdef int i
+    counted = {}
+    for name in _loaded if active.measuring() else ():
+        table = _table(name)
+        for i in range(table.timers):
+            label = table.timer_name(i).decode()
+            calls, seconds = counted.get(label, (0, 0.0))
+            counted[label] = (calls + table.timer_calls(i),
+                              seconds + table.timer_nanoseconds(i) * 1e-9)
+    return counted
 
 
 def _print_timings():

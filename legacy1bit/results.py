@@ -74,6 +74,7 @@ TABLES = {
         Variant("ternary embedding and head", "--ternary-embedding"),
         Variant("a norm before every linear layer", "--sub-norm"),
         Variant("float for the first 20 %", "--float-steps 400"),
+        Variant("products in float32", "--precision float32"),
     ),
     "shapes": (
         Variant("1 block of 176", "--blocks 1 --model-dim 176"),

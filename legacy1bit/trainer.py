@@ -5,7 +5,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from legacy1bit.files import atomic_copies, atomic_write
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
+from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -266,6 +267,10 @@ class Trainer:
                 f"{model_config.scheme} has no float weights to start with"
             )
         self.folder = folder
+        if config.precision == "auto":
+            config = replace(config, precision=product_precisions()[-1])
+        with product_precision(config.precision):
+            pass  # it raises what there is to raise before anything is made
         self.config = config
         self.corpus = corpus
         self.source = source
@@ -384,6 +389,10 @@ class Trainer:
         """Take one step and return the loss of its batch and the norm of the gradient."""
         config = self.config
         self._choose_weights()
+        with product_precision(config.precision):
+            return self._train_step(config)
+
+    def _train_step(self, config: TrainingConfig) -> tuple[float, float]:
         tokens, targets = self.corpus.training.batch(
             self.step, config.batch_size * config.gradient_accumulation, config.seed
         )

@@ -36,6 +36,12 @@ def _float64(array):
     return np.asarray(array, dtype=np.float64)
 
 
+def bfloat16(x):
+    """x rounded to bfloat16, 8 significant bits, ties to even; no subnormals."""
+    mantissa, exponent = np.frexp(_float64(x))
+    return np.ldexp(np.rint(mantissa * 2.0**8) / 2.0**8, exponent)
+
+
 # --- Vector and matrix operations (math_ops) ------------------------------------------------------
 
 

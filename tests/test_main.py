@@ -313,11 +313,13 @@ SETTINGS = {
     "decay_every": 8,
     "float_steps": 3,
     "sign_direction": "ascend",
+    "precision": "float32",
     "gradient_checkpointing": True,
     "seed": 77,
     "threads": 2,
     "evaluate_every": 3,
 }
+CHANGEABLE = ("steps", "threads", "precision")
 RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}
 BOTH = [*fields(ModelConfig), *fields(TrainingConfig)]
 FLAGS = [setting.name for setting in BOTH if setting.metadata["kind"] is bool]
@@ -618,7 +620,7 @@ FIXED = [
     ["--data", "text.txt"],
     ["--out", "other"],
     ["--stories", "10"],
-    *(option_of(name, SETTINGS[name]) for name in SETTINGS if name not in ("steps", "threads")),
+    *(option_of(name, SETTINGS[name]) for name in SETTINGS if name not in CHANGEABLE),
     *(option_of(name, False) for name in FLAGS),
     # Not even to what they are.
     ["--seed", "1"],

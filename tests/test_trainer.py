@@ -20,6 +20,7 @@ from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import OPTIMIZERS, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
+from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.trainer import (
@@ -609,7 +610,8 @@ def half_padding(rows=12):
 
 
 def in_parts(folder, parts, corpus, **changes):
-    """A run that works at its 12 sequences a step in so many parts."""
+    """A run that works at its 12 sequences a step in so many parts, within float32's bounds."""
+    changes["precision"] = "float32"
     run = make(folder, batch_size=12 // parts, gradient_accumulation=parts, **changes)
     run.corpus = corpus or run.corpus
     return run
@@ -705,6 +707,55 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, monkeypatch, threads, s
     assert others == losses
     assert measured(copies) == measured(records)
     assert_same_state(state_of(runs[1]), state_of(runs[0]))
+
+
+# --- Precision ------------------------------------------------------------------------------------
+
+needs_bf16 = pytest.mark.skipif(
+    "bf16" not in product_precisions(), reason="this CPU or build has no products in bfloat16"
+)
+
+
+@pytest.mark.usefixtures("tier")
+def test_precision_is_the_fastest_there_is_unless_told(tmp_path):
+    assert make(tmp_path / "run").config.precision == product_precisions()[-1]
+    assert make(tmp_path / "run", precision="float32").config.precision == "float32"
+
+
+@needs_bf16
+def test_precision_is_that_of_training_alone(tmp_path):
+    """What is measured is what will run anywhere."""
+    runs = [make(tmp_path / name, precision=name) for name in ("float32", "bf16")]
+    level = simd_level()
+    (_, losses, _), (_, others, records) = map(train, runs)
+    assert simd_level() == level
+    assert others != losses
+    assert others == pytest.approx(losses, rel=0.02)
+    model = load_model(runs[1].folder)
+    assert records[-1]["val_loss"] == evaluate(model, runs[1].corpus.validation).loss
+
+
+@needs_bf16
+def test_run_may_go_on_in_another_precision(tmp_path):
+    run = make(tmp_path / "run", precision="bf16")
+    train(run, stop_at=6)
+    shutil.copytree(run.folder, tmp_path / "copy")
+    same, other = (
+        train(resumed(tmp_path / name, precision=precision))[1]
+        for name, precision in (("run", "bf16"), ("copy", "float32"))
+    )
+    assert len(other) == len(same)
+    assert other != same
+    assert other == pytest.approx(same, rel=0.02)
+
+
+@pytest.mark.usefixtures("tier")
+def test_precision_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
+    if "bf16" in product_precisions():
+        return
+    with pytest.raises(ValueError, match=r"precision is bf16, expected float32"):
+        make(tmp_path / "run", precision="bf16")
+    assert not (tmp_path / "run").exists()
 
 
 # --- A warm start ---------------------------------------------------------------------------------

@@ -1,0 +1,169 @@
+"""Products in bfloat16, on CPUs that have a unit for them, against float64 and exact integers."""
+
+import numpy as np
+import oracle
+import pytest
+from compare import assert_close, assert_same_bits, dot_bound
+from models import make_config, random_model
+
+from legacy1bit import math_ops
+from legacy1bit.backward import BackwardPass, backward_output_layer_batch
+from legacy1bit.forward import forward_output_layer_batch
+from legacy1bit.math_ops import product_precision, product_precisions
+from legacy1bit.model import LegacyLLMGradients, TernaryMatrix
+from legacy1bit.schemes import SCHEMES
+
+needs_bf16 = pytest.mark.skipif(
+    "bf16" not in product_precisions(), reason="this CPU or build has no products in bfloat16"
+)
+
+# Around the sides of a tile (16, 32), and past what is packed at a time (512 columns, 1024 deep).
+SIZES = (
+    (1, 1, 1),
+    (16, 16, 32),
+    (17, 33, 31),
+    (15, 48, 65),
+    (64, 64, 96),
+    (40, 530, 33),
+    (33, 20, 2070),
+)
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+@needs_bf16
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("transpose_b", [False, True])
+@pytest.mark.parametrize("transpose_a", [False, True])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_matmul_multiplies_the_rounded_factors(size, transpose_a, transpose_b, accumulate):
+    m, n, k = size
+    a = normal(k, m) if transpose_a else normal(m, k)
+    b = normal(n, k, seed=1) if transpose_b else normal(k, n, seed=1)
+    into = normal(m, n, seed=2) if accumulate else None
+    rounded = [oracle.bfloat16(a), oracle.bfloat16(b)]
+    flags = {"transpose_a": transpose_a, "transpose_b": transpose_b}
+    expected = oracle.matmul(*rounded, into=into, **flags)
+    room = oracle.matmul(
+        *map(np.abs, rounded), into=None if into is None else np.abs(into), **flags
+    )
+    with product_precision("bf16"):
+        actual = math_ops.matmul(a, b, into, accumulate=accumulate, **flags)
+    assert_close(actual, expected, rtol=0, atol=dot_bound(room, k + 1))
+
+
+@needs_bf16
+def test_matmul_passes_on_what_is_not_finite():
+    a, b = normal(20, 40), normal(40, 50, seed=1)
+    a[3, 7], a[5, 0], b[8, 49] = np.nan, np.inf, -np.inf
+    with product_precision("bf16"):
+        actual = math_ops.matmul(a, b)
+    expected = np.ones((20, 50), bool)
+    expected[[3, 5]] = False
+    expected[:, 49] = False
+    np.testing.assert_array_equal(np.isfinite(actual), expected)
+
+
+def scaled(scheme, rows, cols, group, seed=0):
+    """A matrix of a scheme's codes whose scales are powers of two."""
+    rng = np.random.default_rng(seed)
+    levels = SCHEMES[scheme].levels
+    values = rng.choice(np.array(levels, np.int8), (rows, cols))
+    if group is None:
+        return TernaryMatrix(values, 0.25, levels=levels)
+    shape = (rows, -(-cols // (group or cols)))
+    scales = rng.choice(np.array([0.25, 0.5, 2.0], np.float32), shape)
+    return TernaryMatrix(values, scales, group, levels)
+
+
+@needs_bf16
+@pytest.mark.parametrize("rows", [3, 16, 37])
+@pytest.mark.parametrize("group", [None, 0, 16, 128])
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "2bit"])
+@pytest.mark.parametrize("shape", [(1, 1), (17, 33), (40, 300), (530, 70)])
+def test_products_of_codes_and_whole_numbers_are_exact(shape, scheme, group, rows):
+    """Nothing is rounded: forward, back to the input, and to the weights."""
+    matrix, rng = scaled(scheme, *shape, group), np.random.default_rng(1)
+    x = rng.integers(-9, 10, (rows, shape[1])).astype(np.float32)
+    bias = rng.integers(-9, 10, shape[0]).astype(np.float32)
+    d_out = rng.integers(-9, 10, (rows, shape[0])).astype(np.float32)
+    gradients = {"weight": np.ones(shape, np.float32), "bias": np.zeros(shape[0], np.float32)}
+    with product_precision("bf16"):
+        out = forward_output_layer_batch(matrix, bias, x)
+        d_x = backward_output_layer_batch(matrix, d_out, x, gradients)
+    dense = matrix.dense()
+    assert_same_bits(out + 0, x @ dense.T + bias)
+    assert_same_bits(d_x + 0, d_out @ dense + 0)
+    assert_same_bits(gradients["weight"], d_out.T @ x + 1)
+
+
+@needs_bf16
+def test_one_scale_for_all_is_not_rounded():
+    matrix = scaled("ternary", 30, 60, None)
+    x = np.random.default_rng(2).integers(-9, 10, (20, 60)).astype(np.float32)
+    exact = TernaryMatrix(matrix.values, float(np.float16(0.3)))
+    with product_precision("bf16"):
+        out = forward_output_layer_batch(exact, np.zeros(30, np.float32), x)
+    sums = x.astype(np.float64) @ matrix.values.T
+    assert_same_bits(out + 0, (sums * float(np.float16(0.3))).astype(np.float32) + 0)
+
+
+@needs_bf16
+@pytest.mark.parametrize("changes", [{}, {"scale": "row"}, {"scheme": "2bit"}, {"scheme": "float"}])
+def test_gradients_are_near_those_of_float32(changes):
+    config = make_config(vocab_size=60, model_dim=48, num_heads=4, sequence_length=40, **changes)
+    model, rng = random_model(config), np.random.default_rng(3)
+    tokens, targets = rng.integers(0, 60, (2, 6, 40))
+    found = {}
+    for precision in ("float32", "bf16"):
+        gradients = [LegacyLLMGradients(config) for _ in range(2)]
+        with product_precision(precision):
+            losses = [BackwardPass(model, 6, 40, 2).run(tokens, targets, one) for one in gradients]
+        assert losses[0] == losses[1]
+        assert_same_bits(gradients[0].flat, gradients[1].flat)
+        found[precision] = losses[0][0], gradients[0].flat.astype(np.float64)
+    (loss, gradient), (other, near) = found.values()
+    assert other != loss
+    # A factor's rounding is 2^-9 at most; what is measured is half of that and 2 per cent.
+    assert other == pytest.approx(loss, rel=2.0**-9)
+    assert np.linalg.norm(near - gradient) < 0.06 * np.linalg.norm(gradient)
+
+
+@needs_bf16
+def test_precision_lasts_as_long_as_its_context():
+    level, a, b = math_ops.simd_level(), normal(30, 30), normal(30, 30, seed=1)
+    exact = math_ops.matmul(a, b)
+    with product_precision("bf16"):
+        rough = math_ops.matmul(a, b)
+        with product_precision("float32"):
+            assert_same_bits(math_ops.matmul(a, b), exact)
+        assert_same_bits(math_ops.matmul(a, b), rough)
+    assert math_ops.simd_level() == level
+    with pytest.raises(KeyError), product_precision("bf16"):
+        raise KeyError
+    assert_same_bits(math_ops.matmul(a, b), exact)
+    assert (rough != exact).any()
+
+
+def test_precision_rejects_other_names():
+    with (
+        pytest.raises(ValueError, match=r"unknown precision 'fp8'.*float32 or bf16"),
+        product_precision("fp8"),
+    ):
+        pass
+
+
+def test_narrower_instruction_sets_have_float32_alone(tier):
+    if tier == "avx512":
+        assert product_precisions()[0] == "float32"
+        return
+    assert product_precisions() == ["float32"]
+    with (
+        pytest.raises(ValueError, match=r"bf16, expected float32: .*AMX"),
+        product_precision("bf16"),
+    ):
+        pass
+    with product_precision("float32"):
+        assert math_ops.simd_level() == tier
