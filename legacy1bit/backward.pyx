@@ -816,6 +816,8 @@ cdef class BackwardPass:
         config = self.model.config
         if gradients.config != config:
             raise ValueError("the gradients are those of a model with other settings")
+        if total is not None and (not isinstance(total, (int, np.integer)) or total < 0):
+            raise ValueError(f"total is {total}, expected a whole number of positions")
         tokens, targets = as_token_rows(tokens), as_token_rows(targets, "targets")
         for name, array in (("tokens", tokens), ("targets", targets)):
             if array.shape != (self.batch_size, self.time):

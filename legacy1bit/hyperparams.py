@@ -189,7 +189,7 @@ class TrainingConfig(_Record):
     """How a model is trained; each field says what it means.
 
     The learning rate rises over ``warmup_steps``, stays at its peak, and falls over the last
-    ``decay_share`` of the steps along the ``schedule``.
+    ``decay_share`` of the steps along the ``schedule``, but not before it has risen.
     """
 
     steps: int = _integer(1500, 1, 1 << 40, "updates of the weights")
@@ -254,9 +254,9 @@ class TrainingConfig(_Record):
         """Return the learning rate of update ``step``, counted from 0."""
         peak = self.learning_rate or 0.0
         warmed = lr_scheduler_warmup(step, self.warmup_steps, peak)
-        decay_steps = round(self.steps * self.decay_share)
-        falling = step - (self.steps - decay_steps)
-        if falling < 0 or step < self.warmup_steps or self.schedule == "constant":
+        begin = max(self.steps - round(self.steps * self.decay_share), self.warmup_steps)
+        falling, decay_steps = step - begin, self.steps - begin
+        if falling < 0 or self.schedule == "constant":
             return warmed
         if self.schedule == "step":
             return lr_scheduler_step(falling, peak, self.decay_factor, self.decay_every)

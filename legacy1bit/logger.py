@@ -28,12 +28,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError
         If another line is not a JSON object with a step.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_bytes().splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number}: expected a JSON object") from None
@@ -78,8 +78,12 @@ class MetricsLogger:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record. Numbers that are not finite become null: JSON has none."""
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(_line(record))
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
         if self._events is not None:
             self._events.add(record["step"], dict(_numbers(record)))
 
@@ -92,11 +96,11 @@ class MetricsLogger:
 def check_tensorboard() -> None:
     """Raise ``ValueError`` if what writes TensorBoard's events is not installed."""
     try:
-        import tensorboardX  # type: ignore[import-untyped] # noqa: F401
-    except ImportError:
+        from tensorboardX import event_file_writer, proto  # type: ignore[import-untyped] # noqa: F401
+    except ImportError as error:
         raise ValueError(
             "TensorBoard's events need tensorboardX, which is not installed: "
-            "pip install 'legacy1bit[tensorboard]'"
+            f"pip install 'legacy1bit[tensorboard]' ({error})"
         ) from None
 
 

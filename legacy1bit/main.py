@@ -39,7 +39,7 @@ from legacy1bit.data_utils import (
 from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.inference import check_sampling, generate
-from legacy1bit.logger import METRICS_FILE, MetricsLogger, check_tensorboard
+from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
 from legacy1bit.threads import available_cores
 from legacy1bit.trainer import (
@@ -47,6 +47,7 @@ from legacy1bit.trainer import (
     Metrics,
     Trainer,
     evaluate,
+    read_checkpoint_header,
     read_settings,
     recall_of_heroes,
     weight_shares,
@@ -242,9 +243,9 @@ def _check_folder(wanted: Path | None) -> None:
         return
     if (wanted / SETTINGS_FILE).exists():
         raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
-    # A folder with metrics and no settings is a run that failed before it was saved.
-    ours = (wanted / METRICS_FILE).exists()
-    if not wanted.is_dir() or (any(wanted.iterdir()) and not ours):
+    # What a run leaves that failed before it was saved is not in the way.
+    left = {METRICS_FILE, EVENTS_FOLDER, TOKENIZER_FILE}
+    if not wanted.is_dir() or any(path.name not in left for path in wanted.iterdir()):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
 
@@ -340,9 +341,10 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     _check_folder(arguments.out)
     source = _source(arguments.data, arguments.stories, config.seed)
     corpus = _corpus(source, model_config)
-    folder = _make_folder(arguments.out)
-    logger = MetricsLogger(folder, tensorboard=arguments.tensorboard)
-    return Trainer(folder, model_config, config, corpus, source), logger
+    # The folder last: what fails before leaves nothing behind.
+    trainer = Trainer(RUNS, model_config, config, corpus, source)
+    trainer.folder = _make_folder(arguments.out)
+    return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
@@ -360,12 +362,11 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         )
     changes = {name: getattr(arguments, name) for name in given}
     config = replace(config, **changes)
+    done = read_checkpoint_header(folder, model_config).step
+    if done >= config.steps:
+        raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     trainer = Trainer(folder, model_config, config, _corpus(source, model_config), source)
     trainer.restore()
-    if trainer.step >= config.steps:
-        raise ValueError(
-            f"{folder} has had its {trainer.step} steps: give more with --steps to go on"
-        )
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
 

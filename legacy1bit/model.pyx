@@ -128,7 +128,7 @@ cdef class TernaryMatrix:
         cdef const signed char[:, ::1] codes = values
         if codes.shape[0] * codes.shape[1] == 0:
             raise ValueError("values is empty")
-        if not levels:
+        if len(levels) == 0:
             raise ValueError("levels is empty")
         if not np.isin(values, levels).all():
             raise ValueError("values holds a number other than "
@@ -140,6 +140,8 @@ cdef class TernaryMatrix:
             raise ValueError(f"group is {self.group}, expected a multiple of 16: no vector may "
                              "have two scales")
         self.scales = scale
+        if scale is None:
+            raise TypeError("scale is None")
         if not isinstance(scale, np.ndarray):
             self.scales = np.array([[scale]], np.float32)
         elif scale.dtype != np.float32 or not scale.flags.c_contiguous:
@@ -527,6 +529,9 @@ cdef class LegacyLLM:
         cdef TransformerBlock block
         config = self.config
         rotary = None
+        # What is not quantized gets its inputs as they are.
+        rounded = config.int8_activations and isinstance(
+            parameters["blocks.0.attention.wq"], TernaryMatrix)
         if config.positions == "rope":
             rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
         view.num_blocks = config.num_blocks
@@ -539,9 +544,9 @@ cdef class LegacyLLM:
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
                                    num_heads=config.num_heads, span=config.attention_span,
-                                   rounded=config.int8_activations),
+                                   rounded=rounded),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation, rounded=config.int8_activations),
+                            activation=config.activation, rounded=rounded),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
             self.blocks.append(block)
@@ -553,7 +558,7 @@ cdef class LegacyLLM:
         fill_matrix(&view.output, parameters["output.weight"], "output.weight")
         view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
                                           "output.bias")
-        view.rounded = config.int8_activations and config.ternary_embedding
+        view.rounded = rounded and config.ternary_embedding
 
     def __dealloc__(self):
         free(self.view.blocks)

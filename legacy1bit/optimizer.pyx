@@ -136,6 +136,14 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
                       update, size)
 
 
+def _check(**settings):
+    """Raise ``ValueError`` for settings under which no step makes sense."""
+    for name, value in settings.items():
+        if not 0.0 <= value < (np.inf if name == "weight_decay" else 1.0):
+            raise ValueError(f"{name} is {value}, expected 0 or more"
+                             + ("" if name == "weight_decay" else " and less than 1"))
+
+
 def _spans(config, rule_of):
     """Return the spans of a model's parameters, whole matrices first: they take longest."""
     whole, cut, start = [], [], 0
@@ -188,6 +196,7 @@ cdef class Optimizer:
             raise ValueError("the model has no latent weights: it was made for inference")
         if sign_direction not in ("descend", "ascend"):
             raise ValueError(f"sign_direction is {sign_direction!r}, expected descend or ascend")
+        _check(weight_decay=weight_decay)
         scheme = SCHEMES.get(model.config.scheme)
         self.model = model
         self.weight_decay = weight_decay
@@ -234,6 +243,8 @@ cdef class Optimizer:
         gradients.alive()
         if threads < 1:
             raise ValueError(f"threads is {threads}, expected at least 1")
+        if not isfinite(learning_rate):
+            raise ValueError(f"learning_rate is {learning_rate}, expected a finite number")
         if gradients.config != self.model.config:
             raise ValueError("the gradients are those of a model with other settings")
         gradient = gradients.flat
@@ -285,6 +296,7 @@ cdef class AdamW(Optimizer):
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
                  weight_decay=0.1, sign_direction="descend"):
         super().__init__(model, weight_decay, sign_direction)
+        _check(beta1=beta1, beta2=beta2, epsilon=epsilon)
         self.settings.beta1, self.settings.beta2 = beta1, beta2
         self.settings.epsilon = epsilon
 
@@ -312,6 +324,7 @@ cdef class Muon(AdamW):
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
                  weight_decay=0.1, sign_direction="descend", matrix_ratio=3.3, momentum=0.95):
         super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction)
+        _check(momentum=momentum)
         self.matrix_ratio = matrix_ratio
         self.settings.momentum = momentum
 
@@ -334,6 +347,7 @@ cdef class SGD(Optimizer):
     def __init__(self, LegacyLLM model not None, momentum=0.9, weight_decay=0.1,
                  sign_direction="descend"):
         super().__init__(model, weight_decay, sign_direction)
+        _check(momentum=momentum)
         self.settings.momentum = momentum
 
     def _rule(self, name, kind):

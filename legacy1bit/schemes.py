@@ -55,7 +55,14 @@ class Scheme:
 
         A code's place among the levels is what is stored, the first of a row in the lowest bits of
         its first byte; what a row leaves open is zeros.
+
+        Raises
+        ------
+        ValueError
+            If a code is none of the scheme's.
         """
+        if not np.isin(codes, self.levels).all():
+            raise ValueError(f"codes holds a number that is none of {self.levels}")
         rows, cols = codes.shape
         each = 8 // self.bits
         places = np.zeros((rows, -(-cols // each) * each), np.uint8)
@@ -71,9 +78,14 @@ class Scheme:
         Raises
         ------
         ValueError
-            If a stored code is none of the scheme's.
+            If a stored code is none of the scheme's, or the shape is that of other columns.
         """
         each = 8 // self.bits
+        if packed.dtype != np.uint8 or cols < 1 or packed.shape[1:] != (-(-cols // each),):
+            raise ValueError(
+                f"packed is {packed.dtype}{list(packed.shape)}, which does not hold {cols} codes "
+                "a row"
+            )
         shifts = np.arange(each, dtype=np.uint8) * np.uint8(self.bits)
         places = (packed[:, :, None] >> shifts) & np.uint8((1 << self.bits) - 1)
         places = places.reshape(packed.shape[0], -1)

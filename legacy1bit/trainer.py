@@ -1,6 +1,5 @@
 """The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
 
-import contextlib
 import json
 import math
 import time
@@ -46,8 +45,8 @@ CHECKPOINT_FILE = "checkpoint.safetensors"
 SETTINGS_FILE = "training.json"
 BEST_FOLDER = "best"
 
-# The files of a saved run, in the order in which they are written.
-_RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, CHECKPOINT_FILE, SETTINGS_FILE)
+# The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
+_RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on all of them. So many tokens are looked at together.
@@ -261,10 +260,11 @@ class Trainer:
         corpus: Corpus,
         source: dict[str, Any],
     ) -> None:
-        if config.float_steps and not SCHEMES.get(model_config.scheme, SCHEMES["ternary"]).learns:
+        scheme = SCHEMES.get(model_config.scheme)
+        if config.float_steps and not (scheme and scheme.learns):
             raise ValueError(
                 f"float_steps is {config.float_steps}, expected 0: the scheme "
-                f"{model_config.scheme} has no float weights to start with"
+                f"{model_config.scheme} has no codes that follow float weights"
             )
         self.folder = folder
         if config.precision == "auto":
@@ -319,6 +319,8 @@ class Trainer:
             If the loss or a gradient is not finite; what was saved before stays as it was.
         """
         config = self.config
+        if self._best_is_behind():
+            self.save()
         per_step = (
             config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
         )
@@ -366,16 +368,28 @@ class Trainer:
 
     def _look(self, last: bool) -> None:
         """Measure the model, and note whether it is the best so far."""
-        self._choose_weights()
+        self._check_weights()
+        # What a run ends with are its codes.
+        self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = quick = self._measure(_QUICK_TOKENS)
         if last:
             self.metrics = self._measure(None)
         if quick.loss < self.best[0] and not self.model.full_precision:
             self.best = (quick.loss, self.step)
 
-    def _choose_weights(self) -> None:
-        """Let the model use its latent weights during a warm start, and then its codes."""
-        self.model.use_full_precision(self.step < self.config.float_steps)
+    def _check_weights(self) -> None:
+        """Raise ``TrainingDiverged`` where a checkpoint would hold what is not finite."""
+        held = {
+            **self.model.latent,
+            "the first moments": self.optimizer.first,
+            "the second moments": self.optimizer.second,
+        }
+        for name, values in held.items():
+            if not np.isfinite(values).all():
+                raise TrainingDiverged(
+                    f"after step {self.step} {name} are no longer finite: try a lower "
+                    "--learning-rate or --weight-decay"
+                )
 
     def _measure(self, limit: int | None) -> Metrics:
         try:
@@ -388,7 +402,7 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Take one step and return the loss of its batch and the norm of the gradient."""
         config = self.config
-        self._choose_weights()
+        self.model.use_full_precision(self.step < config.float_steps)
         with product_precision(config.precision):
             return self._train_step(config)
 
@@ -446,12 +460,21 @@ class Trainer:
             "source": self.source,
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
-        self._keep_best()
-
-    def _keep_best(self) -> None:
-        """Keep what was saved last, if it is the best so far."""
         if 0 < self.best[1] == self.step:
             atomic_copies((self.folder / name for name in _RUN_FILES), self.folder / BEST_FOLDER)
+
+    def _best_is_behind(self) -> bool:
+        """Return whether a crash came after this very step was found best, and before it was kept.
+
+        Somebody may have gone on from the best, which then is ahead, and stays as it is.
+        """
+        if not 0 < self.best[1] == self.step:
+            return False
+        try:
+            kept = read_checkpoint_header(self.folder / BEST_FOLDER, self.model.config)
+        except (ModelFileError, OSError):
+            return True
+        return kept.step < self.step
 
     def restore(self) -> None:
         """Go back to where the run's checkpoint was written.
@@ -465,23 +488,10 @@ class Trainer:
         """
         path = self.folder / CHECKPOINT_FILE
         size = self.model.num_parameters
-        with open(path, "rb"):
-            pass
+        header = read_checkpoint_header(self.folder, self.model.config)
         try:
             with safe_open(path, framework="numpy") as file:
-                header = file.metadata() or {}
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if json.loads(header["model"]) != self.model.config.to_dict():
-                raise ModelFileError(f"{path} is of a model with other settings")
-            step, seconds = int(header["step"]), float(header["seconds"])
-            if not 0 <= step <= _MOST_STEPS:
-                raise ValueError(f"its step is {step}, expected 0 to {_MOST_STEPS}")
-            lowest, found_at = json.loads(header["best"])
-            best = (float(lowest), int(found_at))
-            if math.isnan(best[0]):
-                raise ValueError("its best loss is not a number")
-        except ModelFileError:
-            raise
         except _DAMAGE as error:
             raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
         for name in ("weights", "first", "second"):
@@ -497,19 +507,54 @@ class Trainer:
         self.model.quantize(self.config.threads)
         self.optimizer.first[...] = state["first"]
         self.optimizer.second[...] = state["second"]
-        self.optimizer.steps = self.step = step
-        self.seconds = seconds
-        self.best = best
-        # A crash may have come after the checkpoint and before the best was kept; but where it came
-        # later, between model and checkpoint, the model there is a newer one.
-        saved = None
-        with (
-            contextlib.suppress(OSError, SafetensorError),
-            safe_open(self.folder / WEIGHTS_FILE, framework="numpy") as file,
+        self.optimizer.steps = self.step = header.step
+        self.seconds = header.seconds
+        self.best = header.best
+
+
+@dataclass(frozen=True)
+class CheckpointHeader:
+    """What a checkpoint tells without its weights; see ``Trainer`` for the meanings."""
+
+    step: int
+    seconds: float
+    best: tuple[float, int]
+
+
+def read_checkpoint_header(folder: Path, model_config: ModelConfig) -> CheckpointHeader:
+    """Return how far a run's checkpoint is.
+
+    Raises
+    ------
+    ModelFileError
+        If it is damaged, or that of a model with other settings.
+    OSError
+        If it cannot be read.
+    """
+    path = folder / CHECKPOINT_FILE
+    with open(path, "rb"):
+        pass
+    try:
+        with safe_open(path, framework="numpy") as file:
+            header = file.metadata() or {}
+        if json.loads(header["model"]) != model_config.to_dict():
+            raise ModelFileError(f"{path} is of a model with other settings")
+        step, seconds = int(header["step"]), float(header["seconds"])
+        lowest, found_at = json.loads(header["best"])
+        best = (float(lowest), int(found_at))
+        for name, value, most in (
+            ("step", step, _MOST_STEPS),
+            ("time", seconds, math.inf),
+            ("best loss", best[0], math.inf),
+            ("best step", best[1], step),
         ):
-            saved = (file.metadata() or {}).get("step")
-        if saved == str(step):
-            self._keep_best()
+            if not 0 <= value <= most:
+                raise ValueError(f"its {name} is {value}, expected 0 to {most}")
+    except ModelFileError:
+        raise
+    except _DAMAGE as error:
+        raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
+    return CheckpointHeader(step, seconds, best)
 
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:

@@ -35,7 +35,7 @@ optimizers = pytest.mark.parametrize("make", OPTIMIZERS)
 ADAMW = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1}
 DEFAULTS = {
     AdamW: ADAMW,
-    Muon: {**ADAMW, "matrix_ratio": 7.0, "momentum": 0.95},
+    Muon: {**ADAMW, "matrix_ratio": 3.3, "momentum": 0.95},
     SGD: {"momentum": 0.9, "weight_decay": 0.1},
 }
 
@@ -283,7 +283,7 @@ def test_step_decays_matrices_only(make, config):
     factor = np.full(before.size, 1 - 0.25 * 0.5, np.float32)
     for start, stop, _, rule in rules(optimizer):
         if rule in ("muon", "sign"):
-            factor[start:stop] = {"muon": 1 - 0.25 * 7.0 * 0.5, "sign": 1.0}[rule]
+            factor[start:stop] = {"muon": 1 - 0.25 * 3.3 * 0.5, "sign": 1.0}[rule]
     assert_same_bits(after[matrices], (before * factor)[matrices])
 
 
@@ -400,7 +400,7 @@ def test_muon_moves_every_direction_of_a_matrix_alike():
             gradient[...] = (u * np.geomspace(1.0, 0.02, len(vt))) @ vt
     before = flat(optimizer.model)
     optimizer.step(gradients, 0.01)
-    moved = (before.astype(float) - flat(optimizer.model)) / (0.01 * 7.0)
+    moved = (before.astype(float) - flat(optimizer.model)) / (0.01 * 3.3)
     for start, stop, shape, rule in rules(optimizer):
         if rule != "muon":
             continue
