@@ -85,7 +85,10 @@ def oracle_config(config):
     names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
              "positions", "rope_base", "final_norm", "attention_span", "scheme",
              "ternary_embedding", "int8_activations", "sub_norm")  # fmt: skip
-    return {name: getattr(config, name) for name in names}
+    settings = {name: getattr(config, name) for name in names}
+    # What is not quantized gets its inputs as they are.
+    settings["int8_activations"] &= config.scheme != "float"
+    return settings
 
 
 # Groups with a tail and without, one and more than a panel of the packed product, rows fewer and

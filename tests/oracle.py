@@ -601,9 +601,9 @@ def learning_rate(
     """Learning rate at ``step``, counted from 0.
 
     It rises by equal steps, reaches the peak at the last warm-up step and stays there until the
-    last ``falling_steps`` of the ``total_steps``, or what the warm-up leaves of them. Then it follows half a "cosine" or a "linear" way
-    down to ``final_fraction * peak``, where it stays; or falls, with "step", by ``factor`` after
-    every ``stair`` steps; or stays, with "constant".
+    last ``falling_steps`` of the ``total_steps``, or what the warm-up leaves of them. Then it
+    follows half a "cosine" or a "linear" way down to ``final_fraction * peak``, where it stays; or
+    falls, with "step", by ``factor`` after every ``stair`` steps; or stays, with "constant".
     """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps

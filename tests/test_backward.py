@@ -1023,3 +1023,12 @@ def test_backward_llm_batch_rejects_empty_batches(shape):
     empty, gradients = np.zeros(shape, np.int32), create_legacy_llm_gradients(make_config())
     with pytest.raises(ValueError, match=r"empty|at least 1"):
         backward_llm_batch(model_of(make_config()), empty, empty, gradients)
+
+
+@pytest.mark.parametrize("total", [-1, 0.5, math.nan, math.inf, "3"])
+def test_backward_pass_rejects_totals_that_are_no_number_of_positions(total):
+    config = make_config()
+    gradients = create_legacy_llm_gradients(config)
+    tokens = np.zeros((1, 4), np.int32)
+    with pytest.raises(ValueError, match=r"total is .*whole number"):
+        BackwardPass(random_model(config), 1, 4).run(tokens, tokens, gradients, total)

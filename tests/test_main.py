@@ -264,7 +264,7 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
     monkeypatch.setattr(program, "story_corpus", lambda *arguments: arguments)
     with pytest.raises(Stop):
         main([])
-    ((folder, model_config, config, corpus, source),) = made
+    ((_, model_config, config, corpus, source),) = made
     assert model_config == ModelConfig()
     expected = TrainingConfig(threads=config.threads)
     assert config == expected
@@ -1625,3 +1625,47 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
         assert last == 600
     else:
         say("train", "--resume", "run")
+
+
+# --- Refusals that keep what there is -------------------------------------------------------------
+
+
+def test_resume_compares_settings_before_it_makes_a_model(say, fail, monkeypatch):
+    """Edited settings may promise more than memory holds."""
+    say(*tiny(out="run"))
+    path = Path("run/training.json")
+    settings = json.loads(path.read_text())
+    settings["model"]["model_dim"] *= 2
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr(trainer, "create_legacy_llm", lambda *_: pytest.fail("it made a model"))
+    assert "model with other settings" in fail("train", "--resume", "run", "--steps", 100)
+
+
+def test_resume_that_is_refused_leaves_the_best_alone(say, fail):
+    say(*tiny(out="run", steps=4, **{"evaluate-every": 2}))
+    say("train", "--resume", "run/best", "--steps", 8)
+    before = {path.name: path.read_bytes() for path in Path("run/best").glob("*.*")}
+    assert "has had its 4 steps" in fail("train", "--resume", "run")
+    assert {path.name: path.read_bytes() for path in Path("run/best").glob("*.*")} == before
+
+
+def test_resume_refuses_metrics_that_are_no_json(say, fail):
+    say(*tiny(out="run"))
+    for damage in (b"[" * 200_000 + b"\n{}\n", b'{"step": 1, "\xff": 2}\n{}\n'):
+        Path("run/metrics.jsonl").write_bytes(damage)
+        message = fail("train", "--resume", "run", "--steps", 100)
+        assert "metrics.jsonl, line 1: expected a JSON object" in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "best", "notes.txt"])
+def test_train_refuses_a_folder_with_anything_of_worth(fail, name):
+    Path("mine").mkdir()
+    Path("mine/metrics.jsonl").write_text("")
+    Path("mine", name).write_text("mine")
+    assert "mine is no empty folder" in fail(*tiny(out="mine"))
+    assert Path("mine", name).read_text() == "mine"
+
+
+def test_train_that_is_refused_leaves_no_folder(fail):
+    assert "float_steps is 1, expected 0" in fail(*tiny("--float-steps", 1, out="r", scheme="sign"))
+    assert not Path("r").exists()

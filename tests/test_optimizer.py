@@ -668,3 +668,21 @@ def test_apply_ternary_weight_updates_rejects_what_does_not_fit():
         apply_ternary_weight_updates(model, None, 0.1)
     for name, value in model.parameters.items():
         assert_same_bits(getattr(value, "values", value), before[name])
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"),
+    [(AdamW, {"beta1": 1.0}), (AdamW, {"beta2": -0.1}), (AdamW, {"epsilon": -1e-8}),
+     (AdamW, {"weight_decay": math.nan}), (Muon, {"momentum": 1.0}), (SGD, {"momentum": 5.0}),
+     (SGD, {"weight_decay": -1.0})],
+)  # fmt: skip
+def test_optimizers_reject_settings_that_make_no_sense(make, settings):
+    with pytest.raises(ValueError, match=rf"{next(iter(settings))} is .*expected 0 or more"):
+        make(random_model(make_config()), **settings)
+
+
+@pytest.mark.parametrize("rate", [math.nan, math.inf, -math.inf])
+def test_step_rejects_rates_that_are_not_finite(rate):
+    config = make_config()
+    with pytest.raises(ValueError, match=r"learning_rate is .*finite"):
+        AdamW(random_model(config)).step(random_gradients(config), rate)

@@ -151,6 +151,12 @@ def test_run_alone_measures_a_run_once(tmp_path):
     assert results.run_alone(arguments, tmp_path / "run") == outcome
 
 
+def test_the_default_job_stays_under_200_mib(tmp_path):
+    """Its first steps have all the room that the others need, and so has the look at their end."""
+    outcome = results.run_alone(["--steps", "2", "--threads", "2"], tmp_path / "run")
+    assert outcome["peak_bytes"] < 200 * 2**20
+
+
 def test_run_alone_tells_what_failed(tmp_path, capsys):
     with pytest.raises(subprocess.CalledProcessError):
         results.run_alone(["--steps", "0"], tmp_path / "run")

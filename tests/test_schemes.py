@@ -132,3 +132,25 @@ def test_pack_knows_no_scheme_by_name():
     codes = np.array([[-1, 0, 1]], np.int8)
     assert scheme.pack(codes).tolist() == [[0x10, 0x02]]
     assert_same_bits(scheme.unpack(scheme.pack(codes), 3), codes)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"), [("ternary", 2), ("binary", 0), ("2bit", 0), ("2bit", 5), ("2bit", -4)]
+)
+def test_pack_rejects_codes_of_other_schemes(name, code):
+    with pytest.raises(ValueError, match=r"none of \("):
+        SCHEMES[name].pack(np.array([[1, code, -1]], np.int8))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "cols"),
+    [((2, 1), "u1", 5), ((2, 2), "u1", 4), ((2, 1), "u1", -2), ((2, 1), "i8", 4), ((2,), "u1", 4)],
+)
+def test_unpack_rejects_other_shapes(shape, dtype, cols):
+    with pytest.raises(ValueError, match=r"does not hold"):
+        SCHEMES["ternary"].unpack(np.zeros(shape, dtype), cols)
+
+
+def test_unpack_rejects_what_a_row_leaves_open():
+    with pytest.raises(ValueError, match="leaves open"):
+        SCHEMES["ternary"].unpack(np.array([[0b01000000]], np.uint8), 3)

@@ -1578,3 +1578,83 @@ def test_read_settings_needs_a_run(tmp_path):
     (tmp_path / SETTINGS_FILE).mkdir()
     with pytest.raises(ModelFileError, match="is not a training run"):
         read_settings(tmp_path)
+
+
+# --- Refusals that keep what there is -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["weights", "first", "second"])
+def test_run_with_weights_that_overflowed_keeps_its_checkpoint(tmp_path, where):
+    """Codes hide an infinite latent weight: the loss stays finite."""
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    kept = {path.name: path.read_bytes() for path in run.folder.glob("*.*")}
+    run = resumed(tmp_path / "run")
+    array = {
+        "weights": run.model.latent["blocks.0.ffn.wi"],
+        "first": run.optimizer.first,
+        "second": run.optimizer.second,
+    }[where]
+    array.flat[3] = np.inf
+    with pytest.raises(TrainingDiverged, match=r"no longer finite: try a lower --learning-rate"):
+        run._look(False)
+    assert {path.name: path.read_bytes() for path in run.folder.glob("*.*")} == kept
+    assert run.best[1] == 5
+
+
+def test_best_that_somebody_went_on_from_stays_ahead(tmp_path):
+    run = make(tmp_path / "run", steps=10)
+    train(run)
+    assert run.best[1] == 10
+    ahead = resumed(run.folder / BEST_FOLDER, steps=15)
+    train(ahead)
+    train(resumed(tmp_path / "run", steps=10))
+    assert step_of(run.folder / BEST_FOLDER) == 15
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_resume_needs_the_checkpoint_and_the_settings_alone(tmp_path, name):
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    (run.folder / name).unlink()
+    _, losses, _ = train(resumed(tmp_path / "run"))
+    assert losses == train(make(tmp_path / "whole"))[1][5:]
+    assert (run.folder / name).exists()
+
+
+def test_run_that_ends_in_full_precision_is_measured_by_its_codes(tmp_path):
+    """They are what is saved, and what anybody will run."""
+    run = make(tmp_path / "run", float_steps=STEPS + 100)
+    _, _, records = train(run)
+    assert [record["full_precision"] for record in records] == [True, True, False]
+    assert records[-1]["val_loss"] == evaluate(load_model(run.folder), run.corpus.validation).loss
+    assert run.best[1] == STEPS
+
+
+@pytest.mark.parametrize("scheme", ["sign", FLOAT])
+def test_warm_start_needs_codes_that_follow_float_weights(tmp_path, scheme):
+    with pytest.raises(ValueError, match=r"float_steps is 3, expected 0: the scheme "):
+        make(tmp_path / "run", scheme=scheme, float_steps=3)
+
+
+def test_int8_activations_are_those_of_quantized_layers(tmp_path):
+    plain, rounded = (
+        train(make(tmp_path / str(on), scheme=FLOAT, int8_activations=on))[1]
+        for on in (False, True)
+    )
+    assert rounded == plain
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("seconds", "nan"), ("seconds", "-5"), ("best", "[-Infinity, 3]"), ("best", "[1.0, 9]"),
+     ("best", "[NaN, 3]"), ("step", "-1")],
+)  # fmt: skip
+def test_checkpoint_header_is_checked(tmp_path, key, value):
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    path = run.folder / CHECKPOINT_FILE
+    header = {**header_of(path), key: value}
+    save_file(load_file(path), path, header)
+    with pytest.raises(ModelFileError, match=r"not a checkpoint: its .* expected 0 to"):
+        resumed(tmp_path / "run")
