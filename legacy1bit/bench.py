@@ -1,8 +1,9 @@
 """How fast the kernels are: ``make bench SSE=0`` and ``make bench SSE=1``.
 
-SSE=0 measures the scalar instruction set, SSE=1 that and every other the CPU has, and NumPy, with
-as many threads, for the matrix product. All of them take turns in one run, so that a machine whose
-speed drifts slows all alike; medians are printed, with the first and the third quartile.
+SSE=0 measures the scalar instruction set, SSE=1 that and every other the CPU has, products in
+bfloat16 where it has them, and NumPy, with as many threads, for the matrix product. All of them
+take turns in one run, so that a machine whose speed drifts slows all alike; medians are printed,
+with the first and the third quartile.
 """
 
 import argparse
@@ -129,21 +130,24 @@ def measure(levels: list[str], rounds: int, threads: int) -> dict[str, dict[str,
     Returns
     -------
     dict
-        By benchmark and instruction set (or "numpy") the rates of all rounds.
+        By benchmark and instruction set (or "bf16" or "numpy") the rates of all rounds.
     """
     table = dict(benchmarks(threads))
     peers = dict(numpy_products()) if len(levels) > 1 else {}
     rates: dict[str, dict[str, list[float]]] = {name: {} for name in table}
     runs = [(name, level, table[name][2]) for name in table for level in levels]
+    if len(levels) > 1 and "bf16" in math_ops.product_precisions():
+        runs += [(name, "bf16", table[name][2]) for name in (*peers, "training")]
     runs += [(name, "numpy", call) for name, call in peers.items()]
     for turn in range(rounds + 1):
         # A BLAS keeps its threads spinning for a while after a product. They would take the cores
         # from whoever comes next: so it comes last, and they get time to fall asleep.
         time.sleep(0.2)
         for name, level, call in runs:
-            if level != "numpy":
+            if level in levels:
                 math_ops.set_simd_level(level)
-            rate = table[name][1] / _seconds(call)
+            with math_ops.product_precision("bf16" if level == "bf16" else "float32"):
+                rate = table[name][1] / _seconds(call)
             if turn:  # the first turn warms up
                 rates[name].setdefault(level, []).append(rate)
     return rates

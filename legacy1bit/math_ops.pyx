@@ -59,7 +59,10 @@ def simd_levels() -> list:
 
 
 def simd_level() -> str:
-    """Return the name of the instruction set in use: scalar, sse2, avx2 or avx512."""
+    """Return the name of the instruction set in use: scalar, sse2, avx2 or avx512.
+
+    It is amx while matrices are multiplied in bf16.
+    """
     return active.name.decode()
 
 
@@ -99,9 +102,12 @@ def product_precisions() -> list:
 
     That needs a CPU with AMX, and its widest instruction set in use.
     """
-    built = importlib.util.find_spec("legacy1bit._kernels_amx") is not None
-    widest = simd_level() in ("avx512", "amx")
-    return ["float32", "bf16"] if built and widest and cpu_has_amx() else ["float32"]
+    if simd_level() in ("avx512", "amx") and cpu_has_amx():
+        # The compiler may not have known the unit, and the system may refuse it.
+        with contextlib.suppress(ImportError):
+            _table("amx")
+            return ["float32", "bf16"]
+    return ["float32"]
 
 
 @contextlib.contextmanager
