@@ -100,7 +100,7 @@ def check_tensorboard() -> None:
     except ImportError as error:
         raise ValueError(
             "TensorBoard's events need tensorboardX, which is not installed: "
-            f"pip install 'legacy1bit[tensorboard]' ({error})"
+            f"pip install tensorboardX ({error})"
         ) from None
 
 
