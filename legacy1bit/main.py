@@ -43,6 +43,7 @@ from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
 from legacy1bit.threads import available_cores
 from legacy1bit.trainer import (
+    RUN_FILES,
     SETTINGS_FILE,
     Metrics,
     Trainer,
@@ -243,9 +244,12 @@ def _check_folder(wanted: Path | None) -> None:
         return
     if (wanted / SETTINGS_FILE).exists():
         raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
-    # What a run leaves that failed before it was saved is not in the way.
-    left = {METRICS_FILE, EVENTS_FOLDER, TOKENIZER_FILE}
-    if not wanted.is_dir() or any(path.name not in left for path in wanted.iterdir()):
+    # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
+    # beside it some of its files.
+    names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
+    found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
+    ours = METRICS_FILE in found and found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
+    if found and not ours:
         raise ValueError(f"{wanted} is no empty folder: name another")
 
 

@@ -46,7 +46,7 @@ SETTINGS_FILE = "training.json"
 BEST_FOLDER = "best"
 
 # The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
-_RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
+RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on all of them. So many tokens are looked at together.
@@ -461,7 +461,7 @@ class Trainer:
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         if 0 < self.best[1] == self.step:
-            atomic_copies((self.folder / name for name in _RUN_FILES), self.folder / BEST_FOLDER)
+            atomic_copies((self.folder / name for name in RUN_FILES), self.folder / BEST_FOLDER)
 
     def _best_is_behind(self) -> bool:
         """Return whether a crash came after this very step was found best, and before it was kept.

@@ -1657,13 +1657,33 @@ def test_resume_refuses_metrics_that_are_no_json(say, fail):
         assert "metrics.jsonl, line 1: expected a JSON object" in message
 
 
-@pytest.mark.parametrize("name", ["config.json", "best", "notes.txt"])
-def test_train_refuses_a_folder_with_anything_of_worth(fail, name):
+@pytest.mark.parametrize(
+    ("name", "record"), [("best", True), ("notes.txt", True), ("config.json", False)]
+)
+def test_train_refuses_a_folder_with_anything_of_worth(fail, name, record):
     Path("mine").mkdir()
-    Path("mine/metrics.jsonl").write_text("")
+    if record:
+        Path("mine/metrics.jsonl").write_text("")
     Path("mine", name).write_text("mine")
     assert "mine is no empty folder" in fail(*tiny(out="mine"))
     assert Path("mine", name).read_text() == "mine"
+
+
+def test_run_that_was_killed_at_its_first_save_can_be_started_again(say):
+    """Some of its files may be there, but not the one that makes it a run."""
+    say(*tiny(out="whole"))
+    for present in (
+        (),
+        ("tokenizer.json",),
+        ("tokenizer.json", "config.json", "model.safetensors"),
+    ):
+        folder = Path(f"broken-{len(present)}")
+        folder.mkdir()
+        for name in ("metrics.jsonl", *present):
+            shutil.copy(f"whole/{name}", folder)
+        Path(folder, ".checkpoint.safetensors.0123.tmp").write_text("half")
+        say(*tiny(out=folder))
+        assert_same_files(folder, Path("whole"))
 
 
 def test_train_that_is_refused_leaves_no_folder(fail):
