@@ -454,12 +454,7 @@ def softmax(x) -> None:
     The largest element is taken off first, so that no exponential overflows. A row that holds
     nothing but minus infinity becomes zeros. C: ``softmax``.
     """
-    cdef float[:, ::1] rows
-    if getattr(check_not_none("x", x), "ndim", 1) == 1:
-        rows = _as_row(x)
-    else:
-        rows = x
-    check_not_empty("x", rows.shape[0] * rows.shape[1])
+    cdef float[:, ::1] rows = _rows_of(x)
     with nogil:
         active.softmax(&rows[0, 0], rows.shape[0], rows.shape[1])
 
@@ -471,19 +466,22 @@ def quantize_activations(x) -> None:
     arXiv 2402.17764, section 2). A row whose step float32 does not hold (one of zeros, say) stays
     as it is, and so does one that is not finite. The C original has nothing of the kind.
     """
-    cdef float[:, ::1] rows
-    if getattr(check_not_none("x", x), "ndim", 1) == 1:
-        rows = _as_row(x)
-    else:
-        rows = x
-    check_not_empty("x", rows.shape[0] * rows.shape[1])
+    cdef float[:, ::1] rows = _rows_of(x)
     with nogil:
         active.round_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
 
 
-cdef float[:, ::1] _as_row(float[::1] x):
-    check_not_empty("x", x.shape[0])
-    return <float[:1, :x.shape[0]:1]>&x[0]
+cdef float[:, ::1] _rows_of(x):
+    """Return float32[R, N] as it is, and float32[N] as the one row of a matrix."""
+    cdef float[::1] row
+    cdef float[:, ::1] rows
+    if getattr(check_not_none("x", x), "ndim", 1) == 1:
+        row = x
+        check_not_empty("x", row.shape[0])
+        return <float[:1, :row.shape[0]:1]>&row[0]
+    rows = x
+    check_not_empty("x", rows.shape[0] * rows.shape[1])
+    return rows
 
 
 def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,

@@ -7,7 +7,6 @@ is finished is not run again, so that a stopped ``make results`` goes on where i
 
 import argparse
 import json
-import os
 import shlex
 import shutil
 import statistics
@@ -133,6 +132,17 @@ def _is_finished(folder: Path) -> bool:
     return bool(records) and records[-1]["step"] == 2000
 
 
+def _run(arguments: list[str]) -> str:
+    """Run Python and return what it said on standard error, or print that and raise."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, errors="replace"
+    )
+    if done.returncode:
+        print(done.stderr, file=sys.stderr)
+        done.check_returncode()
+    return done.stderr
+
+
 def train(variant: Variant, seed: int, data: str, out: Path) -> Outcome:
     """Train a variant with one seed, unless that is done already, and return what came of it.
 
@@ -146,17 +156,7 @@ def train(variant: Variant, seed: int, data: str, out: Path) -> Outcome:
         arguments = command(variant, seed, data, folder)
         if (folder / "training.json").exists():
             arguments = ["-m", "legacy1bit.main", "train", "--resume", str(folder)]
-        environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            done.check_returncode()
+        _run(arguments)
     loss = read_metrics(folder / METRICS_FILE)[-1]["val_loss"]
     print(f"{loss:.4f}  seed {seed}  {variant.label}", file=sys.stderr, flush=True)
     return Outcome([loss], load_model(folder).stored_bytes())
@@ -216,18 +216,10 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
     if not note.exists():
         shutil.rmtree(folder, ignore_errors=True)
         begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", _WITH_PEAK, "train", *arguments, "--out", str(folder)],
-            capture_output=True,
-            text=True,
-            errors="replace",
-        )
+        told = _run(["-c", _WITH_PEAK, "train", *arguments, "--out", str(folder)])
         seconds = time.perf_counter() - begin
-        if done.returncode:
-            print(done.stderr, file=sys.stderr)
-            done.check_returncode()
         record = read_metrics(folder / METRICS_FILE)[-1]
-        record["peak_bytes"] = 1024 * int(done.stderr.split()[-1])
+        record["peak_bytes"] = 1024 * int(told.split()[-1])
         record["run_seconds"] = seconds
         atomic_write(note, json.dumps(record))
     outcome: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))

@@ -192,9 +192,9 @@ def _share(chosen: npt.NDArray[np.bool_]) -> float:
     return round(float(np.mean(chosen)), 6)
 
 
-def _codes(model: LegacyLLM) -> dict[str, npt.NDArray[np.int8]]:
+def _codes(model: LegacyLLM, copied: bool = False) -> dict[str, npt.NDArray[np.int8]]:
     return {
-        name: value.values
+        name: value.values.copy() if copied else value.values
         for name, value in model.parameters.items()
         if isinstance(value, TernaryMatrix)
     }
@@ -270,7 +270,7 @@ class Trainer:
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
         with product_precision(config.precision):
-            pass  # it raises what there is to raise before anything is made
+            pass  # a precision that is not there is refused before anything is made
         self.config = config
         self.corpus = corpus
         self.source = source
@@ -328,7 +328,7 @@ class Trainer:
         began_here = self.seconds
         losses: list[float] = []
         norms: list[float] = []
-        codes = {name: values.copy() for name, values in _codes(self.model).items()}
+        codes = _codes(self.model, copied=True)
         while self.step < config.steps:
             loss, norm = self.train_step()
             losses.append(loss)
@@ -359,7 +359,7 @@ class Trainer:
                 on_report(record)
                 losses.clear()
                 norms.clear()
-                codes = {name: values.copy() for name, values in _codes(self.model).items()}
+                codes = _codes(self.model, copied=True)
                 # Measuring is not training: it counts for nothing in the speed.
                 begin = time.perf_counter() - self.seconds
             if stopped and not last:
