@@ -29,6 +29,9 @@ cdef extern from "cpu.h" nogil:
 
 _TIERS = ("scalar", "sse2", "avx2", "avx512")
 
+# Asked once: in a virtual machine the question is slow, and every training step has it.
+_HAS_AMX = cpu_has_amx()
+
 cdef const KernelTable *active = NULL
 
 
@@ -102,7 +105,7 @@ def product_precisions() -> list:
 
     That needs a CPU with AMX, and its widest instruction set in use.
     """
-    if simd_level() in ("avx512", "amx") and cpu_has_amx():
+    if simd_level() in ("avx512", "amx") and _HAS_AMX:
         # The compiler may not have known the unit, and the system may refuse it.
         with contextlib.suppress(ImportError):
             _table("amx")
