@@ -39,6 +39,18 @@ def make_config(**changes):
     return ModelConfig(**{**SMALL, **changes})
 
 
+def attention_cases(changes):
+    """Settings, batch and time of attention layers; odder widths where the scales differ."""
+    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9))
+    if "scale" in changes:
+        shapes += ((1, 1, 1, 3), (300, 3, 1, 2), (130, 5, 2, 8))
+    for dim, heads, batch, time in shapes:
+        config = make_config(model_dim=dim, num_heads=heads, sequence_length=32, num_blocks=1,
+                             positions="none" if dim in (1, 300) else "rope", ffn_multiplier=1,
+                             **changes)  # fmt: skip
+        yield config, batch, time
+
+
 def random_model(config, seed=1):
     """A model without a trivial value: no gamma is 1, no bias 0 and no code certain."""
     model, rng = create_legacy_llm(config, seed), np.random.default_rng(seed)

@@ -16,6 +16,7 @@ from models import (
     PADDINGS,
     as_float64,
     assert_near,
+    attention_cases,
     every_tier,
     exact_dense,
     float_twin,
@@ -414,13 +415,7 @@ def test_backward_multi_head_attention_is_the_oracles(scheme, positions, span):
 @every_tier
 @layers
 def test_backward_multi_head_attention_with_other_settings_is_the_oracles(changes):
-    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9))
-    if "scale" in changes:
-        shapes += ((1, 1, 1, 3), (300, 3, 1, 2), (130, 5, 2, 8))
-    for dim, heads, batch, time in shapes:
-        config = make_config(model_dim=dim, num_heads=heads, sequence_length=32, num_blocks=1,
-                             positions="none" if dim in (1, 300) else "rope", ffn_multiplier=1,
-                             **changes)  # fmt: skip
+    for config, batch, time in attention_cases(changes):
         for padding in ("none", "left", "row"):
             check_attention(config, batch, time, padding)
 
