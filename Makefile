@@ -19,14 +19,16 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-MEASURE_PERFORMANCE ?= $(if $(filter run bench results test test-slow lint,$(MAKECMDGOALS)),$(LAST),0)
+TAKES_IT := run bench bench-compare bench-peers results test test-slow lint
+MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench results test test-slow test-wheel lint wheel clean distclean always
+.PHONY: build help run bench bench-compare bench-peers results test test-slow test-wheel test-old-cpus lint wheel
+.PHONY: clean distclean always
 
 build: build/done
 
@@ -34,10 +36,13 @@ help:
 	@echo 'make build              compile and install; MEASURE_PERFORMANCE=1: with timers'
 	@echo 'make run                python -m legacy1bit.main; ARGS="--help" says what it can do'
 	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
+	@echo 'make bench-compare A=COMMIT B=COMMIT  which of two commits is faster'
+	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one'
 	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
+	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
 	@echo 'make lint               style and types'
 	@echo 'make wheel              source distribution and wheel, in dist/'
 	@echo 'make clean              remove all that was built; make distclean: .venv too'
@@ -69,7 +74,15 @@ run: build
 	$(PYTHON) -m legacy1bit.main $(ARGS)
 
 bench: build
-	$(PYTHON) -m legacy1bit.bench $(if $(SSE),--sse $(SSE)) $(ARGS)
+	$(PYTHON) -m legacy1bit.bench --sse $(or $(SSE),1) \
+	    $(if $(filter 0,$(SSE)),,--instructions) $(ARGS)
+
+bench-compare: build
+	@$(if $(and $(A),$(B)),,$(error Which commits? make bench-compare A=main~1 B=main))
+	$(PYTHON) -m legacy1bit.bench.compare $(A) $(B) $(if $(SSE),--sse $(SSE)) $(ARGS)
+
+bench-peers: build
+	$(PYTHON) -m legacy1bit.bench.peers $(ARGS)
 
 results: build
 	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -106,6 +119,21 @@ test-wheel: wheel
 	cp -r tests pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	cd $(ELSEWHERE) && venv/bin/python -m pytest $(ARGS)
+
+# NumPy from 2.4 on needs SSE4.2 itself. The slowest tests of numbers do not depend on the CPU.
+EMULATED := build/test-old-cpus
+OLD_CPUS := core2duo Nehalem Haswell
+
+test-old-cpus: wheel
+	@command -v qemu-x86_64 > /dev/null || { echo 'qemu-x86_64 is missing: see qemu-user'; exit 1; }
+	rm -rf $(EMULATED)
+	$(PYTHON) -m venv $(EMULATED)/venv
+	cp -r tests pyproject.toml $(EMULATED)
+	$(EMULATED)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]" 'numpy<2.4'
+	cd $(EMULATED) && for cpu in $(OLD_CPUS); do \
+	    echo "as a $$cpu:"; \
+	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
+	done
 
 clean:
 	rm -rf build dist *.egg-info legacy1bit/*.so .pytest_cache .mypy_cache .ruff_cache

@@ -22,18 +22,37 @@ from setuptools.command.build_ext import build_ext
 # may not vectorise it (clang knows these two options as well).
 TIERS = {
     "scalar": ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
+    "sse": ["-msse", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
     "sse2": ["-msse2"],
+    "ssse3": ["-mssse3"],
+    "sse41": ["-msse4.1"],
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-# AVX-512 with products in bfloat16 on the matrix unit, where compiler and system know it.
+TIERS["avx512vnni"] = [*TIERS["avx512"], "-mavx512vnni"]
+# That with products on the matrix unit, where compiler and system know it.
 if sys.platform == "linux":
-    TIERS["amx"] = [*TIERS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+    TIERS["amx"] = [
+        *TIERS["avx512vnni"],
+        "-mavx512bf16",
+        "-mamx-tile",
+        "-mamx-bf16",
+        "-mamx-int8",
+    ]
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
 # These check and call; what takes time is in the kernels, and alone is worth -O3.
-MODULES = ["threads", "math_ops", "model", "forward", "backward", "optimizer"]
+MODULES = [
+    "threads",
+    "math_ops",
+    "model",
+    "forward",
+    "backward",
+    "optimizer",
+    "packed",
+    "inference",
+]
 
 # No -ffast-math: infinities and NaN keep their meaning. Contraction is off so that a multiply
 # and an add round twice unless a kernel asks for the fused form.

@@ -1,6 +1,7 @@
-/* Products of bfloat16 numbers on the matrix unit of a CPU (Intel's AMX): sums of float32.
+/* Products on the matrix unit of a CPU (Intel's AMX): of bfloat16 numbers, summed in float32, and of
+ * packed codes with int8 activations, summed in int32.
  *
- * Both matrices are rounded to bfloat16 while they are packed into tiles of a kilobyte. A left tile
+ * For the first both matrices are rounded to bfloat16 while they are packed into tiles of a kilobyte. A left tile
  * is 16 rows of 32 numbers; a right one holds 32 rows of 16 columns, two rows beside each other:
  * 16 rows of 16 pairs. So either is a 16 x 16 square of pairs that lie beside each other along the
  * depth, and what comes turned over is transposed as such. */
@@ -34,7 +35,8 @@ enum {
     AMX_DEPTH = 1024,           /* what is packed of the right matrix: a megabyte, for the */
     AMX_COLUMNS = 512,          /* second-level cache */
     AMX_ROWS = 2 * AMX_SIDE,    /* and of the left one */
-    AMX_WORKSPACE = (AMX_DEPTH * (AMX_COLUMNS + AMX_ROWS)) / 2 + AMX_ROWS * AMX_ROWS + 16
+    AMX_WORKSPACE = (AMX_DEPTH * (AMX_COLUMNS + AMX_ROWS)) / 2 + AMX_ROWS * AMX_ROWS + 16,
+    AMX_FEW = 8                 /* rows of activations for which the unit is not worth its while */
 };
 
 /* Ask the system for the unit; it is granted to all threads or to none. */
@@ -88,35 +90,6 @@ static inline __m512 amx_load(const amx_operand *x, long line, long depth, long 
         _mm512_set1_ps(count > 0 ? amx_scale(x, line, depth) : 0.0f));
 }
 
-/* square[16][16] of 32-bit elements becomes its transpose. */
-static inline void amx_transpose(__m512i *square)
-{
-    __m512i t[16];
-    int i;
-    for (i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(square[i], square[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(square[i], square[i + 1]);
-    }
-    for (i = 0; i < 16; i += 4) {
-        square[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        square[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        square[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        square[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(square[i], square[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(square[i], square[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(square[i + 8], square[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(square[i + 8], square[i + 12], 0xdd);
-    }
-    for (i = 0; i < 4; i++) {
-        square[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        square[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        square[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        square[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
-
 /* One tile of an operand: `lines` lines of `depth` numbers from (line, first), zeros beyond. As
  * lines of pairs, [16 lines][16 pairs], or else as pairs of lines, [16 pairs][16 lines]. */
 static inline void amx_pack_tile(const amx_operand *x, long line, long first, long lines,
@@ -155,7 +128,7 @@ static inline void amx_pack_tile(const amx_operand *x, long line, long first, lo
         in_lines = 1;
     }
     if (in_lines != as_lines)
-        amx_transpose(square);
+        avx512_transpose(square);
     for (i = 0; i < 16; i++)
         _mm512_store_si512((void *)(tile + i * 32), square[i]);
 }
@@ -250,10 +223,91 @@ static void amx_product(long m, long n, long k, const amx_operand *a, const amx_
     _tile_release();
 }
 
+/* `tiles` tiles of a strip of packed codes become bytes, four columns after four, its upper 16 rows
+ * apart from its lower: a right tile of each for every 64 columns. What is missing of the last one
+ * is zeros. Returns how many. */
+static long amx_unpack(const unsigned char *w, long tiles, int trits, unsigned char *upper,
+                       unsigned char *lower)
+{
+    const int fields = trits ? 5 : 4;
+    long groups = tiles * fields, i;
+    int field;
+    for (i = 0; i < tiles; i++, w += TILE_BYTES) {
+        __m512i u = _mm512_loadu_si512(w), v = _mm512_loadu_si512(w + 64);
+        prefetch_tile(w);
+        for (field = 0; field < fields; field++, upper += 64, lower += 64) {
+            const __m512i three = _mm512_set1_epi8(3);
+            if (trits) {
+                _mm512_store_si512((void *)upper, avx512_trit(&u));
+                _mm512_store_si512((void *)lower, avx512_trit(&v));
+            } else {
+                _mm512_store_si512((void *)upper, _mm512_and_si512(u, three));
+                _mm512_store_si512((void *)lower, _mm512_and_si512(v, three));
+                u = _mm512_srli_epi16(u, 2);
+                v = _mm512_srli_epi16(v, 2);
+            }
+        }
+    }
+    for (; groups % 16; groups++, upper += 64, lower += 64) {
+        _mm512_store_si512((void *)upper, _mm512_setzero_si512());
+        _mm512_store_si512((void *)lower, _mm512_setzero_si512());
+    }
+    return groups / 16;
+}
+
+/* totals[rows][32] of a strip and rows of int8 activations. The rows are read in sixteens, and to a
+ * multiple of 64 columns: there must be room behind them. */
+static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
+                            const signed char *x, long stride, long rows, int *totals,
+                            float *workspace)
+{
+    enum { TILES = 256, BYTES = TILES * 5 * 64 + 1024 };
+    unsigned char *upper = (unsigned char *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
+    unsigned char *lower = upper + BYTES;
+    long done, i, j;
+    amx_begin();
+    for (done = 0; done < tiles; done += TILES) {
+        const long here = tiles - done < TILES ? tiles - done : TILES;
+        const long blocks = amx_unpack(strip + TILE_BYTES * done, here, trits, upper, lower);
+        const signed char *from = x + done * (trits ? TILE_TRITS : TILE_CODES);
+        for (i = 0; i < rows; i += 32) {
+            int *to = totals + i * 32;
+            const int more = i + 16 < rows;
+            _tile_zero(0);
+            _tile_zero(1);
+            _tile_zero(2);
+            _tile_zero(3);
+            if (done) {
+                _tile_loadd(0, to, 128);
+                _tile_loadd(1, to + 16, 128);
+                _tile_loadd(2, to + 16 * 32, 128);
+                _tile_loadd(3, to + 16 * 32 + 16, 128);
+            }
+            for (j = 0; j < blocks; j++) {
+                _tile_loadd(4, from + i * stride + 64 * j, stride);
+                _tile_loadd(6, upper + 1024 * j, 64);
+                _tile_dpbsud(0, 4, 6);
+                _tile_loadd(7, lower + 1024 * j, 64);
+                _tile_dpbsud(1, 4, 7);
+                if (more) {
+                    _tile_loadd(5, from + (i + 16) * stride + 64 * j, stride);
+                    _tile_dpbsud(2, 5, 6);
+                    _tile_dpbsud(3, 5, 7);
+                }
+            }
+            _tile_stored(0, to, 128);
+            _tile_stored(1, to + 16, 128);
+            _tile_stored(2, to + 16 * 32, 128);
+            _tile_stored(3, to + 16 * 32 + 16, 128);
+        }
+    }
+    _tile_release();
+}
+
 #else
 
 /* Nobody calls these, but the kernels' source names them. */
-enum { MATRIX_UNIT = 0, AMX_WORKSPACE = 0 };
+enum { MATRIX_UNIT = 0, AMX_WORKSPACE = 0, AMX_FEW = 0 };
 
 static inline int amx_request(void) { return 0; }
 
@@ -263,6 +317,14 @@ static inline void amx_product(long m, long n, long k, const amx_operand *a, con
 {
     (void)m, (void)n, (void)k, (void)a, (void)b, (void)factor, (void)bias, (void)accumulate;
     (void)c, (void)c_row, (void)workspace;
+}
+
+static inline void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
+                                   const signed char *x, long stride, long rows, int *totals,
+                                   float *workspace)
+{
+    (void)strip, (void)tiles, (void)trits, (void)x, (void)stride, (void)rows, (void)totals;
+    (void)workspace;
 }
 
 #endif

@@ -4,7 +4,9 @@
 #ifndef LEGACY1BIT_CPU_H
 #define LEGACY1BIT_CPU_H
 
-enum cpu_tier { CPU_SCALAR, CPU_SSE2, CPU_AVX2, CPU_AVX512 };
+enum cpu_tier {
+    CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVX512, CPU_AVX512VNNI
+};
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -18,38 +20,46 @@ static inline unsigned long long cpu_saved_state(void)
 
 static inline int cpu_widest_tier(void)
 {
-    const unsigned int sse2 = 1u << 26;                              /* leaf 1, edx */
+    const unsigned int sse = 1u << 25, sse2 = 1u << 26;              /* leaf 1, edx */
+    const unsigned int ssse3 = 1u << 9, sse41 = 1u << 19;            /* leaf 1, ecx */
     const unsigned int fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;      /* leaf 1, ecx */
     const unsigned int avx2 = 1u << 5;                               /* leaf 7, ebx */
     const unsigned int avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;      /* F DQ BW VL */
+    const unsigned int vnni = 1u << 11;                              /* leaf 7, ecx */
     const unsigned long long ymm = 0x06, zmm = 0xe6;                 /* bits of XCR0 */
     unsigned int eax, ebx, ecx, edx, features;
     unsigned long long state;
 
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(edx & sse2))
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !(edx & sse))
         return CPU_SCALAR;
+    if (!(edx & sse2))
+        return CPU_SSE;
+    if (!(ecx & ssse3))
+        return CPU_SSE2;
+    if (!(ecx & sse41))
+        return CPU_SSSE3;
     features = ecx;
     if (!(features & osxsave) || !(features & avx) || !(features & fma))
-        return CPU_SSE2;
+        return CPU_SSE41;
     state = cpu_saved_state();
     if ((state & ymm) != ymm)
-        return CPU_SSE2;
+        return CPU_SSE41;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & avx2))
-        return CPU_SSE2;
+        return CPU_SSE41;
     if ((ebx & avx512) != avx512 || (state & zmm) != zmm)
         return CPU_AVX2;
-    return CPU_AVX512;
+    return ecx & vnni ? CPU_AVX512VNNI : CPU_AVX512;
 }
 
-/* Whether there is a matrix unit for bfloat16, and the system saves its tiles. */
+/* Whether there is a matrix unit for bfloat16 and int8, and the system saves its tiles. */
 static inline int cpu_has_amx(void)
 {
-    const unsigned int amx = 1u << 22 | 1u << 24;               /* leaf 7, edx: BF16, TILE */
+    const unsigned int amx = 1u << 22 | 1u << 24 | 1u << 25;    /* leaf 7, edx: BF16 TILE INT8 */
     const unsigned int bf16 = 1u << 5;                          /* leaf 7.1, eax */
     const unsigned long long tiles = 0x60000;                   /* bits of XCR0 */
     unsigned int eax, ebx, ecx, edx;
 
-    if (cpu_widest_tier() != CPU_AVX512 || (cpu_saved_state() & tiles) != tiles)
+    if (cpu_widest_tier() != CPU_AVX512VNNI || (cpu_saved_state() & tiles) != tiles)
         return 0;
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & amx) != amx)
         return 0;

@@ -9,6 +9,7 @@
 enum timer {
     TIMER_MATMUL,
     TIMER_MATRIX_VECTOR,
+    TIMER_PACKED,
     TIMER_ATTENTION_FORWARD,
     TIMER_ATTENTION_BACKWARD,
     TIMER_LAYER_NORM_FORWARD,
@@ -24,7 +25,7 @@ enum timer {
 };
 
 #define TIMER_NAMES                                                                          \
-    "matmul", "matrix_vector", "attention_forward", "attention_backward",                    \
+    "matmul", "matrix_vector", "packed_product", "attention_forward", "attention_backward",  \
     "layer_norm_forward", "layer_norm_backward", "rotary", "activation", "softmax",          \
     "cross_entropy", "quantize", "optimizer", "vector"
 

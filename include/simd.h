@@ -20,10 +20,27 @@
  *   vf32_scale_pow2(v, n)     v * 2^n for integer-valued n in [-250, 250], denormals included
  *   vf32_where_positive(x, y) y where x > 0, else 0
  *   vf32_sum(v), vf32_largest(v)   across the lanes
+ *   vf32_transpose(square)    VF32_LANES vectors, the rows of a square, become its columns
+ *   i8_round(p, v)            VF32_LANES whole numbers nearest to v, within -127 to 127, as int8
  *
- * and the register tile of the matrix product: TILE_ROWS rows by TILE_VECTORS vectors of
- * accumulators, chosen so that they, TILE_VECTORS vectors of the right-hand matrix and one
- * broadcast fit the register file.
+ *   simd_prepare()            called once, before all else
+ *
+ * the register tile of the matrix product: TILE_ROWS rows by TILE_VECTORS vectors of accumulators,
+ * chosen so that they, TILE_VECTORS vectors of the right-hand matrix and one broadcast fit the
+ * register file; and the products of packed codes with int8 activations, in whole numbers:
+ *
+ *   vsum                      sums of VSUM_ROWS rows; vsum_zero(), vsum_store(int *p, s)
+ *   vact, vact_load(x)        the 16 activations that meet a tile of codes
+ *   vsum_tile(s, w, x)        s and, of each row, its 16 codes at w times those activations
+ *   vact3, vact3_load(x), vsum_tile3(s, w, x)     the same with a tile of trits: 20 columns
+ *
+ * A tile is two cache lines, 32 rows of four bytes. Byte j of a row holds columns j, 4 + j, 8 + j
+ * and 12 + j of the tile's 16 in its bits 0-1, 2-3, 4-5 and 6-7, as unsigned numbers; or columns
+ * j, 4 + j ... 16 + j of 20 as five trits t, the fraction (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4) / 243
+ * in 256ths, rounded up: three times it is t0 and the fraction of the others. So four bytes of a
+ * row meet four neighbouring activations in every field, whatever the width of a vector. Sums hold
+ * VSUM_TILES tiles; more are added up in parts. VSUM_AT_ONCE rows of activations share the unpacking
+ * of a tile where vectors are wide enough for it to pay.
  *
  * To add a tier: one header like these, one row in TIERS of setup.py and one step in cpu.h.
  */
@@ -33,21 +50,19 @@
 #include <math.h>
 #include <string.h>
 
-#if defined(LEGACY1BIT_TIER_AMX)
-#include "simd_avx512.h"
-#undef TIER_NAME
-#define TIER_NAME "amx"
-#elif defined(LEGACY1BIT_TIER_AVX512)
+#if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
+    defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"
 #elif defined(LEGACY1BIT_TIER_AVX2)
 #include "simd_avx2.h"
-#elif defined(LEGACY1BIT_TIER_SSE2)
+#elif defined(LEGACY1BIT_TIER_SSE41) || defined(LEGACY1BIT_TIER_SSSE3) || \
+    defined(LEGACY1BIT_TIER_SSE2)
 #include "simd_sse2.h"
+#elif defined(LEGACY1BIT_TIER_SSE)
+#include "simd_sse.h"
 #else
 #include "simd_scalar.h"
 #endif
-
-#include "amx.h"
 
 /* The matrix product packs PACK_DEPTH x PACK_COLUMNS of the right-hand matrix (half a megabyte,
  * for the second-level cache) and PACK_ROWS x PACK_DEPTH of the left-hand one. */
@@ -57,5 +72,27 @@ enum {
     PACK_COLUMNS = 512,
     PACK_ROWS = 112 / TILE_ROWS * TILE_ROWS
 };
+
+/* The packed codes. While a tile is worked on, the memory PREFETCH_BYTES further on is fetched: with
+ * pages of 4096 bytes, and a strip often less, the CPU does not look ahead far enough by itself. */
+enum {
+    STRIP_ROWS = 32,
+    TILE_CODES = 16,
+    TILE_TRITS = 20,
+    TILE_BYTES = 128,
+    VSUM_TILES = 4096,
+    PREFETCH_BYTES = 2048
+};
+
+static inline void prefetch_tile(const unsigned char *tile)
+{
+    __builtin_prefetch(tile + PREFETCH_BYTES);
+    __builtin_prefetch(tile + PREFETCH_BYTES + 64);
+}
+
+/* Keeps the compiler from knowing what is in memory, so that it works it out again. */
+static inline void anew(void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+
+#include "amx.h"
 
 #endif

@@ -82,4 +82,101 @@ static inline float vf32_largest(vf32 v)
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
+/* In three steps: pairs of rows, pairs of pairs, halves. */
+static inline void vf32_transpose(vf32 *square)
+{
+    __m256 t[8];
+    for (int i = 0; i < 8; i += 2) {
+        t[i] = _mm256_unpacklo_ps(square[i], square[i + 1]);
+        t[i + 1] = _mm256_unpackhi_ps(square[i], square[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        square[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+        square[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+        square[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+        square[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2f128_ps(square[i], square[i + 4], 0x20);
+        t[i + 4] = _mm256_permute2f128_ps(square[i], square[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; i++)
+        square[i] = t[i];
+}
+
+/* Whole numbers nearest to v, all within -127 to 127, as bytes. */
+static inline void i8_round(signed char *p, vf32 v)
+{
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                          _mm256_extracti128_si256(whole, 1));
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
+}
+
+/* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
+ * 3,810 for five of them. */
+enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 4 };
+typedef __m256i vsum;
+typedef struct { __m256i field[4]; } vact;
+typedef struct { __m256i field[5]; } vact3;
+
+static inline vsum vsum_zero(void) { return _mm256_setzero_si256(); }
+static inline void vsum_store(int *p, vsum s) { _mm256_storeu_si256((__m256i *)p, s); }
+
+static inline __m256i avx2_four(const signed char *x)
+{
+    int four;
+    memcpy(&four, x, 4);
+    return _mm256_set1_epi32(four);
+}
+
+static inline vact vact_load(const signed char *x)
+{
+    vact a = {{avx2_four(x), avx2_four(x + 4), avx2_four(x + 8), avx2_four(x + 12)}};
+    return a;
+}
+
+static inline vact3 vact3_load(const signed char *x)
+{
+    vact3 a = {{avx2_four(x), avx2_four(x + 4), avx2_four(x + 8), avx2_four(x + 12),
+                avx2_four(x + 16)}};
+    return a;
+}
+
+static inline vsum avx2_widen(vsum s, __m256i pairs)
+{
+    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+{
+    const __m256i three = _mm256_set1_epi8(3), v = _mm256_loadu_si256((const __m256i *)w);
+    __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(v, three), x.field[0]);
+    __m256i odd = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 2), three),
+                                       x.field[1]);
+    even = _mm256_add_epi16(even, _mm256_maddubs_epi16(
+        _mm256_and_si256(_mm256_srli_epi16(v, 4), three), x.field[2]));
+    odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(
+        _mm256_and_si256(_mm256_srli_epi16(v, 6), three), x.field[3]));
+    return avx2_widen(s, _mm256_add_epi16(even, odd));
+}
+
+static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+{
+    const __m256i three = _mm256_set1_epi8(3), zero = _mm256_setzero_si256();
+    __m256i v = _mm256_loadu_si256((const __m256i *)w), pairs = zero;
+    for (int i = 0; i < 5; i++) {
+        /* Two averages make 3/4 of the byte, whose top two bits are the trit; they round up, and
+         * the 1 taken off before makes them round down. */
+        const __m256i less = _mm256_subs_epu8(v, _mm256_set1_epi8(1));
+        const __m256i top = _mm256_avg_epu8(less, _mm256_avg_epu8(less, zero));
+        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(
+            _mm256_and_si256(_mm256_srli_epi16(top, 6), three), x.field[i]));
+        v = _mm256_add_epi8(v, _mm256_add_epi8(v, v));
+    }
+    return avx2_widen(s, pairs);
+}
+
+static inline void simd_prepare(void) {}
+
 #endif

@@ -1,11 +1,18 @@
-/* The vector vocabulary for AVX-512 (F, BW, DQ, VL; Skylake server and later): sixteen lanes,
- * tails by mask. See simd.h for the meanings. */
+/* The vector vocabulary for AVX-512 (F, BW, DQ, VL; Skylake server and later), and with VNNI
+ * (Cascade Lake, Ice Lake, Zen 4 and later): sixteen lanes, tails by mask. See simd.h for the
+ * meanings. */
 #ifndef LEGACY1BIT_SIMD_AVX512_H
 #define LEGACY1BIT_SIMD_AVX512_H
 
 #include <immintrin.h>
 
+#if defined(LEGACY1BIT_TIER_AMX)
+#define TIER_NAME "amx"
+#elif defined(LEGACY1BIT_TIER_AVX512VNNI)
+#define TIER_NAME "avx512vnni"
+#else
 #define TIER_NAME "avx512"
+#endif
 
 typedef __m512 vf32;
 
@@ -53,5 +60,154 @@ static inline vf32 vf32_where_positive(vf32 x, vf32 y)
 
 static inline float vf32_sum(vf32 v) { return _mm512_reduce_add_ps(v); }
 static inline float vf32_largest(vf32 v) { return _mm512_reduce_max_ps(v); }
+
+/* square[16][16] of 32-bit elements becomes its transpose. */
+static inline void avx512_transpose(__m512i *square)
+{
+    __m512i t[16];
+    int i;
+    for (i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(square[i], square[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(square[i], square[i + 1]);
+    }
+    for (i = 0; i < 16; i += 4) {
+        square[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        square[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        square[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        square[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(square[i], square[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(square[i], square[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(square[i + 8], square[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(square[i + 8], square[i + 12], 0xdd);
+    }
+    for (i = 0; i < 4; i++) {
+        square[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        square[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        square[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        square[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+static inline void vf32_transpose(vf32 *square) { avx512_transpose((__m512i *)square); }
+
+/* Whole numbers nearest to v, all within -127 to 127, as bytes. */
+static inline void i8_round(signed char *p, vf32 v)
+{
+    _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
+}
+
+enum { VSUM_ROWS = 16, VSUM_AT_ONCE = 4 };
+typedef struct { __m512i field[4]; } vact;
+typedef struct { __m512i field[5]; } vact3;
+
+static inline __m512i avx512_four(const signed char *x)
+{
+    int four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+
+static inline vact vact_load(const signed char *x)
+{
+    vact a = {{avx512_four(x), avx512_four(x + 4), avx512_four(x + 8), avx512_four(x + 12)}};
+    return a;
+}
+
+static inline vact3 vact3_load(const signed char *x)
+{
+    vact3 a = {{avx512_four(x), avx512_four(x + 4), avx512_four(x + 8), avx512_four(x + 12),
+                avx512_four(x + 16)}};
+    return a;
+}
+
+/* The next trit of every byte: two averages make 3/4 of it, whose top two bits are the trit; they
+ * round up, and the 1 taken off before makes them round down. */
+static inline __m512i avx512_trit(__m512i *v)
+{
+    const __m512i less = _mm512_subs_epu8(*v, _mm512_set1_epi8(1));
+    const __m512i top = _mm512_avg_epu8(less, _mm512_avg_epu8(less, _mm512_setzero_si512()));
+    *v = _mm512_add_epi8(*v, _mm512_add_epi8(*v, *v));
+    return _mm512_and_si512(_mm512_srli_epi16(top, 6), _mm512_set1_epi8(3));
+}
+
+#ifdef __AVX512VNNI__
+
+/* Fields are masked where they stand, and each has sums of its own, which count 1, 4, 16 and 64:
+ * no shifts, and four chains of additions that need not wait for each other. */
+typedef struct { __m512i field[4]; } vsum;
+
+static inline vsum vsum_zero(void)
+{
+    const __m512i zero = _mm512_setzero_si512();
+    vsum s = {{zero, zero, zero, zero}};
+    return s;
+}
+
+static inline void vsum_store(int *p, vsum s)
+{
+    __m512i total = s.field[0];
+    total = _mm512_add_epi32(total, _mm512_srai_epi32(s.field[1], 2));
+    total = _mm512_add_epi32(total, _mm512_srai_epi32(s.field[2], 4));
+    total = _mm512_add_epi32(total, _mm512_srai_epi32(s.field[3], 6));
+    _mm512_storeu_si512(p, total);
+}
+
+static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+{
+    const __m512i v = _mm512_loadu_si512(w);
+    for (int i = 0; i < 4; i++)
+        s.field[i] = _mm512_dpbusd_epi32(
+            s.field[i], _mm512_and_si512(v, _mm512_set1_epi8((char)(3 << 2 * i))), x.field[i]);
+    return s;
+}
+
+static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+{
+    __m512i v = _mm512_loadu_si512(w);
+    for (int i = 0; i < 5; i++)
+        s.field[0] = _mm512_dpbusd_epi32(s.field[0], avx512_trit(&v), x.field[i]);
+    return s;
+}
+
+#else
+
+/* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
+ * 3,810 for five of them. */
+typedef __m512i vsum;
+
+static inline vsum vsum_zero(void) { return _mm512_setzero_si512(); }
+static inline void vsum_store(int *p, vsum s) { _mm512_storeu_si512(p, s); }
+
+static inline vsum avx512_widen(vsum s, __m512i pairs)
+{
+    return _mm512_add_epi32(s, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+{
+    const __m512i three = _mm512_set1_epi8(3), v = _mm512_loadu_si512(w);
+    __m512i even = _mm512_maddubs_epi16(_mm512_and_si512(v, three), x.field[0]);
+    __m512i odd = _mm512_maddubs_epi16(_mm512_and_si512(_mm512_srli_epi16(v, 2), three),
+                                       x.field[1]);
+    even = _mm512_add_epi16(even, _mm512_maddubs_epi16(
+        _mm512_and_si512(_mm512_srli_epi16(v, 4), three), x.field[2]));
+    odd = _mm512_add_epi16(odd, _mm512_maddubs_epi16(
+        _mm512_and_si512(_mm512_srli_epi16(v, 6), three), x.field[3]));
+    return avx512_widen(s, _mm512_add_epi16(even, odd));
+}
+
+static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+{
+    __m512i v = _mm512_loadu_si512(w), pairs = _mm512_setzero_si512();
+    for (int i = 0; i < 5; i++)
+        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(avx512_trit(&v), x.field[i]));
+    return avx512_widen(s, pairs);
+}
+
+#endif
+
+static inline void simd_prepare(void) {}
 
 #endif

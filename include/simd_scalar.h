@@ -52,4 +52,39 @@ static inline vf32 vf32_where_positive(vf32 x, vf32 y) { return x > 0.0f ? y : 0
 static inline float vf32_sum(vf32 v) { return v; }
 static inline float vf32_largest(vf32 v) { return v; }
 
+static inline void vf32_transpose(vf32 *square) { (void)square; }
+static inline void i8_round(signed char *p, vf32 v) { *p = (signed char)vf32_round(v); }
+
+enum { VSUM_ROWS = 1, VSUM_AT_ONCE = 1 };
+typedef int vsum;
+typedef const signed char *vact;
+typedef const signed char *vact3;
+
+static inline vsum vsum_zero(void) { return 0; }
+static inline void vsum_store(int *p, vsum s) { *p = s; }
+static inline vact vact_load(const signed char *x) { return x; }
+static inline vact3 vact3_load(const signed char *x) { return x; }
+
+static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+{
+    for (int byte = 0; byte < 4; byte++)
+        for (int field = 0; field < 4; field++)
+            s += (w[byte] >> 2 * field & 3) * x[4 * field + byte];
+    return s;
+}
+
+static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+{
+    for (int byte = 0; byte < 4; byte++) {
+        unsigned int rest = w[byte];
+        for (int field = 0; field < 5; field++) {
+            rest = 3 * (rest & 255);
+            s += (int)(rest >> 8) * x[4 * field + byte];
+        }
+    }
+    return s;
+}
+
+static inline void simd_prepare(void) {}
+
 #endif

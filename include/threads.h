@@ -11,6 +11,8 @@
  * caller's own job, the tasks run one after the other in the caller instead. A child made by fork
  * starts without workers and makes its own when it needs them.
  *
+ * team_run calls a task on several threads at once, which meet in it by team_meet.
+ *
  * thread_scratch gives every thread a buffer of its own that lives as long as the thread.
  */
 #ifndef LEGACY1BIT_THREADS_H
@@ -21,6 +23,8 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+
+#include "team.h"
 
 enum {
     POOL_MAX_THREADS = 256,
@@ -200,12 +204,12 @@ static void pool_grow(int wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static void pool_run(pool_task task, void *context, long tasks, int threads)
+/* How many threads the caller gets: up to `threads`, itself among them; the pool is then its own
+ * until pool_go has returned. 1 where it gets no other, and then it has nothing to give back. */
+static int pool_take(int threads)
 {
     if (threads > POOL_MAX_THREADS)
         threads = POOL_MAX_THREADS;
-    if (threads > tasks)
-        threads = (int)tasks;
     if (threads > 1) {
         pthread_mutex_lock(&pool.lock);
         if (!pool.busy) {
@@ -214,30 +218,76 @@ static void pool_run(pool_task task, void *context, long tasks, int threads)
         } else {
             threads = 1;
         }
-        if (threads > 1) {
+        if (threads > 1)
             pool.busy = 1;
-            pool.task = task;
-            pool.context = context;
-            pool.tasks = tasks;
-            pool.threads = threads;
-            pool.remaining = threads - 1;
-            pool_spread(threads);
-            __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
-            pthread_cond_broadcast(&pool.wake);
-            pthread_mutex_unlock(&pool.lock);
-            pool_share(task, context, tasks, 0, threads);
-            for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
-                pool_pause();
-            pool_lock();
-            while (pool.remaining)
-                pthread_cond_wait(&pool.done, &pool.lock);
-            pool.busy = 0;
-            pool.threads = 0;
-        }
         pthread_mutex_unlock(&pool.lock);
     }
-    if (threads <= 1)
+    return threads;
+}
+
+/* Shares the tasks among the threads that were taken, and gives them back. */
+static void pool_go(pool_task task, void *context, long tasks, int threads)
+{
+    pthread_mutex_lock(&pool.lock);
+    pool.task = task;
+    pool.context = context;
+    pool.tasks = tasks;
+    pool.threads = threads;
+    pool.remaining = threads - 1;
+    pool_spread(threads);
+    __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    pool_share(task, context, tasks, 0, threads);
+    for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
+        pool_pause();
+    pool_lock();
+    while (pool.remaining)
+        pthread_cond_wait(&pool.done, &pool.lock);
+    pool.busy = 0;
+    pool.threads = 0;
+    pthread_mutex_unlock(&pool.lock);
+}
+
+static void pool_run(pool_task task, void *context, long tasks, int threads)
+{
+    threads = pool_take(threads < tasks ? threads : (int)tasks);
+    if (threads > 1)
+        pool_go(task, context, tasks, threads);
+    else
         pool_share(task, context, tasks, 0, 1);
+}
+
+/* Calls task(context, i) for every i in [0, team->members) at the same time; there are as many
+ * members as the caller gets, up to `threads`. */
+static void team_run(pool_task task, void *context, thread_team *team, int threads)
+{
+    team->members = pool_take(threads);
+    team->arrived = 0;
+    team->meetings = 0;
+    if (team->members > 1)
+        pool_go(task, context, team->members, team->members);
+    else
+        task(context, 0);
+}
+
+/* Returns when every member has called it; what they wrote before, all can read after. */
+static inline void team_meet(thread_team *team)
+{
+    unsigned int meeting;
+    if (team->members == 1)
+        return;
+    meeting = __atomic_load_n(&team->meetings, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->members) {
+        __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
+        __atomic_store_n(&team->meetings, meeting + 1, __ATOMIC_RELEASE);
+        return;
+    }
+    for (int looks = 0; __atomic_load_n(&team->meetings, __ATOMIC_ACQUIRE) == meeting; looks++)
+        if (looks < POOL_LOOKS)
+            pool_pause();
+        else
+            sched_yield();     /* the one we wait for may be waiting for this core */
 }
 
 #endif

@@ -53,9 +53,4 @@ cdef class FeedForwardRoom:
     cdef FeedForwardContext view
 
 
-cdef class KeyValueCache:
-    cdef readonly object config, keys, values
-    cdef readonly Py_ssize_t length, capacity
-    cdef ForwardContext context
-
 cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1

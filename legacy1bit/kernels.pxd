@@ -16,6 +16,27 @@ cdef struct Matrix:
     Py_ssize_t group          # neighbouring weights of a row that share a scale
     const float *dense
 
+cdef struct PackedMatrix:
+    # The same for decoding: codes in tiles (see simd.h), strips of 32 rows one
+    # after the other. A code u stands for factor * u + offset, times its scale.
+    Py_ssize_t rows
+    Py_ssize_t cols
+    const unsigned char *tiles
+    bint trits                # tiles of 20 columns in base 3; then all of a row share a scale
+    int factor
+    int offset
+    const float *scale
+    Py_ssize_t scale_row      # as in a Matrix
+    Py_ssize_t group
+
+cdef struct Rounded:
+    # Rows of activations as int8: row t is steps[t] times its codes, whose sum is sums[t]. Rows
+    # and columns are read in blocks of 32 and 64, so there is room behind them.
+    Py_ssize_t stride         # from one row to the next, at least 19 more than the columns: zeros
+    signed char *codes
+    float *steps
+    int *sums
+
 cdef struct Scheme:
     # How weights become codes; see schemes.py.
     bint median
@@ -44,6 +65,18 @@ cdef struct Attention:
     float *d_v
     float *d_probs            # scratch, float32[queries, keys]
 
+cdef struct CachedHead:
+    # One query of one head, and the keys and values it sees, in int8 with a step for each row.
+    Py_ssize_t keys
+    Py_ssize_t head_dim
+    const float *q
+    const signed char *k
+    const signed char *v
+    const float *k_steps
+    const float *v_steps
+    float *probs              # float32[keys], scratch
+    float *out
+
 cdef struct Update:
     # One step of an optimizer.
     float learning_rate
@@ -58,6 +91,7 @@ cdef struct Update:
 
 cdef struct KernelTable:
     const char *name
+    Py_ssize_t peak_width           # floats that the loops of peak_fused and peak_read take at once
     Py_ssize_t workspace_floats     # scratch a thread needs for matmul and the attention
 
     void (*add)(float *x, const float *y, Py_ssize_t n) noexcept nogil
@@ -111,15 +145,27 @@ cdef struct KernelTable:
                             bint accumulate, float *d_x, float *workspace) noexcept nogil
 
     void (*attention)(const Attention *head, float *workspace) noexcept nogil
+    void (*cached_attention)(const CachedHead *head) noexcept nogil
     void (*attention_backward)(const Attention *head, float *workspace) noexcept nogil
 
     float (*quantize)(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
                       signed char *codes, float *room) noexcept nogil
     void (*round_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+    void (*round_to_int8)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                          const Rounded *out) noexcept nogil
+    void (*widen)(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
+                  float *out) noexcept nogil
+    void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
+                           const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                           float *out, Py_ssize_t out_row, float *workspace) noexcept nogil
     void (*adamw)(float *weights, float *first, float *second, const float *gradient,
                   Py_ssize_t n, const Update *settings) noexcept nogil
     void (*sgd)(float *weights, float *momentum, const float *gradient, Py_ssize_t n,
                 const Update *settings) noexcept nogil
+
+    float (*peak_fused)(Py_ssize_t rounds) noexcept nogil
+    int (*peak_packed)(Py_ssize_t rounds) noexcept nogil
+    float (*peak_read)(const float *x, Py_ssize_t n) noexcept nogil
 
     int (*measuring)() noexcept nogil
     const char *(*timer_name)(int timer) noexcept nogil

@@ -13,7 +13,9 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport Attention, KernelTable, Matrix, Scheme, Update
+from legacy1bit.kernels cimport (
+    Attention, CachedHead, KernelTable, Matrix, PackedMatrix, Rounded, Scheme, Update,
+)
 
 cdef extern from "simd.h" nogil:
     ctypedef struct vf32:
@@ -48,6 +50,31 @@ cdef extern from "simd.h" nogil:
     vf32 vf32_where_positive(vf32 x, vf32 y)
     float vf32_sum(vf32 v)
     float vf32_largest(vf32 v)
+    void vf32_transpose(vf32 *square)
+    void i8_round(signed char *p, vf32 v)
+    void simd_prepare()
+    enum:
+        VSUM_ROWS
+        VSUM_TILES
+        VSUM_AT_ONCE
+        STRIP_ROWS
+        TILE_CODES
+        TILE_TRITS
+        TILE_BYTES
+    ctypedef struct vsum:
+        pass
+    ctypedef struct vact:
+        pass
+    ctypedef struct vact3:
+        pass
+    vsum vsum_zero()
+    void vsum_store(int *p, vsum s)
+    vact vact_load(const signed char *x)
+    vact3 vact3_load(const signed char *x)
+    vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+    vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+    void prefetch_tile(const unsigned char *tile)
+    void anew(void *memory)
     ctypedef struct amx_operand:
         const float *dense
         long line_stride
@@ -60,10 +87,13 @@ cdef extern from "simd.h" nogil:
     enum:
         MATRIX_UNIT
         AMX_WORKSPACE
+        AMX_FEW
     int amx_request()
     void amx_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
                      float factor, const float *bias, int accumulate, float *c, long c_row,
                      float *workspace)
+    void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
+                         long stride, long rows, int *totals, float *workspace)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -74,6 +104,7 @@ cdef extern from "measure.h" nogil:
         TIMER_COUNT
         TIMER_MATMUL
         TIMER_MATRIX_VECTOR
+        TIMER_PACKED
         TIMER_ATTENTION_FORWARD
         TIMER_ATTENTION_BACKWARD
         TIMER_LAYER_NORM_FORWARD
@@ -670,8 +701,10 @@ cdef inline void multiply_edge(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dept
 
 cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, Py_ssize_t rows,
                            Py_ssize_t depth, float *packed) noexcept nogil:
-    # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros.
-    cdef Py_ssize_t i, k, tile, here
+    # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros. No tile has
+    # more rows than a vector lanes, where there are vectors.
+    cdef Py_ssize_t i, k, tile, here, whole = depth - depth % VF32_LANES
+    cdef vf32 square[VF32_LANES]
     for tile from 0 <= tile < rows by TILE_ROWS:
         here = min(rows - tile, TILE_ROWS)
         if here < TILE_ROWS:
@@ -679,6 +712,21 @@ cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, P
         if a_row == 1 and here == TILE_ROWS:
             for k in range(depth):
                 memcpy(packed + k * TILE_ROWS, a + tile + k * a_col, TILE_ROWS * sizeof(float))
+        elif a_col == 1 and VF32_LANES > 1:
+            for k from 0 <= k < whole by VF32_LANES:
+                for i in range(VF32_LANES):
+                    square[i] = vf32_zero()
+                    if i < here:
+                        square[i] = vf32_load(a + (tile + i) * a_row + k)
+                vf32_transpose(square)
+                for i in range(VF32_LANES):
+                    if TILE_ROWS < VF32_LANES:
+                        vf32_store_first(packed + (k + i) * TILE_ROWS, TILE_ROWS, square[i])
+                    else:
+                        vf32_store(packed + (k + i) * TILE_ROWS, square[i])
+            for i in range(here):
+                for k in range(whole, depth):
+                    packed[k * TILE_ROWS + i] = a[(tile + i) * a_row + k]
         else:
             for i in range(here):
                 for k in range(depth):
@@ -693,7 +741,8 @@ cdef enum:
 cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
                             Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
     # Panels of TILE_COLUMNS columns, each [depth, TILE_COLUMNS]; columns past the last are zeros.
-    cdef Py_ssize_t j, k, panel, here, block
+    cdef Py_ssize_t i, j, k, panel, here, block, whole = depth - depth % VF32_LANES
+    cdef vf32 square[VF32_LANES]
     for panel from 0 <= panel < cols by TILE_COLUMNS:
         here = min(cols - panel, TILE_COLUMNS)
         if here < TILE_COLUMNS:
@@ -702,6 +751,17 @@ cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
             for k in range(depth):
                 memcpy(packed + k * TILE_COLUMNS, b + k * b_row + panel,
                        TILE_COLUMNS * sizeof(float))
+        elif b_row == 1 and here == TILE_COLUMNS and VF32_LANES > 1:
+            for k from 0 <= k < whole by VF32_LANES:
+                for j from 0 <= j < TILE_COLUMNS by VF32_LANES:
+                    for i in range(VF32_LANES):
+                        square[i] = vf32_load(b + (panel + j + i) * b_col + k)
+                    vf32_transpose(square)
+                    for i in range(VF32_LANES):
+                        vf32_store(packed + (k + i) * TILE_COLUMNS + j, square[i])
+            for j in range(here):
+                for k in range(whole, depth):
+                    packed[k * TILE_COLUMNS + j] = b[(panel + j) * b_col + k]
         elif b_row == 1:
             # A transposition, a few rows of the panel at a time: they stay in the first cache.
             for block from 0 <= block < depth by TRANSPOSED_ROWS:
@@ -750,12 +810,25 @@ cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_
     # The same of the transposed matrix: its column j is the matrix's row row + j. Blocks begin at
     # multiples of TRANSPOSED_ROWS, so that each has one scale.
     cdef const signed char *codes
-    cdef Py_ssize_t j, k, panel, here, block
+    cdef Py_ssize_t i, j, k, panel, here, block
     cdef float factor
+    cdef vf32 square[VF32_LANES]
     for panel from 0 <= panel < cols by TILE_COLUMNS:
         here = min(cols - panel, TILE_COLUMNS)
         if here < TILE_COLUMNS:
             memset(packed, 0, depth * TILE_COLUMNS * sizeof(float))
+        elif VF32_LANES > 1 and depth % VF32_LANES == 0:
+            for k from 0 <= k < depth by VF32_LANES:
+                for j from 0 <= j < TILE_COLUMNS by VF32_LANES:
+                    for i in range(VF32_LANES):
+                        codes = matrix.codes + (row + panel + j + i) * matrix.cols + col + k
+                        factor = scale_at(matrix, row + panel + j + i, col + k)
+                        square[i] = vf32_mul(vf32_splat(factor), vf32_load_i8(codes))
+                    vf32_transpose(square)
+                    for i in range(VF32_LANES):
+                        vf32_store(packed + (k + i) * TILE_COLUMNS + j, square[i])
+            packed += depth * TILE_COLUMNS
+            continue
         for block from 0 <= block < depth by TRANSPOSED_ROWS:
             for j in range(here):
                 codes = matrix.codes + (row + panel + j) * matrix.cols + col
@@ -894,6 +967,200 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
 
 
 # ---------------------------------------------------------------------------------------------
+# Packed codes times int8 activations: whole numbers, the same in every instruction set. The float
+# arithmetic around them is the same, too: a multiplication and an addition, never fused.
+
+cdef enum:
+    STRIP_PARTS = STRIP_ROWS / VSUM_ROWS
+    PART_BYTES = TILE_BYTES / STRIP_PARTS
+    VSUM_BLOCK = 128        # rows of activations whose sums are taken at once
+
+
+cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                        const Rounded *out) noexcept nogil:
+    # Each row in whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet b1.58,
+    # arXiv 2402.17764, section 2). A row that is not finite has a step that is none.
+    cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef const float *row
+    cdef signed char *codes
+    cdef signed char last[VF32_LANES]
+    cdef float top, inverse
+    cdef int total
+    cdef vf32 most, strange, v, up
+    START_TIMER(TIMER_QUANTIZE)
+    for i in range(rows):
+        row = x + i * cols
+        codes = out.codes + i * out.stride
+        most = strange = vf32_zero()
+        for j from 0 <= j < whole by VF32_LANES:
+            v = vf32_load(row + j)
+            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+            strange = vf32_add(strange, vf32_sub(v, v))
+        if left:
+            v = vf32_load_first(row + whole, left)
+            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+            strange = vf32_add(strange, vf32_sub(v, v))
+        top = vf32_largest(most)
+        inverse = <float>127.0 / top
+        # x - x is 0 of every number, and NaN of what is none.
+        out.steps[i] = top / <float>127.0 + vf32_sum(strange)
+        if not (out.steps[i] > 0.0 and inverse < INFINITY):
+            memset(codes, 0, out.stride)
+            out.sums[i] = 0
+            continue
+        up = vf32_splat(inverse)
+        for j from 0 <= j < whole by VF32_LANES:
+            i8_round(codes + j, vf32_mul(up, vf32_load(row + j)))
+        if left:
+            i8_round(last, vf32_mul(up, vf32_load_first(row + whole, left)))
+            memcpy(codes + whole, last, left)
+        memset(codes + cols, 0, out.stride - cols)
+        total = 0
+        for j in range(cols):
+            total += codes[j]
+        out.sums[i] = total
+    STOP_TIMER(TIMER_QUANTIZE)
+
+
+cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+                            const signed char *x, int *totals) noexcept nogil:
+    # totals[32]: one row of activations. The parts of the strip share every load of it.
+    cdef vsum s[STRIP_PARTS]
+    cdef vact a
+    cdef vact3 a3
+    cdef Py_ssize_t i, j
+    for j in range(STRIP_PARTS):
+        s[j] = vsum_zero()
+    if trits:
+        for i in range(tiles):
+            prefetch_tile(strip)
+            a3 = vact3_load(x + i * TILE_TRITS)
+            for j in range(STRIP_PARTS):
+                s[j] = vsum_tile3(s[j], strip + j * PART_BYTES, a3)
+            strip += TILE_BYTES
+    else:
+        for i in range(tiles):
+            prefetch_tile(strip)
+            a = vact_load(x + i * TILE_CODES)
+            for j in range(STRIP_PARTS):
+                s[j] = vsum_tile(s[j], strip + j * PART_BYTES, a)
+            strip += TILE_BYTES
+    for j in range(STRIP_PARTS):
+        vsum_store(totals + j * VSUM_ROWS, s[j])
+
+
+cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+                            const signed char *x, Py_ssize_t stride,
+                            int *totals) noexcept nogil:
+    # totals[VSUM_AT_ONCE][32]: rows of activations that share the unpacking.
+    cdef vsum s[VSUM_AT_ONCE]
+    cdef const unsigned char *w
+    cdef Py_ssize_t i, j, t
+    for j in range(STRIP_PARTS):
+        for t in range(VSUM_AT_ONCE):
+            s[t] = vsum_zero()
+        w = strip + j * PART_BYTES
+        if trits:
+            for i in range(tiles):
+                for t in range(VSUM_AT_ONCE):
+                    s[t] = vsum_tile3(s[t], w + i * TILE_BYTES,
+                                      vact3_load(x + t * stride + i * TILE_TRITS))
+        else:
+            for i in range(tiles):
+                for t in range(VSUM_AT_ONCE):
+                    s[t] = vsum_tile(s[t], w + i * TILE_BYTES,
+                                     vact_load(x + t * stride + i * TILE_CODES))
+        for t in range(VSUM_AT_ONCE):
+            vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
+
+
+cdef inline void some_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+                           const signed char *x, Py_ssize_t stride, Py_ssize_t rows,
+                           int *totals) noexcept nogil:
+    # totals[rows][32] of at most VSUM_TILES tiles.
+    cdef Py_ssize_t t = 0
+    if VSUM_AT_ONCE > 1:
+        while t + VSUM_AT_ONCE <= rows:
+            block_sums(strip, tiles, trits, x + t * stride, stride, totals + t * STRIP_ROWS)
+            t += VSUM_AT_ONCE
+    while t < rows:
+        strip_sums(strip, tiles, trits, x + t * stride, totals + t * STRIP_ROWS)
+        t += 1
+
+
+cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+                      const signed char *x, Py_ssize_t stride, Py_ssize_t rows, int *totals,
+                      float *workspace) noexcept nogil:
+    # totals[rows][32], rows <= VSUM_BLOCK: the sums of unsigned codes times activations.
+    cdef int part[VSUM_BLOCK * STRIP_ROWS]
+    cdef Py_ssize_t i, done, width = TILE_TRITS if trits else TILE_CODES
+    if MATRIX_UNIT and rows >= AMX_FEW:
+        amx_packed_sums(strip, tiles, trits, x, stride, rows, totals, workspace)
+        return
+    some_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
+    for done from VSUM_TILES <= done < tiles by VSUM_TILES:
+        some_sums(strip + done * TILE_BYTES, min(tiles - done, VSUM_TILES), trits,
+                  x + done * width, stride, rows, part)
+        for i in range(rows * STRIP_ROWS):
+            totals[i] += part[i]
+
+
+cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int total = 0
+    for i in range(n):
+        total += x[i]
+    return total
+
+
+cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
+                         const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                         float *out, Py_ssize_t out_row, float *workspace) noexcept nogil:
+    # out[rows, matrix.rows] (+)= x matrix^T + bias, of the strips from first to last.
+    cdef int totals[VSUM_BLOCK * STRIP_ROWS]
+    cdef Py_ssize_t width = TILE_TRITS if matrix.trits else TILE_CODES
+    cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width
+    cdef Py_ssize_t groups = 1, group, strip, begin, t, i, row, here, count, low
+    cdef const unsigned char *w
+    cdef const float *scales
+    cdef float *to
+    cdef float value
+    cdef int x_sum
+    START_TIMER(TIMER_PACKED)
+    if matrix.scale_row > 1:
+        groups = matrix.scale_row
+    count = tiles if groups == 1 else matrix.group // width
+    for strip in range(first, last):
+        for begin from 0 <= begin < rows by VSUM_BLOCK:
+            here = min(rows - begin, VSUM_BLOCK)
+            for group in range(groups):
+                low = group * count
+                w = matrix.tiles + (strip * tiles + low) * TILE_BYTES
+                packed_sums(w, min(tiles - low, count), matrix.trits,
+                            x.codes + begin * x.stride + low * width, x.stride, here, totals,
+                            workspace)
+                for t in range(here):
+                    x_sum = x.sums[begin + t]
+                    if groups > 1:
+                        x_sum = sum_of_codes(x.codes + (begin + t) * x.stride + low * width,
+                                             min(tiles - low, count) * width)
+                    row = strip * STRIP_ROWS
+                    to = out + (begin + t) * out_row + row
+                    scales = matrix.scale + row * matrix.scale_row + group
+                    for i in range(min(matrix.rows - row, STRIP_ROWS)):
+                        value = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
+                                         + matrix.offset * x_sum)
+                                 * (scales[i * matrix.scale_row] * x.steps[begin + t]))
+                        if accumulate or group:
+                            to[i] += value
+                        else:
+                            to[i] = value
+                        if bias and group == 0:
+                            to[i] += bias[row + i]
+    STOP_TIMER(TIMER_PACKED)
+
+
+# ---------------------------------------------------------------------------------------------
 # Attention: one head of one sequence (Vaswani et al., arXiv 1706.03762, equation 1)
 #
 # Queries go in blocks; a block sees no key behind its last query, so a causal half of the work
@@ -906,6 +1173,53 @@ cdef enum:
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
     cdef Py_ssize_t position = head.keys - head.queries + query
     return position - head.span + 1 if head.span and position >= head.span else 0
+
+
+cdef void cached_attention(const CachedHead *head) noexcept nogil:
+    # out = softmax(q k^T / sqrt(D)) v, of one query that sees all the keys.
+    cdef Py_ssize_t dim = head.head_dim, i, j, left, whole = dim - dim % (4 * VF32_LANES)
+    cdef const signed char *v
+    cdef vf32 p, s0, s1, s2, s3
+    START_TIMER(TIMER_ATTENTION_FORWARD)
+    for j in range(head.keys):
+        head.probs[j] = head.k_steps[j] * weighted_sum(head.k + j * dim, head.q, dim)
+    softmax_row(head.probs, head.keys, 1.0 / sqrtf(dim))
+    multiply(head.probs, head.v_steps, head.keys)
+    for i from 0 <= i < whole by 4 * VF32_LANES:
+        s0 = s1 = s2 = s3 = vf32_zero()
+        for j in range(head.keys):
+            p = vf32_splat(head.probs[j])
+            v = head.v + j * dim + i
+            s0 = vf32_fmadd(p, vf32_load_i8(v), s0)
+            s1 = vf32_fmadd(p, vf32_load_i8(v + VF32_LANES), s1)
+            s2 = vf32_fmadd(p, vf32_load_i8(v + 2 * VF32_LANES), s2)
+            s3 = vf32_fmadd(p, vf32_load_i8(v + 3 * VF32_LANES), s3)
+        vf32_store(head.out + i, s0)
+        vf32_store(head.out + i + VF32_LANES, s1)
+        vf32_store(head.out + i + 2 * VF32_LANES, s2)
+        vf32_store(head.out + i + 3 * VF32_LANES, s3)
+    for i from whole <= i < dim by VF32_LANES:
+        left = min(dim - i, VF32_LANES)
+        s0 = vf32_zero()
+        for j in range(head.keys):
+            v = head.v + j * dim + i
+            s0 = vf32_fmadd(vf32_splat(head.probs[j]),
+                            vf32_load_i8(v) if left == VF32_LANES else vf32_load_i8_first(v, left),
+                            s0)
+        if left == VF32_LANES:
+            vf32_store(head.out + i, s0)
+        else:
+            vf32_store_first(head.out + i, left, s0)
+    STOP_TIMER(TIMER_ATTENTION_FORWARD)
+
+
+cdef void widen(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
+                float *out) noexcept nogil:
+    # out[i, j] = steps[i] * codes[i, j]
+    cdef Py_ssize_t i
+    memset(out, 0, rows * cols * sizeof(float))
+    for i in range(rows):
+        add_row(codes + i * cols, cols, steps[i], out + i * cols)
 
 
 cdef void attention(const Attention *head, float *workspace) noexcept nogil:
@@ -1169,6 +1483,57 @@ cdef void sgd(float *weights, float *momentum, const float *gradient, Py_ssize_t
 
 
 # ---------------------------------------------------------------------------------------------
+# What the CPU can do at best, to hold the others against
+
+cdef enum:
+    CHAINS = 12             # additions that need not wait for each other
+
+
+cdef float peak_fused(Py_ssize_t rounds) noexcept nogil:
+    # rounds * CHAINS vector multiplications and additions of floats, on registers alone.
+    cdef vf32 total[CHAINS]
+    cdef vf32 a = vf32_splat(0.999), b = vf32_splat(1e-3)
+    cdef Py_ssize_t _round, i
+    for i in range(CHAINS):
+        total[i] = vf32_splat(<float>i)
+    for _round in range(rounds):
+        for i in range(CHAINS):
+            total[i] = vf32_fmadd(total[i], a, b)
+    for i in range(1, CHAINS):
+        total[0] = vf32_add(total[0], total[i])
+    return vf32_sum(total[0])
+
+
+cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
+    # rounds times a row of activations and a strip of 4,096 codes, which stay in the first cache.
+    cdef unsigned char tiles[8 * TILE_BYTES]
+    cdef signed char x[8 * TILE_CODES]
+    cdef int totals[STRIP_ROWS]
+    cdef Py_ssize_t _round
+    memset(tiles, 0x55, sizeof(tiles))
+    memset(x, 1, sizeof(x))
+    for _round in range(rounds):
+        anew(tiles)
+        anew(x)
+        strip_sums(tiles, 8, False, x, totals)
+    return totals[0]
+
+
+cdef float peak_read(const float *x, Py_ssize_t n) noexcept nogil:
+    # Reads n floats, a multiple of CHAINS vectors, once.
+    cdef vf32 total[CHAINS]
+    cdef Py_ssize_t i, j
+    for j in range(CHAINS):
+        total[j] = vf32_zero()
+    for i from 0 <= i < n by CHAINS * VF32_LANES:
+        for j in range(CHAINS):
+            total[j] = vf32_add(total[j], vf32_load(x + i + j * VF32_LANES))
+    for j in range(1, CHAINS):
+        total[0] = vf32_add(total[0], total[j])
+    return vf32_sum(total[0])
+
+
+# ---------------------------------------------------------------------------------------------
 # The table
 
 cdef int measuring() noexcept nogil:
@@ -1189,7 +1554,9 @@ cdef unsigned long long timer_nanoseconds(int timer) noexcept nogil:
 
 cdef KernelTable kernels
 
+simd_prepare()
 kernels.name = TIER_NAME
+kernels.peak_width = CHAINS * VF32_LANES
 kernels.workspace_floats = (PACK_DEPTH * PACK_COLUMNS + PACK_ROWS * PACK_DEPTH
                             + PACK_COLUMNS + TILE_COLUMNS)
 if MATRIX_UNIT:
@@ -1222,11 +1589,18 @@ kernels.matmul = matmul
 kernels.linear = linear
 kernels.linear_backward = linear_backward
 kernels.attention = attention
+kernels.cached_attention = cached_attention
 kernels.attention_backward = attention_backward
 kernels.quantize = quantize
 kernels.round_rows = round_rows
+kernels.round_to_int8 = round_to_int8
+kernels.widen = widen
+kernels.packed_product = packed_product
 kernels.adamw = adamw
 kernels.sgd = sgd
+kernels.peak_fused = peak_fused
+kernels.peak_packed = peak_packed
+kernels.peak_read = peak_read
 kernels.measuring = measuring
 kernels.timer_name = timer_name
 kernels.timer_calls = timer_calls

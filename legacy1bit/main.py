@@ -41,7 +41,8 @@ from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.inference import check_sampling, generate
 from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
-from legacy1bit.threads import available_cores
+from legacy1bit.packed import PackedModel
+from legacy1bit.threads import available_cores, default_threads
 from legacy1bit.trainer import (
     RUN_FILES,
     SETTINGS_FILE,
@@ -106,6 +107,11 @@ def _describe(error: Exception) -> str:
 # Settings whose options are not named like them; None: the command line has none.
 _OPTIONS = {"vocab_size": None, "num_blocks": "blocks", "num_heads": "heads"}
 
+_ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
+
+# Below so many bytes of weights a token is written faster than a second thread wakes up.
+_SMALL = 1 << 20
+
 # What a run that goes on may be told anew.
 _CHANGEABLE = ("steps", "threads", "precision")
 
@@ -123,7 +129,7 @@ def _add_settings(command: argparse.ArgumentParser, title: str, record: type[Any
         option, meta = _option(setting.name), setting.metadata
         if option is None:
             continue
-        default = "the cores there are" if setting.name == "threads" else setting.default
+        default = _ALL_CORES if setting.name == "threads" else setting.default
         meaning = meta["meaning"] + ("" if default is None else f" (default: {default})")
         settings: dict[str, Any] = {"dest": setting.name, "help": meaning}
         if meta["kind"] is bool:
@@ -171,6 +177,9 @@ def _add_generation(commands: Any) -> None:
     command.add_argument("--top-k", type=int, default=0, metavar="N", help="default: no limit")
     command.add_argument("--top-p", type=float, default=1.0, metavar="X", help="default: no limit")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument(
+        "--threads", type=int, metavar="N", help=f"default: 1 for a small model, else {_ALL_CORES}"
+    )
     command.set_defaults(run=run_generation)
 
 
@@ -194,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--data", metavar="FILE", help="any text file (default: the run's validation set)"
     )
-    command.add_argument("--threads", type=int, metavar="N", help="default: the cores there are")
+    command.add_argument("--threads", type=int, metavar="N", help=f"default: {_ALL_CORES}")
     command.set_defaults(run=run_evaluation)
     command = commands.add_parser("info", help="tell what a model is made of")
     _add_model(command)
@@ -331,7 +340,8 @@ def _given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
 
 def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
     """Return the settings that the command line asks for."""
-    training = {"threads": available_cores(), **_given(arguments, TrainingConfig)}
+    training = _given(arguments, TrainingConfig)
+    training["threads"] = _threads(arguments)
     return ModelConfig(**_given(arguments, ModelConfig)), TrainingConfig(**training)
 
 
@@ -365,6 +375,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
             "--precision can"
         )
     changes = {name: getattr(arguments, name) for name in given}
+    if "threads" in changes:
+        changes["threads"] = _threads(arguments)
     config = replace(config, **changes)
     done = read_checkpoint_header(folder, model_config).step
     if done >= config.steps:
@@ -484,10 +496,15 @@ def run_generation(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--max-tokens is {arguments.max_tokens}, expected 0 or more")
     if sys.stdout is None:
         raise ValueError("standard output is closed")
+    threads = _threads(arguments)
     model, tokenizer, _ = _load(arguments)
+    packed = PackedModel(model)
+    del model
+    if arguments.threads is None and packed.nbytes < _SMALL:
+        threads = 1
     prompt = os.fsencode(arguments.prompt)
-    tokens = tokenize_text(prompt, model.config.vocab_size)
-    reach = model.config.sequence_length
+    tokens = tokenize_text(prompt, packed.config.vocab_size)
+    reach = packed.config.sequence_length
     if tokens.size > reach:
         print(
             f"the prompt has {tokens.size} tokens and the model sees {reach}: its newest count",
@@ -500,13 +517,14 @@ def run_generation(arguments: argparse.Namespace) -> int:
     output.write(prompt)
     output.flush()
     for token in generate(
-        model,
+        packed,
         tokens,
         arguments.max_tokens,
         arguments.seed,
         arguments.temperature,
         arguments.top_k,
         arguments.top_p,
+        threads,
     ):
         output.write(tokenizer.decode([token]))
         output.flush()
@@ -574,11 +592,12 @@ def _load(arguments: argparse.Namespace) -> tuple[LegacyLLM, ByteTokenizer, Path
 
 
 def _threads(arguments: argparse.Namespace) -> int:
+    """Return how many threads to use: never more than there are cores."""
     if arguments.threads is None:
-        return available_cores()
+        return default_threads()
     if not 1 <= arguments.threads <= 256:
         raise ValueError(f"--threads is {arguments.threads}, expected 1 to 256")
-    return int(arguments.threads)
+    return min(int(arguments.threads), available_cores())
 
 
 # ---------------------------------------------------------------------------------------------

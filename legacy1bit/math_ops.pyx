@@ -27,20 +27,25 @@ cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
     bint cpu_has_amx()
 
-_TIERS = ("scalar", "sse2", "avx2", "avx512")
+_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avx512", "avx512vnni")
 
 # Asked once: in a virtual machine the question is slow, and every training step has it.
 _HAS_AMX = cpu_has_amx()
 
 cdef const KernelTable *active = NULL
+cdef const KernelTable *packed = NULL
 
 
 cdef const KernelTable *kernels() noexcept nogil:
     return active
 
 
+cdef const KernelTable *packed_kernels() noexcept nogil:
+    return packed
+
+
 cdef float *packing_room() except NULL:
-    cdef float *room = scratch(active.workspace_floats)
+    cdef float *room = scratch(packed.workspace_floats)
     if room == NULL:
         raise MemoryError("no memory for the kernels' packing buffers")
     return room
@@ -62,7 +67,7 @@ def simd_levels() -> list:
 
 
 def simd_level() -> str:
-    """Return the name of the instruction set in use: scalar, sse2, avx2 or avx512.
+    """Return the name of the instruction set in use, one of ``simd_levels()``.
 
     It is amx while matrices are multiplied in bf16.
     """
@@ -96,8 +101,12 @@ cdef const KernelTable *_table(str name) except NULL:
 
 
 def _use(str name):
-    global active
-    active = _table(name)
+    global active, packed
+    active = packed = _table(name)
+    if name == _TIERS[-1] and _HAS_AMX:
+        # The compiler may not have known the unit, and the system may refuse it.
+        with contextlib.suppress(ImportError):
+            packed = _table("amx")
 
 
 def product_precisions() -> list:
@@ -105,12 +114,7 @@ def product_precisions() -> list:
 
     That needs a CPU with AMX, and its widest instruction set in use.
     """
-    if simd_level() in ("avx512", "amx") and _HAS_AMX:
-        # The compiler may not have known the unit, and the system may refuse it.
-        with contextlib.suppress(ImportError):
-            _table("amx")
-            return ["float32", "bf16"]
-    return ["float32"]
+    return ["float32", "bf16"] if packed.name == b"amx" else ["float32"]
 
 
 @contextlib.contextmanager
@@ -118,8 +122,8 @@ def product_precision(str name not None):
     """Multiply matrices in a precision while the context lasts, in every thread.
 
     With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
-    float32 on the CPU's matrix unit; all else is as with ``avx512``. Results are no longer within
-    the bounds of float32.
+    float32 on the CPU's matrix unit; all else is as with ``avx512vnni``. Results are no longer
+    within the bounds of float32.
 
     Raises
     ------
@@ -132,7 +136,7 @@ def product_precision(str name not None):
     if name not in product_precisions():
         raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
                          "and its widest instruction set")
-    _use("amx" if name == "bf16" else "avx512" if level == "amx" else level)
+    _use("amx" if name == "bf16" else _TIERS[-1] if level == "amx" else level)
     try:
         yield
     finally:
@@ -183,6 +187,44 @@ def _choose():
 
 
 _choose()
+
+
+# ---------------------------------------------------------------------------------------------
+# What the CPU can do at best
+
+def peak_fused(Py_ssize_t rounds) -> int:
+    """Multiply and add floats on registers alone, in the instruction set in use.
+
+    Returns
+    -------
+    int
+        How many multiplications and additions that were, to divide by the time they took.
+    """
+    with nogil:
+        active.peak_fused(rounds)
+    return 2 * rounds * active.peak_width
+
+
+def peak_packed(Py_ssize_t rounds) -> int:
+    """Multiply packed codes by int8 activations that lie in the first cache.
+
+    Returns
+    -------
+    int
+        How many multiplications that were.
+    """
+    with nogil:
+        active.peak_packed(rounds)
+    return 4096 * rounds
+
+
+def peak_read(const float[::1] x not None) -> int:
+    """Read float32[N] once, and return how many bytes that were."""
+    cdef Py_ssize_t n = x.shape[0] - x.shape[0] % active.peak_width
+    check_not_empty("x", n)
+    with nogil:
+        active.peak_read(&x[0], n)
+    return 4 * n
 
 
 # ---------------------------------------------------------------------------------------------

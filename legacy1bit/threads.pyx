@@ -2,11 +2,13 @@
 
 import os
 
-from legacy1bit.threads cimport task_function
+from legacy1bit.threads cimport task_function, thread_team
 
 cdef extern from "threads.h" nogil:
     void pool_prepare()
     void pool_run(task_function task, void *context, long tasks, int threads)
+    void team_run(task_function task, void *context, thread_team *team, int threads)
+    void team_meet(thread_team *team)
     void *thread_scratch(size_t bytes)
 
 pool_prepare()
@@ -17,13 +19,79 @@ cdef void parallel_for(task_function task, void *context, long tasks, int thread
     pool_run(task, context, tasks, threads)
 
 
+cdef void run_team(task_function task, void *context, thread_team *team,
+                   int threads) noexcept nogil:
+    # task(context, 0) ... task(context, team.members - 1), all at the same time.
+    team_run(task, context, team, threads)
+
+
+cdef void meet(thread_team *team) noexcept nogil:
+    # Returns when every member of the team has called it.
+    team_meet(team)
+
+
 cdef float *scratch(Py_ssize_t floats) noexcept nogil:
     # A buffer of the calling thread's own, aligned for any vector; NULL when memory is short.
     return <float *>thread_scratch(floats * sizeof(float))
 
 
 def available_cores() -> int:
-    """Return the number of cores this process may use: its CPU affinity where that is known."""
+    """Return the number of cores this process may use: at least 1.
+
+    That is its CPU affinity where it is known, and no more than the quota that its control group
+    gives it, rounded up (Linux, versions 1 and 2).
+    """
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(1, min([cores] + _quotas()))
+
+
+def _quotas():
+    """Return the cores that each control group around this process allows."""
+    try:
+        with open("/proc/self/cgroup") as file:
+            groups = [line.rstrip("\n").split(":", 2) for line in file]
+    except OSError:
+        return []
+    quotas = []
+    for _, controllers, path in groups:
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = f"/sys/fs/cgroup/{controllers}" if controllers else "/sys/fs/cgroup"
+        # The limits of all groups above hold, too; inside a container the path may not be visible.
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            quotas += _quota("/".join([root] + parts[:depth]))
+    return quotas
+
+
+def _quota(folder):
+    try:
+        if os.path.exists(f"{folder}/cpu.max"):
+            with open(f"{folder}/cpu.max") as file:
+                quota, period = file.read().split()
+        else:
+            with open(f"{folder}/cpu.cfs_quota_us") as file:
+                quota = file.read()
+            with open(f"{folder}/cpu.cfs_period_us") as file:
+                period = file.read()
+        quota, period = float(quota), float(period)
+    except (OSError, ValueError):
+        return []       # no such group, or "max": no limit
+    return [int((quota + period - 1) // period)] if quota > 0 and period > 0 else []
+
+
+def default_threads() -> int:
+    """Return how many threads to use where nobody has said: LEGACY1BIT_THREADS, or all cores.
+
+    Never more than ``available_cores()``. Raises ``ValueError`` where the variable is no number
+    from 1 on.
+    """
+    wanted = os.environ.get("LEGACY1BIT_THREADS", "")
+    if not wanted:
+        return available_cores()
+    if not wanted.isdecimal() or int(wanted) < 1:
+        raise ValueError(f"LEGACY1BIT_THREADS is {wanted!r}, expected a whole number from 1 on")
+    return min(int(wanted), available_cores())

@@ -20,7 +20,8 @@ The parameters of a model are a dict of arrays:
 The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
 ``num_heads``, ``ffn_multiplier``, ``activation`` ("relu" or "relu2"), ``positions`` ("rope" or
 "none"), ``rope_base``, ``final_norm`` (bool) and ``attention_span`` (0: no limit), and, where they
-are not False, ``sub_norm``, ``int8_activations`` and ``ternary_embedding``.
+are not False, ``sub_norm``, ``int8_activations``, ``int8_cache`` and ``ternary_embedding``. With
+the cache in int8, a token's key and value are rounded as activations are, each head by itself.
 """
 
 import math
@@ -201,6 +202,29 @@ def quantize_activations(x):
     return step * np.rint(_float64(x) / np.where(step > 0.0, step, 1.0))
 
 
+def round_to_int8(x):
+    """The codes int64[..., N], -127 to 127, and the steps float64[..., 1] of the rows of x.
+
+    Their product is `quantize_activations` of x.
+    """
+    step = activation_step(x)
+    return np.rint(_float64(x) / np.where(step > 0.0, step, 1.0)).astype(np.int64), step
+
+
+def packed_product(codes, scales, group, x, bias=0.0):
+    """Codes [R, C] times scales [1, 1] or [R, G], times x [B, C] rounded to int8: [B, R].
+
+    ``group`` neighbours share a scale. The sums are whole numbers, and only what they are
+    multiplied by is not.
+    """
+    codes, (rounded, step) = np.asarray(codes, np.int64), round_to_int8(x)
+    total = np.zeros((len(rounded), len(codes)))
+    for i in range(scales.shape[1]):
+        part = np.s_[:, i * group : (i + 1) * group]
+        total += rounded[part] @ codes[part].T * _float64(scales)[:, i]
+    return total * step + bias
+
+
 def _rows(x):
     """x [..., N] as a matrix of rows [rows, N]."""
     return x.reshape(-1, x.shape[-1])
@@ -327,6 +351,8 @@ def _attend(x, tokens, weights, config):
     )
     if config["positions"] == "rope":
         q, k = rotary(q, config["rope_base"]), rotary(k, config["rope_base"])
+    if config.get("int8_cache"):
+        k, v = quantize_activations(k), quantize_activations(v)
     allowed = allowed_keys(tokens, config["vocab_size"], config["attention_span"])
     scores = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     probabilities = masked_softmax(scores, allowed[:, None])
@@ -512,6 +538,17 @@ def forward(params, config, tokens):
     tokens = np.asarray(tokens)
     _, logits = _head(params, config, _hidden_states(params, config, tokens)[-1])
     return logits, softmax(logits)
+
+
+def decode(params, config, tokens):
+    """What a decoder answers: the logits after each of the tokens [T], float64[T, V].
+
+    A matrix of few levels gets its input as int8, however it was trained, and one of floats gets
+    it as it is. Of each token and head the cache keeps key and value as int8.
+    """
+    packed = config["scheme"] != "float"
+    settings = {**config, "int8_activations": packed, "int8_cache": True}
+    return forward(params, settings, np.asarray(tokens)[None])[0][0]
 
 
 def loss_and_gradients(params, config, tokens, targets):
@@ -731,6 +768,31 @@ def unpack(packed, scheme, columns):
          for n in numbers],
         np.int8,
     )  # fmt: skip
+
+
+def tiles(places, form):
+    """Codes' places among the levels, [R, C], as a decoder reads them: uint8[R/32, C/16, 128].
+
+    A tile is 32 rows of four bytes. Of the 16 columns of a tile, those that leave the remainder j
+    when divided by 4 are in byte j of their row: the first in its lowest two bits, and so on. With
+    the form "trits" a tile has 20 columns, and five places are the digits of a number to base 3,
+    the first the highest; the byte is the smallest b for which b / 256 is that number / 243 or
+    more. What rows and columns leave open is zeros.
+    """
+    fields = {"2bit": 4, "trits": 5}[form]
+    rows, columns = places.shape
+    found = np.zeros((-(-rows // 32), -(-columns // (4 * fields)), 128), np.uint8)
+    for strip, tile, row, byte in np.ndindex(*found.shape[:2], 32, 4):
+        digits = []
+        for field in range(fields):
+            at = 32 * strip + row, 4 * fields * tile + 4 * field + byte
+            digits.append(int(places[at]) if at[0] < rows and at[1] < columns else 0)
+        if form == "2bit":
+            number = sum(digit << 2 * field for field, digit in enumerate(digits))
+        else:
+            number = -(-256 * int("".join(map(str, digits)), 3) // 243)
+        found[strip, tile, 4 * row + byte] = number
+    return found
 
 
 # --- The C original's model file ------------------------------------------------------------------

@@ -36,7 +36,6 @@ from models import (
 
 from legacy1bit.forward import (
     ForwardContext,
-    KeyValueCache,
     forward_embedding,
     forward_embedding_batch,
     forward_feed_forward,
@@ -51,7 +50,6 @@ from legacy1bit.forward import (
     forward_transformer_block_batch_with_context,
     forward_transformer_block_with_context,
 )
-from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
     FeedForward,
     MultiHeadAttention,
@@ -755,8 +753,6 @@ def test_full_precision_is_the_float_twin_of_the_same_latent_weights(changes):
     full = forward_llm_batch(model, tokens, logits=True)
     assert_same_bits(full, forward_llm_batch(twin, tokens, logits=True))
     assert np.abs(full - coded).max() > 1e-3
-    ours, theirs = KeyValueCache(model), KeyValueCache(twin)
-    assert_same_bits(ours.extend(model, [1, 2, 3]), theirs.extend(twin, [1, 2, 3]))
     model.use_full_precision(False)
     assert model.full_precision is False
     assert_same_bits(forward_llm_batch(model, tokens, logits=True), coded)
@@ -877,7 +873,6 @@ def test_forward_llm_rejects_other_ids(token):
         lambda: forward_llm(model, token),
         lambda: forward_llm_batch(model, [1, token]),
         lambda: forward_llm_batch(model, [[1, 2], [3, token]]),
-        lambda: KeyValueCache(model).extend(model, [1, token]),
     ):
         with pytest.raises(IndexError, match=r"expected 0 to 10|no token id"):
             call()
@@ -889,19 +884,9 @@ def test_forward_llm_rejects_other_kinds_of_tokens(tokens):
     for call in (
         lambda: forward_llm(model, tokens),
         lambda: forward_llm_batch(model, tokens),
-        lambda: KeyValueCache(model).extend(model, tokens),
     ):
         with pytest.raises(TypeError, match="expected whole numbers"):
             call()
-
-
-@pytest.mark.parametrize("tokens", [[[1]], [[1, 2]], [[1], [2]], np.ones((2, 3), np.int32)])
-def test_extend_rejects_more_than_one_sequence(tokens):
-    model = model_of(make_config())
-    cache = KeyValueCache(model)
-    with pytest.raises(ValueError, match="tokens has 2 axes, expected one sequence"):
-        cache.extend(model, tokens)
-    assert cache.length == 0
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
@@ -922,127 +907,3 @@ def test_forward_llm_batch_rejects_sequences_beyond_its_positions():
 def test_forward_llm_batch_rejects_fewer_than_one_thread(threads):
     with pytest.raises(ValueError, match=f"threads is {threads}, expected at least 1"):
         forward_llm_batch(model_of(make_config()), [[1]], threads)
-
-
-# --- A piece at a time ----------------------------------------------------------------------------
-
-
-def check_cache(config, tokens, pieces, expected, **kwargs):
-    """The logits after each piece, against the exact ones of the whole sequence."""
-    exact, effects = expected
-    model = model_of(config)
-    cache, start = KeyValueCache(model, **kwargs), 0
-    for piece in pieces:
-        logits = cache.extend(model, tokens[0, start : start + piece])
-        start += piece
-        assert cache.length == start
-        last = exact["logits"][0, start - 1]
-        assert_near({"logits": logits}, ({"logits": last}, effects))
-    return cache
-
-
-PIECES = ((16,), (1,) * 16, (3, 1, 5, 7), (1, 15), (15, 1), (7, 7, 2))
-
-
-@every_tier
-@models
-def test_key_value_cache_answers_as_the_whole_sequence(changes):
-    config = make_config(**changes)
-    tokens, expected = model_case(config, 1, 16, "none")
-    for pieces in PIECES:
-        check_cache(config, tokens, pieces, expected)
-
-
-@every_tier
-@pytest.mark.parametrize("span", [0, 5, 70])
-@pytest.mark.parametrize("pieces", [(130,), (1, 64, 65), (64, 1, 1, 64), (100, 30), (65, 65)])
-def test_key_value_cache_of_long_sequences_answers_as_the_whole_sequence(pieces, span):
-    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
-    tokens, expected = model_case(config, 1, 130, "none")
-    check_cache(config, tokens, pieces, expected)
-
-
-def test_key_value_cache_starts_over_after_clear():
-    config = make_config()
-    model = model_of(config)
-    cache = KeyValueCache(model)
-    first = cache.extend(model, [1, 2, 3])
-    cache.extend(model, [4, 5])
-    cache.clear()
-    assert cache.length == 0
-    assert_same_bits(cache.extend(model, [1, 2, 3]), first)
-
-
-def test_key_value_cache_keeps_its_answers():
-    model = model_of(make_config())
-    cache = KeyValueCache(model)
-    first = cache.extend(model, [1])
-    before = first.copy()
-    cache.extend(model, [2])
-    assert_same_bits(first, before)
-
-
-def test_key_value_cache_has_a_capacity():
-    config = make_config()
-    tokens, expected = model_case(config, 1, 16, "none")
-    model = model_of(config)
-    assert KeyValueCache(model).capacity == 16
-    cache = check_cache(config, tokens, (3, 2), expected, capacity=6)
-    with pytest.raises(ValueError, match="5 tokens and 2 more do not fit a cache of 6"):
-        cache.extend(model, tokens[0, 5:7])
-    # What it refuses, it has not taken in.
-    assert cache.length == 5
-    exact, effects = expected
-    logits = cache.extend(model, tokens[0, 5:6])
-    assert_near({"logits": logits}, ({"logits": exact["logits"][0, 5]}, effects))
-    with pytest.raises(ValueError, match="do not fit"):
-        cache.extend(model, [1])
-    for capacity in (0, -1, 17):
-        with pytest.raises(ValueError, match=f"capacity is {capacity}, expected 1 to 16"):
-            KeyValueCache(model, capacity)
-
-
-def test_key_value_cache_is_unchanged_by_what_it_rejects():
-    model = model_of(make_config())
-    cache = KeyValueCache(model)
-    cache.extend(model, [1, 2])
-    other = random_model(make_config(final_norm=False))
-    for call, error in (
-        (lambda: cache.extend(model, [3, -1]), IndexError),
-        (lambda: cache.extend(model, [1.5]), TypeError),
-        (lambda: cache.extend(model, np.zeros(0, np.int32)), ValueError),
-        (lambda: cache.extend(other, [3]), ValueError),
-    ):
-        with pytest.raises(error):
-            call()
-        assert cache.length == 2
-    fresh = KeyValueCache(model)
-    fresh.extend(model, [1, 2])
-    assert_same_bits(cache.extend(model, [3]), fresh.extend(model, [3]))
-
-
-def test_key_value_cache_hides_padding_or_rejects_it():
-    model = model_of(make_config())
-    cache = KeyValueCache(model)
-    whole = forward_llm_batch(model, [[1, 11, 2]], logits=True)[0, -1]
-    try:
-        logits = cache.extend(model, [1, 11, 2])
-    except (IndexError, ValueError):
-        assert cache.length == 0
-    else:
-        assert_close(logits, whole, rtol=1e-5, atol=1e-5)
-
-
-def test_key_value_cache_rejects_more_than_one_sequence():
-    model = model_of(make_config())
-    with pytest.raises((TypeError, ValueError)):
-        KeyValueCache(model).extend(model, [[1, 2], [3, 4]])
-
-
-def test_c_original_has_a_cache_too():
-    config = ModelConfig.c_original(8, 8, sequence_length=8)
-    model = model_of(config)
-    cache = KeyValueCache(model)
-    for token in range(8):
-        expected = forward_llm_batch(model, [token], logits=True)[0]
-        assert_same_bits(cache.extend(model, [token]), expected)

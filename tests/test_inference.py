@@ -1,16 +1,37 @@
-"""Sampling against its distribution, and generation against the full forward pass."""
+"""Decoding against the oracle, sampling against its distribution, and texts against both.
 
+A decoder rounds to int8 before every product with codes, and what lies half way between two steps
+may go either way. As in the tests of the forward pass, `without_ties` finds data that has no such
+number anywhere in the oracle's answer, keys and values included: there float32 may only be off by
+its own roundings, whatever the instruction set, and the bounds are `rounding_effect`'s.
+"""
+
+import threading
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
+import oracle
 import pytest
 from compare import assert_same_bits
+from models import (
+    MODELS,
+    assert_near,
+    every_tier,
+    make_config,
+    model_of,
+    oracle_config,
+    oracle_weights,
+    random_model,
+    rounding_effect,
+    without_ties,
+)
 
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.inference import check_sampling, generate, sample_token
+from legacy1bit.inference import Decoder, check_sampling, generate, sample_token
 from legacy1bit.model import create_legacy_llm
+from legacy1bit.packed import FORMS, PackedModel
 
 CONTEXT = 16
 LOGITS = np.array([0.5, -1.0, 2.0, 0.0, 1.5, -3.0, 1.0, 0.25], np.float32)
@@ -71,6 +92,8 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0):
         ({"top_p": 0.9}, 5),
         ({"top_p": 0.6, "temperature": 2.0}, 3),
         ({"top_p": 0.7, "top_k": 3}, 2),
+        ({"top_p": 0.85, "top_k": 4, "temperature": 2.0}, 4),
+        ({"top_p": 0.5, "top_k": 7, "temperature": 5.0}, 3),
         ({"top_p": 1.0, "top_k": 5, "temperature": 0.3}, 5),
     ],
 )
@@ -103,7 +126,7 @@ def test_sample_token_at_temperature_0_takes_the_first_of_several():
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 5e-324}])
-@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0, 1e308])
+@pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0, 1e9, 1e308])
 def test_sample_token_without_a_choice_is_the_likeliest(settings, temperature):
     for seed in range(5):
         assert sample_token(LOGITS, rng(seed), temperature, **settings) == 2
@@ -138,7 +161,12 @@ def test_sample_token_refuses_nan(settings, place):
         sample_token(logits, rng(), **settings)
 
 
-@pytest.mark.parametrize("settings", [{}, {"top_k": 5}, {"top_p": 0.999}, {"temperature": 50.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"top_k": 5}, {"top_p": 0.999}, {"temperature": 50.0}, {"temperature": 1e308},
+     {"top_k": 5, "top_p": 0.999}, {"top_k": 8}],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("number", [0.0, 0.5, np.nextafter(1.0, 0.0)])
 def test_sample_token_never_draws_minus_infinity(settings, number):
     logits = np.where(np.arange(8) % 3 == 1, LOGITS, -np.inf).astype(np.float32)
@@ -151,6 +179,81 @@ def test_sample_token_never_draws_minus_infinity(settings, number):
 def test_sample_token_draws_no_token_of_probability_0(number):
     logits = np.array([-200, 0, -200, 0, -200, -90000], np.float32)
     assert sample_token(logits, always(number), 0.2) == (1 if number == 0 else 3)
+
+
+def places(settings):
+    """The tokens in the order in which a draw goes through them, and where each begins."""
+    p = probabilities(LOGITS, **settings)
+    order = np.argsort(-LOGITS, kind="stable") if len(settings) else np.arange(LOGITS.size)
+    order = order[p[order] > 0]
+    return order, np.concatenate([[0.0], np.cumsum(p[order])])
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_k": 3}, {"top_p": 0.9}, {"top_k": 5, "top_p": 0.8}], ids=str
+)
+def test_sample_token_takes_the_token_where_the_number_falls(settings):
+    """By index where all may be drawn, and else from the likeliest on."""
+    order, starts = places(settings)
+    assert starts[-1] == pytest.approx(1.0)
+    for token, start, end in zip(order, starts[:-1], starts[1:], strict=True):
+        # Probabilities are float32: a number this near to an end may belong to a neighbour.
+        for number in (start + 1e-6, (start + end) / 2, end - 1e-6):
+            assert sample_token(LOGITS, always(number), **settings) == token
+    assert sample_token(LOGITS, always(0.0), **settings) == order[0]
+    assert sample_token(LOGITS, always(np.nextafter(1.0, 0.0)), **settings) == order[-1]
+
+
+def test_sample_token_asks_for_one_number():
+    asked = []
+    random = SimpleNamespace(random=lambda: asked.append(1) or 0.5)
+    for settings in ({}, {"top_k": 3}, {"top_p": 0.5}, {"top_k": 3, "top_p": 0.5}):
+        sample_token(LOGITS, random, **settings)
+        assert asked == [1]
+        asked.clear()
+
+
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"top_p": 0.4}, {1, 2}),
+        ({"top_p": 0.55}, {1, 2, 4}),
+        ({"top_k": 2}, {1, 2}),
+        ({"top_k": 3}, {1, 2, 4}),
+        ({"top_k": 4, "top_p": 0.6}, {1, 2, 4}),
+    ],
+    ids=str,
+)
+def test_sample_token_keeps_the_first_of_equals(settings, kept):
+    logits = np.array([0, 5, 5, 0, 5, 5, 0], np.float32)
+    drawn = {sample_token(logits, always(number), **settings) for number in np.arange(0, 1, 0.01)}
+    assert drawn == kept
+
+
+def test_sample_token_draws_from_many_tokens():
+    """As many as a vocabulary has, in no order, and no more than are asked for."""
+    logits = rng(8).normal(size=5000).astype(np.float32)
+    order = np.argsort(-logits, kind="stable")
+    for kept in (1, 2, 3, 100, 4999):
+        last = sample_token(logits, always(np.nextafter(1.0, 0.0)), top_k=kept)
+        assert last == order[kept - 1]
+        assert sample_token(logits, always(0.0), top_k=kept) == order[0]
+    p = probabilities(logits, top_p=0.3)
+    last = sample_token(logits, always(np.nextafter(1.0, 0.0)), top_p=0.3)
+    assert p[last] == p[p > 0].min()
+
+
+def test_sample_token_refuses_what_are_no_logits():
+    with pytest.raises(ValueError, match="logits is empty"):
+        sample_token(np.zeros(0, np.float32), rng())
+    for bad in ([-np.inf] * 3, [0.0, np.inf, 0.0], [np.nan] * 3, [-np.inf, np.nan, -np.inf]):
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match="not finite"):
+                sample_token(np.array(bad, np.float32), rng(), temperature)
+    with pytest.raises(ValueError, match="dtype"):
+        sample_token(LOGITS.astype(np.float64), rng())
+    with pytest.raises(ValueError, match="dimensions"):
+        sample_token(LOGITS[None], rng())
 
 
 def test_sample_token_repeats_by_seed_and_keeps_the_logits():
@@ -178,6 +281,10 @@ def test_sampling_refuses_settings_out_of_range(settings, model):
         sample_token(LOGITS, rng(), **settings)
     with pytest.raises(ValueError, match=f"{name} is"):
         next(generate(model, [1], 5, **settings))
+    decoder = Decoder(PackedModel(model))
+    with pytest.raises(ValueError, match=f"{name} is"):
+        decoder.write([1], [0.5], **settings)
+    assert decoder.length == 0
 
 
 # --- A text ---------------------------------------------------------------------------------------
@@ -187,27 +294,27 @@ def continuation(model, prompt, count, **settings):
     return list(generate(model, prompt, count, **settings))
 
 
-def greedy_reference(model, prompt, count, context=CONTEXT):
-    """Greedy generation by the full forward pass, which sees what ``generate`` promises."""
-    text, seen, written = list(prompt), list(prompt)[-context:], []
-    for _ in range(count):
+def assert_greedy(model, prompt, written, context=CONTEXT):
+    """Each token is the likeliest after what ``generate`` promises to see, by the oracle.
+
+    A tie that goes another way than the oracle's moves logits by some hundredths, so that one as
+    near to the largest may be drawn as well.
+    """
+    weights, config = oracle_weights(model), oracle_config(model.config)
+    text, seen = list(prompt), list(prompt)[-context:]
+    for token in written:
         if len(seen) > context:
             seen = text[-max(context // 2, 1) :]
-        row = np.array([seen], np.int32)
-        token = int(np.argmax(forward_llm_batch(model, row, logits=True)[0, -1]))
-        for part in (text, seen, written):
-            part.append(token)
-    return written
+        logits = oracle.decode(weights, config, seen)[-1]
+        assert logits[token] > logits.max() - 0.03 * np.ptp(logits)
+        text.append(token)
+        seen.append(token)
 
 
 @pytest.mark.parametrize("prompt", [[10], [84, 104, 101], [0, 255, 128, 7], list(range(65, 75))])
-def test_generate_greedily_is_the_argmax_of_the_full_forward_pass(model, prompt):
-    text = list(prompt)
+def test_generate_greedily_is_the_argmax_of_the_oracle(model, prompt):
     written = continuation(model, prompt, CONTEXT - len(prompt) + 1, temperature=0.0)
-    for token in written:
-        logits = forward_llm_batch(model, np.array([text], np.int32), logits=True)[0, -1]
-        assert token == np.argmax(logits)
-        text.append(token)
+    assert_greedy(model, prompt, written)
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "float"])
@@ -216,7 +323,38 @@ def test_generate_goes_on_past_the_context_from_its_newer_half(scheme, length):
     model = wild_model(scheme=scheme, sequence_length=length)
     for prompt in ([65], [1, 2, 3], list(range(40))):
         written = continuation(model, prompt, 5 * length + 3, temperature=0.0)
-        assert written == greedy_reference(model, prompt, 5 * length + 3, length)
+        assert len(written) == 5 * length + 3
+        assert_greedy(model, prompt, written, length)
+
+
+def test_generate_does_what_a_decoder_does_token_by_token(model):
+    """Until the context is full, and from its newer half again."""
+    decoder, text, random = Decoder(PackedModel(model)), [72, 105], rng(7)
+    settings = {"temperature": 0.8, "top_k": 30, "top_p": 0.95}
+    logits = decoder.extend(text)
+    for token in continuation(model, text, 50, seed=7, **settings):
+        assert token == sample_token(logits, random, **settings)
+        text.append(token)
+        if decoder.length == CONTEXT:
+            decoder.clear()
+            logits = decoder.extend(text[-CONTEXT // 2 :])
+        else:
+            logits = decoder.extend([token])
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_generate_takes_packed_models_and_threads(form, threads):
+    model = wild_model(ternary_embedding=True)
+    expected = continuation(model, [72, 105], 40, seed=3)
+    packed = PackedModel(model, form)
+    assert continuation(packed, [72, 105], 40, seed=3, threads=threads) == expected
+
+
+def test_generate_of_a_prompt_of_several_blocks():
+    model = wild_model(sequence_length=400)
+    prompt = rng(1).integers(0, 256, 390).tolist()
+    assert_greedy(model, prompt, continuation(model, prompt, 10, temperature=0.0), 400)
 
 
 def test_generate_uses_the_whole_prompt(model):
@@ -232,15 +370,6 @@ def test_generate_of_a_prompt_beyond_the_context_takes_its_newest_part(model):
         whole = continuation(model, prompt, 20, **settings)
         assert whole == continuation(model, prompt[-CONTEXT:], 20, **settings)
         assert whole != continuation(model, prompt[1 - CONTEXT :], 20, **settings)
-
-
-def test_generate_draws_as_sample_token_does(model):
-    random, text = rng(9), [72, 105]
-    settings = {"temperature": 0.7, "top_k": 20, "top_p": 0.9}
-    for token in continuation(model, text, CONTEXT - 2, seed=9, **settings):
-        logits = forward_llm_batch(model, np.array([text], np.int32), logits=True)[0, -1]
-        assert token == sample_token(logits, random, **settings)
-        text.append(token)
 
 
 def test_generate_repeats_by_seed(model):
@@ -282,9 +411,17 @@ def test_generate_refuses_what_it_cannot_continue(model):
         continuation(model, [], 3)
     with pytest.raises(ValueError, match="max_tokens is -1"):
         continuation(model, [72], -1)
-    for prompt in ([257], [-1], [72, 1 << 20]):
-        with pytest.raises(IndexError):
+    for prompt in ([256], [257], [-1], [72, 1 << 20]):
+        with pytest.raises(IndexError, match="expected 0 to 255"):
             continuation(model, prompt, 3)
+    for prompt in ([0.5], ["a"], [[72]], [None]):
+        with pytest.raises((TypeError, ValueError)):
+            continuation(model, prompt, 3)
+    for threads in (0, -1, 257):
+        with pytest.raises(ValueError, match=f"threads is {threads}, expected 1 to 256"):
+            continuation(model, [72], 3, threads=threads)
+    with pytest.raises(TypeError, match="model"):
+        continuation(None, [72], 3)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
@@ -300,4 +437,492 @@ def test_generate_refuses_a_damaged_model(bad, temperature):
 def test_generate_in_every_instruction_set(model):
     expected = continuation(model, [72, 105], 40, seed=2)
     assert continuation(model, [72, 105], 40, seed=2) == expected
-    assert continuation(model, [72], 40, temperature=0.0) == greedy_reference(model, [72], 40)
+    assert_greedy(model, [72], continuation(model, [72], 40, temperature=0.0))
+
+
+# --- A decoder ------------------------------------------------------------------------------------
+
+
+@without_ties
+def decode_case(config, time, draw):
+    tokens = np.random.default_rng((6, draw)).integers(0, config.vocab_size, time, np.int32)
+
+    def exact(weights):
+        return {"logits": oracle.decode(weights, oracle_config(config), tokens)}
+
+    return tokens, rounding_effect(exact, oracle_weights(model_of(config)))
+
+
+def assert_near_token(logits, expected, token):
+    """Compare the logits after a token with the oracle's."""
+    exact, effects = expected
+    assert_near({"logits": logits}, ({"logits": exact["logits"][token]}, effects))
+
+
+def check_pieces(config, time, pieces, threads=1, form="2bit", **kwargs):
+    """The logits after each piece of a sequence against the oracle's."""
+    tokens, expected = decode_case(config, time)
+    decoder, start = Decoder(PackedModel(model_of(config), form), threads, **kwargs), 0
+    found = []
+    for piece in pieces:
+        found.append(decoder.extend(tokens[start : start + piece]))
+        start += piece
+        assert decoder.length == start
+        assert_near_token(found[-1], expected, start - 1)
+    return found
+
+
+DECODED = MODELS | {
+    "int8, float": {"int8_activations": True, "scheme": "float"},
+    "2bit, row": {"scheme": "2bit", "scale": "row", "ternary_embedding": True},
+    "median, groups": {"scheme": "ternary-median", "scale": "128", "model_dim": 132,
+                       "num_blocks": 1, "ffn_multiplier": 1, "ternary_embedding": True},
+    "sign, span, sub norm": {"scheme": "sign", "sub_norm": True, "attention_span": 2},
+    "one head": {"num_heads": 1, "ternary_embedding": True},
+    "heads of one": {"num_heads": 12, "positions": "none"},
+    "wide heads": {"model_dim": 66, "num_heads": 1, "ffn_multiplier": 1, "num_blocks": 1,
+                   "ternary_embedding": True},
+}  # fmt: skip
+decoded = pytest.mark.parametrize("changes", DECODED.values(), ids=DECODED)
+PIECES = ((7,), (1,) * 7, (3, 1, 2, 1), (1, 6), (6, 1))
+
+
+def has_trits(config):
+    groups = config.scale in ("128", "256") and config.ffn_dim > int(config.scale)
+    return config.scheme != "2bit" and not groups
+
+
+@every_tier
+@decoded
+def test_decoder_answers_as_the_oracle(changes):
+    config = make_config(**changes)
+    for pieces in PIECES:
+        found = check_pieces(config, 7, pieces)
+        if has_trits(config):
+            # The same codes in another form: not a bit differs.
+            for logits, other in zip(
+                check_pieces(config, 7, pieces, form="trits"), found, strict=True
+            ):
+                assert_same_bits(logits, other)
+
+
+@every_tier
+@decoded
+def test_decoder_of_a_full_context_answers_as_the_oracle(changes):
+    config = make_config(**changes)
+    for pieces in ((16,), (1,) * 16, (2, 13, 1)):
+        check_pieces(config, 16, pieces)
+
+
+@every_tier
+@pytest.mark.parametrize("changes", [{}, {"scheme": "float"}], ids=["ternary", "float"])
+@pytest.mark.parametrize("span", [0, 5, 70, 129])
+def test_decoder_takes_long_prompts_in_blocks(changes, span):
+    """A block is 128 tokens; what came before it is in the cache."""
+    config = make_config(model_dim=8, num_heads=2, num_blocks=1, ffn_multiplier=1,
+                         sequence_length=260, attention_span=span, **changes)  # fmt: skip
+    for pieces in ((260,), (1, 127, 132), (128, 1, 129, 1, 1), (200, 60), (129, 130, 1)):
+        check_pieces(config, 260, pieces)
+    check_pieces(config, 260, (259, 1), threads=3)
+
+
+@every_tier
+def test_decoder_answers_token_by_token_as_block_by_block():
+    """In a sequence of some hundreds, through two blocks: a cache that is off by one shows."""
+    config = make_config(model_dim=8, num_heads=2, ffn_multiplier=1, sequence_length=140,
+                         scheme="float")  # fmt: skip
+    check_pieces(config, 140, (1,) * 140)
+    check_pieces(config, 140, (140,))
+
+
+@every_tier
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"ternary_embedding": True}, {"scheme": "float"}, {"sub_norm": True, "model_dim": 66},
+     {"vocab_size": 130, "model_dim": 80, "num_heads": 5, "ternary_embedding": True}],
+    ids=str,
+)  # fmt: skip
+def test_decoder_answers_alike_with_any_number_of_threads(changes):
+    """More than there are heads, tokens or strips of 32 rows, too."""
+    config = make_config(**changes)
+    for pieces in ((7,), (2, 4, 1)):
+        alone = check_pieces(config, 7, pieces)
+        for threads in (2, 3, 5):
+            found = check_pieces(config, 7, pieces, threads)
+            if config.ternary_embedding:
+                # All products are of whole numbers.
+                for logits, first in zip(found, alone, strict=True):
+                    assert_same_bits(logits, first, f"{threads} threads")
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("changes", [{}, {"scheme": "float"}], ids=str)
+def test_decoder_repeats_to_the_bit_with_the_same_number_of_threads(changes, threads):
+    config = make_config(model_dim=66, vocab_size=70, **changes)
+    first = check_pieces(config, 7, (5, 1, 1), threads)
+    for _ in range(5):
+        for logits, other in zip(check_pieces(config, 7, (5, 1, 1), threads), first, strict=True):
+            assert_same_bits(logits, other)
+
+
+def test_decoder_takes_far_more_threads_than_there_is_work():
+    found = check_pieces(make_config(ternary_embedding=True), 7, (6, 1), 40)
+    alone = check_pieces(make_config(ternary_embedding=True), 7, (6, 1))
+    for logits, other in zip(found, alone, strict=True):
+        assert_same_bits(logits, other)
+
+
+def packed_model(**changes):
+    return PackedModel(model_of(make_config(**changes)))
+
+
+@every_tier
+def test_decoder_is_near_the_forward_pass():
+    """Rounding to int8 costs some hundredths; with the activations trained so, the cache alone."""
+    tokens = [3, 1, 4, 1, 5, 9, 2, 6]
+    for changes in ({}, {"int8_activations": True}, {"scheme": "float"}, {"sub_norm": True}):
+        model = model_of(make_config(**changes))
+        exact = forward_llm_batch(model, [tokens], logits=True)[0, -1]
+        error = np.abs(Decoder(PackedModel(model)).extend(tokens) - exact).max()
+        assert 0 < error < 0.05 * np.ptp(exact)
+
+
+@every_tier
+def test_decoder_starts_over_after_clear():
+    decoder = Decoder(packed_model(), 2)
+    first = decoder.extend([1, 2, 3])
+    decoder.extend([4, 5])
+    decoder.clear()
+    assert decoder.length == 0
+    assert_same_bits(decoder.extend([1, 2, 3]), first)
+    decoder.clear()
+    assert_same_bits(decoder.extend(range(10)), Decoder(packed_model(), 2).extend(range(10)))
+
+
+def test_decoder_keeps_its_answers():
+    decoder = Decoder(packed_model())
+    first = decoder.extend([1])
+    before = first.copy()
+    assert first.shape == (11,)
+    assert first.dtype == np.float32
+    decoder.extend([2])
+    drawn = decoder.write([3], [0.5, 0.1])
+    kept = drawn.copy()
+    decoder.write([3], [0.9, 0.3])
+    assert_same_bits(first, before)
+    assert_same_bits(drawn, kept)
+
+
+def test_decoder_says_what_it_is():
+    packed = packed_model()
+    decoder = Decoder(packed, 3, 7)
+    assert decoder.model is packed
+    assert (decoder.threads, decoder.capacity, decoder.length) == (3, 7, 0)
+    assert Decoder(packed).capacity == 16
+    for name in ("model", "threads", "capacity", "length"):
+        with pytest.raises(AttributeError):
+            setattr(decoder, name, 1)
+
+
+def test_decoder_takes_any_whole_numbers():
+    decoder = Decoder(packed_model())
+    expected = decoder.extend([3, 1, 4])
+    for tokens in (
+        (3, 1, 4),
+        np.array([3, 1, 4], np.uint8),
+        np.array([3, 1, 4], np.int64),
+        np.array([3, 0, 1, 0, 4, 0])[::2],
+        np.array([3, 1, 4], ">i4"),
+    ):
+        decoder.clear()
+        assert_same_bits(decoder.extend(tokens), expected)
+
+
+@pytest.mark.parametrize("capacity", [1, 6, 15])
+def test_decoder_has_a_capacity(capacity):
+    config = make_config()
+    tokens, expected = decode_case(config, 16)
+    decoder = Decoder(packed_model(), 1, capacity)
+    message = f"0 tokens and {capacity + 1} more do not fit a sequence of {capacity}"
+    with pytest.raises(ValueError, match=message):
+        decoder.extend(tokens[: capacity + 1])
+    with pytest.raises(ValueError, match=message):
+        decoder.write(tokens[:1], np.full(capacity + 1, 0.5))
+    assert decoder.length == 0
+    # Those that are drawn last need no room.
+    assert decoder.write(tokens[:1], np.full(capacity, 0.5)).shape == (capacity,)
+    assert decoder.length == capacity
+    decoder.clear()
+    assert_near_token(decoder.extend(tokens[:capacity]), expected, capacity - 1)
+    with pytest.raises(ValueError, match=f"{capacity} tokens and 1 more do not fit"):
+        decoder.extend([1])
+    assert decoder.length == capacity
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 17, 1 << 70])
+def test_decoder_rejects_other_capacities(capacity):
+    with pytest.raises(ValueError, match=f"capacity is {capacity}, expected 1 to 16"):
+        Decoder(packed_model(), 1, capacity)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 257, 1 << 70])
+def test_decoder_rejects_other_numbers_of_threads(threads):
+    with pytest.raises(ValueError, match=f"threads is {threads}, expected 1 to 256"):
+        Decoder(packed_model(), threads)
+
+
+def test_decoder_rejects_other_types():
+    packed = packed_model()
+    for call in (
+        lambda: Decoder(None),
+        lambda: Decoder(model_of(make_config())),
+        lambda: Decoder(packed, 1.5),
+        lambda: Decoder(packed, "2"),
+        lambda: Decoder(packed, None),
+        lambda: Decoder(packed, 1, 2.5),
+        lambda: Decoder(packed, 1, "2"),
+    ):
+        with pytest.raises(TypeError):
+            call()
+
+
+NO_TOKENS = {
+    "-1": ([3, -1], IndexError, r"tokens\[1\] is -1, expected 0 to 10"),
+    "the vocabulary": ([11], IndexError, r"tokens\[0\] is 11, expected 0 to 10"),
+    "padding": ([1, 11, 2], IndexError, r"tokens\[1\] is 11, expected 0 to 10"),
+    "beyond int32": ([1 << 32], IndexError, r"tokens\[0\] is 4294967296, expected 0 to 10"),
+    "uint64": (np.array([1 << 63], np.uint64), IndexError, "expected 0 to 10"),
+    "beyond int64": ([1 << 70], TypeError, "expected whole numbers"),
+    "floats": ([1.0], TypeError, r"tokens is float64\[1\], expected whole numbers, \[T\]"),
+    "truth": ([True], TypeError, "tokens is bool"),
+    "none": (None, TypeError, "expected whole numbers"),
+    "text": ("ab", TypeError, "expected whole numbers"),
+    "bytes": (b"ab", TypeError, "expected whole numbers"),
+    "one token": (3, TypeError, r"tokens is int64\[\], expected whole numbers, \[T\]"),
+    "sequences": ([[1, 2]], TypeError, r"tokens is int64\[1, 2\], expected whole numbers, \[T\]"),
+    "nothing": (np.zeros(0, np.int32), ValueError, "tokens is empty"),
+    "too much": ([1] * 15, ValueError, "2 tokens and 15 more do not fit a sequence of 16"),
+}
+
+
+@pytest.mark.parametrize("case", NO_TOKENS)
+def test_decoder_is_unchanged_by_what_it_rejects(case):
+    tokens, error, message = NO_TOKENS[case]
+    decoder, fresh = (Decoder(packed_model()) for _ in range(2))
+    for one in (decoder, fresh):
+        one.extend([1, 2])
+    with pytest.raises(error, match=message):
+        decoder.extend(tokens)
+    with pytest.raises(error, match=message):
+        decoder.write(tokens, [0.5])
+    assert decoder.length == 2
+    assert_same_bits(decoder.extend([3]), fresh.extend([3]))
+
+
+def test_decoder_of_the_c_original_answers_each_token_alone():
+    config = ModelConfig.c_original(8, 8, sequence_length=8)
+    packed = PackedModel(model_of(config))
+    decoder = Decoder(packed)
+    for token in range(8):
+        assert_same_bits(decoder.extend([token]), Decoder(packed).extend([token]))
+    check_pieces(config, 8, (3, 1, 4))
+
+
+# --- Writing --------------------------------------------------------------------------------------
+
+
+def draws_of(packed, prompt, uniforms, **settings):
+    """What ``write`` should draw, a step at a time, and the number of tokens taken in."""
+    decoder, drawn = Decoder(packed), []
+    logits = decoder.extend(prompt)
+    for number in uniforms:
+        if drawn:
+            logits = decoder.extend(drawn[-1:])
+        drawn.append(sample_token(logits, always(number), **settings))
+    return drawn, decoder.length
+
+
+@every_tier
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 0.0}, {}, {"temperature": 0.5, "top_k": 9}, {"top_p": 0.8, "top_k": 20}],
+    ids=str,
+)
+def test_write_draws_what_extend_and_sample_token_do(settings, threads):
+    packed = PackedModel(wild_model(ternary_embedding=True))
+    uniforms = rng(4).random(12)
+    for prompt in ([72], [72, 105, 33, 9]):
+        expected, length = draws_of(packed, prompt, uniforms, **settings)
+        decoder = Decoder(packed, threads)
+        drawn = decoder.write(prompt, uniforms, **settings)
+        assert drawn.dtype == np.int32
+        assert drawn.tolist() == expected
+        assert decoder.length == length == len(prompt) + 11
+        # The last one drawn is not taken in: it is what goes on.
+        longer, _ = draws_of(packed, prompt, [*uniforms, 0.3], **settings)
+        assert decoder.write(drawn[-1:], [0.3], **settings).tolist() == longer[-1:]
+
+
+def test_write_greedily_is_extend_and_argmax(model):
+    packed = PackedModel(model)
+    decoder = Decoder(packed)
+    written = decoder.write([72, 105], np.zeros(CONTEXT - 1), temperature=0.0)
+    assert decoder.length == CONTEXT
+    other, token = Decoder(packed), [72, 105]
+    for expected in written:
+        token = [int(np.argmax(other.extend(token)))]
+        assert token == [expected]
+
+
+def test_write_goes_on_from_where_it_was(model):
+    """One call for all is the same as one for each."""
+    packed, uniforms = PackedModel(model), rng(3).random(14)
+    whole = Decoder(packed).write([72, 105], uniforms)
+    decoder, text = Decoder(packed), [72, 105]
+    for count in (1, 3, 1, 9):
+        drawn = decoder.write(text[decoder.length :], uniforms[len(text) - 2 :][:count])
+        text += drawn.tolist()
+        assert decoder.length == len(text) - 1
+    assert text[2:] == whole.tolist()
+
+
+def test_write_takes_long_prompts():
+    packed = PackedModel(wild_model(sequence_length=300, ternary_embedding=True))
+    prompt = rng(2).integers(0, 256, 280)
+    expected, length = draws_of(packed, prompt, rng(5).random(21))
+    for threads in (1, 2, 3):
+        decoder = Decoder(packed, threads)
+        assert decoder.write(prompt, rng(5).random(21)).tolist() == expected
+        assert decoder.length == length == 300
+
+
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}], ids=str)
+@pytest.mark.parametrize("number", [0.0, np.nextafter(1.0, 0.0)])
+def test_write_takes_numbers_at_either_end(settings, number):
+    packed = packed_model()
+    drawn = Decoder(packed).write([1, 2], np.full(10, number), **settings)
+    assert drawn.tolist() == draws_of(packed, [1, 2], [number] * 10, **settings)[0]
+    p = probabilities(Decoder(packed).extend([1, 2]), **settings)
+    if number:
+        last = np.flatnonzero(p)[-1] if not settings else np.where(p > 0, p, 2).argmin()
+    else:
+        last = 0 if not settings else p.argmax()
+    assert drawn[0] == last
+
+
+def test_write_takes_numbers_of_any_kind():
+    packed, numbers = packed_model(), np.array([0.25, 0.5, 0.75])
+    expected = Decoder(packed).write([1], numbers)
+    frozen = numbers.copy()
+    frozen.flags.writeable = False
+    for given in (numbers.tolist(), numbers.astype(np.float32), np.repeat(numbers, 2)[::2], frozen):
+        assert_same_bits(Decoder(packed).write([1], given), expected)
+
+
+def test_write_refuses_what_it_cannot_draw():
+    decoder = Decoder(packed_model())
+    decoder.extend([1])
+    for call, error, message in (
+        (lambda: decoder.write([1], []), ValueError, "uniforms is empty: no token is to be drawn"),
+        (lambda: decoder.write([1], [[0.5]]), ValueError, "dimensions"),
+        (lambda: decoder.write([1], ["a"]), ValueError, "could not convert"),
+        (lambda: decoder.write([1], [0.5] * 16), ValueError, "1 tokens and 16 more do not fit"),
+        (lambda: decoder.write([1] * 15, [0.5] * 2), ValueError, "1 tokens and 16 more do not"),
+        (lambda: decoder.write([], [0.5]), (TypeError, ValueError), "tokens is"),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+        assert decoder.length == 1
+    assert decoder.write([1] * 14, [0.5, 0.5]).shape == (2,)
+
+
+def test_write_allows_all_tokens_where_top_k_is_more():
+    packed, numbers = packed_model(), rng(1).random(8)
+    expected = Decoder(packed).write([1], numbers).tolist()
+    for top_k in (11, 12, 1 << 40, 1 << 70):
+        assert Decoder(packed).write([1], numbers, top_k=top_k).tolist() == expected
+
+
+# --- Damaged weights ------------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_decoder_of_damaged_weights_says_so_and_can_be_used_again(bad, threads):
+    model = random_model(make_config())
+    model.parameters["embedding.weight"][5, 2] = bad
+    # After any good token the damaged one is drawn.
+    model.parameters["output.bias"][5] = 1e6
+    decoder, good = Decoder(PackedModel(model), threads), [1, 2, 3]
+    expected = decoder.extend(good)
+    assert np.isfinite(expected).all()
+    decoder.clear()
+    for prompt, count in (([5], 1), ([1, 2, 5], 3), (good, 2), ([1], 9)):
+        for temperature in (0.0, 1.0):
+            with pytest.raises(ValueError, match="not finite: its weights are damaged"):
+                decoder.write(prompt, np.full(count, 0.5), temperature)
+            assert decoder.length == 0
+    assert decoder.write(good, [0.5]).tolist() == [5]
+    assert not np.isfinite(decoder.extend([5])).all()
+    decoder.clear()
+    assert_same_bits(decoder.extend(good), expected)
+    # And what was not taken in, has not happened.
+    with pytest.raises(ValueError, match="not finite"):
+        decoder.write([1], [0.5, 0.5])
+    assert decoder.length == 3
+    fresh = Decoder(PackedModel(model), threads)
+    fresh.extend(good)
+    assert_same_bits(decoder.extend([4]), fresh.extend([4]))
+
+
+@pytest.mark.parametrize("name", ["output.bias", "blocks.0.attention.bk", "blocks.1.ffn.bo",
+                                  "blocks.0.norm1.gamma", "output.weight"])  # fmt: skip
+@pytest.mark.parametrize("prompt", [[1], [1, 2, 3]])
+def test_decoder_finds_damage_anywhere(name, prompt):
+    model = random_model(make_config())
+    model.parameters[name].flat[3] = np.nan
+    decoder = Decoder(PackedModel(model))
+    with pytest.raises(ValueError, match="not finite"):
+        decoder.write(prompt, [0.5])
+    assert np.isnan(decoder.extend(prompt)).any()
+
+
+# --- At the same time -----------------------------------------------------------------------------
+
+
+@every_tier
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_decoders_of_one_model_work_at_the_same_time(threads):
+    packed = PackedModel(wild_model(ternary_embedding=True, num_blocks=2))
+    prompts = [rng(seed).integers(0, 256, 5) for seed in range(4)]
+    expected = [Decoder(packed).write(prompt, rng(8).random(12)).tolist() for prompt in prompts]
+    found, start = [[] for _ in prompts], threading.Barrier(len(prompts))
+
+    def work(i):
+        decoder = Decoder(packed, threads)
+        start.wait()
+        for _ in range(10):
+            decoder.clear()
+            found[i].append(decoder.write(prompts[i], rng(8).random(12)).tolist())
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for written, once in zip(found, expected, strict=True):
+        assert written == [once] * 10
+
+
+def test_decoders_of_one_model_do_not_disturb_each_other():
+    packed, texts = packed_model(), ([1, 2, 3, 4, 5], [9, 8, 7, 6, 5])
+    alone = []
+    for text in texts:
+        decoder = Decoder(packed)
+        alone.append([decoder.extend([token]) for token in text])
+    pair = [Decoder(packed) for _ in texts]
+    for i in range(5):
+        for decoder, text, logits in zip(pair, texts, alone, strict=True):
+            assert_same_bits(decoder.extend([text[i]]), logits[i])

@@ -36,8 +36,9 @@ from models import (
 
 from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_llm, backward_llm_batch
-from legacy1bit.forward import KeyValueCache, forward_embedding, forward_llm, forward_llm_batch
+from legacy1bit.forward import forward_embedding, forward_llm, forward_llm_batch
 from legacy1bit.hyperparams import SCALES, ModelConfig
+from legacy1bit.inference import Decoder
 from legacy1bit.model import (
     FeedForward,
     LayerNorm,
@@ -64,6 +65,7 @@ from legacy1bit.model import (
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import AdamW
+from legacy1bit.packed import PackedModel
 from legacy1bit.schemes import SCHEMES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
@@ -372,7 +374,7 @@ FREED_MODEL = {
     "save_model c-v1": lambda m: save_model(m, "/nonexistent/model", "c-v1"),
     "forward_llm": lambda m: forward_llm(m, 1),
     "forward_llm_batch": lambda m: forward_llm_batch(m, [[1, 2]]),
-    "KeyValueCache": lambda m: KeyValueCache(m).extend(m, [1]),
+    "PackedModel": lambda m: PackedModel(m),
     "BackwardPass": lambda m: BackwardPass(m, 1, 1),
     "backward_llm": lambda m: backward_llm(m, 1, 2, create_legacy_llm_gradients(m.config)),
     "AdamW": lambda m: AdamW(m),
@@ -404,10 +406,9 @@ def test_free_legacy_llm_in_full_precision_makes_later_use_an_error():
 def test_free_legacy_llm_stops_what_was_made_for_the_model():
     model = create_legacy_llm(make_config(), 1)
     gradients = create_legacy_llm_gradients(model.config)
-    cache, backward_pass, optimizer = KeyValueCache(model), BackwardPass(model, 1, 2), AdamW(model)
+    backward_pass, optimizer = BackwardPass(model, 1, 2), AdamW(model)
     free_legacy_llm(model)
     for use in (
-        lambda: cache.extend(model, [1]),
         lambda: backward_pass.run([[1, 2]], [[2, 3]], gradients),
         lambda: optimizer.step(gradients, 0.1),
     ):
@@ -823,7 +824,7 @@ def test_allocations_that_fail_raise_memory_error(tmp_path, monkeypatch):
         lambda: load_model(tmp_path / "model"),
         lambda: forward_llm_batch(model, [[1, 2]]),
         lambda: BackwardPass(model, 2, 3, 2),
-        lambda: KeyValueCache(model).extend(model, [1]),
+        lambda: Decoder(PackedModel(model), 2).extend([1]),
         lambda: AdamW(model),
     ):
         count = fails_at(use, monkeypatch, None)

@@ -422,6 +422,56 @@ def test_quantize_activations_moves_by_half_a_step_at_most(size):
     assert (np.abs(rounded - x) <= step / 2 * (1 + 1e-12)).all()
 
 
+def test_round_to_int8_by_hand():
+    x = np.array([[63.5, 0.25, -0.75, 0.3], [0.0, 0.0, 0.0, 0.0], [-2.0, 1.0, 0.0, 2.0]])
+    codes, step = oracle.round_to_int8(x)
+    assert codes.dtype == np.int64
+    assert codes.tolist() == [[127, 0, -2, 1], [0] * 4, [-127, 64, 0, 127]]
+    assert_close(codes * step, oracle.quantize_activations(x), **FLOAT64)
+
+
+def test_packed_product_is_that_of_the_rounded_activations():
+    rng, x, bias = np.random.default_rng(8), normal(5, 40), normal(3, seed=9)
+    codes, scales = rng.integers(-1, 2, (3, 40)), rng.uniform(0.5, 2.0, (3, 3))
+    weights = codes * np.repeat(scales, 16, axis=1)[:, :40]
+    expected = oracle.linear(oracle.quantize_activations(x), weights, bias)
+    assert_close(oracle.packed_product(codes, scales, 16, x, bias), expected, **FLOAT64)
+    one = oracle.packed_product(codes, np.array([[0.5]]), 40, x)
+    assert_close(one, oracle.quantize_activations(x) @ codes.T / 2, **FLOAT64)
+
+
+def test_cache_keeps_keys_and_values_as_int8_after_the_rotation():
+    config = {**make_config(), "int8_cache": True}
+    weights, x = part(make_params(config), "blocks.0.attention."), normal(1, 5, 6)
+    tokens = np.zeros((1, 5), int)
+    plain = oracle._attend(x, tokens, weights, {**config, "int8_cache": False})
+    q, k, v, probabilities, heads = oracle._attend(x, tokens, weights, config)
+    assert_same_bits(q, plain[0])
+    for kept, exact in ((k, plain[1]), (v, plain[2])):
+        # A step for each token and head.
+        step = np.abs(exact).max(axis=3, keepdims=True) / 127
+        assert_close(kept, np.rint(exact / step) * step, **FLOAT64)
+    # The first token sees its own value alone.
+    assert_close(heads[0, 0], v[0, 0].ravel(), **FLOAT64)
+    scores = np.einsum("hd,jhd->hj", q[0, 4], k[0]) / math.sqrt(q.shape[3])
+    assert_close(probabilities[0, :, 4], oracle.softmax(scores), **FLOAT64)
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "float"])
+@pytest.mark.parametrize("ternary_embedding", [False, True])
+def test_decode_rounds_what_packed_matrices_get(scheme, ternary_embedding):
+    """And never looks ahead."""
+    config = make_config(scheme=scheme, ternary_embedding=ternary_embedding, int8_activations=True)
+    params, tokens = make_params(config), [3, 1, 6, 3, 0]
+    logits = oracle.decode(params, config, tokens)
+    for count in (1, 3):
+        assert_close(oracle.decode(params, config, tokens[:count]), logits[:count], **FLOAT64)
+    settings = {**config, "int8_activations": scheme != "float", "int8_cache": True}
+    assert_close(oracle.forward(params, settings, [tokens])[0][0], logits, **FLOAT64)
+    settings["int8_activations"] ^= True
+    assert np.abs(oracle.forward(params, settings, [tokens])[0][0] - logits).max() > 1e-4
+
+
 def test_int8_gradients_go_straight_through_the_rounding():
     """Those of the weights meet rounded inputs; those of the inputs are those of plain layers."""
     config = make_config("relu", sub_norm=True)
@@ -783,6 +833,26 @@ def test_pack_by_hand():
 def test_pack_is_undone_by_unpack(columns, scheme):
     codes = np.random.default_rng(7).choice(oracle.CODES[scheme], (3, columns)).astype(np.int8)
     assert_same_bits(oracle.unpack(oracle.pack(codes, scheme), scheme, columns), codes)
+
+
+def test_tiles_by_hand():
+    places = np.zeros((33, 17), int)
+    places[0, :9] = [1, 2, 0, 3, 3, 0, 0, 0, 2]
+    places[2, 15], places[32, 16] = 3, 1
+    tiles = oracle.tiles(places, "2bit")
+    assert tiles.shape == (2, 2, 128)
+    assert tiles.dtype == np.uint8
+    # Columns 0, 4, 8 and 12 share the first byte, the first of them in its lowest bits.
+    assert tiles[0, 0, :4].tolist() == [0b00_10_11_01, 0b10, 0, 0b11]
+    assert tiles[0, 0, 11] == 0b11_00_00_00
+    assert tiles[1, 1, 0] == 1
+    assert np.count_nonzero(tiles) == 5
+    places = np.array([[1, 0, 2, 2, 2, 0, 0, 2, 0, 0, 0, 2, 1, 0, 0, 2, 2, 0, 0, 2, 1]])
+    tiles = oracle.tiles(places, "trits")
+    assert tiles.shape == (1, 2, 128)
+    # 1 2 0 1 2 to base 3 is 140, and 256 times that by 243 is 147.5.
+    assert tiles[0, 0, :4].tolist() == [148, 0, math.ceil(162 * 256 / 243), 255]
+    assert tiles[0, 1, 0] == math.ceil(81 * 256 / 243)
 
 
 # --- The comparison helper ------------------------------------------------------------------------

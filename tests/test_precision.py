@@ -156,7 +156,7 @@ def test_precision_rejects_other_names():
 
 
 def test_narrower_instruction_sets_have_float32_alone(tier):
-    if tier == "avx512":
+    if tier == "avx512vnni":
         assert product_precisions()[0] == "float32"
         return
     assert product_precisions() == ["float32"]

@@ -1,0 +1,52 @@
+"""Models for decoding, for code that runs without the GIL."""
+
+from legacy1bit.kernels cimport Matrix, PackedMatrix as PackedView, Rounded
+from legacy1bit.model cimport NormView
+
+cdef struct Projection:
+    # One linear map: packed codes, or, where they have no tiles, a dense float matrix.
+    PackedView packed
+    Matrix dense
+    Py_ssize_t rows
+    Py_ssize_t cols
+    const float *bias
+
+cdef struct PackedBlock:
+    Projection wq, wk, wv, wo, wi, wo_ffn
+    NormView norm1, norm2, heads_norm, hidden_norm
+
+cdef struct PackedModelView:
+    Projection embedding    # [V, C]; its bias is NULL
+    PackedBlock *blocks
+    Py_ssize_t num_blocks
+    Py_ssize_t num_heads
+    Py_ssize_t span         # how many tokens back a token sees, itself included; 0: all
+    bint squared            # ReLU squared rather than ReLU
+    const float *cosines    # [T, D / 2]; NULL without rotary positions
+    const float *sines
+    NormView final_norm
+    Projection output       # [V, C]
+
+
+cdef class PackedMatrix:
+    cdef readonly object tiles, scales
+    cdef readonly tuple shape, levels
+    cdef readonly Py_ssize_t group
+    cdef readonly bint trits
+    cdef PackedView view
+
+
+cdef class PackedModel:
+    cdef readonly object config
+    cdef readonly dict parameters
+    cdef readonly object rotary
+    cdef PackedModelView view
+    cdef int _projection(self, str name, str bias, Projection *view) except -1
+    cdef int _norm(self, str name, NormView *view) except -1
+
+
+cdef class RoundedRows:
+    cdef object codes, steps, sums
+    cdef Rounded view
+
+cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil

@@ -1,0 +1,352 @@
+"""Weights packed for decoding: two bits each, or five trits to a byte.
+
+A packed matrix is laid out for the kernels, in the tiles that ``include/simd.h`` describes: 32 rows
+by 16 columns in 128 bytes, or 32 by 20 in base 3. So a product reads its weights
+once, straight through memory, and every instruction set reads the same ones. Its other factor are
+activations rounded to int8, with one scale a token (BitNet b1.58, arXiv 2402.17764, section 2), and
+its sums are whole numbers.
+"""
+
+import numpy as np
+
+from libc.stdlib cimport calloc, free
+from libc.string cimport memset
+
+from legacy1bit.kernels cimport PackedMatrix as PackedView, Rounded
+from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
+from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
+
+from legacy1bit.model import RotaryTable, TernaryMatrix as _TernaryMatrix
+from legacy1bit.schemes import FLOAT, SCHEMES
+
+FORMS = ("2bit", "trits")
+
+_STRIP, _CODES, _TRITS, _TILE = 32, 16, 20, 128
+
+
+def _aligned(size):
+    """Return uint8[size] that begins on a cache line."""
+    room = np.empty(size + _TILE, np.uint8)
+    start = -room.ctypes.data % _TILE
+    return room[start:start + size]
+
+
+def packed_size(shape, form="2bit") -> int:
+    """Return how many bytes a packed matrix of this shape has, without its scales."""
+    width = _TRITS if form == "trits" else _CODES
+    return ((shape[0] + _STRIP - 1) // _STRIP) * ((shape[1] + width - 1) // width) * _TILE
+
+
+cdef class PackedMatrix:
+    """A matrix of few-valued codes times scales, packed for products with int8 activations.
+
+    Parameters
+    ----------
+    values : int8[R, C] or TernaryMatrix
+        The codes. A ``TernaryMatrix`` brings its scales along.
+    scale : float32[1, 1] or float32[R, G], optional
+        As in a ``TernaryMatrix``; 1 when not given.
+    group : int
+        How many neighbours share a scale, a multiple of 16; 0 means the whole row.
+    levels : tuple of int
+        The codes there are, evenly spaced and rising, at most four; three for ``"trits"``.
+    form : {"2bit", "trits"}
+        Two bits a weight, or five weights a byte.
+    room : uint8[N], optional
+        Where the tiles go, 64-byte aligned; made when not given.
+
+    Attributes
+    ----------
+    tiles : uint8[R / 32, C / 16, 128] or uint8[R / 32, C / 20, 128]
+        Both quotients rounded up.
+
+    Raises
+    ------
+    ValueError
+        If a code is none of the levels, or shapes do not fit, or trits have more scales in a row.
+    """
+
+    def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", room=None):
+        cdef const unsigned char[:, :, ::1] tiles
+        cdef const float[:, ::1] scales
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
+        if not isinstance(values, _TernaryMatrix):
+            # It checks codes and scales.
+            values = _TernaryMatrix(values, 1.0 if scale is None else scale, group, levels)
+        steps = set(np.diff(levels))
+        if not 2 <= len(levels) <= 4 or len(steps) != 1 or min(steps) < 1:
+            raise ValueError(f"levels is {levels}, expected two to four that rise evenly")
+        self.trits = form == "trits"
+        self.shape = values.shape
+        self.levels = tuple(int(level) for level in levels)
+        self.scales, self.group = values.scales, values.group
+        if self.trits and (len(levels) > 3 or self.scales.shape[1] > 1):
+            raise ValueError("trits are three levels at most and one scale a row at most, not "
+                             f"{len(levels)} and {self.scales.shape[1]}")
+        self.tiles = _pack(values.values, self.levels, self.trits, room)
+        tiles, scales = self.tiles, self.scales
+        self.view.rows, self.view.cols = self.shape
+        self.view.tiles = &tiles[0, 0, 0]
+        self.view.trits = self.trits
+        self.view.factor = levels[1] - levels[0]
+        self.view.offset = levels[0]
+        self.view.scale = &scales[0, 0]
+        self.view.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
+        self.view.group = self.group
+
+    @property
+    def values(self):
+        """The codes, int8[R, C], unpacked."""
+        places = _unpack(self.tiles, self.trits)[:self.shape[0], :self.shape[1]]
+        return np.array(self.levels, np.int8)[places]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the packed codes."""
+        return self.tiles.nbytes
+
+    def multiply(self, x, bias=None):
+        """Return ``x @ matrix.T + bias``, with each row of ``x`` rounded to int8.
+
+        Parameters
+        ----------
+        x : float32[B, C]
+        bias : float32[R], optional
+
+        Returns
+        -------
+        float32[B, R]
+            Whole-number sums of codes and int8 activations, times scales: the same bits in every
+            instruction set. A row that is not finite gives NaN.
+
+        Raises
+        ------
+        ValueError
+            If a shape or dtype does not fit.
+        """
+        cdef const float[:, ::1] rows = x
+        cdef float[:, ::1] out
+        cdef Rounded rounded
+        cdef const float *bias_pointer = NULL
+        cdef float *workspace
+        if rows.shape[0] == 0 or rows.shape[1] != self.view.cols:
+            raise ValueError(f"x has shape ({rows.shape[0]}, {rows.shape[1]}), expected "
+                             f"(B, {self.view.cols})")
+        if bias is not None:
+            bias_pointer = vector_pointer(bias, self.view.rows, "bias")
+        result = np.empty((rows.shape[0], self.view.rows), np.float32)
+        out = result
+        room = RoundedRows(rows.shape[0], self.view.cols)
+        rounded = (<RoundedRows>room).view
+        workspace = packing_room()
+        with nogil:
+            kernels().round_to_int8(&rows[0, 0], rows.shape[0], rows.shape[1], &rounded)
+            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &rounded,
+                                            rows.shape[0], bias_pointer, False, &out[0, 0],
+                                            self.view.rows, workspace)
+        return result
+
+    def __repr__(self):
+        return (f"PackedMatrix({self.shape[0]} x {self.shape[1]}, "
+                f"{'trits' if self.trits else '2 bits'})")
+
+
+cdef class RoundedRows:
+    """Room for rows of activations in int8.
+
+    Parameters
+    ----------
+    rows, cols : int
+        The most there will be.
+    """
+
+    def __init__(self, Py_ssize_t rows, Py_ssize_t cols):
+        cdef unsigned char[::1] codes
+        cdef float[::1] steps
+        cdef int[::1] sums
+        # Kernels read tiles of 16 or 20 columns, and blocks of 64 columns and 32 rows.
+        self.view.stride = (cols + 19 + 63) // 64 * 64
+        self.codes = _aligned(((rows + 31) // 32 * 32 + 1) * self.view.stride)
+        self.codes[...] = 0
+        self.steps = np.empty(rows, np.float32)
+        self.sums = np.empty(rows, np.int32)
+        codes, steps, sums = self.codes, self.steps, self.sums
+        self.view.codes = <signed char *>&codes[0]
+        self.view.steps = &steps[0]
+        self.view.sums = &sums[0]
+
+
+def _pack(values, levels, trits, room):
+    """Return the tiles of codes, int8[R, C]."""
+    rows, cols = values.shape
+    fields = 5 if trits else 4
+    strips, tiles = (rows + 31) // 32, (cols + 4 * fields - 1) // (4 * fields)
+    if room is None:
+        room = _aligned(strips * tiles * _TILE)
+    packed = room.reshape(strips, tiles, _STRIP, 4)
+    places = np.array([levels.index(code) if code in levels else 255
+                       for code in range(-128, 128)], np.uint8)
+    weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
+    for strip in range(strips):
+        # A strip at a time: the room this takes stays small.
+        here = values[_STRIP * strip:_STRIP * (strip + 1)]
+        codes = np.zeros((_STRIP, tiles * 4 * fields), np.uint8)
+        codes[:here.shape[0], :cols] = places[here.astype(np.int16) + 128]
+        if codes.max() == 255:
+            raise ValueError("values holds a number other than "
+                             f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
+        codes = codes.reshape(_STRIP, tiles, fields, 4) * weights[:, None]
+        joined = codes.sum(axis=2, dtype=np.uint16)
+        if trits:
+            joined = (joined * 256 + 242) // 243
+        packed[strip] = joined.transpose(1, 0, 2)
+    return packed.reshape(strips, tiles, _TILE)
+
+
+def _unpack(tiles, trits):
+    """Undo ``_pack``: the places of the codes among the levels, uint8[R, C] with the padding."""
+    strips, count, _ = tiles.shape
+    parts, rest = [], tiles.reshape(strips, count, _STRIP, 4).astype(np.uint16)
+    for _ in range(5 if trits else 4):
+        rest = 3 * (rest & 255) if trits else rest
+        parts.append(rest >> 8 if trits else rest & 3)
+        rest = rest if trits else rest >> 2
+    places = np.stack(parts, axis=3).astype(np.uint8)
+    return places.transpose(0, 2, 1, 3, 4).reshape(_STRIP * strips, -1)
+
+
+cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil:
+    # One row of the matrix as floats, a lookup in an embedding.
+    cdef Py_ssize_t fields = 5 if matrix.trits else 4, width = 4 * fields
+    cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width, col
+    cdef const unsigned char *strip = matrix.tiles + row // 32 * tiles * 128 + row % 32 * 4
+    cdef const float *scales = matrix.scale + row * matrix.scale_row
+    cdef unsigned int byte, _field
+    for col in range(matrix.cols):
+        byte = strip[col // width * 128 + col % 4]
+        if matrix.trits:
+            for _field in range(col % width // 4):
+                byte = 3 * byte & 255
+            byte = 3 * byte >> 8
+        else:
+            byte = byte >> 2 * (col % width // 4) & 3
+        out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole models
+
+cdef class PackedModel:
+    """The weights of a model as decoding needs them: codes packed, no latent weights.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+        What it writes with: its codes, even while it is trained in full precision. Nothing of it
+        is kept, so that it can be let go.
+    form : {"2bit", "trits"}
+        How codes are packed. Two bits are faster where the model fits the cache, trits smaller;
+        schemes of four levels, and those with several scales in a row, have no trits.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    parameters : dict of str to PackedMatrix or float32 array
+        By the names that ``LegacyLLM.parameters`` has.
+
+    Raises
+    ------
+    ValueError
+        If the form cannot hold the model's codes.
+    """
+
+    def __cinit__(self):
+        memset(&self.view, 0, sizeof(self.view))
+
+    def __init__(self, LegacyLLM model not None, form="2bit"):
+        cdef PackedBlock *block
+        cdef const float[:, ::1] table
+        model.alive()
+        config = model.config
+        levels = () if config.scheme == FLOAT else SCHEMES[config.scheme].levels
+        if form not in FORMS:
+            raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
+        quantized = {name: weights for name, weights in model.parameters.items()
+                     if isinstance(weights, _TernaryMatrix)}
+        # One piece of memory: large enough for the system's large pages, and read in order.
+        room = _aligned(sum(packed_size(weights.shape, form) for weights in quantized.values()))
+        self.config = config
+        self.parameters = {}
+        for name, weights in model.parameters.items():
+            if name in quantized:
+                size = packed_size(weights.shape, form)
+                self.parameters[name] = PackedMatrix(weights.values, weights.scales.copy(),
+                                                     weights.group, levels, form, room[:size])
+                room = room[size:]
+            else:
+                self.parameters[name] = np.array(weights, np.float32, order="C")
+        self._projection("embedding.weight", None, &self.view.embedding)
+        self._projection("output.weight", "output.bias", &self.view.output)
+        self._norm("final_norm", &self.view.final_norm)
+        self.view.num_blocks = config.num_blocks
+        self.view.num_heads = config.num_heads
+        self.view.span = config.attention_span
+        self.view.squared = config.activation == "relu2"
+        if config.positions == "rope":
+            self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
+            table = self.rotary.cosines
+            self.view.cosines = &table[0, 0]
+            table = self.rotary.sines
+            self.view.sines = &table[0, 0]
+        self.view.blocks = <PackedBlock *>calloc(config.num_blocks, sizeof(PackedBlock))
+        if self.view.blocks == NULL:
+            raise MemoryError("no memory for the model")
+        for i in range(config.num_blocks):
+            block = &self.view.blocks[i]
+            at = f"blocks.{i}"
+            self._projection(f"{at}.attention.wq", f"{at}.attention.bq", &block.wq)
+            self._projection(f"{at}.attention.wk", f"{at}.attention.bk", &block.wk)
+            self._projection(f"{at}.attention.wv", f"{at}.attention.bv", &block.wv)
+            self._projection(f"{at}.attention.wo", f"{at}.attention.bo", &block.wo)
+            self._projection(f"{at}.ffn.wi", f"{at}.ffn.bi", &block.wi)
+            self._projection(f"{at}.ffn.wo", f"{at}.ffn.bo", &block.wo_ffn)
+            self._norm(f"{at}.norm1", &block.norm1)
+            self._norm(f"{at}.norm2", &block.norm2)
+            self._norm(f"{at}.attention", &block.heads_norm)
+            self._norm(f"{at}.ffn", &block.hidden_norm)
+
+    def __dealloc__(self):
+        free(self.view.blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all weights and scales."""
+        return sum(weights.nbytes for weights in self.parameters.values()) + sum(
+            weights.scales.nbytes for weights in self.parameters.values()
+            if isinstance(weights, PackedMatrix))
+
+    cdef int _projection(self, str name, str bias, Projection *view) except -1:
+        weights = self.parameters[name]
+        if isinstance(weights, PackedMatrix):
+            view.packed = (<PackedMatrix>weights).view
+        else:
+            fill_matrix(&view.dense, weights, name)
+        view.rows, view.cols = weights.shape
+        if bias is not None:
+            view.bias = vector_pointer(self.parameters[bias], view.rows, bias)
+        return 0
+
+    cdef int _norm(self, str name, NormView *view) except -1:
+        if f"{name}.gamma" in self.parameters:
+            gamma = self.parameters[f"{name}.gamma"]
+            view.gamma = vector_pointer(gamma, len(gamma), name)
+            view.beta = vector_pointer(self.parameters[f"{name}.beta"], len(gamma), name)
+        return 0
+
+    def __reduce__(self):
+        raise TypeError("a model cannot be pickled: use save_model and load_model")
+
+    def __repr__(self):
+        return (f"PackedModel({self.config.num_blocks} blocks of {self.config.model_dim}, "
+                f"{self.nbytes:,} bytes)")

@@ -1,0 +1,528 @@
+"""The benchmarks: that they run, that they count right, and what their reports say of numbers."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import legacy1bit
+from legacy1bit import math_ops
+from legacy1bit.bench import (
+    __main__,
+    compare,
+    instructions,
+    kernels,
+    llama_cpp,
+    models,
+    peaks,
+    peers,
+    report,
+    torch_twin,
+)
+from legacy1bit.bench.measure import (
+    Benchmark,
+    cpu_name,
+    machine_load,
+    measure,
+    package_environment,
+    rate,
+)
+from legacy1bit.bench.report import Result
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.inference import Decoder
+from legacy1bit.model import create_legacy_llm
+
+LEVELS = math_ops.simd_levels()
+TINY = ModelConfig(model_dim=32, num_blocks=1, sequence_length=16)
+
+
+def all_tiny(threads=1):
+    """Every benchmark, as small as it gets."""
+    return [
+        *peaks.peaks(threads, 64, 1 << 12, 1 << 10),
+        *kernels.float_products(threads),
+        *kernels.packed_products(64, 4),
+        *kernels.others(64, TINY, 2),
+        *models.training(threads, TINY, 2, TINY, 2),
+        *models.decoding(threads, TINY, "tiny", decoded=4, prompt=8, from_memory=True),
+    ]
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that goes on by a second whenever it is looked at."""
+    moments = iter(range(1000))
+    monkeypatch.setattr("legacy1bit.bench.measure.time.perf_counter", lambda: float(next(moments)))
+
+
+@pytest.mark.usefixtures("ticks")
+def test_rate_is_work_over_time():
+    calls = []
+    assert rate(6.0, lambda: calls.append(1), least=2.5) == 6.0
+    assert len(calls) == 3
+
+
+@pytest.mark.usefixtures("ticks")
+def test_rate_counts_what_the_call_returns():
+    numbers = iter([1, 2, 6])
+    assert rate(0.5, lambda: next(numbers), counted=True, least=2.5) == 0.5 * 9 / 3
+
+
+def test_columns_take_turns_and_the_first_warms_up():
+    order = []
+
+    def call(name):
+        return lambda: order.append((name, math_ops.simd_level()))
+
+    both = [
+        Benchmark("a", "x", 1.0, call("a"), others={"numpy": call("other")}),
+        Benchmark("b", "x", 1.0, call("b")),
+    ]
+    before = math_ops.simd_level()
+    rates = measure(both, LEVELS, 2, least=0.0, pause=0.0)
+    assert math_ops.simd_level() == before
+    turn = [(name, level) for name in "ab" for level in LEVELS]
+    several = len(LEVELS) > 1
+    assert order == 3 * (turn + ([("other", LEVELS[-1])] if several else []))
+    assert list(rates["a"]) == LEVELS + (["numpy"] if several else [])
+    assert {len(values) for columns in rates.values() for values in columns.values()} == {2}
+
+
+def test_one_instruction_set_has_no_company():
+    one = Benchmark("a", "x", 1.0, lambda: None, bf16=True, others={"numpy": lambda: None})
+    assert list(measure([one], ["scalar"], 1, least=0.0, pause=0.0)["a"]) == ["scalar"]
+
+
+def test_every_benchmark_runs_in_every_instruction_set():
+    benchmarks = all_tiny()
+    assert len({one.name for one in benchmarks}) == len(benchmarks)
+    rates = measure(benchmarks, LEVELS, 1, least=0.0, pause=0.0)
+    assert all(value > 0 for columns in rates.values() for [value] in columns.values())
+    assert all(set(LEVELS) <= set(columns) for columns in rates.values())
+    results = report.results_of(benchmarks, rates)
+    # Whatever is a share of a peak finds it.
+    for name, result in results.items():
+        told = report.shares(result, results, LEVELS[-1])
+        assert bool(told) == (result.share_of is not None), name
+
+
+def test_peaks_of_several_threads_do_the_work_of_all():
+    work = {one.name: one.call() for one in peaks.peaks(2, 64, 1 << 14, 1 << 13)}
+    for kind, more in ((peaks.FUSED, 2), (peaks.PACKED, 2), (peaks.MEMORY, 1), (peaks.CACHE, 1)):
+        assert work[peaks.peak_name(kind, 2)] == more * work[peaks.peak_name(kind, 1)]
+    assert work[peaks.peak_name(peaks.MEMORY, 1)] == 4 << 14
+    assert work[peaks.peak_name(peaks.CACHE, 1)] == 8 * (4 << 13)
+
+
+# --- How much work a call is ----------------------------------------------------------------------
+
+
+def test_work_of_the_products():
+    found = {one.name: one for one in kernels.float_products(1)}
+    assert found["matmul 768x512x128"].work == pytest.approx(2e-9 * 768 * 512 * 128)
+    for one in found.values():
+        ours = one.call().copy()
+        np.testing.assert_allclose(one.others["numpy"](), ours, rtol=1e-3, atol=1e-3)
+    packed = {one.name: one for one in kernels.packed_products(64, 4)}
+    assert packed["2bit 64x64 x 1"].work == pytest.approx(1e-9 * 64 * 64)
+    assert packed["trits 64x64 x 4"].work == pytest.approx(4e-9 * 64 * 64)
+    assert packed["trits 64x64 x 4"].call().shape == (4, 64)
+
+
+def test_work_of_training_is_its_tokens():
+    usual, c_shape = models.training(1, TINY, 3, TINY, 2)
+    assert (usual.work, c_shape.work) == (3 * 16, 2 * 16)
+    assert c_shape.known == {"C original": 55.0}
+    assert models.C_SHAPE.model_dim == ModelConfig.c_original().model_dim
+    assert models.C_SHAPE.num_blocks == ModelConfig.c_original().num_blocks
+    assert models.C_SHAPE.sequence_length == ModelConfig.c_original().sequence_length
+
+
+def test_decoding_writes_as_many_tokens_as_it_says():
+    packed = models.packed_model(TINY, "2bit")
+    decoder = Decoder(packed)
+    for _ in range(2):
+        models.decode_call(decoder, 5)()
+        # The last one is not taken in.
+        assert decoder.length == 1 + 5 - 1
+        models.prompt_call(decoder, 7)()
+        assert decoder.length == 7
+
+
+def test_bytes_of_a_token_are_those_that_are_read():
+    packed = models.packed_model(TINY, "2bit")
+    read = models.token_bytes(packed)
+    assert read == packed.nbytes - 256 * 32 * 4
+    [decoding, prompt] = models.decoding(1, TINY, "x", ("2bit",), 4, 8, from_memory=True)
+    assert decoding.share_of == peaks.peak_name(peaks.MEMORY, 1)
+    assert decoding.per_unit == pytest.approx(1e-9 * read)
+    assert prompt.share_of is None
+
+
+def test_memory_of_children():
+    options = ("--stories", "20", "--model-dim", "8", "--sequence-length", "8", "--threads", "1")
+    found = dict(models.memory(TINY, options))
+    assert len(found) == 2
+    for peak in found.values():
+        assert 15 * 2**20 < peak < 400 * 2**20
+
+
+def test_memory_tells_what_failed(capfd):
+    with pytest.raises(subprocess.CalledProcessError):
+        models.peak_memory(["-c", "raise SystemExit('no such thing')"])
+    assert "no such thing" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("load", "told"), [(0.1, ""), (1.5, "other programs are running (load 1.5)")]
+)
+def test_a_busy_machine_is_told_of(load, told, monkeypatch, capsys):
+    monkeypatch.setattr("legacy1bit.bench.measure.os.getloadavg", lambda: (load, 0.0, 0.0))
+    assert machine_load() == load
+    assert capsys.readouterr().err.startswith(told)
+
+
+def test_children_import_this_package():
+    done = subprocess.run(
+        [sys.executable, "-c", "import legacy1bit; print(legacy1bit.__file__)"],
+        env=package_environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    )
+    assert Path(done.stdout.strip()) == Path(legacy1bit.__file__)
+
+
+# --- Instructions ---------------------------------------------------------------------------------
+
+
+def test_instructions_are_divided_by_tokens(monkeypatch):
+    def run(command, **settings):
+        if command[0] != "valgrind":
+            return
+        [out] = [part.partition("=")[2] for part in command if "callgrind-out-file" in part]
+        total = 0 if settings["env"]["LEGACY1BIT_SIMD"] == "avx512" else 3200
+        Path(out).write_text(f"events: Ir\nsummary: {total}\ntotals: {total}\n")
+
+    monkeypatch.setattr(instructions.subprocess, "run", run)
+    monkeypatch.setattr(instructions.shutil, "which", lambda _: "valgrind")
+    counts, missing = instructions.count_all(["scalar", "avx512"], 2)
+    assert counts == {"scalar": [200.0, 200.0]}
+    assert missing == {"avx512": instructions.NOT_COUNTED}
+
+
+def test_instructions_need_valgrind(monkeypatch):
+    monkeypatch.setattr(instructions.shutil, "which", lambda _: None)
+    assert instructions.count_all(["scalar"]) == ({}, {"scalar": instructions.NO_VALGRIND})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("valgrind") is None, reason="valgrind is not installed")
+def test_instructions_repeat_to_the_last_digit():
+    counts, missing = instructions.count_all(["scalar", "avx512"], 2)
+    assert len(set(counts["scalar"])) == 1
+    # 4 blocks of 12 * 128 * 128 weights, and the output: less than an instruction for each would
+    # mean that only a part is counted.
+    assert counts["scalar"][0] > 4 * 12 * 128**2 + 256 * 128
+    assert missing == {"avx512": instructions.NOT_COUNTED}
+
+
+def test_what_is_counted_runs():
+    subprocess.run(
+        [sys.executable, "-c", instructions._CHILD, "2"], env=package_environment(), check=True
+    )
+
+
+# --- Reports --------------------------------------------------------------------------------------
+
+PEAK = Result("GFLOP/s", {"scalar": [10.0, 10.0], "avx2": [100.0, 100.0]})
+PRODUCT = Result(
+    "GFLOP/s",
+    {"scalar": [4.0, 5.0, 9.0], "avx2": [80.0], "bf16": [300.0], "numpy": [50.0]},
+    known={"elsewhere": 2.5},
+    missing={"avx512": "not there"},
+    share_of="peak",
+)
+
+
+@pytest.fixture
+def made():
+    return report.content({"peak": PEAK, "product": PRODUCT}, ["scalar", "avx2"], [2], 3, 0.25)
+
+
+def test_report_has_all_that_was_measured(made):
+    assert json.loads(json.dumps(made)) == made
+    assert made["version"] == legacy1bit.__version__
+    assert made["cpu"] == cpu_name() != ""
+    assert made["load"] == 0.25
+    assert (made["tiers"], made["threads"], made["rounds"]) == (["scalar", "avx2"], [2], 3)
+    product = made["results"]["product"]
+    assert product["rates"] == PRODUCT.rates
+    assert product["medians"] == {"scalar": 5.0, "avx2": 80.0, "bf16": 300.0, "numpy": 50.0}
+    assert product["shares"] == {"scalar": 0.5, "avx2": 0.8, "numpy": 0.5}
+    assert product["better"] == "higher"
+
+
+def test_table_has_a_line_for_everything(made):
+    lines = report.table(made)
+    assert len({len(line) for line in lines}) == 1
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    assert ["product", "scalar", "5.000", "4.500 to 7.000", "GFLOP/s", "1.00", "50%"] in cells
+    assert ["product", "avx2", "80.00", "80.00 to 80.00", "GFLOP/s", "16.00", "80%"] in cells
+    assert ["product", "bf16", "300.0", "300.0 to 300.0", "GFLOP/s", "60.00", ""] in cells
+    assert ["product", "elsewhere", "2.500", "as known", "GFLOP/s", "0.5000", ""] in cells
+    assert ["product", "avx512", "not there", "", "", "", ""] in cells
+
+
+def test_report_is_written_beside_its_table(made, tmp_path, capsys):
+    file = tmp_path / "new" / "bench.json"
+    report.publish(made, ["a line"], file)
+    assert json.loads(file.read_text()) == made
+    assert file.with_suffix(".md").read_text() == capsys.readouterr().out
+    assert "a line\n" in file.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.12345, "0.123"), (12.345, "12.35"), (123.45, "123.5"), (12345.6, "12,346")],
+)
+def test_numbers_have_four_digits(value, text):
+    assert report.number(value) == text
+
+
+def test_command_line_measures_and_reports(monkeypatch, tmp_path, capsys):
+    chosen = [Benchmark("a", "things/s", 1.0, lambda: None)]
+    told = {}
+
+    def benchmarks(parts, threads, large):
+        told.update(parts=list(parts), threads=threads, large=large)
+        return chosen
+
+    monkeypatch.setattr(__main__, "benchmarks", benchmarks)
+    monkeypatch.setattr(__main__.models, "memory", lambda: iter([("memory: x", 3 << 20)]))
+    monkeypatch.setattr(
+        __main__.instructions, "count_all", lambda levels, times: ({"scalar": [5e6] * times}, {})
+    )
+    file = tmp_path / "out.json"
+    arguments = ["--sse", "0", "--rounds", "2", "--instructions", "--large", "--json", str(file)]
+    assert __main__.main(arguments) == 0
+    assert told == {"parts": list(__main__.PARTS), "threads": 1, "large": True}
+    results = json.loads(file.read_text())["results"]
+    assert set(results) == {"a", "memory: x", instructions.NAME}
+    assert len(results["a"]["rates"]["scalar"]) == 2
+    assert results["memory: x"]["medians"] == {"scalar": 3.0}
+    assert results[instructions.NAME]["rates"] == {"scalar": [5e6, 5e6]}
+    assert "5,000,000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("wrong", [["--rounds", "0"], ["--threads", "0"], ["--only", "x"]])
+def test_command_line_refuses_nonsense(wrong, capsys):
+    for program in (__main__, peers):
+        with pytest.raises(SystemExit, match="2"):
+            program.main(wrong)
+    assert "error" in capsys.readouterr().err
+
+
+# --- Two commits ----------------------------------------------------------------------------------
+
+
+def as_new(rates):
+    return {
+        "format": 2,
+        "results": {name: {"unit": "x", "rates": columns} for name, columns in rates.items()},
+    }
+
+
+@pytest.mark.parametrize("first", [dict, as_new], ids=["old", "new"])
+@pytest.mark.parametrize("second", [dict, as_new], ids=["old", "new"])
+def test_ratios_of_reports_of_either_format(first, second):
+    a = [
+        first({"x": {"scalar": [rate], "sse2": [1.0]}, "gone": {"scalar": [1.0]}})
+        for rate in (1, 2, 4)
+    ]
+    b = [second({"x": {"scalar": [rate]}, "new": {"scalar": [1.0]}}) for rate in (3, 4, 10)]
+    assert compare.ratios(a, b) == [compare.Ratio("x", "scalar", 2.0, 4.0, 2.0, 3.0)]
+    assert compare.ratios(a, b)[0].ratio == 2.0
+    assert compare.only_in_one(a, b) == (["gone"], ["new"])
+    [line] = compare.table(compare.ratios(a, b))[2:]
+    assert [cell.strip() for cell in line.strip("|").split("|")] == [
+        *("x", "scalar", "2.000", "4.000", "2.000", "2.000 to 3.000")
+    ]
+
+
+@pytest.mark.parametrize("wrong", [{"x": 1}, {"x": {"scalar": 1.0}}])
+def test_what_is_no_report_is_refused(wrong):
+    with pytest.raises(ValueError, match="no report of a benchmark"):
+        compare.rates_of(wrong)
+
+
+def test_commits_take_turns(monkeypatch, tmp_path, capsys):
+    order = []
+
+    def run(place, options):
+        order.append(place.name)
+        assert options == ["--sse", "0", "--threads", "1", "--only", "kernels"]
+        return {"x": {"scalar": [1.0 if place.name == "old" else 1.5]}}
+
+    monkeypatch.setattr(compare, "check_out", lambda commit, folder: folder / commit)
+    monkeypatch.setattr(compare, "run_once", run)
+    file = tmp_path / "compare.json"
+    arguments = ["old", "new", "--turns", "2", "--sse", "0", "--json", str(file)]
+    assert compare.main([*arguments, "--only", "kernels"]) == 0
+    assert order == ["old", "new", "old", "new"]
+    told = json.loads(file.read_text())
+    assert [one["ratio"] for one in told["ratios"]] == [1.5]
+    assert len(told["reports"]["A"]) == len(told["reports"]["B"]) == 2
+    assert "1.500 to 1.500" in capsys.readouterr().out
+
+
+def test_a_commit_that_is_none_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        compare.main(["no-such-commit", "main"])
+    assert "no-such-commit" in capsys.readouterr().err
+
+
+# --- Peers ----------------------------------------------------------------------------------------
+
+
+def test_peers_take_turns():
+    calls = []
+
+    def call(who):
+        return lambda: [float(calls.append(who) or len(calls))]
+
+    turns = [("row", "torch", call("torch")), ("row", "float32", call("ours"))]
+    results = peers.take_turns(turns, 2, pause=0.0)
+    assert calls == ["torch", "ours"] * 3
+    assert results["row"].rates == {"torch": [3.0, 5.0], "float32": [4.0, 6.0]}
+
+
+def test_peers_table_has_ratios():
+    results = {
+        "training": Result("tokens/s", {"torch": [10.0, 20.0, 30.0], "float32": [30.0]}),
+        "decoding": Result("tokens/s", {"noavx": [100.0], "sse2": [250.0]}),
+    }
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in peers.table(results)]
+    assert cells[2:] == [
+        ["training", "PyTorch", "20.00", "10.00 to 30.00", ""],
+        ["training", "ours, float32", "30.00", "30.00 to 30.00", "1.50"],
+        ["decoding", "llama.cpp, noavx", "100.0", "100.0 to 100.0", ""],
+        ["decoding", "ours, sse2", "250.0", "250.0 to 250.0", "2.50"],
+    ]
+
+
+def test_torch_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ValueError, match="needs PyTorch, which is not installed: pip install torch"
+    ):
+        torch_twin.load_torch()
+
+
+def test_twin_has_as_many_parameters_as_the_model():
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    ours = create_legacy_llm(TINY, 0).num_parameters
+    twin = torch_twin.create_twin(torch, TINY)
+    assert sum(one.numel() for one in twin.parameters()) == ours
+    assert twin(torch.zeros((2, 16), dtype=torch.int64)).shape == (2, 16, 256)
+
+
+def test_training_turns_run():
+    pytest.importorskip("torch", reason="PyTorch is not installed")
+    results = peers.take_turns(peers.training_turns(1, TINY, 2, least=0.0), 1, pause=0.0)
+    [(name, result)] = results.items()
+    assert name == "training, 1 thread"
+    assert list(result.rates)[:2] == ["torch", "float32"]
+    assert all(value > 0 for [value] in result.rates.values())
+
+
+def test_decoding_turns_run(monkeypatch, tmp_path):
+    asked = []
+
+    def run_bench(program, model, threads, repeats, prompt, decoded):
+        asked.append((program.name, model.name, threads, repeats, prompt, decoded))
+        return {"prompt": [7.0]} if prompt else {"decoding": [9.0]}
+
+    monkeypatch.setattr(llama_cpp, "run_bench", run_bench)
+    programs = {name: tmp_path / name for name in llama_cpp.BUILDS}
+    before = math_ops.simd_level()
+    turns = peers.decoding_turns(
+        programs, {"tq2_0": tmp_path / "x.gguf"}, 1, TINY, "tiny", 8, 4, least=0.0
+    )
+    results = peers.take_turns(turns, 1, pause=0.0)
+    math_ops.set_simd_level(before)
+    assert results["prompt tiny, 2bit, 1 thread, native"].rates["native"] == [7.0]
+    assert results["decoding tiny, 2bit, 1 thread, noavx"].rates["noavx"] == [9.0]
+    assert LEVELS[-1] in results["decoding tiny, 2bit, 1 thread, native"].rates
+    narrow = [one for one in peers.NARROW if one in LEVELS]
+    assert list(results["prompt tiny, 2bit, 1 thread, noavx"].rates) == ["noavx", *narrow]
+    assert asked[:2] == [
+        ("native", "x.gguf", 1, 1, 8, 0),
+        ("native", "x.gguf", 1, 1, 0, 4),
+    ]
+
+
+def test_llama_bench_is_read():
+    told = [
+        {"n_prompt": 128, "n_gen": 0, "samples_ts": [100.5, 101.5]},
+        {"n_prompt": 0, "n_gen": 64, "samples_ts": [10, 11.0]},
+    ]
+    expected = {"prompt": [100.5, 101.5], "decoding": [10.0, 11.0]}
+    assert llama_cpp.read_rates(json.dumps(told)) == expected
+
+
+def test_llama_bench_that_fails_is_one_line(tmp_path):
+    failing = tmp_path / "llama-bench"
+    failing.write_text("#!/bin/sh\necho one >&2\necho no model >&2\nexit 3\n")
+    failing.chmod(0o755)
+    with pytest.raises(ValueError, match="llama-bench failed with status 3: no model"):
+        llama_cpp.run_bench(failing, tmp_path / "x", 1, 1)
+    with pytest.raises(ValueError, match="missing"):
+        llama_cpp.run_bench(tmp_path / "missing", tmp_path / "x", 1, 1)
+
+
+def test_a_build_that_is_there_is_taken(tmp_path):
+    program = tmp_path / "native" / "bin" / "llama-bench"
+    program.parent.mkdir(parents=True)
+    program.touch()
+    assert llama_cpp.build(tmp_path / "source", tmp_path, "native") == program
+
+
+def test_gguf_that_is_missing_is_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="need gguf, which is not installed: pip install gguf"):
+        llama_cpp.load_gguf()
+
+
+@pytest.mark.parametrize("kind", llama_cpp.TYPES)
+def test_gguf_models_have_our_shape(kind, tmp_path):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    config = ModelConfig(model_dim=256, num_blocks=1, num_heads=4)
+    file = tmp_path / "model.gguf"
+    llama_cpp.write_model(config, kind, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+    reader = gguf.GGUFReader(file)
+    tensors = {one.name: one for one in reader.tensors}
+    matrices = [one for one in tensors.values() if one.tensor_type.name == kind.upper()]
+    assert len(matrices) == 6
+    assert sum(int(one.n_elements) for one in matrices) == 12 * 256 * 256
+    # Rows run along the second axis there.
+    assert list(tensors["blk.0.ffn_up.weight"].shape) == [256, 1024]
+    assert list(tensors["output.weight"].shape) == [256, 256]
+    values = gguf.quants.dequantize(matrices[0].data, matrices[0].tensor_type)
+    assert len(np.unique(values)) == 3
+
+
+def test_gguf_models_are_of_whole_groups(tmp_path):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    with pytest.raises(ValueError, match="model_dim is 32, expected a multiple of 256"):
+        llama_cpp.write_model(TINY, "tq2_0", tmp_path / "x")
