@@ -495,7 +495,6 @@ cdef tuple _fill_extent(Extent *extent, object x, const AttentionView *layer, ob
     shape = _shape_of(x, dim, "x")
     extent.batch = shape[0] if len(shape) > 1 else 1
     extent.time = shape[1] if len(shape) > 2 else 1
-    extent.past = 0
     extent.allowed = NULL       # the forward pass has left probability 0 at padding
     check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads,
                   layer.norm.gamma != NULL)
@@ -698,7 +697,6 @@ cdef void backward_task(void *context, long index) noexcept nogil:
         memset(job.flats[index], 0, job.size * sizeof(float))
     extent.batch = last - first
     extent.time = job.time
-    extent.past = 0
     extent.allowed = NULL
     if job.allowed:
         extent.allowed = job.allowed + first * job.time

@@ -7,13 +7,10 @@ from legacy1bit.model cimport (
 from legacy1bit.kernels cimport Attention, Matrix
 
 cdef struct Extent:
-    # Which positions a pass is over: `time` new tokens of each of `batch` sequences. Behind them
-    # lie `past` tokens whose keys and values stand right before the new ones in memory; a past
-    # goes with a batch of one.
+    # Which positions a pass is over: `time` tokens of each of `batch` sequences.
     Py_ssize_t batch
     Py_ssize_t time
-    Py_ssize_t past
-    const unsigned char *allowed        # uint8[B, past + T], 0 at padding; NULL: there is none
+    const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: there is none
 
 cdef struct ModelContext:
     BlockContext *blocks

@@ -25,7 +25,6 @@ class ForwardContext:
         batch_size: int,
         time: int,
         keep: Literal["all", "inputs", "none"] = "all",
-        keys: int | None = None,
     ) -> None: ...
     @property
     def config(self) -> ModelConfig: ...

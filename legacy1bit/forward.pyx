@@ -50,7 +50,7 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
     cdef Py_ssize_t row = sequence * extent.time * dim + index * head_dim
     head.queries = extent.time
-    head.keys = extent.past + extent.time
+    head.keys = extent.time
     head.head_dim = head_dim
     head.stride = dim
     head.span = layer.span
@@ -58,8 +58,8 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     if extent.allowed:
         head.allowed = extent.allowed + sequence * head.keys
     head.q = context.q + row
-    head.k = context.k + row - extent.past * dim
-    head.v = context.v + row - extent.past * dim
+    head.k = context.k + row
+    head.v = context.v + row
     head.out = context.heads + row
     head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
 
@@ -80,11 +80,9 @@ cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
     for i in range(extent.batch):
         if layer.cosines:
             start = i * extent.time * dim
-            kernel.rotary(context.q + start, layer.cosines + extent.past * half,
-                          layer.sines + extent.past * half, 1.0, extent.time, dim,
+            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
                           layer.num_heads, 2 * half)
-            kernel.rotary(context.k + start, layer.cosines + extent.past * half,
-                          layer.sines + extent.past * half, 1.0, extent.time, dim,
+            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
                           layer.num_heads, 2 * half)
         for j in range(layer.num_heads):
             fill_head(layer, extent, context, i, j, &head)
@@ -174,8 +172,6 @@ cdef class ForwardContext:
         Which activations of the blocks stay: all, as the backward pass needs, or the inputs, of
         which it can work out the rest once more (gradient checkpointing; Chen et al., arXiv
         1604.06174). Otherwise the blocks take turns in one block's room.
-    keys : int, optional
-        How many keys a query may meet; T when not given.
 
     Attributes
     ----------
@@ -187,7 +183,7 @@ cdef class ForwardContext:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, config, batch_size, time, keep="all", keys=None):
+    def __init__(self, config, batch_size, time, keep="all"):
         cdef TransformerBlockContext block
         cdef Py_ssize_t i
         count = config.num_blocks
@@ -197,7 +193,7 @@ cdef class ForwardContext:
         self.batch_size, self.time = batch_size, time
         self.blocks = [
             TransformerBlockContext(config.model_dim, config.ffn_dim, config.num_heads, batch_size,
-                                    time, keys, config.sub_norm)
+                                    time, config.sub_norm)
             for _ in range(count if keep == "all" else 1)
         ]
         self.inputs = [
@@ -297,7 +293,6 @@ cdef object _fill_extent(Extent *extent, tuple shape, object allowed):
     """Fill an extent for [B, T] positions; returns the array that must stay alive with it."""
     cdef const unsigned char[:, ::1] mask
     extent.batch, extent.time = shape[0], shape[1]
-    extent.past = 0
     extent.allowed = NULL
     if allowed is not None:
         mask = allowed = np.ascontiguousarray(allowed, np.uint8)
@@ -685,7 +680,6 @@ cdef void forward_task(void *context, long index) noexcept nogil:
         return
     extent.batch = last - first
     extent.time = job.time
-    extent.past = 0
     extent.allowed = NULL
     if job.allowed:
         extent.allowed = job.allowed + first * job.time

@@ -317,7 +317,7 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, doubl
     cdef Py_ssize_t i, best = 0, kept
     cdef int taken
     cdef double total = 0.0, bound, passed = 0.0
-    cdef float temperature = <float>sampling.temperature
+    cdef float temperature = <float>min(sampling.temperature, 3e38)
     for i in range(n):
         # What is no number is not within infinity either.
         if not -INFINITY <= logits[i] < INFINITY:
@@ -368,7 +368,7 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, doubl
         passed += weights[taken]
         if passed > bound:
             return taken
-    return order[n - kept] if kept < n else best
+    return best
 
 
 def sample_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0) -> int:
@@ -549,7 +549,7 @@ cdef class Decoder:
         ----------
         tokens : int[T]
         uniforms : float64[N]
-            Numbers from 0 to 1, each of which decides what is drawn.
+            Numbers in [0, 1), each of which decides what is drawn.
         temperature, top_k, top_p
             See ``sample_token``.
 
@@ -569,6 +569,8 @@ cdef class Decoder:
         check_sampling(temperature, top_k, top_p)
         if numbers.shape[0] == 0:
             raise ValueError("uniforms is empty: no token is to be drawn")
+        if not (np.min(numbers) >= 0.0 and np.max(numbers) < 1.0):
+            raise ValueError("uniforms holds a number that is not in [0, 1)")
         self.view.sampling.temperature = temperature
         self.view.sampling.top_k = min(top_k, self.view.vocab)
         self.view.sampling.top_p = top_p
@@ -578,11 +580,11 @@ cdef class Decoder:
 
     def _checked(self, tokens):
         array = np.asarray(tokens)
+        if array.ndim == 1 and array.size == 0:
+            raise ValueError("tokens is empty")
         if array.dtype.kind not in "iu" or array.ndim != 1:
             raise TypeError(f"tokens is {array.dtype}{list(array.shape)}, expected whole numbers, "
                             "[T]")
-        if array.size == 0:
-            raise ValueError("tokens is empty")
         wrong = np.flatnonzero((array < 0) | (array >= self.view.vocab))
         if wrong.size:
             raise IndexError(f"tokens[{wrong[0]}] is {array[wrong[0]]}, expected 0 to "

@@ -91,7 +91,7 @@ cdef struct Update:
 
 cdef struct KernelTable:
     const char *name
-    Py_ssize_t peak_width           # floats that the loops of peak_fused and peak_read take at once
+    Py_ssize_t peak_floats          # floats that a round of peak_fused multiplies and adds
     Py_ssize_t workspace_floats     # scratch a thread needs for matmul and the attention
 
     void (*add)(float *x, const float *y, Py_ssize_t n) noexcept nogil

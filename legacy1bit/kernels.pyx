@@ -1505,9 +1505,9 @@ cdef float peak_fused(Py_ssize_t rounds) noexcept nogil:
 
 
 cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
-    # rounds times a row of activations and a strip of 4,096 codes, which stay in the first cache.
-    cdef unsigned char tiles[8 * TILE_BYTES]
-    cdef signed char x[8 * TILE_CODES]
+    # rounds times a row of activations and a strip of 16,384 codes, which stay in the first cache.
+    cdef unsigned char tiles[32 * TILE_BYTES]
+    cdef signed char x[32 * TILE_CODES]
     cdef int totals[STRIP_ROWS]
     cdef Py_ssize_t _round
     memset(tiles, 0x55, sizeof(tiles))
@@ -1515,22 +1515,23 @@ cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
     for _round in range(rounds):
         anew(tiles)
         anew(x)
-        strip_sums(tiles, 8, False, x, totals)
+        strip_sums(tiles, 32, False, x, totals)
+        anew(totals)
     return totals[0]
 
 
 cdef float peak_read(const float *x, Py_ssize_t n) noexcept nogil:
-    # Reads n floats, a multiple of CHAINS vectors, once.
+    # Reads n floats once.
     cdef vf32 total[CHAINS]
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, whole = n - n % (CHAINS * VF32_LANES)
     for j in range(CHAINS):
         total[j] = vf32_zero()
-    for i from 0 <= i < n by CHAINS * VF32_LANES:
+    for i from 0 <= i < whole by CHAINS * VF32_LANES:
         for j in range(CHAINS):
             total[j] = vf32_add(total[j], vf32_load(x + i + j * VF32_LANES))
     for j in range(1, CHAINS):
         total[0] = vf32_add(total[0], total[j])
-    return vf32_sum(total[0])
+    return vf32_sum(total[0]) + sum(x + whole, n - whole)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1556,7 +1557,7 @@ cdef KernelTable kernels
 
 simd_prepare()
 kernels.name = TIER_NAME
-kernels.peak_width = CHAINS * VF32_LANES
+kernels.peak_floats = CHAINS * VF32_LANES
 kernels.workspace_floats = (PACK_DEPTH * PACK_COLUMNS + PACK_ROWS * PACK_DEPTH
                             + PACK_COLUMNS + TILE_COLUMNS)
 if MATRIX_UNIT:

@@ -202,7 +202,7 @@ def peak_fused(Py_ssize_t rounds) -> int:
     """
     with nogil:
         active.peak_fused(rounds)
-    return 2 * rounds * active.peak_width
+    return 2 * rounds * active.peak_floats
 
 
 def peak_packed(Py_ssize_t rounds) -> int:
@@ -215,16 +215,15 @@ def peak_packed(Py_ssize_t rounds) -> int:
     """
     with nogil:
         active.peak_packed(rounds)
-    return 4096 * rounds
+    return 16384 * rounds
 
 
 def peak_read(const float[::1] x not None) -> int:
     """Read float32[N] once, and return how many bytes that were."""
-    cdef Py_ssize_t n = x.shape[0] - x.shape[0] % active.peak_width
-    check_not_empty("x", n)
+    check_not_empty("x", x.shape[0])
     with nogil:
-        active.peak_read(&x[0], n)
-    return 4 * n
+        active.peak_read(&x[0], x.shape[0])
+    return 4 * x.shape[0]
 
 
 # ---------------------------------------------------------------------------------------------

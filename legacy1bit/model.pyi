@@ -203,7 +203,6 @@ class TransformerBlockContext:
         num_heads: int,
         batch_size: int,
         time: int,
-        keys: int | None = None,
         sub_norm: bool = False,
     ) -> None: ...
     @property

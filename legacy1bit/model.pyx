@@ -940,13 +940,11 @@ cdef class TransformerBlockContext:
         After the norm before ``wo``; None where there is none.
     """
 
-    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, keys=None,
-                 sub_norm=False):
+    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, sub_norm=False):
         cdef BlockContext *view = &self.view
-        keys = time if keys is None else keys
         for name, value in (("model_dim", model_dim), ("ffn_dim", ffn_dim),
                             ("num_heads", num_heads), ("batch_size", batch_size),
-                            ("time", time), ("keys", keys)):
+                            ("time", time)):
             _size(name, value)
         wide, rows = (batch_size, time, model_dim), (batch_size, time)
         hidden = (batch_size, time, ffn_dim)
@@ -958,7 +956,7 @@ cdef class TransformerBlockContext:
         self.q = np.empty(wide, np.float32)
         self.k = np.empty(wide, np.float32)
         self.v = np.empty(wide, np.float32)
-        self.probs = np.empty((batch_size, num_heads, time, keys), np.float32)
+        self.probs = np.empty((batch_size, num_heads, time, time), np.float32)
         self.heads = np.empty(wide, np.float32)
         self.residual = np.empty(wide, np.float32)
         self.norm2 = np.empty(wide, np.float32)

@@ -175,6 +175,15 @@ def test_sample_token_never_draws_minus_infinity(settings, number):
     assert sample_token(logits, always(number), **settings) == 7
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.99}], ids=str)
+@pytest.mark.parametrize("temperature", [1e6, 1e30, 1e38, 1e39, 1e308])
+def test_sample_token_at_a_high_temperature_draws_all_but_minus_infinity(temperature, settings):
+    logits = np.array([0, -np.inf, 1, 0], np.float32)
+    numbers = np.arange(0.01, 1.0, 0.02)
+    drawn = {sample_token(logits, always(u), temperature, **settings) for u in numbers}
+    assert drawn == {0, 2, 3}
+
+
 @pytest.mark.parametrize("number", [0.0, np.nextafter(1.0, 0.0)])
 def test_sample_token_draws_no_token_of_probability_0(number):
     logits = np.array([-200, 0, -200, 0, -200, -90000], np.float32)
