@@ -32,7 +32,8 @@
  *   vsum                      sums of VSUM_ROWS rows; vsum_zero(), vsum_store(int *p, s)
  *   vact, vact_load(x)        the 16 activations that meet a tile of codes
  *   vsum_tile(s, w, x)        s and, of each row, its 16 codes at w times those activations
- *   vact3, vact3_load(x), vsum_tile3(s, w, x)     the same with a tile of trits: 20 columns
+ *   vact3, vact3_load(x), vsum_tile3(s, w, x), vsum3_store(int *p, s)
+ *                             the same with a tile of trits: 20 columns
  *
  * A tile is two cache lines, 32 rows of four bytes. Byte j of a row holds columns j, 4 + j, 8 + j
  * and 12 + j of the tile's 16 in its bits 0-1, 2-3, 4-5 and 6-7, as unsigned numbers; or columns
@@ -80,7 +81,7 @@ enum {
     TILE_CODES = 16,
     TILE_TRITS = 20,
     TILE_BYTES = 128,
-    VSUM_TILES = 4096,
+    VSUM_TILES = 1024,
     PREFETCH_BYTES = 2048
 };
 

@@ -122,6 +122,7 @@ typedef struct { __m256i field[5]; } vact3;
 
 static inline vsum vsum_zero(void) { return _mm256_setzero_si256(); }
 static inline void vsum_store(int *p, vsum s) { _mm256_storeu_si256((__m256i *)p, s); }
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
 static inline __m256i avx2_four(const signed char *x)
 {

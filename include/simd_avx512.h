@@ -163,12 +163,27 @@ static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     return s;
 }
 
+/* A fraction f in 256ths has the trit t = (3 f - g) / 256, where g, the fraction of the others, is
+ * 3 f in 8 bits. So trits need not be taken out: fractions are multiplied instead, and 256 times
+ * the sum of t x is 3 sum(f x) - sum(g x), whatever has overflowed on the way. */
 static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
 {
-    __m512i v = _mm512_loadu_si512(w);
-    for (int i = 0; i < 5; i++)
-        s.field[0] = _mm512_dpbusd_epi32(s.field[0], avx512_trit(&v), x.field[i]);
+    __m512i f = _mm512_loadu_si512(w);
+    for (int i = 0; i < 5; i++) {
+        const __m512i g = _mm512_add_epi8(f, _mm512_add_epi8(f, f));
+        s.field[i % 2] = _mm512_dpbusd_epi32(s.field[i % 2], f, x.field[i]);
+        s.field[2 + i % 2] = _mm512_dpbusd_epi32(s.field[2 + i % 2], g, x.field[i]);
+        f = g;
+    }
     return s;
+}
+
+static inline void vsum3_store(int *p, vsum s)
+{
+    const __m512i f = _mm512_add_epi32(s.field[0], s.field[1]);
+    const __m512i g = _mm512_add_epi32(s.field[2], s.field[3]);
+    const __m512i total = _mm512_sub_epi32(_mm512_add_epi32(f, _mm512_add_epi32(f, f)), g);
+    _mm512_storeu_si512(p, _mm512_srai_epi32(total, 8));
 }
 
 #else
@@ -179,6 +194,7 @@ typedef __m512i vsum;
 
 static inline vsum vsum_zero(void) { return _mm512_setzero_si512(); }
 static inline void vsum_store(int *p, vsum s) { _mm512_storeu_si512(p, s); }
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
 static inline vsum avx512_widen(vsum s, __m512i pairs)
 {

@@ -62,6 +62,7 @@ typedef const signed char *vact3;
 
 static inline vsum vsum_zero(void) { return 0; }
 static inline void vsum_store(int *p, vsum s) { *p = s; }
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 static inline vact vact_load(const signed char *x) { return x; }
 static inline vact3 vact3_load(const signed char *x) { return x; }
 

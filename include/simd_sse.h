@@ -141,6 +141,8 @@ static inline void vsum_store(int *p, vsum s)
     *p = (int)lanes[0] + (int)lanes[1] + (int)lanes[2] + (int)lanes[3];
 }
 
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
+
 static inline vact vact_load(const signed char *x)
 {
     vact a;

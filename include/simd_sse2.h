@@ -81,6 +81,7 @@ typedef struct { __m128i field[4]; } vact;
 typedef struct { __m128i field[5]; } vact3;
 
 static inline void vsum_store(int *p, vsum s) { _mm_storeu_si128((__m128i *)p, s); }
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
 static inline vact vact_load(const signed char *x)
 {
@@ -145,6 +146,8 @@ static inline void vsum_store(int *p, vsum s)
 {
     _mm_storeu_si128((__m128i *)p, _mm_srai_epi32(s, 6));
 }
+
+static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
 static inline vact vact_load(const signed char *x)
 {

@@ -69,6 +69,7 @@ cdef extern from "simd.h" nogil:
         pass
     vsum vsum_zero()
     void vsum_store(int *p, vsum s)
+    void vsum3_store(int *p, vsum s)
     vact vact_load(const signed char *x)
     vact3 vact3_load(const signed char *x)
     vsum vsum_tile(vsum s, const unsigned char *w, vact x)
@@ -1038,6 +1039,8 @@ cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
             for j in range(STRIP_PARTS):
                 s[j] = vsum_tile3(s[j], strip + j * PART_BYTES, a3)
             strip += TILE_BYTES
+        for j in range(STRIP_PARTS):
+            vsum3_store(totals + j * VSUM_ROWS, s[j])
     else:
         for i in range(tiles):
             prefetch_tile(strip)
@@ -1045,8 +1048,8 @@ cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
             for j in range(STRIP_PARTS):
                 s[j] = vsum_tile(s[j], strip + j * PART_BYTES, a)
             strip += TILE_BYTES
-    for j in range(STRIP_PARTS):
-        vsum_store(totals + j * VSUM_ROWS, s[j])
+        for j in range(STRIP_PARTS):
+            vsum_store(totals + j * VSUM_ROWS, s[j])
 
 
 cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
@@ -1065,13 +1068,15 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
                 for t in range(VSUM_AT_ONCE):
                     s[t] = vsum_tile3(s[t], w + i * TILE_BYTES,
                                       vact3_load(x + t * stride + i * TILE_TRITS))
+            for t in range(VSUM_AT_ONCE):
+                vsum3_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
         else:
             for i in range(tiles):
                 for t in range(VSUM_AT_ONCE):
                     s[t] = vsum_tile(s[t], w + i * TILE_BYTES,
                                      vact_load(x + t * stride + i * TILE_CODES))
-        for t in range(VSUM_AT_ONCE):
-            vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
+            for t in range(VSUM_AT_ONCE):
+                vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
 
 
 cdef inline void some_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
