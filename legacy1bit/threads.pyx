@@ -48,10 +48,10 @@ def available_cores() -> int:
     return max(1, min([cores] + _quotas()))
 
 
-def _quotas():
+def _quotas(table="/proc/self/cgroup", folder="/sys/fs/cgroup"):
     """Return the cores that each control group around this process allows."""
     try:
-        with open("/proc/self/cgroup") as file:
+        with open(table) as file:
             groups = [line.rstrip("\n").split(":", 2) for line in file]
     except OSError:
         return []
@@ -59,7 +59,7 @@ def _quotas():
     for _, controllers, path in groups:
         if controllers and "cpu" not in controllers.split(","):
             continue
-        root = f"/sys/fs/cgroup/{controllers}" if controllers else "/sys/fs/cgroup"
+        root = f"{folder}/{controllers}" if controllers else str(folder)
         # The limits of all groups above hold, too; inside a container the path may not be visible.
         parts = [part for part in path.split("/") if part]
         for depth in range(len(parts) + 1):
