@@ -104,7 +104,7 @@ def test_default_threads_are_all_cores_or_what_the_environment_says(monkeypatch)
 @pytest.mark.parametrize("wanted", ["0", "-1", "two", "1.5", " "])
 def test_default_threads_rejects_what_is_no_number(wanted, monkeypatch):
     monkeypatch.setenv("LEGACY1BIT_THREADS", wanted)
-    with pytest.raises(ValueError, match="LEGACY1BIT_THREADS is .*, expected a whole number"):
+    with pytest.raises(ValueError, match=r"LEGACY1BIT_THREADS is .*, expected a whole number"):
         default_threads()
 
 
