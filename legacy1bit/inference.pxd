@@ -56,6 +56,7 @@ cdef class Decoder:
     cdef readonly Py_ssize_t capacity, length
     cdef readonly int threads
     cdef list kept
+    cdef bint busy
     cdef DecoderView view
     cdef float *_room(self, size) except NULL
     cdef int _run(self, const int[::1] prompt, int[::1] drawn, const double[::1] uniforms) except -1

@@ -8,6 +8,7 @@ written. A prompt goes through in blocks of tokens.
 
 import numpy as np
 
+from cpython.exc cimport PyErr_CheckSignals
 from libc.math cimport INFINITY
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -26,6 +27,7 @@ cdef float EPSILON = _EPSILON
 
 cdef enum:
     PROMPT_BLOCK = 128
+    DRAWN_AT_ONCE = 64      # tokens, between two looks whether the user has pressed Ctrl-C
     STRIP = 32
 
 
@@ -422,6 +424,8 @@ def sample_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0) -> int:
 
 def check_sampling(temperature, top_k, top_p) -> None:
     """Raise ``ValueError`` for settings that ``sample_token`` cannot follow."""
+    if isinstance(temperature, int) and temperature > 1 << 64:
+        raise ValueError("temperature is beyond any number that divides logits")
     if not 0.0 <= temperature < np.inf:
         raise ValueError(f"temperature is {temperature}, expected 0 or more")
     if top_k < 0:
@@ -452,6 +456,8 @@ cdef class Decoder:
 
     Notes
     -----
+    A decoder is for one thread of Python at a time; several can share a model.
+
     Activations are rounded to int8 before every product with codes, whether or not the model was
     trained so (``int8_activations``), and so are keys and values, with one scale a token and head:
     logits are near those of ``forward_llm``, not the same.
@@ -519,7 +525,12 @@ cdef class Decoder:
 
     def clear(self) -> None:
         """Forget all tokens."""
+        self._check_idle()
         self.length = 0
+
+    def _check_idle(self):
+        if self.busy:
+            raise RuntimeError("the decoder is at work in another thread: each needs its own")
 
     def extend(self, tokens):
         """Take in more tokens of the sequence and return the logits after the last of them.
@@ -539,7 +550,12 @@ cdef class Decoder:
         IndexError
             If an id is no token's.
         """
-        self._run(self._checked(tokens), None, None)
+        cdef int[::1] nothing = None
+        cdef const double[::1] no_numbers = None
+        prompt = self._checked(tokens)
+        self._check_room(prompt.size)
+        for start in range(0, prompt.size, PROMPT_BLOCK):
+            self._run(prompt[start:start + PROMPT_BLOCK], nothing, no_numbers)
         return np.asarray(<float[:self.view.vocab]>self.view.logits).copy()
 
     def write(self, tokens, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -565,6 +581,8 @@ cdef class Decoder:
         IndexError
             If an id is no token's.
         """
+        cdef int[::1] nothing = None
+        cdef const double[::1] no_numbers = None
         cdef const double[::1] numbers = np.ascontiguousarray(uniforms, np.float64)
         check_sampling(temperature, top_k, top_p)
         if numbers.shape[0] == 0:
@@ -575,8 +593,23 @@ cdef class Decoder:
         self.view.sampling.top_k = min(top_k, self.view.vocab)
         self.view.sampling.top_p = top_p
         drawn = np.empty(numbers.shape[0], np.int32)
-        self._run(self._checked(tokens), drawn, numbers)
+        prompt = self._checked(tokens)
+        self._check_room(prompt.size + drawn.size - 1)
+        last = (prompt.size - 1) // PROMPT_BLOCK * PROMPT_BLOCK
+        for start in range(0, last, PROMPT_BLOCK):
+            self._run(prompt[start:start + PROMPT_BLOCK], nothing, no_numbers)
+        prompt = prompt[last:]
+        for start in range(0, drawn.size, DRAWN_AT_ONCE):
+            here = drawn[start:start + DRAWN_AT_ONCE]
+            self._run(prompt, here, numbers[start:start + DRAWN_AT_ONCE])
+            prompt = here[-1:]
         return drawn
+
+    def _check_room(self, more):
+        self._check_idle()
+        if self.length + more > self.capacity:
+            raise ValueError(f"{self.length} tokens and {more} more do not fit a sequence of "
+                             f"{self.capacity}")
 
     def _checked(self, tokens):
         array = np.asarray(tokens)
@@ -596,9 +629,8 @@ cdef class Decoder:
         cdef DecoderView *view = &self.view
         cdef int threads = self.threads
         more = prompt.shape[0] + (drawn.shape[0] - 1 if drawn is not None else 0)
-        if self.length + more > self.capacity:
-            raise ValueError(f"{self.length} tokens and {more} more do not fit a sequence of "
-                             f"{self.capacity}")
+        PyErr_CheckSignals()
+        self._check_room(more)
         view.prompt = &prompt[0]
         view.prompt_size = prompt.shape[0]
         view.past = self.length
@@ -608,8 +640,10 @@ cdef class Decoder:
             view.uniforms = &uniforms[0]
             view.to_draw = drawn.shape[0]
         view.out_of_memory = view.damaged = False
+        self.busy = True
         with nogil:
             run_team(decode, view, &view.team, threads)
+        self.busy = False
         if view.out_of_memory:
             raise MemoryError("no memory for the kernels' packing buffers")
         if view.damaged:

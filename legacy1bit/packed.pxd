@@ -38,7 +38,7 @@ cdef class PackedMatrix:
 
 cdef class PackedModel:
     cdef readonly object config
-    cdef readonly dict parameters
+    cdef readonly object parameters
     cdef readonly object rotary
     cdef PackedModelView view
     cdef int _projection(self, str name, str bias, Projection *view) except -1

@@ -7,6 +7,8 @@ activations rounded to int8, with one scale a token (BitNet b1.58, arXiv 2402.17
 its sums are whole numbers.
 """
 
+from types import MappingProxyType
+
 import numpy as np
 
 from libc.stdlib cimport calloc, free
@@ -77,6 +79,11 @@ cdef class PackedMatrix:
         steps = set(np.diff(levels))
         if not 2 <= len(levels) <= 4 or len(steps) != 1 or min(steps) < 1:
             raise ValueError(f"levels is {levels}, expected two to four that rise evenly")
+        # Sums, and what they are made of, must fit 32 bits.
+        reach = max(abs(levels[0]), abs(levels[-1]), levels[-1] - levels[0])
+        if 127 * int(reach) * values.shape[1] >= 1 << 31:
+            raise ValueError(f"{values.shape[1]} columns of levels {levels} are too many for sums "
+                             "of 32 bits")
         self.trits = form == "trits"
         self.shape = values.shape
         self.levels = tuple(int(level) for level in levels)
@@ -277,15 +284,16 @@ cdef class PackedModel:
         # One piece of memory: large enough for the system's large pages, and read in order.
         room = _aligned(sum(packed_size(weights.shape, form) for weights in quantized.values()))
         self.config = config
-        self.parameters = {}
+        parameters = {}
         for name, weights in model.parameters.items():
             if name in quantized:
                 size = packed_size(weights.shape, form)
-                self.parameters[name] = PackedMatrix(weights.values, weights.scales.copy(),
-                                                     weights.group, levels, form, room[:size])
+                parameters[name] = PackedMatrix(weights.values, weights.scales.copy(),
+                                                weights.group, levels, form, room[:size])
                 room = room[size:]
             else:
-                self.parameters[name] = np.array(weights, np.float32, order="C")
+                parameters[name] = np.array(weights, np.float32, order="C")
+        self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
         self._projection("output.weight", "output.bias", &self.view.output)
         self._norm("final_norm", &self.view.final_norm)

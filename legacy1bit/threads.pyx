@@ -92,6 +92,6 @@ def default_threads() -> int:
     wanted = os.environ.get("LEGACY1BIT_THREADS", "")
     if not wanted:
         return available_cores()
-    if not wanted.isdecimal() or int(wanted) < 1:
+    if not (wanted.isascii() and wanted.isdecimal() and 0 < len(wanted) < 10 and int(wanted)):
         raise ValueError(f"LEGACY1BIT_THREADS is {wanted!r}, expected a whole number from 1 on")
     return min(int(wanted), available_cores())

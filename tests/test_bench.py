@@ -526,3 +526,13 @@ def test_gguf_models_are_of_whole_groups(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
     with pytest.raises(ValueError, match="model_dim is 32, expected a multiple of 256"):
         llama_cpp.write_model(TINY, "tq2_0", tmp_path / "x")
+
+
+@pytest.mark.parametrize("name", ["report.md", "folder.json", "file/report.json"])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(name, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises((ValueError, OSError)):
+        report.prepare(tmp_path / name)
+    report.prepare(tmp_path / "new" / "report.json")
+    assert (tmp_path / "new").is_dir()

@@ -6,6 +6,8 @@ number anywhere in the oracle's answer, keys and values included: there float32 
 its own roundings, whatever the instruction set, and the bounds are `rounding_effect`'s.
 """
 
+import contextlib
+import signal
 import threading
 import warnings
 from types import SimpleNamespace
@@ -899,6 +901,49 @@ def test_decoder_finds_damage_anywhere(name, prompt):
 
 
 # --- At the same time -----------------------------------------------------------------------------
+
+
+def test_decoder_is_for_one_thread_at_a_time():
+    config = ModelConfig(model_dim=256, num_blocks=4, sequence_length=2048)
+    decoder = Decoder(PackedModel(create_legacy_llm(config, 1)))
+    done, refused = threading.Event(), []
+
+    def disturb():
+        while not done.is_set() and not refused:
+            try:
+                decoder.clear()
+            except RuntimeError as error:
+                refused.append(str(error))
+
+    other = threading.Thread(target=disturb)
+    other.start()
+    for _ in range(50):
+        # Cleared between two of its pieces, it can run out of room no earlier.
+        with contextlib.suppress(RuntimeError, ValueError):
+            decoder.write([1], np.full(2000, 0.5))
+        if refused:
+            break
+        decoder.clear()
+    done.set()
+    other.join()
+    assert "each needs its own" in refused[0]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer")
+def test_ctrl_c_ends_a_long_text():
+    config = ModelConfig(model_dim=256, num_blocks=4, sequence_length=1 << 15)
+    decoder = Decoder(PackedModel(create_legacy_llm(config, 1, trainable=False)))
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.write([1], np.full(1 << 15, 0.5))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert 0 <= decoder.length < 1 << 15
+    decoder.clear()
+    assert np.isfinite(decoder.extend([1])).all()
 
 
 @every_tier

@@ -478,6 +478,10 @@ BAD_MATRICES = {
         lambda: PackedMatrix(TernaryMatrix(3 * ONE, levels=(-3, -1, 1, 3))),
         "values holds a number other than -1, 0 and 1",
     ),
+    "sums beyond 32 bits": (
+        lambda: PackedMatrix(np.zeros((1, 140_000), np.int8), levels=(-127, 0, 127)),
+        "140000 columns of levels",
+    ),
     "four levels in trits": (
         lambda: PackedMatrix(ONE, levels=(-3, -1, 1, 3), form="trits"),
         "trits are three levels at most and one scale a row at most, not 4 and 1",

@@ -15,7 +15,7 @@ from legacy1bit import math_ops
 from legacy1bit.bench import instructions, kernels, models
 from legacy1bit.bench.measure import Benchmark, hold_blas, machine_load, measure
 from legacy1bit.bench.peaks import peaks
-from legacy1bit.bench.report import Result, content, publish, results_of, table
+from legacy1bit.bench.report import Result, content, prepare, publish, results_of, table
 from legacy1bit.threads import available_cores
 
 PARTS = ("peaks", "kernels", "training", "decoding", "memory")
@@ -73,6 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="write all rates there, and the table beside it (default: build/bench.json)",
     )
     arguments = parser.parse_args(argv)
+    try:
+        prepare(arguments.json)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     if arguments.rounds < 1 or not 1 <= arguments.threads <= available_cores():
         parser.error(f"expected at least 1 round, and 1 to {available_cores()} threads")
     if argv is None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.bench.measure import Rates
-from legacy1bit.bench.report import markdown, median, number
+from legacy1bit.bench.report import markdown, median, number, prepare
 from legacy1bit.files import atomic_write_all
 
 # Of a commit that is built.
@@ -222,13 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"expected at least 1 turn, not {arguments.turns}")
     options = ["--sse", arguments.sse, "--threads", arguments.threads, *more]
     try:
+        prepare(arguments.json)
         places = [check_out(commit, arguments.folder) for commit in (arguments.a, arguments.b)]
         a, b = take_turns(
             arguments.turns,
             lambda: run_once(places[0], options),
             lambda: run_once(places[1], options),
         )
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     except subprocess.CalledProcessError as error:
         command = " ".join(map(str, error.cmd))
@@ -241,7 +242,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             lines += ["", f"Only in {which}: {', '.join(names)}"]
     text = "\n".join(lines) + "\n"
     print(text, end="")
-    arguments.json.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "commits": {"A": arguments.a, "B": arguments.b},
         "ratios": [{**asdict(one), "ratio": one.ratio} for one in found],

@@ -26,7 +26,7 @@ from legacy1bit.bench.models import (
     prompt_call,
     training_step,
 )
-from legacy1bit.bench.report import Result, content, markdown, median, number, publish
+from legacy1bit.bench.report import Result, content, markdown, median, number, prepare, publish
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.threads import available_cores
@@ -247,6 +247,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line."""
     parser = _parser()
     arguments = parser.parse_args(argv)
+    try:
+        prepare(arguments.json)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     cores = available_cores()
     counts = arguments.threads or list(range(1, min(cores, 2) + 1))
     if arguments.rounds < 1 or not all(1 <= count <= cores for count in counts):

@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -196,6 +197,21 @@ def heading(report: Mapping[str, Any]) -> str:
         f"{report['rounds']} rounds, threads: {threads}, widest: {report['tiers'][-1]}, "
         f"load before: {report['load']:.1f}"
     )
+
+
+def prepare(file: Path) -> None:
+    """Make the folder of a report, before anything is measured for it.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the name is not that of a JSON file, or nothing can be written there.
+    """
+    if file.suffix != ".json" or file.is_dir():
+        raise ValueError(f"{file}: expected the name of a .json file")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(file.parent, os.W_OK):
+        raise OSError(f"{file.parent}: nothing can be written there")
 
 
 def publish(report: Mapping[str, Any], lines: Sequence[str], file: Path) -> None:
