@@ -977,6 +977,23 @@ cdef enum:
     VSUM_BLOCK = 128        # rows of activations whose sums are taken at once
 
 
+cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange) noexcept nogil:
+    # The largest |x|; strange becomes 0, or NaN where an x is no number or infinite: x - x is 0 of
+    # every other.
+    cdef Py_ssize_t i, whole = n - n % VF32_LANES
+    cdef vf32 v, most = vf32_zero(), total = vf32_zero()
+    for i from 0 <= i < whole by VF32_LANES:
+        v = vf32_load(x + i)
+        most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+        total = vf32_add(total, vf32_sub(v, v))
+    if whole < n:
+        v = vf32_load_first(x + whole, n - whole)
+        most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+        total = vf32_add(total, vf32_sub(v, v))
+    strange[0] = vf32_sum(total)
+    return vf32_largest(most)
+
+
 cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         const Rounded *out) noexcept nogil:
     # Each row in whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet b1.58,
@@ -985,26 +1002,16 @@ cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
     cdef const float *row
     cdef signed char *codes
     cdef signed char last[VF32_LANES]
-    cdef float top, inverse
+    cdef float top, inverse, strange
     cdef int total
-    cdef vf32 most, strange, v, up
+    cdef vf32 up
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
         codes = out.codes + i * out.stride
-        most = strange = vf32_zero()
-        for j from 0 <= j < whole by VF32_LANES:
-            v = vf32_load(row + j)
-            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
-            strange = vf32_add(strange, vf32_sub(v, v))
-        if left:
-            v = vf32_load_first(row + whole, left)
-            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
-            strange = vf32_add(strange, vf32_sub(v, v))
-        top = vf32_largest(most)
+        top = largest_magnitude(row, cols, &strange)
         inverse = <float>127.0 / top
-        # x - x is 0 of every number, and NaN of what is none.
-        out.steps[i] = top / <float>127.0 + vf32_sum(strange)
+        out.steps[i] = top / <float>127.0 + strange
         if not (out.steps[i] > 0.0 and inverse < INFINITY):
             memset(codes, 0, out.stride)
             out.sums[i] = 0
@@ -1384,25 +1391,15 @@ cdef void round_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
     # whose step float32 does not hold stays as it is, and so does one that is not finite.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef float *row
-    cdef float top, step, inverse
-    cdef vf32 most, strange, v, up, down
+    cdef float top, step, inverse, strange
+    cdef vf32 v, up, down
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
-        most = strange = vf32_zero()
-        for j from 0 <= j < whole by VF32_LANES:
-            v = vf32_load(row + j)
-            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
-            strange = vf32_add(strange, vf32_sub(v, v))
-        if left:
-            v = vf32_load_first(row + whole, left)
-            most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
-            strange = vf32_add(strange, vf32_sub(v, v))
-        top = vf32_largest(most)
+        top = largest_magnitude(row, cols, &strange)
         step = top / <float>127.0
         inverse = <float>127.0 / top
-        # x - x is 0 of every number, and NaN of what is none.
-        if not (vf32_sum(strange) == 0.0 and 0.0 < inverse < INFINITY
+        if not (strange == 0.0 and 0.0 < inverse < INFINITY
                 and <float>127.0 * step < INFINITY):
             continue
         up = vf32_splat(inverse)
