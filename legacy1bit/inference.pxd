@@ -39,8 +39,9 @@ cdef struct DecoderView:
     Member *members
     thread_team team
     # What there is to do:
-    const int *prompt
+    const int *prompt       # at most a block of tokens
     Py_ssize_t prompt_size
+    bint wanted             # the logits after them
     Py_ssize_t past         # tokens in the cache before
     int *drawn              # where drawn tokens go
     Py_ssize_t to_draw
@@ -59,4 +60,5 @@ cdef class Decoder:
     cdef bint busy
     cdef DecoderView view
     cdef float *_room(self, size) except NULL
-    cdef int _run(self, const int[::1] prompt, int[::1] drawn, const double[::1] uniforms) except -1
+    cdef int _run(self, const int[::1] prompt, bint wanted, int[::1] drawn,
+                  const double[::1] uniforms) except -1

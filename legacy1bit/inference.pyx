@@ -264,18 +264,14 @@ cdef void pass_through(DecoderView *d, Py_ssize_t index, const int *tokens, Py_s
 cdef void decode(void *context, long index) noexcept nogil:
     # The whole of a job: the prompt, and then token after token.
     cdef DecoderView *d = <DecoderView *>context
-    cdef Py_ssize_t done = 0, here, past = d.past, i
+    cdef Py_ssize_t past = d.past + d.prompt_size, i
     cdef float *workspace = scratch(packed_kernels().workspace_floats)
     if workspace == NULL:
         d.out_of_memory = True
     meet(&d.team)
     if d.out_of_memory:
         return
-    while done < d.prompt_size:
-        here = min(d.prompt_size - done, d.block)
-        pass_through(d, index, d.prompt + done, past, here, done + here == d.prompt_size, workspace)
-        done += here
-        past += here
+    pass_through(d, index, d.prompt, d.past, d.prompt_size, d.wanted, workspace)
     for i in range(d.to_draw):
         if index == 0:
             d.token = draw(d.logits, d.vocab, &d.sampling, d.uniforms[i], d.chances, d.order)
@@ -554,8 +550,7 @@ cdef class Decoder:
         cdef const double[::1] no_numbers = None
         prompt = self._checked(tokens)
         self._check_room(prompt.size)
-        for start in range(0, prompt.size, PROMPT_BLOCK):
-            self._run(prompt[start:start + PROMPT_BLOCK], nothing, no_numbers)
+        self._run(self._begin(prompt), True, nothing, no_numbers)
         return np.asarray(<float[:self.view.vocab]>self.view.logits).copy()
 
     def write(self, tokens, uniforms, temperature=1.0, top_k=0, top_p=1.0):
@@ -581,8 +576,6 @@ cdef class Decoder:
         IndexError
             If an id is no token's.
         """
-        cdef int[::1] nothing = None
-        cdef const double[::1] no_numbers = None
         cdef const double[::1] numbers = np.ascontiguousarray(uniforms, np.float64)
         check_sampling(temperature, top_k, top_p)
         if numbers.shape[0] == 0:
@@ -595,15 +588,21 @@ cdef class Decoder:
         drawn = np.empty(numbers.shape[0], np.int32)
         prompt = self._checked(tokens)
         self._check_room(prompt.size + drawn.size - 1)
-        last = (prompt.size - 1) // PROMPT_BLOCK * PROMPT_BLOCK
-        for start in range(0, last, PROMPT_BLOCK):
-            self._run(prompt[start:start + PROMPT_BLOCK], nothing, no_numbers)
-        prompt = prompt[last:]
+        prompt = self._begin(prompt)
         for start in range(0, drawn.size, DRAWN_AT_ONCE):
             here = drawn[start:start + DRAWN_AT_ONCE]
-            self._run(prompt, here, numbers[start:start + DRAWN_AT_ONCE])
+            self._run(prompt, True, here, numbers[start:start + DRAWN_AT_ONCE])
             prompt = here[-1:]
         return drawn
+
+    def _begin(self, prompt):
+        """Take in a prompt but for its last block, and return that."""
+        cdef int[::1] nothing = None
+        cdef const double[::1] no_numbers = None
+        last = (prompt.size - 1) // PROMPT_BLOCK * PROMPT_BLOCK
+        for start in range(0, last, PROMPT_BLOCK):
+            self._run(prompt[start:start + PROMPT_BLOCK], False, nothing, no_numbers)
+        return prompt[last:]
 
     def _check_room(self, more):
         self._check_idle()
@@ -624,7 +623,7 @@ cdef class Decoder:
                              f"{self.view.vocab - 1}")
         return np.ascontiguousarray(array, np.int32)
 
-    cdef int _run(self, const int[::1] prompt, int[::1] drawn,
+    cdef int _run(self, const int[::1] prompt, bint wanted, int[::1] drawn,
                   const double[::1] uniforms) except -1:
         cdef DecoderView *view = &self.view
         cdef int threads = self.threads
@@ -633,6 +632,7 @@ cdef class Decoder:
         self._check_room(more)
         view.prompt = &prompt[0]
         view.prompt_size = prompt.shape[0]
+        view.wanted = wanted
         view.past = self.length
         view.to_draw = 0
         if drawn is not None:

@@ -994,6 +994,14 @@ cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange
     return vf32_largest(most)
 
 
+cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef int total = 0
+    for i in range(n):
+        total += x[i]
+    return total
+
+
 cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         const Rounded *out) noexcept nogil:
     # Each row in whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet b1.58,
@@ -1003,7 +1011,6 @@ cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
     cdef signed char *codes
     cdef signed char last[VF32_LANES]
     cdef float top, inverse, strange
-    cdef int total
     cdef vf32 up
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
@@ -1023,10 +1030,7 @@ cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
             i8_round(last, vf32_mul(up, vf32_load_first(row + whole, left)))
             memcpy(codes + whole, last, left)
         memset(codes + cols, 0, out.stride - cols)
-        total = 0
-        for j in range(cols):
-            total += codes[j]
-        out.sums[i] = total
+        out.sums[i] = sum_of_codes(codes, cols)
     STOP_TIMER(TIMER_QUANTIZE)
 
 
@@ -1115,14 +1119,6 @@ cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                   x + done * width, stride, rows, part)
         for i in range(rows * STRIP_ROWS):
             totals[i] += part[i]
-
-
-cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i
-    cdef int total = 0
-    for i in range(n):
-        total += x[i]
-    return total
 
 
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
