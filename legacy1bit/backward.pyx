@@ -38,10 +38,12 @@ _SMALLEST_PROBABILITY = 1e-9
 cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssize_t rows,
                                      Py_ssize_t out_dim, Py_ssize_t in_dim, float *d_weight,
                                      float *d_bias, float *workspace) noexcept nogil:
-    # Of out = x w^T + b: d_weight[out, in] += d_out^T x, d_bias += the sum of d_out's rows.
+    # Of out = x w^T + b: d_weight[out, in] += d_out^T x, d_bias += the sum of d_out's rows, where
+    # there is a bias.
     kernels().matmul(out_dim, in_dim, rows, d_out, 1, out_dim, x, in_dim, 1, NULL, True, d_weight,
                      in_dim, workspace)
-    kernels().column_sums(d_out, rows, out_dim, d_bias)
+    if d_bias:
+        kernels().column_sums(d_out, rows, out_dim, d_bias)
 
 
 cdef inline void backward_wo(const Matrix *wo, const NormView *norm, const float *d_out,

@@ -19,6 +19,8 @@ Tokens = npt.NDArray[np.int32]
 
 TOKENIZER_FILE = "tokenizer.json"
 
+_LINE_BREAK = 10
+
 
 def initialize_vocabulary() -> int:
     """Return the size of the vocabulary: one token for each byte, 256.
@@ -87,7 +89,7 @@ def get_time_in_ms() -> int:
     return time.monotonic_ns() // 1_000_000
 
 
-def _visible_bytes() -> list[str]:
+def visible_bytes() -> list[str]:
     """Return a printable character for each byte, as byte-level BPE files write them.
 
     Bytes that print as themselves in Latin-1 stand for themselves, the others for the characters
@@ -102,13 +104,34 @@ class ByteTokenizer:
     """Bytes as tokens; token i is byte i.
 
     Its file is one that Hugging Face's ``tokenizers`` reads: byte-level BPE without merges.
+
+    Parameters
+    ----------
+    vocab_size : int
+        How many bytes are tokens, at most 256.
+
+    Attributes
+    ----------
+    bos_token : int or None
+        What a text begins behind, the line break: what a model has learned of beginnings, it has
+        learned there. None where that is no token.
     """
 
-    vocab_size = 256
+    def __init__(self, vocab_size: int = 256) -> None:
+        if not 1 <= vocab_size <= 256:
+            raise ValueError(f"the vocabulary has {vocab_size} tokens, expected 1 to 256 bytes")
+        self.vocab_size = vocab_size
+        self.bos_token = _LINE_BREAK if vocab_size > _LINE_BREAK else None
 
     def encode(self, text: str | bytes) -> Tokens:
-        """Return the token ids of a text, int32[N]."""
-        return tokenize_text(text)
+        """Return the token ids of a text, int32[N].
+
+        Raises
+        ------
+        IndexError
+            If a byte of it is no token.
+        """
+        return tokenize_text(text, self.vocab_size)
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
         """Return the bytes that token ids stand for.
@@ -119,8 +142,10 @@ class ByteTokenizer:
             If an id is no byte.
         """
         ids = np.asarray(tokens)
-        if ids.size and (ids.min() < 0 or ids.max() > 255):
-            raise IndexError(f"a token id is outside 0 to 255: {ids.min()} to {ids.max()}")
+        if ids.size and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise IndexError(
+                f"a token id is outside 0 to {self.vocab_size - 1}: {ids.min()} to {ids.max()}"
+            )
         return ids.astype(np.uint8).tobytes()
 
     def _description(self) -> dict[str, Any]:
@@ -148,7 +173,7 @@ class ByteTokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {character: i for i, character in enumerate(_visible_bytes())},
+                "vocab": {character: i for i, character in enumerate(visible_bytes()[: self.vocab_size])},
                 "merges": [],
             },
         }
@@ -170,11 +195,15 @@ class ByteTokenizer:
             If it is not the tokenizer that ``save`` writes.
         """
         path = Path(folder) / TOKENIZER_FILE
-        tokenizer = cls()
         try:
             found = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not JSON: {error}") from None
-        if found != tokenizer._description():
+        try:
+            tokenizer = cls(len(found["model"]["vocab"]))
+            known = found == tokenizer._description()
+        except (KeyError, TypeError, ValueError):
+            known = False
+        if not known:
             raise ValueError(f"{path} is not a tokenizer of bytes, the only kind known here")
         return tokenizer

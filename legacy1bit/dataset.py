@@ -4,6 +4,7 @@ Batches are a function of seed and step alone, so that training can stop and go 
 without a state to keep.
 """
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -108,6 +109,8 @@ class Corpus:
         known.
     stories : list of str
         The stories of the validation set, where it is made of the bundled ones.
+    sha256 : str
+        Of the text of both sets, in hexadecimal digits.
     """
 
     name: str
@@ -115,6 +118,7 @@ class Corpus:
     validation: TokenDataset
     floor: float | None = None
     stories: tuple[str, ...] = ()
+    sha256: str = ""
 
 
 def text_corpus(text: bytes, name: str, sequence_length: int, pad_token: int) -> Corpus:
@@ -138,6 +142,7 @@ def text_corpus(text: bytes, name: str, sequence_length: int, pad_token: int) ->
         name,
         TokenDataset(training, sequence_length, pad_token),
         TokenDataset(validation, sequence_length, pad_token),
+        sha256=hashlib.sha256(text).hexdigest(),
     )
 
 
@@ -165,7 +170,12 @@ def story_corpus(
     tokens, starts, stops = _lines(kept)
     validation = TokenDataset(tokens, sequence_length, pad_token, starts, stops)
     return Corpus(
-        f"{count:,} stories", training, validation, stories.entropy_per_character(), tuple(kept)
+        f"{count:,} stories",
+        training,
+        validation,
+        stories.entropy_per_character(),
+        tuple(kept),
+        hashlib.sha256(stories.corpus(told).encode()).hexdigest(),
     )
 
 

@@ -117,6 +117,7 @@ class ModelConfig(_Record):
     attention_span: int = _integer(
         0, 0, 1 << 17, "how many tokens back a token sees, itself included; 0: all"
     )
+    output_bias: bool = _flag(False, "a bias for each token in the output layer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -181,6 +182,7 @@ class ModelConfig(_Record):
             positions="none",
             final_norm=False,
             attention_span=1,
+            output_bias=True,
         )
 
 

@@ -44,7 +44,7 @@ cdef struct ModelView:
     Py_ssize_t num_blocks
     NormView final_norm
     Matrix output           # [V, C]
-    const float *output_bias    # [V]
+    const float *output_bias    # [V]; NULL where there is none
     bint rounded            # inputs of the output matrix are rounded to int8
 
 cdef struct NormGradient:
@@ -151,6 +151,7 @@ cdef class LegacyLLM:
     cdef readonly list blocks
     cdef readonly LayerNorm final_norm
     cdef readonly bint full_precision
+    cdef public object provenance
     cdef object codes, scales, weights, shares
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view

@@ -1,11 +1,11 @@
 import os
-from collections.abc import Mapping
 from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT as FLOAT
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
@@ -160,6 +160,7 @@ class LegacyLLM:
     def final_norm(self) -> LayerNorm | None: ...
     @property
     def full_precision(self) -> bool: ...
+    provenance: Provenance
     @property
     def trainable(self) -> bool: ...
     @property
@@ -263,6 +264,5 @@ def save_model(
     model: LegacyLLM,
     path: _Path,
     format: Literal["legacy1bit", "c-v1"] = "legacy1bit",
-    metadata: Mapping[str, str] | None = None,
 ) -> None: ...
 def load_model(path: _Path) -> LegacyLLM: ...

@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_safetensors
-from safetensors.numpy import save as save_safetensors
 
-from legacy1bit.files import atomic_write, atomic_write_all
+from legacy1bit.files import atomic_write, atomic_write_all, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
 
 from libc.stdlib cimport calloc, free
@@ -438,7 +438,9 @@ def parameter_layout(config) -> list:
                    for part in ("gamma", "beta")]
     if config.final_norm:
         layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
-    layout += [("output.weight", (vocab, dim), edge_kind), ("output.bias", (vocab,), "vector")]
+    layout.append(("output.weight", (vocab, dim), edge_kind))
+    if config.output_bias:
+        layout.append(("output.bias", (vocab,), "vector"))
     return sorted(layout, key=lambda entry: ("quantized", "matrix", "vector").index(entry[2]))
 
 
@@ -491,6 +493,8 @@ cdef class LegacyLLM:
     final_norm : LayerNorm or None
     full_precision : bool
         Whether the forward pass uses the latent weights in place of the codes.
+    provenance : Provenance
+        Where the weights come from; files carry it along.
     """
 
     def __cinit__(self):
@@ -501,6 +505,7 @@ cdef class LegacyLLM:
         quantized = [(name, shape) for name, shape, kind in layout if kind == "quantized"]
         scale_shapes = [_scale_shape(config, shape) for _, shape in quantized]
         self.config = config
+        self.provenance = Provenance()
         self.shares = _shares(config)
         self.quantized_size = sum(int(np.prod(shape)) for _, shape in quantized)
         self.total_size = sum(int(np.prod(shape)) for _, shape, _ in layout)
@@ -556,8 +561,9 @@ cdef class LegacyLLM:
             view.final_norm = self.final_norm.view
         fill_matrix(&view.embedding, parameters["embedding.weight"], "embedding.weight")
         fill_matrix(&view.output, parameters["output.weight"], "output.weight")
-        view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
-                                          "output.bias")
+        if config.output_bias:
+            view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
+                                              "output.bias")
         view.rounded = rounded and config.ternary_embedding
 
     def __dealloc__(self):
@@ -756,6 +762,7 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
 def _without_latent(LegacyLLM model):
     """Return a copy of a model that has no latent weights."""
     cdef LegacyLLM copy = LegacyLLM(model.config)
+    copy.provenance = model.provenance
     copy.codes[...] = model.codes
     copy.scales[...] = model.scales
     copy.weights[...] = model.weights[model.weights.size - copy.weights.size:]
@@ -803,7 +810,8 @@ cdef class LegacyLLMGradients:
             raise MemoryError("no memory for the model's gradients")
         view.embedding = self._pointer("embedding.weight")
         view.output = self._pointer("output.weight")
-        view.output_bias = self._pointer("output.bias")
+        if config.output_bias:
+            view.output_bias = self._pointer("output.bias")
         if config.final_norm:
             view.final_norm.gamma = self._pointer("final_norm.gamma")
             view.final_norm.beta = self._pointer("final_norm.beta")
@@ -1028,7 +1036,7 @@ def free_transformer_block_context(TransformerBlockContext context not None) -> 
 # ---------------------------------------------------------------------------------------------
 # Files
 
-def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=None) -> None:
+def save_model(LegacyLLM model not None, path, format="legacy1bit") -> None:
     """Write a model, as a whole or not at all.
 
     Parameters
@@ -1036,10 +1044,8 @@ def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=Non
     model : LegacyLLM
     path : path-like
         A folder, made if need be, for ``model.safetensors`` and ``config.json``; or with
-        ``format="c-v1"`` the one file of the C original.
+        ``format="c-v1"`` the one file of the C original, which has no room for provenance.
     format : {"legacy1bit", "c-v1"}
-    metadata : dict of str to str, optional
-        Kept in the safetensors file.
 
     Raises
     ------
@@ -1058,7 +1064,7 @@ def save_model(LegacyLLM model not None, path, format="legacy1bit", metadata=Non
     if format == "c-v1":
         atomic_write(path, _to_c_v1(model))
     elif format == "legacy1bit":
-        _save_folder(model, Path(path), metadata or {})
+        _save_folder(model, Path(path))
     else:
         raise ValueError(f"format is {format!r}, expected legacy1bit or c-v1")
 
@@ -1078,7 +1084,7 @@ def _as_float16(name, scales):
     return halves
 
 
-def _save_folder(model, path, metadata):
+def _save_folder(model, path):
     tensors = {}
     for name, value in model.parameters.items():
         if isinstance(value, TernaryMatrix):
@@ -1089,10 +1095,10 @@ def _save_folder(model, path, metadata):
     config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
     # The weights carry their settings, too: then a crash between the two files cannot pair the
     # weights of one model with the settings of another.
-    header = {**metadata, "config": json.dumps(config)}
+    header = {"config": json.dumps(config), "provenance": json.dumps(model.provenance.to_dict())}
     path.mkdir(parents=True, exist_ok=True)
     atomic_write_all({
-        path / WEIGHTS_FILE: save_safetensors(tensors, header),
+        path / WEIGHTS_FILE: serialize_tensors(tensors, header),
         path / CONFIG_FILE: json.dumps(config, indent=2) + "\n",
     })
 
@@ -1154,7 +1160,12 @@ def _load_folder(path):
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
-    return _from_tensors(_config_of(settings, path / CONFIG_FILE), tensors, file)
+    model = _from_tensors(_config_of(settings, path / CONFIG_FILE), tensors, file)
+    try:
+        model.provenance = Provenance.from_json(header.get("provenance", "{}"))
+    except ValueError as error:
+        raise ModelFileError(f"{file}: {error}") from None
+    return model
 
 
 def _parsed(text):

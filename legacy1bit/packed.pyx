@@ -244,8 +244,22 @@ cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexc
 # ---------------------------------------------------------------------------------------------
 # Whole models
 
+def round_to_bfloat16(values):
+    """Return float32 numbers rounded to the nearest that bfloat16 holds, ties to even.
+
+    The largest are rounded towards zero, so that none becomes infinite.
+    """
+    bits = values.view(np.uint32)
+    rounded = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
+    beyond = (rounded & 0x7FFFFFFF) == 0x7F800000
+    return np.where(beyond, bits & np.uint32(0xFFFF0000), rounded).view(np.float32)
+
+
 cdef class PackedModel:
     """The weights of a model as decoding needs them: codes packed, no latent weights.
+
+    Float matrices, the embedding above all, are rounded to bfloat16, which is how exports keep
+    them; vectors stay float32.
 
     Parameters
     ----------
@@ -293,9 +307,12 @@ cdef class PackedModel:
                 room = room[size:]
             else:
                 parameters[name] = np.array(weights, np.float32, order="C")
+                if weights.ndim == 2:
+                    parameters[name] = round_to_bfloat16(parameters[name])
         self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
-        self._projection("output.weight", "output.bias", &self.view.output)
+        self._projection("output.weight", "output.bias" if config.output_bias else None,
+                         &self.view.output)
         self._norm("final_norm", &self.view.final_norm)
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads

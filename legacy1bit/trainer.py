@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save as save_safetensors
 
 from legacy1bit import stories
 from legacy1bit.backward import BackwardPass, ignore_padding
@@ -22,7 +21,7 @@ from legacy1bit.data_utils import (
     tokenize_text,
 )
 from legacy1bit.dataset import Corpus, TokenDataset
-from legacy1bit.files import atomic_copies, atomic_write
+from legacy1bit.files import atomic_copies, atomic_write, serialize_tensors
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
@@ -39,6 +38,7 @@ from legacy1bit.model import (
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -440,8 +440,9 @@ class Trainer:
         The settings come last: they are what makes a folder a run, which has all the rest.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        ByteTokenizer().save(self.folder)
-        save_model(self.model, self.folder, metadata={"step": str(self.step)})
+        ByteTokenizer(min(self.model.config.vocab_size, 256)).save(self.folder)
+        self.model.provenance = self._provenance()
+        save_model(self.model, self.folder)
         state = {
             "weights": np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
             "first": self.optimizer.first,
@@ -453,7 +454,7 @@ class Trainer:
             "seconds": repr(self.seconds),
             "best": json.dumps(self.best),
         }
-        atomic_write(self.folder / CHECKPOINT_FILE, save_safetensors(state, header))
+        atomic_write(self.folder / CHECKPOINT_FILE, serialize_tensors(state, header))
         settings = {
             "model": self.model.config.to_dict(),
             "training": self.config.to_dict(),
@@ -462,6 +463,13 @@ class Trainer:
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         if 0 < self.best[1] == self.step:
             atomic_copies((self.folder / name for name in RUN_FILES), self.folder / BEST_FOLDER)
+
+    def _provenance(self) -> Provenance:
+        """Return what the model's files are to tell of where it comes from."""
+        loss = self.metrics.loss if self.metrics else None
+        if loss is None and 0 < self.best[1] == self.step:
+            loss = self.best[0]
+        return Provenance(self.source["name"], self.corpus.sha256, self.step, loss)
 
     def _best_is_behind(self) -> bool:
         """Return whether a crash came after this very step was found best, and before it was kept.

@@ -32,6 +32,7 @@ SMALL = {
     "num_heads": 3,
     "ffn_multiplier": 3,
     "sequence_length": 16,
+    "output_bias": True,
 }
 
 
@@ -93,6 +94,15 @@ def oracle_weights(model, prefix=""):
     }
 
 
+def decoder_weights(model):
+    """The same as a decoder has them: what was not quantized is a matrix in bfloat16."""
+    coded = {name for name, value in model.parameters.items() if isinstance(value, TernaryMatrix)}
+    return {
+        name: oracle.bfloat16(value) if value.ndim == 2 and name not in coded else value
+        for name, value in oracle_weights(model).items()
+    }
+
+
 def oracle_config(config):
     names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
              "positions", "rope_base", "final_norm", "attention_span", "scheme",
@@ -135,6 +145,7 @@ MODELS = {
     "span 1": {"attention_span": 1},
     "span 3": {"attention_span": 3, "positions": "none"},
     "one block": {"num_blocks": 1, "final_norm": False},
+    "no output bias": {"output_bias": False},
     "odd": {"vocab_size": 7, "model_dim": 15, "num_heads": 5, "positions": "none"},
     "wide": {"vocab_size": 67, "model_dim": 66, "num_heads": 3, "ffn_multiplier": 1},
     "median, a row": {"scheme": "ternary-median", "scale": "row", "ternary_embedding": True},

@@ -9,7 +9,7 @@ any leading axes. ``d_name`` is the gradient of a scalar loss with respect to ``
 
 The parameters of a model are a dict of arrays:
 
-- ``embedding.weight`` [V, C], ``output.weight`` [V, C], ``output.bias`` [V]
+- ``embedding.weight`` [V, C], ``output.weight`` [V, C], and where configured ``output.bias`` [V]
 - ``blocks.{i}.attention.wq``, ``wk``, ``wv``, ``wo`` [C, C] and ``bq``, ``bk``, ``bv``, ``bo`` [C]
 - ``blocks.{i}.ffn.wi`` [F, C], ``bi`` [F], ``wo`` [C, F], ``bo`` [C]
 - ``blocks.{i}.norm1.gamma``, ``norm1.beta``, ``norm2.gamma``, ``norm2.beta`` [C]
@@ -517,7 +517,7 @@ def _head(params, config, x):
         x = _norm(x, params, "final_norm")
     if config.get("ternary_embedding"):
         x = _rounded(x, config)
-    return x, linear(x, params["output.weight"], params["output.bias"])
+    return x, linear(x, params["output.weight"], params.get("output.bias", 0.0))
 
 
 def forward(params, config, tokens):
@@ -575,9 +575,11 @@ def loss_and_gradients(params, config, tokens, targets):
     loss = cross_entropy(logits, targets, counted)
 
     gradients = {}
-    d_x, gradients["output.weight"], gradients["output.bias"] = linear_backward(
+    d_x, gradients["output.weight"], d_bias = linear_backward(
         cross_entropy_backward(logits, targets, counted), x, params["output.weight"]
     )
+    if "output.bias" in params:
+        gradients["output.bias"] = d_bias
     if config["final_norm"]:
         d_x = _norm_backward(d_x, states[-1], params, "final_norm", gradients)
     for i in reversed(range(config["num_blocks"])):

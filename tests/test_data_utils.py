@@ -76,8 +76,28 @@ def test_load_text_from_file_refuses_an_unreadable_file(tmp_path):
 # --- Tokens ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("size", [1, 10, 11, 128, 256])
+def test_tokenizer_of_fewer_bytes(size, tmp_path):
+    tokenizer = ByteTokenizer(size)
+    assert tokenizer.bos_token == (10 if size > 10 else None)
+    assert tokenizer.encode(bytes(range(size))).tolist() == list(range(size))
+    if size < 256:
+        with pytest.raises(IndexError, match=f"byte {size} at offset 0 is outside"):
+            tokenizer.encode(bytes([size]))
+        with pytest.raises(IndexError, match=f"outside 0 to {size - 1}"):
+            tokenizer.decode([size])
+    tokenizer.save(tmp_path)
+    assert ByteTokenizer.load(tmp_path).vocab_size == size
+
+
+@pytest.mark.parametrize("size", [0, -1, 257])
+def test_tokenizer_of_no_bytes(size):
+    with pytest.raises(ValueError, match=f"the vocabulary has {size} tokens, expected 1 to 256"):
+        ByteTokenizer(size)
+
+
 def test_initialize_vocabulary_has_a_token_for_each_byte():
-    assert initialize_vocabulary() == 256 == ByteTokenizer.vocab_size
+    assert initialize_vocabulary() == 256 == ByteTokenizer().vocab_size
 
 
 def test_tokenize_text_gives_each_byte_its_number():

@@ -51,6 +51,7 @@ MODEL_FIELDS = {
     "rope_base": ((1, 1.0, 1e9), (0.999, -1e4, 1.1e9, NAN, INF, -INF), NOT_NUMBERS),
     "final_norm": ((False, True), (), NOT_FLAGS),
     "attention_span": ((0, 1, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
+    "output_bias": ((False, True), (), NOT_FLAGS),
 }
 TRAINING_FIELDS = {
     "steps": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
@@ -288,6 +289,7 @@ def test_is_c_original_does_not_mind_sizes(change):
         {"attention_span": 0},
         {"attention_span": 2},
         {"ffn_multiplier": 2},
+        {"output_bias": False},
     ],
     ids=lambda change: next(iter(change)),
 )

@@ -19,11 +19,11 @@ from compare import assert_same_bits
 from models import (
     MODELS,
     assert_near,
+    decoder_weights,
     every_tier,
     make_config,
     model_of,
     oracle_config,
-    oracle_weights,
     random_model,
     rounding_effect,
     without_ties,
@@ -311,7 +311,7 @@ def assert_greedy(model, prompt, written, context=CONTEXT):
     A tie that goes another way than the oracle's moves logits by some hundredths, so that one as
     near to the largest may be drawn as well.
     """
-    weights, config = oracle_weights(model), oracle_config(model.config)
+    weights, config = decoder_weights(model), oracle_config(model.config)
     text, seen = list(prompt), list(prompt)[-context:]
     for token in written:
         if len(seen) > context:
@@ -461,7 +461,7 @@ def decode_case(config, time, draw):
     def exact(weights):
         return {"logits": oracle.decode(weights, oracle_config(config), tokens)}
 
-    return tokens, rounding_effect(exact, oracle_weights(model_of(config)))
+    return tokens, rounding_effect(exact, decoder_weights(model_of(config)))
 
 
 def assert_near_token(logits, expected, token):

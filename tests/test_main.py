@@ -291,6 +291,7 @@ SETTINGS = {
     "rope_base": 500.5,
     "final_norm": False,
     "attention_span": 7,
+    "output_bias": True,
     "steps": 6,
     "batch_size": 4,
     "gradient_accumulation": 2,
@@ -1298,7 +1299,7 @@ def foreign(folder):
 
 
 def unknown_dtype(folder):
-    header = {"output.bias": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
+    header = {"final_norm.beta": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}
     encoded = json.dumps(header).encode()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(encoded)) + encoded + bytes(4))
 
@@ -1335,13 +1336,13 @@ DAMAGED_MODELS = {
     "weights foreign": foreign,
     "weights float8": unknown_dtype,
     "weights nan": tensors_with(WEIGHTS, number_in("embedding.weight", np.nan)),
-    "weights inf": tensors_with(WEIGHTS, number_in("output.bias", np.inf)),
+    "weights inf": tensors_with(WEIGHTS, number_in("final_norm.beta", np.inf)),
     "scale nan": tensors_with(WEIGHTS, number_in("blocks.0.ffn.wi.scale", np.nan)),
     "code 3": tensors_with(WEIGHTS, number_in("blocks.0.ffn.wi.codes", 255)),
     "one more": tensors_with(WEIGHTS, lambda t, h: t.update(more=np.ones(1, np.float32))),
-    "one less": tensors_with(WEIGHTS, lambda t, h: t.pop("output.bias")),
+    "one less": tensors_with(WEIGHTS, lambda t, h: t.pop("final_norm.beta")),
     "float64": tensors_with(
-        WEIGHTS, lambda t, h: t.update({"output.bias": t["output.bias"].astype(np.float64)})
+        WEIGHTS, lambda t, h: t.update({"final_norm.beta": t["final_norm.beta"].astype(np.float64)})
     ),
 }
 

@@ -66,6 +66,7 @@ from legacy1bit.model import (
 )
 from legacy1bit.optimizer import AdamW
 from legacy1bit.packed import PackedModel
+from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
@@ -601,6 +602,7 @@ LAYOUTS = {
     "float": {"scheme": "float"},
     "float, ternary embedding": {"scheme": "float", "ternary_embedding": True},
     "no final norm": {"final_norm": False},
+    "no output bias": {"output_bias": False},
     "inner norms": {"sub_norm": True},
     "inner norms, float": {"sub_norm": True, "scheme": "float", "int8_activations": True},
     "binary rows": {"scheme": "binary", "scale": "row", "ternary_embedding": True},
@@ -616,7 +618,8 @@ def test_parameter_layout_names_every_parameter(changes):
     config = make_config(**changes)
     dim, hidden, vocab = 12, 36, 11
     expected = {"embedding.weight": (vocab, dim), "output.weight": (vocab, dim)}
-    expected["output.bias"] = (vocab,)
+    if config.output_bias:
+        expected["output.bias"] = (vocab,)
     for i in range(2):
         expected |= {f"blocks.{i}.attention.w{w}": (dim, dim) for w in "qkvo"}
         expected |= {f"blocks.{i}.attention.b{w}": (dim,) for w in "qkvo"}
@@ -1314,19 +1317,44 @@ def test_save_model_refuses_a_scale_that_float16_does_not_hold(tmp_path, scale):
     assert contents(tmp_path) == before
 
 
-def test_save_model_makes_folders_and_keeps_metadata(tmp_path):
+def test_save_model_makes_folders_and_keeps_provenance(tmp_path):
     model = random_model(make_config())
     path = tmp_path / "a" / "b"
-    save_model(model, path, metadata={"trained on": "stories"})
-    save_model(model, str(path), metadata={"trained on": "tales"})
-    with safetensors.safe_open(path / "model.safetensors", "np") as file:
-        assert file.metadata()["trained on"] == "tales"
+    save_model(model, path)
+    assert load_model(path).provenance == Provenance()
+    model.provenance = Provenance("tales", "1f" * 32, 7, 1.25, "CC0-1.0")
+    save_model(model, str(path))
     assert_same_model(load_model(str(path)), model)
+    assert load_model(path).provenance == model.provenance
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "nonsense", '{"steps": -1}', '{"steps": 1.5}', '{"data": null}',
+             '{"validation_loss": NaN}', '{"validation_loss": "low"}', "[" * 100000],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_load_model_rejects_damaged_provenance(tmp_path, text):
+    save_model(random_model(make_config()), tmp_path)
+    edit_header(tmp_path, provenance=text)
+    with pytest.raises(ModelFileError, match=r"provenance|Expecting"):
+        load_model(tmp_path)
+
+
+def test_load_model_passes_over_what_it_does_not_know_of_provenance(tmp_path):
+    save_model(random_model(make_config()), tmp_path)
+    edit_header(tmp_path, provenance='{"steps": 3, "colour": "blue"}')
+    assert load_model(tmp_path).provenance == Provenance(steps=3)
+
+
+def edit_header(folder, **changes):
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
+        header = file.metadata()
+    edit_tensors(folder, lambda tensors: None, {**header, **changes})
 
 
 def test_save_model_puts_the_settings_into_both_files(tmp_path):
     model = random_model(make_config())
-    save_model(model, tmp_path, metadata={"config": "of the caller"})
+    save_model(model, tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     assert settings.items() >= model.config.to_dict().items()
     with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:

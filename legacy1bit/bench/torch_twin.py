@@ -73,7 +73,7 @@ def create_twin(torch: Any, config: ModelConfig) -> Any:
             self.embedding = nn.Embedding(config.vocab_size, dim)
             self.blocks = nn.ModuleList(Block() for _ in range(config.num_blocks))
             self.final_norm = nn.LayerNorm(dim)
-            self.output = nn.Linear(dim, config.vocab_size)
+            self.output = nn.Linear(dim, config.vocab_size, bias=config.output_bias)
             waves = config.rope_base ** (-torch.arange(half) / half)
             angles = torch.arange(length)[:, None] * waves
             self.register_buffer("cosines", angles.cos())
