@@ -173,7 +173,9 @@ class ByteTokenizer:
                 "fuse_unk": False,
                 "byte_fallback": False,
                 "ignore_merges": False,
-                "vocab": {character: i for i, character in enumerate(visible_bytes()[: self.vocab_size])},
+                "vocab": {
+                    character: i for i, character in enumerate(visible_bytes()[: self.vocab_size])
+                },
                 "merges": [],
             },
         }

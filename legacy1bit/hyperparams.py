@@ -12,6 +12,9 @@ from typing import Any, Self
 
 from legacy1bit.schemes import FLOAT, SCHEMES
 
+# The file of a run that holds both records.
+SETTINGS_FILE = "training.json"
+
 SCALES = ("tensor", "row", "128", "256", "one")
 OPTIMIZERS = ("muon", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")
@@ -184,6 +187,33 @@ class ModelConfig(_Record):
             attention_span=1,
             output_bias=True,
         )
+
+
+@dataclass(frozen=True)
+class SamplingConfig(_Record):
+    """How the next token is drawn; each field says what it means.
+
+    The filters apply in the order of the fields. Top-p: Holtzman et al., arXiv 1904.09751, section
+    3.1; min-p: Nguyen et al., arXiv 2407.01082, section 3; the repetition penalty: Keskar et al.,
+    arXiv 1909.05858, equation 2, with divided logits where they are positive, multiplied ones
+    where they are not.
+    """
+
+    temperature: float = _number(
+        0.8,
+        0.0,
+        1e30,
+        "divides the logits: below 1 likely tokens become likelier; 0: the likeliest",
+    )
+    top_k: int = _integer(0, 0, 1 << 31, "only so many of the likeliest tokens; 0: all")
+    top_p: float = _number(1.0, 1e-9, 1.0, "only the likeliest that together have this probability")
+    min_p: float = _number(0.0, 0.0, 1.0, "only tokens so likely, compared with the likeliest")
+    repetition_penalty: float = _number(
+        1.0, 1e-3, 1e3, "above 1 what was there lately becomes less likely"
+    )
+    repetition_window: int = _integer(
+        64, 0, 1 << 31, "how many tokens back that looks; 0: the whole context"
+    )
 
 
 @dataclass(frozen=True)

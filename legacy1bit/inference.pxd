@@ -8,57 +8,73 @@ cdef struct Member:
     # What a thread of a team has to itself.
     float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
     Rounded rounded
-    float *probs            # [block, T]
+    float *probs            # [rows, T]
     float *head             # [4, T, D], queries, keys, values and outputs of a head, for a prompt
+    float *chances          # [V], and the order of the likeliest, for sampling
+    int *order
 
 cdef struct Sampling:
     double temperature
     double top_p
+    double min_p
+    float penalty           # of what is among the last `window` tokens; 0: all
     Py_ssize_t top_k
+    Py_ssize_t window
+
+cdef struct Place:
+    # Where a token goes: which sequence, and behind how many others.
+    Py_ssize_t sequence
+    Py_ssize_t past
+
+cdef enum Wanted:
+    NOTHING
+    LAST                    # the logits after the last token
+    EVERY                   # the logits after every token
+    STATES                  # what the output layer would get for every token
 
 cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
-    Py_ssize_t block        # the most tokens at once
     Py_ssize_t dim, wide, vocab
-    signed char *keys       # [blocks, H, capacity, D] in int8
+    signed char *keys       # [sequences, blocks, H, capacity, D] in int8
     signed char *values
-    float *key_steps        # [blocks, H, capacity], a scale for each of their rows
+    float *key_steps        # [sequences, blocks, H, capacity], a scale for each of their rows
     float *value_steps
-    float *stream           # [block, C], the residual stream
-    float *normed           # [block, max(C, F)]
+    int *history            # [sequences, capacity], the tokens themselves
+    float *stream           # [rows, C], the residual stream
+    float *normed           # [rows, max(C, F)]
     Rounded rounded
-    float *q                # [block, C]
+    float *q                # [rows, C]
     float *k
     float *v
     float *heads
-    float *hidden           # [block, F]
-    float *logits           # [V]
-    float *chances          # [V], and the order of the likeliest, for sampling
-    int *order
+    float *hidden           # [rows, F]
+    float *logits           # [rows or 1, V]
     Member *members
     thread_team team
     # What there is to do:
-    const int *prompt       # at most a block of tokens
-    Py_ssize_t prompt_size
-    bint wanted             # the logits after them
-    Py_ssize_t past         # tokens in the cache before
-    int *drawn              # where drawn tokens go
+    int *tokens             # [rows], those that pass through
+    Place *places           # [rows]
+    Py_ssize_t rows
+    bint together           # whether they are neighbours in one sequence, else one each of several
+    Wanted wanted
+    int *drawn              # [rows or 1, to_draw], where drawn tokens go
     Py_ssize_t to_draw
-    const double *uniforms  # [to_draw], what decides each draw
+    const double *uniforms  # [rows or 1, to_draw], what decides each draw
     Sampling sampling
-    int token               # the token that was just drawn
     bint out_of_memory
     bint damaged            # logits that are not finite
 
 
 cdef class Decoder:
     cdef readonly PackedModel model
-    cdef readonly Py_ssize_t capacity, length
+    cdef readonly Py_ssize_t capacity, sequences
     cdef readonly int threads
+    cdef Py_ssize_t most
+    cdef object lengths, tokens, logits
     cdef list kept
     cdef bint busy
     cdef DecoderView view
     cdef float *_room(self, size) except NULL
-    cdef int _run(self, const int[::1] prompt, bint wanted, int[::1] drawn,
-                  const double[::1] uniforms) except -1
+    cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
+                  const double[:, ::1] uniforms) except -1

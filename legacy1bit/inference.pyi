@@ -1,50 +1,55 @@
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.model import LegacyLLM
+from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
 
 def sample_token(
     logits: npt.NDArray[np.float32],
     rng: np.random.Generator,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: SamplingConfig = ...,
+    history: Sequence[int] = (),
 ) -> int: ...
-def check_sampling(temperature: float, top_k: int, top_p: float) -> None: ...
 
 class Decoder:
     def __init__(
-        self, model: PackedModel, threads: int = 1, capacity: int | None = None
+        self,
+        model: PackedModel,
+        threads: int = 1,
+        capacity: int | None = None,
+        sequences: int = 1,
     ) -> None: ...
     @property
     def model(self) -> PackedModel: ...
     @property
     def capacity(self) -> int: ...
     @property
+    def sequences(self) -> int: ...
+    @property
     def length(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    def length_of(self, sequence: int) -> int: ...
     def clear(self) -> None: ...
-    def extend(self, tokens: npt.ArrayLike) -> npt.NDArray[np.float32]: ...
+    def truncate(self, length: int, sequence: int = 0) -> None: ...
+    def extend(self, tokens: npt.ArrayLike, sequence: int = 0) -> npt.NDArray[np.float32]: ...
+    def extend_all(self, tokens: npt.ArrayLike, sequence: int = 0) -> npt.NDArray[np.float32]: ...
+    def extend_states(
+        self, tokens: npt.ArrayLike, sequence: int = 0
+    ) -> npt.NDArray[np.float32]: ...
     def write(
         self,
         tokens: npt.ArrayLike,
         uniforms: npt.ArrayLike,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
+        sampling: SamplingConfig = ...,
+        sequence: int = 0,
     ) -> npt.NDArray[np.int32]: ...
-
-def generate(
-    model: PackedModel | LegacyLLM,
-    prompt: npt.ArrayLike,
-    max_tokens: int,
-    seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    threads: int = 1,
-) -> Iterator[int]: ...
+    def write_together(
+        self,
+        tokens: npt.ArrayLike,
+        uniforms: npt.ArrayLike,
+        sampling: SamplingConfig = ...,
+        sequences: Sequence[int] | None = None,
+    ) -> npt.NDArray[np.int32]: ...

@@ -1,9 +1,9 @@
 """Letting a model write (C: ``inference.c``).
 
-A ``Decoder`` holds the keys and values of a sequence. Its tokens pass through a packed model
+A ``Decoder`` holds the keys and values of sequences. Their tokens pass through a packed model
 without returning to Python, the drawing of the next one included. Threads do it side by side: each
 has some rows of every matrix and some of the heads, and they meet where one needs what others have
-written. A prompt goes through in blocks of tokens.
+written. A prompt goes through in blocks of tokens, several sequences in blocks of one token each.
 """
 
 import numpy as np
@@ -21,14 +21,19 @@ from legacy1bit.packed cimport (
 )
 from legacy1bit.threads cimport meet, run_team, scratch
 
+from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
 
 cdef float EPSILON = _EPSILON
+
+_SAMPLING = SamplingConfig()
 
 cdef enum:
     PROMPT_BLOCK = 128
     DRAWN_AT_ONCE = 64      # tokens, between two looks whether the user has pressed Ctrl-C
     STRIP = 32
+    SUMMED = 1024           # weights that are added up in float32
+    STRETCH = 64
 
 
 # ---------------------------------------------------------------------------------------------
@@ -109,27 +114,43 @@ cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection
             kernels().add(out + t * projection.rows + low, bias + low, count)
 
 
-cdef void attend(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, Py_ssize_t past,
-                 Py_ssize_t rows, float *workspace) noexcept nogil:
+cdef void attend(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, const Place *places,
+                 Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
     # This member's heads: keys and values go into the cache, and out come the heads' outputs.
+    cdef Py_ssize_t row
+    if rows > 1 and d.together:
+        attend_sequence(d, index, layer, places.sequence, places.past, 0, rows, workspace)
+        return
+    for row in range(rows):
+        attend_sequence(d, index, layer, places[row].sequence, places[row].past + step, row, 1,
+                        workspace)
+
+
+cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
+                          Py_ssize_t sequence, Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows,
+                          float *workspace) noexcept nogil:
+    # The same for neighbours in one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
     cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
     cdef Py_ssize_t first = share(heads, index, d.team.members)
     cdef Py_ssize_t last = share(heads, index + 1, d.team.members)
+    cdef float *q = d.q + row * d.dim
+    cdef float *k = d.k + row * d.dim
+    cdef float *v = d.v + row * d.dim
     if model.cosines and last > first:
-        kernel.rotary(d.q + first * dim, model.cosines + past * half, model.sines + past * half,
+        kernel.rotary(q + first * dim, model.cosines + past * half, model.sines + past * half,
                       1.0, rows, d.dim, last - first, dim)
-        kernel.rotary(d.k + first * dim, model.cosines + past * half, model.sines + past * half,
+        kernel.rotary(k + first * dim, model.cosines + past * half, model.sines + past * half,
                       1.0, rows, d.dim, last - first, dim)
     for head in range(first, last):
-        at = (layer * heads + head) * d.capacity
-        store(d.k + head * dim, d.dim, rows, dim, d.keys + (at + past) * dim,
+        at = ((sequence * model.num_blocks + layer) * heads + head) * d.capacity
+        store(k + head * dim, d.dim, rows, dim, d.keys + (at + past) * dim,
               d.key_steps + at + past)
-        store(d.v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
+        store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
               d.value_steps + at + past)
         if rows == 1:
-            attend_alone(d, index, head, at, past + 1)
+            attend_alone(d, index, head, at, past + 1, row)
         else:
             attend_together(d, index, head, at, past, rows, workspace)
 
@@ -149,8 +170,8 @@ cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t d
 
 
 cdef void attend_alone(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
-                       Py_ssize_t keys) noexcept nogil:
-    # The last token of `keys`, whose cache begins at row `at`.
+                       Py_ssize_t keys, Py_ssize_t row) noexcept nogil:
+    # The last token of `keys`, whose cache begins at `at`.
     cdef CachedHead view
     cdef Py_ssize_t dim = d.dim // d.model.num_heads, span = d.model.span
     if span and span < keys:
@@ -158,13 +179,13 @@ cdef void attend_alone(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssi
         keys = span
     view.keys = keys
     view.head_dim = dim
-    view.q = d.q + head * dim
+    view.q = d.q + row * d.dim + head * dim
     view.k = d.keys + at * dim
     view.v = d.values + at * dim
     view.k_steps = d.key_steps + at
     view.v_steps = d.value_steps + at
     view.probs = d.members[index].probs
-    view.out = d.heads + head * dim
+    view.out = d.heads + row * d.dim + head * dim
     kernels().cached_attention(&view)
 
 
@@ -212,8 +233,8 @@ cdef void activate(DecoderView *d, Py_ssize_t index, Py_ssize_t rows) noexcept n
             kernels().relu(row, row, count)
 
 
-cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, Py_ssize_t past,
-                    Py_ssize_t rows, float *workspace) noexcept nogil:
+cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, const Place *places,
+                    Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
     # One block: stream += attention(norm1(stream)); stream += ffn(norm2(stream)).
     cdef const PackedBlock *block = &d.model.blocks[layer]
     cdef const float *dense = NULL
@@ -223,7 +244,7 @@ cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, Py_ssize
     project(d, index, &block.wk, rounded, dense, rows, False, d.k, workspace)
     project(d, index, &block.wv, rounded, dense, rows, False, d.v, workspace)
     meet(&d.team)
-    attend(d, index, layer, past, rows, workspace)
+    attend(d, index, layer, places, rows, step, workspace)
     meet(&d.team)
     rounded = prepare(d, index, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
     project(d, index, &block.wo, rounded, dense, rows, True, d.stream, workspace)
@@ -237,116 +258,218 @@ cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, Py_ssize
     meet(&d.team)
 
 
-cdef void pass_through(DecoderView *d, Py_ssize_t index, const int *tokens, Py_ssize_t past,
-                       Py_ssize_t rows, bint wanted, float *workspace) noexcept nogil:
-    # At most a block of tokens; the logits after the last of them where they are wanted.
+cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py_ssize_t rows,
+                       Py_ssize_t step, Wanted wanted, float *workspace) noexcept nogil:
+    # Some tokens, each `step` behind its place, and what is wanted of them.
     cdef const Projection *embedding = &d.model.embedding
+    cdef const NormView *norm = &d.model.final_norm
     cdef const float *dense = NULL
     cdef const Rounded *rounded
-    cdef Py_ssize_t t, layer
-    if index == 0:
-        for t in range(rows):
-            if embedding.packed.tiles:
-                unpack_row(&embedding.packed, tokens[t], d.stream + t * d.dim)
-            else:
-                memcpy(d.stream + t * d.dim, embedding.dense.dense + tokens[t] * d.dim,
-                       d.dim * sizeof(float))
+    cdef float mean[PROMPT_BLOCK]
+    cdef float inv_std[PROMPT_BLOCK]
+    cdef Py_ssize_t t, layer, first = share(rows, index, d.team.members)
+    cdef Py_ssize_t last = share(rows, index + 1, d.team.members)
+    cdef float *stream = d.stream
+    for t in range(first, last):
+        d.history[places[t].sequence * d.capacity + places[t].past + step] = d.tokens[t]
+        if embedding.packed.tiles:
+            unpack_row(&embedding.packed, d.tokens[t], d.stream + t * d.dim)
+        else:
+            memcpy(d.stream + t * d.dim, embedding.dense.dense + d.tokens[t] * d.dim,
+                   d.dim * sizeof(float))
     meet(&d.team)
     for layer in range(d.model.num_blocks):
-        transform(d, index, layer, past, rows, workspace)
-    if wanted:
-        rounded = prepare(d, index, d.stream + (rows - 1) * d.dim, d.dim, 1, &d.model.final_norm,
-                          &d.model.output, &dense)
-        project(d, index, &d.model.output, rounded, dense, 1, False, d.logits, workspace)
+        transform(d, index, layer, places, rows, step, workspace)
+    if wanted == STATES:
+        if norm.gamma:
+            kernels().layer_norm(stream + first * d.dim, norm.gamma, norm.beta, EPSILON,
+                                 d.normed + first * d.dim, mean, inv_std, last - first, d.dim)
+        else:
+            memcpy(d.normed + first * d.dim, stream + first * d.dim,
+                   (last - first) * d.dim * sizeof(float))
+    elif wanted != NOTHING:
+        if wanted == LAST:
+            stream += (rows - 1) * d.dim
+            rows = 1
+        rounded = prepare(d, index, stream, d.dim, rows, norm, &d.model.output, &dense)
+        project(d, index, &d.model.output, rounded, dense, rows, False, d.logits, workspace)
         meet(&d.team)
 
 
 cdef void decode(void *context, long index) noexcept nogil:
-    # The whole of a job: the prompt, and then token after token.
+    # The whole of a job: some tokens, and then those that are drawn, one after the other; of one
+    # sequence, or side by side of several.
     cdef DecoderView *d = <DecoderView *>context
-    cdef Py_ssize_t past = d.past + d.prompt_size, i
+    cdef const Place *places = d.places
+    cdef Py_ssize_t rows = d.rows, i, row, length
+    cdef const int *history
+    cdef Member *member = &d.members[index]
     cdef float *workspace = scratch(packed_kernels().workspace_floats)
     if workspace == NULL:
         d.out_of_memory = True
     meet(&d.team)
     if d.out_of_memory:
         return
-    pass_through(d, index, d.prompt, d.past, d.prompt_size, d.wanted, workspace)
+    pass_through(d, index, places, rows, 0, d.wanted, workspace)
+    if d.together:
+        places += rows - 1
+        rows = 1
     for i in range(d.to_draw):
-        if index == 0:
-            d.token = draw(d.logits, d.vocab, &d.sampling, d.uniforms[i], d.chances, d.order)
-            d.damaged = d.token < 0
-            d.drawn[i] = d.token
+        for row in range(share(rows, index, d.team.members),
+                         share(rows, index + 1, d.team.members)):
+            history = d.history + places[row].sequence * d.capacity
+            length = places[row].past + i + 1
+            d.tokens[row] = draw(d.logits + row * d.vocab, d.vocab, &d.sampling, history, length,
+                                 d.uniforms[row * d.to_draw + i], member.chances, member.order)
+            d.drawn[row * d.to_draw + i] = d.tokens[row]
+            if d.tokens[row] < 0:
+                d.damaged = True
         meet(&d.team)
         if d.damaged:
             return
         # The last one's place in the cache stays open: nobody has asked what follows it.
         if i + 1 < d.to_draw:
-            pass_through(d, index, &d.token, past, 1, True, workspace)
-            past += 1
+            pass_through(d, index, places, rows, i + 1, EVERY, workspace)
 
 
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
-cdef inline bint comes_before(const float *logits, int a, int b) noexcept nogil:
+cdef inline bint comes_before(const float *weights, const float *logits, int a,
+                              int b) noexcept nogil:
+    # Weights of a high temperature are all but the same: then the logits say which is likelier.
+    if weights[a] != weights[b]:
+        return weights[a] > weights[b]
     return logits[a] > logits[b] or (logits[a] == logits[b] and a < b)
 
 
-cdef inline void sift(const float *logits, int *heap, Py_ssize_t size,
+cdef inline void sift(const float *weights, const float *logits, int *heap, Py_ssize_t size,
                       Py_ssize_t at) noexcept nogil:
+    # Lets the place at the root of a part of the heap sink; the likeliest come to the top.
     cdef Py_ssize_t child
     cdef int moved = heap[at]
     while 2 * at + 1 < size:
         child = 2 * at + 1
-        if child + 1 < size and comes_before(logits, heap[child + 1], heap[child]):
+        if child + 1 < size and comes_before(weights, logits, heap[child + 1], heap[child]):
             child += 1
-        if not comes_before(logits, heap[child], moved):
+        if not comes_before(weights, logits, heap[child], moved):
             break
         heap[at] = heap[child]
         at = child
     heap[at] = moved
 
 
-cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, double uniform,
-              float *weights, int *order) noexcept nogil:
-    # A token, or -1 where logits are not finite. weights and order have room for n.
+cdef double sum_of(const float *weights, Py_ssize_t n) noexcept nogil:
+    cdef Py_ssize_t start
+    cdef double total = 0.0
+    for start from 0 <= start < n by SUMMED:
+        total += kernels().sum(weights + start, min(n - start, SUMMED))
+    return total
+
+
+cdef Py_ssize_t find(const float *weights, Py_ssize_t n, double bound) noexcept nogil:
+    # Where the sum of the weights passes the bound, or -1.
+    cdef Py_ssize_t start, i
+    cdef double passed = 0.0, here
+    for start from 0 <= start < n by SUMMED:
+        here = kernels().sum(weights + start, min(n - start, SUMMED))
+        if passed + here > bound:
+            for i in range(start, min(start + SUMMED, n)):
+                passed += weights[i]
+                if passed > bound:
+                    return i
+        else:
+            passed += here
+    return -1
+
+
+cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
+                         float *room) noexcept nogil:
+    # A bound that at least `count` weights reach, and hardly more do: of stretches of the weights,
+    # the largest one of the stretch that is number `count` by that. 0 where there are too few.
+    cdef Py_ssize_t stretches = (n + STRETCH - 1) // STRETCH, i, child, at
+    cdef float least
+    if stretches < 2 * count:
+        return 0.0
+    # The `count` largest so far lie in a heap with the least of them on top.
+    for i in range(stretches):
+        least = kernels().largest(weights + i * STRETCH, min(n - i * STRETCH, STRETCH))
+        if i < count:
+            at = i
+            while at and room[(at - 1) // 2] > least:
+                room[at] = room[(at - 1) // 2]
+                at = (at - 1) // 2
+            room[at] = least
+        elif least > room[0]:
+            at = 0
+            while 2 * at + 1 < count:
+                child = 2 * at + 1
+                if child + 1 < count and room[child + 1] < room[child]:
+                    child += 1
+                if room[child] >= least:
+                    break
+                room[at] = room[child]
+                at = child
+            room[at] = least
+    return room[0]
+
+
+cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
+              Py_ssize_t length, double uniform, float *weights, int *order) noexcept nogil:
+    # A token, or -1 where logits are not finite. weights have room for 2 n, order for n.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t i, best = 0, kept
-    cdef int taken
-    cdef double total = 0.0, bound, passed = 0.0
-    cdef float temperature = <float>min(sampling.temperature, 3e38)
-    for i in range(n):
-        # What is no number is not within infinity either.
-        if not -INFINITY <= logits[i] < INFINITY:
-            return -1
-        if logits[i] > logits[best]:
-            best = i
-    if logits[best] == -INFINITY:
+    cdef Py_ssize_t i, likeliest, count, kept
+    cdef int token
+    cdef float best, floor = 0.0, temperature = <float>min(sampling.temperature, 3e38)
+    cdef double total, bound, passed = 0.0
+    memcpy(weights, logits, n * sizeof(float))
+    if sampling.penalty != 1.0:
+        i = 0 if sampling.window == 0 else max(length - sampling.window, 0)
+        for i in range(i, length):
+            token = history[i]
+            if logits[token] > 0.0:
+                weights[token] = logits[token] / sampling.penalty
+            else:
+                weights[token] = logits[token] * sampling.penalty
+    best = kernel.largest(weights, n)
+    if kernel.select(weights, n, best, order) == 0:
+        return -1
+    likeliest = order[0]
+    kernel.shift(weights, -best, n)
+    if temperature >= 1e-30:
+        kernel.divide(weights, temperature, n)
+    kernel.exp(weights, n)
+    total = sum_of(weights, n)
+    # What is no number makes the sum none, and so does infinity less infinity.
+    if not total > 0.0:
         return -1
     if temperature < 1e-30:
-        return best
-    memcpy(weights, logits, n * sizeof(float))
-    kernel.shift(weights, -logits[best], n)
-    kernel.divide(weights, temperature, n)
-    kernel.exp(weights, n)
-    for i in range(n):
-        total += weights[i]
-    kept = n
+        return likeliest
+    if not sampling.top_k and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
+        i = find(weights, n, uniform * total)
+        return i if i >= 0 else likeliest
+    # Few are looked at one by one: those that no filter leaves out for sure.
+    if sampling.top_k:
+        floor = least_of_most(weights, n, sampling.top_k, weights + n)
+    elif sampling.top_p < 1.0:
+        # All below it together have less than what top_p may leave out.
+        floor = 0.99 * (1.0 - sampling.top_p) * total / n
+    else:
+        floor = sampling.min_p
+    count = kept = kernel.select(weights, n, floor, order)
     if sampling.top_k or sampling.top_p < 1.0:
-        # The likeliest come off a heap, as many as may be drawn.
-        for i in range(n):
-            order[i] = i
-        for i in range(n // 2 - 1, -1, -1):
-            sift(logits, order, n, i)
-        kept = min(n, sampling.top_k) if sampling.top_k else n
+        # They come off a heap, the likeliest first, and end up behind one another from the back.
+        for i in range(count // 2 - 1, -1, -1):
+            sift(weights, logits, order, count, i)
+        if sampling.top_k:
+            kept = min(kept, sampling.top_k)
         bound = INFINITY if sampling.top_k else sampling.top_p * total
         for i in range(kept):
-            taken = order[0]
-            order[0] = order[n - 1 - i]
-            order[n - 1 - i] = taken
-            sift(logits, order, n - 1 - i, 0)
-            passed += weights[taken]
+            token = order[0]
+            order[0] = order[count - 1 - i]
+            order[count - 1 - i] = token
+            sift(weights, logits, order, count - 1 - i, 0)
+            passed += weights[token]
             if passed >= bound:
                 kept = i + 1
                 break
@@ -354,22 +477,26 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, doubl
             bound = sampling.top_p * passed
             passed = 0.0
             for i in range(kept):
-                passed += weights[order[n - 1 - i]]
+                passed += weights[order[count - 1 - i]]
                 if passed >= bound:
                     kept = i + 1
                     break
-        total = passed
+    total = 0.0
+    for i in range(kept):
+        if weights[order[count - 1 - i]] >= sampling.min_p:
+            total += weights[order[count - 1 - i]]
     passed = 0.0
     bound = uniform * total
     for i in range(kept):
-        taken = order[n - 1 - i] if kept < n else i
-        passed += weights[taken]
-        if passed > bound:
-            return taken
-    return best
+        token = order[count - 1 - i]
+        if weights[token] >= sampling.min_p:
+            passed += weights[token]
+            if passed > bound:
+                return token
+    return likeliest
 
 
-def sample_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0) -> int:
+def sample_token(logits, rng, sampling=_SAMPLING, history=()) -> int:
     """Draw a token.
 
     Parameters
@@ -377,23 +504,21 @@ def sample_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0) -> int:
     logits : float32[V]
     rng : numpy.random.Generator
         Gives one number between 0 and 1.
-    temperature : float
-        Divides the logits: below 1 likely tokens become likelier. 0 takes the likeliest, the
-        first of several.
-    top_k : int
-        Only the k likeliest tokens can be drawn; 0 means all.
-    top_p : float
-        Only the likeliest tokens that together have this probability can be drawn (Holtzman et
-        al., arXiv 1904.09751, section 3.1); of those that top_k leaves.
+    sampling : SamplingConfig
+    history : int[T]
+        The tokens so far, for the repetition penalty.
 
     Returns
     -------
     int
+        At temperature 0 the likeliest, the first of several.
 
     Raises
     ------
     ValueError
-        If a logit is NaN or infinity, or a setting is out of range.
+        If a logit is NaN or infinity.
+    IndexError
+        If ``history`` holds what is no token.
 
     Notes
     -----
@@ -402,39 +527,53 @@ def sample_token(logits, rng, temperature=1.0, top_k=0, top_p=1.0) -> int:
     cdef const float[::1] given = logits
     cdef float[::1] weights
     cdef int[::1] order
-    cdef Sampling sampling
-    check_sampling(temperature, top_k, top_p)
+    cdef const int[::1] before
+    cdef Sampling view
     if given.shape[0] == 0:
         raise ValueError("logits is empty")
-    weights = np.empty(given.shape[0], np.float32)
+    weights = np.empty(2 * given.shape[0], np.float32)
     order = np.empty(given.shape[0], np.int32)
-    sampling.temperature, sampling.top_p = temperature, top_p
-    sampling.top_k = min(top_k, given.shape[0])
+    before = _check_tokens(history if len(history) else [0], given.shape[0], "history")
+    fill_sampling(&view, sampling, given.shape[0])
     # The likeliest is no matter of chance.
-    uniform = rng.random() if temperature else 0.0
-    token = draw(&given[0], given.shape[0], &sampling, uniform, &weights[0], &order[0])
+    uniform = rng.random() if view.temperature else 0.0
+    token = draw(&given[0], given.shape[0], &view, &before[0], len(history), uniform, &weights[0],
+                 &order[0])
     if token < 0:
         raise ValueError("the model's logits are not finite: its weights are damaged")
     return token
 
 
-def check_sampling(temperature, top_k, top_p) -> None:
-    """Raise ``ValueError`` for settings that ``sample_token`` cannot follow."""
-    if isinstance(temperature, int) and temperature > 1 << 64:
-        raise ValueError("temperature is beyond any number that divides logits")
-    if not 0.0 <= temperature < np.inf:
-        raise ValueError(f"temperature is {temperature}, expected 0 or more")
-    if top_k < 0:
-        raise ValueError(f"top_k is {top_k}, expected 0 or more")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p is {top_p}, expected more than 0 and at most 1")
+cdef int fill_sampling(Sampling *view, settings, Py_ssize_t vocab) except -1:
+    if not isinstance(settings, SamplingConfig):
+        raise TypeError(f"sampling is {settings!r}, expected a SamplingConfig")
+    view.temperature = settings.temperature
+    view.top_p = settings.top_p
+    view.min_p = settings.min_p
+    view.top_k = settings.top_k if settings.top_k < vocab else 0
+    view.penalty = settings.repetition_penalty
+    view.window = settings.repetition_window
+    return 0
+
+
+def _check_tokens(tokens, vocab, name):
+    """Return token ids as int32[T], checked."""
+    array = np.asarray(tokens)
+    if array.ndim == 1 and array.size == 0:
+        raise ValueError(f"{name} is empty")
+    if array.dtype.kind not in "iu" or array.ndim != 1:
+        raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, [T]")
+    wrong = np.flatnonzero((array < 0) | (array >= vocab))
+    if wrong.size:
+        raise IndexError(f"{name}[{wrong[0]}] is {array[wrong[0]]}, expected 0 to {vocab - 1}")
+    return np.ascontiguousarray(array, np.int32)
 
 
 # ---------------------------------------------------------------------------------------------
 # From Python
 
 cdef class Decoder:
-    """A sequence that a model reads and writes, with the keys and values of its tokens so far.
+    """Sequences that a model reads and writes, with the keys and values of their tokens so far.
 
     Parameters
     ----------
@@ -444,11 +583,9 @@ cdef class Decoder:
         others may round differently.
     capacity : int, optional
         The longest sequence; the model's ``sequence_length`` when not given.
-
-    Attributes
-    ----------
-    length : int
-        The number of tokens so far.
+    sequences : int
+        How many there are, at most 128. They are written side by side, so that the weights are
+        read once for all of them.
 
     Notes
     -----
@@ -462,11 +599,11 @@ cdef class Decoder:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, PackedModel model not None, threads=1, capacity=None):
+    def __init__(self, PackedModel model not None, threads=1, capacity=None, sequences=1):
         cdef DecoderView *view = &self.view
         cdef RoundedRows rows
         cdef Py_ssize_t i
-        cdef int[::1] order
+        cdef int[::1] numbers
         cdef signed char[::1] keys, values
         config = model.config
         capacity = config.sequence_length if capacity is None else capacity
@@ -474,66 +611,108 @@ cdef class Decoder:
             raise ValueError(f"capacity is {capacity}, expected 1 to {config.sequence_length}")
         if not 1 <= threads <= 256:
             raise ValueError(f"threads is {threads}, expected 1 to 256")
-        self.model, self.threads, self.capacity, self.length = model, threads, capacity, 0
+        if not 1 <= sequences <= PROMPT_BLOCK:
+            raise ValueError(f"sequences is {sequences}, expected 1 to {PROMPT_BLOCK}")
+        self.model, self.threads = model, threads
+        self.capacity, self.sequences = capacity, sequences
+        self.lengths = [0] * sequences
         self.kept = []
+        self.most = max(min(capacity, PROMPT_BLOCK), sequences)
         view.model = &model.view
         view.capacity = capacity
-        view.block = min(capacity, PROMPT_BLOCK)
         view.dim, view.wide, view.vocab = config.model_dim, config.ffn_dim, config.vocab_size
         widest = max(view.dim, view.wide)
-        cached = config.num_blocks * config.num_heads * capacity
+        cached = sequences * config.num_blocks * config.num_heads * capacity
         keys = np.empty(cached * config.head_dim, np.int8)
         values = np.empty(cached * config.head_dim, np.int8)
         view.keys, view.values = &keys[0], &values[0]
         view.key_steps = self._room(cached)
         view.value_steps = self._room(cached)
-        view.stream = self._room(view.block * view.dim)
-        view.q = self._room(view.block * view.dim)
-        view.k = self._room(view.block * view.dim)
-        view.v = self._room(view.block * view.dim)
-        view.heads = self._room(view.block * view.dim)
-        view.hidden = self._room(view.block * view.wide)
-        view.normed = self._room(view.block * widest)
-        view.logits = self._room(view.vocab)
-        view.chances = self._room(view.vocab)
-        order = np.empty(view.vocab, np.int32)
-        view.order = &order[0]
-        rows = RoundedRows(view.block, widest)
+        numbers = np.empty(sequences * capacity, np.int32)
+        view.history = &numbers[0]
+        self.kept += [keys, values, numbers]
+        self.tokens = np.empty(self.most, np.int32)
+        numbers = self.tokens
+        view.tokens = &numbers[0]
+        view.stream = self._room(self.most * view.dim)
+        view.q = self._room(self.most * view.dim)
+        view.k = self._room(self.most * view.dim)
+        view.v = self._room(self.most * view.dim)
+        view.heads = self._room(self.most * view.dim)
+        view.hidden = self._room(self.most * view.wide)
+        view.normed = self._room(self.most * widest)
+        self.logits = np.empty(sequences * view.vocab, np.float32)
+        view.logits = float_pointer(self.logits)
+        rows = RoundedRows(self.most, widest)
         view.rounded = rows.view
-        self.kept += [keys, values, order, rows]
+        self.kept.append(rows)
+        view.places = <Place *>calloc(self.most, sizeof(Place))
         view.members = <Member *>calloc(threads, sizeof(Member))
-        if view.members == NULL:
+        if view.members == NULL or view.places == NULL:
             raise MemoryError("no memory for the threads' buffers")
         for i in range(threads):
             rows = RoundedRows(1, widest)
+            numbers = np.empty(view.vocab, np.int32)
             view.members[i].rounded = rows.view
             view.members[i].normed = self._room(widest)
-            view.members[i].probs = self._room(view.block * capacity)
+            view.members[i].probs = self._room(min(capacity, PROMPT_BLOCK) * capacity)
             view.members[i].head = self._room(4 * capacity * config.head_dim)
-            self.kept.append(rows)
+            view.members[i].chances = self._room(2 * view.vocab)
+            view.members[i].order = &numbers[0]
+            self.kept += [rows, numbers]
 
     def __dealloc__(self):
         free(self.view.members)
+        free(self.view.places)
 
     cdef float *_room(self, size) except NULL:
         self.kept.append(np.empty(size, np.float32))
         return float_pointer(self.kept[-1])
 
+    @property
+    def length(self) -> int:
+        """The number of tokens so far, of the first sequence."""
+        return self.lengths[0]
+
+    def length_of(self, sequence) -> int:
+        """Return the number of tokens so far of one sequence."""
+        self._check_sequence(sequence)
+        return self.lengths[sequence]
+
     def clear(self) -> None:
-        """Forget all tokens."""
+        """Forget all tokens of all sequences."""
         self._check_idle()
-        self.length = 0
+        self.lengths = [0] * self.sequences
+
+    def truncate(self, length, sequence=0) -> None:
+        """Forget the tokens of a sequence from ``length`` on.
+
+        Raises
+        ------
+        ValueError
+            If there are not so many.
+        """
+        self._check_idle()
+        self._check_sequence(sequence)
+        if not 0 <= length <= self.lengths[sequence]:
+            raise ValueError(f"length is {length}, expected 0 to {self.lengths[sequence]}")
+        self.lengths[sequence] = length
 
     def _check_idle(self):
         if self.busy:
             raise RuntimeError("the decoder is at work in another thread: each needs its own")
 
-    def extend(self, tokens):
-        """Take in more tokens of the sequence and return the logits after the last of them.
+    def _check_sequence(self, sequence):
+        if not 0 <= sequence < self.sequences:
+            raise IndexError(f"sequence is {sequence}, expected 0 to {self.sequences - 1}")
+
+    def extend(self, tokens, sequence=0):
+        """Take in more tokens of a sequence and return the logits after the last of them.
 
         Parameters
         ----------
         tokens : int[T]
+        sequence : int
 
         Returns
         -------
@@ -546,99 +725,172 @@ cdef class Decoder:
         IndexError
             If an id is no token's.
         """
-        cdef int[::1] nothing = None
-        cdef const double[::1] no_numbers = None
-        prompt = self._checked(tokens)
-        self._check_room(prompt.size)
-        self._run(self._begin(prompt), True, nothing, no_numbers)
-        return np.asarray(<float[:self.view.vocab]>self.view.logits).copy()
+        prompt = self._checked(tokens, 0, sequence)
+        self._run_alone(self._begin(prompt, sequence), sequence, LAST)
+        return self.logits[:self.view.vocab].copy()
 
-    def write(self, tokens, uniforms, temperature=1.0, top_k=0, top_p=1.0):
-        """Take in more tokens and draw those that follow, one after the other.
+    def extend_all(self, tokens, sequence=0):
+        """Take in more tokens of a sequence and return the logits after each: float32[T, V].
+
+        Parameters and errors are those of ``extend``.
+        """
+        prompt = self._checked(tokens, 0, sequence)
+        block = min(prompt.size, PROMPT_BLOCK)
+        if self.logits.size < block * self.view.vocab:
+            self.logits = np.empty(block * self.view.vocab, np.float32)
+            self.view.logits = float_pointer(self.logits)
+        result = np.empty((prompt.size, self.view.vocab), np.float32)
+        for start in range(0, prompt.size, PROMPT_BLOCK):
+            here = result[start:start + PROMPT_BLOCK]
+            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, EVERY)
+            here[...] = self.logits[:here.size].reshape(here.shape)
+        return result
+
+    def extend_states(self, tokens, sequence=0):
+        """Take in more tokens and return what the output layer would get for each: float32[T, C].
+
+        That is the residual stream behind the last block, and behind the final norm where there
+        is one. Parameters and errors are those of ``extend``.
+        """
+        prompt = self._checked(tokens, 0, sequence)
+        result = np.empty((prompt.size, self.view.dim), np.float32)
+        for start in range(0, prompt.size, PROMPT_BLOCK):
+            here = result[start:start + PROMPT_BLOCK]
+            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, STATES)
+            here[...] = np.asarray(<float[:here.size]>self.view.normed).reshape(here.shape)
+        return result
+
+    def write(self, tokens, uniforms, sampling=_SAMPLING, sequence=0):
+        """Take in more tokens of a sequence and draw those that follow, one after the other.
 
         Parameters
         ----------
         tokens : int[T]
         uniforms : float64[N]
             Numbers in [0, 1), each of which decides what is drawn.
-        temperature, top_k, top_p
-            See ``sample_token``.
+        sampling : SamplingConfig
+        sequence : int
 
         Returns
         -------
         int32[N]
-            The last of them is not taken in: ``length`` grows by T + N - 1.
+            The last of them is not taken in: the sequence grows by T + N - 1.
 
         Raises
         ------
         ValueError
-            If there is no room for them, a setting is out of range, or logits are not finite.
+            If there is no room for them, or logits are not finite.
         IndexError
             If an id is no token's.
         """
-        cdef const double[::1] numbers = np.ascontiguousarray(uniforms, np.float64)
-        check_sampling(temperature, top_k, top_p)
-        if numbers.shape[0] == 0:
-            raise ValueError("uniforms is empty: no token is to be drawn")
-        if not (np.min(numbers) >= 0.0 and np.max(numbers) < 1.0):
-            raise ValueError("uniforms holds a number that is not in [0, 1)")
-        self.view.sampling.temperature = temperature
-        self.view.sampling.top_k = min(top_k, self.view.vocab)
-        self.view.sampling.top_p = top_p
-        drawn = np.empty(numbers.shape[0], np.int32)
-        prompt = self._checked(tokens)
-        self._check_room(prompt.size + drawn.size - 1)
-        prompt = self._begin(prompt)
+        numbers = _checked_uniforms(uniforms, 1)
+        fill_sampling(&self.view.sampling, sampling, self.view.vocab)
+        drawn = np.empty(numbers.size, np.int32)
+        prompt = self._begin(self._checked(tokens, drawn.size - 1, sequence), sequence)
         for start in range(0, drawn.size, DRAWN_AT_ONCE):
             here = drawn[start:start + DRAWN_AT_ONCE]
-            self._run(prompt, True, here, numbers[start:start + DRAWN_AT_ONCE])
+            self._run_alone(prompt, sequence, LAST, here[None],
+                            numbers[None, start:start + DRAWN_AT_ONCE])
             prompt = here[-1:]
         return drawn
 
-    def _begin(self, prompt):
+    def write_together(self, tokens, uniforms, sampling=_SAMPLING, sequences=None):
+        """Take in a token of each of several sequences and draw those that follow, side by side.
+
+        Parameters
+        ----------
+        tokens : int[S]
+        uniforms : float64[S, N]
+            Numbers in [0, 1), each of which decides what is drawn.
+        sampling : SamplingConfig
+        sequences : int[S], optional
+            Which ones, each once; all when not given.
+
+        Returns
+        -------
+        int32[S, N]
+            The last of each is not taken in: every sequence grows by N.
+
+        Raises
+        ------
+        ValueError
+            If there is no room for them, or logits are not finite.
+        IndexError
+            If an id is no token's, or a sequence is none.
+        """
+        cdef Place *places = self.view.places
+        numbers = _checked_uniforms(uniforms, 2)
+        chosen = list(range(self.sequences) if sequences is None else sequences)
+        fill_sampling(&self.view.sampling, sampling, self.view.vocab)
+        given = _check_tokens(tokens, self.view.vocab, "tokens")
+        self._check_idle()
+        if len(set(chosen)) != len(chosen):
+            raise ValueError("a sequence is named twice")
+        if not len(chosen) == given.size == len(numbers):
+            raise ValueError(f"there are {len(chosen)} sequences, {given.size} tokens and "
+                             f"{len(numbers)} rows of uniforms, expected as many of each")
+        for sequence in chosen:
+            self._check_room(sequence, numbers.shape[1])
+        drawn = np.empty(numbers.shape, np.int32)
+        at_once = max(DRAWN_AT_ONCE // len(chosen), 1)
+        for start in range(0, drawn.shape[1], at_once):
+            here = np.empty((len(chosen), min(at_once, drawn.shape[1] - start)), np.int32)
+            self.tokens[:given.size] = given
+            for i, sequence in enumerate(chosen):
+                places[i].sequence, places[i].past = sequence, self.lengths[sequence]
+            self.view.rows, self.view.together = len(chosen), False
+            self._run(EVERY, here, np.ascontiguousarray(numbers[:, start:start + at_once]))
+            for sequence in chosen:
+                self.lengths[sequence] += here.shape[1]
+            drawn[:, start:start + at_once] = here
+            given = here[:, -1]
+        return drawn
+
+    def _checked(self, tokens, more, sequence):
+        """Return checked tokens of a sequence that has room for them and so many more."""
+        self._check_sequence(sequence)
+        prompt = _check_tokens(tokens, self.view.vocab, "tokens")
+        self._check_idle()
+        self._check_room(sequence, prompt.size + more)
+        return prompt
+
+    def _check_room(self, sequence, more):
+        self._check_sequence(sequence)
+        if self.lengths[sequence] + more > self.capacity:
+            raise ValueError(f"{self.lengths[sequence]} tokens and {more} more do not fit a "
+                             f"sequence of {self.capacity}")
+
+    def _begin(self, prompt, sequence):
         """Take in a prompt but for its last block, and return that."""
-        cdef int[::1] nothing = None
-        cdef const double[::1] no_numbers = None
         last = (prompt.size - 1) // PROMPT_BLOCK * PROMPT_BLOCK
         for start in range(0, last, PROMPT_BLOCK):
-            self._run(prompt[start:start + PROMPT_BLOCK], False, nothing, no_numbers)
+            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, NOTHING)
         return prompt[last:]
 
-    def _check_room(self, more):
+    def _run_alone(self, prompt, sequence, wanted, drawn=None, uniforms=None):
+        """Let a block of one sequence's tokens through, and draw those that follow."""
+        cdef Place *places = self.view.places
+        cdef Py_ssize_t i, past = self.lengths[sequence], which = sequence
         self._check_idle()
-        if self.length + more > self.capacity:
-            raise ValueError(f"{self.length} tokens and {more} more do not fit a sequence of "
-                             f"{self.capacity}")
+        for i in range(prompt.size):
+            places[i].sequence, places[i].past = which, past + i
+        self.tokens[:prompt.size] = prompt
+        self.view.rows, self.view.together = prompt.size, True
+        self._run(wanted, drawn, uniforms)
+        self.lengths[sequence] += prompt.size + (0 if drawn is None else drawn.shape[1] - 1)
 
-    def _checked(self, tokens):
-        array = np.asarray(tokens)
-        if array.ndim == 1 and array.size == 0:
-            raise ValueError("tokens is empty")
-        if array.dtype.kind not in "iu" or array.ndim != 1:
-            raise TypeError(f"tokens is {array.dtype}{list(array.shape)}, expected whole numbers, "
-                            "[T]")
-        wrong = np.flatnonzero((array < 0) | (array >= self.view.vocab))
-        if wrong.size:
-            raise IndexError(f"tokens[{wrong[0]}] is {array[wrong[0]]}, expected 0 to "
-                             f"{self.view.vocab - 1}")
-        return np.ascontiguousarray(array, np.int32)
-
-    cdef int _run(self, const int[::1] prompt, bint wanted, int[::1] drawn,
-                  const double[::1] uniforms) except -1:
+    cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
+                  const double[:, ::1] uniforms) except -1:
         cdef DecoderView *view = &self.view
         cdef int threads = self.threads
-        more = prompt.shape[0] + (drawn.shape[0] - 1 if drawn is not None else 0)
         PyErr_CheckSignals()
-        self._check_room(more)
-        view.prompt = &prompt[0]
-        view.prompt_size = prompt.shape[0]
+        self._check_idle()
         view.wanted = wanted
-        view.past = self.length
         view.to_draw = 0
         if drawn is not None:
-            view.drawn = &drawn[0]
-            view.uniforms = &uniforms[0]
-            view.to_draw = drawn.shape[0]
+            view.drawn = &drawn[0, 0]
+            view.uniforms = &uniforms[0, 0]
+            view.to_draw = drawn.shape[1]
         view.out_of_memory = view.damaged = False
         self.busy = True
         with nogil:
@@ -648,56 +900,15 @@ cdef class Decoder:
             raise MemoryError("no memory for the kernels' packing buffers")
         if view.damaged:
             raise ValueError("the model's logits are not finite: its weights are damaged")
-        self.length += more
         return 0
 
 
-def generate(model, prompt, max_tokens, seed=0, temperature=1.0, top_k=0, top_p=1.0, threads=1):
-    """Continue a prompt, a token at a time.
-
-    The whole prompt is context, as far as the model's reaches; in C it is the last character alone
-    (departure 7). A text that grows past the context goes on from its newer half.
-
-    Parameters
-    ----------
-    model : PackedModel or LegacyLLM
-        A ``LegacyLLM`` is packed first.
-    prompt : int[T]
-        At least one token.
-    max_tokens : int
-    seed : int
-        The same seed, instruction set and number of threads give the same text.
-    temperature, top_k, top_p
-        See ``sample_token``.
-    threads : int
-        How many threads may share the work.
-
-    Yields
-    ------
-    int
-        The tokens of the continuation.
-
-    Raises
-    ------
-    ValueError
-        If a setting is out of range or the prompt is empty.
-    IndexError
-        If the prompt holds what is no token.
-    """
-    check_sampling(temperature, top_k, top_p)
-    if max_tokens < 0:
-        raise ValueError(f"max_tokens is {max_tokens}, expected 0 or more")
-    rng = np.random.default_rng(seed)
-    decoder = Decoder(model if isinstance(model, PackedModel) else PackedModel(model), threads)
-    text = list(np.asarray(prompt)[-decoder.capacity:])
-    if not text:
-        raise ValueError("the prompt is empty, expected at least one token")
-    fresh = text
-    for _ in range(max_tokens):
-        if decoder.length + len(fresh) > decoder.capacity:
-            decoder.clear()
-            fresh = text[-max(decoder.capacity // 2, 1):]
-        token = int(decoder.write(fresh, rng.random(1), temperature, top_k, top_p)[0])
-        yield token
-        text.append(token)
-        fresh = [token]
+def _checked_uniforms(uniforms, axes):
+    numbers = np.ascontiguousarray(uniforms, np.float64)
+    if numbers.ndim != axes:
+        raise ValueError(f"uniforms has {numbers.ndim} axes, expected {axes}")
+    if numbers.size == 0:
+        raise ValueError("uniforms is empty: no token is to be drawn")
+    if not (np.min(numbers) >= 0.0 and np.max(numbers) < 1.0):
+        raise ValueError("uniforms holds a number that is not in [0, 1)")
+    return numbers

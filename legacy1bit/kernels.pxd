@@ -102,6 +102,8 @@ cdef struct KernelTable:
     void (*divide)(float *x, float divisor, Py_ssize_t n) noexcept nogil
     void (*exp)(float *x, Py_ssize_t n) noexcept nogil
     float (*sum)(const float *x, Py_ssize_t n) noexcept nogil
+    float (*largest)(const float *x, Py_ssize_t n) noexcept nogil
+    Py_ssize_t (*select)(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil
     float (*dot)(const float *x, const float *y, Py_ssize_t n) noexcept nogil
     double (*sum_of_squares)(const float *x, Py_ssize_t n) noexcept nogil
     void (*column_sums)(const float *x, Py_ssize_t rows, Py_ssize_t cols,

@@ -360,6 +360,20 @@ cdef inline float largest(const float *x, Py_ssize_t n) noexcept nogil:
     return top
 
 
+cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil:
+    # Writes the places of the numbers that are not below the bound, and returns how many there are.
+    # It is for few of many: a stretch in which there is none is passed over at once.
+    cdef Py_ssize_t start, i, count = 0
+    for start from 0 <= start < n by 64:
+        if largest(x + start, min(n - start, 64)) < bound:
+            continue
+        for i in range(start, min(start + 64, n)):
+            if x[i] >= bound:
+                found[count] = <int>i
+                count += 1
+    return count
+
+
 cdef inline float exponentials(float *x, Py_ssize_t n, float top, float factor) noexcept nogil:
     # x[i] = exp(factor * (x[i] - top)); returns their sum.
     cdef Py_ssize_t i, whole = n - n % VF32_LANES
@@ -1570,6 +1584,8 @@ kernels.shift = shift
 kernels.divide = divide
 kernels.exp = exponential
 kernels.sum = sum
+kernels.largest = largest
+kernels.select = select
 kernels.dot = dot
 kernels.sum_of_squares = sum_of_squares
 kernels.column_sums = column_sums

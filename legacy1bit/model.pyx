@@ -14,10 +14,10 @@ import json
 import os
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as load_safetensors
 
 from legacy1bit.files import atomic_write, atomic_write_all, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
@@ -1145,27 +1145,92 @@ def _read_json(path):
 
 
 def _load_folder(path):
+    config, provenance, stored = read_folder(path)
+    model = LegacyLLM(config)
+    model.provenance = provenance
+    for part in stored:
+        weights = model.parameters[part.name]
+        if part.scales is None:
+            weights[...] = part.values
+        else:
+            weights.values[...] = SCHEMES[config.scheme].unpack(part.values, part.shape[1])
+            weights.scales[...] = part.scales
+    return model
+
+
+class StoredParameter(NamedTuple):
+    """A parameter as a file holds it.
+
+    Attributes
+    ----------
+    name : str
+    shape : tuple of int
+    values : float32 array or uint8[R, bytes]
+        Numbers, or packed codes as ``Scheme.pack`` makes them.
+    scales : float32[1, 1] or float32[R, G] or None
+        Those of codes.
+    group : int
+        How many neighbours share a scale.
+    """
+
+    name: str
+    shape: tuple
+    values: object
+    scales: object = None
+    group: int = 0
+
+
+def read_folder(path):
+    """Read a model folder piece by piece, without a model to put the pieces into.
+
+    Parameters
+    ----------
+    path : Path
+
+    Returns
+    -------
+    config : ModelConfig
+    provenance : Provenance
+    stored : iterator of StoredParameter
+        Each parameter, in the order of ``parameter_layout``.
+
+    Raises
+    ------
+    ModelFileError
+        If a file is damaged or the two do not belong together; of a tensor's content, when it is
+        its turn.
+    OSError
+        If a file cannot be read.
+    """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
     settings = _read_json(path / CONFIG_FILE)
     file = path / WEIGHTS_FILE
+    with open(file, "rb"):
+        pass  # what cannot be read is an OSError with its name
     try:
-        with safe_open(file, framework="numpy") as opened:
-            header = opened.metadata() or {}
-        tensors = load_safetensors(file.read_bytes())
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelFileError(f"{file} is not a safetensors file: {reason}") from None
+        # The library maps the file into memory and checks its head; tensors are read one by one.
+        opened = safe_open(file, framework="numpy")
+        header = opened.metadata() or {}
+        found = {name: opened.get_slice(name) for name in opened.keys()}
+        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelFileError(f"{file} is not a safetensors file: {_one_line(error)}") from None
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
-    model = _from_tensors(_config_of(settings, path / CONFIG_FILE), tensors, file)
+    config = _config_of(settings, path / CONFIG_FILE)
     try:
-        model.provenance = Provenance.from_json(header.get("provenance", "{}"))
+        provenance = Provenance.from_json(header.get("provenance", "{}"))
     except ValueError as error:
         raise ModelFileError(f"{file}: {error}") from None
-    return model
+    _check_stored(config, found, file)
+    return config, provenance, _stored(config, opened, file)
+
+
+def _one_line(error):
+    return " ".join(str(error).split())
 
 
 def _parsed(text):
@@ -1191,46 +1256,51 @@ def _config_of(settings, file):
         raise ModelFileError(f"{file}: {error}") from None
 
 
-def _from_tensors(config, tensors, file):
-    # The settings may promise more than memory holds: compare them with the file first.
-    scheme = SCHEMES.get(config.scheme)
-    found = {name: tensor.shape for name, tensor in tensors.items()}
+def _check_stored(config, found, file):
+    """Compare what a file holds, dtypes and shapes, with what a model of these settings needs.
+
+    The settings may promise more than memory holds, so that this comes before anything is made.
+    """
+    expected = {}
     for name, shape, kind in parameter_layout(config):
-        wanted = {name: shape}
         if kind == "quantized":
-            wanted = {f"{name}.codes": (shape[0], (shape[1] * scheme.bits + 7) // 8),
-                      f"{name}.scale": _scale_shape(config, shape)[0]}
-        for stored, size in wanted.items():
-            if stored not in found:
-                raise ModelFileError(f"{file} has no tensor {stored}")
-            if found[stored] != size:
-                raise ModelFileError(f"{file}: {stored} has shape {list(found[stored])}, expected "
-                                     f"{list(size)}")
-    model = LegacyLLM(config)
-    for name, value in model.parameters.items():
-        if isinstance(value, TernaryMatrix):
-            packed = _take(tensors, f"{name}.codes", np.uint8, file)
-            try:
-                value.values[...] = scheme.unpack(packed, value.shape[1])
-            except ValueError as error:
-                raise ModelFileError(f"{file}: {name}: {error}") from None
-            value.scales[...] = _take(tensors, f"{name}.scale", np.float16, file)
-            if config.scale == "one" and value.scale != 1.0:
-                raise ModelFileError(f"{file}: {name} has scale {value.scale}, expected 1")
+            bits = SCHEMES[config.scheme].bits
+            expected[f"{name}.codes"] = "U8", (shape[0], (shape[1] * bits + 7) // 8)
+            expected[f"{name}.scale"] = "F16", _scale_shape(config, shape)[0]
         else:
-            value[...] = _take(tensors, name, np.float32, file)
-        _check_finite(f"{file}: {name}", value, ModelFileError)
-    if tensors:
-        raise ModelFileError(f"{file} has an unknown tensor {sorted(tensors)[0]!r}")
-    return model
+            expected[name] = "F32", shape
+    for name, (dtype, shape) in expected.items():
+        if name not in found:
+            raise ModelFileError(f"{file} has no tensor {name}")
+        if found[name][1] != shape:
+            raise ModelFileError(f"{file}: {name} has shape {list(found[name][1])}, expected "
+                                 f"{list(shape)}")
+        if found[name][0] != dtype:
+            raise ModelFileError(f"{file}: {name} is {found[name][0]}, expected {dtype}")
+    unknown = sorted(set(found) - set(expected))
+    if unknown:
+        raise ModelFileError(f"{file} has an unknown tensor {unknown[0]!r}")
 
 
-def _take(tensors, name, dtype, file):
-    """Take a tensor out of a file's, checking its dtype."""
-    tensor = tensors.pop(name)
-    if tensor.dtype != dtype:
-        raise ModelFileError(f"{file}: {name} is {tensor.dtype}, expected {np.dtype(dtype)}")
-    return tensor
+def _stored(config, opened, file):
+    """Yield what ``read_folder`` promises."""
+    for name, shape, kind in parameter_layout(config):
+        if kind != "quantized":
+            part = StoredParameter(name, shape, opened.get_tensor(name))
+            _check_finite(f"{file}: {name}", part.values, ModelFileError)
+            yield part
+            continue
+        part = StoredParameter(name, shape, opened.get_tensor(f"{name}.codes"),
+                               opened.get_tensor(f"{name}.scale").astype(np.float32),
+                               _scale_shape(config, shape)[1])
+        _check_finite(f"{file}: {name}", part.scales, ModelFileError)
+        if config.scale == "one" and (part.scales != 1.0).any():
+            raise ModelFileError(f"{file}: {name} has scale {part.scales.ravel()[0]}, expected 1")
+        try:
+            SCHEMES[config.scheme].check(part.values, shape[1])
+        except ValueError as error:
+            raise ModelFileError(f"{file}: {name}: {error}") from None
+        yield part
 
 
 # The v1 file: five numbers, then matrices (rows, cols, codes) and arrays (size, floats).

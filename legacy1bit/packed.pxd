@@ -34,6 +34,7 @@ cdef class PackedMatrix:
     cdef readonly Py_ssize_t group
     cdef readonly bint trits
     cdef PackedView view
+    cdef int _point(self) except -1
 
 
 cdef class PackedModel:

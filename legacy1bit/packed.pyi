@@ -1,3 +1,4 @@
+import os
 from typing import NoReturn
 
 import numpy as np
@@ -5,7 +6,6 @@ import numpy.typing as npt
 
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM, RotaryTable, TernaryMatrix
-from legacy1bit.schemes import FLOAT as FLOAT
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
 _Bytes = npt.NDArray[np.uint8]
@@ -59,4 +59,6 @@ class PackedModel:
     def rotary(self) -> RotaryTable | None: ...
     @property
     def nbytes(self) -> int: ...
+    @staticmethod
+    def load(path: str | os.PathLike[str], form: str = "2bit") -> PackedModel: ...
     def __reduce__(self) -> NoReturn: ...

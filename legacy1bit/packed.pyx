@@ -7,6 +7,7 @@ activations rounded to int8, with one scale a token (BitNet b1.58, arXiv 2402.17
 its sums are whole numbers.
 """
 
+from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -18,12 +19,16 @@ from legacy1bit.kernels cimport PackedMatrix as PackedView, Rounded
 from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
-from legacy1bit.model import RotaryTable, TernaryMatrix as _TernaryMatrix
-from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.model import (
+    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, parameter_layout,
+    read_folder,
+)
+from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
 
 _STRIP, _CODES, _TRITS, _TILE = 32, 16, 20, 128
+_AT_ONCE = 64   # strips
 
 
 def _aligned(size):
@@ -69,38 +74,45 @@ cdef class PackedMatrix:
     """
 
     def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", room=None):
-        cdef const unsigned char[:, :, ::1] tiles
-        cdef const float[:, ::1] scales
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         if not isinstance(values, _TernaryMatrix):
             # It checks codes and scales.
             values = _TernaryMatrix(values, 1.0 if scale is None else scale, group, levels)
+        self._describe(values.shape, values.scales, values.group, levels, form)
+        self.tiles = _pack(values.values, self.levels, self.trits, room)
+        self._point()
+
+    def _describe(self, shape, scales, group, levels, form):
+        """Take in all but the codes, checked."""
         steps = set(np.diff(levels))
         if not 2 <= len(levels) <= 4 or len(steps) != 1 or min(steps) < 1:
             raise ValueError(f"levels is {levels}, expected two to four that rise evenly")
         # Sums, and what they are made of, must fit 32 bits.
         reach = max(abs(levels[0]), abs(levels[-1]), levels[-1] - levels[0])
-        if 127 * int(reach) * values.shape[1] >= 1 << 31:
-            raise ValueError(f"{values.shape[1]} columns of levels {levels} are too many for sums "
-                             "of 32 bits")
+        if 127 * int(reach) * shape[1] >= 1 << 31:
+            raise ValueError(f"{shape[1]} columns of levels {levels} are too many for sums of 32 "
+                             "bits")
         self.trits = form == "trits"
-        self.shape = values.shape
+        self.shape, self.scales, self.group = shape, scales, group
         self.levels = tuple(int(level) for level in levels)
-        self.scales, self.group = values.scales, values.group
         if self.trits and (len(levels) > 3 or self.scales.shape[1] > 1):
             raise ValueError("trits are three levels at most and one scale a row at most, not "
                              f"{len(levels)} and {self.scales.shape[1]}")
-        self.tiles = _pack(values.values, self.levels, self.trits, room)
-        tiles, scales = self.tiles, self.scales
+
+    cdef int _point(self) except -1:
+        """Let the struct that kernels read point at the arrays."""
+        cdef const unsigned char[:, :, ::1] tiles = self.tiles
+        cdef const float[:, ::1] scales = self.scales
         self.view.rows, self.view.cols = self.shape
         self.view.tiles = &tiles[0, 0, 0]
         self.view.trits = self.trits
-        self.view.factor = levels[1] - levels[0]
-        self.view.offset = levels[0]
+        self.view.factor = self.levels[1] - self.levels[0]
+        self.view.offset = self.levels[0]
         self.view.scale = &scales[0, 0]
         self.view.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
         self.view.group = self.group
+        return 0
 
     @property
     def values(self):
@@ -186,29 +198,70 @@ cdef class RoundedRows:
 
 def _pack(values, levels, trits, room):
     """Return the tiles of codes, int8[R, C]."""
-    rows, cols = values.shape
-    fields = 5 if trits else 4
-    strips, tiles = (rows + 31) // 32, (cols + 4 * fields - 1) // (4 * fields)
-    if room is None:
-        room = _aligned(strips * tiles * _TILE)
-    packed = room.reshape(strips, tiles, _STRIP, 4)
     places = np.array([levels.index(code) if code in levels else 255
                        for code in range(-128, 128)], np.uint8)
-    weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
+    strips, width = (values.shape[0] + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
+    tiles = (values.shape[1] + width - 1) // width
+    packed = _room_for(strips, tiles, room)
     for strip in range(strips):
         # A strip at a time: the room this takes stays small.
-        here = values[_STRIP * strip:_STRIP * (strip + 1)]
-        codes = np.zeros((_STRIP, tiles * 4 * fields), np.uint8)
-        codes[:here.shape[0], :cols] = places[here.astype(np.int16) + 128]
-        if codes.max() == 255:
+        here = places[values[_STRIP * strip:_STRIP * (strip + 1)].astype(np.int16) + 128]
+        if here.max() == 255:
             raise ValueError("values holds a number other than "
                              f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
-        codes = codes.reshape(_STRIP, tiles, fields, 4) * weights[:, None]
-        joined = codes.sum(axis=2, dtype=np.uint16)
-        if trits:
-            joined = (joined * 256 + 242) // 243
-        packed[strip] = joined.transpose(1, 0, 2)
-    return packed.reshape(strips, tiles, _TILE)
+        _pack_strip(here, trits, packed[strip])
+    return packed
+
+
+def _room_for(strips, tiles, room):
+    room = _aligned(strips * tiles * _TILE) if room is None else room
+    return room.reshape(strips, tiles, _TILE)
+
+
+def _pack_strip(places, trits, out):
+    """Write the tiles of at most 32 rows of codes' places among the levels, uint8[R, C]."""
+    fields, tiles = 5 if trits else 4, len(out)
+    weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
+    codes = np.zeros((_STRIP, tiles * 4 * fields), np.uint8)
+    codes[:len(places), :places.shape[1]] = places
+    joined = (codes.reshape(_STRIP, tiles, fields, 4) * weights[:, None]).sum(2, dtype=np.uint16)
+    if trits:
+        joined = (joined * 256 + 242) // 243
+    out.reshape(tiles, _STRIP, 4)[...] = joined.transpose(1, 0, 2)
+
+
+def _pack_stored(stored, cols, scheme, trits, room):
+    """Return the tiles of codes that ``Scheme.pack`` has packed, uint8[R, bytes].
+
+    A row of a tile is 16 neighbours in a row, two bits each: in a file by their order, as four
+    bytes of four, and in the tile as the four columns of that square.
+    """
+    rows = len(stored)
+    strips, width = (rows + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
+    packed = _room_for(strips, (cols + width - 1) // width, room)
+    if trits:
+        for strip in range(strips):
+            codes = scheme.unpack(stored[_STRIP * strip:_STRIP * (strip + 1)], cols)
+            _pack_strip(np.searchsorted(scheme.levels, codes).astype(np.uint8), trits,
+                        packed[strip])
+        return packed
+    kind = np.dtype(f"<u{2 * scheme.bits}")
+    for first in range(0, strips, _AT_ONCE):
+        here = stored[_STRIP * first:_STRIP * (first + _AT_ONCE)]
+        count = (len(here) + _STRIP - 1) // _STRIP
+        padded = np.zeros((count * _STRIP, packed.shape[1] * kind.itemsize), np.uint8)
+        padded[:len(here), :here.shape[1]] = here
+        words = padded.view(kind).astype(np.uint32)
+        if scheme.bits == 1:
+            for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333),
+                                (1, 0x55555555)):
+                words = (words | words << shift) & np.uint32(mask)
+        for shift, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
+            swapped = (words ^ words >> shift) & np.uint32(mask)
+            words ^= swapped ^ swapped << shift
+        tiles = packed[first:first + count].view("<u4")
+        tiles[...] = words.reshape(count, _STRIP, -1).transpose(0, 2, 1)
+    return packed
 
 
 def _unpack(tiles, trits):
@@ -239,6 +292,15 @@ cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexc
         else:
             byte = byte >> 2 * (col % width // 4) & 3
         out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
+
+
+cdef PackedMatrix _matrix_of(part, scheme, form, room):
+    """Return a matrix out of a file."""
+    cdef PackedMatrix matrix = PackedMatrix.__new__(PackedMatrix)
+    matrix._describe(part.shape, part.scales, part.group, scheme.levels, form)
+    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, room)
+    matrix._point()
+    return matrix
 
 
 # ---------------------------------------------------------------------------------------------
@@ -286,29 +348,36 @@ cdef class PackedModel:
         memset(&self.view, 0, sizeof(self.view))
 
     def __init__(self, LegacyLLM model not None, form="2bit"):
+        model.alive()
+        self._fill(model.config, (StoredParameter(name, weights.shape, weights)
+                                  for name, weights in model.parameters.items()), form)
+
+    def _fill(self, config, stored, form):
+        """Pack parameters as they come: out of a file, or with a TernaryMatrix for values."""
         cdef PackedBlock *block
         cdef const float[:, ::1] table
-        model.alive()
-        config = model.config
-        levels = () if config.scheme == FLOAT else SCHEMES[config.scheme].levels
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
-        quantized = {name: weights for name, weights in model.parameters.items()
-                     if isinstance(weights, _TernaryMatrix)}
+        scheme = SCHEMES.get(config.scheme)
+        sizes = {name: packed_size(shape, form) for name, shape, kind in parameter_layout(config)
+                 if kind == "quantized"}
         # One piece of memory: large enough for the system's large pages, and read in order.
-        room = _aligned(sum(packed_size(weights.shape, form) for weights in quantized.values()))
+        room = _aligned(sum(sizes.values()))
         self.config = config
         parameters = {}
-        for name, weights in model.parameters.items():
-            if name in quantized:
-                size = packed_size(weights.shape, form)
-                parameters[name] = PackedMatrix(weights.values, weights.scales.copy(),
-                                                weights.group, levels, form, room[:size])
-                room = room[size:]
+        for part in stored:
+            size, weights = sizes.get(part.name, 0), part.values
+            if part.scales is not None:
+                packed = _matrix_of(part, scheme, form, room[:size])
+            elif size:
+                packed = PackedMatrix(weights.values, weights.scales.copy(), weights.group,
+                                      scheme.levels, form, room[:size])
+            elif len(part.shape) == 2:
+                packed = round_to_bfloat16(weights)
             else:
-                parameters[name] = np.array(weights, np.float32, order="C")
-                if weights.ndim == 2:
-                    parameters[name] = round_to_bfloat16(parameters[name])
+                packed = weights.copy()
+            parameters[part.name] = packed
+            room = room[size:]
         self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
         self._projection("output.weight", "output.bias" if config.output_bias else None,
@@ -343,6 +412,41 @@ cdef class PackedModel:
 
     def __dealloc__(self):
         free(self.view.blocks)
+
+    @staticmethod
+    def load(path, form="2bit"):
+        """Read a model that ``save_model`` wrote, straight into packed form.
+
+        The file is mapped into memory and packed a matrix at a time: there never is a float for a
+        weight. It is copied, not used in place: memory of its own gets the system's large pages.
+
+        Parameters
+        ----------
+        path : path-like
+            A model folder or a file of the C original.
+        form : {"2bit", "trits"}
+
+        Returns
+        -------
+        PackedModel
+
+        Raises
+        ------
+        ModelFileError
+            If what is there is not a whole, sound model.
+        OSError
+            If it cannot be read.
+        ValueError
+            If the form cannot hold the model's codes.
+        """
+        cdef PackedModel model
+        path = Path(path)
+        if not path.is_dir():
+            return PackedModel(load_model(path), form)
+        model = PackedModel.__new__(PackedModel)
+        config, _, stored = read_folder(path)
+        model._fill(config, stored, form)
+        return model
 
     @property
     def nbytes(self) -> int:

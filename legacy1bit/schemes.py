@@ -80,24 +80,27 @@ class Scheme:
         ValueError
             If a stored code is none of the scheme's, or the shape is that of other columns.
         """
+        self.check(packed, cols)
+        shifts = np.arange(8 // self.bits, dtype=np.uint8) * np.uint8(self.bits)
+        places = (packed[:, :, None] >> shifts) & np.uint8((1 << self.bits) - 1)
+        places = places.reshape(packed.shape[0], -1)[:, :cols]
+        codes: npt.NDArray[np.int8] = np.array(self.levels, np.int8)[places]
+        return codes
+
+    def check(self, packed: npt.NDArray[np.uint8], cols: int) -> None:
+        """Raise ``ValueError`` for what ``pack`` does not make of a matrix of so many columns."""
         each = 8 // self.bits
         if packed.dtype != np.uint8 or cols < 1 or packed.shape[1:] != (-(-cols // each),):
             raise ValueError(
                 f"packed is {packed.dtype}{list(packed.shape)}, which does not hold {cols} codes "
                 "a row"
             )
-        shifts = np.arange(each, dtype=np.uint8) * np.uint8(self.bits)
-        places = (packed[:, :, None] >> shifts) & np.uint8((1 << self.bits) - 1)
-        places = places.reshape(packed.shape[0], -1)
-        if places[:, cols:].any():
+        if cols % each and (packed[:, -1] >> np.uint8(cols % each * self.bits)).any():
             raise ValueError("what a row leaves open is not 0")
-        places = places[:, :cols]
-        if places.size and places.max() >= len(self.levels):
+        if len(self.levels) < 1 << self.bits and (packed & packed >> np.uint8(1) & 0x55).any():
             raise ValueError(
-                f"a packed weight has the code {places.max()}, expected 0 to {len(self.levels) - 1}"
+                f"a packed weight has the code 3, expected 0 to {len(self.levels) - 1}"
             )
-        codes: npt.NDArray[np.int8] = np.array(self.levels, np.int8)[places]
-        return codes
 
 
 # ternary: BitNet b1.58 (arXiv 2402.17764, equations 1 to 3), round(clip(w / scale, -1, 1)).

@@ -23,7 +23,7 @@ from legacy1bit.data_utils import (
 from legacy1bit.dataset import Corpus, TokenDataset
 from legacy1bit.files import atomic_copies, atomic_write, serialize_tensors
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
@@ -42,7 +42,6 @@ from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
-SETTINGS_FILE = "training.json"
 BEST_FOLDER = "best"
 
 # The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.

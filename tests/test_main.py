@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import json
 import math
 import os
@@ -28,15 +29,17 @@ from test_trainer import RECORD_KEYS, assert_same_files, measured, with_losses
 
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
+from legacy1bit.commands import common, corpora, train
+from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     OPTIMIZERS,
     SCALES,
     SCHEDULES,
     ModelConfig,
+    SamplingConfig,
     TrainingConfig,
 )
-from legacy1bit.inference import generate
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model, save_model
@@ -105,6 +108,10 @@ def fail(capsysbinary):
         return lines[-1].removeprefix("legacy1bit: error: ")
 
     return run
+
+
+def generate(model, prompt, count, seed=0, **settings):
+    return Generator(model).tokens(prompt, count, SamplingConfig(**settings), seed)
 
 
 def content_of(folder):
@@ -210,15 +217,15 @@ def test_train_without_a_folder_makes_one_in_runs(say):
 
 def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
     """Two runs begun in the same second, the second while the first still makes its stories."""
-    monkeypatch.setattr(program, "time", SimpleNamespace(strftime=lambda form: "now"))
-    make, others = program.story_corpus, [tiny(seed=2)]
+    monkeypatch.setattr(train, "time", SimpleNamespace(strftime=lambda form: "now"))
+    make, others = corpora.story_corpus, [tiny(seed=2)]
 
     def make_slowly(*arguments):
         if others:
             assert main(others.pop()) == 0
         return make(*arguments)
 
-    monkeypatch.setattr(program, "story_corpus", make_slowly)
+    monkeypatch.setattr(corpora, "story_corpus", make_slowly)
     say(*tiny(seed=1))
     seeds = [read_settings(folder)[1].seed for folder in Path("runs").iterdir()]
     assert sorted(seeds) == [1, 2]
@@ -260,8 +267,8 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
         made.append((folder, model_config, config, corpus, source))
         raise Stop
 
-    monkeypatch.setattr(program, "Trainer", made_with)
-    monkeypatch.setattr(program, "story_corpus", lambda *arguments: arguments)
+    monkeypatch.setattr(train, "Trainer", made_with)
+    monkeypatch.setattr(corpora, "story_corpus", lambda *arguments: arguments)
     with pytest.raises(Stop):
         main([])
     ((_, model_config, config, corpus, source),) = made
@@ -355,11 +362,11 @@ def test_every_setting_has_an_option(say):
 
 @pytest.mark.parametrize("setting", [s for s in BOTH if s.name in SETTINGS], ids=lambda s: s.name)
 def test_an_option_sets_its_setting_alone(setting):
-    parsed = program._parser().parse_args(
+    parsed = program.parser_of("train").parse_args(
         ["train", *option_of(setting.name, SETTINGS[setting.name])]
     )
     changed = {setting.name: SETTINGS[setting.name]}
-    found = program._given(parsed, ModelConfig) | program._given(parsed, TrainingConfig)
+    found = common.given(parsed, ModelConfig) | common.given(parsed, TrainingConfig)
     assert found == changed
 
 
@@ -1065,6 +1072,9 @@ def test_train_refuses_folders_it_cannot_write(fail, text):
 
 # --- generate -------------------------------------------------------------------------------------
 
+# What is told at the end.
+SPEED = rb"[\d,]+ tokens in \d+\.\d\d s: [\d,]+ tokens/s\n"
+
 
 def test_generate_writes_the_prompt_and_its_continuation(say, wild):
     for prompt in ("Once ", "\u00e9t\u00e9 \U0001f600", "line\nline\r\n\t", "-", "a" * 16):
@@ -1072,7 +1082,7 @@ def test_generate_writes_the_prompt_and_its_continuation(say, wild):
         expected = prompt.encode()
         tokens = generate(load_model(wild), [10, *expected], 20, temperature=0.8)
         assert output == expected + bytes(tokens)
-        assert errors == b""
+        assert re.fullmatch(SPEED, errors)
 
 
 def test_generate_takes_bytes_that_are_no_text(say, wild):
@@ -1081,7 +1091,7 @@ def test_generate_takes_bytes_that_are_no_text(say, wild):
     assert output == prompt + bytes(generate(load_model(wild), [10, *prompt], 5, temperature=0.8))
     done = shell(b"generate", b"--model", os.fsencode(wild), b"--prompt", prompt, b"--max-tokens=5")
     assert done.stdout == output
-    assert done.stderr == b""
+    assert re.fullmatch(SPEED, done.stderr)
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict", "utf-16"])
@@ -1100,7 +1110,8 @@ def test_generate_writes_bytes_whatever_the_terminal_speaks(wild, encoding):
     assert done.stdout == prompt + bytes(
         generate(load_model(wild), [10, *prompt], 30, temperature=0.8)
     )
-    assert done.stderr == b""
+    if "16" not in encoding:
+        assert re.fullmatch(SPEED, done.stderr)
 
 
 def test_generate_writes_just_the_prompt_where_nothing_is_asked(say, wild):
@@ -1126,7 +1137,9 @@ def test_generate_takes_its_options(say, wild):
     options = {"temperature": 1.5, "top-k": 7, "top-p": 0.9, "seed": 3}
     pairs = [text for name, value in options.items() for text in (f"--{name}", value)]
     arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 40, *pairs)
-    expected = generate(load_model(wild), list(b"\nThe "), 40, 3, 1.5, 7, 0.9)
+    expected = generate(
+        load_model(wild), list(b"\nThe "), 40, 3, temperature=1.5, top_k=7, top_p=0.9
+    )
     assert say(*arguments).out == say(*arguments).out == b"The " + bytes(expected)
     assert say(*arguments, "--seed", 4).out != say(*arguments).out
 
@@ -1147,13 +1160,164 @@ def test_generate_says_that_a_prompt_is_longer_than_the_context(say, wild):
     assert output == prompt[:-16].encode() + newest.out
     assert b"50" in errors
     assert b"16" in errors
-    assert len(errors.splitlines()) == 1
-    assert newest.err == b""
+    assert len(errors.splitlines()) == 2
+    assert re.fullmatch(SPEED, newest.err)
 
 
 def test_generate_without_a_prompt_begins_as_after_a_line_break(say, wild):
     expected = bytes(generate(load_model(wild), [10], 30, temperature=0.8))
     assert say("generate", "--model", wild, "--max-tokens", 30).out == expected
+
+
+def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
+    for prompt, rest in (
+        (b"", b""),
+        (b"Once ", b""),
+        (b"a\nb", b"\n"),
+        (b"a", b"\r\n"),
+        (b"\n", b"\n"),
+    ):
+        Path("prompt").write_bytes(prompt + rest)
+        arguments = ("generate", "--model", wild, "--max-tokens", 9)
+        expected = say(*arguments, "--prompt", prompt.decode()).out
+        assert say(*arguments, "--prompt-file", "prompt").out == expected
+        with monkeypatch.context() as patch, open("prompt", "rb") as file:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(file))
+            assert say(*arguments, "--prompt-file=-").out == expected
+
+
+def test_generate_refuses_two_prompts(fail, wild):
+    Path("prompt").write_text("a")
+    for pair in (
+        ("--prompt=a", "--prompt-file=prompt"),
+        ("--prompt=a", "--interactive"),
+        ("--interactive", "--json"),
+        ("--interactive", "--count=2"),
+    ):
+        message = fail("generate", "--model", wild, *pair)
+        assert "not allowed with" in message or "excludes" in message
+    assert "nowhere" in fail("generate", "--model", wild, "--prompt-file=nowhere")
+
+
+def test_generate_writes_several_texts(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 30)
+    output, errors = say(*arguments, "--count", 3, "--seed", 5)
+    alone = [say(*arguments, "--seed", seed).out + b"\n" for seed in (5, 6, 7)]
+    assert output == b"".join(alone)
+    lines = errors.splitlines()
+    assert lines[:3] == [b"text %d of 3, seed %d:" % (i, 4 + i) for i in (1, 2, 3)]
+    assert lines[3].startswith(b"90 tokens in ")
+
+
+def test_generate_prints_json(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "d\u00e9", "--max-tokens", 30, "--json")
+    for count in (1, 35):
+        lines = say(*arguments, "--count", count, "--seed", 2).out.splitlines()
+        assert len(lines) == count
+        for i, line in enumerate(lines):
+            found = json.loads(line)
+            text = Generator.load(wild).complete("d\u00e9", 30, seed=2 + i)
+            assert found == {"prompt": "d\u00e9", "text": text.text, "tokens": 30, "seed": 2 + i,
+                             "stopped": False}  # fmt: skip
+
+
+def test_generate_stops(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 200, "--seed", 4)
+    whole = say(*arguments).out.decode("utf-8", "surrogateescape")[4:]
+    stop = next(c for c in whole[60:] if c.isascii() and c.isprintable())
+    output = say(*arguments, "--stop", "nothing like this", "--stop", stop).out
+    assert output.decode("utf-8", "surrogateescape") == "The " + whole[: whole.index(stop)]
+    found = json.loads(say(*arguments, "--json", "--stop", stop).out)
+    assert found["stopped"] is True
+    assert found["tokens"] < 200
+
+
+def test_generate_asks_for_prompts(wild):
+    def interact(typed):
+        arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens", "8")
+        return shell(*arguments, input=typed)
+
+    done = interact(b"The \nOnce\n\n")
+    first, second, third = (
+        bytes(generate(load_model(wild), [10, *text], 8, seed))
+        for seed, text in enumerate((b"The ", b"Once", b""))
+    )
+    third = bytes(generate(load_model(wild), [10, *b"Once", *second], 8, 2))
+    expected = b"The " + first + b"\nOnce" + second + b"\nOnce" + second + third + b"\n"
+    assert done.stdout == expected
+    assert done.stderr.count(b"tokens/s") == 3
+    # An empty line at the start has nothing to go on from; that is a text of its own.
+    assert interact(b"\n").stdout == bytes(generate(load_model(wild), [10], 8)) + b"\n"
+    assert interact(b"").stdout == b""
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
+def test_generate_remembers_prompts(wild, tmp_path):
+    """In a terminal, an earlier prompt comes back by the arrow key, in a later session, too."""
+    pytest.importorskip("readline", reason="this Python has no readline")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_STATE_HOME": str(tmp_path),
+                   "TERM": "xterm"}  # fmt: skip
+    command = [sys.executable, "-m", "legacy1bit.main", "generate", "--model", str(wild),
+               "--interactive", "--max-tokens", "3"]  # fmt: skip
+
+    def session(*typed):
+        """What the terminal shows, each piece being typed at a prompt of its own; and the rest."""
+        ours, theirs = os.openpty()
+        with subprocess.Popen(
+            command, env=environment, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE
+        ) as process:
+            os.close(theirs)
+            alarm = threading.Timer(30, process.kill)
+            alarm.start()
+            seen = b""
+            with contextlib.suppress(OSError):
+                for number, piece in enumerate(typed, 1):
+                    while seen.count(b"> ") < number:
+                        seen += os.read(ours, 4096)
+                    os.write(ours, piece)
+                while piece := os.read(ours, 4096):
+                    seen += piece
+            os.close(ours)
+            errors = process.stderr.read()
+            alarm.cancel()
+            assert process.wait(30) == 0, errors
+        return seen, errors
+
+    session(b"Unlikely words\n", b"\x04")
+    assert "Unlikely words" in (tmp_path / "legacy1bit" / "history").read_text()
+    seen, errors = session(b"\x1b[A\n", b"\x04")
+    assert seen.count(b"Unlikely words") >= 2
+    assert errors.count(b"tokens/s") == 1
+
+
+ENDLESS = """
+import sys
+from legacy1bit import main
+sys.exit(main.main(["generate", "--model", sys.argv[1], "--prompt", "The ", *sys.argv[2:]]))
+"""
+
+
+@pytest.mark.parametrize("more", [(), ("--count", "3"), ("--json",)], ids=str)
+def test_ctrl_c_ends_a_text(wild, more):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(wild), "--max-tokens", str(10**9), *more],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    alarm = threading.Timer(30, process.kill)
+    alarm.start()
+    with process:
+        if more:
+            time.sleep(1.5)
+        else:
+            assert process.stdout.read(50)
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate()
+    alarm.cancel()
+    assert process.returncode == 130
+    assert b"Traceback" not in errors
+    assert more or re.fullmatch(SPEED, errors)
 
 
 def test_generate_writes_with_a_file_of_the_c_original(say, fail, tmp_path):
@@ -1418,6 +1582,11 @@ BAD_OPTIONS = {
         "temperature": ("", "x", "-1", "-1e-9", "nan", "inf", "-inf", "1e400"),
         "top-k": (*NO_INTEGERS, "-1", f"-{HUGE}"),
         "top-p": ("", "x", "0", "-1", "1.0001", "2", "nan", "inf"),
+        "min-p": ("", "x", "-1", "1.0001", "nan", "inf"),
+        "repetition-penalty": ("", "x", "0", "-1", "nan", "inf"),
+        "repetition-window": (*NO_INTEGERS, "-1"),
+        "stop": ("",),
+        "count": (*NO_INTEGERS, "0", "-1", HUGE),
         "seed": (*NO_INTEGERS, "-1"),
     },
     "evaluate": {"threads": (*NO_INTEGERS, "0", "-1", "257", HUGE)},

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from legacy1bit import main, results
+from legacy1bit.commands import train
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.results import TABLES, Outcome, Variant
 
@@ -19,8 +20,8 @@ DOCUMENT = Path(__file__).resolve().parents[1] / "docs/RESULTS.md"
 def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
-    values = main._parser().parse_args(arguments[2:])
-    return main._configs(values)
+    values = main.parser_of(arguments[2]).parse_args(arguments[2:])
+    return train._configs(values)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)

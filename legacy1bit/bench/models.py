@@ -102,7 +102,7 @@ def decode_call(decoder: Decoder, count: int = DECODED) -> Call:
 
     def decode() -> None:
         decoder.clear()
-        decoder.write([1], uniforms, 1.0)
+        decoder.write([1], uniforms)
 
     return decode
 

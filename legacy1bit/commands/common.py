@@ -1,0 +1,102 @@
+"""What several commands share: options made of settings, and where models lie."""
+
+import argparse
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from legacy1bit.data_utils import TOKENIZER_FILE, ByteTokenizer
+from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.threads import available_cores, default_threads
+
+RUNS = Path("runs")
+
+# The status of a command that Ctrl-C has ended.
+INTERRUPTED = 130
+
+ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
+
+# Settings whose options are not named like them; None: the command line has none.
+_OPTIONS = {"vocab_size": None, "num_blocks": "blocks", "num_heads": "heads"}
+
+
+def option_of(name: str) -> str | None:
+    """Return the command line's name of a setting, without its dashes."""
+    option = _OPTIONS.get(name, name)
+    return None if option is None else option.replace("_", "-")
+
+
+def add_settings(command: argparse.ArgumentParser, title: str, record: type[Any]) -> None:
+    """Give a command an option for each field of a record of settings."""
+    group = command.add_argument_group(title)
+    for setting in fields(record):
+        option, meta = option_of(setting.name), setting.metadata
+        if option is None:
+            continue
+        default = ALL_CORES if setting.name == "threads" else setting.default
+        meaning = meta["meaning"] + ("" if default is None else f" (default: {default})")
+        settings: dict[str, Any] = {"dest": setting.name, "help": meaning}
+        if meta["kind"] is bool:
+            settings["action"] = argparse.BooleanOptionalAction
+            settings["default"] = None
+        elif "choices" in meta:
+            settings["choices"] = meta["choices"]
+        else:
+            settings["type"] = meta["kind"]
+            settings["metavar"] = "N" if meta["kind"] is int else "X"
+        group.add_argument(f"--{option}", **settings)
+
+
+def add_model(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", metavar="PATH", type=Path, help="a run's folder (default: the latest)"
+    )
+
+
+def given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
+    """Return the settings of a record that the command line names."""
+    values = {setting.name: getattr(arguments, setting.name, None) for setting in fields(record)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def threads_of(arguments: argparse.Namespace) -> int:
+    """Return how many threads to use: never more than there are cores."""
+    if arguments.threads is None:
+        return default_threads()
+    if not 1 <= arguments.threads <= 256:
+        raise ValueError(f"--threads is {arguments.threads}, expected 1 to 256")
+    return min(int(arguments.threads), available_cores())
+
+
+def latest_run() -> Path:
+    """Return the run under ``runs/`` that was saved last.
+
+    Raises
+    ------
+    ValueError
+        If there is none.
+    """
+    found = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
+    if not found:
+        raise ValueError(
+            f"there is no run in {RUNS}/ yet: train one first, or name one with --model"
+        )
+    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> ByteTokenizer:
+    """Return the tokenizer that lies beside a model; bytes, as many as it knows, where none does.
+
+    Raises
+    ------
+    ValueError
+        If the file is damaged, or knows fewer tokens than the model.
+    """
+    if not (folder / TOKENIZER_FILE).exists():
+        return ByteTokenizer(vocab_size)
+    tokenizer = ByteTokenizer.load(folder)
+    if tokenizer.vocab_size < vocab_size:
+        raise ValueError(
+            f"{folder} has {vocab_size} tokens, and its {TOKENIZER_FILE} {tokenizer.vocab_size}"
+        )
+    return tokenizer

@@ -1,0 +1,54 @@
+"""``evaluate``: how well a model predicts a text."""
+
+import argparse
+
+from legacy1bit.commands.common import ALL_CORES, add_model, latest_run, threads_of, tokenizer_of
+from legacy1bit.commands.corpora import corpus_of
+from legacy1bit.data_utils import load_text_from_file
+from legacy1bit.dataset import TokenDataset
+from legacy1bit.model import load_model
+from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    add_model(command)
+    command.add_argument(
+        "--data", metavar="FILE", help="any text file (default: the run's validation set)"
+    )
+    command.add_argument("--threads", type=int, metavar="N", help=f"default: {ALL_CORES}")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print how well a model predicts a text."""
+    threads = threads_of(arguments)
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    config = model.config
+    tokenizer = tokenizer_of(folder, config.vocab_size)
+    if arguments.data is None:
+        _, _, source = read_settings(folder)
+        corpus = corpus_of(source, config)
+        print_metrics(evaluate(model, corpus.validation, threads))
+        if corpus.stories:
+            print_recall(recall_of_heroes(model, corpus.stories, threads))
+        return 0
+    tokens = tokenizer.encode(load_text_from_file(arguments.data))
+    if tokens.size < 2:
+        raise ValueError(f"{arguments.data} has one byte, expected at least two")
+    length = min(config.sequence_length, tokens.size - 1)
+    print_metrics(evaluate(model, TokenDataset(tokens, length, config.pad_token), threads))
+    return 0
+
+
+def print_recall(share: float) -> None:
+    """Print how often a model remembers whom a story is about."""
+    print(f"{'right hero':<18}{share:.1%} of endings")
+
+
+def print_metrics(metrics: Metrics) -> None:
+    """Print how well a model predicts."""
+    print(f"{'validation loss':<18}{metrics.loss:.4f} nats a character")
+    print(f"{'perplexity':<18}{metrics.perplexity:.4f}")
+    print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")
+    print(f"{'top 1 / 3 / 5':<18}{metrics.top1:.1%} / {metrics.top3:.1%} / {metrics.top5:.1%}")

@@ -1,0 +1,84 @@
+"""``export``: a model as a file for other programs."""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from legacy1bit.commands.common import add_model, latest_run
+from legacy1bit.model import LegacyLLM, load_model
+
+_TYPES = ("tq2_0", "tq1_0", "f16", "f32")
+
+
+def _export_gguf(model: LegacyLLM, path: Path, kind: str | None) -> str:
+    from legacy1bit.formats.gguf import export_gguf
+
+    export_gguf(model, path, kind)
+    return f"run it with llama.cpp: llama-completion -m {path} -p TEXT"
+
+
+def _export_c(model: LegacyLLM, path: Path, kind: str | None) -> str:
+    from legacy1bit.formats.c_source import export_c
+
+    export_c(model, path)
+    program = path.with_suffix("")
+    return f"compile it: cc -std=c99 -O2 -o {program} {path} -lm"
+
+
+def _export_hugging_face(model: LegacyLLM, path: Path, kind: str | None) -> str:
+    from legacy1bit.formats.hugging_face import export_hugging_face
+
+    export_hugging_face(model, path)
+    return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
+
+
+def _export_c_v1(model: LegacyLLM, path: Path, kind: str | None) -> str:
+    from legacy1bit.formats.c_v1 import export_c_v1
+
+    export_c_v1(model, path)
+    return "it is a file of the C program Legacy-1bit LLM"
+
+
+FORMATS: dict[str, Callable[[LegacyLLM, Path, str | None], str]] = {
+    "gguf": _export_gguf,
+    "c": _export_c,
+    "safetensors": _export_hugging_face,
+    "c-v1": _export_c_v1,
+}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Write a model as a file for other programs. gguf: for llama.cpp, with its tokenizer. "
+        "c: one C99 file, weights inside. safetensors: a folder that Hugging Face's transformers "
+        "loads. c-v1: the file of the C original."
+    )
+    add_model(command)
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="where to; a folder for safetensors"
+    )
+    command.add_argument("--format", choices=FORMATS, required=True, help="of which program")
+    command.add_argument(
+        "--type",
+        choices=_TYPES,
+        help="of the matrices in gguf (default: the smallest that holds the model exactly)",
+    )
+    command.add_argument(
+        "--license", metavar="TEXT", help="what others may do with the model, to be kept with it"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the file and say what to do with it."""
+    if arguments.type is not None and arguments.format != "gguf":
+        raise ValueError(f"--type is for --format gguf, not {arguments.format}")
+    model = load_model(arguments.model or latest_run())
+    if arguments.license is not None:
+        model.provenance = replace(model.provenance, license=arguments.license)
+    told = FORMATS[arguments.format](model, arguments.out, arguments.type)
+    files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
+    size = sum(file.stat().st_size for file in files)
+    print(f"{arguments.out}: {size:,} bytes; {told}")
+    return 0

@@ -1,0 +1,36 @@
+"""``info``: what a model is made of."""
+
+import argparse
+
+from legacy1bit.commands.common import add_model, latest_run
+from legacy1bit.model import TernaryMatrix, load_model
+from legacy1bit.trainer import weight_shares
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    add_model(command)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print settings, sizes and what every matrix holds."""
+    folder = arguments.model or latest_run()
+    model = load_model(folder)
+    print(f"{'model':<18}{folder}")
+    for name, value in (model.config.to_dict() | model.provenance.to_dict()).items():
+        print(f"{name:<18}{'' if value is None else value}")
+    print(f"{'parameters':<18}{model.num_parameters:,}")
+    print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")
+    matrices = weight_shares(model)
+    if matrices:
+        width = max(map(len, matrices))
+        levels = " ".join(f"{level:>6}" for level in next(iter(matrices.values())))
+        print(f"\n{'matrix':<{width}}  {'shape':>11}  {'scale':>9}  {levels}")
+    for name, shares in matrices.items():
+        matrix = model.parameters[name]
+        assert isinstance(matrix, TernaryMatrix)
+        print(
+            f"{name:<{width}}  {'x'.join(map(str, matrix.shape)):>11}  {matrix.scale:>9.6f}  "
+            + " ".join(f"{share:>6.1%}" for share in shares.values())
+        )
+    return 0

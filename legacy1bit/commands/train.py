@@ -1,0 +1,242 @@
+"""``train``: a model from a text, or from the bundled stories."""
+
+import argparse
+import contextlib
+import shlex
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from legacy1bit import stories
+from legacy1bit.commands.common import (
+    INTERRUPTED,
+    RUNS,
+    add_settings,
+    given,
+    option_of,
+    threads_of,
+)
+from legacy1bit.commands.corpora import corpus_of, source_of
+from legacy1bit.commands.evaluate import print_metrics, print_recall
+from legacy1bit.generator import Generator
+from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
+from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
+from legacy1bit.math_ops import simd_level
+from legacy1bit.trainer import (
+    RUN_FILES,
+    Trainer,
+    evaluate,
+    read_checkpoint_header,
+    read_settings,
+    recall_of_heroes,
+)
+
+# How many stories of a finished run are looked at.
+_SAMPLES = 20
+
+# What a run that goes on may be told anew.
+_CHANGEABLE = ("steps", "threads", "precision")
+
+console = Console(stderr=True, highlight=False)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Train a model on a text, or on the bundled stories. Without options it takes about a "
+        "minute on two cores."
+    )
+    command.add_argument("--data", metavar="FILE", help="any text file (default: the stories)")
+    command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
+    command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
+    command.add_argument("--stories", type=int, metavar="N", help="how many to learn from")
+    command.add_argument(
+        "--tensorboard", action="store_true", help="write TensorBoard's events, too"
+    )
+    add_settings(command, "the model", ModelConfig)
+    add_settings(command, "the training", TrainingConfig)
+
+
+def _make_folder(wanted: Path | None) -> Path:
+    """Make the folder of a new run: the one wanted, or one named by the time."""
+    if wanted is not None:
+        wanted.mkdir(parents=True, exist_ok=True)
+        return wanted
+    name, number = time.strftime("%Y%m%d-%H%M%S"), 1
+    while True:
+        path = RUNS / (name if number == 1 else f"{name}-{number}")
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return path
+
+
+def _check_folder(wanted: Path | None) -> None:
+    """Raise ``ValueError`` for a folder in which a run would write over something."""
+    if wanted is None or not wanted.exists():
+        return
+    if (wanted / SETTINGS_FILE).exists():
+        raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
+    # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
+    # beside it some of its files.
+    names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
+    found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
+    ours = METRICS_FILE in found and found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
+    if found and not ours:
+        raise ValueError(f"{wanted} is no empty folder: name another")
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "_Interrupts":
+        self._before = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+
+def _configs(arguments: argparse.Namespace) -> tuple[ModelConfig, TrainingConfig]:
+    """Return the settings that the command line asks for."""
+    training = given(arguments, TrainingConfig)
+    training["threads"] = threads_of(arguments)
+    return ModelConfig(**given(arguments, ModelConfig)), TrainingConfig(**training)
+
+
+def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
+    """Return a new run, or an old one where its checkpoint was written."""
+    if arguments.resume is not None:
+        return _resume(arguments)
+    model_config, config = _configs(arguments)
+    if arguments.tensorboard:
+        check_tensorboard()
+    _check_folder(arguments.out)
+    source = source_of(arguments.data, arguments.stories, config.seed)
+    corpus = corpus_of(source, model_config)
+    # The folder last: what fails before leaves nothing behind.
+    trainer = Trainer(RUNS, model_config, config, corpus, source)
+    trainer.folder = _make_folder(arguments.out)
+    return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
+
+
+def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
+    """Return an old run. What it was started with holds; only its end and its threads may move."""
+    folder = arguments.resume
+    model_config, config, source = read_settings(folder)
+    places = ("data", "out", "stories")
+    named = [name for name in places if getattr(arguments, name) is not None]
+    named += [*given(arguments, ModelConfig), *given(arguments, TrainingConfig)]
+    fixed = [option_of(name) for name in named if name not in _CHANGEABLE]
+    if fixed:
+        raise ValueError(
+            f"--{fixed[0]} cannot change in a run that goes on: only --steps, --threads and "
+            "--precision can"
+        )
+    changes = {name: getattr(arguments, name) for name in named}
+    if "threads" in changes:
+        changes["threads"] = threads_of(arguments)
+    config = replace(config, **changes)
+    done = read_checkpoint_header(folder, model_config).step
+    if done >= config.steps:
+        raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
+    trainer = Trainer(folder, model_config, config, corpus_of(source, model_config), source)
+    trainer.restore()
+    print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
+    return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Train, with a progress bar, and report."""
+    trainer, logger = _start(arguments)
+    config = trainer.model.config
+    print(
+        f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
+        f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
+        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
+        file=sys.stderr,
+    )
+    with _Interrupts() as interrupts, _progress() as progress:
+        task = progress.add_task(
+            "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
+        )
+
+        def on_step(loss: float, speed: float) -> None:
+            progress.update(task, completed=trainer.step, loss=loss, speed=speed)
+
+        def on_report(record: dict[str, Any]) -> None:
+            progress.console.print(
+                f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
+                f"validation loss {record['val_loss']:.4f}  "
+                f"{record['tokens_per_second']:,.0f} tokens/s"
+            )
+
+        with contextlib.closing(logger):
+            done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
+    if not done:
+        print(
+            f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
+            f"  python -m legacy1bit.main train --resume {shlex.quote(str(trainer.folder))}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    _report(trainer)
+    return 0
+
+
+def _progress() -> Progress:
+    return Progress(
+        BarColumn(),
+        TaskProgressColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    )
+
+
+def _report(trainer: Trainer) -> None:
+    """Print what a finished run has come to."""
+    model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
+    metrics = trainer.metrics or evaluate(model, corpus.validation, threads)
+    print_metrics(metrics)
+    if corpus.floor is not None:
+        print(
+            f"{'entropy floor':<18}{corpus.floor:.4f} nats a character "
+            f"(the loss is {metrics.loss / corpus.floor - 1:.1%} above)"
+        )
+    generator = Generator(model)
+    if corpus.stories:
+        print_recall(recall_of_heroes(model, corpus.stories, threads))
+        longest = model.config.sequence_length
+        told = generator.batch([""] * _SAMPLES, longest, stop=["\n"])
+        written = [story.text for story in told]
+        whole = sum(stories.is_story(story) for story in written)
+        print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
+        print("\nsample:\n  " + "\n  ".join(written[:3]))
+    else:
+        print("\nsample:\n" + generator.complete("", 300).text)
+    folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
+    print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
+    print(f'  python -m legacy1bit.main generate --model {folder} --prompt "{prompt}"')
