@@ -19,7 +19,7 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers results test test-slow lint
+TAKES_IT := run bench bench-compare bench-peers results test test-slow test-c lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,8 +27,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench bench-compare bench-peers results test test-slow test-wheel test-old-cpus lint wheel
-.PHONY: clean distclean always
+.PHONY: build help run bench bench-compare bench-peers results test test-slow test-c test-wheel
+.PHONY: test-old-cpus lint wheel clean distclean always
 
 build: build/done
 
@@ -41,6 +41,7 @@ help:
 	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
+	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
 	@echo 'make lint               style and types'
@@ -92,6 +93,9 @@ test: build
 
 test-slow: build
 	$(PYTHON) -m pytest -m slow $(ARGS)
+
+test-c: build
+	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_c_source.py
 
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__

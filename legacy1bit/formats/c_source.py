@@ -1,0 +1,207 @@
+"""A model as one C source file, which needs nothing but a C99 compiler and its libraries.
+
+The code is the template ``model.c``, the same for every model: Python fills in the constants of
+its first lines and appends the weights. What it computes is what ``inference.Decoder`` computes.
+"""
+
+import os
+import re
+import textwrap
+from importlib.resources import files
+from string import Template
+
+import numpy as np
+import numpy.typing as npt
+
+from legacy1bit.files import atomic_write
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import LegacyLLM
+from legacy1bit.packed import PackedMatrix, PackedModel
+from legacy1bit.provenance import Provenance
+from legacy1bit.schemes import FLOAT, SCHEMES
+
+_BYTES = 256
+
+# In a word, two bits each.
+_CODES = 16
+
+# More columns than a matrix can have: a group that is the whole row.
+_WHOLE_ROW = 1 << 20
+
+# The members of the template's structs, and the parameters they are made of; a norm goes by the
+# layer it is in.
+_NORMS = {
+    "norm1": "norm1",
+    "heads_norm": "attention",
+    "norm2": "norm2",
+    "hidden_norm": "ffn",
+}
+_MATRICES = {
+    **{f"w{which}": f"attention.w{which}" for which in "qkvo"},
+    "wi": "ffn.wi",
+    "wo_ffn": "ffn.wo",
+}
+
+
+def export_c(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
+    """Write a model as one C99 source file, its weights inside.
+
+    The program continues a prompt as ``inference.generate`` does. The file says how to compile it.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    path : path-like
+        The file to write; what is there is replaced.
+
+    Raises
+    ------
+    ValueError
+        If the model has more tokens than there are bytes, or a weight is not finite.
+    OSError
+        If the file cannot be written.
+    """
+    config = model.config
+    if config.vocab_size > _BYTES:
+        raise ValueError(
+            f"the model has {config.vocab_size} tokens, expected at most {_BYTES}: a C program "
+            "reads and writes bytes"
+        )
+    packed = PackedModel(model)
+    code = files("legacy1bit.formats").joinpath("model.c").read_text("ascii")
+    parts = [Template(code).substitute(_constants(config, model.provenance))]
+    for name, values in packed.parameters.items():
+        parts += _tables(name, values)
+    parts += _structs(packed)
+    atomic_write(path, "".join(parts).encode("ascii"))
+
+
+def _constants(config: ModelConfig, provenance: Provenance) -> dict[str, object]:
+    """Return what the template's placeholders stand for."""
+    levels = (0, 1) if config.scheme == FLOAT else SCHEMES[config.scheme].levels
+    settings = ", ".join(f"{name}={value}" for name, value in config.to_dict().items())
+    lines = [
+        f"generator: {provenance.to_dict()['generator']}",
+        *provenance.lines(),
+        *textwrap.wrap(f"settings: {settings}", 90),
+    ]
+    return {
+        **config.to_dict(),
+        "description": "\n".join(f" * {_comment(line)}" for line in lines),
+        "ffn_dim": config.ffn_dim,
+        "rope": int(config.positions == "rope"),
+        "rope_base": repr(float(config.rope_base)),
+        "squared": int(config.activation == "relu2"),
+        "lowest": levels[0],
+        "step": levels[1] - levels[0],
+        "one_scale": int(config.scale in ("tensor", "one")),
+        "group": int(config.scale) if config.scale.isdigit() else _WHOLE_ROW,
+    }
+
+
+def _comment(text: str) -> str:
+    """Return a text in ASCII and without what would begin or end a comment, or be a trigraph."""
+    plain = text.encode("unicode_escape").decode("ascii")
+    return re.sub(r"\*(?=/)|/(?=\*)|\?(?=\?)", r"\g<0> ", plain)
+
+
+def _tables(name: str, values: PackedMatrix | npt.NDArray[np.float32]) -> list[str]:
+    """Return the C arrays that one parameter becomes."""
+    numbers = values.scales if isinstance(values, PackedMatrix) else values
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name} holds a number that is not finite")
+    table = _table_name(name)
+    if isinstance(values, PackedMatrix):
+        return [
+            *_array("uint32_t", table, _hex_lines(_code_words(values))),
+            *_array("float", f"{table}_scales", _float_lines(values.scales)),
+        ]
+    if values.ndim == 2:
+        upper = (values.view(np.uint32) >> 16).astype(">u2")
+        return _array("uint16_t", table, _hex_lines(upper))
+    return _array("float", table, _float_lines(values))
+
+
+def _table_name(name: str) -> str:
+    return name.replace(".", "_")
+
+
+def _array(kind: str, name: str, lines: list[str]) -> list[str]:
+    return [f"static const {kind} {name}[] = {{\n", *lines, "};\n\n"]
+
+
+def _code_words(matrix: PackedMatrix) -> npt.NDArray[np.uint32]:
+    """Return a matrix's codes, 16 to a word, the first in the lowest bits: big-endian[R, W].
+
+    A code's place among the levels is what is stored; what a row leaves open is zeros.
+    """
+    rows, cols = matrix.shape
+    lowest, step = matrix.levels[0], matrix.levels[1] - matrix.levels[0]
+    places = np.zeros((rows, -(-cols // _CODES), 4, 4), np.uint8)
+    places.reshape(rows, -1)[:, :cols] = (matrix.values - np.int8(lowest)) // np.int8(step)
+    # Four codes to a byte, and the last byte first.
+    joined = np.bitwise_or.reduce(places << np.array([0, 2, 4, 6], np.uint8), axis=3)
+    words: npt.NDArray[np.uint32] = np.ascontiguousarray(joined[:, :, ::-1]).view(">u4")
+    return words
+
+
+def _hex_lines(numbers: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> list[str]:
+    """Return big-endian numbers as lines of a C array, in hexadecimal digits."""
+    size = numbers.itemsize
+    raw, line = numbers.tobytes(), 32 if size == 4 else 24
+    return [
+        "    0x" + raw[i : i + line].hex(",", -size).replace(",", ", 0x") + ",\n"
+        for i in range(0, len(raw), line)
+    ]
+
+
+def _float_lines(numbers: npt.NDArray[np.float32]) -> list[str]:
+    """Return floats as lines of a C array; nine digits tell any two of them apart."""
+    words = [f"{number:.8e}f" for number in numbers.ravel().tolist()]
+    return [f"    {', '.join(words[i : i + 5])},\n" for i in range(0, len(words), 5)]
+
+
+def _structs(model: PackedModel) -> list[str]:
+    """Return the structs that point at the arrays."""
+    parts = [f"const struct block blocks[{model.config.num_blocks}] = {{\n"]
+    for i in range(model.config.num_blocks):
+        parts.append("    {\n")
+        for member, layer in _NORMS.items():
+            if norm := _norm(model, f"blocks.{i}.{layer}"):
+                parts.append(f"        .{member} = {norm},\n")
+        for member, name in _MATRICES.items():
+            parts.append(f"        .{member} = {_matrix(model, f'blocks.{i}.{name}')},\n")
+        parts.append("    },\n")
+    parts.append("};\n\n")
+    parts.append(f"const struct matrix embedding = {_matrix(model, 'embedding.weight')};\n")
+    parts.append(f"const struct matrix output = {_matrix(model, 'output.weight')};\n")
+    # An initializer of C99 is not empty.
+    parts.append(
+        f"const struct norm final_norm = {_norm(model, 'final_norm') or '{NULL, NULL}'};\n"
+    )
+    return parts
+
+
+def _norm(model: PackedModel, name: str) -> str:
+    """Return the initializer of a norm, empty where the model has none of that name."""
+    if f"{name}.gamma" not in model.parameters:
+        return ""
+    table = _table_name(name)
+    return f"{{{table}_gamma, {table}_beta}}"
+
+
+def _matrix(model: PackedModel, name: str) -> str:
+    """Return the initializer of a matrix."""
+    weights, table = model.parameters[name], _table_name(name)
+    rows, cols = weights.shape
+    members = [f".rows = {rows}, .cols = {cols}"]
+    if isinstance(weights, PackedMatrix):
+        members.append(f".codes = {table}, .scales = {table}_scales")
+    else:
+        members.append(f".upper = {table}")
+    # A matrix's bias has a b for the w in its name; of the output, a name of its own.
+    layer, _, last = name.rpartition(".")
+    bias = f"{layer}.{last.replace('weight', 'bias').replace('w', 'b')}"
+    if bias in model.parameters:
+        members.append(f".bias = {_table_name(bias)}")
+    return "{" + ",\n            ".join(members) + "}"

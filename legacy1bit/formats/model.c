@@ -1,0 +1,573 @@
+/* A language model in one file: how it works comes first, its weights are at the end.
+ *
+$description
+ *
+ * To compile and to run it:
+ *
+ *     cc -std=c99 -O2 -o model model.c -lm
+ *     ./model "Once upon a time" 250 0.8 1
+ *
+ * The arguments are the prompt, how many tokens to write (250), the temperature (0.8; at 0 every
+ * token is the likeliest one) and the seed of the random numbers (0). The prompt and its
+ * continuation go to standard output, everything else to standard error.
+ *
+ * Where the compiler may use the SSE instructions of a Pentium III, the products with codes do;
+ * -DUSE_SSE=0 leaves them out, and the text stays the same. For such a CPU:
+ *
+ *     gcc -m32 -march=pentium3 -mfpmath=sse -std=c99 -O2 -o model model.c -lm
+ *
+ * Not with -ffast-math: infinities and NaN must keep their meaning, and roundings their place. */
+
+#include <errno.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifndef USE_SSE
+#ifdef __SSE__
+#define USE_SSE 1
+#else
+#define USE_SSE 0
+#endif
+#endif
+
+#if USE_SSE
+#include <xmmintrin.h>
+#endif
+
+enum {
+    VOCAB = $vocab_size, /* tokens: the bytes from 0 on */
+    DIM = $model_dim, /* the width of the residual stream */
+    BLOCKS = $num_blocks, /* transformer blocks */
+    HEADS = $num_heads, /* attention heads in each */
+    FFN = $ffn_dim, /* the width of the feed-forward layers */
+    CONTEXT = $sequence_length, /* the longest sequence, in tokens */
+    SPAN = $attention_span, /* how many tokens back one sees, itself included; 0: all */
+    ROPE = $rope, /* whether attention knows positions */
+    SQUARED = $squared, /* whether ReLU is squared */
+    LOWEST = $lowest, /* the first of the values that codes stand for, */
+    STEP = $step, /* and how far apart they are */
+    ONE_SCALE = $one_scale, /* whether a matrix has one scale; else each row has its own, or */
+    GROUP = $group, /* so many neighbours in a row, where it has more of them */
+
+    HEAD_DIM = DIM / HEADS,
+    CODES = 16, /* in a word, two bits each */
+    MOST = CONTEXT > VOCAB ? CONTEXT : VOCAB,
+    LINE_BREAK = 10
+};
+
+#define ROPE_BASE $rope_base
+#define EPSILON 1e-5f /* keeps layer norms from dividing by zero */
+
+/* ------------------------------------------------------------------------------------------
+ * The weights
+ *
+ * A matrix of codes has a few whole numbers times scales. Its rows are padded to whole words, and
+ * the first code of a word is in its lowest bits. Other matrices are bfloat16: the upper halves of
+ * floats. What a model lacks is NULL. */
+
+struct matrix {
+    const uint32_t *codes;      /* [rows][cols / CODES, rounded up], or */
+    const uint16_t *upper;      /* [rows][cols] */
+    const float *scales;        /* of the codes */
+    const float *bias;          /* [rows] */
+    int rows, cols;
+};
+
+struct norm {
+    const float *gamma, *beta;
+};
+
+struct block {
+    struct norm norm1, heads_norm, norm2, hidden_norm;
+    struct matrix wq, wk, wv, wo, wi, wo_ffn;
+};
+
+extern const struct block blocks[BLOCKS];
+extern const struct matrix embedding, output;
+extern const struct norm final_norm;
+
+/* ------------------------------------------------------------------------------------------
+ * All the memory there is: its size is known beforehand. */
+
+#if USE_SSE
+typedef float whole;            /* holds whole numbers, exactly up to 2^24 */
+#else
+typedef signed char whole;
+#endif
+
+struct state {
+    /* Two arrays that SSE reads in fours: they come first, to be aligned as the struct is. */
+    whole levels[256][4];       /* the four values that a byte of codes stands for */
+    whole rounded[(FFN + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
+    float step;                 /* what its whole numbers count */
+    float input[FFN];           /* the same before it was rounded */
+    float stream[DIM];          /* the residual stream of the token that is read */
+    float q[DIM], k[DIM], v[DIM], heads[DIM], hidden[FFN], logits[VOCAB];
+    float cosines[HEAD_DIM], sines[HEAD_DIM];           /* of the token's position */
+    double chances[MOST];       /* of keys to be looked at, of tokens to be drawn */
+    signed char codes[FFN];
+    /* The cache: keys and values of the tokens so far, with a step for each head's. */
+    float key_steps[BLOCKS][CONTEXT][HEADS], value_steps[BLOCKS][CONTEXT][HEADS];
+    signed char keys[BLOCKS][CONTEXT][DIM], values[BLOCKS][CONTEXT][DIM];
+    unsigned char text[CONTEXT + 1];                    /* the tokens of the context */
+};
+
+static struct state *create_state(void)
+{
+    const size_t size = sizeof(struct state) + 15;
+    unsigned char *room = malloc(size);
+    struct state *s;
+    int byte, i;
+    fprintf(stderr, "memory: %lu bytes\n", (unsigned long)size);
+    if (room == NULL)
+        return NULL;
+    s = (struct state *)(void *)(room + (16 - (uintptr_t)room % 16) % 16);
+    for (byte = 0; byte < 256; byte++)
+        for (i = 0; i < 4; i++)
+            s->levels[byte][i] = (whole)(LOWEST + STEP * ((byte >> 2 * i) & 3));
+    return s;
+}
+
+/* ------------------------------------------------------------------------------------------
+ * Products */
+
+/* What a float holds of a result. The registers of an x87 keep more digits than that, until a
+ * number is stored; with this the text is the same everywhere. */
+static float stored(float x)
+{
+    volatile float memory = x;
+    return memory;
+}
+
+static float from_upper(uint16_t upper)
+{
+    const uint32_t bits = (uint32_t)upper << 16;
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* Round numbers to whole multiples, -127 to 127, of a step: the largest of them over 127. Returns
+ * the step, which is NaN where one of them is not finite. */
+static float round_to_int8(const float *x, int count, signed char *codes)
+{
+    float top = 0.0f, inverse = 0.0f, step;
+    int i, finite = 1;
+    for (i = 0; i < count; i++) {
+        top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
+        finite = finite && isfinite(x[i]);
+    }
+    step = finite ? stored(top / 127.0f) : NAN;
+    if (step > 0.0f)
+        inverse = stored(127.0f / top);
+    if (!isfinite(inverse))
+        inverse = 0.0f;         /* the numbers are too small to tell from zeros */
+    for (i = 0; i < count; i++)
+        codes[i] = inverse > 0.0f ? (signed char)lrintf(stored(inverse * x[i])) : 0;
+    return step;
+}
+
+/* Make ready what a matrix is to be multiplied by: normalised, where there is a norm (Ba, Kiros &
+ * Hinton, arXiv 1607.06450), and rounded, where the matrix consists of codes. */
+static void prepare(struct state *s, const struct norm *norm, const float *x,
+                    const struct matrix *reader)
+{
+    const int count = reader->cols, padded = (count + CODES - 1) / CODES * CODES;
+    int i;
+    if (norm->gamma != NULL) {
+        double mean = 0.0, variance = 0.0, spread;
+        for (i = 0; i < count; i++)
+            mean += x[i];
+        mean /= count;
+        for (i = 0; i < count; i++)
+            variance += (x[i] - mean) * (x[i] - mean);
+        spread = 1.0 / sqrt(variance / count + EPSILON);
+        for (i = 0; i < count; i++)
+            s->input[i] = (float)((x[i] - mean) * spread * norm->gamma[i] + norm->beta[i]);
+    } else {
+        memcpy(s->input, x, (size_t)count * sizeof *x);
+    }
+    if (reader->codes != NULL) {
+        s->step = round_to_int8(s->input, count, s->codes);
+        for (i = 0; i < count; i++)
+            s->rounded[i] = (whole)s->codes[i];
+        for (i = count; i < padded; i++)
+            s->rounded[i] = 0;
+    }
+}
+
+/* The sum of products of some words of codes with the rounded input from x on, exactly. */
+#if USE_SSE
+static int sum_of_products(const struct state *s, const uint32_t *words, const whole *x, int count)
+{
+    /* A sum of floats is exact below 2^24; so many words cannot reach that. */
+    enum { EXACT_WORDS = (1 << 24) / (4 * 127 * 3) };
+    float lanes[4];
+    int total = 0;
+    while (count > 0) {
+        const uint32_t *end = words + (count < EXACT_WORDS ? count : EXACT_WORDS);
+        __m128 even = _mm_setzero_ps(), odd = _mm_setzero_ps();
+        for (; words < end; words++, x += CODES) {
+            const float *a = s->levels[*words & 255], *b = s->levels[(*words >> 8) & 255];
+            const float *c = s->levels[(*words >> 16) & 255], *d = s->levels[*words >> 24];
+            even = _mm_add_ps(even, _mm_mul_ps(_mm_load_ps(a), _mm_load_ps(x)));
+            odd = _mm_add_ps(odd, _mm_mul_ps(_mm_load_ps(b), _mm_load_ps(x + 4)));
+            even = _mm_add_ps(even, _mm_mul_ps(_mm_load_ps(c), _mm_load_ps(x + 8)));
+            odd = _mm_add_ps(odd, _mm_mul_ps(_mm_load_ps(d), _mm_load_ps(x + 12)));
+        }
+        _mm_storeu_ps(lanes, _mm_add_ps(even, odd));
+        total += (int)lanes[0] + (int)lanes[1] + (int)lanes[2] + (int)lanes[3];
+        count -= EXACT_WORDS;
+    }
+    return total;
+}
+#else
+static int sum_of_products(const struct state *s, const uint32_t *words, const whole *x, int count)
+{
+    int total = 0, i, shift;
+    for (i = 0; i < count; i++)
+        for (shift = 0; shift < 32; shift += 8, x += 4) {
+            const whole *levels = s->levels[(words[i] >> shift) & 255];
+            total += levels[0] * x[0] + levels[1] * x[1] + levels[2] * x[2] + levels[3] * x[3];
+        }
+    return total;
+}
+#endif
+
+/* out = matrix input + bias; or out += that. */
+static void multiply(const struct state *s, const struct matrix *matrix, int accumulate, float *out)
+{
+    const int words = (matrix->cols + CODES - 1) / CODES;
+    const uint32_t *codes = matrix->codes;
+    const uint16_t *upper = matrix->upper;
+    const float *scale = matrix->scales;
+    int row, i;
+    for (row = 0; row < matrix->rows; row++) {
+        const float bias = matrix->bias != NULL ? matrix->bias[row] : 0.0f;
+        float sum = accumulate ? out[row] : 0.0f;
+        if (codes != NULL) {
+            for (i = 0; i < words; i += GROUP / CODES) {
+                const int count = words - i < GROUP / CODES ? words - i : GROUP / CODES;
+                const int total = sum_of_products(s, codes, s->rounded + i * CODES, count);
+                sum = stored(sum + stored(stored((float)total) * stored(*scale * s->step)));
+                if (i == 0)
+                    sum = stored(sum + bias);
+                codes += count;
+                if (!ONE_SCALE)
+                    scale++;
+            }
+            out[row] = sum;
+        } else {
+            double product = 0.0;
+            for (i = 0; i < matrix->cols; i++)
+                product += (double)from_upper(*upper++) * s->input[i];
+            out[row] = (float)(sum + product + bias);
+        }
+    }
+}
+
+/* The row of the embedding that stands for a token becomes the stream. */
+static void embed(struct state *s, int token)
+{
+    int i;
+    if (embedding.codes != NULL) {
+        const uint32_t *codes = embedding.codes + (size_t)token * ((DIM + CODES - 1) / CODES);
+        const float *scales = embedding.scales;
+        if (!ONE_SCALE)
+            scales += (size_t)token * ((DIM + GROUP - 1) / GROUP);
+        for (i = 0; i < DIM; i++) {
+            const uint32_t code = (codes[i / CODES] >> 2 * (i % CODES)) & 3;
+            s->stream[i] = scales[i / GROUP] * (float)(LOWEST + STEP * (int)code);
+        }
+    } else {
+        for (i = 0; i < DIM; i++)
+            s->stream[i] = from_upper(embedding.upper[(size_t)token * DIM + i]);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------
+ * Attention (Vaswani et al., arXiv 1706.03762, equation 1) */
+
+/* Rotary positions (Su et al., arXiv 2104.09864): the pair (i, i + HEAD_DIM / 2) of each head is
+ * turned by an angle that grows with the position, the slower the larger i is. */
+static void find_angles(struct state *s, int position)
+{
+    int i;
+    for (i = 0; i < HEAD_DIM / 2; i++) {
+        const double angle = position * pow(ROPE_BASE, -2.0 * i / HEAD_DIM);
+        s->cosines[i] = (float)cos(angle);
+        s->sines[i] = (float)sin(angle);
+    }
+}
+
+static void rotate(const struct state *s, float *x)
+{
+    int head, i;
+    for (head = 0; head < HEADS; head++, x += HEAD_DIM)
+        for (i = 0; i < HEAD_DIM / 2; i++) {
+            const double a = x[i], b = x[i + HEAD_DIM / 2];
+            x[i] = (float)(a * s->cosines[i] - b * s->sines[i]);
+            x[i + HEAD_DIM / 2] = (float)(a * s->sines[i] + b * s->cosines[i]);
+        }
+}
+
+/* Chances in proportion to exp(score / temperature), in place of the scores; returns their sum.
+ * Taking the largest score off changes no proportion, and keeps exp from overflowing. */
+static double weigh(double *scores, int count, double temperature)
+{
+    double top = scores[0], total = 0.0;
+    int i;
+    for (i = 1; i < count; i++)
+        top = scores[i] > top ? scores[i] : top;
+    for (i = 0; i < count; i++) {
+        scores[i] = exp((scores[i] - top) / temperature);
+        total += scores[i];
+    }
+    return total;
+}
+
+/* One head: the mean of the values it remembers, weighted by how well their keys fit its query. */
+static void attend(struct state *s, int layer, int head, int position)
+{
+    const int first = SPAN > 0 && position >= SPAN ? position - SPAN + 1 : 0;
+    const float *q = s->q + head * HEAD_DIM;
+    double *chances = s->chances, total;
+    int t, i;
+    for (t = first; t <= position; t++) {
+        const signed char *key = s->keys[layer][t] + head * HEAD_DIM;
+        double product = 0.0;
+        for (i = 0; i < HEAD_DIM; i++)
+            product += (double)q[i] * key[i];
+        chances[t - first] = product * s->key_steps[layer][t][head];
+    }
+    total = weigh(chances, position - first + 1, sqrt(HEAD_DIM));
+    for (t = first; t <= position; t++)
+        chances[t - first] *= s->value_steps[layer][t][head] / total;
+    for (i = 0; i < HEAD_DIM; i++) {
+        double mean = 0.0;
+        for (t = first; t <= position; t++)
+            mean += chances[t - first] * s->values[layer][t][head * HEAD_DIM + i];
+        s->heads[head * HEAD_DIM + i] = (float)mean;
+    }
+}
+
+/* ------------------------------------------------------------------------------------------
+ * The model */
+
+/* One block: stream += attention(norm1(stream)); stream += feed-forward(norm2(stream)). */
+static void transform(struct state *s, int layer, int position)
+{
+    const struct block *b = &blocks[layer];
+    int i;
+
+    prepare(s, &b->norm1, s->stream, &b->wq);
+    multiply(s, &b->wq, 0, s->q);
+    multiply(s, &b->wk, 0, s->k);
+    multiply(s, &b->wv, 0, s->v);
+    if (ROPE) {
+        rotate(s, s->q);
+        rotate(s, s->k);
+    }
+    for (i = 0; i < HEADS; i++) {
+        const int at = i * HEAD_DIM;
+        s->key_steps[layer][position][i] =
+            round_to_int8(s->k + at, HEAD_DIM, s->keys[layer][position] + at);
+        s->value_steps[layer][position][i] =
+            round_to_int8(s->v + at, HEAD_DIM, s->values[layer][position] + at);
+        attend(s, layer, i, position);
+    }
+    prepare(s, &b->heads_norm, s->heads, &b->wo);
+    multiply(s, &b->wo, 1, s->stream);
+
+    prepare(s, &b->norm2, s->stream, &b->wi);
+    multiply(s, &b->wi, 0, s->hidden);
+    for (i = 0; i < FFN; i++) {
+        const float x = s->hidden[i];
+        s->hidden[i] = x > 0.0f ? (SQUARED ? x * x : x) : 0.0f;
+    }
+    prepare(s, &b->hidden_norm, s->hidden, &b->wo_ffn);
+    multiply(s, &b->wo_ffn, 1, s->stream);
+}
+
+/* Read the token at a position; the logits of the next one, where they are wanted. */
+static void read_token(struct state *s, int position, int wanted)
+{
+    int layer;
+    embed(s, s->text[position]);
+    if (ROPE)
+        find_angles(s, position);
+    for (layer = 0; layer < BLOCKS; layer++)
+        transform(s, layer, position);
+    if (wanted) {
+        prepare(s, &final_norm, s->stream, &output);
+        multiply(s, &output, 0, s->logits);
+    }
+}
+
+/* ------------------------------------------------------------------------------------------
+ * Drawing tokens */
+
+/* A number in [0, 1): SplitMix64 (Steele, Lea & Flood, OOPSLA 2014) steps through all numbers of
+ * 64 bits and scrambles each; the 53 highest bits are as many as a double holds. */
+static double uniform(uint64_t *random)
+{
+    uint64_t z = *random += UINT64_C(0x9E3779B97F4A7C15);
+    z = (z ^ (z >> 30)) * UINT64_C(0xBF58476D1CE4E5B9);
+    z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
+    z ^= z >> 31;
+    return (double)(z >> 11) / 9007199254740992.0;
+}
+
+/* The next token, or -1 where the logits are not finite. */
+static int draw(struct state *s, double temperature, uint64_t *random)
+{
+    int i, best = 0;
+    double left;
+    for (i = 0; i < VOCAB; i++) {
+        if (!(s->logits[i] < INFINITY))     /* as NaN is not, either */
+            return -1;
+        if (s->logits[i] > s->logits[best])
+            best = i;
+        s->chances[i] = s->logits[i];
+    }
+    if (!(s->logits[best] > -INFINITY))
+        return -1;
+    if (!(temperature > 0.0))
+        return best;
+    left = weigh(s->chances, VOCAB, temperature) * uniform(random);
+    for (i = 0; i < VOCAB; i++) {
+        left -= s->chances[i];
+        if (left < 0.0)
+            return i;
+    }
+    return best;
+}
+
+/* ------------------------------------------------------------------------------------------
+ * The program */
+
+/* A whole number up to a limit. Returns whether the text is one. */
+static int parse_whole(const char *text, uint64_t limit, uint64_t *number)
+{
+    *number = 0;
+    if (*text == '\0')
+        return 0;
+    for (; *text != '\0'; text++) {
+        const unsigned digit = (unsigned)*text - '0';
+        if (digit > 9 || *number > (limit - digit) / 10)
+            return 0;
+        *number = *number * 10 + digit;
+    }
+    return 1;
+}
+
+/* A finite number that is not negative. Returns whether the text is one. */
+static int parse_number(const char *text, double *number)
+{
+    char *end;
+    if ((*text < '0' || *text > '9') && *text != '.')
+        return 0;
+    *number = strtod(text, &end);
+    return end != text && *end == '\0' && isfinite(*number);
+}
+
+/* Put the prompt into the context, behind the line break that texts begin with; of one that does
+ * not fit, the end. Returns how many tokens there are. */
+static int begin(struct state *s, const char *prompt)
+{
+    const size_t extra = VOCAB > LINE_BREAK ? 1 : 0, size = strlen(prompt), all = size + extra;
+    if (all > CONTEXT) {
+        fprintf(stderr, "the prompt is longer than the model's context: only the last %d of its "
+                "%lu tokens count\n", (int)CONTEXT, (unsigned long)all);
+        memcpy(s->text, prompt + (size - CONTEXT), CONTEXT);
+        return CONTEXT;
+    }
+    s->text[0] = LINE_BREAK;
+    memcpy(s->text + extra, prompt, size);
+    return (int)all;
+}
+
+/* Write so many tokens. A text that grows past the context goes on from its newer half. Returns
+ * the program's status. */
+static int write_text(struct state *s, int size, uint64_t tokens, double temperature,
+                      uint64_t random)
+{
+    int read = 0;
+    for (; tokens > 0; tokens--) {
+        int token;
+        if (size > CONTEXT) {
+            const int kept = CONTEXT > 1 ? CONTEXT / 2 : 1;
+            memmove(s->text, s->text + (size - kept), (size_t)kept);
+            size = kept;
+            read = 0;
+        }
+        for (; read < size; read++)
+            read_token(s, read, read == size - 1);
+        token = draw(s, temperature, &random);
+        if (token < 0) {
+            fprintf(stderr, "the model's logits are not finite: its weights are damaged\n");
+            return 1;
+        }
+        if (putchar(token) == EOF || fflush(stdout) != 0) {
+            fprintf(stderr, "cannot write the text: %s\n", strerror(errno));
+            return 1;
+        }
+        s->text[size++] = (unsigned char)token;
+    }
+    return 0;
+}
+
+int main(int argc, char **argv)
+{
+    uint64_t tokens = 250, seed = 0;
+    double temperature = 0.8;
+    const char *prompt, *c;
+    struct state *s;
+    if (argc < 2 || argc > 5) {
+        fprintf(stderr, "usage: %s \"prompt\" [tokens] [temperature] [seed]\n",
+                argc > 0 ? argv[0] : "model");
+        return 2;
+    }
+    prompt = argv[1];
+    for (c = prompt; *c != '\0'; c++) {
+        const int byte = (unsigned char)*c;
+        if (byte >= VOCAB) {
+            fprintf(stderr, "prompt: byte %d at offset %lu is outside the vocabulary of %d "
+                    "tokens\n", byte, (unsigned long)(c - prompt), (int)VOCAB);
+            return 2;
+        }
+    }
+    if (VOCAB <= LINE_BREAK && *prompt == '\0') {
+        fprintf(stderr, "prompt: it is empty, expected at least one token\n");
+        return 2;
+    }
+    if (argc > 2 && !parse_whole(argv[2], INT32_MAX, &tokens)) {
+        fprintf(stderr, "tokens: expected a whole number, 0 to 2147483647\n");
+        return 2;
+    }
+    if (argc > 3 && !parse_number(argv[3], &temperature)) {
+        fprintf(stderr, "temperature: expected a number, 0 or more\n");
+        return 2;
+    }
+    if (argc > 4 && !parse_whole(argv[4], UINT64_MAX, &seed)) {
+        fprintf(stderr, "seed: expected a whole number, 0 to 18446744073709551615\n");
+        return 2;
+    }
+    s = create_state();
+    if (s == NULL) {
+        fprintf(stderr, "there is not so much memory\n");
+        return 1;
+    }
+    if (fwrite(prompt, 1, strlen(prompt), stdout) != strlen(prompt) || fflush(stdout) != 0) {
+        fprintf(stderr, "cannot write the text: %s\n", strerror(errno));
+        return 1;
+    }
+    return write_text(s, begin(s, prompt), tokens, temperature, seed);
+}
+
+/* ------------------------------------------------------------------------------------------
+ * The weights themselves */
+
