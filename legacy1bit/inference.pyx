@@ -30,6 +30,7 @@ _SAMPLING = SamplingConfig()
 
 cdef enum:
     PROMPT_BLOCK = 128
+    IN_ORDER = 256          # keys, up to which sums of attention have one order
     DRAWN_AT_ONCE = 64      # tokens, between two looks whether the user has pressed Ctrl-C
     STRIP = 32
     SUMMED = 1024           # weights that are added up in float32
@@ -132,7 +133,7 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
     # The same for neighbours in one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
-    cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
+    cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at, t
     cdef Py_ssize_t first = share(heads, index, d.team.members)
     cdef Py_ssize_t last = share(heads, index + 1, d.team.members)
     cdef float *q = d.q + row * d.dim
@@ -149,8 +150,9 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
               d.key_steps + at + past)
         store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
               d.value_steps + at + past)
-        if rows == 1:
-            attend_alone(d, index, head, at, past + 1, row)
+        if past + rows <= IN_ORDER or rows == 1:
+            for t in range(rows):
+                attend_alone(d, index, head, at, past + t + 1, row + t)
         else:
             attend_together(d, index, head, at, past, rows, workspace)
 

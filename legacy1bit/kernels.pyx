@@ -96,6 +96,11 @@ cdef extern from "simd.h" nogil:
     void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
                          long stride, long rows, int *totals, float *workspace)
 
+cdef extern from "sums.h" nogil:
+    float ordered_sum(const float *x, long n)
+    float ordered_squares(const float *x, float centre, long n)
+    float ordered_dot(const signed char *w, const float *x, long n)
+
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
         unsigned long long calls
@@ -148,20 +153,21 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
     # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is taken off in two parts,
     # the first short enough that n times it is exact. The Taylor series stops after r^7: what it
     # leaves out is below 0.35^8 / 8! = 6e-9 of the result, a tenth of a float32 rounding. Below
-    # -104 the result rounds to 0, above 89 to infinity; NaN passes through the comparisons.
+    # -104 the result rounds to 0, above 89 to infinity; NaN passes through the comparisons. Nothing
+    # is fused, so that all instruction sets agree.
     cdef vf32 n, r, p
     x = vf32_min(vf32_splat(89.0), vf32_max(vf32_splat(-104.0), x))
     n = vf32_round(vf32_mul(x, vf32_splat(1.44269504)))
-    r = vf32_fmadd(n, vf32_splat(-0.693359375), x)
-    r = vf32_fmadd(n, vf32_splat(2.12194440e-4), r)
+    r = vf32_add(vf32_mul(n, vf32_splat(-0.693359375)), x)
+    r = vf32_add(vf32_mul(n, vf32_splat(2.12194440e-4)), r)
     p = vf32_splat(1.0 / 5040)
-    p = vf32_fmadd(p, r, vf32_splat(1.0 / 720))
-    p = vf32_fmadd(p, r, vf32_splat(1.0 / 120))
-    p = vf32_fmadd(p, r, vf32_splat(1.0 / 24))
-    p = vf32_fmadd(p, r, vf32_splat(1.0 / 6))
-    p = vf32_fmadd(p, r, vf32_splat(0.5))
-    p = vf32_fmadd(p, r, vf32_splat(1.0))
-    p = vf32_fmadd(p, r, vf32_splat(1.0))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0 / 720))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0 / 120))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0 / 24))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0 / 6))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(0.5))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
+    p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
     return vf32_scale_pow2(p, n)
 
 
@@ -237,13 +243,7 @@ cdef void exponential(float *x, Py_ssize_t n) noexcept nogil:
 
 
 cdef float sum(const float *x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 total = vf32_zero()
-    for i from 0 <= i < whole by VF32_LANES:
-        total = vf32_add(total, vf32_load(x + i))
-    if whole < n:
-        total = vf32_add(total, vf32_load_first(x + whole, n - whole))
-    return vf32_sum(total)
+    return ordered_sum(x, n)
 
 
 cdef inline float weighted_sum(const weight *w, const float *x, Py_ssize_t n) noexcept nogil:
@@ -377,18 +377,14 @@ cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *found) no
 cdef inline float exponentials(float *x, Py_ssize_t n, float top, float factor) noexcept nogil:
     # x[i] = exp(factor * (x[i] - top)); returns their sum.
     cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 e, total = vf32_zero(), t = vf32_splat(top), f = vf32_splat(factor)
-    cdef float rest = 0.0
+    cdef vf32 e, t = vf32_splat(top), f = vf32_splat(factor)
     for i from 0 <= i < whole by VF32_LANES:
         e = exp_lanes(vf32_mul(f, vf32_sub(vf32_load(x + i), t)))
         vf32_store(x + i, e)
-        total = vf32_add(total, e)
     if whole < n:
         e = exp_lanes(vf32_mul(f, vf32_sub(vf32_load_first(x + whole, n - whole), t)))
         vf32_store_first(x + whole, n - whole, e)
-        for i in range(whole, n):
-            rest += x[i]
-    return vf32_sum(total) + rest
+    return ordered_sum(x, n)
 
 
 cdef inline void softmax_row(float *x, Py_ssize_t n, float factor) noexcept nogil:
@@ -441,37 +437,29 @@ cdef double cross_entropy(float *logits, const int *targets, Py_ssize_t rows, Py
 cdef void layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
                      float *out, float *mean, float *inv_std,
                      Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
-    # out = gamma * (x - mean) * inv_std + beta by rows; out may be x.
+    # out = gamma * (x - mean) * inv_std + beta by rows; out may be x. All instruction sets agree.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef float *to
-    cdef vf32 centre, factor, d, squares
-    cdef float centre_of_row, rest, spread
+    cdef vf32 centre, factor, d
+    cdef float centre_of_row, spread
     START_TIMER(TIMER_LAYER_NORM_FORWARD)
     for i in range(rows):
         row = x + i * cols
         to = out + i * cols
         centre_of_row = sum(row, cols) / cols
         centre = vf32_splat(centre_of_row)
-        squares = vf32_zero()
-        for j from 0 <= j < whole by VF32_LANES:
-            d = vf32_sub(vf32_load(row + j), centre)
-            squares = vf32_fmadd(d, d, squares)
-        rest = 0.0
-        for j in range(whole, cols):
-            rest += (row[j] - centre_of_row) * (row[j] - centre_of_row)
-        spread = 1.0 / sqrtf((vf32_sum(squares) + rest) / cols + epsilon)
+        spread = 1.0 / sqrtf(ordered_squares(row, centre_of_row, cols) / cols + epsilon)
         mean[i] = centre_of_row
         inv_std[i] = spread
         factor = vf32_splat(spread)
         for j from 0 <= j < whole by VF32_LANES:
             d = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
-            vf32_store(to + j, vf32_fmadd(d, vf32_load(gamma + j), vf32_load(beta + j)))
+            vf32_store(to + j, vf32_add(vf32_mul(d, vf32_load(gamma + j)), vf32_load(beta + j)))
         if left:
             d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
-            vf32_store_first(to + whole, left,
-                             vf32_fmadd(d, vf32_load_first(gamma + whole, left),
-                                        vf32_load_first(beta + whole, left)))
+            d = vf32_mul(d, vf32_load_first(gamma + whole, left))
+            vf32_store_first(to + whole, left, vf32_add(d, vf32_load_first(beta + whole, left)))
     STOP_TIMER(TIMER_LAYER_NORM_FORWARD)
 
 
@@ -556,14 +544,15 @@ cdef void rotary(float *x, const float *cosines, const float *sines, float direc
                 c = vf32_load(cosines + t * half + i)
                 s = vf32_mul(sign, vf32_load(sines + t * half + i))
                 vf32_store(low + i, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
-                vf32_store(high + i, vf32_fmadd(a, s, vf32_mul(b, c)))
+                vf32_store(high + i, vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
             if left:
                 a = vf32_load_first(low + whole, left)
                 b = vf32_load_first(high + whole, left)
                 c = vf32_load_first(cosines + t * half + whole, left)
                 s = vf32_mul(sign, vf32_load_first(sines + t * half + whole, left))
                 vf32_store_first(low + whole, left, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
-                vf32_store_first(high + whole, left, vf32_fmadd(a, s, vf32_mul(b, c)))
+                vf32_store_first(high + whole, left,
+                                 vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
     STOP_TIMER(TIMER_ROTARY)
 
 
@@ -1198,13 +1187,14 @@ cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexce
 
 
 cdef void cached_attention(const CachedHead *head) noexcept nogil:
-    # out = softmax(q k^T / sqrt(D)) v, of one query that sees all the keys.
+    # out = softmax(q k^T / sqrt(D)) v, of one query that sees all the keys. All instruction sets
+    # agree.
     cdef Py_ssize_t dim = head.head_dim, i, j, left, whole = dim - dim % (4 * VF32_LANES)
     cdef const signed char *v
     cdef vf32 p, s0, s1, s2, s3
     START_TIMER(TIMER_ATTENTION_FORWARD)
     for j in range(head.keys):
-        head.probs[j] = head.k_steps[j] * weighted_sum(head.k + j * dim, head.q, dim)
+        head.probs[j] = head.k_steps[j] * ordered_dot(head.k + j * dim, head.q, dim)
     softmax_row(head.probs, head.keys, 1.0 / sqrtf(dim))
     multiply(head.probs, head.v_steps, head.keys)
     for i from 0 <= i < whole by 4 * VF32_LANES:
@@ -1212,10 +1202,10 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
         for j in range(head.keys):
             p = vf32_splat(head.probs[j])
             v = head.v + j * dim + i
-            s0 = vf32_fmadd(p, vf32_load_i8(v), s0)
-            s1 = vf32_fmadd(p, vf32_load_i8(v + VF32_LANES), s1)
-            s2 = vf32_fmadd(p, vf32_load_i8(v + 2 * VF32_LANES), s2)
-            s3 = vf32_fmadd(p, vf32_load_i8(v + 3 * VF32_LANES), s3)
+            s0 = vf32_add(vf32_mul(p, vf32_load_i8(v)), s0)
+            s1 = vf32_add(vf32_mul(p, vf32_load_i8(v + VF32_LANES)), s1)
+            s2 = vf32_add(vf32_mul(p, vf32_load_i8(v + 2 * VF32_LANES)), s2)
+            s3 = vf32_add(vf32_mul(p, vf32_load_i8(v + 3 * VF32_LANES)), s3)
         vf32_store(head.out + i, s0)
         vf32_store(head.out + i + VF32_LANES, s1)
         vf32_store(head.out + i + 2 * VF32_LANES, s2)
@@ -1225,9 +1215,8 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
         s0 = vf32_zero()
         for j in range(head.keys):
             v = head.v + j * dim + i
-            s0 = vf32_fmadd(vf32_splat(head.probs[j]),
-                            vf32_load_i8(v) if left == VF32_LANES else vf32_load_i8_first(v, left),
-                            s0)
+            p = vf32_load_i8(v) if left == VF32_LANES else vf32_load_i8_first(v, left)
+            s0 = vf32_add(vf32_mul(vf32_splat(head.probs[j]), p), s0)
         if left == VF32_LANES:
             vf32_store(head.out + i, s0)
         else:

@@ -1,0 +1,92 @@
+/* Sums in one order, so that they are the same to the bit in every instruction set: element i goes
+ * to place i % 16, and the places are added up in halves, the upper to the lower, until one is left.
+ * Nothing is fused. Vectors of 16 lanes are the places; shorter ones are as many as it takes. */
+#ifndef LEGACY1BIT_SUMS_H
+#define LEGACY1BIT_SUMS_H
+
+#include "simd.h"
+
+enum { PLACES = 16, PLACE_VECTORS = PLACES / VF32_LANES };
+
+typedef struct {
+    vf32 v[PLACE_VECTORS];
+} places;
+
+static inline places places_zero(void)
+{
+    places p;
+    for (int i = 0; i < PLACE_VECTORS; i++)
+        p.v[i] = vf32_zero();
+    return p;
+}
+
+static inline float places_sum(places p)
+{
+    for (int half = PLACE_VECTORS / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; i++)
+            p.v[i] = vf32_add(p.v[i], p.v[i + half]);
+    return vf32_sum(p.v[0]);
+}
+
+/* The vector of `left` or more elements at p; what is missing is 0. */
+static inline vf32 places_load(const float *p, long left)
+{
+    return left >= VF32_LANES ? vf32_load(p) : left > 0 ? vf32_load_first(p, left) : vf32_zero();
+}
+
+static inline vf32 places_load_i8(const signed char *p, long left)
+{
+    return left >= VF32_LANES ? vf32_load_i8(p)
+                              : left > 0 ? vf32_load_i8_first(p, left) : vf32_zero();
+}
+
+static inline float ordered_sum(const float *x, long n)
+{
+    places p = places_zero();
+    long i = 0;
+    for (; i + PLACES <= n; i += PLACES)
+        for (int j = 0; j < PLACE_VECTORS; j++)
+            p.v[j] = vf32_add(p.v[j], vf32_load(x + i + j * VF32_LANES));
+    for (int j = 0; j < PLACE_VECTORS; j++, i += VF32_LANES)
+        p.v[j] = vf32_add(p.v[j], places_load(x + i, n - i));
+    return places_sum(p);
+}
+
+/* The sum of (x[i] - centre)^2. */
+static inline float ordered_squares(const float *x, float centre, long n)
+{
+    const vf32 c = vf32_splat(centre);
+    places p = places_zero();
+    long i = 0;
+    for (; i + PLACES <= n; i += PLACES)
+        for (int j = 0; j < PLACE_VECTORS; j++) {
+            const vf32 d = vf32_sub(vf32_load(x + i + j * VF32_LANES), c);
+            p.v[j] = vf32_add(p.v[j], vf32_mul(d, d));
+        }
+    for (; i < n; i++) {
+        /* One at a time: what is missing is not the centre. */
+        float room[VF32_LANES] = {0};
+        const float d = x[i] - centre;
+        room[i % VF32_LANES] = d * d;
+        p.v[i % PLACES / VF32_LANES] = vf32_add(p.v[i % PLACES / VF32_LANES], vf32_load(room));
+    }
+    return places_sum(p);
+}
+
+/* The sum of w[i] x[i]. */
+static inline float ordered_dot(const signed char *w, const float *x, long n)
+{
+    places p = places_zero();
+    long i = 0;
+    for (; i + PLACES <= n; i += PLACES)
+        for (int j = 0; j < PLACE_VECTORS; j++)
+            p.v[j] = vf32_add(p.v[j], vf32_mul(vf32_load_i8(w + i + j * VF32_LANES),
+                                               vf32_load(x + i + j * VF32_LANES)));
+    if (i < n)
+        for (int j = 0; j < PLACE_VECTORS; j++, i += VF32_LANES)
+            p.v[j] = vf32_add(p.v[j], vf32_mul(places_load_i8(w + i, n - i),
+                                               places_load(x + i, n - i)));
+    return places_sum(p);
+}
+
+#endif
