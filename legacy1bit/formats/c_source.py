@@ -22,8 +22,11 @@ from legacy1bit.schemes import FLOAT, SCHEMES
 
 _BYTES = 256
 
-# In a word, two bits each.
+# In a word of memory, two bits each.
 _CODES = 16
+
+# In a word of the file: as many digits as numbers below 2^32 have to a base.
+_PACKED = {2: 32, 3: 20, 4: 16}
 
 # More columns than a matrix can have: a group that is the whole row.
 _WHOLE_ROW = 1 << 20
@@ -69,14 +72,27 @@ def export_c(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
         )
     packed = PackedModel(model)
     code = files("legacy1bit.formats").joinpath("model.c").read_text("ascii")
-    parts = [Template(code).substitute(_constants(config, model.provenance))]
+    places = _places(packed)
+    parts = [Template(code).substitute(_constants(config, model.provenance, places))]
     for name, values in packed.parameters.items():
         parts += _tables(name, values)
-    parts += _structs(packed)
+    parts += _structs(packed, places)
     atomic_write(path, "".join(parts).encode("ascii"))
 
 
-def _constants(config: ModelConfig, provenance: Provenance) -> dict[str, object]:
+def _places(model: PackedModel) -> dict[str, int]:
+    """Return where the words of each matrix of codes begin in memory, and as "" where all end."""
+    places, end = {}, 0
+    for name, values in model.parameters.items():
+        if isinstance(values, PackedMatrix):
+            places[name] = end
+            end += values.shape[0] * -(-values.shape[1] // _CODES)
+    return {**places, "": end}
+
+
+def _constants(
+    config: ModelConfig, provenance: Provenance, places: dict[str, int]
+) -> dict[str, object]:
     """Return what the template's placeholders stand for."""
     levels = (0, 1) if config.scheme == FLOAT else SCHEMES[config.scheme].levels
     settings = ", ".join(f"{name}={value}" for name, value in config.to_dict().items())
@@ -94,6 +110,10 @@ def _constants(config: ModelConfig, provenance: Provenance) -> dict[str, object]
         "squared": int(config.activation == "relu2"),
         "lowest": levels[0],
         "step": levels[1] - levels[0],
+        "base": len(levels),
+        "packed": _PACKED[len(levels)],
+        # An array of C99 is not empty.
+        "words": max(places[""], 1),
         "one_scale": int(config.scale in ("tensor", "one")),
         "group": int(config.scale) if config.scale.isdigit() else _WHOLE_ROW,
     }
@@ -131,18 +151,19 @@ def _array(kind: str, name: str, lines: list[str]) -> list[str]:
 
 
 def _code_words(matrix: PackedMatrix) -> npt.NDArray[np.uint32]:
-    """Return a matrix's codes, 16 to a word, the first in the lowest bits: big-endian[R, W].
+    """Return a matrix's codes, row behind row, as numbers whose digits they are: big-endian[W].
 
-    A code's place among the levels is what is stored; what a row leaves open is zeros.
+    A digit is a code's place among the levels, the first one the lowest.
     """
-    rows, cols = matrix.shape
-    lowest, step = matrix.levels[0], matrix.levels[1] - matrix.levels[0]
-    places = np.zeros((rows, -(-cols // _CODES), 4, 4), np.uint8)
-    places.reshape(rows, -1)[:, :cols] = (matrix.values - np.int8(lowest)) // np.int8(step)
-    # Four codes to a byte, and the last byte first.
-    joined = np.bitwise_or.reduce(places << np.array([0, 2, 4, 6], np.uint8), axis=3)
-    words: npt.NDArray[np.uint32] = np.ascontiguousarray(joined[:, :, ::-1]).view(">u4")
-    return words
+    base, lowest = len(matrix.levels), matrix.levels[0]
+    step, count = matrix.levels[1] - lowest, _PACKED[len(matrix.levels)]
+    codes = matrix.values.ravel()
+    places = np.zeros((-(-codes.size // count), count), np.uint8)
+    places.reshape(-1)[: codes.size] = (codes - np.int8(lowest)) // np.int8(step)
+    words = np.zeros(len(places), np.uint32)
+    for digit in reversed(range(count)):
+        words = words * np.uint32(base) + places[:, digit]
+    return words.astype(">u4")
 
 
 def _hex_lines(numbers: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> list[str]:
@@ -161,7 +182,7 @@ def _float_lines(numbers: npt.NDArray[np.float32]) -> list[str]:
     return [f"    {', '.join(words[i : i + 5])},\n" for i in range(0, len(words), 5)]
 
 
-def _structs(model: PackedModel) -> list[str]:
+def _structs(model: PackedModel, places: dict[str, int]) -> list[str]:
     """Return the structs that point at the arrays."""
     parts = [f"const struct block blocks[{model.config.num_blocks}] = {{\n"]
     for i in range(model.config.num_blocks):
@@ -170,11 +191,13 @@ def _structs(model: PackedModel) -> list[str]:
             if norm := _norm(model, f"blocks.{i}.{layer}"):
                 parts.append(f"        .{member} = {norm},\n")
         for member, name in _MATRICES.items():
-            parts.append(f"        .{member} = {_matrix(model, f'blocks.{i}.{name}')},\n")
+            value = _matrix(model, f"blocks.{i}.{name}", places)
+            parts.append(f"        .{member} = {value},\n")
         parts.append("    },\n")
     parts.append("};\n\n")
-    parts.append(f"const struct matrix embedding = {_matrix(model, 'embedding.weight')};\n")
-    parts.append(f"const struct matrix output = {_matrix(model, 'output.weight')};\n")
+    for name in ("embedding", "output"):
+        value = _matrix(model, f"{name}.weight", places)
+        parts.append(f"const struct matrix {name} = {value};\n")
     # An initializer of C99 is not empty.
     parts.append(
         f"const struct norm final_norm = {_norm(model, 'final_norm') or '{NULL, NULL}'};\n"
@@ -190,13 +213,13 @@ def _norm(model: PackedModel, name: str) -> str:
     return f"{{{table}_gamma, {table}_beta}}"
 
 
-def _matrix(model: PackedModel, name: str) -> str:
+def _matrix(model: PackedModel, name: str, places: dict[str, int]) -> str:
     """Return the initializer of a matrix."""
     weights, table = model.parameters[name], _table_name(name)
     rows, cols = weights.shape
     members = [f".rows = {rows}, .cols = {cols}"]
     if isinstance(weights, PackedMatrix):
-        members.append(f".codes = {table}, .scales = {table}_scales")
+        members.append(f".packed = {table}, .scales = {table}_scales, .first = {places[name]}")
     else:
         members.append(f".upper = {table}")
     # A matrix's bias has a b for the w in its name; of the output, a name of its own.

@@ -12,13 +12,15 @@ $description
  * continuation go to standard output, everything else to standard error.
  *
  * Where the compiler may use the SSE instructions of a Pentium III, the products with codes do;
- * -DUSE_SSE=0 leaves them out, and the text stays the same. For such a CPU:
+ * -DUSE_SSE=0 leaves them out. Every operation that is rounded has its order and its place, so that
+ * the text is the same everywhere. For such a CPU:
  *
  *     gcc -m32 -march=pentium3 -mfpmath=sse -std=c99 -O2 -o model model.c -lm
  *
- * Not with -ffast-math: infinities and NaN must keep their meaning, and roundings their place. */
+ * Not with -ffast-math, and with gcc always with -std=c99: roundings must keep their place. */
 
 #include <errno.h>
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -53,8 +55,11 @@ enum {
     GROUP = $group, /* so many neighbours in a row, where it has more of them */
 
     HEAD_DIM = DIM / HEADS,
-    CODES = 16, /* in a word, two bits each */
-    MOST = CONTEXT > VOCAB ? CONTEXT : VOCAB,
+    BASE = $base, /* how many values there are */
+    PACKED = $packed, /* codes in a word at the end of this file: the digits of a number, */
+    CODES = 16, /* and in memory, two bits each */
+    WORDS = $words, /* of codes in memory */
+    PLACES = 16, /* in which sums are added up */
     LINE_BREAK = 10
 };
 
@@ -64,16 +69,16 @@ enum {
 /* ------------------------------------------------------------------------------------------
  * The weights
  *
- * A matrix of codes has a few whole numbers times scales. Its rows are padded to whole words, and
- * the first code of a word is in its lowest bits. Other matrices are bfloat16: the upper halves of
- * floats. What a model lacks is NULL. */
+ * A matrix of codes has a few whole numbers times scales. Other matrices are bfloat16: the upper
+ * halves of floats. What a model lacks is NULL. */
 
 struct matrix {
-    const uint32_t *codes;      /* [rows][cols / CODES, rounded up], or */
+    const uint32_t *packed;     /* [rows * cols / PACKED, rounded up], or */
     const uint16_t *upper;      /* [rows][cols] */
     const float *scales;        /* of the codes */
     const float *bias;          /* [rows] */
     int rows, cols;
+    long first;                 /* where its words are in memory: [rows][cols / CODES, rounded up] */
 };
 
 struct norm {
@@ -102,18 +107,38 @@ struct state {
     /* Two arrays that SSE reads in fours: they come first, to be aligned as the struct is. */
     whole levels[256][4];       /* the four values that a byte of codes stands for */
     whole rounded[(FFN + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
-    float step;                 /* what its whole numbers count */
+    uint32_t words[WORDS];      /* the codes of all matrices, the first in a word's lowest bits */
+    float step;                 /* what the input's whole numbers count */
     float input[FFN];           /* the same before it was rounded */
     float stream[DIM];          /* the residual stream of the token that is read */
     float q[DIM], k[DIM], v[DIM], heads[DIM], hidden[FFN], logits[VOCAB];
     float cosines[HEAD_DIM], sines[HEAD_DIM];           /* of the token's position */
-    double chances[MOST];       /* of keys to be looked at, of tokens to be drawn */
+    float attention[CONTEXT];   /* what each key is worth to the query */
+    double chances[VOCAB];      /* of tokens to be drawn */
     signed char codes[FFN];
     /* The cache: keys and values of the tokens so far, with a step for each head's. */
     float key_steps[BLOCKS][CONTEXT][HEADS], value_steps[BLOCKS][CONTEXT][HEADS];
     signed char keys[BLOCKS][CONTEXT][DIM], values[BLOCKS][CONTEXT][DIM];
     unsigned char text[CONTEXT + 1];                    /* the tokens of the context */
 };
+
+/* Codes as they are in the file become those in memory. */
+static void unpack(struct state *s, const struct matrix *matrix)
+{
+    const uint32_t *packed = matrix->packed;
+    uint32_t *words = s->words + matrix->first, digits = 0;
+    int row, col, left = 0;
+    if (packed == NULL)
+        return;
+    for (row = 0; row < matrix->rows; row++, words += (matrix->cols + CODES - 1) / CODES)
+        for (col = 0; col < matrix->cols; col++, left--, digits /= BASE) {
+            if (left == 0) {
+                digits = *packed++;
+                left = PACKED;
+            }
+            words[col / CODES] |= digits % BASE << 2 * (col % CODES);
+        }
+}
 
 static struct state *create_state(void)
 {
@@ -128,18 +153,74 @@ static struct state *create_state(void)
     for (byte = 0; byte < 256; byte++)
         for (i = 0; i < 4; i++)
             s->levels[byte][i] = (whole)(LOWEST + STEP * ((byte >> 2 * i) & 3));
+    memset(s->words, 0, sizeof s->words);
+    unpack(s, &embedding);
+    unpack(s, &output);
+    for (i = 0; i < BLOCKS; i++) {
+        const struct block *b = &blocks[i];
+        unpack(s, &b->wq);
+        unpack(s, &b->wk);
+        unpack(s, &b->wv);
+        unpack(s, &b->wo);
+        unpack(s, &b->wi);
+        unpack(s, &b->wo_ffn);
+    }
     return s;
 }
 
 /* ------------------------------------------------------------------------------------------
- * Products */
+ * Sums and products */
 
 /* What a float holds of a result. The registers of an x87 keep more digits than that, until a
- * number is stored; with this the text is the same everywhere. */
+ * number is stored. */
 static float stored(float x)
 {
+#if FLT_EVAL_METHOD == 0
+    return x;
+#else
     volatile float memory = x;
     return memory;
+#endif
+}
+
+/* Sums of floats depend on their order. This one suits vectors of any length: number i is added to
+ * place i % PLACES, and then the upper half of the places to the lower, until one is left. */
+static float sum_of_places(float *places)
+{
+    int half, i;
+    for (half = PLACES / 2; half > 0; half /= 2)
+        for (i = 0; i < half; i++)
+            places[i] = stored(places[i] + places[i + half]);
+    return places[0];
+}
+
+static float sum(const float *x, int count)
+{
+    float places[PLACES] = {0.0f};
+    int i;
+    for (i = 0; i < count; i++)
+        places[i % PLACES] = stored(places[i % PLACES] + x[i]);
+    return sum_of_places(places);
+}
+
+static float sum_of_squares(const float *x, float centre, int count)
+{
+    float places[PLACES] = {0.0f};
+    int i;
+    for (i = 0; i < count; i++) {
+        const float d = stored(x[i] - centre);
+        places[i % PLACES] = stored(places[i % PLACES] + stored(d * d));
+    }
+    return sum_of_places(places);
+}
+
+static float dot(const signed char *codes, const float *x, int count)
+{
+    float places[PLACES] = {0.0f};
+    int i;
+    for (i = 0; i < count; i++)
+        places[i % PLACES] = stored(places[i % PLACES] + stored((float)codes[i] * x[i]));
+    return sum_of_places(places);
 }
 
 static float from_upper(uint16_t upper)
@@ -178,19 +259,17 @@ static void prepare(struct state *s, const struct norm *norm, const float *x,
     const int count = reader->cols, padded = (count + CODES - 1) / CODES * CODES;
     int i;
     if (norm->gamma != NULL) {
-        double mean = 0.0, variance = 0.0, spread;
-        for (i = 0; i < count; i++)
-            mean += x[i];
-        mean /= count;
-        for (i = 0; i < count; i++)
-            variance += (x[i] - mean) * (x[i] - mean);
-        spread = 1.0 / sqrt(variance / count + EPSILON);
-        for (i = 0; i < count; i++)
-            s->input[i] = (float)((x[i] - mean) * spread * norm->gamma[i] + norm->beta[i]);
+        const float mean = stored(sum(x, count) / (float)count);
+        const float variance = stored(sum_of_squares(x, mean, count) / (float)count);
+        const float spread = stored((float)(1.0 / stored(sqrtf(stored(variance + EPSILON)))));
+        for (i = 0; i < count; i++) {
+            const float normed = stored(stored(x[i] - mean) * spread);
+            s->input[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
+        }
     } else {
         memcpy(s->input, x, (size_t)count * sizeof *x);
     }
-    if (reader->codes != NULL) {
+    if (reader->packed != NULL) {
         s->step = round_to_int8(s->input, count, s->codes);
         for (i = 0; i < count; i++)
             s->rounded[i] = (whole)s->codes[i];
@@ -241,14 +320,14 @@ static int sum_of_products(const struct state *s, const uint32_t *words, const w
 static void multiply(const struct state *s, const struct matrix *matrix, int accumulate, float *out)
 {
     const int words = (matrix->cols + CODES - 1) / CODES;
-    const uint32_t *codes = matrix->codes;
+    const uint32_t *codes = s->words + matrix->first;
     const uint16_t *upper = matrix->upper;
     const float *scale = matrix->scales;
     int row, i;
     for (row = 0; row < matrix->rows; row++) {
         const float bias = matrix->bias != NULL ? matrix->bias[row] : 0.0f;
         float sum = accumulate ? out[row] : 0.0f;
-        if (codes != NULL) {
+        if (matrix->packed != NULL) {
             for (i = 0; i < words; i += GROUP / CODES) {
                 const int count = words - i < GROUP / CODES ? words - i : GROUP / CODES;
                 const int total = sum_of_products(s, codes, s->rounded + i * CODES, count);
@@ -273,8 +352,9 @@ static void multiply(const struct state *s, const struct matrix *matrix, int acc
 static void embed(struct state *s, int token)
 {
     int i;
-    if (embedding.codes != NULL) {
-        const uint32_t *codes = embedding.codes + (size_t)token * ((DIM + CODES - 1) / CODES);
+    if (embedding.packed != NULL) {
+        const long row = (long)token * ((DIM + CODES - 1) / CODES);
+        const uint32_t *codes = s->words + embedding.first + row;
         const float *scales = embedding.scales;
         if (!ONE_SCALE)
             scales += (size_t)token * ((DIM + GROUP - 1) / GROUP);
@@ -308,49 +388,63 @@ static void rotate(const struct state *s, float *x)
     int head, i;
     for (head = 0; head < HEADS; head++, x += HEAD_DIM)
         for (i = 0; i < HEAD_DIM / 2; i++) {
-            const double a = x[i], b = x[i + HEAD_DIM / 2];
-            x[i] = (float)(a * s->cosines[i] - b * s->sines[i]);
-            x[i + HEAD_DIM / 2] = (float)(a * s->sines[i] + b * s->cosines[i]);
+            const float a = x[i], b = x[i + HEAD_DIM / 2], c = s->cosines[i], d = s->sines[i];
+            x[i] = stored(stored(a * c) - stored(b * d));
+            x[i + HEAD_DIM / 2] = stored(stored(a * d) + stored(b * c));
         }
 }
 
-/* Chances in proportion to exp(score / temperature), in place of the scores; returns their sum.
- * Taking the largest score off changes no proportion, and keeps exp from overflowing. */
-static double weigh(double *scores, int count, double temperature)
+/* exp(x) for x of at most 0, always rounded alike: 2^n exp(r), where n is a whole number, r lies
+ * between -ln(2) / 2 and ln(2) / 2, and the series of exp(r) ends where a float does. */
+static float exponential(float x)
 {
-    double top = scores[0], total = 0.0;
+    static const float series[] = {
+        (float)(1.0 / 5040), (float)(1.0 / 720), (float)(1.0 / 120), (float)(1.0 / 24),
+        (float)(1.0 / 6), 0.5f, 1.0f, 1.0f
+    };
+    float n, r, power = series[0];
     int i;
-    for (i = 1; i < count; i++)
-        top = scores[i] > top ? scores[i] : top;
-    for (i = 0; i < count; i++) {
-        scores[i] = exp((scores[i] - top) / temperature);
-        total += scores[i];
-    }
-    return total;
+    if (x < -104.0f)
+        x = -104.0f;
+    /* Adding 1.5 * 2^23 pushes the fraction out. */
+    n = stored(stored(stored(x * 1.44269504f) + 12582912.0f) - 12582912.0f);
+    /* ln(2) in two parts, of which n times the first is exact. */
+    r = stored(stored(n * -0.693359375f) + x);
+    r = stored(stored(n * 2.12194440e-4f) + r);
+    for (i = 1; i < 8; i++)
+        power = stored(stored(power * r) + series[i]);
+    return ldexpf(power, (int)n);
 }
 
 /* One head: the mean of the values it remembers, weighted by how well their keys fit its query. */
 static void attend(struct state *s, int layer, int head, int position)
 {
     const int first = SPAN > 0 && position >= SPAN ? position - SPAN + 1 : 0;
-    const float *q = s->q + head * HEAD_DIM;
-    double *chances = s->chances, total;
+    const int count = position - first + 1;
+    const float *q = s->q + head * HEAD_DIM, factor = stored((float)(1.0 / sqrtf(HEAD_DIM)));
+    float *weights = s->attention, top = -INFINITY, share;
     int t, i;
-    for (t = first; t <= position; t++) {
-        const signed char *key = s->keys[layer][t] + head * HEAD_DIM;
-        double product = 0.0;
-        for (i = 0; i < HEAD_DIM; i++)
-            product += (double)q[i] * key[i];
-        chances[t - first] = product * s->key_steps[layer][t][head];
+    for (t = 0; t < count; t++) {
+        const signed char *key = s->keys[layer][first + t] + head * HEAD_DIM;
+        const float step = s->key_steps[layer][first + t][head];
+        weights[t] = stored(step * dot(key, q, HEAD_DIM));
+        top = weights[t] > top ? weights[t] : top;
     }
-    total = weigh(chances, position - first + 1, sqrt(HEAD_DIM));
-    for (t = first; t <= position; t++)
-        chances[t - first] *= s->value_steps[layer][t][head] / total;
+    /* Softmax; taking the largest off changes no proportion, and keeps exp from overflowing. */
+    for (t = 0; t < count; t++)
+        weights[t] = exponential(stored(factor * stored(weights[t] - top)));
+    share = stored((float)(1.0 / sum(weights, count)));
+    for (t = 0; t < count; t++) {
+        weights[t] = stored(weights[t] * share);
+        weights[t] = stored(weights[t] * s->value_steps[layer][first + t][head]);
+    }
     for (i = 0; i < HEAD_DIM; i++) {
-        double mean = 0.0;
-        for (t = first; t <= position; t++)
-            mean += chances[t - first] * s->values[layer][t][head * HEAD_DIM + i];
-        s->heads[head * HEAD_DIM + i] = (float)mean;
+        float mean = 0.0f;
+        for (t = 0; t < count; t++) {
+            const signed char *value = s->values[layer][first + t] + head * HEAD_DIM;
+            mean = stored(stored(weights[t] * (float)value[i]) + mean);
+        }
+        s->heads[head * HEAD_DIM + i] = mean;
     }
 }
 
@@ -386,7 +480,7 @@ static void transform(struct state *s, int layer, int position)
     multiply(s, &b->wi, 0, s->hidden);
     for (i = 0; i < FFN; i++) {
         const float x = s->hidden[i];
-        s->hidden[i] = x > 0.0f ? (SQUARED ? x * x : x) : 0.0f;
+        s->hidden[i] = x > 0.0f ? (SQUARED ? stored(x * x) : x) : 0.0f;
     }
     prepare(s, &b->hidden_norm, s->hidden, &b->wo_ffn);
     multiply(s, &b->wo_ffn, 1, s->stream);
@@ -419,6 +513,21 @@ static double uniform(uint64_t *random)
     z = (z ^ (z >> 27)) * UINT64_C(0x94D049BB133111EB);
     z ^= z >> 31;
     return (double)(z >> 11) / 9007199254740992.0;
+}
+
+/* Chances in proportion to exp(score / temperature), in place of the scores; returns their sum.
+ * Taking the largest score off changes no proportion, and keeps exp from overflowing. */
+static double weigh(double *scores, int count, double temperature)
+{
+    double top = scores[0], total = 0.0;
+    int i;
+    for (i = 1; i < count; i++)
+        top = scores[i] > top ? scores[i] : top;
+    for (i = 0; i < count; i++) {
+        scores[i] = exp((scores[i] - top) / temperature);
+        total += scores[i];
+    }
+    return total;
 }
 
 /* The next token, or -1 where the logits are not finite. */
