@@ -1,0 +1,1 @@
+"""Files in which models travel to other programs."""
