@@ -27,8 +27,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench bench-compare bench-peers results test test-slow test-c test-wheel
-.PHONY: test-old-cpus lint wheel clean distclean always
+.PHONY: build help run bench bench-compare bench-peers results test test-slow test-c test-gguf
+.PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
 
@@ -43,6 +43,7 @@ help:
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
+	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
 	@echo 'make lint               style and types'
 	@echo 'make wheel              source distribution and wheel, in dist/'
@@ -123,6 +124,18 @@ test-wheel: wheel
 	cp -r tests pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	cd $(ELSEWHERE) && venv/bin/python -m pytest $(ARGS)
+
+# Built from source, llama.cpp is what its authors released, for this CPU.
+IN_LLAMA_CPP := build/test-gguf
+
+test-gguf: wheel
+	rm -rf $(IN_LLAMA_CPP)
+	$(PYTHON) -m venv $(IN_LLAMA_CPP)/venv
+	cp -r tests pyproject.toml $(IN_LLAMA_CPP)
+	$(IN_LLAMA_CPP)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
+	$(IN_LLAMA_CPP)/venv/bin/pip install --no-binary llama-cpp-python llama-cpp-python
+	cd $(IN_LLAMA_CPP) && venv/bin/python -m pytest -m 'slow or not slow' \
+	    tests/test_gguf.py tests/test_llama_cpp.py $(ARGS)
 
 # NumPy from 2.4 on needs SSE4.2 itself. The slowest tests of numbers do not depend on the CPU.
 EMULATED := build/test-old-cpus

@@ -148,7 +148,8 @@ class ByteTokenizer:
             )
         return ids.astype(np.uint8).tobytes()
 
-    def _description(self) -> dict[str, Any]:
+    def description(self) -> dict[str, Any]:
+        """Return what the tokenizer's file says."""
         byte_level = {
             "type": "ByteLevel",
             "add_prefix_space": False,
@@ -182,7 +183,7 @@ class ByteTokenizer:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json`` into a folder."""
-        content = json.dumps(self._description(), ensure_ascii=False, indent=1)
+        content = json.dumps(self.description(), ensure_ascii=False, indent=1)
         atomic_write(Path(folder) / TOKENIZER_FILE, content + "\n")
 
     @classmethod
@@ -203,7 +204,7 @@ class ByteTokenizer:
             raise ValueError(f"{path} is not JSON: {error}") from None
         try:
             tokenizer = cls(len(found["model"]["vocab"]))
-            known = found == tokenizer._description()
+            known = found == tokenizer.description()
         except (KeyError, TypeError, ValueError):
             known = False
         if not known:

@@ -5,7 +5,7 @@ import json
 import os
 import struct
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,34 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
         raise
     for folder in {path.parent for path in contents}:
         _sync_folder(folder)
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give another program, or a library, where to write a file as a whole or not at all.
+
+    What it has written and closed takes the file's place at the end; where anything is raised
+    before, the old file stays.
+
+    Raises
+    ------
+    OSError
+        As for ``atomic_write_all``.
+    """
+    target = Path(path)
+    temporary = _temporary(target)
+    try:
+        yield temporary
+        with open(temporary, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)
+        raise
+    _sync_folder(target.parent)
 
 
 def atomic_copies(sources: Iterable[Path], folder: Path) -> None:

@@ -9,7 +9,7 @@ import threading
 import pytest
 
 from legacy1bit import files
-from legacy1bit.files import atomic_copies, atomic_write, atomic_write_all
+from legacy1bit.files import atomic_copies, atomic_path, atomic_write, atomic_write_all
 
 OLD, NEW = b"the old content", b"the new content, longer"
 
@@ -302,6 +302,83 @@ def test_atomic_write_all_has_all_on_the_disk_before_any_takes_its_name(three, m
     atomic_write_all(three)
     assert [size for _, size in events[:3]] == [100] * 3
     assert events[3:] == [*three, "folder", "folder"]
+
+
+# --- Files that others write ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [str, lambda path: path], ids=["str", "Path"])
+def test_atomic_path_lets_others_write_a_file(old_file, kind):
+    for path in (old_file, old_file.with_name("other")):
+        with atomic_path(kind(path)) as temporary:
+            assert temporary.parent == old_file.parent
+            temporary.write_bytes(NEW)
+            assert old_file.read_bytes() == (OLD if path == old_file else NEW)
+        assert path.read_bytes() == NEW
+    assert names(old_file.parent) == [old_file.name, "other"]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_atomic_path_leaves_what_was_there_where_writing_fails(old_file, error):
+    raised = ERRORS[error]()
+
+    def write():
+        with atomic_path(old_file) as temporary:
+            temporary.write_bytes(NEW[:1])
+            raise raised
+
+    with pytest.raises(type(raised)) as caught:
+        write()
+    assert error != "OSError" or caught.value.filename == str(old_file)
+    assert old_file.read_bytes() == OLD
+    assert names(old_file.parent) == [old_file.name]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("function", ["open", "fsync", "replace"])
+def test_atomic_path_leaves_what_was_there_where_it_fails_itself(
+    old_file, monkeypatch, function, error
+):
+    for path in (old_file, old_file.with_name("other")):
+        with monkeypatch.context() as patch:
+            fail_at(patch, function, error=ERRORS[error])
+            with pytest.raises(type(ERRORS[error]())), atomic_path(path) as temporary:
+                temporary.write_bytes(NEW)
+    assert old_file.read_bytes() == OLD
+    assert names(old_file.parent) == [old_file.name]
+
+
+def test_atomic_path_demands_a_folder_and_a_file(tmp_path):
+    missing = tmp_path / "missing" / "file"
+    with (
+        pytest.raises(FileNotFoundError, match="directory") as caught,
+        atomic_path(missing) as temporary,
+    ):
+        temporary.write_bytes(NEW)
+    assert f"'{missing}'" in str(caught.value)
+    with pytest.raises(FileNotFoundError, match="never"), atomic_path(tmp_path / "never"):
+        pass
+    assert names(tmp_path) == []
+
+
+def test_atomic_path_has_the_content_on_the_disk_before_it_takes_the_name(old_file, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def watched_fsync(handle):
+        fsync(handle)
+        events.append((os.fstat(handle).st_ino, os.fstat(handle).st_size))
+
+    def watched_replace(source, target):
+        assert old_file.read_bytes() == OLD
+        assert events == [(os.stat(source).st_ino, len(NEW))]
+        replace(source, target)
+        events.append("replaced")
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    with atomic_path(old_file) as temporary:
+        temporary.write_bytes(NEW)
+    assert events[1:] == ["replaced", (old_file.parent.stat().st_ino, events[2][1])]
 
 
 # --- Copies ---------------------------------------------------------------------------------------

@@ -1,19 +1,16 @@
 """llama.cpp's benchmark: its build, random ternary models of our shapes, and what it tells."""
 
-import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from legacy1bit.bench.models import DECODED, PROMPT
+from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import create_legacy_llm
 from legacy1bit.threads import available_cores
 
 # Its two ternary types, and the form of packing that each is compared with.
@@ -120,31 +117,12 @@ def build(source: Path, folder: Path, name: str) -> Path:
     return program
 
 
-def load_gguf() -> Any:
-    """Return the package that writes llama.cpp's files.
-
-    Raises
-    ------
-    ValueError
-        If it is not installed.
-    """
-    try:
-        return importlib.import_module("gguf")
-    except ImportError as error:
-        raise ValueError(
-            f"llama.cpp's files need gguf, which is not installed: pip install gguf ({error})"
-        ) from None
-
-
 def write_model(config: ModelConfig, kind: str, file: Path) -> None:
-    """Write a random ternary model of our shape, of the architecture that is nearest: nemotron.
-
-    It has layer norms and biases, rotary positions and the squared ReLU, as ours.
+    """Write a random model of our shape.
 
     Parameters
     ----------
     config : ModelConfig
-        ``model_dim`` is a multiple of 256.
     kind : str
         One of ``TYPES``.
     file : Path
@@ -152,60 +130,9 @@ def write_model(config: ModelConfig, kind: str, file: Path) -> None:
     Raises
     ------
     ValueError
-        If gguf is not installed, or the width is no multiple of 256.
+        If gguf is not installed, or the type does not hold such a model.
     """
-    gguf = load_gguf()
-    dim, wide, vocab = config.model_dim, config.ffn_dim, config.vocab_size
-    if dim % 256:
-        raise ValueError(f"model_dim is {dim}, expected a multiple of 256")
-    quantize = importlib.import_module("gguf.quants").quantize
-    tensor_type = getattr(gguf.GGMLQuantizationType, kind.upper())
-    rng = np.random.default_rng(0)
-    partial = file.with_suffix(".part")
-    writer = gguf.GGUFWriter(partial, "nemotron")
-    writer.add_context_length(1024)
-    writer.add_embedding_length(dim)
-    writer.add_block_count(config.num_blocks)
-    writer.add_feed_forward_length(wide)
-    writer.add_head_count(config.num_heads)
-    writer.add_head_count_kv(config.num_heads)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_vocab_size(vocab)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([f"<{token}>".encode() for token in range(vocab - 2)] + [b"a", b"b"])
-    writer.add_token_types([1] * vocab)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-
-    def norm(name: str) -> None:
-        writer.add_tensor(f"{name}.weight", np.ones(dim, np.float32))
-        writer.add_tensor(f"{name}.bias", np.zeros(dim, np.float32))
-
-    def matrix(name: str, rows: int, cols: int) -> None:
-        values = rng.integers(-1, 2, (rows, cols)).astype(np.float32) * np.float32(0.02)
-        writer.add_tensor(f"{name}.weight", quantize(values, tensor_type), raw_dtype=tensor_type)
-        writer.add_tensor(f"{name}.bias", np.zeros(rows, np.float32))
-
-    writer.add_tensor("token_embd.weight", rng.standard_normal((vocab, dim), np.float32))
-    norm("output_norm")
-    output = rng.standard_normal((vocab, dim), np.float32) * np.float32(0.02)
-    writer.add_tensor("output.weight", output)
-    for i in range(config.num_blocks):
-        norm(f"blk.{i}.attn_norm")
-        norm(f"blk.{i}.ffn_norm")
-        for name in ("attn_q", "attn_k", "attn_v", "attn_output"):
-            matrix(f"blk.{i}.{name}", dim, dim)
-        matrix(f"blk.{i}.ffn_up", wide, dim)
-        matrix(f"blk.{i}.ffn_down", dim, wide)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(partial, file)
+    export_gguf(create_legacy_llm(config, 0, trainable=False), file, kind)
 
 
 def read_rates(told: str) -> dict[str, list[float]]:

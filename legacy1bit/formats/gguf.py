@@ -1,0 +1,541 @@
+"""GGUF files: an unmodified llama.cpp runs them, and they come back as the models they were.
+
+The matrices of codes are in one of llama.cpp's types, all other weights are float32. Keys of our
+own carry what llama.cpp does not ask for: settings, provenance and scales.
+
+The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from legacy1bit.data_utils import ByteTokenizer, visible_bytes
+from legacy1bit.files import atomic_path
+from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import (
+    FLOAT,
+    LAYER_NORM_EPSILON,
+    SCHEMES,
+    LegacyLLM,
+    ModelFileError,
+    TernaryMatrix,
+    parameter_layout,
+)
+from legacy1bit.provenance import Provenance
+
+_Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A type of tensors.
+
+    Attributes
+    ----------
+    number : int
+        What stands for it in a file.
+    file_type : int
+        What stands for a file most of whose weights are of this type.
+    bytes, block : int
+        So many bytes hold a block of so many weights.
+    """
+
+    number: int
+    file_type: int
+    bytes: int
+    block: int
+
+    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape in bytes of a tensor of whole blocks."""
+        return (*shape[:-1], shape[-1] // self.block * self.bytes)
+
+
+# The types that matrices of codes can have. A block of the ternary ones ends with its scale.
+KINDS = {
+    "tq2_0": _Kind(35, 37, 66, 256),
+    "tq1_0": _Kind(34, 36, 54, 256),
+    "f16": _Kind(1, 1, 2, 1),
+    "f32": _Kind(0, 0, 4, 1),
+}
+_FLOATS = {"f16": "<f2", "f32": "<f4"}
+
+_ARCHITECTURE = "nemotron"
+_CONFIG, _PROVENANCE, _SCALES = "legacy1bit.config", "legacy1bit.provenance", "legacy1bit.scales"
+
+_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
+# What the numbers in the file that say a key's type stand for.
+_NUMBERS = {
+    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
+    **{10: "<u8", 11: "<i8", 12: "<f8"},
+}
+_TEXT, _LIST = 8, 9
+
+# Of tokens.
+_NORMAL, _UNUSED = 1, 5
+
+
+def load_gguf() -> Any:
+    """Return the package that writes GGUF files.
+
+    Raises
+    ------
+    ValueError
+        If it is not installed.
+    """
+    try:
+        gguf = importlib.import_module("gguf")
+        importlib.import_module("gguf.quants")
+    except ImportError as error:
+        raise ValueError(
+            f"GGUF files need gguf, which is not installed: pip install gguf ({error})"
+        ) from None
+    return gguf
+
+
+# ---------------------------------------------------------------------------------------------
+# Codes in llama.cpp's types
+
+
+def check_kind(config: ModelConfig, kind: str) -> None:
+    """Raise ``ValueError``, with what to do instead, if a type does not hold such models' codes."""
+    if kind not in KINDS:
+        raise ValueError(f"type is {kind!r}, expected one of {', '.join(KINDS)}")
+    if config.scheme == FLOAT and kind != "f32":
+        raise ValueError(f"{kind} does not hold weights of scheme float: --type f32")
+    if kind in _FLOATS:
+        return
+    if config.scheme == "2bit":
+        raise ValueError(
+            f"{kind} holds three values and scheme 2bit has four: --type f32, or train with "
+            "--scheme ternary"
+        )
+    if config.model_dim % 256:
+        raise ValueError(
+            f"model_dim is {config.model_dim}, expected a multiple of 256 for {kind}: --type f16, "
+            "or train with --model-dim 256"
+        )
+    if config.scale == "128":
+        raise ValueError(
+            f"{kind} has one scale for 256 weights, and scale is 128: --type f16, or train with "
+            "--scale 256"
+        )
+
+
+def _encode(matrix: TernaryMatrix, kind: str) -> _Array:
+    """Return a matrix in a type: float16 or float32[R, C], or the bytes of blocks, uint8[R, B]."""
+    if kind in _FLOATS:
+        with np.errstate(over="ignore"):
+            return matrix.dense().astype(_FLOATS[kind])
+    gguf = load_gguf()
+    codes = matrix.values.astype(np.float32)
+    packed: _Array = gguf.quants.quantize(codes, gguf.GGMLQuantizationType(KINDS[kind].number))
+    # Scales of our own: a block of zeros would get none.
+    with np.errstate(over="ignore"):
+        scales = matrix.scales.astype("<f2")[..., None].view(np.uint8)
+    packed.reshape(len(codes), -1, KINDS[kind].bytes)[..., -2:] = scales
+    return packed
+
+
+def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int, ...]) -> _Array:
+    """Return the codes, int8[R, C], that ``_encode`` made ``stored`` of.
+
+    Parameters
+    ----------
+    stored : array
+    kind : str
+    matrix : TernaryMatrix
+        Of the same shape, with the scales.
+    levels : tuple of int
+        The scheme's codes.
+
+    Raises
+    ------
+    ValueError
+        If there are no such codes.
+    """
+    rows, cols = matrix.shape
+    # What no code makes.
+    codes = np.full((rows, cols), -128, np.int8)
+    if kind in _FLOATS:
+        scales = np.repeat(matrix.scales, matrix.group, axis=1)[:, :cols]
+        # With a scale of 0 all codes make the same, and the smallest, which comes last, is taken.
+        for level in sorted(levels, key=abs, reverse=True):
+            with np.errstate(over="ignore"):
+                codes[stored == np.float32(level) * scales] = level
+    else:
+        gguf = load_gguf()
+        packed = stored.copy()
+        own = packed.reshape(rows, -1, KINDS[kind].bytes)[..., -2:]
+        if not (own.copy().view("<f2")[..., 0] == matrix.scales).all():
+            raise ValueError(f"its blocks have other scales than {_SCALES}")
+        own[...] = np.array([1.0], "<f2").view(np.uint8)
+        number = gguf.GGMLQuantizationType(KINDS[kind].number)
+        codes[...] = gguf.quants.dequantize(packed, number)
+    if not np.isin(codes, levels).all():
+        raise ValueError("it holds a number that is none of its scheme's")
+    return codes
+
+
+# ---------------------------------------------------------------------------------------------
+# Writing
+
+
+def export_gguf(model: LegacyLLM, path: str | os.PathLike[str], kind: str | None = None) -> None:
+    """Write a model for llama.cpp, as a whole or not at all.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    path : path-like
+        The file; an old one is replaced.
+    kind : {"tq2_0", "tq1_0", "f16", "f32"}, optional
+        The type of the matrices of codes; all other weights are float32. By default it is the
+        first of tq2_0, f16 and f32 that holds the codes exactly. (tq1_0 is smaller than tq2_0, and
+        slower.)
+
+    Raises
+    ------
+    ValueError
+        If llama.cpp has no such models, the type does not hold the codes exactly, a weight is not
+        finite, or gguf is not installed.
+    OSError
+        If the file cannot be written; what was there before is untouched.
+    """
+    gguf = load_gguf()
+    check_model(model)
+    kind, tensors = _first_fit(model) if kind is None else (kind, _encode_all(model, kind))
+    with (
+        atomic_path(path) as temporary,
+        contextlib.closing(gguf.GGUFWriter(temporary, _ARCHITECTURE)) as writer,
+    ):
+        _add_keys(writer, model)
+        writer.add_file_type(KINDS[kind].file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        number = gguf.GGMLQuantizationType(KINDS[kind].number)
+        for name, tensor in tensors.items():
+            writer.add_tensor(name, tensor, raw_dtype=number if tensor.dtype == np.uint8 else None)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+
+
+def _first_fit(model: LegacyLLM) -> tuple[str, dict[str, _Array]]:
+    for kind in ("tq2_0", "f16"):
+        with contextlib.suppress(ValueError):
+            return kind, _encode_all(model, kind)
+    return "f32", _encode_all(model, "f32")
+
+
+def _encode_all(model: LegacyLLM, kind: str) -> dict[str, _Array]:
+    """Return a model's tensors by llama.cpp's names."""
+    config, tensors = model.config, {}
+    check_kind(config, kind)
+    for ours, names in tensor_names(config).items():
+        value = model.parameters[ours]
+        if not isinstance(value, TernaryMatrix):
+            tensors[names.llama_cpp] = value
+            continue
+        stored = _encode(value, kind)
+        try:
+            same = np.array_equal(
+                _decode(stored, kind, value, SCHEMES[config.scheme].levels), value.values
+            )
+        except ValueError:
+            same = False
+        if not same:
+            instead = "" if kind == "f32" else ": --type f32"
+            raise ValueError(f"{kind} does not hold {ours} exactly{instead}")
+        tensors[names.llama_cpp] = stored
+    return tensors
+
+
+def _add_keys(writer: Any, model: LegacyLLM) -> None:
+    config, provenance = model.config, model.provenance
+    writer.add_name(_unicode(f"legacy1bit, trained on {provenance.data or 'unknown data'}"))
+    if provenance.license:
+        writer.add_license(_unicode(provenance.license))
+    for name, value in _shape_keys(config).items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(name, value)
+    _add_tokenizer(writer, config.vocab_size)
+    writer.add_string(_CONFIG, json.dumps(config.to_dict()))
+    writer.add_string(_PROVENANCE, json.dumps(provenance.to_dict()))
+    scales = [value.scales.ravel() for value in _matrices(model).values()]
+    if scales:
+        writer.add_array(_SCALES, np.concatenate(scales).tolist())
+
+
+def _unicode(text: str) -> str:
+    """Return a text with question marks for what is left of bytes that were no UTF-8."""
+    return text.encode(errors="replace").decode()
+
+
+def _shape_keys(config: ModelConfig) -> dict[str, int | float]:
+    """Return the keys that tell llama.cpp a model's shape."""
+    keys = {
+        "context_length": config.sequence_length,
+        "embedding_length": config.model_dim,
+        "block_count": config.num_blocks,
+        "feed_forward_length": config.ffn_dim,
+        "attention.head_count": config.num_heads,
+        "attention.head_count_kv": config.num_heads,
+        "attention.layer_norm_epsilon": LAYER_NORM_EPSILON,
+        "rope.dimension_count": config.head_dim,
+        "rope.freq_base": float(config.rope_base),
+        "vocab_size": config.vocab_size,
+    }
+    return {f"{_ARCHITECTURE}.{name}": value for name, value in keys.items()}
+
+
+def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
+    """Return the matrices of codes by name, in the order of the layout."""
+    return {
+        name: value
+        for name, _, _ in parameter_layout(model.config)
+        if isinstance(value := model.parameters[name], TernaryMatrix)
+    }
+
+
+def _add_tokenizer(writer: Any, vocab_size: int) -> None:
+    """Describe a tokenizer of bytes in the words of byte-level BPE."""
+    characters = visible_bytes()[:vocab_size]
+    # What is no byte is never made from text.
+    others = [f"<{token}>" for token in range(len(characters), vocab_size)]
+    writer.add_tokenizer_model("gpt2")
+    # Without merges it does not matter how a text is cut up first; this is the plainest way.
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([*characters, *others])
+    writer.add_token_types([_NORMAL] * len(characters) + [_UNUSED] * len(others))
+    # llama.cpp wants at least one merge. This character stands for no byte, so it never applies.
+    writer.add_token_merges(["\u2581 \u2581"])
+    writer.add_add_space_prefix(False)
+    bos = ByteTokenizer(len(characters)).bos_token
+    writer.add_add_bos_token(bos is not None)
+    writer.add_add_eos_token(False)
+    if bos is not None:
+        writer.add_bos_token_id(bos)
+    # Our texts have no end, but llama.cpp takes token 11 for it unless told of another. Nothing is
+    # in texts more rarely than byte 0.
+    writer.add_eos_token_id(0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+
+
+def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
+    """Read a model from a file that ``export_gguf`` wrote.
+
+    The reader of the gguf package believes the sizes in a file; here each is checked first.
+
+    Parameters
+    ----------
+    path : path-like
+
+    Returns
+    -------
+    LegacyLLM
+        The model as it was, to the bit; it has no latent weights.
+
+    Raises
+    ------
+    ModelFileError
+        If that is no such file, or a damaged one, or the gguf package is needed and not installed.
+    OSError
+        If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            return _read(_Reader(file))
+        except (RecursionError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelFileError(f"{Path(path)} cannot be read: {reason}") from None
+
+
+class _Reader:
+    """A GGUF file, read from its beginning to its end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._size = os.fstat(file.fileno()).st_size
+
+    def check(self, count: int) -> None:
+        """Raise ``ValueError`` if the file does not have so many bytes more."""
+        if count > self._size - self._file.tell():
+            raise ValueError("it ends too early")
+
+    def take(self, count: int) -> bytes:
+        self.check(count)
+        return self._file.read(count)
+
+    def align(self) -> None:
+        """Go on at the next multiple of the alignment."""
+        self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
+
+    def number(self, size: int) -> int:
+        return int.from_bytes(self.take(size), "little")
+
+    def text(self) -> str:
+        return self.take(self.number(8)).decode()
+
+    def value(self) -> Any:
+        """Return what a key says; of lists of texts, which are the tokenizer's, nothing."""
+        kind = self.number(4)
+        if kind == _TEXT:
+            return self.text()
+        if kind != _LIST:
+            return self._numbers(kind, 1)[0].item()
+        kind, count = self.number(4), self.number(8)
+        if kind != _TEXT:
+            return self._numbers(kind, count)
+        for _ in range(count):
+            self.take(self.number(8))
+        return None
+
+    def _numbers(self, kind: int, count: int) -> _Array:
+        if kind not in _NUMBERS:
+            raise ValueError(f"a key has the unknown type {kind}")
+        dtype = np.dtype(_NUMBERS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+
+    def keys(self, count: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            name = self.text()
+            found[name] = self.value()
+        return found
+
+    def tensors(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
+        """Return shape, number of the type, and offset of each tensor."""
+        found = {}
+        for _ in range(count):
+            name, axes = self.text(), self.number(4)
+            # The fastest axis comes first there.
+            shape = tuple(self.number(8) for _ in range(axes))[::-1]
+            found[name] = shape, self.number(4), self.number(8)
+        return found
+
+
+def _read(reader: _Reader) -> LegacyLLM:
+    magic = reader.take(4)
+    if magic != _MAGIC:
+        raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
+    version = reader.number(4)
+    if version != _VERSION:
+        raise ValueError(f"it has version {version}, expected {_VERSION}")
+    tensor_count, key_count = reader.number(8), reader.number(8)
+    keys = reader.keys(key_count)
+    config = _config_of(keys)
+    stored = _check_tensors(config, reader.tensors(tensor_count), reader)
+    model = LegacyLLM(config)
+    model.provenance = Provenance.from_json(_text(keys, _PROVENANCE))
+    _fill_scales(model, keys.get(_SCALES))
+    for name, kind, shape in stored:
+        reader.align()
+        tensor = np.frombuffer(reader.take(math.prod(shape)), np.uint8).reshape(shape)
+        if kind in _FLOATS:
+            tensor = tensor.view(_FLOATS[kind])
+        value = model.parameters[name]
+        if isinstance(value, TernaryMatrix):
+            try:
+                value.values[...] = _decode(tensor, kind, value, SCHEMES[config.scheme].levels)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
+        else:
+            value[...] = tensor
+    check_model(model)
+    return model
+
+
+def _text(keys: dict[str, Any], name: str) -> str:
+    value = keys.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"its key {name} is no text")
+    return value
+
+
+def _config_of(keys: dict[str, Any]) -> ModelConfig:
+    """Return a model's settings, which what llama.cpp is told must agree with."""
+    if _CONFIG not in keys:
+        raise ValueError(
+            f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
+            "only files that legacy1bit wrote can be read"
+        )
+    settings = json.loads(_text(keys, _CONFIG))
+    config = ModelConfig.from_dict(settings)
+    missing = sorted(config.to_dict().keys() - settings.keys())
+    if missing:
+        raise ValueError(f"it has no setting {missing[0]!r}")
+    check_nemotron(config)
+    for name, value in _shape_keys(config).items():
+        # The file's numbers have single precision.
+        expected = float(np.float32(value)) if isinstance(value, float) else value
+        found = keys.get(name)
+        if type(found) is not type(expected) or found != expected:
+            raise ValueError(f"its key {name} is {found}, expected {expected}")
+    return config
+
+
+def _check_tensors(
+    config: ModelConfig, found: dict[str, tuple[tuple[int, ...], int, int]], reader: _Reader
+) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Return our name, type and shape in bytes of each tensor, in the order they are stored.
+
+    Raises
+    ------
+    ValueError
+        If they are not those of such a model, one behind the other, or the file is too small.
+    """
+    layout = {name: (shape, what) for name, shape, what in parameter_layout(config)}
+    ours = {names.llama_cpp: name for name, names in tensor_names(config).items()}
+    if found.keys() != ours.keys():
+        odd = sorted(found.keys() ^ ours.keys())[0]
+        raise ValueError(f"it has {'an unknown' if odd in found else 'no'} tensor {odd!r}")
+    kinds = {kind.number: name for name, kind in KINDS.items()}
+    stored, coded, end = [], set(), 0
+    for name, (shape, number, start) in found.items():
+        expected, what = layout[ours[name]]
+        if shape != expected:
+            raise ValueError(f"{name} has shape {list(shape)}, expected {list(expected)}")
+        kind = kinds.get(number)
+        if kind is None or (what != "quantized" and kind != "f32"):
+            raise ValueError(f"{name} has type {number}, which is none of its own")
+        if what == "quantized":
+            check_kind(config, kind)
+            coded.add(kind)
+        if start != -(-end // _ALIGNMENT) * _ALIGNMENT:
+            raise ValueError(f"{name} is stored at {start}, where another tensor is, or none")
+        stored.append((ours[name], kind, KINDS[kind].shape(shape)))
+        end = start + math.prod(stored[-1][2])
+    if len(coded) > 1:
+        raise ValueError(f"its matrices have different types: {', '.join(sorted(coded))}")
+    reader.align()
+    reader.check(end)
+    return stored
+
+
+def _fill_scales(model: LegacyLLM, scales: Any) -> None:
+    matrices = _matrices(model)
+    count = sum(matrix.scales.size for matrix in matrices.values())
+    if count and not (
+        isinstance(scales, np.ndarray) and scales.dtype == np.float32 and scales.size == count
+    ):
+        raise ValueError(f"its key {_SCALES} is no list of {count} numbers in float32")
+    if count and not np.isfinite(scales).all():
+        raise ValueError("a scale is not a finite number")
+    start = 0
+    for matrix in matrices.values():
+        matrix.scales.reshape(-1)[...] = scales[start : start + matrix.scales.size]
+        start += matrix.scales.size
+    if model.config.scale == "one" and any((one.scales != 1.0).any() for one in matrices.values()):
+        raise ValueError("a scale is not 1")

@@ -1,0 +1,144 @@
+"""Folders that Hugging Face's transformers loads: NemotronForCausalLM, and a tokenizer of bytes.
+
+The weights are float32, codes times scales: a way out, and none back in.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from legacy1bit.data_utils import TOKENIZER_FILE, ByteTokenizer, visible_bytes
+from legacy1bit.files import atomic_write_all, serialize_tensors
+from legacy1bit.formats.nemotron import check_model, tensor_names
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.model import (
+    CONFIG_FILE,
+    LAYER_NORM_EPSILON,
+    WEIGHTS_FILE,
+    LegacyLLM,
+    TernaryMatrix,
+)
+
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+# The key of what is known of the model besides, by which an earlier export is known, too.
+_OURS = "legacy1bit"
+
+
+def export_hugging_face(model: LegacyLLM, folder: str | os.PathLike[str]) -> None:
+    """Write a model for ``transformers``.
+
+    Parameters
+    ----------
+    model : LegacyLLM
+    folder : path-like
+        Made if need be; else it is empty or holds an earlier export, which is replaced.
+
+    Raises
+    ------
+    ValueError
+        If ``transformers`` has no such models, a weight is not finite, or the folder holds
+        something else.
+    OSError
+        If a file cannot be written; an earlier export is untouched.
+    """
+    check_model(model)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()) and not _is_export(folder):
+        raise ValueError(f"{folder} holds something else than an earlier export: choose another")
+    known = {"config": model.config.to_dict(), "provenance": model.provenance.to_dict()}
+    header = {"format": "pt", **{name: json.dumps(value) for name, value in known.items()}}
+    tokenizer = ByteTokenizer(min(model.config.vocab_size, 256))
+    contents = {
+        CONFIG_FILE: {**_config(model.config, tokenizer), _OURS: known},
+        TOKENIZER_FILE: _tokenizer(tokenizer),
+        TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config),
+    }
+    atomic_write_all(
+        {folder / WEIGHTS_FILE: serialize_tensors(_tensors(model), header)}
+        | {
+            folder / name: json.dumps(content, indent=2) + "\n"
+            for name, content in contents.items()
+        }
+    )
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        json.loads((folder / CONFIG_FILE).read_bytes())[_OURS]["config"]
+    except (KeyError, OSError, RecursionError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _tensors(model: LegacyLLM) -> dict[str, Any]:
+    tensors = {}
+    for ours, names in tensor_names(model.config).items():
+        value = model.parameters[ours]
+        dense = value.dense() if isinstance(value, TernaryMatrix) else value
+        # A norm there multiplies by 1 more than its weight.
+        tensors[names.transformers] = dense - np.float32(1.0) if ours.endswith("gamma") else dense
+    return tensors
+
+
+def _config(config: ModelConfig, tokenizer: ByteTokenizer) -> dict[str, Any]:
+    return {
+        "architectures": ["NemotronForCausalLM"],
+        "model_type": "nemotron",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.model_dim,
+        "intermediate_size": config.ffn_dim,
+        "num_hidden_layers": config.num_blocks,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.sequence_length,
+        "hidden_act": "relu2",
+        "norm_eps": LAYER_NORM_EPSILON,
+        "rope_theta": config.rope_base,
+        "partial_rotary_factor": 1.0,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "bos_token_id": tokenizer.bos_token,
+        # By default token 3 would end a text; none does.
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _tokenizer(tokenizer: ByteTokenizer) -> dict[str, Any]:
+    """Return the tokenizer's file, which puts the line break before a text.
+
+    A template does that. As a special token of the tokenizer it would be looked for in the text,
+    under the name of another character.
+    """
+    content = tokenizer.description()
+    bos = tokenizer.bos_token
+    if bos is not None:
+        name = visible_bytes()[bos]
+        first = {"SpecialToken": {"id": name, "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                first,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+        }
+    return content
+
+
+def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.sequence_length,
+        "clean_up_tokenization_spaces": False,
+    }
