@@ -16,12 +16,25 @@ import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close
 
+from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import TernaryMatrix, create_legacy_llm
 from legacy1bit.schemes import SCHEMES
 
 every_tier = pytest.mark.usefixtures("tier")
 schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
+
+
+def in_every_tier(function, *args, **kwargs):
+    """Yield what a function gives in one instruction set after the other."""
+    former = math_ops.simd_level()
+    try:
+        for level in math_ops.simd_levels():
+            math_ops.set_simd_level(level)
+            yield function(*args, **kwargs)
+    finally:
+        math_ops.set_simd_level(former)
+
 
 # --- Models ---------------------------------------------------------------------------------------
 

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import MODELS, make_config, random_model
+from models import MODELS, in_every_tier, make_config, random_model
 
-from legacy1bit import math_ops
 from legacy1bit.dataset import text_corpus
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.generator import Generator
@@ -153,16 +152,6 @@ def logits_of(model, prompt):
     return Decoder(PackedModel(model)).extend(tokens_of(model, prompt))
 
 
-def in_all_tiers(function, *arguments):
-    former = math_ops.simd_level()
-    try:
-        for level in math_ops.simd_levels():
-            math_ops.set_simd_level(level)
-            yield function(*arguments)
-    finally:
-        math_ops.set_simd_level(former)
-
-
 def wild_model(config, seed):
     """A random model whose matrices are large, so that each token changes its mind."""
     model, rng = random_model(config, seed), np.random.default_rng(seed)
@@ -185,8 +174,8 @@ def talkative(options, prompt):
         if len(set(text[len(prompt) + 100 :])) < 4:
             continue
         exact = logits_of(model, prompt)
-        if all(other == text for other in in_all_tiers(greedy, model, prompt, 200)) and all(
-            close(logits, exact) for logits in in_all_tiers(logits_of, model, prompt)
+        if all(other == text for other in in_every_tier(greedy, model, prompt, 200)) and all(
+            close(logits, exact) for logits in in_every_tier(logits_of, model, prompt)
         ):
             return model, text
     raise AssertionError(f"no model of {options} is sure of what it writes")
@@ -253,7 +242,7 @@ def test_greedy_text_of_a_trained_model_is_the_decoders(build, trained, trained_
 
 def test_greedy_text_of_a_trained_model_is_that_of_every_instruction_set(trained):
     for prompt in (b"The hen", b"", b"zzz"):
-        assert len(set(in_all_tiers(greedy, trained, prompt, 200))) == 1
+        assert len(set(in_every_tier(greedy, trained, prompt, 200))) == 1
 
 
 def with_logits(source):

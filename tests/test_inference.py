@@ -17,10 +17,12 @@ import oracle
 import pytest
 from compare import assert_same_bits
 from models import (
+    CODED,
     MODELS,
     assert_near,
     decoder_weights,
     every_tier,
+    in_every_tier,
     make_config,
     model_of,
     oracle_config,
@@ -1167,3 +1169,37 @@ def test_decoders_of_one_model_do_not_disturb_each_other():
     for i in range(5):
         for decoder, text, logits in zip(pair, texts, alone, strict=True):
             assert_same_bits(decoder.extend([text[i]]), logits[i])
+
+
+# --- The same everywhere --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
+def test_decoder_computes_the_same_bits_everywhere(changes):
+    """Whatever the instruction set, the threads, and the pieces a text comes in."""
+    config = make_config(**{**changes, "sequence_length": 150})
+    packed = PackedModel(model_of(config))
+    tokens = rng(3).integers(0, config.vocab_size, 140)
+    expected = Decoder(packed).extend_states(tokens)
+
+    def found():
+        yield Decoder(packed, 3).extend_states(tokens)
+        decoder = Decoder(packed, 2, sequences=2)
+        parts = np.split(tokens, [1, 2, 3, 60, 61, 130])
+        yield np.concatenate([decoder.extend_states(part, 1) for part in parts])
+
+    for states in in_every_tier(lambda: list(found())):
+        for one in states:
+            assert_same_bits(one, expected)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {}, {"top_k": 5, "min_p": 0.1}], ids=str
+)
+def test_text_is_the_same_everywhere(settings):
+    packed = PackedModel(wild_model(ternary_embedding=True))
+    for prompt in ([72], [72, 105, 33], list(range(30))):
+        expected = continuation(packed, prompt, 60, **settings)
+        for threads in (1, 3):
+            found = in_every_tier(continuation, packed, prompt, 60, threads=threads, **settings)
+            assert all(one == expected for one in found)

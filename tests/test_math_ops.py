@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import exact_dense, random_matrix, scaled_matrices
+from models import exact_dense, in_every_tier, random_matrix, scaled_matrices
 
 from legacy1bit import math_ops
 from legacy1bit.model import TernaryMatrix
@@ -1034,3 +1034,40 @@ def test_matmul_rejects_shapes_that_fit_only_untransposed(transpose_a, transpose
     arguments, _ = arguments_of("matmul")
     arguments |= {"transpose_a": transpose_a, "transpose_b": transpose_b}
     assert re.search(r"\bb\b", rejection("matmul", arguments, ValueError))
+
+
+# --- One order of sums ----------------------------------------------------------------------------
+
+
+def in_places(x):
+    """The sum of float32 numbers in the order that all instruction sets keep to."""
+    places = np.zeros(16, np.float32)
+    for start in range(0, x.size, 16):
+        part = x[start : start + 16]
+        places[: part.size] += part
+    while places.size > 1:
+        places = places[: places.size // 2] + places[places.size // 2 :]
+    return places[0]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 15, 16, 17, 31, 33, 64, 100, 257, 1000])
+def test_sums_and_what_is_made_of_them_have_the_same_bits_everywhere(n):
+    x, gain = normal(n, seed=n), normal(n, seed=n + 1)
+
+    def softmax():
+        y = x * np.float32(3.0)
+        math_ops.softmax(y)
+        return y
+
+    def layer_norm():
+        y = x.copy()
+        math_ops.layer_norm(y, gain, x)
+        return y
+
+    total = in_places(x)
+    for found in in_every_tier(math_ops.vector_sum, x):
+        assert found == total
+    for function in (softmax, layer_norm):
+        first, *others = in_every_tier(function)
+        for other in others:
+            np.testing.assert_array_equal(other, first)
