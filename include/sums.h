@@ -34,12 +34,6 @@ static inline vf32 places_load(const float *p, long left)
     return left >= VF32_LANES ? vf32_load(p) : left > 0 ? vf32_load_first(p, left) : vf32_zero();
 }
 
-static inline vf32 places_load_i8(const signed char *p, long left)
-{
-    return left >= VF32_LANES ? vf32_load_i8(p)
-                              : left > 0 ? vf32_load_i8_first(p, left) : vf32_zero();
-}
-
 static inline float ordered_sum(const float *x, long n)
 {
     places p = places_zero();
@@ -70,22 +64,6 @@ static inline float ordered_squares(const float *x, float centre, long n)
         room[i % VF32_LANES] = d * d;
         p.v[i % PLACES / VF32_LANES] = vf32_add(p.v[i % PLACES / VF32_LANES], vf32_load(room));
     }
-    return places_sum(p);
-}
-
-/* The sum of w[i] x[i]. */
-static inline float ordered_dot(const signed char *w, const float *x, long n)
-{
-    places p = places_zero();
-    long i = 0;
-    for (; i + PLACES <= n; i += PLACES)
-        for (int j = 0; j < PLACE_VECTORS; j++)
-            p.v[j] = vf32_add(p.v[j], vf32_mul(vf32_load_i8(w + i + j * VF32_LANES),
-                                               vf32_load(x + i + j * VF32_LANES)));
-    if (i < n)
-        for (int j = 0; j < PLACE_VECTORS; j++, i += VF32_LANES)
-            p.v[j] = vf32_add(p.v[j], vf32_mul(places_load_i8(w + i, n - i),
-                                               places_load(x + i, n - i)));
     return places_sum(p);
 }
 

@@ -52,7 +52,8 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     head.queries = extent.time
     head.keys = extent.time
     head.head_dim = head_dim
-    head.stride = dim
+    head.stride = head.k_key = dim
+    head.k_dim = 1
     head.span = layer.span
     head.allowed = NULL
     if extent.allowed:

@@ -8,8 +8,8 @@ cdef struct Member:
     # What a thread of a team has to itself.
     float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
     Rounded rounded
-    float *probs            # [rows, T]
-    float *head             # [4, T, D], queries, keys, values and outputs of a head, for a prompt
+    float *probs            # [rows, room]
+    float *head             # [4, room, D], queries, keys, values and outputs of a head, for a prompt
     float *chances          # [V], and the order of the likeliest, for sampling
     int *order
 
@@ -36,9 +36,10 @@ cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
     Py_ssize_t dim, wide, vocab
-    signed char *keys       # [sequences, blocks, H, capacity, D] in int8
-    signed char *values
-    float *key_steps        # [sequences, blocks, H, capacity], a scale for each of their rows
+    Py_ssize_t room         # the capacity in whole tiles of 16 keys
+    signed char *keys       # [sequences, blocks, H, room / 16, D, 16] in int8
+    signed char *values     # [sequences, blocks, H, room, D]
+    float *key_steps        # [sequences, blocks, H, room], a scale for each of them
     float *value_steps
     int *history            # [sequences, capacity], the tokens themselves
     float *stream           # [rows, C], the residual stream

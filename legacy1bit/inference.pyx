@@ -33,6 +33,8 @@ cdef enum:
     IN_ORDER = 256          # keys, up to which sums of attention have one order
     DRAWN_AT_ONCE = 64      # tokens, between two looks whether the user has pressed Ctrl-C
     STRIP = 32
+    KEY_TILE = 16           # as in cache.h
+    FEW = 4                 # queries that share the keys they load
     SUMMED = 1024           # weights that are added up in float32
     STRETCH = 64
 
@@ -133,7 +135,7 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
     # The same for neighbours in one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
-    cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at, t
+    cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
     cdef Py_ssize_t first = share(heads, index, d.team.members)
     cdef Py_ssize_t last = share(heads, index + 1, d.team.members)
     cdef float *q = d.q + row * d.dim
@@ -145,21 +147,20 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
         kernel.rotary(k + first * dim, model.cosines + past * half, model.sines + past * half,
                       1.0, rows, d.dim, last - first, dim)
     for head in range(first, last):
-        at = ((sequence * model.num_blocks + layer) * heads + head) * d.capacity
-        store(k + head * dim, d.dim, rows, dim, d.keys + (at + past) * dim,
-              d.key_steps + at + past)
+        at = ((sequence * model.num_blocks + layer) * heads + head) * d.room
+        store_keys(k + head * dim, d.dim, rows, dim, d.keys + at * dim, past, d.key_steps + at,
+                   <signed char *>d.members[index].head)
         store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
               d.value_steps + at + past)
         if past + rows <= IN_ORDER or rows == 1:
-            for t in range(rows):
-                attend_alone(d, index, head, at, past + t + 1, row + t)
+            attend_in_order(d, index, head, at, past, row, rows)
         else:
             attend_together(d, index, head, at, past, rows, workspace)
 
 
 cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
                 signed char *codes, float *steps) noexcept nogil:
-    # Rows of keys or values into the cache.
+    # Rows of values into the cache.
     cdef Rounded rounded
     cdef int total
     cdef Py_ssize_t t
@@ -171,24 +172,42 @@ cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t d
         kernels().round_to_int8(x + t * stride, 1, dim, &rounded)
 
 
-cdef void attend_alone(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
-                       Py_ssize_t keys, Py_ssize_t row) noexcept nogil:
-    # The last token of `keys`, whose cache begins at `at`.
+cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
+                     signed char *tiles, Py_ssize_t past, float *steps,
+                     signed char *codes) noexcept nogil:
+    # Rows of keys into their tiles; codes has room for them.
+    cdef Py_ssize_t t, i
+    cdef signed char *to
+    store(x, stride, rows, dim, codes, steps + past)
+    for t in range(rows):
+        to = tiles + (past + t) // KEY_TILE * KEY_TILE * dim + (past + t) % KEY_TILE
+        for i in range(dim):
+            to[i * KEY_TILE] = codes[t * dim + i]
+
+
+cdef void attend_in_order(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
+                          Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows) noexcept nogil:
+    # Rows of neighbouring tokens, whose cache begins at `at`.
     cdef CachedHead view
-    cdef Py_ssize_t dim = d.dim // d.model.num_heads, span = d.model.span
-    if span and span < keys:
-        at += keys - span
-        keys = span
-    view.keys = keys
+    cdef Py_ssize_t dim = d.dim // d.model.num_heads, span = d.model.span, t = 0, low
     view.head_dim = dim
-    view.q = d.q + row * d.dim + head * dim
-    view.k = d.keys + at * dim
-    view.v = d.values + at * dim
-    view.k_steps = d.key_steps + at
-    view.v_steps = d.value_steps + at
+    view.stride = d.dim
+    view.room = d.room
     view.probs = d.members[index].probs
-    view.out = d.heads + row * d.dim + head * dim
-    kernels().cached_attention(&view)
+    while t < rows:
+        # With a span each of them has a first key of its own.
+        view.queries = 1 if span else min(rows - t, FEW)
+        low = past + t + 1 - span if span and span < past + t + 1 else 0
+        view.keys = past + t + 1 - low
+        view.skipped = low % KEY_TILE
+        view.q = d.q + (row + t) * d.dim + head * dim
+        view.k = d.keys + (at + low - view.skipped) * dim
+        view.v = d.values + (at + low) * dim
+        view.k_steps = d.key_steps + at + low
+        view.v_steps = d.value_steps + at + low
+        view.out = d.heads + (row + t) * d.dim + head * dim
+        kernels().cached_attention(&view)
+        t += view.queries
 
 
 cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
@@ -202,18 +221,21 @@ cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
     view.keys = past + rows
     view.head_dim = dim
     view.stride = dim
+    view.k_key = 1
+    view.k_dim = d.room
     view.span = d.model.span
     view.probs = member.probs
     view.q = member.head
-    view.k = member.head + d.capacity * dim
-    view.v = member.head + 2 * d.capacity * dim
-    view.out = member.head + 3 * d.capacity * dim
+    view.k = member.head + d.room * dim
+    view.v = member.head + 2 * d.room * dim
+    view.out = member.head + 3 * d.room * dim
     for t in range(rows):
         memcpy(member.head + t * dim, d.q + t * d.dim + head * dim, dim * sizeof(float))
-    kernels().widen(d.keys + at * dim, d.key_steps + at, view.keys, dim,
-                    member.head + d.capacity * dim)
+    kernels().widen_keys(d.keys + at * dim, d.key_steps + at, dim,
+                         (view.keys + KEY_TILE - 1) // KEY_TILE, member.head + d.room * dim,
+                         d.room)
     kernels().widen(d.values + at * dim, d.value_steps + at, view.keys, dim,
-                    member.head + 2 * d.capacity * dim)
+                    member.head + 2 * d.room * dim)
     kernels().attention(&view, workspace)
     for t in range(rows):
         memcpy(d.heads + t * d.dim + head * dim, view.out + t * dim, dim * sizeof(float))
@@ -624,11 +646,14 @@ cdef class Decoder:
         view.capacity = capacity
         view.dim, view.wide, view.vocab = config.model_dim, config.ffn_dim, config.vocab_size
         widest = max(view.dim, view.wide)
-        cached = sequences * config.num_blocks * config.num_heads * capacity
-        keys = np.empty(cached * config.head_dim, np.int8)
+        view.room = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
+        cached = sequences * config.num_blocks * config.num_heads * view.room
+        # Tiles are read as a whole, before all their keys are there.
+        keys = np.zeros(cached * config.head_dim, np.int8)
         values = np.empty(cached * config.head_dim, np.int8)
         view.keys, view.values = &keys[0], &values[0]
         view.key_steps = self._room(cached)
+        memset(view.key_steps, 0, cached * sizeof(float))
         view.value_steps = self._room(cached)
         numbers = np.empty(sequences * capacity, np.int32)
         view.history = &numbers[0]
@@ -657,8 +682,8 @@ cdef class Decoder:
             numbers = np.empty(view.vocab, np.int32)
             view.members[i].rounded = rows.view
             view.members[i].normed = self._room(widest)
-            view.members[i].probs = self._room(min(capacity, PROMPT_BLOCK) * capacity)
-            view.members[i].head = self._room(4 * capacity * config.head_dim)
+            view.members[i].probs = self._room(max(min(capacity, PROMPT_BLOCK), FEW) * view.room)
+            view.members[i].head = self._room(4 * view.room * config.head_dim)
             view.members[i].chances = self._room(2 * view.vocab)
             view.members[i].order = &numbers[0]
             self.kept += [rows, numbers]

@@ -51,6 +51,8 @@ cdef struct Attention:
     Py_ssize_t keys           # rows of k and v; the last `queries` of them are the queries' own
     Py_ssize_t head_dim
     Py_ssize_t stride
+    Py_ssize_t k_key          # in the forward pass key j has dimension i at k[j k_key + i k_dim]
+    Py_ssize_t k_dim
     Py_ssize_t span           # how many keys back a query sees, itself included; 0: all
     const unsigned char *allowed    # uint8[keys], 0 where a key is padding; NULL: none is
     const float *q
@@ -66,15 +68,20 @@ cdef struct Attention:
     float *d_probs            # scratch, float32[queries, keys]
 
 cdef struct CachedHead:
-    # One query of one head, and the keys and values it sees, in int8 with a step for each row.
-    Py_ssize_t keys
+    # Neighbouring queries of one head, and the keys and values they see, in int8 with a step each.
+    # Rows of q and out are `stride` floats apart.
+    Py_ssize_t queries        # at most CACHED_QUERIES
+    Py_ssize_t keys           # that the first of them sees; each sees one more than that before it
+    Py_ssize_t skipped        # keys of the first tile that none of them sees
     Py_ssize_t head_dim
+    Py_ssize_t stride
+    Py_ssize_t room           # floats in a row of probs: the tiles of keys
     const float *q
-    const signed char *k
-    const signed char *v
+    const signed char *k      # tiles of 16: [dimension][key]
+    const signed char *v      # from here on those of the first key that is seen
     const float *k_steps
     const float *v_steps
-    float *probs              # float32[keys], scratch
+    float *probs              # float32[queries, room], scratch
     float *out
 
 cdef struct Update:
@@ -157,6 +164,8 @@ cdef struct KernelTable:
                           const Rounded *out) noexcept nogil
     void (*widen)(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
                   float *out) noexcept nogil
+    void (*widen_keys)(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
+                       float *out, Py_ssize_t row) noexcept nogil
     void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
                            const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
                            float *out, Py_ssize_t out_row, float *workspace) noexcept nogil

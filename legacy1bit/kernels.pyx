@@ -99,7 +99,17 @@ cdef extern from "simd.h" nogil:
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
     float ordered_squares(const float *x, float centre, long n)
-    float ordered_dot(const signed char *w, const float *x, long n)
+
+cdef extern from "cache.h" nogil:
+    enum:
+        CACHED_KEYS
+    void score_alone(const signed char *k, const float *q, long dim, long tiles, float *out)
+    void score_together(const signed char *k, const float *q, long q_row, long dim, long tiles,
+                        float *out, long out_row, long queries)
+    void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
+                    float *out, long out_row, long queries)
+    void widen_keys(const signed char *k, const float *steps, long dim, long tiles, float *out,
+                    long row)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -1187,41 +1197,33 @@ cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexce
 
 
 cdef void cached_attention(const CachedHead *head) noexcept nogil:
-    # out = softmax(q k^T / sqrt(D)) v, of one query that sees all the keys. All instruction sets
-    # agree.
-    cdef Py_ssize_t dim = head.head_dim, i, j, left, whole = dim - dim % (4 * VF32_LANES)
-    cdef const signed char *v
-    cdef vf32 p, s0, s1, s2, s3
+    # out = softmax(q k^T / sqrt(D)) v, each query with one key more than the one before it. All
+    # instruction sets agree.
+    cdef Py_ssize_t queries = head.queries, i, count, most = head.keys + queries - 1
+    cdef Py_ssize_t tiles = (head.skipped + most + CACHED_KEYS - 1) // CACHED_KEYS
+    cdef float factor = 1.0 / sqrtf(head.head_dim)
+    cdef float *row = head.probs
     START_TIMER(TIMER_ATTENTION_FORWARD)
-    for j in range(head.keys):
-        head.probs[j] = head.k_steps[j] * ordered_dot(head.k + j * dim, head.q, dim)
-    softmax_row(head.probs, head.keys, 1.0 / sqrtf(dim))
-    multiply(head.probs, head.v_steps, head.keys)
-    for i from 0 <= i < whole by 4 * VF32_LANES:
-        s0 = s1 = s2 = s3 = vf32_zero()
-        for j in range(head.keys):
-            p = vf32_splat(head.probs[j])
-            v = head.v + j * dim + i
-            s0 = vf32_add(vf32_mul(p, vf32_load_i8(v)), s0)
-            s1 = vf32_add(vf32_mul(p, vf32_load_i8(v + VF32_LANES)), s1)
-            s2 = vf32_add(vf32_mul(p, vf32_load_i8(v + 2 * VF32_LANES)), s2)
-            s3 = vf32_add(vf32_mul(p, vf32_load_i8(v + 3 * VF32_LANES)), s3)
-        vf32_store(head.out + i, s0)
-        vf32_store(head.out + i + VF32_LANES, s1)
-        vf32_store(head.out + i + 2 * VF32_LANES, s2)
-        vf32_store(head.out + i + 3 * VF32_LANES, s3)
-    for i from whole <= i < dim by VF32_LANES:
-        left = min(dim - i, VF32_LANES)
-        s0 = vf32_zero()
-        for j in range(head.keys):
-            v = head.v + j * dim + i
-            p = vf32_load_i8(v) if left == VF32_LANES else vf32_load_i8_first(v, left)
-            s0 = vf32_add(vf32_mul(vf32_splat(head.probs[j]), p), s0)
-        if left == VF32_LANES:
-            vf32_store(head.out + i, s0)
-        else:
-            vf32_store_first(head.out + i, left, s0)
+    if queries == 1:
+        score_alone(head.k, head.q, head.head_dim, tiles, row)
+    else:
+        score_together(head.k, head.q, head.stride, head.head_dim, tiles, row, head.room, queries)
+    for i in range(queries):
+        row = head.probs + i * head.room + head.skipped
+        count = head.keys + i
+        multiply(row, head.k_steps, count)
+        softmax_row(row, count, factor)
+        multiply(row, head.v_steps, count)
+        # What a query does not see adds 0.
+        memset(row + count, 0, (most - count) * sizeof(float))
+    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.room, most, head.out,
+               head.stride, queries)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
+
+
+cdef void widen_cached(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
+                       float *out, Py_ssize_t row) noexcept nogil:
+    widen_keys(k, steps, dim, tiles, out, row)
 
 
 cdef void widen(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
@@ -1246,7 +1248,7 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, head.q + block * stride, stride, 1,
-                head.k + low * stride, 1, stride, NULL, False,
+                head.k + low * head.k_key, head.k_dim, head.k_key, NULL, False,
                 head.probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys
@@ -1599,6 +1601,7 @@ kernels.quantize = quantize
 kernels.round_rows = round_rows
 kernels.round_to_int8 = round_to_int8
 kernels.widen = widen
+kernels.widen_keys = widen_cached
 kernels.packed_product = packed_product
 kernels.adamw = adamw
 kernels.sgd = sgd

@@ -1177,15 +1177,15 @@ def test_decoders_of_one_model_do_not_disturb_each_other():
 @pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
 def test_decoder_computes_the_same_bits_everywhere(changes):
     """Whatever the instruction set, the threads, and the pieces a text comes in."""
-    config = make_config(**{**changes, "sequence_length": 150})
+    config = make_config(**{**changes, "sequence_length": 70})
     packed = PackedModel(model_of(config))
-    tokens = rng(3).integers(0, config.vocab_size, 140)
+    tokens = rng(3).integers(0, config.vocab_size, 65)
     expected = Decoder(packed).extend_states(tokens)
 
     def found():
         yield Decoder(packed, 3).extend_states(tokens)
         decoder = Decoder(packed, 2, sequences=2)
-        parts = np.split(tokens, [1, 2, 3, 60, 61, 130])
+        parts = np.split(tokens, [1, 2, 3, 30, 31, 60])
         yield np.concatenate([decoder.extend_states(part, 1) for part in parts])
 
     for states in in_every_tier(lambda: list(found())):

@@ -214,15 +214,6 @@ static float sum_of_squares(const float *x, float centre, int count)
     return sum_of_places(places);
 }
 
-static float dot(const signed char *codes, const float *x, int count)
-{
-    float places[PLACES] = {0.0f};
-    int i;
-    for (i = 0; i < count; i++)
-        places[i % PLACES] = stored(places[i % PLACES] + stored((float)codes[i] * x[i]));
-    return sum_of_places(places);
-}
-
 static float from_upper(uint16_t upper)
 {
     const uint32_t bits = (uint32_t)upper << 16;
@@ -427,7 +418,10 @@ static void attend(struct state *s, int layer, int head, int position)
     for (t = 0; t < count; t++) {
         const signed char *key = s->keys[layer][first + t] + head * HEAD_DIM;
         const float step = s->key_steps[layer][first + t][head];
-        weights[t] = stored(step * dot(key, q, HEAD_DIM));
+        float product = 0.0f;
+        for (i = 0; i < HEAD_DIM; i++)
+            product = stored(product + stored(q[i] * (float)key[i]));
+        weights[t] = stored(product * step);
         top = weights[t] > top ? weights[t] : top;
     }
     /* Softmax; taking the largest off changes no proportion, and keeps exp from overflowing. */
