@@ -1,6 +1,7 @@
 """Writing files: the same content as the same bytes, and a crash in the middle loses nothing."""
 
 import contextlib
+import errno
 import json
 import os
 import struct
@@ -120,6 +121,8 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
 
 
 def _temporary(path: Path) -> Path:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 

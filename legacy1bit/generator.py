@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from legacy1bit.data_utils import ByteTokenizer
 from legacy1bit.hyperparams import SamplingConfig
-from legacy1bit.inference import Decoder
+from legacy1bit.inference import Decoder, check_tokens
 from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedModel
 from legacy1bit.threads import default_threads
@@ -248,12 +248,11 @@ class Generator:
         IndexError
             If the prompt holds what is no token.
         """
-        _check_counts(max_tokens, seed)
+        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_count("seed", seed)
+        given = check_tokens(prompt, self.model.config.vocab_size, "the prompt")
         rng = np.random.default_rng(seed)
         decoder = Decoder(self.model, self.threads)
-        text = list(np.asarray(prompt)[-decoder.capacity :])
-        if not text:
-            raise ValueError("the prompt is empty, expected at least one token")
+        text = given[-decoder.capacity :].tolist()
         return self._draw(decoder, text, max_tokens, sampling, rng)
 
     @staticmethod
@@ -264,7 +263,7 @@ class Generator:
         sampling: SamplingConfig,
         rng: np.random.Generator,
     ) -> Iterator[int]:
-        fresh, at_once = text, 1
+        fresh, at_once = text[:], 1
         while left:
             if decoder.length + len(fresh) > decoder.capacity:
                 decoder.clear()
@@ -276,7 +275,8 @@ class Generator:
             drawn = decoder.write(fresh, rng.random(count), sampling).tolist()
             if time.perf_counter() - begin < _AT_ONCE_SECONDS:
                 at_once = min(2 * at_once, _MOST_AT_ONCE)
-            text, fresh, left = text + drawn, drawn[-1:], left - count
+            text += drawn
+            fresh, left = drawn[-1:], left - count
             yield from drawn
 
     def stream(
@@ -344,7 +344,7 @@ class Generator:
         prompt gives alone: sums may be rounded differently. The other parameters and the errors
         are those of ``stream``.
         """
-        _check_counts(max_tokens, seed)
+        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_count("seed", seed)
         if isinstance(prompts, (str, bytes)):
             raise TypeError("prompts is one text, expected several")
         encoded = [self.encode(prompt) for prompt in prompts]
@@ -466,9 +466,9 @@ class Generator:
         return decoder.extend_states(tokens)[int(given) :]
 
 
-def _check_counts(max_tokens: int, seed: int) -> None:
-    for name, value in (("max_tokens", max_tokens), ("seed", seed)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} is {value!r}, expected a whole number")
-        if value < 0:
-            raise ValueError(f"{name} is {value}, expected 0 or more")
+def _check_count(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} is {value!r}, expected a whole number")
+    if value < 0:
+        raise ValueError(f"{name} is {value}, expected 0 or more")
+    return int(value)

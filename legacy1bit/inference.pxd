@@ -9,7 +9,7 @@ cdef struct Member:
     float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
     Rounded rounded
     float *probs            # [rows, room]
-    float *head             # [4, room, D], queries, keys, values and outputs of a head, for a prompt
+    float *head             # [4, room, D], a head's queries, keys, values and outputs, for a prompt
     float *chances          # [V], and the order of the likeliest, for sampling
     int *order
 

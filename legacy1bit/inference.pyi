@@ -12,6 +12,7 @@ def sample_token(
     sampling: SamplingConfig = ...,
     history: Sequence[int] = (),
 ) -> int: ...
+def check_tokens(tokens: npt.ArrayLike, vocab: int, name: str) -> npt.NDArray[np.int32]: ...
 
 class Decoder:
     def __init__(

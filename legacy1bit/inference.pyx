@@ -557,7 +557,7 @@ def sample_token(logits, rng, sampling=_SAMPLING, history=()) -> int:
         raise ValueError("logits is empty")
     weights = np.empty(2 * given.shape[0], np.float32)
     order = np.empty(given.shape[0], np.int32)
-    before = _check_tokens(history if len(history) else [0], given.shape[0], "history")
+    before = check_tokens(history if len(history) else [0], given.shape[0], "history")
     fill_sampling(&view, sampling, given.shape[0])
     # The likeliest is no matter of chance.
     uniform = rng.random() if view.temperature else 0.0
@@ -580,11 +580,24 @@ cdef int fill_sampling(Sampling *view, settings, Py_ssize_t vocab) except -1:
     return 0
 
 
-def _check_tokens(tokens, vocab, name):
-    """Return token ids as int32[T], checked."""
+def check_tokens(tokens, vocab, name):
+    """Return token ids as int32[T].
+
+    Parameters
+    ----------
+    tokens : int[T]
+    vocab : int
+    name : str
+        What errors call them.
+
+    Raises
+    ------
+    ValueError, TypeError, IndexError
+        If there is none, one is no whole number, or none of the vocabulary's.
+    """
     array = np.asarray(tokens)
     if array.ndim == 1 and array.size == 0:
-        raise ValueError(f"{name} is empty")
+        raise ValueError(f"{name} is empty, expected at least one token")
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, [T]")
     wrong = np.flatnonzero((array < 0) | (array >= vocab))
@@ -849,7 +862,7 @@ cdef class Decoder:
         numbers = _checked_uniforms(uniforms, 2)
         chosen = list(range(self.sequences) if sequences is None else sequences)
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)
-        given = _check_tokens(tokens, self.view.vocab, "tokens")
+        given = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
         if len(set(chosen)) != len(chosen):
             raise ValueError("a sequence is named twice")
@@ -876,7 +889,7 @@ cdef class Decoder:
     def _checked(self, tokens, more, sequence):
         """Return checked tokens of a sequence that has room for them and so many more."""
         self._check_sequence(sequence)
-        prompt = _check_tokens(tokens, self.view.vocab, "tokens")
+        prompt = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
         self._check_room(sequence, prompt.size + more)
         return prompt

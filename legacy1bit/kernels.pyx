@@ -358,7 +358,7 @@ cdef void relu2_backward(const float *x, const float *d_out, float *d_x,
 # ---------------------------------------------------------------------------------------------
 # Softmax and cross entropy
 
-cdef inline float largest(const float *x, Py_ssize_t n) noexcept nogil:
+cdef float largest(const float *x, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t i, whole = n - n % VF32_LANES
     cdef vf32 best = vf32_splat(-INFINITY)
     cdef float top

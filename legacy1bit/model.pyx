@@ -1058,11 +1058,8 @@ def save_model(LegacyLLM model not None, path, format="legacy1bit") -> None:
     -----
     C: ``model.c``, ``save_model``.
     """
-    model.alive()
-    for name, value in model.parameters.items():
-        _check_finite(name, value)
     if format == "c-v1":
-        atomic_write(path, _to_c_v1(model))
+        atomic_write(path, serialize_c_v1(model))
     elif format == "legacy1bit":
         _save_folder(model, Path(path))
     else:
@@ -1084,7 +1081,14 @@ def _as_float16(name, scales):
     return halves
 
 
+cdef _check_all_finite(LegacyLLM model):
+    model.alive()
+    for name, value in model.parameters.items():
+        _check_finite(name, value)
+
+
 def _save_folder(model, path):
+    _check_all_finite(model)
     tensors = {}
     for name, value in model.parameters.items():
         if isinstance(value, TernaryMatrix):
@@ -1316,7 +1320,9 @@ def _v1_order(config):
     return [*names, "output.weight", "output.bias"]
 
 
-def _to_c_v1(model):
+def serialize_c_v1(LegacyLLM model not None) -> bytes:
+    """Return the one file of the C original; errors are those of ``save_model``."""
+    _check_all_finite(model)
     config = model.config
     if not config.is_c_original:
         raise ValueError("the C original has no such models: train with --model-dim 256 "

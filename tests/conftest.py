@@ -1,5 +1,7 @@
 """Fixtures shared by the tests."""
 
+import re
+
 import pytest
 
 try:
@@ -16,3 +18,40 @@ def tier(request):
     math_ops.set_simd_level(request.param)
     yield request.param
     math_ops.set_simd_level(former)
+
+
+@pytest.fixture
+def say(capsysbinary):
+    """Run a command that succeeds; return its standard output and standard error."""
+    from legacy1bit.main import main
+
+    def run(*arguments, status=0):
+        capsysbinary.readouterr()
+        assert main(list(map(str, arguments))) == status
+        return capsysbinary.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def fail(capsysbinary):
+    """Run a command that is refused; return the one line that says why."""
+    from legacy1bit.main import main
+
+    def run(*arguments):
+        capsysbinary.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, arguments)))
+        output, errors = capsysbinary.readouterr()
+        assert stop.value.code == 2
+        assert output == b""
+        lines = errors.decode("utf-8", "surrogateescape").splitlines()
+        assert lines[-1].startswith("legacy1bit: error: ")
+        assert len(lines[-1]) > len("legacy1bit: error: ") + 10
+        # What went well before the error may have been told.
+        assert all(
+            re.match(r"training [\d,]+ parameters|going on with |$", line) for line in lines[:-1]
+        )
+        return lines[-1].removeprefix("legacy1bit: error: ")
+
+    return run

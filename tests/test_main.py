@@ -75,41 +75,6 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-@pytest.fixture
-def say(capsysbinary):
-    """Run a command that succeeds; return its standard output and standard error."""
-
-    def run(*arguments, status=0):
-        capsysbinary.readouterr()
-        assert main(list(map(str, arguments))) == status
-        return capsysbinary.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def fail(capsysbinary):
-    """Run a command that is refused; return the one line that says why."""
-
-    def run(*arguments):
-        capsysbinary.readouterr()
-        with pytest.raises(SystemExit) as stop:
-            main(list(map(str, arguments)))
-        output, errors = capsysbinary.readouterr()
-        assert stop.value.code == 2
-        assert output == b""
-        lines = errors.decode("utf-8", "surrogateescape").splitlines()
-        assert lines[-1].startswith("legacy1bit: error: ")
-        assert len(lines[-1]) > len("legacy1bit: error: ") + 10
-        # What went well before the error may have been told.
-        assert all(
-            re.match(r"training [\d,]+ parameters|going on with |$", line) for line in lines[:-1]
-        )
-        return lines[-1].removeprefix("legacy1bit: error: ")
-
-    return run
-
-
 def generate(model, prompt, count, seed=0, **settings):
     return Generator(model).tokens(prompt, count, SamplingConfig(**settings), seed)
 

@@ -1,6 +1,7 @@
 """``export``: a model as a file for other programs."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,19 +12,26 @@ from legacy1bit.model import LegacyLLM, load_model
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 
 
+def _quote(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
 def _export_gguf(model: LegacyLLM, path: Path, kind: str | None) -> str:
     from legacy1bit.formats.gguf import export_gguf
 
     export_gguf(model, path, kind)
-    return f"run it with llama.cpp: llama-completion -m {path} -p TEXT"
+    return f"run it with llama.cpp: llama-completion -m {_quote(path)} -p TEXT"
 
 
 def _export_c(model: LegacyLLM, path: Path, kind: str | None) -> str:
     from legacy1bit.formats.c_source import export_c
 
     export_c(model, path)
-    program = path.with_suffix("")
-    return f"compile it: cc -std=c99 -O2 -o {program} {path} -lm"
+    if path.suffix == ".c":
+        program, source = path.with_suffix(""), _quote(path)
+    else:
+        program, source = path.with_name(f"{path.name}.out"), f"-x c {_quote(path)}"
+    return f"compile it: cc -std=c99 -O2 -o {_quote(program)} {source} -lm"
 
 
 def _export_hugging_face(model: LegacyLLM, path: Path, kind: str | None) -> str:

@@ -1,6 +1,6 @@
 """The C original's ``llm_model.bin``, and what it has no room for.
 
-The file itself is ``model.save_model``'s and ``load_model``'s, as in C; where the weights come from
+The file itself is of ``model.pyx``, as in C; where the weights come from
 lies in a second file beside it.
 """
 
@@ -8,14 +8,14 @@ import json
 import os
 from pathlib import Path
 
-from legacy1bit.files import atomic_write
-from legacy1bit.model import LegacyLLM, ModelFileError, load_model, save_model
+from legacy1bit.files import atomic_write_all
+from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
 from legacy1bit.provenance import Provenance
 
 
 def _beside(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    return path.with_name(f"{path.name}.json")
+    return path.parent / f"{path.name}.json"
 
 
 def export_c_v1(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
@@ -28,13 +28,13 @@ def export_c_v1(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
     OSError
         If a file cannot be written.
     """
-    save_model(model, path, "c-v1")
     content = {
         "config": model.config.to_dict(),
         "scheme": model.config.scheme,
         "provenance": model.provenance.to_dict(),
     }
-    atomic_write(_beside(path), json.dumps(content, indent=2) + "\n")
+    told = json.dumps(content, indent=2) + "\n"
+    atomic_write_all({Path(path): serialize_c_v1(model), _beside(path): told})
 
 
 def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
