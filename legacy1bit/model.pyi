@@ -1,5 +1,7 @@
 import os
-from typing import Literal, NoReturn
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -266,4 +268,13 @@ def save_model(
     format: Literal["legacy1bit", "c-v1"] = "legacy1bit",
 ) -> None: ...
 def serialize_c_v1(model: LegacyLLM) -> bytes: ...
+
+class StoredParameter(NamedTuple):
+    name: str
+    shape: tuple[int, ...]
+    values: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
+    scales: _Floats | None = None
+    group: int = 0
+
+def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredParameter]]: ...
 def load_model(path: _Path) -> LegacyLLM: ...
