@@ -436,7 +436,7 @@ def test_an_empty_prompt_needs_a_line_break_among_the_tokens(compiled, tmp_path)
     assert_refused(run(compiled(source_of(model, tmp_path)), ""), 2, b"prompt: it is empty")
 
 
-@pytest.mark.parametrize("build", ("clang", "Pentium III"))
+@pytest.mark.parametrize("build", ["clang", "Pentium III"])
 @pytest.mark.parametrize("part", ["final_norm.gamma", "blocks.0.ffn.bi"])
 def test_damaged_weights_are_told(build, part, compiled, tmp_path):
     model = random_model(make_config())
