@@ -58,7 +58,7 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
     written: dict[Path, Path] = {}
     try:
         for path, content in contents.items():
-            written[path] = _write_beside(path, content)
+            written[_target(path)] = _write_beside(_target(path), content)
         for path, temporary in written.items():
             os.replace(temporary, path)
     except BaseException:
@@ -66,7 +66,7 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
             with contextlib.suppress(OSError):
                 temporary.unlink()
         raise
-    for folder in {path.parent for path in contents}:
+    for folder in {path.parent for path in written}:
         _sync_folder(folder)
 
 
@@ -82,7 +82,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     OSError
         As for ``atomic_write_all``.
     """
-    target = Path(path)
+    target = _target(Path(path))
     temporary = _temporary(target)
     try:
         yield temporary
@@ -93,7 +93,10 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            error.filename = str(path)
+            # What NumPy raises for a disk that is full has a message and no number.
+            number = error.errno or errno.EIO
+            reason = error.strerror or f"it could not be written whole ({error})"
+            raise OSError(number, reason, str(path)) from None
         raise
     _sync_folder(target.parent)
 
@@ -120,9 +123,23 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
     _sync_folder(folder)
 
 
-def _temporary(path: Path) -> Path:
-    if path.is_dir():
+def _target(path: Path) -> Path:
+    """Return what a rename may replace: a file that is there, or none; a link's own stays a link.
+
+    Raises
+    ------
+    OSError
+        If it is a folder, a device or a pipe.
+    """
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "Is no regular file", str(path))
+    return target
+
+
+def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 

@@ -40,7 +40,10 @@ class _Parser(argparse.ArgumentParser):
 def _fail(message: str) -> NoReturn:
     """End the program with one line on standard error and status 2."""
     line = " ".join(str(message).split())
-    print(f"legacy1bit: error: {line}", file=sys.stderr)
+    try:
+        print(f"legacy1bit: error: {line}", file=sys.stderr, flush=True)
+    except OSError:
+        _silence(sys.stderr)
     raise SystemExit(2)
 
 
@@ -79,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["train", *arguments]
+    if sys.stderr is None:
+        # print would take a closed one for standard output.
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -537,6 +537,60 @@ def test_export_writes_no_file_of_c_without_its_provenance(refused):
     assert "it.json" in refused(*export("c-v1", "it"))
 
 
+@pytest.mark.parametrize("part", ["model.safetensors", "config.json"])
+@formats
+def test_export_does_not_overwrite_its_model(refused, name, part):
+    saved(name)
+    Path("link").symlink_to(Path("model") / part)
+    for out in (f"model/{part}", f"model/../model/{part}", "link"):
+        reason = "a part of the model" if name != "safetensors" or out == "link" else part
+        assert reason in refused(*export(name, out))
+
+
+@needs_gguf
+def test_export_does_not_overwrite_a_model_of_c(say, refused):
+    saved("c-v1")
+    say(*export("c-v1", "old.bin"))
+    for name in FORMATS[1:]:
+        assert "old.bin is a part of the model" in refused(
+            *export(name, "old.bin", model="old.bin")
+        )
+
+
+def test_export_of_a_model_of_c_tells_where_it_comes_from(say):
+    saved("c-v1")
+    say(*export("c-v1", "old.bin"))
+    say(*export("c-v1", "new.bin", model="old.bin"))
+    assert Path("new.bin.json").read_bytes() == Path("old.bin.json").read_bytes()
+    assert b"CC0-1.0" in say("info", "--model", "old.bin").out
+
+
+def test_export_leaves_what_else_has_the_name_of_its_provenance(refused):
+    saved("c-v1")
+    Path("it.bin.json").write_text('{"mine": 1}')
+    assert "it.bin.json is something else" in refused(*export("c-v1", "it.bin"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_export_goes_where_a_link_points(say, name):
+    saved(name)
+    Path("target").write_text("old")
+    Path("link").symlink_to("target")
+    say(*export(name, "link"))
+    say(*export(name, "plain"))
+    assert Path("link").is_symlink()
+    assert Path("target").read_bytes() == Path("plain").read_bytes()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("name", FILES)
+def test_export_replaces_no_pipe(fail, name):
+    saved(name)
+    os.mkfifo("pipe")
+    assert "pipe: Is no regular file" in fail(*export(name, "pipe"))
+    assert Path("pipe").is_fifo()
+
+
 # --- What import refuses --------------------------------------------------------------------------
 
 

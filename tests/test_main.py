@@ -23,6 +23,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from compare import assert_same_bits
+from models import make_config, random_model
 from safetensors.numpy import load_file, save_file
 from test_logger import expected_events, set_apart, shown, without_tensorboardx
 from test_trainer import RECORD_KEYS, assert_same_files, measured, with_losses
@@ -1214,6 +1215,46 @@ def test_generate_asks_for_prompts(wild):
     # An empty line at the start has nothing to go on from; that is a text of its own.
     assert interact(b"\n").stdout == bytes(generate(load_model(wild), [10], 8)) + b"\n"
     assert interact(b"").stdout == b""
+    # What is no text is a prompt like any other.
+    assert interact(b"a\xff\n").stdout.startswith(b"a\xff")
+
+
+def test_generate_goes_on_asking_after_a_prompt_it_cannot_read(tmp_path):
+    save_model(random_model(make_config(vocab_size=8)), tmp_path / "tiny")
+    arguments = ("generate", "--model", str(tmp_path / "tiny"), "--interactive", "--max-tokens=3")
+    done = shell(*arguments, input=b"\nabc\n\1\n")
+    assert done.returncode == 0
+    assert b"the prompt is empty" in done.stderr
+    assert b"outside the vocabulary" in done.stderr
+    assert done.stdout.startswith(b"\1")
+    assert len(done.stdout) == 5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="asks a shell")
+@pytest.mark.parametrize(
+    ("more", "status", "output", "error"),
+    [
+        ("--interactive <&-", 2, b"", b"standard input is closed"),
+        ("2>&-", 0, None, b""),
+        ("--temperature nan 2>&-", 2, b"", b""),
+        ("--temperature nan 2>/dev/full", 2, b"", b""),
+    ],
+)
+def test_generate_without_one_of_the_streams(wild, more, status, output, error):
+    if "/dev/full" in more and not Path("/dev/full").exists():
+        pytest.skip("this system has no full device")
+    command = f"{shlex.quote(sys.executable)} -m legacy1bit.main generate --max-tokens 3 --model "
+    done = subprocess.run(
+        ["sh", "-c", f"{command} {shlex.quote(str(wild))} {more}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == status
+    if output is not None:
+        assert done.stdout == output
+    else:
+        assert len(done.stdout) == 3
+    assert error in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")

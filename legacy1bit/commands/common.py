@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data_utils import TOKENIZER_FILE, ByteTokenizer
+from legacy1bit.formats.c_v1 import import_c_v1
 from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
 
 RUNS = Path("runs")
@@ -66,6 +68,17 @@ def threads_of(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.threads <= 256:
         raise ValueError(f"--threads is {arguments.threads}, expected 1 to 256")
     return min(int(arguments.threads), available_cores())
+
+
+def read_model(path: Path) -> LegacyLLM:
+    """Return a model of a folder, or of a file of the C original, with where it comes from.
+
+    Raises
+    ------
+    ModelFileError, OSError
+        If it cannot be read.
+    """
+    return import_c_v1(path) if path.is_file() else load_model(path)
 
 
 def latest_run() -> Path:

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from legacy1bit.commands.common import add_model, latest_run
-from legacy1bit.model import LegacyLLM, load_model
+from legacy1bit.commands.common import add_model, latest_run, read_model
+from legacy1bit.data_utils import TOKENIZER_FILE
+from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, LegacyLLM
 
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 
 
 def _quote(path: Path) -> str:
-    return shlex.quote(str(path))
+    # A name that begins with a dash is no option where a folder stands before it.
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def _export_gguf(model: LegacyLLM, path: Path, kind: str | None) -> str:
@@ -61,7 +64,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Write a model as a file for other programs. gguf: for llama.cpp, with its tokenizer. "
         "c: one C99 file, weights inside. safetensors: a folder that Hugging Face's transformers "
-        "loads. c-v1: the file of the C original."
+        "loads. c-v1: the file of the C original, and what it has no room for as .json beside it."
     )
     add_model(command)
     command.add_argument(
@@ -78,11 +81,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _check_output(out: Path, model: Path) -> None:
+    """Raise ``ValueError`` for a file that is a part of the model itself."""
+    names = (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE, SETTINGS_FILE)
+    parts = [model] if model.is_file() else [model / name for name in names]
+    if out.exists() and any(part.exists() and out.samefile(part) for part in parts):
+        raise ValueError(f"{out} is a part of the model that is to be exported: name another file")
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Write the file and say what to do with it."""
     if arguments.type is not None and arguments.format != "gguf":
         raise ValueError(f"--type is for --format gguf, not {arguments.format}")
-    model = load_model(arguments.model or latest_run())
+    path = arguments.model or latest_run()
+    _check_output(arguments.out, path)
+    model = read_model(path)
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
     told = FORMATS[arguments.format](model, arguments.out, arguments.type)

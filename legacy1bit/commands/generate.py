@@ -95,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("--stop is empty, expected text")
     if arguments.interactive and (arguments.json or arguments.count > 1):
         raise ValueError("--interactive excludes --json and --count")
+    if arguments.interactive and sys.stdin is None:
+        raise ValueError("standard input is closed")
     if sys.stdout is None:
         raise ValueError("standard output is closed")
     threads = None if arguments.threads is None else threads_of(arguments)
@@ -222,20 +224,31 @@ def _interact(generator: Generator, arguments: argparse.Namespace, sampling: Sam
     text, seed = b"", arguments.seed
     with _history():
         while True:
-            try:
-                line = input("> " if sys.stdin.isatty() else "")
-            except EOFError:
+            line = _line()
+            if line is None:
                 return 0
-            prompt = os.fsencode(line) if line else text
+            prompt = line or text
             try:
                 _tell_of_length(generator, prompt)
                 _, text = _write(generator, prompt, arguments, sampling, seed)
-            except IndexError as error:
+            except (IndexError, ValueError) as error:
                 print(f"legacy1bit: {error}", file=sys.stderr)
                 continue
             sys.stdout.buffer.write(b"\n")
             sys.stdout.buffer.flush()
             seed += 1
+
+
+def _line() -> bytes | None:
+    """Return the next line of standard input, or nothing at its end; what no terminal sends is any
+    bytes."""
+    if sys.stdin.isatty():
+        try:
+            return os.fsencode(input("> "))
+        except EOFError:
+            return None
+    line = sys.stdin.buffer.readline()
+    return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
 
 
 @contextlib.contextmanager

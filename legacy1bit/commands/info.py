@@ -2,8 +2,8 @@
 
 import argparse
 
-from legacy1bit.commands.common import add_model, latest_run
-from legacy1bit.model import TernaryMatrix, load_model
+from legacy1bit.commands.common import add_model, latest_run, read_model
+from legacy1bit.model import TernaryMatrix
 from legacy1bit.trainer import weight_shares
 
 
@@ -15,7 +15,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print settings, sizes and what every matrix holds."""
     folder = arguments.model or latest_run()
-    model = load_model(folder)
+    model = read_model(folder)
     print(f"{'model':<18}{folder}")
     for name, value in (model.config.to_dict() | model.provenance.to_dict()).items():
         print(f"{name:<18}{'' if value is None else value}")

@@ -18,23 +18,33 @@ def _beside(path: str | os.PathLike[str]) -> Path:
     return path.parent / f"{path.name}.json"
 
 
+def _is_ours(path: Path) -> bool:
+    try:
+        return "provenance" in json.loads(path.read_bytes())
+    except (ValueError, TypeError, RecursionError):
+        return False
+
+
 def export_c_v1(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
     """Write a model as the C original keeps it, and its provenance as JSON beside it.
 
     Raises
     ------
     ValueError
-        If the C original has no such models.
+        If the C original has no such models, or something else has the name of the JSON.
     OSError
         If a file cannot be written.
     """
+    beside = _beside(path)
+    if beside.is_file() and not _is_ours(beside):
+        raise ValueError(f"{beside} is something else, expected the provenance of an earlier file")
     content = {
         "config": model.config.to_dict(),
         "scheme": model.config.scheme,
         "provenance": model.provenance.to_dict(),
     }
     told = json.dumps(content, indent=2) + "\n"
-    atomic_write_all({Path(path): serialize_c_v1(model), _beside(path): told})
+    atomic_write_all({Path(path): serialize_c_v1(model), beside: told})
 
 
 def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
