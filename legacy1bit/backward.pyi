@@ -110,6 +110,7 @@ class BackwardPass:
         targets: npt.ArrayLike,
         gradients: LegacyLLMGradients,
         total: int | None = None,
+        starts: npt.ArrayLike | None = None,
     ) -> tuple[float, int]: ...
 
 def backward_llm(
@@ -121,4 +122,5 @@ def backward_llm_batch(
     targets: npt.ArrayLike,
     gradients: LegacyLLMGradients,
     threads: int = 1,
+    starts: npt.ArrayLike | None = None,
 ) -> float: ...

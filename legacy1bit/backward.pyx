@@ -26,7 +26,7 @@ from legacy1bit.model cimport (
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.forward import as_token_rows, padding_mask
+from legacy1bit.forward import as_starts, as_token_rows, padding_mask
 
 # C clamps the probability of the true token here before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9
@@ -497,7 +497,9 @@ cdef tuple _fill_extent(Extent *extent, object x, const AttentionView *layer, ob
     shape = _shape_of(x, dim, "x")
     extent.batch = shape[0] if len(shape) > 1 else 1
     extent.time = shape[1] if len(shape) > 2 else 1
-    extent.allowed = NULL       # the forward pass has left probability 0 at padding
+    # The forward pass has left probability 0 at padding and in front of documents.
+    extent.allowed = NULL
+    extent.starts = NULL
     check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads,
                   layer.norm.gamma != NULL)
     if layer.cosines != NULL and extent.time > layer.length:
@@ -675,6 +677,7 @@ cdef struct BackwardJob:
     const int *tokens
     const int *targets
     const unsigned char *allowed
+    const int *starts
     Py_ssize_t batch, time
     Py_ssize_t tasks
     float gradient_scale
@@ -702,6 +705,9 @@ cdef void backward_task(void *context, long index) noexcept nogil:
     extent.allowed = NULL
     if job.allowed:
         extent.allowed = job.allowed + first * job.time
+    extent.starts = NULL
+    if job.starts:
+        extent.starts = job.starts + first * job.time
     job.losses[index] = backward_model(
         job.model, &extent, job.tokens + first * job.time, job.targets + first * job.time,
         job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.rooms[index],
@@ -717,13 +723,14 @@ cdef void sum_task(void *context, long index) noexcept nogil:
 
 
 cdef class BackwardPass:
-    """Forward and backward over batches of one shape, with the room for both made once.
+    """Forward and backward over batches, with the room for both made once.
 
     Parameters
     ----------
     model : LegacyLLM
     batch_size, time : int
-        B and T.
+        B and T of the largest batch. Others may have fewer sequences, or shorter ones and more of
+        them: as many times more as they are shorter.
     threads : int
         How many threads share the sequences. Gradients are summed share by share, so that their
         last bits depend on this number, and on nothing else.
@@ -734,6 +741,7 @@ cdef class BackwardPass:
 
     cdef readonly LegacyLLM model
     cdef readonly Py_ssize_t batch_size, time, threads
+    cdef Py_ssize_t shares
     cdef list contexts, rooms, gradients
     cdef BackwardJob job
 
@@ -754,8 +762,7 @@ cdef class BackwardPass:
         largest = (batch_size + tasks - 1) // tasks
         self.model = model
         self.batch_size, self.time, self.threads = batch_size, time, threads
-        job.tasks = tasks
-        job.batch, job.time = batch_size, time
+        self.shares = tasks
         job.contexts = <ModelContext *>calloc(tasks, sizeof(ModelContext))
         job.rooms = <BackwardRoom *>calloc(tasks, sizeof(BackwardRoom))
         job.gradients = <ModelGradient *>calloc(tasks, sizeof(ModelGradient))
@@ -785,17 +792,21 @@ cdef class BackwardPass:
         free(self.job.losses)
         free(self.job.flats)
 
-    def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None):
+    def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
+            starts=None):
         """Add the gradient of a batch's mean loss to ``gradients``.
 
         Parameters
         ----------
-        tokens, targets : int[B, T]
+        tokens, targets : int[B', T']
             Positions where either is padding count for nothing.
         gradients : LegacyLLMGradients
         total : int, optional
             By how many positions to divide, where the batch is a part of a larger one; its own
             when not given.
+        starts : int[B, T], optional
+            For each position the first of its row that it may see, as ``forward.as_starts``
+            takes them.
 
         Returns
         -------
@@ -807,11 +818,12 @@ cdef class BackwardPass:
         IndexError
             If an id is no token's.
         ValueError
-            If a shape does not fit.
+            If a shape or a start does not fit.
         """
         cdef BackwardJob *job = &self.job
         cdef const int[:, ::1] token_rows, target_rows
         cdef const unsigned char[:, ::1] mask
+        cdef const int[:, ::1] firsts
         cdef Py_ssize_t i
         config = self.model.config
         if gradients.config != config:
@@ -819,10 +831,9 @@ cdef class BackwardPass:
         if total is not None and (not isinstance(total, (int, np.integer)) or total < 0):
             raise ValueError(f"total is {total}, expected a whole number of positions")
         tokens, targets = as_token_rows(tokens), as_token_rows(targets, "targets")
-        for name, array in (("tokens", tokens), ("targets", targets)):
-            if array.shape != (self.batch_size, self.time):
-                raise ValueError(f"{name} has shape {array.shape}, expected "
-                                 f"{(self.batch_size, self.time)}")
+        self._set_shape(tokens.shape)
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets has shape {targets.shape}, expected {tokens.shape}")
         job.model = self.model.alive()
         check_tokens(self.model, tokens, "tokens")
         check_tokens(self.model, targets, "targets")
@@ -835,6 +846,10 @@ cdef class BackwardPass:
         if allowed is not None:
             mask = allowed
             job.allowed = &mask[0, 0]
+        job.starts = NULL
+        if starts is not None:
+            firsts = as_starts(starts, job.batch, job.time)
+            job.starts = &firsts[0, 0]
         job.gradient_scale = 1.0 / max(count if total is None else total, 1)
         job.gradients[0] = gradients.alive()[0]
         job.flats[0] = float_pointer(gradients.flat)
@@ -851,6 +866,17 @@ cdef class BackwardPass:
             loss += job.losses[i]
         return loss, count
 
+    cdef _set_shape(self, tuple shape):
+        # Every share of the batch has to fit the room that was made for one.
+        batch, time = shape
+        tasks = min(self.shares, max(batch, 1))
+        room = (self.batch_size + self.shares - 1) // self.shares * self.time
+        if not 1 <= time <= self.time or (batch + tasks - 1) // tasks * time > room or batch < 1:
+            raise ValueError(f"tokens has shape {shape}, expected {(self.batch_size, self.time)}, "
+                             "or no more tokens in shorter sequences")
+        self.job.tasks = tasks
+        self.job.batch, self.job.time = batch, time
+
 
 def backward_llm(LegacyLLM model not None, token_id, target,
                  LegacyLLMGradients gradients not None) -> float:
@@ -862,7 +888,7 @@ def backward_llm(LegacyLLM model not None, token_id, target,
 
 
 def backward_llm_batch(LegacyLLM model not None, tokens, targets,
-                       LegacyLLMGradients gradients not None, threads=1) -> float:
+                       LegacyLLMGradients gradients not None, threads=1, starts=None) -> float:
     """Add the gradient of a batch's loss to ``gradients``, and return the loss.
 
     Parameters
@@ -872,6 +898,9 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
         Positions where either is padding count for nothing.
     gradients : LegacyLLMGradients
     threads : int
+    starts : int[B, T], optional
+        For each position the first of its row that it may see, as ``forward.as_starts`` takes
+        them.
 
     Returns
     -------
@@ -886,5 +915,6 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
     rows = as_token_rows(tokens)
     if rows.size == 0:
         raise ValueError("tokens is empty")
-    loss, count = BackwardPass(model, *rows.shape, threads).run(rows, targets, gradients)
+    passes = BackwardPass(model, *rows.shape, threads)
+    loss, count = passes.run(rows, targets, gradients, starts=starts)
     return loss / max(count, 1)

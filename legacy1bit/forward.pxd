@@ -11,6 +11,7 @@ cdef struct Extent:
     Py_ssize_t batch
     Py_ssize_t time
     const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: there is none
+    const int *starts       # int32[B, T], see as_starts; NULL: a row is one document
 
 cdef struct ModelContext:
     BlockContext *blocks

@@ -58,6 +58,9 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     head.allowed = NULL
     if extent.allowed:
         head.allowed = extent.allowed + sequence * head.keys
+    head.starts = NULL
+    if extent.starts:
+        head.starts = extent.starts + sequence * head.queries
     head.q = context.q + row
     head.k = context.k + row
     head.v = context.v + row
@@ -268,6 +271,47 @@ def padding_mask(tokens, pad_token):
     return None if allowed.all() else allowed.astype(np.uint8)
 
 
+def as_starts(starts, batch, time):
+    """Return the first positions that those of each row may see: int32[B, T].
+
+    Where a row holds several documents, a position's is where its document begins: then no
+    document sees another, and each is answered as it is alone. Spans and padding hold besides.
+
+    Parameters
+    ----------
+    starts : int[B, T]
+        0 to the position itself, and never less than that of the position before it.
+    batch, time : int
+        B and T.
+
+    Raises
+    ------
+    TypeError
+        For anything but whole numbers.
+    ValueError
+        If the shape is another, or a start lies behind its position, before its row or before the
+        start of the position in front of it.
+    """
+    array = np.asarray(starts)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"starts is {array.dtype}{list(array.shape)}, expected whole numbers, "
+                        "[B, T]")
+    if array.shape != (batch, time):
+        raise ValueError(f"starts has shape {array.shape}, expected {(batch, time)}")
+    outside = (array < 0) | (array > np.arange(time))
+    if outside.any():
+        row, position = np.argwhere(outside)[0].tolist()
+        raise ValueError(f"starts[{row}, {position}] is {array[row, position]}, expected 0 to "
+                         f"{position}")
+    array = np.ascontiguousarray(array, np.int32)
+    falls = array[:, 1:] < array[:, :-1]
+    if falls.any():
+        row, position = np.argwhere(falls)[0].tolist()
+        raise ValueError(f"starts[{row}, {position + 1}] is {array[row, position + 1]}, expected "
+                         f"at least {array[row, position]} as before it")
+    return array
+
+
 # ---------------------------------------------------------------------------------------------
 # The C original's functions
 
@@ -290,9 +334,10 @@ cdef const float *_read_pointer(object array) except NULL:
     return &view[0]
 
 
-cdef object _fill_extent(Extent *extent, tuple shape, object allowed):
-    """Fill an extent for [B, T] positions; returns the array that must stay alive with it."""
+cdef tuple _fill_extent(Extent *extent, tuple shape, object allowed, object starts):
+    """Fill an extent for [B, T] positions; returns the arrays that must stay alive with it."""
     cdef const unsigned char[:, ::1] mask
+    cdef const int[:, ::1] firsts
     extent.batch, extent.time = shape[0], shape[1]
     extent.allowed = NULL
     if allowed is not None:
@@ -300,7 +345,11 @@ cdef object _fill_extent(Extent *extent, tuple shape, object allowed):
         if mask.shape[0] != shape[0] or mask.shape[1] != shape[1]:
             raise ValueError(f"allowed has shape {allowed.shape}, expected {tuple(shape[:2])}")
         extent.allowed = &mask[0, 0]
-    return allowed
+    extent.starts = NULL
+    if starts is not None:
+        firsts = starts = as_starts(starts, shape[0], shape[1])
+        extent.starts = &firsts[0, 0]
+    return allowed, starts
 
 
 def forward_embedding(embedding, int token_id):
@@ -354,7 +403,7 @@ def forward_multi_head_attention(MultiHeadAttention attention not None, x):
 
 
 def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x, allowed=None,
-                                       TransformerBlockContext context=None):
+                                       TransformerBlockContext context=None, starts=None):
     """Causal multi-head attention (Vaswani et al., arXiv 1706.03762, section 3.2).
 
     Parameters
@@ -365,6 +414,8 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
         0 where no query may look: padding.
     context : TransformerBlockContext, optional
         Where q, k, v, probs and heads are left for the backward pass.
+    starts : int[B, T], optional
+        For each position the first of its row that it may see, as ``as_starts`` takes them.
 
     Returns
     -------
@@ -374,7 +425,7 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     Raises
     ------
     ValueError
-        If a shape does not fit, or a sequence is longer than the rotary table.
+        If a shape or a start does not fit, or a sequence is longer than the rotary table.
 
     Notes
     -----
@@ -387,9 +438,9 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
-    allowed = _fill_extent(&extent, sequences.shape, allowed)
+    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, None, attention.num_heads,
-                           attention.norm is not None)
+                           attention.norm is not None, starts)
     out = np.empty(shape, np.float32)
     sequences = sequences.copy()
     cdef float *rows = float_pointer(sequences)
@@ -401,11 +452,15 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
 
 
 cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch, time, dim, ffn,
-                                          heads, sub_norm):
+                                          heads, sub_norm, starts):
     if context is None:
         return TransformerBlockContext(dim, 1 if ffn is None else ffn, heads, batch, time,
                                        sub_norm=sub_norm)
     check_context(context, batch, time, dim, ffn, heads, sub_norm)
+    if starts is not None:
+        # Attention leaves what stands in front of a document as it is. A layer's backward pass,
+        # which is not told of documents, has to find zeros there.
+        context.probs.fill(0.0)
     return context
 
 
@@ -488,13 +543,14 @@ def forward_transformer_block_with_context(TransformerBlock block not None, x,
     return forward_transformer_block_batch_with_context(block, x, context)
 
 
-def forward_transformer_block_batch(TransformerBlock block not None, x, allowed=None):
+def forward_transformer_block_batch(TransformerBlock block not None, x, allowed=None, starts=None):
     """Do what ``forward_transformer_block_batch_with_context`` does and keep nothing."""
-    return forward_transformer_block_batch_with_context(block, x, None, allowed)
+    return forward_transformer_block_batch_with_context(block, x, None, allowed, starts)
 
 
 def forward_transformer_block_batch_with_context(TransformerBlock block not None, x,
-                                                 TransformerBlockContext context, allowed=None):
+                                                 TransformerBlockContext context, allowed=None,
+                                                 starts=None):
     """Return ``y + ffn(norm2(y))`` with ``y = x + attention(norm1(x))``.
 
     Parameters
@@ -505,6 +561,8 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
         Where the activations are left for the backward pass.
     allowed : uint8[B, T], optional
         0 where no query may look: padding.
+    starts : int[B, T], optional
+        For each position the first of its row that it may see, as ``as_starts`` takes them.
 
     Returns
     -------
@@ -521,9 +579,9 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
-    allowed = _fill_extent(&extent, sequences.shape, allowed)
+    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
-                           block.attention.num_heads, block.attention.norm is not None)
+                           block.attention.num_heads, block.attention.norm is not None, starts)
     context.input[...] = sequences
     cdef float *workspace = packing_room()
     with nogil:
@@ -584,7 +642,7 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
     return probabilities[0] if np.ndim(token_id) == 0 else probabilities
 
 
-def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False):
+def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False, starts=None):
     """Return the probabilities of the token that follows each token, given those before it.
 
     Parameters
@@ -598,6 +656,8 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
         may round differently, because few rows are multiplied in another way than many.
     logits : bool
         Return logits instead.
+    starts : int[B, T], optional
+        For each position the first of its row that it may see, as ``as_starts`` takes them.
 
     Returns
     -------
@@ -608,7 +668,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
     IndexError
         If an id is no token's.
     ValueError
-        If a sequence is longer than the model's positions reach.
+        If a sequence is longer than the model's positions reach, or a start does not fit.
 
     Notes
     -----
@@ -618,6 +678,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
     cdef ForwardJob job
     cdef const int[:, ::1] rows
     cdef const unsigned char[:, ::1] mask
+    cdef const int[:, ::1] firsts
     cdef ForwardContext context
     cdef float[:, :, ::1] out
     if threads < 1:
@@ -627,6 +688,10 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False)
     rows = token_rows
     check_tokens(model, rows, "tokens")
     allowed = padding_mask(token_rows, model.config.pad_token)
+    job.starts = NULL
+    if starts is not None:
+        firsts = as_starts(starts, rows.shape[0], rows.shape[1])
+        job.starts = &firsts[0, 0]
     job.tasks = min(threads, rows.shape[0])
     contexts = []
     result = np.empty((rows.shape[0], rows.shape[1], model.config.vocab_size), np.float32)
@@ -663,6 +728,7 @@ cdef struct ForwardJob:
     ModelContext *contexts
     const int *tokens
     const unsigned char *allowed
+    const int *starts
     Py_ssize_t batch, time
     Py_ssize_t tasks
     bint probabilities
@@ -684,6 +750,9 @@ cdef void forward_task(void *context, long index) noexcept nogil:
     extent.allowed = NULL
     if job.allowed:
         extent.allowed = job.allowed + first * job.time
+    extent.starts = NULL
+    if job.starts:
+        extent.starts = job.starts + first * job.time
     run_model(job.model, &extent, job.tokens + first * job.time, &job.contexts[index], workspace)
     if job.probabilities:
         kernels().softmax(job.contexts[index].logits, extent.batch * job.time,

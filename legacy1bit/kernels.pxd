@@ -55,6 +55,7 @@ cdef struct Attention:
     Py_ssize_t k_dim
     Py_ssize_t span           # how many keys back a query sees, itself included; 0: all
     const unsigned char *allowed    # uint8[keys], 0 where a key is padding; NULL: none is
+    const int *starts         # int32[queries], never falling: the first key each sees; NULL: all
     const float *q
     const float *k
     const float *v

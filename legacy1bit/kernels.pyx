@@ -1185,15 +1185,20 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
 # Attention: one head of one sequence (Vaswani et al., arXiv 1706.03762, equation 1)
 #
 # Queries go in blocks; a block sees no key behind its last query, so a causal half of the work
-# is never done.
+# is never done, nor is the work in front of a span or of a document.
 
 cdef enum:
     QUERY_BLOCK = 64
 
 
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
-    cdef Py_ssize_t position = head.keys - head.queries + query
-    return position - head.span + 1 if head.span and position >= head.span else 0
+    # Never lower than that of the query before it, so that a block's is its first query's.
+    cdef Py_ssize_t position = head.keys - head.queries + query, first = 0
+    if head.span and position >= head.span:
+        first = position - head.span + 1
+    if head.starts and head.starts[query] > first:
+        first = head.starts[query]
+    return first
 
 
 cdef void cached_attention(const CachedHead *head) noexcept nogil:

@@ -234,6 +234,49 @@ PADDINGS = ("none", "left", "right", "middle", "row", "all")
 paddings = pytest.mark.parametrize("padding", PADDINGS)
 
 
+# Lengths of the documents in each row. Of the short ones some are padding alone: the first with
+# padding at the left, the middle one of the last row with padding in the middle. Queries go in
+# blocks of 64, on whose bounds, and beside them, the long ones begin.
+SHORT_ROWS = ((5, 1, 10), (16,), (9, 3, 4))
+LONG_ROWS = ((64, 66), (63, 2, 65), (65, 63, 2), (1, 126, 3), (130,), (1,) * 130)
+
+
+def starts_of(documents):
+    """int32[B, T]: where the document of each position begins; None for None."""
+    if documents is None:
+        return None
+    return np.array(
+        [np.repeat(np.cumsum((0, *lengths[:-1])), lengths) for lengths in documents], np.int32
+    )
+
+
+def places_of(documents):
+    """Where each document lies in its batch: slices of one row."""
+    for row, lengths in enumerate(documents):
+        ends = np.cumsum(lengths).tolist()
+        for length, end in zip(lengths, ends, strict=True):
+            yield np.s_[row : row + 1, end - length : end]
+
+
+# What are no starts of two rows of five positions, and what is said of them.
+BAD_STARTS = (
+    (np.zeros((2, 4), int), ValueError, r"has shape \(2, 4\), expected \(2, 5\)"),
+    (np.zeros((3, 5), int), ValueError, "has shape"),
+    (np.zeros(5, int), ValueError, "has shape"),
+    (np.zeros((2, 5, 1), int), ValueError, "has shape"),
+    (np.zeros((2, 5)), TypeError, r"float64\[2, 5\], expected whole numbers"),
+    (np.zeros((2, 5), bool), TypeError, "expected whole numbers"),
+    ("starts", TypeError, "expected whole numbers"),
+    ([[0] * 5, [0, 1, 2, 4, 4]], ValueError, r"\[1, 3\] is 4, expected 0 to 3"),
+    ([[0, 0, 0, -1, 0], [0] * 5], ValueError, r"\[0, 3\] is -1, expected 0 to 3"),
+    ([[0] * 5, [0, 0, 0, 1 << 32, 0]], ValueError, "expected 0 to 3"),
+    (np.full((2, 5), (1 << 64) - 1, np.uint64), ValueError, "expected 0 to 0"),
+    ([[0, 1, 2, 1, 2], [0] * 5], ValueError, r"\[0, 3\] is 1, expected at least 2"),
+    (np.array([[0] * 5, [0, 1, 0, 1, 1]], np.uint8), ValueError, r"\[1, 2\] is 0, expected at"),
+)
+bad_starts = pytest.mark.parametrize(("starts", "error", "message"), BAD_STARTS)
+
+
 def as_float64(arrays):
     return {name: value.astype(np.float64) for name, value in arrays.items()}
 
@@ -246,7 +289,7 @@ class NearTieError(Exception):
 
 
 def without_ties(case):
-    """Let ``case(*args, draw)`` try one draw of its data after the other, and keep the first good.
+    """Let ``case(*args, draw=n)`` try one draw of its data after the other; keep the first good.
 
     The cases are kept: otherwise each tier would work out the same answers again.
     """
@@ -255,7 +298,7 @@ def without_ties(case):
     def first_good(*args):
         for draw in range(200):
             with contextlib.suppress(NearTieError):
-                return case(*args, draw)
+                return case(*args, draw=draw)
         raise AssertionError(f"no data without a tie for {args}")
 
     return first_good

@@ -318,14 +318,20 @@ def rotary_backward(d_output, base=10000.0):
     return _rotate(d_output, -_rotary_angles(d_output.shape[1], d_output.shape[3], base))
 
 
-def allowed_keys(tokens, vocab_size, span):
-    """bool [B, T, T]: may query i look at key j? Not later, not padding, not span or more back."""
+def allowed_keys(tokens, vocab_size, span, starts=None):
+    """bool [B, T, T]: may query i look at key j?
+
+    Not later, not padding, not span or more back, and not before ``starts[b, i]``, where its
+    document begins.
+    """
     time = tokens.shape[1]
     query, key = np.arange(time)[:, None], np.arange(time)[None, :]
     in_reach = key <= query
     if span:
         in_reach &= key > query - span
-    return in_reach[None] & (tokens != vocab_size)[:, None, :]
+    if starts is not None:
+        in_reach = in_reach & (key >= np.asarray(starts)[:, :, None])
+    return in_reach & (tokens != vocab_size)[:, None, :]
 
 
 def masked_softmax(scores, allowed):
@@ -342,7 +348,7 @@ def _split_heads(x, num_heads):
     return x.reshape(*x.shape[:2], num_heads, -1)
 
 
-def _attend(x, tokens, weights, config):
+def _attend(x, tokens, weights, config, starts=None):
     """The intermediate values of attention: q, k, v [B, T, H, D], probabilities [B, H, T, T]
     and the concatenated heads [B, T, C]."""
     q, k, v = (
@@ -353,27 +359,27 @@ def _attend(x, tokens, weights, config):
         q, k = rotary(q, config["rope_base"]), rotary(k, config["rope_base"])
     if config.get("int8_cache"):
         k, v = quantize_activations(k), quantize_activations(v)
-    allowed = allowed_keys(tokens, config["vocab_size"], config["attention_span"])
+    allowed = allowed_keys(tokens, config["vocab_size"], config["attention_span"], starts)
     scores = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     probabilities = masked_softmax(scores, allowed[:, None])
     heads = np.einsum("bhij,bjhd->bihd", probabilities, v).reshape(x.shape)
     return q, k, v, probabilities, heads
 
 
-def attention(x, tokens, weights, config):
+def attention(x, tokens, weights, config, starts=None):
     """Causal multi-head attention: x [B, T, C], tokens [B, T] -> [B, T, C].
 
     ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``, and ``gamma`` and ``beta`` with sub_norm.
-    The tokens say which keys are padding.
+    The tokens say which keys are padding, and ``starts`` [B, T] where each query's first key is.
     """
-    heads = _attend(_rounded(x, config), tokens, weights, config)[-1]
+    heads = _attend(_rounded(x, config), tokens, weights, config, starts)[-1]
     return linear(_before_wo(heads, weights, config), weights["wo"], weights["bo"])
 
 
-def attention_backward(d_output, x, tokens, weights, config):
+def attention_backward(d_output, x, tokens, weights, config, starts=None):
     """Backward of `attention`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
     x = _rounded(x, config)
-    q, k, v, probabilities, heads = _attend(x, tokens, weights, config)
+    q, k, v, probabilities, heads = _attend(x, tokens, weights, config, starts)
     gradients = {}
     d_heads, gradients["wo"], gradients["bo"] = linear_backward(
         d_output, _before_wo(heads, weights, config), weights["wo"]
@@ -443,24 +449,25 @@ def _norm_backward(d_output, x, weights, name, gradients):
     return d_x
 
 
-def block(x, tokens, weights, config):
+def block(x, tokens, weights, config, starts=None):
     """One transformer block, pre-norm: x [B, T, C] -> [B, T, C]."""
-    x = x + attention(_norm(x, weights, "norm1"), tokens, _part(weights, "attention."), config)
+    normalised = _norm(x, weights, "norm1")
+    x = x + attention(normalised, tokens, _part(weights, "attention."), config, starts)
     return x + feed_forward(_norm(x, weights, "norm2"), _part(weights, "ffn."), config)
 
 
-def block_backward(d_output, x, tokens, weights, config):
+def block_backward(d_output, x, tokens, weights, config, starts=None):
     """Backward of `block`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
     attention_weights, ffn_weights = _part(weights, "attention."), _part(weights, "ffn.")
     normalised1 = _norm(x, weights, "norm1")
-    middle = x + attention(normalised1, tokens, attention_weights, config)
+    middle = x + attention(normalised1, tokens, attention_weights, config, starts)
     normalised2 = _norm(middle, weights, "norm2")
 
     gradients = {}
     d_normalised2, d_ffn = feed_forward_backward(d_output, normalised2, ffn_weights, config)
     d_middle = d_output + _norm_backward(d_normalised2, middle, weights, "norm2", gradients)
     d_normalised1, d_attention = attention_backward(
-        d_middle, normalised1, tokens, attention_weights, config
+        d_middle, normalised1, tokens, attention_weights, config, starts
     )
     d_x = d_middle + _norm_backward(d_normalised1, x, weights, "norm1", gradients)
     gradients.update({"attention." + name: value for name, value in d_attention.items()})
@@ -500,11 +507,11 @@ def cross_entropy_backward(logits, targets, counted):
 # --- The whole model ------------------------------------------------------------------------------
 
 
-def _hidden_states(params, config, tokens):
+def _hidden_states(params, config, tokens, starts):
     """The input of every block and, last, the output of the last one: [B, T, C] each."""
     states = [embedding(tokens, params["embedding.weight"])]
     for i in range(config["num_blocks"]):
-        states.append(block(states[-1], tokens, _part(params, f"blocks.{i}."), config))
+        states.append(block(states[-1], tokens, _part(params, f"blocks.{i}."), config, starts))
     return states
 
 
@@ -520,7 +527,7 @@ def _head(params, config, x):
     return x, linear(x, params["output.weight"], params.get("output.bias", 0.0))
 
 
-def forward(params, config, tokens):
+def forward(params, config, tokens, starts=None):
     """The whole model.
 
     Parameters
@@ -529,6 +536,8 @@ def forward(params, config, tokens):
         See the module's docstring.
     tokens : int[B, T]
         Ids in [0, V), or V for padding.
+    starts : int[B, T], optional
+        The first position of its row that each position may see.
 
     Returns
     -------
@@ -536,7 +545,7 @@ def forward(params, config, tokens):
     """
     params = {name: _float64(value) for name, value in params.items()}
     tokens = np.asarray(tokens)
-    _, logits = _head(params, config, _hidden_states(params, config, tokens)[-1])
+    _, logits = _head(params, config, _hidden_states(params, config, tokens, starts)[-1])
     return logits, softmax(logits)
 
 
@@ -551,7 +560,7 @@ def decode(params, config, tokens):
     return forward(params, settings, np.asarray(tokens)[None])[0][0]
 
 
-def loss_and_gradients(params, config, tokens, targets):
+def loss_and_gradients(params, config, tokens, targets, starts=None):
     """Mean cross entropy and its gradient for every parameter.
 
     Parameters
@@ -560,6 +569,8 @@ def loss_and_gradients(params, config, tokens, targets):
         See the module's docstring.
     tokens, targets : int[B, T]
         Ids in [0, V), or V for padding.
+    starts : int[B, T], optional
+        The first position of its row that each position may see.
 
     Returns
     -------
@@ -569,7 +580,7 @@ def loss_and_gradients(params, config, tokens, targets):
     """
     params = {name: _float64(value) for name, value in params.items()}
     tokens, targets = np.asarray(tokens), np.asarray(targets)
-    states = _hidden_states(params, config, tokens)
+    states = _hidden_states(params, config, tokens, starts)
     x, logits = _head(params, config, states[-1])
     counted = counted_positions(tokens, targets, config["vocab_size"])
     loss = cross_entropy(logits, targets, counted)
@@ -584,7 +595,8 @@ def loss_and_gradients(params, config, tokens, targets):
         d_x = _norm_backward(d_x, states[-1], params, "final_norm", gradients)
     for i in reversed(range(config["num_blocks"])):
         prefix = f"blocks.{i}."
-        d_x, d_block = block_backward(d_x, states[i], tokens, _part(params, prefix), config)
+        weights = _part(params, prefix)
+        d_x, d_block = block_backward(d_x, states[i], tokens, weights, config, starts)
         gradients.update({prefix + name: value for name, value in d_block.items()})
     gradients["embedding.weight"] = embedding_backward(d_x, tokens, config["vocab_size"])
     return loss, gradients

@@ -12,11 +12,14 @@ import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from models import (
     CODED,
+    LONG_ROWS,
     MODELS,
     PADDINGS,
+    SHORT_ROWS,
     as_float64,
     assert_near,
     attention_cases,
+    bad_starts,
     every_tier,
     exact_dense,
     float_twin,
@@ -27,6 +30,7 @@ from models import (
     oracle_config,
     oracle_weights,
     paddings,
+    places_of,
     random_matrix,
     random_model,
     random_tokens,
@@ -36,6 +40,7 @@ from models import (
     run_child,
     scaled_matrices,
     schemes,
+    starts_of,
     without_ties,
 )
 from test_oracle import torch_loss
@@ -364,7 +369,7 @@ def test_backward_feed_forward_takes_the_values_after_the_activation():
 
 
 @without_ties
-def layer_case(config, batch, time, padding, layer, draw):
+def layer_case(config, batch, time, padding, layer, documents=None, *, draw):
     """x, tokens, d_output, weights and the exact gradients of an attention layer or a block."""
     weights = oracle_weights(model_of(config), f"blocks.0.{layer}")
     tokens = random_tokens(config, batch, time, padding)
@@ -372,7 +377,9 @@ def layer_case(config, batch, time, padding, layer, draw):
     backward = oracle.attention_backward if layer else oracle.block_backward
 
     def exact(w):
-        d_x, gradients = backward(w["d"], w["x"], tokens, w, oracle_config(config))
+        d_x, gradients = backward(
+            w["d"], w["x"], tokens, w, oracle_config(config), starts_of(documents)
+        )
         return {"x": d_x, **gradients}
 
     arrays = {**as_float64({"d": d_output, "x": x}), **weights}
@@ -385,10 +392,15 @@ def room_for(config, batch, time):
     )
 
 
-def check_attention(config, batch, time, padding):
-    x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "attention.")
+def check_attention(config, batch, time, padding, documents=None):
+    x, tokens, d_output, weights, expected = layer_case(
+        config, batch, time, padding, "attention.", documents
+    )
     attention, context = model_of(config).blocks[0].attention, room_for(config, batch, time)
-    forward_multi_head_attention_batch(attention, x, tokens != config.pad_token, context)
+    allowed, starts = tokens != config.pad_token, starts_of(documents)
+    # What is left in a context from before makes no difference.
+    context.probs.fill(np.nan)
+    forward_multi_head_attention_batch(attention, x, allowed, context, starts)
     before = x.copy(), d_output.copy()
     check_backward(
         lambda g: backward_multi_head_attention_batch(attention, d_output, x, context, g),
@@ -430,10 +442,22 @@ def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, sp
         check_attention(config, 1 if time > 65 else 2, time, padding)
 
 
-def run_block(config, x, tokens):
+@every_tier
+@pytest.mark.parametrize("span", [0, 3, 65])
+def test_backward_multi_head_attention_of_documents_in_a_row_is_the_oracles(span):
+    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+                         num_blocks=1)  # fmt: skip
+    # One row at a time: the bound allows for few roundings, and sums over rows have one for each.
+    for documents in LONG_ROWS:
+        check_attention(config, 1, 130, "none", (documents,))
+    check_attention(config, 1, 130, "left", LONG_ROWS[:1])
+    check_attention(config, 3, 16, "middle", SHORT_ROWS)
+
+
+def run_block(config, x, tokens, documents=None):
     context = room_for(config, *x.shape[:2])
-    block = model_of(config).blocks[0]
-    forward_transformer_block_batch_with_context(block, x, context, tokens != config.pad_token)
+    block, allowed = model_of(config).blocks[0], tokens != config.pad_token
+    forward_transformer_block_batch_with_context(block, x, context, allowed, starts_of(documents))
     return block, context
 
 
@@ -450,9 +474,9 @@ def test_backward_transformer_block_is_the_oracles(scheme, options, dim, heads, 
         check_block(config, batch, time, padding)
 
 
-def check_block(config, batch, time, padding):
-    x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "")
-    block, context = run_block(config, x, tokens)
+def check_block(config, batch, time, padding, documents=None):
+    x, tokens, d_output, weights, expected = layer_case(config, batch, time, padding, "", documents)
+    block, context = run_block(config, x, tokens, documents)
     before = d_output.copy()
     check_backward(
         lambda g: backward_transformer_block_batch(block, d_output, context, g), expected, weights
@@ -467,6 +491,28 @@ def test_backward_transformer_block_with_other_settings_is_the_oracles(changes):
         config = make_config(model_dim=dim, num_heads=heads, num_blocks=1, **changes)
         for padding in ("none", "left", "row"):
             check_block(config, batch, time, padding)
+
+
+@every_tier
+def test_backward_transformer_block_of_documents_in_a_row_is_the_oracles():
+    config = make_config(num_blocks=1, attention_span=7, sub_norm=True)
+    for padding in ("none", "left", "middle"):
+        check_block(config, 3, 16, padding, SHORT_ROWS)
+
+
+@every_tier
+@pytest.mark.parametrize("documents", [(64, 66), (63, 2, 65), (40, 40, 50)], ids=str)
+def test_backward_transformer_block_gives_other_documents_no_gradient(documents):
+    config = make_config(num_blocks=1, sub_norm=True, sequence_length=130)
+    x, weights = rows(1, 130, 12), oracle_weights(model_of(config), "blocks.0.")
+    block, context = run_block(config, x, np.zeros((1, 130)), [documents])
+    for place in places_of([documents]):
+        d_output = np.zeros_like(x)
+        d_output[place] = rows(1, 130, 12, seed=8)[place]
+        d_x = backward_transformer_block_batch(block, d_output, context, empty_gradients(weights))
+        assert d_x[place].all()
+        d_x[place] = 0.0
+        assert not d_x.any()
 
 
 @every_tier
@@ -663,21 +709,23 @@ def test_layers_reject_a_context_of_other_sizes(case):
 # --- The whole model ------------------------------------------------------------------------------
 
 
-def exact_gradients(config, tokens, targets):
+def exact_gradients(config, tokens, targets, starts=None):
     def exact(weights):
-        loss, gradients = oracle.loss_and_gradients(weights, oracle_config(config), tokens, targets)
+        loss, gradients = oracle.loss_and_gradients(
+            weights, oracle_config(config), tokens, targets, starts
+        )
         return {"loss": np.array(loss), **gradients}
 
     return rounding_effect(exact, oracle_weights(model_of(config)))
 
 
 @without_ties
-def model_case(config, batch, time, padding, draw):
+def model_case(config, batch, time, padding, documents=None, *, draw):
     """Tokens, targets of which some are padding, the exact loss and the exact gradients."""
     tokens = random_tokens(config, batch, time, padding, seed=(6, draw))
     targets = random_tokens(config, batch, time, seed=(10, draw))
     targets[0, 0] = config.pad_token if tokens.size > 1 else targets[0, 0]
-    return tokens, targets, exact_gradients(config, tokens, targets)
+    return tokens, targets, exact_gradients(config, tokens, targets, starts_of(documents))
 
 
 def assert_gradients_near(gradients, loss, expected, times=1):
@@ -834,6 +882,111 @@ def test_a_batch_of_padding_has_no_loss_and_no_gradient(which, threads):
     assert backward_pass.run(tokens, targets, gradients) == (0.0, 0)
 
 
+# --- Several documents in a row -------------------------------------------------------------------
+
+
+def check_documents(config, documents, padding):
+    """Together they have the oracle's gradient, which is the sum of what each has alone."""
+    model, starts = model_of(config), starts_of(documents)
+    tokens, targets, expected = model_case(config, *starts.shape, padding, documents)
+    for threads in (1, 2):
+        runs = []
+        for recompute in (True, False):
+            backward_pass = BackwardPass(model, *starts.shape, threads, recompute)
+            gradients = create_legacy_llm_gradients(config)
+            if recompute:
+                # Another batch before leaves nothing behind.
+                backward_pass.run(targets, tokens, gradients)
+                gradients.flat[...] = 0.0
+            loss, count = backward_pass.run(tokens, targets, gradients, starts=starts)
+            runs.append((loss, gradients.flat))
+        assert runs[1][0] == runs[0][0]
+        assert_same_bits(runs[1][1], runs[0][1], f"{threads} threads")
+        assert_gradients_near(gradients, loss / max(count, 1), expected)
+    alone, total = create_legacy_llm_gradients(config), 0.0
+    for place in places_of(documents):
+        backward_pass = BackwardPass(model, 1, tokens[place].size)
+        total += backward_pass.run(tokens[place], targets[place], alone, count)[0]
+    assert_gradients_near(alone, total / max(count, 1), expected)
+
+
+@every_tier
+@models
+def test_backward_pass_of_documents_in_a_row_is_that_of_each_alone(changes):
+    check_documents(make_config(**changes), SHORT_ROWS, "none")
+
+
+@every_tier
+@pytest.mark.parametrize("padding", ["left", "middle", "all"])
+def test_backward_pass_of_documents_with_padding_is_that_of_each_alone(padding):
+    check_documents(make_config(), SHORT_ROWS, padding)
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 65])
+def test_backward_pass_of_long_documents_in_a_row_is_that_of_each_alone(span):
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    check_documents(config, LONG_ROWS[:3], "none")
+
+
+@every_tier
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_pass_gives_the_tokens_of_other_documents_no_gradient(recompute):
+    config = make_config(sequence_length=130, vocab_size=30)
+    documents = (63, 2, 65)
+    starts, rng = starts_of([documents]), np.random.default_rng(6)
+    # Each document has ten tokens to itself.
+    tokens = np.repeat([0, 10, 20], documents)[None] + rng.integers(0, 10, (1, 130))
+    backward_pass = BackwardPass(model_of(config), 1, 130, recompute=recompute)
+    for number, place in enumerate(places_of([documents])):
+        targets = np.full((1, 130), config.pad_token)
+        targets[place] = tokens[place]
+        gradients = create_legacy_llm_gradients(config)
+        backward_pass.run(tokens, targets, gradients, starts=starts)
+        d_embedding = gradients.parameters["embedding.weight"]
+        own = np.zeros(30, bool)
+        own[10 * number : 10 * number + 10] = True
+        assert not d_embedding[~own].any()
+        assert d_embedding[np.unique(tokens[place])].any(axis=1).all()
+
+
+@every_tier
+@pytest.mark.parametrize("recompute", [False, True])
+def test_backward_pass_with_one_document_to_a_row_has_the_bits_of_none(recompute):
+    config, flats = make_config(sequence_length=70), []
+    tokens, targets = (random_tokens(config, 2, 70, "left", seed=seed) for seed in (6, 7))
+    backward_pass = BackwardPass(model_of(config), 2, 70, 2, recompute)
+    for starts in (None, np.zeros((2, 70), np.int64), starts_of([(5, 65), (66, 4)]), None):
+        gradients = create_legacy_llm_gradients(config)
+        loss = backward_pass.run(tokens, targets, gradients, starts=starts)[0]
+        flats.append(np.append(gradients.flat, np.float32(loss)))
+    assert_same_bits(flats[1], flats[0])
+    assert np.abs(flats[2] - flats[0]).max() > 1e-3
+    assert_same_bits(flats[3], flats[0], "documents are forgotten")
+
+
+@every_tier
+def test_backward_llm_batch_takes_documents():
+    config, starts = make_config(), starts_of(SHORT_ROWS)
+    tokens, targets, expected = model_case(config, 3, 16, "none", SHORT_ROWS)
+    gradients = create_legacy_llm_gradients(config)
+    loss = backward_llm_batch(model_of(config), tokens, targets, gradients, 2, starts)
+    assert_gradients_near(gradients, loss, expected)
+
+
+@bad_starts
+def test_backward_pass_rejects_starts_that_do_not_fit(starts, error, message):
+    config, tokens = make_config(), np.zeros((2, 5), int)
+    model, gradients = model_of(config), create_legacy_llm_gradients(config)
+    for call in (
+        lambda: BackwardPass(model, 2, 5).run(tokens, tokens, gradients, starts=starts),
+        lambda: backward_llm_batch(model, tokens, tokens, gradients, starts=starts),
+    ):
+        with pytest.raises(error, match=f"starts.*{message}"):
+            call()
+    assert not gradients.flat.any()
+
+
 # --- BackwardPass ---------------------------------------------------------------------------------
 
 
@@ -894,6 +1047,36 @@ def test_backward_pass_has_the_same_bits_when_it_works_activations_out_once_more
         assert runs[0][0] == runs[1][0]
         assert_same_bits(runs[1][1], runs[0][1], f"{threads} threads")
         assert runs[0][1].any()
+
+
+@models
+def test_backward_pass_takes_shorter_sequences_and_more_of_them(changes):
+    config = make_config(**changes)
+    model = model_of(config)
+    for threads in (1, 2, 3):
+        whole = BackwardPass(model, 5, 8, threads)
+        for batch, time in ((10, 4), (5, 8), (20, 2), (40, 1), (1, 8), (2, 3), (7, 4)):
+            tokens = random_tokens(config, batch, time, "middle", seed=batch)
+            targets = random_tokens(config, batch, time, "right", seed=time)
+            starts = np.minimum(np.arange(time), time // 2) * np.ones((batch, 1), np.int32)
+            results = []
+            for backward_pass in (whole, BackwardPass(model, batch, time, threads)):
+                gradients = create_legacy_llm_gradients(config)
+                done = backward_pass.run(tokens, targets, gradients, starts=starts.astype(np.int32))
+                results.append((done, gradients.flat))
+            assert results[0][0] == results[1][0]
+            assert_same_bits(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (5, 9), (1, 9), (11, 4), (41, 1), (0, 8), (5, 0)])
+@pytest.mark.parametrize("threads", [1, 5])
+def test_backward_pass_refuses_more_than_it_has_room_for(shape, threads):
+    config = make_config()
+    tokens = np.zeros(shape, np.int32)
+    with pytest.raises(ValueError, match=r"tokens has shape|tokens is empty"):
+        BackwardPass(model_of(config), 5, 8, threads).run(
+            tokens, tokens, create_legacy_llm_gradients(config)
+        )
 
 
 @every_tier

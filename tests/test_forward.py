@@ -9,9 +9,12 @@ import pytest
 from compare import assert_close, assert_same_bits
 from models import (
     CODED,
+    LONG_ROWS,
     PADDINGS,
+    SHORT_ROWS,
     assert_near,
     attention_cases,
+    bad_starts,
     every_tier,
     exact_dense,
     float_twin,
@@ -22,6 +25,7 @@ from models import (
     oracle_config,
     oracle_weights,
     paddings,
+    places_of,
     random_matrix,
     random_model,
     random_tokens,
@@ -31,11 +35,13 @@ from models import (
     run_child,
     scaled_matrices,
     schemes,
+    starts_of,
     without_ties,
 )
 
 from legacy1bit.forward import (
     ForwardContext,
+    as_starts,
     forward_embedding,
     forward_embedding_batch,
     forward_feed_forward,
@@ -107,10 +113,10 @@ def test_forward_embedding_rejects_other_ids(token):
 # --- Attention ------------------------------------------------------------------------------------
 
 
-def attention_values(x, tokens, weights, config):
+def attention_values(x, tokens, weights, config, starts=None):
     """What attention leaves in its context, and its output, for an input that is rounded."""
     options = oracle_config(config)
-    q, k, v, probs, heads = oracle._attend(x, tokens, weights, options)
+    q, k, v, probs, heads = oracle._attend(x, tokens, weights, options, starts)
     flat = {name: value.reshape(x.shape) for name, value in (("q", q), ("k", k), ("v", v))}
     values = {"probs": probs, "heads": heads, **flat}
     values |= norm_values("heads", heads, weights, config)
@@ -140,7 +146,7 @@ def assert_context_near(actual, expected):
 
 
 @without_ties
-def attention_case(config, batch, time, padding, draw):
+def attention_case(config, batch, time, padding, documents, draw):
     """x, tokens and `allowed`, the exact intermediate values and how far rounding moves them."""
     weights = oracle_weights(model_of(config), "blocks.0.attention.")
     tokens = random_tokens(config, batch, time, padding)
@@ -148,7 +154,7 @@ def attention_case(config, batch, time, padding, draw):
 
     def exact(arrays):
         rounded = oracle._rounded(arrays["x"], oracle_config(config))
-        return attention_values(rounded, tokens, arrays, config)
+        return attention_values(rounded, tokens, arrays, config, starts_of(documents))
 
     return x, tokens, rounding_effect(exact, {"x": x.astype(np.float64), **weights})
 
@@ -158,14 +164,15 @@ ATTENTION_SHAPES = ((2, 1, 1, 1), (6, 3, 2, 5), (12, 2, 3, 7), (66, 3, 1, 9), (4
 ODD_HEADS = ((3, 3, 2, 4), (35, 5, 1, 18))
 
 
-def check_attention(config, batch, time, padding):
-    x, tokens, expected = attention_case(config, batch, time, padding)
+def check_attention(config, batch, time, padding, documents=None):
+    x, tokens, expected = attention_case(config, batch, time, padding, documents)
+    starts = starts_of(documents)
     allowed = (tokens != config.pad_token).astype(np.uint8)
     attention, before = model_of(config).blocks[0].attention, x.copy()
     context = create_transformer_block_context(
         config.model_dim, 1, config.num_heads, batch, time, config.sub_norm
     )
-    out = forward_multi_head_attention_batch(attention, x, allowed, context)
+    out = forward_multi_head_attention_batch(attention, x, allowed, context, starts)
     assert_same_bits(x, before, "the input")
     # Probabilities that no query asked for are not written; the oracle has 0 there.
     in_reach = oracle.allowed_keys(np.zeros((1, time)), 1, config.attention_span)
@@ -174,11 +181,12 @@ def check_attention(config, batch, time, padding):
     actual |= {"out": out, "probs": probs}
     assert_context_near(actual, expected)
     # What may not be seen is exactly 0.
-    seen = oracle.allowed_keys(tokens, config.pad_token, config.attention_span)[:, None]
+    seen = oracle.allowed_keys(tokens, config.pad_token, config.attention_span, starts)[:, None]
     assert not np.where(seen, np.float32(0.0), actual["probs"]).any()
-    assert_same_bits(forward_multi_head_attention_batch(attention, x, allowed), out)
+    again = forward_multi_head_attention_batch(attention, x, allowed, starts=starts)
+    assert_same_bits(again, out)
     if padding == "none":
-        assert_same_bits(forward_multi_head_attention_batch(attention, x), out)
+        assert_same_bits(forward_multi_head_attention_batch(attention, x, starts=starts), out)
 
 
 @every_tier
@@ -210,6 +218,41 @@ def test_forward_multi_head_attention_of_long_sequences_is_the_oracles(time, spa
                          num_blocks=1)  # fmt: skip
     for padding in ("none", "left", "middle"):
         check_attention(config, 1 if time > 65 else 2, time, padding)
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 3, 65])
+def test_forward_multi_head_attention_of_documents_in_a_row_is_the_oracles(span):
+    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+                         num_blocks=1)  # fmt: skip
+    check_attention(config, 6, 130, "left", LONG_ROWS)
+    for padding in ("none", "middle"):
+        check_attention(config, 3, 16, padding, SHORT_ROWS)
+
+
+@every_tier
+def test_forward_multi_head_attention_never_reads_what_stands_in_front_of_a_block():
+    """A product with 0 would be NaN: blocks of queries leave the documents before theirs out."""
+    attention = model_of(make_config(positions="none")).blocks[0].attention
+    for begin in (64, 128):
+        x, starts = rows(1, 130, 12).copy(), starts_of([(begin, 130 - begin)])
+        expected = forward_multi_head_attention_batch(attention, x, starts=starts)
+        x[:, :begin] = np.nan
+        out = forward_multi_head_attention_batch(attention, x, starts=starts)
+        assert_same_bits(out[:, begin:], expected[:, begin:])
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 65])
+def test_forward_multi_head_attention_leaves_zeros_outside_of_documents(span):
+    """Everywhere, for a backward pass that is not told of them."""
+    config = make_config(num_blocks=1, attention_span=span, positions="none")
+    context = create_transformer_block_context(12, 1, 3, 6, 130)
+    context.probs.fill(np.nan)
+    attention, starts = model_of(config).blocks[0].attention, starts_of(LONG_ROWS)
+    forward_multi_head_attention_batch(attention, rows(6, 130, 12), None, context, starts)
+    seen = oracle.allowed_keys(np.zeros((6, 130)), 1, span, starts)[:, None]
+    assert not np.where(seen, np.float32(0.0), context.probs).any()
 
 
 @every_tier
@@ -296,10 +339,11 @@ def test_forward_feed_forward_with_other_settings_is_the_oracles(changes, activa
 
 
 @without_ties
-def block_case(config, batch, time, padding, draw):
+def block_case(config, batch, time, padding, documents, draw):
     weights = oracle_weights(model_of(config), "blocks.0.")
     tokens = random_tokens(config, batch, time, padding)
     x, options = rows(batch, time, config.model_dim, seed=(5, draw)), oracle_config(config)
+    starts = starts_of(documents)
 
     def norm(x, w, name):
         return oracle.layer_norm_forward(x, w[f"{name}.gamma"], w[f"{name}.beta"])
@@ -309,7 +353,7 @@ def block_case(config, batch, time, padding, draw):
         values = {"input": w["x"]}
         values["norm1"], values["mean1"], values["inv_std1"] = norm(w["x"], w, "norm1")
         values["norm1"] = oracle._rounded(values["norm1"], options)
-        values |= attention_values(values["norm1"], tokens, attention, config)
+        values |= attention_values(values["norm1"], tokens, attention, config, starts)
         values["residual"] = w["x"] + values.pop("out")
         del values["probs"]
         values["norm2"], values["mean2"], values["inv_std2"] = norm(values["residual"], w, "norm2")
@@ -317,25 +361,25 @@ def block_case(config, batch, time, padding, draw):
         values["hidden"] = oracle.linear(values["norm2"], ffn["wi"], ffn["bi"])
         activated = oracle.activate(values["hidden"], config.activation)
         values |= norm_values("activated", activated, ffn, config)
-        values["output"] = oracle.block(w["x"], tokens, w, options)
+        values["output"] = oracle.block(w["x"], tokens, w, options, starts)
         return values
 
     return x, tokens, rounding_effect(exact, {"x": x.astype(np.float64), **weights})
 
 
-def check_block(config, batch, time, padding):
-    block = model_of(config).blocks[0]
-    x, tokens, expected = block_case(config, batch, time, padding)
+def check_block(config, batch, time, padding, documents=None):
+    block, starts = model_of(config).blocks[0], starts_of(documents)
+    x, tokens, expected = block_case(config, batch, time, padding, documents)
     allowed, before = tokens != config.pad_token, x.copy()
     context = create_transformer_block_context(
         config.model_dim, config.ffn_dim, config.num_heads, batch, time, config.sub_norm
     )
-    out = forward_transformer_block_batch_with_context(block, x, context, allowed)
+    out = forward_transformer_block_batch_with_context(block, x, context, allowed, starts)
     assert_context_near({name: getattr(context, name) for name in expected[0]}, expected)
     assert_same_bits(x, before, "the input")
     assert_same_bits(out, context.output)
     assert not np.shares_memory(out, context.output)
-    assert_same_bits(forward_transformer_block_batch(block, x, allowed), out)
+    assert_same_bits(forward_transformer_block_batch(block, x, allowed, starts), out)
 
 
 @every_tier
@@ -358,6 +402,13 @@ def test_forward_transformer_block_with_other_settings_is_the_oracles(changes):
         config = make_config(model_dim=dim, num_heads=heads, num_blocks=1, **changes)
         for padding in ("none", "left", "row"):
             check_block(config, batch, time, padding)
+
+
+@every_tier
+def test_forward_transformer_block_of_documents_in_a_row_is_the_oracles():
+    config = make_config(num_blocks=1, attention_span=7, sub_norm=True)
+    for padding in ("none", "left", "middle"):
+        check_block(config, 3, 16, padding, SHORT_ROWS)
 
 
 @every_tier
@@ -514,6 +565,20 @@ def test_layers_reject_other_shapes_of_allowed(shape):
         forward_transformer_block_batch(block, rows(2, 5, 12), allowed)
 
 
+@bad_starts
+def test_layers_reject_starts_that_do_not_fit(starts, error, message):
+    block, x = model_of(make_config()).blocks[0], rows(2, 5, 12)
+    for call in (
+        lambda: as_starts(starts, 2, 5),
+        lambda: forward_multi_head_attention_batch(block.attention, x, starts=starts),
+        lambda: forward_transformer_block_batch(block, x, starts=starts),
+        lambda: forward_transformer_block_batch_with_context(block, x, None, None, starts),
+        lambda: forward_llm_batch(model_of(make_config()), np.zeros((2, 5), int), starts=starts),
+    ):
+        with pytest.raises(error, match=f"starts.*{message}"):
+            call()
+
+
 def test_layers_with_norms_reject_a_context_without_room_for_them():
     config = make_config(num_blocks=1, sub_norm=True)
     block, x = model_of(config).blocks[0], rows(2, 5, 12)
@@ -650,22 +715,24 @@ def test_layers_reject_room_that_does_not_fit(case):
 
 
 @without_ties
-def model_case(config, batch, time, padding, draw):
+def model_case(config, batch, time, padding, documents=None, *, draw):
     model = model_of(config)
     tokens = random_tokens(config, batch, time, padding, seed=(6, draw))
 
     def exact(weights):
-        logits, probabilities = oracle.forward(weights, oracle_config(config), tokens)
+        logits, probabilities = oracle.forward(
+            weights, oracle_config(config), tokens, starts_of(documents)
+        )
         return {"logits": logits, "probabilities": probabilities}
 
     return tokens, rounding_effect(exact, oracle_weights(model))
 
 
-def assert_model_near(model, tokens, expected, threads=1):
+def assert_model_near(model, tokens, expected, threads=1, starts=None):
     """Logits and probabilities are numbers of different size: each has a bound of its own."""
     exact, effects = expected
     for name, logits in (("logits", True), ("probabilities", False)):
-        actual = forward_llm_batch(model, tokens, threads, logits=logits)
+        actual = forward_llm_batch(model, tokens, threads, logits=logits, starts=starts)
         assert_near({name: actual}, ({name: exact[name]}, effects))
 
 
@@ -794,6 +861,82 @@ def test_forward_context_keeps_what_it_is_told_to():
     for keep in (True, False, "input", None, 1):
         with pytest.raises(ValueError, match=r"keep is .*, expected all, inputs or none"):
             ForwardContext(config, 2, 5, keep)
+
+
+# --- Several documents in a row -------------------------------------------------------------------
+
+
+def check_documents(config, documents, padding):
+    """Together they are what the oracle says, and what each of them is alone."""
+    model, starts = model_of(config), starts_of(documents)
+    tokens, (exact, effects) = model_case(config, *starts.shape, padding, documents)
+    assert_model_near(model, tokens, (exact, effects), starts=starts)
+    for place in places_of(documents):
+        alone = forward_llm_batch(model, tokens[place], logits=True)
+        assert_near({"logits": alone}, ({"logits": exact["logits"][place]}, effects))
+
+
+@every_tier
+@models
+def test_forward_llm_batch_answers_documents_in_a_row_as_alone(changes):
+    for padding in ("none", "left", "middle"):
+        check_documents(make_config(**changes), SHORT_ROWS, padding)
+
+
+@every_tier
+@pytest.mark.parametrize("span", [0, 65])
+def test_forward_llm_batch_answers_long_documents_in_a_row_as_alone(span):
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    check_documents(config, LONG_ROWS[:3], "none")
+
+
+@every_tier
+@pytest.mark.parametrize("documents", [(64, 66), (63, 2, 65), (65, 63, 2), (40, 40, 50)], ids=str)
+def test_forward_llm_batch_hides_documents_in_a_row_from_each_other(documents):
+    config = make_config(sequence_length=130)
+    model, starts = model_of(config), starts_of([documents])
+    tokens = random_tokens(config, 1, 130)
+    before = forward_llm_batch(model, tokens, logits=True, starts=starts)
+    for place in places_of([documents]):
+        other = tokens.copy()
+        other[place] = (other[place] + 1) % 11
+        after = forward_llm_batch(model, other, logits=True, starts=starts)
+        assert (np.abs(after - before)[place].max(axis=-1) > 1e-5).all()
+        after[place] = before[place]
+        assert_same_bits(after, before)
+
+
+@every_tier
+def test_forward_llm_batch_with_documents_has_the_same_bits_with_the_same_number_of_threads():
+    config = make_config()
+    model, starts = model_of(config), starts_of(SHORT_ROWS)
+    tokens, expected = model_case(config, 3, 16, "left", SHORT_ROWS)
+    for threads in (1, 2, 3, 300):
+        first, again = (forward_llm_batch(model, tokens, threads, starts=starts) for _ in "ab")
+        assert_same_bits(again, first, f"{threads} threads")
+        assert_model_near(model, tokens, expected, threads, starts)
+
+
+@every_tier
+@models
+def test_forward_llm_batch_with_one_document_to_a_row_has_the_bits_of_none(changes):
+    config = make_config(**changes)
+    tokens = random_tokens(config, 3, 16, "middle")
+    expected = forward_llm_batch(model_of(config), tokens)
+    for starts in (np.zeros((3, 16), np.int32), np.zeros((16, 3), np.uint8).T, [[0] * 16] * 3):
+        assert_same_bits(forward_llm_batch(model_of(config), tokens, starts=starts), expected)
+
+
+@every_tier
+def test_forward_llm_batch_with_documents_of_one_token_answers_each_alone():
+    config = make_config()
+    tokens, starts = random_tokens(config, 2, 9), np.tile(np.arange(9), (2, 1))
+    together = forward_llm_batch(model_of(config), tokens, starts=starts)
+    alone = forward_llm_batch(model_of(config), tokens.ravel()).reshape(together.shape)
+    assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    # Tokens [B] are rows of one position.
+    of_column = forward_llm_batch(model_of(config), tokens[:, 0], starts=[[0], [0]])
+    assert_same_bits(of_column, forward_llm_batch(model_of(config), tokens[:, 0]))
 
 
 # --- Who sees whom --------------------------------------------------------------------------------
