@@ -1,0 +1,898 @@
+"""Text from wherever it lies, as a stream: files, folders, patterns, pipes; compressed or not.
+
+Documents come in pieces of about a mebibyte, so that a corpus of any size is read in little memory.
+Text is checked on its way, and leaves as UTF-8. Files of token ids, which other programs prepare,
+are read here, too.
+"""
+
+import codecs
+import dataclasses
+import errno
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+STANDARD_INPUT = "-"
+
+# How much is read, or decompressed, at once.
+BLOCK_BYTES = 1 << 20
+# A longer document is cut into pieces of at most so many bytes ...
+PIECE_BYTES = 1 << 20
+# ... unless there is no place to cut it at: then a piece grows up to this.
+MOST_PIECE_BYTES = 16 << 20
+# A line of JSON has to be in memory as a whole, about four times over.
+MOST_LINE_BYTES = 256 << 20
+# What is not ASCII is checked so many bytes at once; at least a character's four.
+CHECKED_BYTES = 1 << 16
+# Places to cut at are looked for from the end, so many bytes at once.
+WINDOW_BYTES = 1 << 12
+# Four bytes of Zstandard can hold a block of 128 KiB: no more than 4 MiB come out of this many.
+ZSTD_BYTES = 128
+# Rows of Parquet read at once; texts of some pages make it a mebibyte.
+BATCH_ROWS = 64
+
+_COMPRESSED = (".gz", ".zst")
+_JSON_LINES = (".jsonl", ".ndjson")
+_PLAIN = (".txt", ".md", ".text")
+_PARQUET = ".parquet"
+
+_GZIP_MAGIC = b"\x1f\x8b\x08"
+_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+
+_UTF8_MARK = codecs.BOM_UTF8
+# UTF-32's in little-endian order begins with UTF-16's.
+_OTHER_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+
+# Printable bytes that are no space, the two bytes to cut before, all others.
+_PRINTABLE, _SPACE = b"x", b" "
+_CLASSES = bytes(
+    _PRINTABLE[0] if 0x21 <= byte <= 0x7E else _SPACE[0] if byte in b" \n" else 0
+    for byte in range(256)
+)
+
+_JSON_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
+# A document's beginning, or what follows of it.
+_Part = tuple[bool, bytes]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Some text of a document.
+
+    Attributes
+    ----------
+    text : bytes
+        UTF-8, whole characters; never empty unless the document is.
+    begins : bool
+        Whether a document begins here.
+    """
+
+    text: bytes
+    begins: bool
+
+
+class _Stream:
+    """What a source that can be read once remembers: whether it was, and a name like no other."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.token = os.urandom(16).hex()
+
+
+@dataclass(frozen=True)
+class Source:
+    """Text that ``open_source`` has found; nothing is read before ``pieces`` is.
+
+    Attributes
+    ----------
+    files : tuple of Path
+        Absolute and sorted; none for standard input. A link keeps its own name, which tells what
+        kind of file it is.
+    name : str
+        What to call it in front of people: a file's name, or "data/*.txt (12 files)".
+    field : str
+        Which field of a JSON line, or column of a Parquet file, has the text.
+    encoding : str
+        As ``codecs`` spells it.
+    separator : str or None
+        What lies between the documents of a plain text; each file is one where None.
+    """
+
+    files: tuple[Path, ...]
+    name: str
+    field: str = "text"
+    encoding: str = "utf-8"
+    separator: str | None = None
+    _stream: _Stream = dataclasses.field(
+        default_factory=_Stream, init=False, repr=False, compare=False
+    )
+
+    def pieces(self) -> Iterator[Piece]:
+        """Go through the text once.
+
+        A document of more than ``PIECE_BYTES`` comes in several pieces. It is cut before a space or
+        line break that follows a printable ASCII character, where GPT-2's regular expression would
+        part words anyway (Radford et al. 2019, ``encoder.py``): so the words of the pieces are the
+        words of the document. Where there is no such place in ``MOST_PIECE_BYTES``, it is cut
+        between any two characters.
+
+        Yields
+        ------
+        Piece
+
+        Raises
+        ------
+        OSError
+            If a file cannot be read.
+        ValueError
+            If a file is damaged, not the text it should be, or changes meanwhile; if a stream is
+            read twice; at the end, if there was no text at all.
+        """
+        if self._is_stream():
+            if self._stream.begun:
+                raise ValueError(f"{self.name} is a stream, which can be read only once")
+            self._stream.begun = True
+        found = False
+        for piece in self._read():
+            found = found or bool(piece.text)
+            yield piece
+        if not found:
+            raise ValueError(f"{self.name} holds no text")
+
+    def fingerprint(self) -> str:
+        """Return a SHA-256 in hexadecimal digits that changes when a file or an option does.
+
+        It knows files by path, size and time of change, and reads none. A stream's is like no
+        other's, as nobody knows what it will carry.
+
+        Raises
+        ------
+        OSError
+            If a file is not there any more.
+        """
+        is_stream = self._is_stream()
+        files = [] if is_stream else [(str(path), os.stat(path)) for path in self.files]
+        known = {
+            "files": [(path, found.st_size, found.st_mtime_ns) for path, found in files],
+            "field": self.field,
+            "encoding": self.encoding,
+            "separator": self.separator,
+            "stream": self._stream.token if is_stream else None,
+        }
+        return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+    @property
+    def nbytes(self) -> int:
+        """The sizes of the files on the disk, added up; a stream has none."""
+        return sum(os.stat(path).st_size for path in self.files)
+
+    @property
+    def has_documents(self) -> bool:
+        """Whether there may be more than one document."""
+        return (
+            len(self.files) > 1
+            or self.separator is not None
+            or any(_holds_rows(path.name.lower()) for path in self.files)
+        )
+
+    def _is_stream(self) -> bool:
+        # Of several files, none is a stream: only what is named directly may be one.
+        return not self.files or (len(self.files) == 1 and not _is_regular(self.files[0]))
+
+    def _read(self) -> Iterator[Piece]:
+        if not self.files:
+            if sys.stdin is None:
+                raise ValueError("there is no standard input")
+            yield from _cut(self._documents(_Input(sys.stdin.buffer), self.name, ""))
+        for path in self.files:
+            with _opened(path) as file:
+                if path.suffix.lower() == _PARQUET:
+                    yield from _cut(_parquet_documents(file, path, self.field))
+                else:
+                    yield from _cut(self._documents(file, str(path), path.name.lower()))
+
+    def _documents(self, file: "_Input", path: str, name: str) -> Iterator[_Part]:
+        stem, last = os.path.splitext(name)
+        compression = last if last in _COMPRESSED else ""
+        blocks = _in_utf8(_decompressed(file, path, compression), path, self.encoding)
+        if (stem if compression else name).endswith(_JSON_LINES):
+            return _json_documents(blocks, path, self.field)
+        if self.separator is None:
+            return _one_document(blocks)
+        return _separated(blocks, self.separator.encode())
+
+
+def _holds_rows(name: str) -> bool:
+    """Whether a file has a document a line or row, by its name."""
+    stem, last = os.path.splitext(name)
+    return (stem if last in _COMPRESSED else name).endswith((*_JSON_LINES, _PARQUET))
+
+
+def open_source(
+    data: str, field: str = "text", encoding: str = "utf-8", separator: str | None = None
+) -> Source:
+    """Find the text that a user points at.
+
+    Parameters
+    ----------
+    data : str
+        A file; a folder, for all files below it with a known suffix (.txt, .md, .text, .jsonl,
+        .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones; a pattern
+        such as "data/**/*.txt", for all files that match; "-" for standard input. Any other file
+        that is named, or matches, is plain text. What is there goes before a pattern.
+    field : str, optional
+        Which field of a JSON line, or column of a Parquet file, has the text.
+    encoding : str, optional
+        Of plain text and JSON lines. A byte order mark is dropped.
+    separator : str, optional
+        What lies between the documents of a plain text, and belongs to none. Empty documents are
+        dropped. Without one, each file is a document.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file, or none in the folder, or none that matches.
+    OSError
+        If a folder cannot be read.
+    ValueError
+        If the encoding is unknown, the separator empty, or a library is missing.
+    """
+    encoding = _known_encoding(encoding)
+    if separator is not None:
+        _check_separator(separator)
+    files, name = ((), "standard input") if data == STANDARD_INPUT else _find(data)
+    for path in files:
+        if path.suffix.lower() == _PARQUET:
+            _parquet_library()
+        elif path.suffix.lower() == ".zst":
+            _zstd_library()
+    return Source(files, name, field, encoding, separator)
+
+
+def _known_encoding(encoding: str) -> str:
+    try:
+        found = codecs.lookup(encoding)
+        # Some codecs turn bytes into bytes, which this refuses.
+        "".encode(found.name)
+    except (LookupError, ValueError):
+        found = None
+    if found is None or found.incrementaldecoder is None:
+        raise ValueError(
+            f"encoding is {encoding!r}, which is unknown; expected utf-8, utf-16, latin-1 or such"
+        )
+    return "utf-8" if found.name == "utf-8-sig" else found.name
+
+
+def _check_separator(separator: str) -> None:
+    if not separator:
+        raise ValueError("separator is empty, expected what lies between two documents")
+    try:
+        separator.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"separator is {separator!r}, which is no text") from None
+
+
+# --- Finding files --------------------------------------------------------------------------------
+
+
+def _find(data: str) -> tuple[tuple[Path, ...], str]:
+    """Return the files that are meant, and what to call them."""
+    try:
+        mode = os.stat(data).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not any(sign in data for sign in "*?["):
+            raise
+        found = [path for path in map(Path, glob.iglob(data, recursive=True)) if path.is_file()]
+        if not found:
+            raise FileNotFoundError(errno.ENOENT, "No file matches", data) from None
+    else:
+        if not stat.S_ISDIR(mode):
+            path = _absolute(Path(data))
+            # A pipe's own name may be no more than a number.
+            return (path,), path.name if stat.S_ISREG(mode) else data
+        found = [Path(path) for path in _files_below(data)]
+        if not found:
+            kinds = ", ".join((*_PLAIN, *_JSON_LINES, _PARQUET))
+            raise FileNotFoundError(errno.ENOENT, f"No file with text in it ({kinds})", data)
+    files = sorted({_absolute(path) for path in found}, key=lambda path: path.parts)
+    if len(files) == 1:
+        return (files[0],), files[0].name
+    return tuple(files), f"{data} ({len(files):,} files)"
+
+
+def _absolute(path: Path) -> Path:
+    # Not path.resolve(): a link's own name has the suffix, where data lies in a cache under its
+    # hash; and what /dev/stdin links to may have no name at all.
+    return path.parent.resolve() / path.name if path.name not in ("", "..") else path.resolve()
+
+
+def _files_below(folder: str) -> Iterator[str]:
+    def fail(error: OSError) -> None:
+        raise error
+
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found = os.stat(parent)
+        # Links may lead in circles.
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and _is_known(name) and os.path.isfile(path):
+                yield path
+
+
+def _is_known(name: str) -> bool:
+    stem, last = os.path.splitext(name.lower())
+    if last in _COMPRESSED:
+        last = os.path.splitext(stem)[1]
+        return last in _PLAIN or last in _JSON_LINES
+    return last in _PLAIN or last in _JSON_LINES or last == _PARQUET
+
+
+def _is_regular(path: Path) -> bool:
+    return stat.S_ISREG(os.stat(path).st_mode)
+
+
+# --- Bytes ----------------------------------------------------------------------------------------
+
+
+class _Input(io.BufferedIOBase):
+    """A file whose first bytes can be looked at, and which counts what is taken from it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.taken = 0
+        self._head = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return the next bytes, fewer only at the end of the file."""
+        self._head += self.file.read(size - len(self._head))
+        return self._head
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Return so many bytes, fewer only at the end of the file."""
+        head = self._head
+        if head:
+            wanted = len(head) if size is None or size < 0 else size
+            data, self._head = head[:wanted], head[wanted:]
+            if size is None or size < 0 or size > len(data):
+                data += self.file.read(-1 if size is None or size < 0 else size - len(data))
+        else:
+            data = self.file.read(-1 if size is None else size)
+        self.taken += len(data)
+        return data
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Input]:
+    """Open a file that must not change until all of it is read."""
+    with open(path, "rb") as raw:
+        before = os.fstat(raw.fileno())
+        file = _Input(raw)
+        error = None
+        try:
+            yield file
+        except ValueError as found:
+            # A file that is written meanwhile looks damaged: then that is what to say.
+            error = found
+        after = os.fstat(raw.fileno())
+    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    # A Parquet file is not read from its beginning to its end, nor through this object.
+    short = error is None and 0 < file.taken < before.st_size
+    if stat.S_ISREG(before.st_mode) and (changed or short):
+        raise ValueError(f"{path} has changed while it was read")
+    if error is not None:
+        raise error
+
+
+def _blocks(file: io.BufferedIOBase) -> Iterator[bytes]:
+    while block := file.read(BLOCK_BYTES):
+        yield block
+
+
+def _decompressed(file: _Input, path: str, compression: str) -> Iterator[bytes]:
+    """Return what is in a file, as its suffix or its first bytes say."""
+    head = file.peek(len(_ZSTD_MAGIC))
+    if compression == ".gz" or head.startswith(_GZIP_MAGIC):
+        inside, magic = _gunzipped(file, path), _GZIP_MAGIC
+    elif compression == ".zst" or head.startswith(_ZSTD_MAGIC):
+        inside, magic = _zstd_decompressed(file, path), _ZSTD_MAGIC
+    else:
+        return _blocks(file)
+    if len(head) < len(magic) and magic.startswith(head):
+        raise _cut_off(path)
+    return inside
+
+
+def _cut_off(path: str) -> ValueError:
+    return ValueError(f"{path} ends too early: what is compressed in it is cut off")
+
+
+def _gunzipped(file: _Input, path: str) -> Iterator[bytes]:
+    try:
+        with gzip.GzipFile(fileobj=file, mode="rb") as inside:
+            yield from _blocks(inside)
+    except EOFError:
+        raise _cut_off(path) from None
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is damaged, or not of gzip: {error}") from None
+
+
+def _zstd_decompressed(file: _Input, path: str) -> Iterator[bytes]:
+    library = _zstd_library()
+    try:
+        if library.__name__ == "zstandard":
+            yield from _of_about(BLOCK_BYTES, _zstd_frames(library, file, path))
+        else:
+            with library.ZstdFile(file) as inside:
+                yield from _blocks(inside)
+    except EOFError:
+        raise _cut_off(path) from None
+    except library.ZstdError as error:
+        raise ValueError(f"{path} is damaged, or not of Zstandard: {error}") from None
+
+
+def _zstd_frames(library: ModuleType, file: _Input, path: str) -> Iterator[bytes]:
+    # The library's own reader takes the end of a file for the end of a frame, and its other
+    # objects know no limit to what they return: so each is given little.
+    frame = None
+    for block in _blocks(file):
+        for start in range(0, len(block), ZSTD_BYTES):
+            rest = block[start : start + ZSTD_BYTES]
+            while rest:
+                if frame is None:
+                    frame = library.ZstdDecompressor().decompressobj()
+                yield frame.decompress(rest)
+                rest = frame.unused_data if frame.eof else b""
+                if frame.eof:
+                    frame = None
+    if frame is not None:
+        raise _cut_off(path)
+
+
+def _of_about(size: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
+    held: list[bytes] = []
+    count = 0
+    for chunk in chunks:
+        held.append(chunk)
+        count += len(chunk)
+        if count >= size:
+            yield b"".join(held)
+            held, count = [], 0
+    if count:
+        yield b"".join(held)
+
+
+def _zstd_library() -> ModuleType:
+    for name in ("compression.zstd", "zstandard"):
+        try:
+            return importlib.import_module(name)
+        except ImportError:
+            continue
+    raise ValueError(
+        "Zstandard files need zstandard, which is not installed: pip install zstandard"
+    )
+
+
+def _parquet_library() -> ModuleType:
+    try:
+        return importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise ValueError(
+            "Parquet files need pyarrow, which is not installed: pip install pyarrow"
+        ) from None
+
+
+# --- Characters -----------------------------------------------------------------------------------
+
+
+def _in_utf8(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[bytes]:
+    """Return text in UTF-8 without a byte order mark, in blocks of whole characters."""
+    texts = _checked(blocks, path) if encoding == "utf-8" else _recoded(blocks, path, encoding)
+    yield next(texts, b"").removeprefix(_UTF8_MARK)
+    yield from texts
+
+
+def _checked(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
+    offset = 0
+    pending = b""  # of a character that the next block ends
+    part = CHECKED_BYTES
+    for block in blocks:
+        if not pending and block.isascii():
+            offset += len(block)
+            yield block
+            continue
+        text = pending + block
+        view = memoryview(text)
+        size = 0
+        try:
+            # Reading it is the one way to check it that is fast in Python; in parts, as their
+            # characters stay in the cache.
+            while done := codecs.utf_8_decode(view[size : size + part], "strict", False)[1]:
+                size += done
+        except UnicodeDecodeError as error:
+            if offset == 0:
+                _refuse_mark(text, path)
+            at = size + error.start
+            raise _not_text(path, "UTF-8", text[at], offset + at) from None
+        offset += size
+        pending = text[size:]
+        if size:
+            yield text[:size]
+    if pending:
+        raise _not_text(path, "UTF-8", pending[0], offset)
+
+
+def _refuse_mark(text: bytes, path: str) -> None:
+    for mark, encoding in _OTHER_MARKS.items():
+        if text.startswith(mark):
+            raise ValueError(
+                f"{path} begins with the byte order mark of {encoding}, expected UTF-8; "
+                f"--encoding {encoding} reads it"
+            ) from None
+
+
+def _recoded(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder(encoding)()
+    taken = 0
+
+    def recode(block: bytes, final: bool) -> bytes:
+        try:
+            return decoder.decode(block, final).encode()
+        except UnicodeDecodeError as error:
+            # What a decoder complains of is what it had kept of former blocks, and this one.
+            offset = taken - len(error.object) + error.start
+            raise _not_text(path, encoding, error.object[error.start], offset) from None
+        except UnicodeError as error:
+            raise ValueError(
+                f"{path}: bytes {taken - len(block)} to {taken} are not {encoding}, expected "
+                f"text; --encoding names another ({error})"
+            ) from None
+
+    for block in blocks:
+        taken += len(block)
+        if text := recode(block, False):
+            yield text
+    if text := recode(b"", True):
+        yield text
+
+
+def _not_text(path: str, encoding: str, byte: int, offset: int) -> ValueError:
+    return ValueError(
+        f"{path}: byte 0x{byte:02x} at offset {offset} is not {encoding}, expected text; "
+        "--encoding names another"
+    )
+
+
+# --- Documents ------------------------------------------------------------------------------------
+
+
+def _one_document(blocks: Iterator[bytes]) -> Iterator[_Part]:
+    begins = True
+    for block in blocks:
+        yield begins, block
+        begins = False
+    if begins:
+        yield True, b""
+
+
+def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[_Part]:
+    """Return what lies between separators, which may lie across blocks."""
+    begins = True
+    held = b""  # what may be the beginning of a separator
+    for block in blocks:
+        *ended, last = (held + block).split(separator)
+        for text in ended:
+            if text:
+                yield begins, text
+            begins = True
+        size = max(len(last) - len(separator) + 1, 0)
+        if size:
+            yield begins, last[:size]
+            begins = False
+        held = last[size:]
+    if held:
+        yield begins, held
+
+
+def _lines(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
+    held: list[bytes] = []
+    size = count = 0
+    for block in blocks:
+        first, *others = block.split(b"\n")
+        held.append(first)
+        size += len(first)
+        if size > MOST_LINE_BYTES:
+            raise ValueError(
+                f"{path}, line {count + 1}: it is longer than {MOST_LINE_BYTES:,} bytes, "
+                "expected an object of JSON"
+            )
+        if others:
+            *whole, last = others
+            yield b"".join(held)
+            yield from whole
+            held, size = [last], len(last)
+            count += len(others)
+    yield b"".join(held)
+
+
+def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[_Part]:
+    for number, line in enumerate(_lines(blocks, path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            found = json.loads(line.decode())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON, {error.msg} (column {error.colno})") from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON that can be read, {error}") from None
+        if not isinstance(found, dict):
+            raise ValueError(f"{where}: {_JSON_KINDS[type(found)]}, expected an object")
+        if field not in found:
+            raise ValueError(f"{where}: no field {field!r}; {_there_are(found)}")
+        text = found[field]
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{where}: field {field!r} is {_JSON_KINDS[type(text)]}, expected a string"
+            )
+        try:
+            yield True, text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where}: field {field!r} has {text[error.start]!a} at character {error.start}, "
+                "half of a surrogate pair, expected text"
+            ) from None
+
+
+def _there_are(names: Iterable[str]) -> str:
+    shown = [repr(name) for name in names]
+    if not shown:
+        return "there are none"
+    more = f" and {len(shown) - 20:,} more" if len(shown) > 20 else ""
+    return f"there are {', '.join(shown[:20])}{more}; --field names another"
+
+
+def _parquet_documents(file: _Input, path: Path, field: str) -> Iterator[_Part]:
+    library = _parquet_library()
+    arrow = importlib.import_module("pyarrow")
+    if not file.file.seekable():
+        raise ValueError(f"{path} is a stream, expected a file: Parquet is not read in order")
+    row = 0
+    try:
+        # Without the buffer, the column is read for a whole group of rows, however large.
+        table = library.ParquetFile(
+            file.file, buffer_size=BLOCK_BYTES, page_checksum_verification=True
+        )
+        names = table.schema_arrow.names
+        if field not in names:
+            raise ValueError(f"{path}: no column {field!r}; {_there_are(names)}")
+        kind = table.schema_arrow.field(field).type
+        if not _is_text(arrow.types, kind):
+            raise ValueError(f"{path}: column {field!r} is of type {kind}, expected strings")
+        for batch in table.iter_batches(BATCH_ROWS, columns=[field], use_threads=False):
+            for text in _texts(arrow, batch.column(0)):
+                row += 1
+                if text is None:
+                    raise ValueError(f"{path}, row {row}: {field!r} is null, expected a string")
+                _check_row(text, f"{path}, row {row}")
+                yield True, text
+    except (arrow.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} is damaged, or not of Parquet: {reason}") from None
+
+
+def _is_text(types: Any, kind: Any) -> bool:
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    # Some programs write strings without saying that they are strings.
+    wanted = ("string", "large_string", "string_view", "binary", "large_binary", "binary_view")
+    return str(kind) in wanted
+
+
+def _texts(arrow: Any, column: Any) -> Iterator[bytes | None]:
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    for value in column.cast(arrow.large_binary()):
+        yield value.as_py()
+
+
+def _check_row(text: bytes, where: str) -> None:
+    if not text.isascii():
+        try:
+            codecs.utf_8_decode(text, "strict", True)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{where}: byte 0x{text[error.start]:02x} at offset {error.start} is not UTF-8, "
+                "expected text"
+            ) from None
+
+
+# --- Pieces ---------------------------------------------------------------------------------------
+
+
+def _cut(parts: Iterable[_Part]) -> Iterator[Piece]:
+    """Make pieces of documents."""
+    held: bytes | None = None
+    first = True  # whether what is held begins a document
+    searched = 0  # there is no place to cut up to here
+    for begins, part in parts:
+        if held is None or begins:
+            if held is not None:
+                yield Piece(held, first)
+            held, first, searched = part, True, 0
+        else:
+            held += part
+        start = 0
+        while len(held) - start > PIECE_BYTES:
+            limit = start + MOST_PIECE_BYTES
+            stop = min(searched + PIECE_BYTES, limit, len(held) - 1)
+            place = _last_place(held, searched, stop)
+            if not place:
+                searched = stop
+                if stop == limit:
+                    place = _character_start(held, limit)
+                elif stop == len(held) - 1:
+                    break
+                else:
+                    continue
+            yield Piece(held[start:place], first)
+            first = False
+            start = searched = place
+        if start:
+            held = held[start:]
+            searched -= start
+    if held is not None:
+        yield Piece(held, first)
+
+
+def _last_place(text: bytes, low: int, high: int) -> int:
+    """Return the last place in low < place <= high to cut a text before; 0 if there is none."""
+    while high > low:
+        start = max(high - WINDOW_BYTES, low)
+        window = text[start : high + 1].translate(_CLASSES)
+        found = window.rfind(_PRINTABLE + _SPACE)
+        if found >= 0:
+            return start + found + 1
+        high = start
+    return 0
+
+
+def _character_start(text: bytes, place: int) -> int:
+    while text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
+
+
+# --- Files of tokens ------------------------------------------------------------------------------
+
+# llm.c's dev/data/data_common.py: 256 words of 32 bits, the first three the format's number, its
+# version, and how many tokens follow. As two tokens of 16 bits, each of these numbers would begin
+# with one beyond GPT-2's 50,257: no file without a header can look like it.
+_HEADER_WORDS = 256
+_LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
+# That program's models, their activations, and its multiple-choice questions.
+_LLM_C_OTHERS = (20240326, 20240327, 20240522)
+
+
+@dataclass(frozen=True)
+class TokenFileInfo:
+    """What a file of token ids holds.
+
+    Attributes
+    ----------
+    format : str
+        "llm.c", or "nanoGPT" for one without a header.
+    dtype : str
+        "uint16" or "uint32", little-endian in the file.
+    offset : int
+        Where the tokens begin, in bytes.
+    count : int
+        How many there are.
+    """
+
+    format: str
+    dtype: str
+    offset: int
+    count: int
+
+
+def is_token_file(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file's name says that it holds token ids: its suffix is .bin."""
+    return Path(path).suffix.lower() == ".bin"
+
+
+def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
+    """Return what a file of token ids holds.
+
+    Known are llm.c's, of 16 bits a token for GPT-2 and 32 for Llama 3, and nanoGPT's, which are
+    tokens of 16 bits and nothing else.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If its header and its size do not fit together, or it holds no tokens.
+    """
+    with open(path, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path} is a stream, expected a file of tokens")
+        size = found.st_size
+        head = file.read(4 * _HEADER_WORDS)
+    words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
+    magic = int(words[0]) if words.size else 0
+    if magic in _LLM_C_OTHERS:
+        raise ValueError(f"{path} is a file of llm.c that holds no tokens: its number is {magic}")
+    if magic not in _LLM_C:
+        if size == 0 or size % 2:
+            raise ValueError(
+                f"{path} has {size:,} bytes, expected llm.c's header or tokens of 2 bytes each"
+            )
+        return TokenFileInfo("nanoGPT", "uint16", 0, size // 2)
+    if words.size < _HEADER_WORDS:
+        raise ValueError(f"{path} has {size:,} bytes and ends within its header of {4 * 256:,}")
+    version, dtype = _LLM_C[magic]
+    count, expected = int(words[2]), 4 * _HEADER_WORDS + int(words[2]) * np.dtype(dtype).itemsize
+    if words[1] != version:
+        raise ValueError(
+            f"{path} is of llm.c's version {words[1]}, expected {version} for number {magic}"
+        )
+    if count < 1:
+        raise ValueError(f"{path} says it holds {count:,} tokens, expected at least one")
+    if size != expected:
+        raise ValueError(
+            f"{path} says it holds {count:,} tokens of {dtype}, which makes {expected:,} bytes, "
+            f"but has {size:,}"
+        )
+    return TokenFileInfo("llm.c", dtype, 4 * _HEADER_WORDS, count)
+
+
+def read_token_file(path: str | os.PathLike[str]) -> TokenArray:
+    """Return a file's token ids, uint16[N] or uint32[N], left on the disk and read-only.
+
+    Raises
+    ------
+    OSError, ValueError
+        As for ``token_file_info``.
+    """
+    info = token_file_info(path)
+    dtype = np.dtype(info.dtype).newbyteorder("<")
+    return np.memmap(path, dtype, "r", info.offset, (info.count,))

@@ -1,0 +1,875 @@
+"""Text as a stream: every kind of file gives what it holds, and says what is wrong with it."""
+
+import codecs
+import dataclasses
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import tracemalloc
+import types
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from legacy1bit import sources
+from legacy1bit.sources import (
+    Piece,
+    is_token_file,
+    open_source,
+    read_token_file,
+    token_file_info,
+)
+
+try:
+    import zstandard
+except ImportError:
+    zstandard = None
+try:
+    import pyarrow
+    import pyarrow.parquet
+except ImportError:
+    pyarrow = None
+
+needs_zstd = pytest.mark.skipif(zstandard is None, reason="zstandard is not installed")
+needs_arrow = pytest.mark.skipif(pyarrow is None, reason="pyarrow is not installed")
+
+quick = settings(max_examples=40, deadline=None, database=None)
+
+# Words of ASCII and others, all spaces that a cut has to beware of, a separator and halves of it.
+SPACES = [" ", "  ", "\n", "\r\n", "\t", "\u00a0", "\u3000"]
+WORDS = ["a", "word", "'s", "7", ".", "\0", "\u00df", "\u65e5\u672c", "\U0001f600", "\ufeffx"]
+texts = st.lists(
+    st.sampled_from([*SPACES, *WORDS, "<|", "|>", "<|end|>"]),
+    max_size=60,
+).map("".join)
+sizes = st.integers(1, 24)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Make blocks and pieces of some bytes, so that little text meets every border."""
+
+    def shrink(block, piece=8, most=32, window=4, checked=4):
+        monkeypatch.setattr(sources, "BLOCK_BYTES", block)
+        monkeypatch.setattr(sources, "PIECE_BYTES", piece)
+        monkeypatch.setattr(sources, "MOST_PIECE_BYTES", most)
+        monkeypatch.setattr(sources, "WINDOW_BYTES", window)
+        monkeypatch.setattr(sources, "CHECKED_BYTES", checked)
+
+    return shrink
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Write a file, making the folders it lies in; return its path."""
+
+    def put(name, content):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    return put
+
+
+def documents(pieces):
+    """Return the documents that pieces make."""
+    found = []
+    for piece in pieces:
+        assert isinstance(piece, Piece)
+        piece.text.decode()  # whole characters
+        if piece.begins:
+            found.append(piece.text)
+        else:
+            assert piece.text
+            found[-1] += piece.text
+    return found
+
+
+def read(path, **options):
+    return documents(open_source(str(path), **options).pieces())
+
+
+def fails(path, message, **options):
+    """Expect reading to fail with a message, which begins with the path where it has a {}."""
+    message = message.replace("{}", str(path))
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        list(open_source(str(path), **options).pieces())
+
+
+def rows(texts, field="text"):
+    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts))
+
+
+def zstd(content):
+    return zstandard.ZstdCompressor().compress(content)
+
+
+PACKED = [(".gz", gzip.compress), pytest.param(".zst", zstd, marks=needs_zstd)]
+only_compressed = pytest.mark.parametrize(("suffix", "compress"), PACKED, ids=["gzip", "zstd"])
+compressed = pytest.mark.parametrize(
+    ("suffix", "compress"), [("", bytes), *PACKED], ids=["plain", "gzip", "zstd"]
+)
+
+
+# --- Pieces ---------------------------------------------------------------------------------------
+
+
+def is_legal(text, place):
+    """Return whether a text may be cut there: before a space, behind a printable character."""
+    return text[place] in b" \n" and 0x21 <= text[place - 1] <= 0x7E
+
+
+@quick
+@given(text=texts, block=sizes, piece=sizes, window=st.integers(1, 9))
+def test_pieces_of_a_file_are_its_text_cut_in_legal_places(
+    tmp_path_factory, text, block, piece, window
+):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(b"x" + text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(sources, "PIECE_BYTES", piece)
+        patch.setattr(sources, "MOST_PIECE_BYTES", 32)
+        patch.setattr(sources, "WINDOW_BYTES", window)
+        patch.setattr(sources, "CHECKED_BYTES", 4)
+        found = [(part.text, part.begins) for part in open_source(str(path)).pieces()]
+    whole = b"".join(part for part, _ in found)
+    assert whole == path.read_bytes()
+    assert [begins for _, begins in found] == [True] + [False] * (len(found) - 1)
+    start = 0
+    for part, _ in found:
+        part.decode()
+        places = [i for i in range(start + 1, len(whole)) if is_legal(whole, i)]
+        end = start + len(part)
+        if end < len(whole) and not is_legal(whole, end):
+            assert 28 < len(part) <= 32
+            assert not any(start < place <= start + 32 for place in places)
+        elif len(part) > piece:
+            # It grew because there was no place before.
+            assert not any(start < place <= start + piece for place in places)
+            assert len(part) <= 32
+        elif end < len(whole):
+            assert end == max(place for place in places if place <= start + piece)
+        start = end
+
+
+def test_cuts_part_no_words_of_gpt_2(small, write):
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+    def words(text):
+        return [word for word, _ in split.pre_tokenize_str(text)]
+
+    text = (
+        "It's  1 line,\n\n  and\u00a0 a\u3000 \r\n 2nd   one: \u00fcber \u65e5\u672c. \n x  y " * 20
+    )
+    small(16, piece=8, most=1000)
+    pieces = list(open_source(str(write("a.txt", text))).pieces())
+    assert len(pieces) > 100
+    parts = [word for piece in pieces for word in words(piece.text.decode())]
+    assert parts == words(text)
+
+
+@quick
+@given(
+    text=texts, block=sizes, separator=st.sampled_from(["<|end|>", "\n", "\n\n", "aa", "\u65e5"])
+)
+def test_separators_part_documents_wherever_blocks_end(tmp_path_factory, text, block, separator):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    path.write_bytes(b"x" + text.encode() + b"aaa\n\n\nx")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(sources, "PIECE_BYTES", 8)
+        found = read(path, separator=separator)
+    expected = path.read_bytes().split(separator.encode())
+    assert found == [document for document in expected if document]
+
+
+@compressed
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.text", "a.log", "a", "a.jsonl", "a.NDJSON"])
+def test_every_kind_of_file_is_read(small, write, name, suffix, compress):
+    told = ["One \u00df two.\nThree", "", "four " * 9]
+    lines = name.lower().endswith(("jsonl", "ndjson"))
+    path = write(name + suffix, compress((rows(told) if lines else told[2]).encode()))
+    expected = [text.encode() for text in (told if lines else told[2:])]
+    assert read(path) == expected
+    small(5)
+    assert read(path) == expected
+
+
+@compressed
+def test_compression_is_known_by_its_first_bytes(write, suffix, compress):
+    for name in ("a", "a.txt", "a.jsonl"):
+        content = rows(["a text"]) if name == "a.jsonl" else "a text"
+        assert read(write(name, compress(content.encode()))) == [b"a text"]
+
+
+@compressed
+def test_compressed_parts_follow_each_other(write, suffix, compress):
+    content = compress(b"one ") + compress(b"") + compress(b"two")
+    assert read(write("a.txt" + suffix, content)) == [b"one two"]
+
+
+def test_pieces_can_be_read_again_and_left_early(small, write):
+    source = open_source(str(write("a.txt", "some words to read" * 9)))
+    small(8)
+    next(source.pieces())
+    assert documents(source.pieces()) == documents(source.pieces())
+
+
+def test_an_empty_file_among_others_is_an_empty_document(write, tmp_path):
+    write("a.txt", "")
+    write("b.txt", codecs.BOM_UTF8)
+    write("c.txt", "c")
+    assert read(tmp_path) == [b"", b"", b"c"]
+    assert read(tmp_path, separator="|") == [b"c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.txt", ""),
+        ("a.txt", codecs.BOM_UTF8),
+        ("a.txt", "||"),
+        ("a.txt.gz", gzip.compress(b"")),
+        ("a.jsonl", ""),
+        ("a.jsonl", "\n"),
+        ("a.jsonl", rows([""])),
+    ],
+    ids=range(7),
+)
+def test_no_text_at_all_is_refused(write, name, content):
+    fails(write(name, content), f"{name} holds no text", separator="|")
+
+
+# --- Finding files --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(write, tmp_path):
+    for name in ["b.txt", "a/2.md", "a/1.TXT", "a-b/x.jsonl", "a/c/d.text", "n.ndjson"]:
+        write(f"data/{name}", name)
+    for name in [".hidden.txt", ".git/a.txt", "a.json", "b.log", "c.gz", "model.bin", "txt"]:
+        write(f"data/{name}", name)
+    for name in ["z.txt.gz", "z.jsonl.zst", "z.parquet"]:
+        write(f"data/z/{name}", name)
+    return tmp_path / "data"
+
+
+@needs_zstd
+@needs_arrow
+def test_folder_gives_all_known_files_sorted(folder):
+    source = open_source(str(folder))
+    names = ["a/1.TXT", "a/2.md", "a/c/d.text", "a-b/x.jsonl", "b.txt", "n.ndjson"]
+    names += ["z/z.jsonl.zst", "z/z.parquet", "z/z.txt.gz"]
+    assert source.files == tuple(folder / name for name in names)
+    assert source.name == f"{folder} (9 files)"
+    assert source.nbytes == sum((folder / name).stat().st_size for name in names)
+
+
+def test_pattern_gives_all_files_that_match(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert open_source("**/*.t*xt").files == (folder / "a/c/d.text", folder / "b.txt")
+    source = open_source("[ab]*")
+    assert source.files == (folder / "a.json", folder / "b.log", folder / "b.txt")
+    assert source.name == "[ab]* (3 files)"
+    assert open_source("?.log").name == "b.log"
+    assert documents(open_source("a/*").pieces()) == [b"a/1.TXT", b"a/2.md"]
+
+
+def test_what_is_there_goes_before_a_pattern(write, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    write("[a].txt", "this")
+    write("a.txt", "that")
+    assert documents(open_source("[a].txt").pieces()) == [b"this"]
+
+
+def test_links_keep_their_names_and_may_lead_in_circles(write, tmp_path):
+    blob = write("blobs/0123", rows(["a", "b"]))
+    (tmp_path / "data" / "more").mkdir(parents=True)
+    (tmp_path / "data" / "a.jsonl").symlink_to(blob)
+    (tmp_path / "data" / "more" / "circle").symlink_to(tmp_path / "data")
+    assert open_source(str(tmp_path / "data")).files == (tmp_path / "data" / "a.jsonl",)
+    assert read(tmp_path / "data") == [b"a", b"b"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("missing.txt", "No such file"),
+        ("data/b.txt/c", "Not a directory"),
+        ("data/*.html", "No file matches"),
+        ("", "No such file"),
+        ("empty", r"No file with text in it \(\.txt, \.md"),
+    ],
+)
+def test_nothing_there_is_an_error(folder, monkeypatch, data, message):
+    monkeypatch.chdir(folder.parent)
+    (folder.parent / "empty").mkdir()
+    with pytest.raises((FileNotFoundError, NotADirectoryError), match=message) as error:
+        open_source(data)
+    assert error.value.filename == data
+
+
+def test_a_file_that_has_gone_is_an_error(write):
+    path = write("a.txt", "text")
+    source = open_source(str(path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError):
+        next(source.pieces())
+    with pytest.raises(FileNotFoundError):
+        source.fingerprint()
+
+
+def test_fingerprint_changes_with_files_and_options(write, tmp_path):
+    path = write("a.txt", "text")
+    write("b.txt", "text")
+
+    def fingerprint(data=path, **options):
+        return open_source(str(data), **options).fingerprint()
+
+    first = fingerprint()
+    assert re.fullmatch("[0-9a-f]{64}", first)
+    assert fingerprint() == first == fingerprint(encoding="UTF8")
+    others = {
+        fingerprint(tmp_path),
+        fingerprint(tmp_path / "b.txt"),
+        fingerprint(field="content"),
+        fingerprint(encoding="latin-1"),
+        fingerprint(separator="\n"),
+    }
+    os.utime(path, ns=(0, 1))
+    others.add(fingerprint())
+    path.write_text("texts")
+    os.utime(path, ns=(0, 1))
+    others.add(fingerprint())
+    assert len(others - {first}) == 7
+
+
+def test_source_is_a_value(write):
+    path = str(write("a.txt", "text"))
+    assert open_source(path) == open_source(path)
+    assert "_stream" not in repr(open_source(path))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        open_source(path).field = "other"
+
+
+@pytest.mark.parametrize("encoding", ["utf-9", "zlib", "rot13", "undefined", "a\0b", ""])
+def test_unknown_encodings_are_refused(write, encoding):
+    with pytest.raises(
+        ValueError, match=f"encoding is {encoding!r}, which is unknown".replace("\\", ".")
+    ):
+        open_source(str(write("a.txt", "text")), encoding=encoding)
+
+
+def test_separators_that_are_none_are_refused(write):
+    path = str(write("a.txt", "text"))
+    with pytest.raises(ValueError, match="separator is empty"):
+        open_source(path, separator="")
+    with pytest.raises(ValueError, match=r"separator is '\\udc80', which is no text"):
+        open_source(path, separator="\udc80")
+
+
+# --- Streams --------------------------------------------------------------------------------------
+
+
+def test_standard_input_is_read_once(monkeypatch, small):
+    text = "some \u00df words to read " * 9
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+    source = open_source("-")
+    assert (source.files, source.name, source.nbytes) == ((), "standard input", 0)
+    assert source.fingerprint() == source.fingerprint() != open_source("-").fingerprint()
+    small(8)
+    assert documents(source.pieces()) == [text.encode()]
+    with pytest.raises(ValueError, match="standard input is a stream, which can be read only once"):
+        next(source.pieces())
+
+
+def test_standard_input_may_be_compressed_empty_or_missing(monkeypatch):
+    packed = gzip.compress(b"a|b")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(packed)))
+    assert read("-", separator="|") == [b"a", b"b"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff")))
+    fails("-", "standard input: byte 0xff at offset 1 is not UTF-8")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    fails("-", "standard input holds no text")
+    monkeypatch.setattr(sys, "stdin", None)
+    fails("-", "there is no standard input")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipe_that_is_named_is_read(tmp_path, write):
+    path = tmp_path / "pipe.jsonl"
+    os.mkfifo(path)
+    write("a.txt", "text")
+    assert read(tmp_path) == [b"text"]
+    content = rows(["one", "two " * 50_000]).encode()
+    source = open_source(str(path))
+    writer = threading.Thread(target=path.write_bytes, args=(content,))
+    writer.start()
+    assert documents(source.pieces()) == [b"one", b"two " * 50_000]
+    writer.join()
+    assert source.fingerprint() != open_source(str(path)).fingerprint()
+    with pytest.raises(ValueError, match="can be read only once"):
+        next(source.pieces())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="this system has no /dev/stdin")
+def test_device_of_standard_input_is_read():
+    code = "from legacy1bit.sources import *; print(*open_source('/dev/stdin').pieces())"
+    # The path of the package under test, not of one that is installed.
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        input="a text",
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert run.stdout.strip() == repr(Piece(b"a text", True))
+
+
+# --- Characters -----------------------------------------------------------------------------------
+
+
+@quick
+@given(
+    head=texts,
+    bad=st.sampled_from([b"\x80", b"\xc3(", b"\xc3", b"\xed\xa0\x80", b"\xf5\x80", b"\xe2\x82"]),
+    tail=texts,
+    block=sizes,
+)
+def test_invalid_utf_8_is_found_where_it_is(tmp_path_factory, head, bad, tail, block):
+    path = tmp_path_factory.mktemp("text") / "a.txt"
+    content = head.encode() + bad + tail.encode()
+    path.write_bytes(content)
+    with pytest.raises(UnicodeDecodeError) as expected:
+        content.decode()
+    at = expected.value.start
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(sources, "CHECKED_BYTES", 4)
+        fails(
+            path,
+            f"{{}}: byte 0x{content[at]:02x} at offset {at} is not UTF-8, expected text; "
+            "--encoding names another",
+        )
+
+
+def test_offset_is_that_of_the_decompressed_file(write):
+    content = b"x" * (sources.BLOCK_BYTES + 7) + "\u00df".encode() + b"\xff"
+    offset = sources.BLOCK_BYTES + 9
+    for name, data in [("a.txt", content), ("a.gz", gzip.compress(content, 1))]:
+        fails(write(name, data), f"{{}}: byte 0xff at offset {offset} is not UTF-8")
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 1000])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf8", "utf-8-sig", "UTF_8", "utf-16", "utf-32-le"])
+def test_byte_order_mark_is_dropped(small, write, block, encoding):
+    small(block)
+    text = "\u00dfa\ufeffb"
+    marked = (
+        text.encode(encoding)
+        if encoding in ("utf-16", "utf-8-sig")
+        else ("\ufeff" + text).encode(encoding)
+    )
+    assert read(write("a.txt", marked), encoding=encoding) == [text.encode()]
+    line = ("\ufeff" + rows([text])).encode(encoding.replace("-sig", ""))
+    assert read(write("a.jsonl", line), encoding=encoding) == [text.encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_mark_of_another_encoding_names_it(write, encoding):
+    for order in ("le", "be"):
+        path = write("a.txt", "\ufefftext".encode(f"{encoding}-{order}"))
+        fails(
+            path,
+            f"{{}} begins with the byte order mark of {encoding}, expected UTF-8; "
+            f"--encoding {encoding} reads it",
+        )
+        assert read(path, encoding=encoding) == [b"text"]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+@pytest.mark.parametrize(
+    "encoding", ["latin-1", "cp1252", "utf-16-be", "utf-7", "shift_jis", "gb18030", "iso2022_jp"]
+)
+def test_other_encodings_become_utf_8(small, write, block, encoding):
+    text = "na\u00efve \u00df" if encoding in ("latin-1", "cp1252") else "na \u65e5\u672c\u8a9e x"
+    small(block)
+    assert read(write("a.txt", text.encode(encoding) * 9), encoding=encoding) == [
+        (text * 9).encode()
+    ]
+
+
+@pytest.mark.parametrize("block", [1, 2, 5, 64])
+@pytest.mark.parametrize(
+    ("encoding", "content", "byte", "offset"),
+    [
+        ("ascii", b"abc\xe4", 0xE4, 3),
+        ("cp1252", b"a\x81", 0x81, 1),
+        ("shift_jis", b"ab\x93\xfa\xff\xffc", 0xFF, 4),
+        ("utf-16-le", b"a\0b\0\x00\xdcc\0", 0x00, 4),
+        ("utf-16", b"\xff\xfea\0b", 0x62, 4),
+        ("gb18030", b"ab\x81", 0x81, 2),
+    ],
+)
+def test_other_encodings_say_where_they_fail(small, write, block, encoding, content, byte, offset):
+    small(block)
+    name = codecs.lookup(encoding).name
+    fails(
+        write("a.txt", content),
+        f"{{}}: byte 0x{byte:02x} at offset {offset} is not {name}, "
+        "expected text; --encoding names another",
+        encoding=encoding,
+    )
+
+
+def test_half_a_surrogate_pair_out_of_an_encoding_is_refused(write):
+    path = write("a.txt", rb"abc \ud800")
+    fails(path, "{}: bytes 0 to 10 are not unicode-escape", encoding="unicode_escape")
+
+
+# --- Damaged and changing files -------------------------------------------------------------------
+
+LONG = b"".join(hashlib.sha256(bytes([i])).hexdigest().encode() + b"\n" for i in range(256))
+
+
+@only_compressed
+def test_compressed_files_that_end_too_early_are_refused(write, suffix, compress):
+    packed = compress(LONG)
+    for size in (0, 1, 2, 3, 4, 9, len(packed) // 2, len(packed) - 5, len(packed) - 1):
+        path = write("a.txt" + suffix, packed[:size])
+        fails(path, "{} ends too early: what is compressed in it is cut off")
+    path = write("b.txt" + suffix, packed + packed[:-1])
+    fails(path, "{} ends too early")
+
+
+@only_compressed
+def test_compressed_files_that_are_damaged_are_refused(write, suffix, compress):
+    kind = {".gz": "gzip", ".zst": "Zstandard"}[suffix]
+    if suffix == ".zst":
+        # As the program does, and the library does not.
+        compress = zstandard.ZstdCompressor(write_checksum=True).compress
+    packed = compress(LONG)
+    middle = len(packed) // 2
+    for content in (
+        b"not compressed",
+        packed[:4] + b"\xff" * 20 + packed[24:],
+        packed[:middle] + bytes(40) + packed[middle + 40 :],
+        packed[:-5] + b"\xff" + packed[-4:],
+        packed + b"what follows",
+    ):
+        fails(write("a.txt" + suffix, content), f"{{}} is damaged, or not of {kind}: ")
+
+
+@compressed
+def test_file_that_changes_while_it_is_read_is_refused(write, suffix, compress, small):
+    # What is read before the change must not be all of it.
+    content = compress(LONG * 9)
+    small(1000, piece=1000)
+
+    def grow(path):
+        with open(path, "ab") as file:
+            file.write(compress(b"more"))
+
+    def touch(path):
+        os.utime(path, ns=(1, 1))
+
+    def rewrite(path):
+        path.write_bytes(content)
+        os.utime(path, ns=(1, 1))
+
+    for change in (grow, touch, rewrite):
+        path = write("a.txt" + suffix, content)
+        pieces = open_source(str(path)).pieces()
+        next(pieces)
+        change(path)
+        with pytest.raises(ValueError, match=re.escape(f"{path} has changed while it was read")):
+            list(pieces)
+    path = write("a.txt" + suffix, content)
+    pieces = open_source(str(path)).pieces()
+    next(pieces)
+    os.truncate(path, len(content) // 2)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        list(pieces)
+    if not suffix:
+        # The size alone tells.
+        path = write("a.txt", content)
+        found = path.stat().st_mtime_ns
+        pieces = open_source(str(path)).pieces()
+        next(pieces)
+        os.truncate(path, 5000)
+        os.utime(path, ns=(found, found))
+        with pytest.raises(ValueError, match="has changed while it was read"):
+            list(pieces)
+
+
+# --- JSON lines -----------------------------------------------------------------------------------
+
+
+@quick
+@given(told=st.lists(texts, min_size=1, max_size=5), block=sizes, ascii_only=st.booleans())
+def test_lines_of_json_are_documents(tmp_path_factory, told, block, ascii_only):
+    path = tmp_path_factory.mktemp("text") / "a.jsonl"
+    told.append("last")
+    lines = [json.dumps({"n": [1], "text": text}, ensure_ascii=ascii_only) for text in told]
+    path.write_bytes("\r\n \n\n".join(lines).encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sources, "BLOCK_BYTES", block)
+        patch.setattr(sources, "PIECE_BYTES", 8)
+        assert read(path) == [text.encode() for text in told]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{'text': 1}", "not JSON, Expecting property name"),
+        ('{"text": "cut', "not JSON, Unterminated string starting at (column 10)"),
+        ("[" * 100_000, "not JSON that can be read, "),
+        ('{"text": 1' + "0" * 5000 + "}", "not JSON that can be read, "),
+        ("[1]", "a list, expected an object"),
+        ('"text"', "a string, expected an object"),
+        ("1.5", "a number, expected an object"),
+        ("null", "null, expected an object"),
+        ("{}", "no field 'text'; there are none"),
+        (
+            '{"id": 1, "it\'s": ""}',
+            "no field 'text'; there are 'id', \"it's\"; --field names another",
+        ),
+        (json.dumps({str(i): i for i in range(50)}), "no field 'text'; there are '0', '1', "),
+        ('{"text": null}', "field 'text' is null, expected a string"),
+        ('{"text": ["a"]}', "field 'text' is a list, expected a string"),
+        ('{"text": true}', "field 'text' is true or false, expected a string"),
+        ('{"text": {}}', "field 'text' is an object, expected a string"),
+        (r'{"text": "ab\ud800c"}', r"field 'text' has '\ud800' at character 2, half of"),
+    ],
+    ids=range(16),
+)
+def test_lines_that_are_no_documents_are_refused(write, line, message):
+    path = write("a.jsonl", rows(["good"]) + "\n" + line + "\n" + rows(["good"]))
+    fails(path, f"{{}}, line 3: {message}")
+
+
+def test_many_fields_are_not_all_told(write):
+    path = write("a.jsonl", json.dumps({str(i): i for i in range(50)}))
+    with pytest.raises(ValueError, match=r"'19' and 30 more; --field names another$"):
+        list(open_source(str(path)).pieces())
+
+
+def test_any_field_may_have_the_text(write):
+    path = write("a.jsonl", rows(["one", "two"], "content \u00df"))
+    assert read(path, field="content \u00df") == [b"one", b"two"]
+
+
+def test_surrogate_pairs_are_characters(write):
+    assert read(write("a.jsonl", r'{"text": "\ud83d\ude00"}')) == ["\U0001f600".encode()]
+
+
+def test_lines_that_are_too_long_are_refused(write, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(sources, "MOST_LINE_BYTES", 1000)
+    path = write("a.jsonl", rows(["good"]) + rows(["x" * 2000]))
+    fails(path, "{}, line 2: it is longer than 1,000 bytes, expected an object of JSON")
+
+
+# --- Parquet --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def write_table(tmp_path):
+    def put(column, field="text", **options):
+        path = tmp_path / "a.parquet"
+        table = pyarrow.table({"id": pyarrow.array(range(len(column))), field: column})
+        pyarrow.parquet.write_table(table, path, **options)
+        return path
+
+    return put
+
+
+@needs_arrow
+@pytest.mark.parametrize(
+    "kind", ["string", "large_string", "binary", "large_binary", "string_view", "dictionary"]
+)
+def test_rows_of_parquet_are_documents(write_table, monkeypatch, kind):
+    told = [f"row {i} \u00df" for i in range(200)] + ["", "long " * 10]
+    if kind == "dictionary":
+        column = pyarrow.array(told).dictionary_encode()
+    else:
+        column = pyarrow.array(told, getattr(pyarrow, kind)())
+    monkeypatch.setattr(sources, "PIECE_BYTES", 16)
+    path = write_table(column, "content", row_group_size=90)
+    assert read(path, field="content") == [text.encode() for text in told]
+
+
+@needs_arrow
+def test_parquet_that_is_no_text_is_refused(write_table):
+    fails(write_table(pyarrow.array(["a", None])), "{}, row 2: 'text' is null, expected a string")
+    fails(write_table(pyarrow.array([1])), "{}: column 'text' is of type int64, expected strings")
+    fails(
+        write_table(pyarrow.array([b"a", b"b\xff"])),
+        "{}, row 2: byte 0xff at offset 1 is not UTF-8, expected text",
+    )
+    path = write_table(pyarrow.array(["a"]), "content")
+    fails(path, "{}: no column 'text'; there are 'id', 'content'; --field names another")
+    fails(write_table(pyarrow.array([], pyarrow.string())), "a.parquet holds no text")
+
+
+@needs_arrow
+def test_damaged_parquet_is_refused(write_table, write):
+    column = pyarrow.array([LONG.decode()] * 9)
+    content = write_table(column, write_page_checksum=True).read_bytes()
+    middle = len(content) // 2
+    changed = content[:middle] + bytes(99) + content[middle + 99 :]
+    for damaged in (b"", b"PAR1", content[:-9], b"text" * 99, changed):
+        fails(write("b.parquet", damaged), "{} is damaged, or not of Parquet: ")
+
+
+@needs_arrow
+def test_parquet_that_changes_while_it_is_read_is_refused(write_table):
+    path = write_table(pyarrow.array(["a"] * 200))
+    pieces = open_source(str(path)).pieces()
+    next(pieces)
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        list(pieces)
+
+
+# --- Libraries that are missing -------------------------------------------------------------------
+
+
+def test_missing_libraries_are_named(write, monkeypatch):
+    for name in ("zstandard", "compression.zstd", "pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    no_zstd = "Zstandard files need zstandard, which is not installed: pip install zstandard"
+    with pytest.raises(ValueError, match=f"^{no_zstd}$"):
+        open_source(str(write("a.txt.zst", b"\x28\xb5\x2f\xfd")))
+    fails(write("a.txt", b"\x28\xb5\x2f\xfdrest"), no_zstd)
+    no_arrow = "Parquet files need pyarrow, which is not installed: pip install pyarrow"
+    with pytest.raises(ValueError, match=f"^{no_arrow}$"):
+        open_source(str(write("a.parquet", b"PAR1")))
+
+
+def test_zstd_of_the_standard_library_is_taken_where_there_is_one(write, monkeypatch):
+    # A stand-in, which undoes gzip: what counts is how it is called, and what it raises.
+    class ZstdError(Exception):
+        pass
+
+    library = types.ModuleType("compression.zstd")
+    library.ZstdFile = lambda file: gzip.GzipFile(fileobj=file)
+    library.ZstdError = ZstdError
+    monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
+    monkeypatch.setitem(sys.modules, "compression.zstd", library)
+    packed = gzip.compress(LONG)
+    monkeypatch.setattr(sources, "_GZIP_MAGIC", b"none")
+    assert read(write("a.zst", packed)) == [LONG]
+    fails(write("a.zst", packed[:-1]), "{} ends too early")
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+@compressed
+def test_memory_does_not_grow_with_the_file(tmp_path, suffix, compress):
+    block = b"some words and a line break\n" * (1 << 15)
+    path = tmp_path / ("a.txt" + suffix)
+    part = compress(block)
+    with open(path, "wb") as file:
+        for _ in range(60):
+            file.write(part)
+    del block, part
+    tracemalloc.start()
+    try:
+        size = sum(len(piece.text) for piece in open_source(str(path)).pieces())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size > 50_000_000
+    assert peak < 12 << 20
+
+
+@needs_zstd
+def test_memory_does_not_grow_with_how_much_a_frame_holds(write):
+    path = write("a.zst", zstd(bytes(50_000_000)))
+    tracemalloc.start()
+    try:
+        size = sum(len(piece.text) for piece in open_source(str(path)).pieces())
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == 50_000_000
+    # Nowhere to cut: pieces of 16 MiB, and one at a time in the making.
+    assert peak < 64 << 20
+
+
+# --- Files of tokens ------------------------------------------------------------------------------
+
+
+def llm_c(tokens, magic=20240520, version=1, count=None, dtype="<u2"):
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens) if count is None else count
+    return header.tobytes() + np.array(tokens, dtype).tobytes()
+
+
+TOKENS = [50256, 0, 65535, 17]
+
+
+@pytest.mark.parametrize(
+    ("content", "info"),
+    [
+        (llm_c(TOKENS), ("llm.c", "uint16", 1024, 4)),
+        (llm_c([128000, 5], 20240801, 7, dtype="<u4"), ("llm.c", "uint32", 1024, 2)),
+        (np.array(TOKENS, "<u2").tobytes(), ("nanoGPT", "uint16", 0, 4)),
+        (np.array([7], "<u2").tobytes(), ("nanoGPT", "uint16", 0, 1)),
+    ],
+)
+def test_token_files_are_read(write, content, info):
+    path = write("a.bin", content)
+    assert dataclasses.astuple(token_file_info(path)) == info
+    tokens = read_token_file(str(path))
+    assert tokens.dtype == info[1]
+    assert tokens.tobytes() == content[info[2] :]
+    assert isinstance(tokens, np.memmap)
+    assert not tokens.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "has 0 bytes, expected llm.c's header or tokens of 2 bytes each"),
+        (b"abc", "has 3 bytes, expected"),
+        (llm_c(TOKENS)[:1000], "has 1,000 bytes and ends within its header of 1,024"),
+        (llm_c(TOKENS)[:-2], "says it holds 4 tokens of uint16, which makes 1,032 bytes, but has"),
+        (llm_c(TOKENS) + b"\0", "says it holds 4 tokens"),
+        (llm_c(TOKENS, version=2), "is of llm.c's version 2, expected 1 for number 20240520"),
+        (llm_c(TOKENS, 20240801), "is of llm.c's version 1, expected 7 for number 20240801"),
+        (llm_c(TOKENS, 20240801, 7), "says it holds 4 tokens of uint32, which makes 1,040 bytes"),
+        (llm_c([], count=0), "says it holds 0 tokens"),
+        (llm_c(TOKENS, count=-4), "says it holds -4 tokens"),
+        (llm_c(TOKENS, 20240326), "is a file of llm.c that holds no tokens"),
+    ],
+    ids=range(11),
+)
+def test_token_files_that_are_inconsistent_are_refused(write, content, message):
+    path = write("a.bin", content)
+    for function in (token_file_info, read_token_file):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path} {message}')}"):
+            function(path)
+
+
+def test_token_files_are_known_by_their_suffix(tmp_path):
+    assert is_token_file("a/train.bin")
+    assert is_token_file(tmp_path / "A.BIN")
+    assert not is_token_file("bin")
+    assert not is_token_file("a.bin.txt")
+    with pytest.raises(FileNotFoundError):
+        token_file_info(tmp_path / "a.bin")
