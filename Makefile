@@ -19,7 +19,7 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers results test test-slow test-c lint
+TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -27,7 +27,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench bench-compare bench-peers results test test-slow test-c test-gguf
+.PHONY: build help run bench bench-compare bench-peers bench-data results
+.PHONY: test test-slow test-c test-gguf
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -38,6 +39,7 @@ help:
 	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
 	@echo 'make bench-compare A=COMMIT B=COMMIT  which of two commits is faster'
 	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one'
+	@echo 'make bench-data         text to tokens, tokens to batches; ARGS="--megabytes 64" for less'
 	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
@@ -85,6 +87,9 @@ bench-compare: build
 
 bench-peers: build
 	$(PYTHON) -m legacy1bit.bench.peers $(ARGS)
+
+bench-data: build
+	$(PYTHON) -m legacy1bit.bench.data $(ARGS)
 
 results: build
 	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -137,7 +142,8 @@ test-gguf: wheel
 	cd $(IN_LLAMA_CPP) && venv/bin/python -m pytest -m 'slow or not slow' \
 	    tests/test_gguf.py tests/test_llama_cpp.py $(ARGS)
 
-# NumPy from 2.4 on needs SSE4.2 itself. The slowest tests of numbers do not depend on the CPU.
+# NumPy from 2.4 on needs SSE4.2 itself, and so does pyarrow. The slowest tests of numbers do not
+# depend on the CPU.
 EMULATED := build/test-old-cpus
 OLD_CPUS := core2duo Nehalem Haswell
 
@@ -147,13 +153,14 @@ test-old-cpus: wheel
 	$(PYTHON) -m venv $(EMULATED)/venv
 	cp -r tests pyproject.toml $(EMULATED)
 	$(EMULATED)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]" 'numpy<2.4'
+	$(EMULATED)/venv/bin/pip uninstall -q -y pyarrow
 	cd $(EMULATED) && for cpu in $(OLD_CPUS); do \
 	    echo "as a $$cpu:"; \
 	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
 	done
 
 clean:
-	rm -rf build dist *.egg-info legacy1bit/*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build dist *.egg-info legacy1bit/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find include legacy1bit tests -name __pycache__ -exec rm -rf {} +
 
 distclean: clean

@@ -1,20 +1,138 @@
 """Batches of token sequences out of a text (C: ``dataset.c``).
 
-Batches are a function of seed and step alone, so that training can stop and go on anywhere
-without a state to keep.
+A batch is a function of the seed and a position in the data: training stops and goes on anywhere,
+and nothing but that position has to be kept.
 """
 
-import hashlib
-from collections.abc import Iterator
+import bisect
+import contextlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
-from legacy1bit import stories
-from legacy1bit.data_utils import Tokens, create_padded_sequence, tokenize_text
+from legacy1bit.data_utils import Tokens
+from legacy1bit.hyperparams import BATCH_ORDERS
+from legacy1bit.shards import TokenStore
 
-# One part in so many of a text, its end, is kept from training.
-VALIDATION_PART = 10
+# Documents that are packed together: of more, rows are fuller; of fewer, memory is smaller and a
+# run that goes on has less to pack again.
+_POOL = 2048
+
+# Places of a random order that are worked out together, which is faster.
+_KNOWN = 4096
+
+# Batches that lie ready.
+_AHEAD = 4
+
+# No run comes as far in its data; what is counted stays a 64-bit number.
+_MOST_PLACES = 1 << 62
+
+_Integers = npt.NDArray[np.int64]
+
+
+class Batch(NamedTuple):
+    """What a step learns from.
+
+    Attributes
+    ----------
+    tokens, targets : int32[B, T]
+        Each token's target is the one that follows it. Where either is padding, nothing is learned.
+    starts : int32[B, T] or None
+        The first position of its row that each one sees; None: all see their row's beginning.
+    """
+
+    tokens: Tokens
+    targets: Tokens
+    starts: npt.NDArray[np.int32] | None = None
+
+
+# --- Orders ---------------------------------------------------------------------------------------
+
+
+def shuffled(places: _Integers, size: int, seed: int, turn: int) -> _Integers:
+    """Return what a random order of 0 ... size - 1 has at some places, without making all of it.
+
+    A Feistel network permutes the numbers of an even number of bits; what falls outside goes
+    through it again until it falls inside (Black & Rogaway, "Ciphers with Arbitrary Finite
+    Domains", 2002, section 3).
+
+    Parameters
+    ----------
+    places : int64[K]
+        0 to size - 1.
+    size : int
+    seed, turn : int
+        The order is another one for each pair.
+
+    Returns
+    -------
+    int64[K]
+    """
+    half = max((int(size - 1).bit_length() + 1) // 2, 1)
+    mask = np.uint64((1 << half) - 1)
+    rng = np.random.Generator(np.random.Philox(key=[seed, turn]))
+    keys = rng.integers(0, 1 << 64, 6, np.uint64)
+    found = places.astype(np.uint64)
+    outside = np.ones(found.size, bool)
+    while outside.any():
+        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        for key in keys:
+            left, right = right, left ^ (_scattered(right ^ key) & mask)
+        found[outside] = (left << np.uint64(half)) | right
+        outside = found >= size
+    return found.astype(np.int64)
+
+
+def _scattered(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Return numbers whose bits all depend on all of x's: MurmurHash3's finalizer (Appleby)."""
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+    x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+    return x ^ (x >> np.uint64(33))
+
+
+def pack(sizes: _Integers, room: int) -> list[list[int]]:
+    """Put pieces into rows of so much room, few rows: best fit, the largest first.
+
+    Parameters
+    ----------
+    sizes : int64[K]
+        1 to ``room`` each.
+    room : int
+
+    Returns
+    -------
+    list of list of int
+        For each row the numbers of its pieces; every piece is in one row.
+    """
+    rows: list[list[int]] = []
+    # Rows by the room that is left in them, and which amounts of room there are, in order.
+    left: list[list[int]] = [[] for _ in range(room + 1)]
+    amounts: list[int] = []
+    for piece in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[piece])
+        at = bisect.bisect_left(amounts, size)
+        if at == len(amounts):
+            row, rest = len(rows), room - size
+            rows.append([])
+        else:
+            amount = amounts[at]
+            row, rest = left[amount].pop(), amount - size
+            if not left[amount]:
+                del amounts[at]
+        rows[row].append(piece)
+        if rest:
+            if not left[rest]:
+                bisect.insort(amounts, rest)
+            left[rest].append(row)
+    return rows
+
+
+# --- Sequences ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -23,7 +141,7 @@ class TokenDataset:
 
     Attributes
     ----------
-    tokens : int32[N]
+    tokens : TokenStore
     sequence_length : int
         T, the number of tokens a sequence predicts.
     pad_token : int
@@ -32,37 +150,64 @@ class TokenDataset:
         Where sequences may begin; anywhere that leaves them whole when None.
     stops : int64[S] or None
         For each start, where its sequence ends at the latest. What follows is padding.
+    order : {"windows", "passes", "packed", "buckets"}
+        Which sequences a batch has: random ones; all of a text, one behind the other, in an order
+        that is another one in every pass; whole documents, packed into rows, or in rows of their
+        own, by length.
+    apart : bool
+        Whether a token sees its own document only.
     """
 
-    tokens: Tokens
+    tokens: TokenStore
     sequence_length: int
     pad_token: int
-    starts: np.ndarray | None = None
-    stops: np.ndarray | None = None
+    starts: _Integers | None = None
+    stops: _Integers | None = None
+    order: str = "windows"
+    apart: bool = False
 
     def __post_init__(self) -> None:
-        if self.starts is None and self.tokens.size <= self.sequence_length:
+        if self.order not in BATCH_ORDERS:
+            raise ValueError(f"order is {self.order!r}, expected one of {', '.join(BATCH_ORDERS)}")
+        least = self.sequence_length if self.order == "windows" else 1
+        if self.starts is None and self.tokens.size <= least:
             raise ValueError(
-                f"{self.tokens.size} tokens are too few: a sequence of {self.sequence_length} "
-                f"needs {self.sequence_length + 1}"
+                f"{self.tokens.size} tokens are too few: a sequence of {least} needs {least + 1}"
             )
 
-    def batch(self, step: int, batch_size: int, seed: int) -> tuple[Tokens, Tokens]:
-        """Return the batch of one training step.
+    def batch(self, step: int, batch_size: int, seed: int) -> Batch:
+        """Return a batch of random sequences.
 
-        Returns
-        -------
-        (int32[B, T], int32[B, T])
-            Tokens, and for each the one that follows it.
+        Parameters
+        ----------
+        step, batch_size, seed : int
+            All that it depends on.
         """
         rng = np.random.Generator(np.random.Philox(key=[seed, step]))
         if self.starts is None:
             starts = rng.integers(0, self.tokens.size - self.sequence_length, batch_size)
         else:
             starts = self.starts[rng.integers(0, self.starts.size, batch_size)]
-        return self._sequences(starts, np.full(batch_size, self.tokens.size))
+        return self.sequences(starts, np.full(batch_size, self.tokens.size))
 
-    def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[tuple[Tokens, Tokens]]:
+    def reader(self, batch_size: int, seed: int) -> "Reader":
+        """Return what gives one batch after the other."""
+        if self.order == "packed":
+            return PackedReader(self, batch_size, seed)
+        if self.order == "buckets":
+            return BucketReader(self, batch_size, seed)
+        kind = PassReader if self.order == "passes" else WindowReader
+        return kind(self, batch_size, seed)
+
+    def blocks(self) -> tuple[_Integers, _Integers]:
+        """Return where the sequences begin and end that hold all tokens once."""
+        if self.starts is None:
+            starts = np.arange(0, self.tokens.size - 1, self.sequence_length)
+            return starts, np.full(starts.size, self.tokens.size)
+        stops = np.full(self.starts.size, self.tokens.size) if self.stops is None else self.stops
+        return self.starts, stops
+
+    def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Go through all tokens once, or through all that lie between starts and stops.
 
         Parameters
@@ -73,115 +218,345 @@ class TokenDataset:
 
         Yields
         ------
-        (int32[B, T], int32[B, T])
-            The last batch may have fewer rows.
+        Batch
+            The last one may have fewer rows.
         """
-        if self.starts is None:
-            starts = np.arange(0, self.tokens.size - 1, self.sequence_length)
-            stops = np.full(starts.size, self.tokens.size)
-        else:
-            starts = self.starts
-            stops = np.full(starts.size, self.tokens.size) if self.stops is None else self.stops
+        starts, stops = self.blocks()
         if limit is not None:
             stride = max(starts.size * self.sequence_length // max(limit, 1), 1)
             starts, stops = starts[::stride], stops[::stride]
         for first in range(0, starts.size, batch_size):
             rows = slice(first, first + batch_size)
-            yield self._sequences(starts[rows], stops[rows])
+            yield self.sequences(starts[rows], stops[rows])
 
-    def _sequences(self, starts: np.ndarray, stops: np.ndarray) -> tuple[Tokens, Tokens]:
-        rows = np.empty((starts.size, self.sequence_length + 1), np.int32)
-        for row, start, stop in zip(rows, starts, stops, strict=True):
-            row[:] = create_padded_sequence(self.tokens[:stop], start, row.size, self.pad_token)
-        return rows[:, :-1], rows[:, 1:]
+    def sequences(self, starts: _Integers, stops: _Integers) -> Batch:
+        """Return sequences from their starts, up to their stops at most."""
+        width = self.sequence_length
+        rows = self.tokens.rows(starts, stops, width + 1, self.pad_token)
+        seen = None
+        if self.apart:
+            places = starts[:, None] + np.arange(width)
+            documents = self.tokens.documents
+            begins = documents[np.searchsorted(documents, places, side="right") - 1]
+            seen = np.maximum(begins - starts[:, None], 0).astype(np.int32)
+        return Batch(rows[:, :-1], rows[:, 1:], seen)
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What a run learns from and is measured on.
+# --- Readers --------------------------------------------------------------------------------------
+
+
+class Reader(Protocol):
+    """Gives one batch after the other.
 
     Attributes
     ----------
-    name : str
-    training, validation : TokenDataset
-    floor : float or None
-        The lowest loss any model can reach on the validation set, in nats a token, where that is
-        known.
-    stories : list of str
-        The stories of the validation set, where it is made of the bundled ones.
-    sha256 : str
-        Of the text of both sets, in hexadecimal digits.
+    position : tuple of int
+        Where in the data the next batch begins. A reader of the same data and seed that is set to
+        it goes on from there.
     """
 
-    name: str
-    training: TokenDataset
-    validation: TokenDataset
-    floor: float | None = None
-    stories: tuple[str, ...] = ()
-    sha256: str = ""
+    position: tuple[int, ...]
+
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for what is no position in this order of this data."""
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on."""
 
 
-def text_corpus(text: bytes, name: str, sequence_length: int, pad_token: int) -> Corpus:
-    """Return a corpus of any text: its first nine tenths to learn, the rest to validate.
-
-    Raises
-    ------
-    ValueError
-        If the text is too short for one sequence of each.
-    """
-    tokens = tokenize_text(text)
-    held_out = tokens.size // VALIDATION_PART
-    if held_out <= sequence_length:
-        needed = (sequence_length + 1) * VALIDATION_PART
-        raise ValueError(
-            f"{name} has {tokens.size} bytes, too few for sequences of {sequence_length}: "
-            f"expected at least {needed}"
-        )
-    training, validation = tokens[: tokens.size - held_out], tokens[tokens.size - held_out :]
-    return Corpus(
-        name,
-        TokenDataset(training, sequence_length, pad_token),
-        TokenDataset(validation, sequence_length, pad_token),
-        sha256=hashlib.sha256(text).hexdigest(),
-    )
+def _check_position(position: tuple[int, ...], ends: tuple[int, ...]) -> None:
+    fits = len(position) == len(ends)
+    if not fits or not all(0 <= n < end for n, end in zip(position, ends, strict=True)):
+        raise ValueError(f"its position is {list(position)}, expected numbers below {list(ends)}")
 
 
-def story_corpus(
-    count: int, held_out: int, seed: int, sequence_length: int, pad_token: int
-) -> Corpus:
-    """Return a corpus of bundled stories.
+class WindowReader:
+    """Random sequences; the position is the number of batches so far."""
 
-    A sequence begins with the line break before a story, so that a model sees each story from its
-    start; in training it runs on into the next ones, in validation it ends with its own.
+    def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
+        self.position: tuple[int, ...] = (0,)
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
 
-    Parameters
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for what is no position in this order of this data."""
+        _check_position(position, (_MOST_PLACES,))
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on."""
+        (step,) = self.position
+        batch = self._dataset.batch(step, self._batch_size, self._seed)
+        self.position = (step + 1,)
+        return batch
+
+
+class PassReader:
+    """Every sequence once, then again in another order; the position counts sequences."""
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
+        self.position: tuple[int, ...] = (0,)
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        width, size = dataset.sequence_length, dataset.tokens.size
+        self._count = -(-(size - 1) // width) if dataset.starts is None else dataset.starts.size
+        self._known, self._order = (-1, -1), np.zeros(0, np.int64)
+
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for what is no position in this order of this data."""
+        _check_position(position, (_MOST_PLACES,))
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on; it may have the end of a pass and the beginning of one."""
+        (first,) = self.position
+        chosen = np.concatenate(list(self._chosen(first, first + self._batch_size)))
+        self.position = (first + self._batch_size,)
+        dataset = self._dataset
+        if dataset.starts is None:
+            starts = chosen * dataset.sequence_length
+        else:
+            starts = dataset.starts[chosen]
+        stops = np.full(chosen.size, dataset.tokens.size)
+        if dataset.stops is not None:
+            stops = dataset.stops[chosen]
+        return dataset.sequences(starts, stops)
+
+    def _chosen(self, first: int, last: int) -> Iterator[_Integers]:
+        """Yield which sequences come from one place up to another, in runs."""
+        while first < last:
+            turn, place = divmod(first, self._count)
+            known = turn, place // _KNOWN
+            if self._known != known:
+                begin = known[1] * _KNOWN
+                places = np.arange(begin, min(begin + _KNOWN, self._count))
+                self._order = shuffled(places, self._count, self._seed, turn)
+                self._known = known
+            run = self._order[place % _KNOWN :][: last - first]
+            yield run
+            first += run.size
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """Some documents as rows: pieces that fill a row, and others that share rows.
+
+    Attributes
     ----------
-    count, held_out : int
-        How many stories to learn from, and how many more to validate on.
-    seed : int
-    sequence_length : int
-        T; a story of more characters is cut.
-    pad_token : int
+    begins : int64[K]
+        Where documents begin.
+    whole : int64[K]
+        How many rows those before and each one itself fill.
+    rests : list of list of (int, int)
+        For each shared row, where its pieces begin and what they measure.
     """
-    told = stories.generate_stories(count + held_out, seed)
-    learned, kept = told[:count], told[count:]
-    tokens, starts, _ = _lines(learned)
-    training = TokenDataset(tokens, sequence_length, pad_token, starts)
-    tokens, starts, stops = _lines(kept)
-    validation = TokenDataset(tokens, sequence_length, pad_token, starts, stops)
-    return Corpus(
-        f"{count:,} stories",
-        training,
-        validation,
-        stories.entropy_per_character(),
-        tuple(kept),
-        hashlib.sha256(stories.corpus(told).encode()).hexdigest(),
-    )
+
+    begins: _Integers
+    whole: _Integers
+    rests: list[list[tuple[int, int]]]
+
+    @property
+    def size(self) -> int:
+        return int(self.whole[-1]) + len(self.rests)
+
+    def place_of(self, row: int, width: int) -> int:
+        """Return where a row begins that one piece fills."""
+        document = int(np.searchsorted(self.whole, row, side="right"))
+        before = int(self.whole[document - 1]) if document else 0
+        return int(self.begins[document]) + (row - before) * width
 
 
-def _lines(told: list[str]) -> tuple[Tokens, np.ndarray, np.ndarray]:
-    """Return stories as tokens, and where each begins and ends, line breaks on both sides."""
-    tokens = tokenize_text("\n" + stories.corpus(told))
-    sizes = np.array([len(story) + 1 for story in told])
-    stops = np.cumsum(sizes) + 1
-    return tokens, stops - sizes - 1, stops
+class PackedReader:
+    """Whole documents packed into rows, in passes; a document longer than a row is cut.
+
+    The position is the pass, the pool of documents in it, and the row in that.
+    """
+
+    def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
+        self.position: tuple[int, ...] = (0, 0, 0)
+        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._made: tuple[tuple[int, int], _Pool] | None = None
+        self._pools = -(-dataset.tokens.documents.size // _POOL)
+
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for what is no position in this order of this data."""
+        _check_position(position, (_MOST_PLACES // (self._pools + 1), self._pools, _MOST_PLACES))
+        turn, number, row = position
+        size = self._pool(turn, number).size
+        if row > size:
+            raise ValueError(f"its position is row {row}, expected 0 to {size}")
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on."""
+        turn, number, row = self.position
+        width = self._dataset.sequence_length
+        rows: list[list[tuple[int, int]]] = []
+        while len(rows) < self._batch_size:
+            pool = self._pool(turn, number)
+            stop = min(row + self._batch_size - len(rows), pool.size)
+            order = shuffled(np.arange(row, stop), pool.size, self._seed, self._order(turn, number))
+            whole = int(pool.whole[-1])
+            for place in order.tolist():
+                if place >= whole:
+                    rows.append(pool.rests[place - whole])
+                    continue
+                rows.append([(pool.place_of(place, width), width)])
+            row = stop
+            if row == pool.size:
+                number, row = number + 1, 0
+            if number == self._pools:
+                turn, number = turn + 1, 0
+        self.position = (turn, number, row)
+        return self._compose(rows, width)
+
+    def _order(self, turn: int, number: int) -> int:
+        """Return which order a pass has for the rows of a pool; the last is for its documents."""
+        return turn * (self._pools + 1) + number
+
+    def _pool(self, turn: int, number: int) -> _Pool:
+        """Return a pool, made anew where it is not the last one that was asked for."""
+        if self._made is not None and self._made[0] == (turn, number):
+            return self._made[1]
+        store, width = self._dataset.tokens, self._dataset.sequence_length
+        count = store.documents.size
+        places = np.arange(number * _POOL, min((number + 1) * _POOL, count))
+        order = self._order(turn, self._pools)
+        begins, ends = store.document_bounds(shuffled(places, count, self._seed, order))
+        whole, rests = np.divmod(ends - begins, width)
+        shared = np.flatnonzero(rests)
+        pieces = list(
+            zip((begins + whole * width)[shared].tolist(), rests[shared].tolist(), strict=True)
+        )
+        together = [[pieces[piece] for piece in row] for row in self._share(rests[shared])]
+        pool = _Pool(begins, np.cumsum(whole), together)
+        self._made = ((turn, number), pool)
+        return pool
+
+    def _share(self, sizes: _Integers) -> list[list[int]]:
+        """Return which pieces share a row."""
+        return pack(sizes, self._dataset.sequence_length)
+
+    def _compose(self, rows: list[list[tuple[int, int]]], width: int) -> Batch:
+        pad = self._dataset.pad_token
+        tokens = np.full((len(rows), width), pad, np.int32)
+        targets = tokens.copy()
+        starts = np.zeros((len(rows), width), np.int32) if self._dataset.apart else None
+        for i, row in enumerate(rows):
+            at = 0
+            for begin, size in row:
+                piece = self._dataset.tokens.read(begin, begin + size + 1)
+                tokens[i, at : at + size] = piece[:size]
+                targets[i, at : at + piece.size - 1] = piece[1:]
+                if starts is not None:
+                    starts[i, at:] = at
+                at += size
+            if starts is not None:
+                starts[i, at:] = min(at, width - 1)
+        return Batch(tokens, targets, starts)
+
+
+class BucketReader(PackedReader):
+    """Documents in rows of their own, as many as the tokens of a batch allow, in passes.
+
+    Rows are as wide as the sequence length, or half of it, or a quarter; a batch has rows of one
+    width, and the shorter they are, the more of them. A document longer than a row is cut.
+
+    The position is the pass, the pool of documents in it, and the batch in that.
+    """
+
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` for what is no position in this order of this data."""
+        _check_position(position, (_MOST_PLACES // (self._pools + 1), self._pools, _MOST_PLACES))
+        turn, number, batch = position
+        count = self._count(self._pool(turn, number))
+        if batch > count:
+            raise ValueError(f"its position is batch {batch}, expected 0 to {count}")
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on; the last ones of a pool have fewer tokens."""
+        turn, number, batch = self.position
+        pool, order = self._pool(turn, number), self._order(turn, number)
+        count = self._count(pool)
+        (place,) = shuffled(np.array([batch]), count, self._seed, order).tolist()
+        self.position = turn, number, batch + 1
+        if batch + 1 == count:
+            self.position = (turn, number + 1, 0) if number + 1 < self._pools else (turn + 1, 0, 0)
+        width, whole = self._dataset.sequence_length, int(pool.whole[-1])
+        filled = -(-whole // self._batch_size)
+        if place < filled:
+            first = place * self._batch_size
+            some = np.arange(first, min(first + self._batch_size, whole))
+            chosen = shuffled(some, whole, self._seed, order).tolist()
+            return self._compose([[(pool.place_of(row, width), width)] for row in chosen], width)
+        pieces = pool.rests[place - filled]
+        width = self._width(max(size for _, size in pieces))
+        return self._compose([[piece] for piece in pieces], width)
+
+    def _count(self, pool: _Pool) -> int:
+        """Return how many batches a pool has."""
+        return -(-int(pool.whole[-1]) // self._batch_size) + len(pool.rests)
+
+    def _width(self, size: int) -> int:
+        """Return the narrowest width that holds a piece."""
+        width = self._dataset.sequence_length
+        while width % 2 == 0 and width // 2 >= size:
+            width //= 2
+        return width
+
+    def _share(self, sizes: _Integers) -> list[list[int]]:
+        """Return which pieces share a batch."""
+        buckets: dict[int, list[int]] = {}
+        for piece, size in enumerate(sizes.tolist()):
+            buckets.setdefault(self._width(size), []).append(piece)
+        batches = []
+        for width, pieces in buckets.items():
+            rows = self._batch_size * (self._dataset.sequence_length // width)
+            batches += [pieces[first : first + rows] for first in range(0, len(pieces), rows)]
+        return batches
+
+
+class Prefetcher:
+    """Has a reader's next batches made while the last one is learned from.
+
+    Attributes
+    ----------
+    position : tuple of int
+        That of the reader after the batches that were taken.
+    """
+
+    def __init__(
+        self, reader: Reader, change: Callable[[Batch, tuple[int, ...]], Batch] | None = None
+    ) -> None:
+        self.position = reader.position
+        self._reader, self._change = reader, change
+        self._ready: queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException] = queue.Queue(
+            _AHEAD
+        )
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        self._thread.start()
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on; raise what the reader has raised."""
+        found = self._ready.get()
+        if isinstance(found, BaseException):
+            self._ready.put(found)
+            raise found
+        batch, self.position = found
+        return batch
+
+    def _run(self) -> None:
+        try:
+            while not self._ended.is_set():
+                before = self._reader.position
+                batch = self._reader.next_batch()
+                if self._change is not None:
+                    batch = self._change(batch, before)
+                self._ready.put((batch, self._reader.position))
+        except BaseException as error:  # it is raised where the batch is asked for
+            self._ready.put(error)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._ended.set()
+        # It may wait for room; it puts one more at most.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._ready.get_nowait()
+        self._thread.join()

@@ -10,12 +10,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data_utils import ByteTokenizer
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder, check_tokens
 from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedModel
 from legacy1bit.threads import default_threads
+from legacy1bit.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
 
 # Below so many bytes of weights a token is written faster than a second thread wakes up.
 _SMALL = 1 << 20
@@ -44,7 +44,8 @@ class Completion:
         How many were drawn.
     seed : int
     stopped : bool
-        Whether a stop string ended it, rather than the number of tokens.
+        Whether a stop string or the token for the end of texts ended it, rather than the number
+        of tokens.
     """
 
     prompt: str | bytes
@@ -58,18 +59,19 @@ class TextStream:
     """Tokens into text, piece by piece.
 
     A character of several bytes comes when it is whole, and what may be the beginning of a stop
-    string when it turns out not to be one.
+    string when it turns out not to be one. The token that ends texts ends this one; like the other
+    special ones it has no text.
 
     Parameters
     ----------
-    tokenizer : ByteTokenizer
+    tokenizer : Tokenizer
     stop : sequence of str
     errors : str
         What becomes of bytes that are no UTF-8, as in ``bytes.decode``.
     """
 
     def __init__(
-        self, tokenizer: ByteTokenizer, stop: Sequence[str] = (), errors: str = "replace"
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), errors: str = "replace"
     ) -> None:
         if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop is {stop!r}, expected strings, none of them empty")
@@ -81,6 +83,10 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Take a token and return the text that is certain now."""
+        if token == self._tokenizer.eos_token:
+            text = self.finish()
+            self.stopped = True
+            return text
         return self._take(self._decode(self._tokenizer.decode([token])))
 
     def finish(self) -> str:
@@ -122,7 +128,7 @@ class Stream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string has ended it."""
+        """Whether a stop string, or the token for the end of texts, has ended it."""
         return self._text.stopped
 
     def __iter__(self) -> Iterator[str]:
@@ -151,7 +157,7 @@ class Generator:
     ----------
     model : PackedModel or LegacyLLM
         A ``LegacyLLM`` is packed first.
-    tokenizer : ByteTokenizer, optional
+    tokenizer : Tokenizer, optional
         Bytes, as many as the model knows, when not given.
     threads : int, optional
         How many threads may share the work; as many as pay for a model of this size when not given.
@@ -168,12 +174,12 @@ class Generator:
     def __init__(
         self,
         model: PackedModel | LegacyLLM,
-        tokenizer: ByteTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         threads: int | None = None,
     ) -> None:
         self.model = model if isinstance(model, PackedModel) else PackedModel(model)
         vocab_size = self.model.config.vocab_size
-        self.tokenizer = ByteTokenizer(vocab_size) if tokenizer is None else tokenizer
+        self.tokenizer: Tokenizer = ByteTokenizer(vocab_size) if tokenizer is None else tokenizer
         if threads is None:
             threads = 1 if self.model.nbytes < _SMALL else default_threads()
         self.threads = threads
@@ -183,6 +189,8 @@ class Generator:
         cls, path: str | os.PathLike[str], threads: int | None = None, form: str = "2bit"
     ) -> Self:
         """Read a model folder, or a file of the C original, and nothing that only training needs.
+
+        The tokenizer is the folder's; bytes where there is none.
 
         Parameters
         ----------
@@ -194,9 +202,10 @@ class Generator:
         Raises
         ------
         ModelFileError, OSError, ValueError
-            As ``PackedModel.load``.
+            As ``PackedModel.load`` and ``tokenizer_of``.
         """
-        return cls(PackedModel.load(path, form), threads=threads)
+        model = PackedModel.load(path, form)
+        return cls(model, tokenizer_of(path, model.config.vocab_size), threads)
 
     # What a model is given
 

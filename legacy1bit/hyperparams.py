@@ -18,12 +18,15 @@ SETTINGS_FILE = "training.json"
 SCALES = ("tensor", "row", "128", "256", "one")
 OPTIMIZERS = ("muon", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")
+TOKENIZERS = ("bytes", "chars", "bpe")
+SPLITS = ("auto", "documents", "tail")
+BATCH_ORDERS = ("windows", "passes", "packed", "buckets")
 
 # The peak learning rate where none is given.
 DEFAULT_RATES = {"muon": 3e-3, "adamw": 3e-3, "sgd": 0.1}
 
 
-def _integer(default: int, low: int, high: int, meaning: str) -> Any:
+def _integer(default: int | None, low: int, high: int, meaning: str) -> Any:
     return field(
         default=default, metadata={"kind": int, "low": low, "high": high, "meaning": meaning}
     )
@@ -39,6 +42,10 @@ def _choice(default: str, choices: tuple[str, ...], meaning: str) -> Any:
     return field(default=default, metadata={"kind": str, "choices": choices, "meaning": meaning})
 
 
+def _text(default: str | None, meaning: str) -> Any:
+    return field(default=default, metadata={"kind": str, "meaning": meaning})
+
+
 def _flag(default: bool, meaning: str) -> Any:
     return field(default=default, metadata={"kind": bool, "meaning": meaning})
 
@@ -49,6 +56,12 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def _check(setting: Field[Any], value: Any) -> None:
     """Raise ``TypeError`` or ``ValueError`` for a value that is not what a field takes."""
     kind, name = setting.metadata["kind"], setting.name
+    if value is None and setting.default is None:
+        return
+    if kind is str and "choices" not in setting.metadata:
+        if not isinstance(value, str) or not value:
+            raise TypeError(f"{name} is {value!r}, expected text")
+        return
     if kind is str:
         if value not in setting.metadata["choices"]:
             expected = ", ".join(setting.metadata["choices"])
@@ -187,6 +200,48 @@ class ModelConfig(_Record):
             attention_span=1,
             output_bias=True,
         )
+
+
+@dataclass(frozen=True)
+class DataConfig(_Record):
+    """What becomes of a text on its way to training; each field says what it means.
+
+    What changes sequences (the last five) does so in training only, another way each time they are
+    seen. Subword splitting takes merges back, as BPE-dropout leaves them out (Provilkov et al.,
+    arXiv 1910.13267, section 3).
+    """
+
+    tokenizer: str = _choice("bytes", TOKENIZERS, "what a token is")
+    vocabulary: int | None = _integer(
+        None, 256, 1 << 20, "tokens of chars (default: as many as it takes) and bpe (default: 1024)"
+    )
+    field: str = _text("text", "which field of JSON lines and Parquet files holds the text")
+    encoding: str = _text("utf-8", "how the text is encoded")
+    separator: str | None = _text(None, "what stands between the documents of a text file")
+    split: str = _choice(
+        "auto",
+        SPLITS,
+        "what validates: some documents, or the tail of the text; auto: documents, where there is "
+        "more than one",
+    )
+    validation_share: float = _number(0.1, 1e-9, 0.9, "how much of the text validates")
+    order: str = _choice(
+        "windows",
+        BATCH_ORDERS,
+        "what a batch has: random windows; passes, each of which takes every sequence once; "
+        "documents in passes, packed, or in rows of their own, by length",
+    )
+    apart: bool = _flag(False, "a token sees its own document only")
+    token_dropout: float = _number(0.0, 0.0, 1.0, "the share of inputs replaced by random ones")
+    span_masking: float = _number(0.0, 0.0, 0.9, "the share of inputs hidden, three in a row")
+    subword_splitting: float = _number(0.0, 0.0, 1.0, "how often a merged token is split in two")
+    case_noise: float = _number(0.0, 0.0, 1.0, "the share of words whose case changes")
+    space_noise: float = _number(0.0, 0.0, 1.0, "the share of spaces doubled or made line breaks")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokenizer == "bytes" and self.vocabulary not in (None, 256):
+            raise ValueError(f"vocabulary is {self.vocabulary}, expected 256 for bytes")
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,8 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
     Returns
     -------
     dict
-        The run's last record, ``peak_bytes`` and ``run_seconds``, which counts everything in.
+        The run's last record, ``peak_bytes``, ``stored_bytes``, and ``run_seconds``, which counts
+        everything in.
     """
     note = folder / "alone.json"
     if not note.exists():
@@ -221,10 +222,41 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
         record = read_metrics(folder / METRICS_FILE)[-1]
         record["peak_bytes"] = 1024 * int(told.split()[-1])
         record["run_seconds"] = seconds
+        record["stored_bytes"] = load_model(folder).stored_bytes()
         atomic_write(note, json.dumps(record))
     outcome: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
     print(f"{outcome['val_loss']:.4f}  {' '.join(arguments)}", file=sys.stderr, flush=True)
     return outcome
+
+
+# What is compared at equal training time: the steps are as many as that leaves.
+_TOKENS = {
+    "bytes": "--steps 2000",
+    "BPE, 512": "--tokenizer bpe --vocab-size 512 --steps 1750",
+    "BPE, 1,024": "--tokenizer bpe --vocab-size 1024 --steps 1650",
+    "BPE, 4,096": "--tokenizer bpe --vocab-size 4096 --steps 1000",
+}
+
+
+def token_table(data: str, out: Path) -> Iterator[str]:
+    """Yield the lines of the table of what a token is, at equal training time."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in _TOKENS}
+    for seed in SEEDS:
+        for name, options in _TOKENS.items():
+            given = shlex.split(f"{_SHAPE} {options} --seed {seed}")
+            folder = out / f"tokens-{name.replace(', ', '-').replace(',', '')}-{seed}"
+            runs[name].append(run_alone(["--data", data, *given], folder))
+    yield "| tokens | options | bits a byte | nats a token | training | bytes |"
+    yield "| --- | --- | --- | ---: | ---: | ---: |"
+    for name, done in runs.items():
+        bits = [run["bits_per_byte"] for run in done]
+        nats = statistics.fmean(run["val_loss"] for run in done)
+        seconds = statistics.median(run["elapsed_seconds"] for run in done)
+        yield (
+            f"| {name} | `{_TOKENS[name]}` | {statistics.fmean(bits):.4f} ± "
+            f"{statistics.stdev(bits):.4f} | {nats:.4f} | {seconds:.0f} s | "
+            f"{done[0]['stored_bytes']:,.0f} |"
+        )
 
 
 def story_table(out: Path) -> Iterator[str]:
@@ -289,6 +321,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = arguments.document.read_text(encoding="utf-8")
     for name, variants in TABLES.items():
         text = fill(text, name, list(table(variants, outcomes)))
+    text = fill(text, "tokens", list(token_table(arguments.data, arguments.out)))
     text = fill(text, "stories", list(story_table(arguments.out)))
     text = fill(text, "memory", list(memory_table(arguments.out)))
     atomic_write(arguments.document, text)

@@ -13,17 +13,14 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit import stories
+from legacy1bit.augment import Augmentation
 from legacy1bit.backward import BackwardPass, ignore_padding
-from legacy1bit.data_utils import (
-    TOKENIZER_FILE,
-    ByteTokenizer,
-    create_padded_sequence,
-    tokenize_text,
-)
-from legacy1bit.dataset import Corpus, TokenDataset
+from legacy1bit.corpus import Corpus
+from legacy1bit.data_utils import create_padded_sequence, tokenize_text
+from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.files import atomic_copies, atomic_write, serialize_tensors
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
@@ -40,6 +37,7 @@ from legacy1bit.model import (
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
@@ -83,6 +81,8 @@ class Metrics:
         The share of tokens that are among the model's 1, 3 and 5 likeliest.
     tokens : int
         How many were predicted.
+    bytes : int
+        How many bytes they stand for.
     """
 
     loss: float
@@ -90,6 +90,7 @@ class Metrics:
     top3: float
     top5: float
     tokens: int
+    bytes: int
 
     @property
     def perplexity(self) -> float:
@@ -98,16 +99,18 @@ class Metrics:
 
     @property
     def bits_per_byte(self) -> float:
-        """The loss in bits; a token is a byte."""
-        return self.loss / math.log(2.0)
+        """The loss in bits, over the bytes: what models with different tokens are compared by."""
+        nats = self.loss * self.tokens
+        return nats / self.bytes / math.log(2.0) if self.bytes else math.inf
 
     def record(self) -> dict[str, float]:
         """Return what ``metrics.jsonl`` keeps of the numbers."""
         return {
             "val_loss": self.loss,
             "val_tokens": self.tokens,
+            "val_bytes": self.bytes,
             "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
+            **({"bits_per_byte": self.bits_per_byte} if self.bytes else {}),
             "top1": self.top1,
             "top3": self.top3,
             "top5": self.top5,
@@ -115,7 +118,11 @@ class Metrics:
 
 
 def evaluate(
-    model: LegacyLLM, dataset: TokenDataset, threads: int = 1, limit: int | None = None
+    model: LegacyLLM,
+    dataset: TokenDataset,
+    threads: int = 1,
+    limit: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Metrics:
     """Measure a model on a dataset.
 
@@ -126,17 +133,21 @@ def evaluate(
     threads : int
     limit : int, optional
         Measure only about so many tokens, spread evenly over the dataset.
+    tokenizer : Tokenizer, optional
+        That of the dataset; bytes when not given.
 
     Raises
     ------
     ValueError
         If the model's predictions are not finite, or there is nothing to measure.
     """
-    loss, tokens = 0.0, 0
+    loss, tokens, size = 0.0, 0, 0
     within = np.zeros(3, np.int64)
-    for inputs, targets in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
-        logits = forward_llm_batch(model, inputs, threads=threads, logits=True)
-        targets = ignore_padding(inputs, targets, model.config.pad_token)
+    for batch in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
+        logits = forward_llm_batch(
+            model, batch.tokens, threads=threads, logits=True, starts=batch.starts
+        )
+        targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
         chosen = logits[targets >= 0]
         if not np.isfinite(chosen).all():
             raise ValueError("the model's logits are not finite: its weights are damaged")
@@ -151,10 +162,11 @@ def evaluate(
         ranks = ((chosen > goal) | ((chosen == goal) & before)).sum(axis=1)
         within += [(ranks < k).sum() for k in (1, 3, 5)]
         tokens += truth.size
+        size += truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
     if tokens == 0:
         raise ValueError("there is nothing to measure: every token is padding")
     top1, top3, top5 = (within / tokens).tolist()
-    return Metrics(loss / tokens, top1, top3, top5, tokens)
+    return Metrics(loss / tokens, top1, top3, top5, tokens, size)
 
 
 def _evaluation_batch(sequence_length: int) -> int:
@@ -239,9 +251,13 @@ class Trainer:
     corpus : Corpus
     source : dict
         Where the corpus came from, kept with the run.
+    data : DataConfig, optional
+        What becomes of its text; kept, too.
 
     Attributes
     ----------
+    tokenizer : Tokenizer
+        The corpus's, which is saved with the model; of bytes, as many as the model knows.
     step : int
         Updates done so far.
     metrics : Metrics or None
@@ -258,6 +274,7 @@ class Trainer:
         config: TrainingConfig,
         corpus: Corpus,
         source: dict[str, Any],
+        data: DataConfig | None = None,
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
         if config.float_steps and not (scheme and scheme.learns):
@@ -272,7 +289,9 @@ class Trainer:
             pass  # a precision that is not there is refused before anything is made
         self.config = config
         self.corpus = corpus
+        self.tokenizer = fit_tokenizer(corpus.tokenizer, model_config.vocab_size)
         self.source = source
+        self.data = DataConfig() if data is None else data
         self.model = create_legacy_llm(model_config, config.seed)
         self.optimizer = _optimizer(self.model, config)
         self.gradients = create_legacy_llm_gradients(model_config)
@@ -283,6 +302,14 @@ class Trainer:
             config.threads,
             config.gradient_checkpointing,
         )
+        self.reader = corpus.training.reader(
+            config.batch_size * config.gradient_accumulation, config.seed
+        )
+        self._augmentation = Augmentation(
+            self.data, self.tokenizer, model_config.pad_token, config.seed
+        )
+        self._prefetcher: Prefetcher | None = None
+        self._places_seen = self._padding_seen = 0
         self.step = 0
         self.seconds = 0.0
         self.metrics: Metrics | None = None
@@ -317,6 +344,18 @@ class Trainer:
         TrainingDiverged
             If the loss or a gradient is not finite; what was saved before stays as it was.
         """
+        try:
+            return self._train(logger, on_step, on_report, stop)
+        finally:
+            self.close()
+
+    def _train(
+        self,
+        logger: MetricsLogger,
+        on_step: Callable[[float, float], None],
+        on_report: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+    ) -> bool:
         config = self.config
         if self._best_is_behind():
             self.save()
@@ -325,6 +364,7 @@ class Trainer:
         )
         begin, first = time.perf_counter() - self.seconds, self.step
         began_here = self.seconds
+        self._places_seen = self._padding_seen = 0
         losses: list[float] = []
         norms: list[float] = []
         codes = _codes(self.model, copied=True)
@@ -348,6 +388,7 @@ class Trainer:
                     "gradient_norm": sum(norms) / len(norms),
                     "tokens_per_second": speed,
                     "elapsed_seconds": self.seconds,
+                    "padding": self._padding_seen / self._places_seen,
                     "full_precision": self.model.full_precision,
                     "weights": weight_shares(self.model, codes),
                 }
@@ -358,6 +399,7 @@ class Trainer:
                 on_report(record)
                 losses.clear()
                 norms.clear()
+                self._places_seen = self._padding_seen = 0
                 codes = _codes(self.model, copied=True)
                 # Measuring is not training: it counts for nothing in the speed.
                 begin = time.perf_counter() - self.seconds
@@ -392,7 +434,9 @@ class Trainer:
 
     def _measure(self, limit: int | None) -> Metrics:
         try:
-            return evaluate(self.model, self.corpus.validation, self.config.threads, limit)
+            return evaluate(
+                self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer
+            )
         except ValueError as error:
             raise TrainingDiverged(
                 f"after step {self.step}: {error}; try a lower --learning-rate"
@@ -406,16 +450,20 @@ class Trainer:
             return self._train_step(config)
 
     def _train_step(self, config: TrainingConfig) -> tuple[float, float]:
-        tokens, targets = self.corpus.training.batch(
-            self.step, config.batch_size * config.gradient_accumulation, config.seed
-        )
+        batch = self._next_batch()
+        tokens, targets, starts = batch.tokens, batch.targets, batch.starts
         zero_legacy_llm_gradients(self.gradients)
         counted = ignore_padding(tokens, targets, self.model.config.pad_token) >= 0
         total = int(counted.sum())
+        self._places_seen += counted.size
+        self._padding_seen += counted.size - total
         loss = 0.0
-        for first in range(0, len(tokens), config.batch_size):
-            rows = slice(first, first + config.batch_size)
-            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total)[0]
+        # Where sequences are shorter, there are as many more of them.
+        size = config.batch_size * (self.model.config.sequence_length // tokens.shape[1])
+        for first in range(0, len(tokens), size):
+            rows = slice(first, first + size)
+            seen = None if starts is None else starts[rows]
+            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total, seen)[0]
         loss /= max(total, 1)
         if not math.isfinite(loss):
             raise TrainingDiverged(
@@ -433,13 +481,32 @@ class Trainer:
         self.step += 1
         return loss, norm
 
+    def _next_batch(self) -> Batch:
+        """Return what the next step learns from; from the first on, more are made meanwhile."""
+        if self._prefetcher is None:
+            change = self._augmentation if self._augmentation.active else None
+            self._prefetcher = Prefetcher(self.reader, change)
+        return self._prefetcher.next_batch()
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Where in the data the next batch begins."""
+        return self.reader.position if self._prefetcher is None else self._prefetcher.position
+
+    def close(self) -> None:
+        """Stop making batches; those that were not learned from are made again if need be."""
+        if self._prefetcher is not None:
+            self._prefetcher.close()
+            self.reader.position = self._prefetcher.position
+            self._prefetcher = None
+
     def save(self) -> None:
         """Write tokenizer, model, checkpoint and settings, each as a whole or not at all.
 
         The settings come last: they are what makes a folder a run, which has all the rest.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        ByteTokenizer(min(self.model.config.vocab_size, 256)).save(self.folder)
+        self.tokenizer.save(self.folder)
         self.model.provenance = self._provenance()
         save_model(self.model, self.folder)
         state = {
@@ -452,16 +519,20 @@ class Trainer:
             "step": str(self.step),
             "seconds": repr(self.seconds),
             "best": json.dumps(self.best),
+            "position": json.dumps(self.position),
         }
         atomic_write(self.folder / CHECKPOINT_FILE, serialize_tensors(state, header))
         settings = {
             "model": self.model.config.to_dict(),
             "training": self.config.to_dict(),
+            "data": self.data.to_dict(),
             "source": self.source,
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         if 0 < self.best[1] == self.step:
-            atomic_copies((self.folder / name for name in RUN_FILES), self.folder / BEST_FOLDER)
+            files = (self.folder / name for name in RUN_FILES)
+            # Tokens of another program have no tokenizer.
+            atomic_copies((file for file in files if file.exists()), self.folder / BEST_FOLDER)
 
     def _provenance(self) -> Provenance:
         """Return what the model's files are to tell of where it comes from."""
@@ -507,6 +578,11 @@ class Trainer:
                 raise ModelFileError(f"{path}: {name} is missing, or not float32[{size}]")
             if not np.isfinite(values).all():
                 raise ModelFileError(f"{path}: {name} holds a number that is not finite")
+        self.close()
+        try:
+            self.reader.check(header.position)
+        except ValueError as error:
+            raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
         start = 0
         for weights in self.model.latent.values():
             weights[...] = state["weights"][start : start + weights.size].reshape(weights.shape)
@@ -517,6 +593,7 @@ class Trainer:
         self.optimizer.steps = self.step = header.step
         self.seconds = header.seconds
         self.best = header.best
+        self.reader.position = header.position
 
 
 @dataclass(frozen=True)
@@ -526,6 +603,7 @@ class CheckpointHeader:
     step: int
     seconds: float
     best: tuple[float, int]
+    position: tuple[int, ...]
 
 
 def read_checkpoint_header(folder: Path, model_config: ModelConfig) -> CheckpointHeader:
@@ -557,11 +635,15 @@ def read_checkpoint_header(folder: Path, model_config: ModelConfig) -> Checkpoin
         ):
             if not 0 <= value <= most:
                 raise ValueError(f"its {name} is {value}, expected 0 to {most}")
+        # Runs that knew windows only have kept none.
+        position = tuple(json.loads(header.get("position", f"[{step}]")))
+        if not all(type(n) is int for n in position):
+            raise ValueError(f"its position is {position}, expected whole numbers")
     except ModelFileError:
         raise
     except _DAMAGE as error:
         raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
-    return CheckpointHeader(step, seconds, best)
+    return CheckpointHeader(step, seconds, best, position)
 
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
@@ -574,7 +656,9 @@ def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
     return Muon(model, *shared, config.matrix_ratio, config.momentum)
 
 
-def read_settings(folder: Path) -> tuple[ModelConfig, TrainingConfig, dict[str, Any]]:
+def read_settings(
+    folder: Path,
+) -> tuple[ModelConfig, TrainingConfig, DataConfig, dict[str, Any]]:
     """Return the settings that a run was started with.
 
     Raises
@@ -589,7 +673,8 @@ def read_settings(folder: Path) -> tuple[ModelConfig, TrainingConfig, dict[str, 
         settings = json.loads(path.read_bytes())
         model = ModelConfig.from_dict(settings["model"])
         training = TrainingConfig.from_dict(settings["training"])
+        data = DataConfig.from_dict(settings.get("data", {}))
         source = dict(settings["source"])
     except _DAMAGE as error:
         raise ModelFileError(f"{path} is not a run's settings: {error}") from None
-    return model, training, source
+    return model, training, data, source

@@ -20,6 +20,14 @@ def tier(request):
     math_ops.set_simd_level(former)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory):
+    """Tokens that tests make stay out of the user's cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture
 def say(capsysbinary):
     """Run a command that succeeds; return its standard output and standard error."""

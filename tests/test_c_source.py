@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from models import MODELS, in_every_tier, make_config, random_model
 
-from legacy1bit.dataset import text_corpus
+from legacy1bit.corpus import text_corpus
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import ModelConfig, SamplingConfig, TrainingConfig
@@ -264,6 +264,7 @@ def dumped(command, model, prompt, count=1):
     return logits, prompt + rows[:, -1].tobytes()
 
 
+@pytest.mark.slow
 @options
 def test_logits_are_the_decoders_and_the_same_bits_without_sse(options, compiled, tmp_path):
     prompt = prompt_for(options)
@@ -484,7 +485,15 @@ SIZES = {
 
 
 @on_linux
-@pytest.mark.parametrize("build", ["gcc", "gcc, plain C", "gcc -m32", "clang"])
+@pytest.mark.parametrize(
+    "build",
+    [
+        "gcc",
+        "gcc -m32",
+        pytest.param("gcc, plain C", marks=pytest.mark.slow),
+        pytest.param("clang", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_a_model_of_a_million_parameters_is_small(sizes, build, compiled, tmp_path):
     model = create_legacy_llm(ModelConfig(**SIZES[sizes]), 1, trainable=False)

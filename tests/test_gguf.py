@@ -11,7 +11,6 @@ import pytest
 from compare import assert_same_bits
 from models import exact_dense, make_config, random_model
 
-from legacy1bit.data_utils import visible_bytes
 from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
 from legacy1bit.formats.nemotron import check_nemotron
 from legacy1bit.hyperparams import ModelConfig
@@ -24,6 +23,7 @@ from legacy1bit.model import (
     save_model,
 )
 from legacy1bit.provenance import Provenance
+from legacy1bit.tokenizer import visible_bytes
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 

@@ -10,16 +10,19 @@ import functools
 
 import numpy as np
 import pytest
+from models import make_config, random_model
 from test_data_utils import TEXTS
 
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.forward import forward_llm
+from legacy1bit.generator import Generator
 from legacy1bit.inference import Decoder
 from legacy1bit.main import main
 from legacy1bit.model import load_model
 from legacy1bit.packed import PackedModel
 from legacy1bit.stories import corpus, generate_stories
+from legacy1bit.tokenizer import character_tokenizer, train_bpe
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama_cpp is not installed: make test-gguf builds it"
@@ -180,3 +183,74 @@ def test_perplexity_is_ours(pair):
     # Chance would have 256.
     assert ours < 3.0
     assert abs(theirs / ours - 1.0) < 0.005
+
+
+# --- Tokens other than bytes ----------------------------------------------------------------------
+
+# Every character of some of Unicode's planes, and of the others a few.
+CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)])) + EVERY_BYTE
+LEARNED = [corpus(generate_stories(2000, seed=5)).encode(), CHARACTERS[:5000].encode()]
+TOKENIZERS = {
+    "bpe": lambda: train_bpe(LEARNED, 1500),
+    "chars": lambda: character_tokenizer(LEARNED),
+    "no merges": lambda: character_tokenizer([]),
+}
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def subword(request, folder):
+    """A model of such tokens that has learned nothing, and its twin."""
+    tokenizer = TOKENIZERS[request.param]()
+    model = random_model(
+        make_config(vocab_size=tokenizer.vocab_size, output_bias=False, sequence_length=256)
+    )
+    path = folder / f"{request.param}.gguf"
+    export_gguf(model, path, "f16", tokenizer)
+    twin = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
+    yield Generator(model, tokenizer), twin
+    twin.close()
+
+
+def test_llama_cpp_has_our_subwords(subword):
+    generator, twin = subword
+    for text in (*TEXTS.values(), HELD_OUT.decode(), CHARACTERS, " ".join(CHARACTERS)):
+        expected = generator.encode(text).tolist()
+        assert twin.tokenize(text.encode(), add_bos=True, special=False) == expected
+        assert twin.tokenize(text.encode(), add_bos=False, special=False) == expected[1:]
+
+
+def test_characters_stand_for_themselves_between_others(subword):
+    generator, twin = subword
+    for character in CHARACTERS[::7]:
+        text = f"a{character}b {character}{character} 1{character} "
+        expected = generator.tokenizer.encode(text).tolist()
+        assert twin.tokenize(text.encode(), add_bos=False, special=False) == expected
+
+
+def test_llama_cpp_knows_the_special_tokens(subword):
+    generator, twin = subword
+    tokenizer, vocabulary = generator.tokenizer, twin._model.vocab
+    assert twin.n_vocab() == tokenizer.vocab_size
+    assert twin.token_bos() == twin.token_eos() == tokenizer.eos_token
+    assert llama_cpp.llama_vocab_pad(vocabulary) == tokenizer.vocab_size - 1
+    ends = [token for token in range(tokenizer.vocab_size)
+            if llama_cpp.llama_vocab_is_eog(vocabulary, token)]  # fmt: skip
+    assert ends == [tokenizer.eos_token]
+
+
+def test_every_subword_is_its_bytes(subword):
+    generator, twin = subword
+    for token in range(generator.tokenizer.vocab_size):
+        # Room for one token is all that the binding has, and it is small.
+        if generator.tokenizer.byte_lengths[token] <= 30:
+            assert twin.detokenize([token]) == generator.tokenizer.decode([token])
+
+
+def test_logits_behind_subwords_are_ours(subword):
+    generator, twin = subword
+    tokens = generator.encode(HELD_OUT[:200])
+    assert 32 < tokens.size < 256
+    twin.reset()
+    twin.eval(tokens.tolist())
+    theirs, ours = np.array(twin.scores[: tokens.size]), Decoder(generator.model).extend_all(tokens)
+    assert np.linalg.norm(theirs - ours) / np.linalg.norm(ours) < 0.02

@@ -37,6 +37,7 @@ from legacy1bit.hyperparams import (
     OPTIMIZERS,
     SCALES,
     SCHEDULES,
+    DataConfig,
     ModelConfig,
     SamplingConfig,
     TrainingConfig,
@@ -229,8 +230,9 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
     class Stop(Exception):
         pass
 
-    def made_with(folder, model_config, config, corpus, source):
+    def made_with(folder, model_config, config, corpus, source, data):
         made.append((folder, model_config, config, corpus, source))
+        assert data == DataConfig()
         raise Stop
 
     monkeypatch.setattr(train, "Trainer", made_with)
@@ -1415,11 +1417,11 @@ def test_data_that_is_no_text_is_refused(fail, finished, command):
 
 
 def test_train_says_how_much_text_it_needs(fail, say):
-    Path("data").write_bytes(b"x" * 169)
+    Path("data").write_bytes(b"x" * 162)
     message = fail(*tiny(data="data", stories=None))
-    assert "data has 169 bytes" in message
+    assert "data has 164 tokens, too few for sequences of 16" in message
     needed = int(re.search(r"at least (\d+)", message)[1])
-    Path("data").write_bytes(b"x" * needed)
+    Path("data").write_bytes(b"x" * (needed - 2))
     say(*tiny(data="data", stories=None))
 
 

@@ -6,6 +6,8 @@ holds the exact sum or product of two float32 numbers closely enough that roundi
 float32 is the correct rounding (Figueroa 1995), which is the value demanded.
 """
 
+import functools
+import inspect
 import itertools
 import os
 import re
@@ -27,7 +29,22 @@ SHAPES = ((1, 1), (1, 97), (97, 1), (3, 5), (8, 16), (7, 9), (15, 17), (33, 31),
 # The vectorised exponential: two units in the last place, above and below the smallest normal.
 EXP_RTOL, EXP_ATOL = 4 * UNIT_ROUNDOFF, 2.0**-148
 
-sizes = pytest.mark.parametrize("n", SIZES)
+
+def sizes(test):
+    """Run a test over every size: together, as a test costs more than what it has to do here."""
+    signature = inspect.signature(test)
+
+    @functools.wraps(test)
+    def run(**arguments):
+        for n in SIZES:
+            test(n=n, **arguments)
+
+    run.__signature__ = signature.replace(
+        parameters=[given for name, given in signature.parameters.items() if name != "n"]
+    )
+    return run
+
+
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 every_tier = pytest.mark.usefixtures("tier")
 

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from legacy1bit.data_utils import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import create_legacy_llm, save_model
+from legacy1bit.tokenizer import ByteTokenizer
 
 QEMU = shutil.which("qemu-x86_64")
 CPUS = {"core2duo": "ssse3", "Nehalem": "sse41", "Haswell": "avx2"}

@@ -31,6 +31,9 @@ PADDED_ROWS = {
     "row": [[PAD] * TIME, [2, 0, 5, 5, 4]],
     "all": [[PAD] * TIME, [PAD] * TIME],
 }
+# Two documents in the first row, the first of which is padding where that stands at the left, and
+# three in the second.
+STARTS = np.array([[0, 0, 2, 2, 2], [0, 1, 1, 1, 4]], dtype=np.int32)
 TARGETS = np.array([[1, 6, 3, 0, PAD], [0, 5, PAD, 4, 1]], dtype=np.int32)
 
 
@@ -206,14 +209,14 @@ sub_norms = pytest.mark.parametrize("sub_norm", [False, True])
 )
 def test_attention_gradients(positions, span, padding, sub_norm):
     config = make_config(positions=positions, span=span, sub_norm=sub_norm)
-    tokens = tokens_with(padding)
+    tokens, starts = tokens_with(padding), STARTS if span != 1 else None
 
     def backward(d, x, **weights):
-        d_x, gradients = oracle.attention_backward(d, x, tokens, weights, config)
+        d_x, gradients = oracle.attention_backward(d, x, tokens, weights, config, starts)
         return {"x": d_x, **gradients}
 
     check_gradients(
-        lambda x, **weights: oracle.attention(x, tokens, weights, config),
+        lambda x, **weights: oracle.attention(x, tokens, weights, config, starts),
         backward,
         {"x": normal(2, TIME, 6), **part(make_params(config), "blocks.0.attention.")},
     )
@@ -533,6 +536,35 @@ def test_forward_of_a_padded_sequence_is_that_of_the_sequence_alone():
     alone, _ = oracle.forward(params, config, np.array([[4, 2, 6]]))
     padded, _ = oracle.forward(params, config, np.array([[PAD, 4, 2, PAD, 6, PAD]]))
     assert_close(padded[:, [1, 2, 4]], alone, **FLOAT64)
+
+
+@pytest.mark.parametrize("span", [0, 2])
+@pytest.mark.parametrize("padding", ["none", "left", "middle"])
+def test_documents_in_a_row_are_what_they_are_alone(span, padding):
+    config = make_config(span=span, num_blocks=2)
+    params, tokens = make_params(config), tokens_with(padding)
+    logits, _ = oracle.forward(params, config, tokens, STARTS)
+    loss, gradients = oracle.loss_and_gradients(params, config, tokens, TARGETS, STARTS)
+    sums, total = dict.fromkeys(gradients, 0.0), 0.0
+    count = oracle.counted_positions(tokens, TARGETS, VOCAB).sum()
+    for row, first, last in ((0, 0, 2), (0, 2, 5), (1, 0, 1), (1, 1, 4), (1, 4, 5)):
+        place = np.s_[row : row + 1, first:last]
+        alone, _ = oracle.forward(params, config, tokens[place])
+        assert_close(logits[place], alone, **FLOAT64)
+        part_loss, part_gradients = oracle.loss_and_gradients(
+            params, config, tokens[place], TARGETS[place]
+        )
+        share = oracle.counted_positions(tokens[place], TARGETS[place], VOCAB).sum() / count
+        total += share * part_loss
+        for name, value in part_gradients.items():
+            sums[name] = sums[name] + share * value
+    assert_close(loss, total, **FLOAT64)
+    for name, value in gradients.items():
+        assert_close(value, sums[name], what=name, **FLOAT64)
+    # Without the starts they see each other.
+    assert np.abs(oracle.forward(params, config, tokens)[0] - logits).max() > 1e-4
+    none = oracle.forward(params, config, tokens, np.zeros_like(STARTS))[0]
+    assert_same_bits(none, oracle.forward(params, config, tokens)[0])
 
 
 def test_attention_without_a_key_is_the_output_bias():

@@ -93,7 +93,7 @@ def test_fill_refuses_a_document_without_the_table():
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/RESULTS.md lies beside the source only")
 def test_the_document_has_a_place_for_every_table():
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in (*TABLES, "stories", "memory"):
+    for name in (*TABLES, "tokens", "stories", "memory"):
         assert results.fill(text, name, ["new"]) != text
 
 
@@ -177,6 +177,9 @@ def alone(monkeypatch):
             "run_seconds": 90.0,
             "peak_bytes": (100 if twice else 150) * 2**20,
             "tokens_per_second": 500.0 if twice else 1000.0,
+            "elapsed_seconds": 30.0,
+            "bits_per_byte": 2.0 + 0.1 * ("bpe" in arguments),
+            "stored_bytes": 7000,
         }
 
     monkeypatch.setattr(results, "run_alone", run)
@@ -188,6 +191,15 @@ def test_story_table_compares_with_the_floor(alone, tmp_path, monkeypatch):
     lines = list(results.story_table(tmp_path))
     assert alone == [["--seed", "1"], ["--seed", "2"], ["--seed", "3"]]
     assert lines[2] == "| seed 1 | 0.2000 | 25.0% | 90 s | 150 MiB |"
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_token_table_compares_bits_a_byte(alone, tmp_path):
+    lines = list(results.token_table("text", tmp_path))
+    assert all(arguments[:2] == ["--data", "text"] for arguments in alone)
+    assert len(alone) == 3 * len(lines[2:])
+    assert lines[2] == "| bytes | `--steps 2000` | 2.0000 ± 0.0000 | 0.2000 | 30 s | 7,000 |"
+    assert all("| 2.1000 ± 0.0000 |" in line for line in lines[3:])
     assert len({line.count("|") for line in lines}) == 1
 
 
@@ -204,7 +216,7 @@ def test_memory_table_compares_in_turns(alone, tmp_path):
 
 def test_main_fills_in_the_document(calls, alone, tmp_path):
     document = tmp_path / "RESULTS.md"
-    places = (*TABLES, "stories", "memory")
+    places = (*TABLES, "tokens", "stories", "memory")
     document.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in places))
     arguments = ["--data", "text", "--out", str(tmp_path / "runs"), "--document", str(document)]
     assert results.main([*arguments, "--jobs", "2"]) == 0

@@ -7,7 +7,8 @@ import os
 import shutil
 import stat
 import struct
-from dataclasses import fields
+import threading
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +17,17 @@ from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from safetensors.numpy import load_file, save_file
 
 from legacy1bit import logger, stories, trainer
-from legacy1bit.dataset import Corpus, TokenDataset, story_corpus, text_corpus
+from legacy1bit.backward import ignore_padding
+from legacy1bit.corpus import Corpus, story_corpus, text_corpus
+from legacy1bit.dataset import TokenDataset
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import OPTIMIZERS, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.shards import TokenStore
+from legacy1bit.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.trainer import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
@@ -48,6 +53,7 @@ RECORD_KEYS = (
     "train_loss",
     "val_loss",
     "val_tokens",
+    "val_bytes",
     "perplexity",
     "bits_per_byte",
     "top1",
@@ -57,6 +63,7 @@ RECORD_KEYS = (
     "gradient_norm",
     "tokens_per_second",
     "elapsed_seconds",
+    "padding",
     "full_precision",
     "weights",
 )
@@ -71,15 +78,38 @@ def _no_waiting_for_the_disk(monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def make(folder, text=TEXT, **changes):
-    """A trainer of a tiny model; changes go to the settings that know them."""
+def make(folder, text=TEXT, data=None, **changes):
+    """A trainer of a tiny model; changes go to the settings that know them.
+
+    With settings of data it learns from documents.
+    """
     model = {"model_dim": 8, "num_blocks": 1, "num_heads": 2, "sequence_length": 8}
     training = {"steps": STEPS, "batch_size": 3, "warmup_steps": 4, "evaluate_every": EVERY}
     for key, value in changes.items():
         (model if key in MODEL_KEYS else training)[key] = value
     config = ModelConfig(**model)
-    corpus = text_corpus(text, "text", config.sequence_length, PAD)
-    return Trainer(folder, config, TrainingConfig(**training), corpus, {"name": "text"})
+    if data is None:
+        corpus = text_corpus(text, "text", config.sequence_length, PAD)
+    else:
+        corpus = documents_corpus(data, config.sequence_length)
+        config = replace(config, vocab_size=corpus.training.pad_token)
+    return Trainer(folder, config, TrainingConfig(**training), corpus, {"name": "text"}, data)
+
+
+DOCUMENTS = [TEXT[3 * i : 3 * i + 1 + i * 7 % 23] for i in range(40)]
+
+
+def documents_corpus(data, length):
+    """Documents that each end in a line break, and the beginning of one more."""
+    tokenizer = train_bpe([TEXT], 280) if data.tokenizer == "bpe" else ByteTokenizer()
+    encoded = [tokenizer.encode(document + b"\n") for document in DOCUMENTS]
+    ends = np.cumsum([tokens.size for tokens in encoded])
+    begins = np.concatenate([[0], ends[:-1]])
+    store = TokenStore([np.concatenate([*encoded, encoded[0][:1]])], begins, int(ends[-1]))
+    pad = tokenizer.vocab_size
+    training = TokenDataset(store, length, pad, order=data.order, apart=data.apart)
+    validation = TokenDataset(store, length, pad, apart=data.apart)
+    return Corpus("documents", training, validation, tokenizer=tokenizer)
 
 
 def train(run, stop_at=None, on_report=lambda record: None):
@@ -144,7 +174,7 @@ def model():
 def reference(model, batches):
     """Loss and shares of a sweep, one token at a time in float64."""
     surprises, ranks = [], []
-    for tokens, targets in batches:
+    for tokens, targets, *_ in batches:
         probabilities = forward_llm_batch(model, tokens).astype(np.float64)
         for row in range(tokens.shape[0]):
             for time in range(tokens.shape[1]):
@@ -159,11 +189,15 @@ def reference(model, batches):
 
 
 DATASETS = {
-    "text": lambda: TokenDataset(np.frombuffer(TEXT[:500], np.uint8).astype(np.int32), 16, PAD),
-    "ragged": lambda: TokenDataset(np.frombuffer(TEXT[:50], np.uint8).astype(np.int32), 16, PAD),
+    "text": lambda: TokenDataset(
+        TokenStore([np.frombuffer(TEXT[:500], np.uint8).astype(np.int32)]), 16, PAD
+    ),
+    "ragged": lambda: TokenDataset(
+        TokenStore([np.frombuffer(TEXT[:50], np.uint8).astype(np.int32)]), 16, PAD
+    ),
     "stories": lambda: story_corpus(2, 40, 3, 16, PAD).validation,
     "noise": lambda: TokenDataset(
-        np.random.default_rng(0).integers(0, 256, 700).astype(np.int32), 16, PAD
+        TokenStore([np.random.default_rng(0).integers(0, 256, 700).astype(np.int32)]), 16, PAD
     ),
 }
 
@@ -187,9 +221,9 @@ def test_evaluate_measures_each_token_once(model):
 def test_evaluate_does_not_see_padding(model):
     """A model whose probability of what stands in the padding changes is as good as before."""
     dataset = DATASETS["ragged"]()
-    assert any((tokens == PAD).any() for tokens, _ in dataset.sweep(32))
-    tokens = np.concatenate([dataset.tokens, np.full(100, PAD, np.int32)])
-    longer = TokenDataset(tokens, dataset.sequence_length, PAD)
+    assert any((tokens == PAD).any() for tokens, *_ in dataset.sweep(32))
+    tokens = np.concatenate([dataset.tokens.read(0, 1 << 20), np.full(100, PAD, np.int32)])
+    longer = TokenDataset(TokenStore([tokens]), dataset.sequence_length, PAD)
     one, other = evaluate(model, dataset), evaluate(model, longer)
     assert one.tokens == other.tokens
     assert_close(one.loss, other.loss, rtol=1e-12, atol=0)
@@ -198,7 +232,7 @@ def test_evaluate_does_not_see_padding(model):
 
 def test_evaluate_refuses_a_dataset_of_padding(model):
     with pytest.raises(ValueError, match="nothing to measure"):
-        evaluate(model, TokenDataset(np.full(40, PAD, np.int32), 8, PAD))
+        evaluate(model, TokenDataset(TokenStore([np.full(40, PAD, np.int32)]), 8, PAD))
 
 
 def test_evaluate_has_the_same_bits_for_any_number_of_threads(model):
@@ -220,7 +254,7 @@ def test_evaluate_limit_measures_about_so_many_tokens(model, limit):
 def with_logits(monkeypatch, logits_of):
     """Let every model give the logits of ``logits_of(rows)``."""
 
-    def forward(model, rows, threads=1, logits=False):
+    def forward(model, rows, threads=1, logits=False, starts=None):
         assert logits
         return logits_of(rows).astype(np.float32)
 
@@ -238,7 +272,7 @@ def one_hot(tokens, height=20.0):
 
 def test_evaluate_of_a_perfect_model(monkeypatch, model):
     with_logits(monkeypatch, lambda rows: one_hot(following(rows), 40.0))
-    metrics = evaluate(model, TokenDataset(np.arange(1, 18, dtype=np.int32), 16, PAD))
+    metrics = evaluate(model, TokenDataset(TokenStore([np.arange(1, 18, dtype=np.int32)]), 16, PAD))
     # What follows the last token of a row is not in the row: only there the model is wrong.
     assert metrics.tokens == 16
     assert metrics.top1 == 15 / 16
@@ -250,7 +284,7 @@ def test_evaluate_counts_ranks(monkeypatch, model, rank):
     """The true token comes behind ``rank`` others."""
     shares = [float(rank < k) for k in (1, 3, 5)]
     order = -np.arange(256.0)
-    dataset = TokenDataset(np.full(17, rank, np.int32), 16, PAD)
+    dataset = TokenDataset(TokenStore([np.full(17, rank, np.int32)]), 16, PAD)
     with_logits(monkeypatch, lambda rows: np.broadcast_to(order, (*rows.shape, 256)))
     metrics = evaluate(model, dataset)
     assert [metrics.top1, metrics.top3, metrics.top5] == shares
@@ -263,7 +297,7 @@ def test_evaluate_gives_no_more_than_k_tokens_the_first_k_ranks(monkeypatch, mod
     However a tie is broken, at most k of 256 tokens are among the k likeliest.
     """
     with_logits(monkeypatch, lambda rows: np.zeros((*rows.shape, 256)))
-    dataset = TokenDataset(np.arange(257, dtype=np.int32) % 256, 16, PAD)
+    dataset = TokenDataset(TokenStore([np.arange(257, dtype=np.int32) % 256]), 16, PAD)
     metrics = evaluate(model, dataset)
     assert metrics.tokens == 256
     assert_close(metrics.loss, math.log(256), rtol=1e-6, atol=0)
@@ -284,19 +318,20 @@ def test_evaluate_does_not_praise_a_model_without_numbers(monkeypatch, model):
 
 
 def test_metrics_derive_from_the_loss():
-    metrics = Metrics(math.log(8.0), 0.25, 0.5, 0.75, 100)
+    metrics = Metrics(math.log(8.0), 0.25, 0.5, 0.75, 100, 100)
     assert metrics.perplexity == pytest.approx(8.0)
     assert metrics.bits_per_byte == pytest.approx(3.0)
     assert metrics.record() == {
         "val_loss": metrics.loss,
         "val_tokens": 100,
+        "val_bytes": 100,
         "perplexity": metrics.perplexity,
         "bits_per_byte": metrics.bits_per_byte,
         "top1": 0.25,
         "top3": 0.5,
         "top5": 0.75,
     }
-    assert Metrics(1e5, 0.0, 0.0, 0.0, 1).perplexity == math.inf
+    assert Metrics(1e5, 0.0, 0.0, 0.0, 1, 1).perplexity == math.inf
 
 
 # --- Heroes ---------------------------------------------------------------------------------------
@@ -495,7 +530,7 @@ def test_train_measures_everything_at_the_end_only(tmp_path, monkeypatch):
     """And at the end the sample, too, by which the best model is found."""
     limits = []
 
-    def measure(model, dataset, threads, limit):
+    def measure(model, dataset, threads, limit, tokenizer):
         limits.append(limit)
         return evaluate(model, dataset, threads, limit)
 
@@ -588,10 +623,288 @@ def test_saved_run_holds_all_that_it_needs(tmp_path):
     run.save()
     names = {path.name for path in run.folder.iterdir() if path.is_file()}
     assert names == RUN_FILES
-    assert read_settings(run.folder) == (run.model.config, run.config, run.source)
+    assert read_settings(run.folder) == (run.model.config, run.config, run.data, run.source)
     loaded = load_model(run.folder)
     tokens = np.arange(8, dtype=np.int32)[None]
     assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(run.model, tokens))
+
+
+# --- Where in the data ----------------------------------------------------------------------------
+
+ALL_CHANGES = {
+    "token_dropout": 0.1,
+    "span_masking": 0.1,
+    "subword_splitting": 0.2,
+    "case_noise": 0.2,
+    "space_noise": 0.2,
+}
+
+DATA = {
+    "windows": {},
+    "windows apart": {"apart": True},
+    "passes": {"order": "passes"},
+    "passes apart": {"order": "passes", "apart": True},
+    "packed": {"order": "packed"},
+    "packed apart": {"order": "packed", "apart": True},
+    "packed, less read": {"order": "packed", "apart": True, "token_dropout": 0.2},
+    **{name: {"order": "passes", "tokenizer": "bpe", name: 0.3} for name in ALL_CHANGES},
+    "all changes": {"order": "windows", "tokenizer": "bpe", **ALL_CHANGES},
+    "all changes of bytes": {"order": "passes", **ALL_CHANGES},
+}
+every_data = pytest.mark.parametrize("name", DATA)
+
+
+def recording_batches(run):
+    """A list that gets every batch that a run learns from."""
+    batches, take = [], run._next_batch
+
+    def next_batch():
+        batches.append(take())
+        return batches[-1]
+
+    run._next_batch = next_batch
+    return batches
+
+
+def assert_same_batches(one, other):
+    assert len(one) == len(other)
+    for first, second in zip(one, other, strict=True):
+        for part, expected in zip(first, second, strict=True):
+            assert (part is None) == (expected is None)
+            if part is not None:
+                assert_same_bits(part, expected)
+
+
+@every_data
+def test_run_goes_on_where_it_was_in_the_data(tmp_path, name):
+    """Passes end on the way: 12 steps of 6 rows are more than the documents have."""
+    settings = {"data": DataConfig(**DATA[name]), "gradient_accumulation": 2}
+    whole = make(tmp_path / "whole", **settings)
+    expected = recording_batches(whole)
+    losses = train(whole)[1]
+    parts, found = [], []
+    for stop in (1, 4, 10, None):
+        run = make(tmp_path / "parts", **settings)
+        if parts:
+            run.restore()
+        batches = recording_batches(run)
+        parts += train(run, stop)[1]
+        found += batches
+    assert_same_batches(found, expected)
+    assert parts == losses
+    assert_same_state(state_of(run), state_of(whole))
+    assert run.position == whole.position == run.reader.position
+    assert run.metrics == whole.metrics
+    assert run.best == whole.best
+
+
+@every_data
+def test_record_tells_how_much_is_padding(tmp_path, name):
+    run = make(tmp_path / "run", data=DataConfig(**DATA[name]), gradient_accumulation=2)
+    batches = recording_batches(run)
+    _, _, records = train(run)
+    for record, (begin, end) in zip(records, [(0, 5), (5, 10), (10, 12)], strict=True):
+        lost = [
+            (ignore_padding(b.tokens, b.targets, run.model.config.pad_token) < 0).mean()
+            for b in batches[begin:end]
+        ]
+        assert record["padding"] == pytest.approx(sum(lost) / len(lost), rel=1e-12)
+    if name.startswith("windows"):
+        assert all(record["padding"] == 0 for record in records)
+    if name.startswith("packed"):
+        assert any(record["padding"] > 0 for record in records)
+
+
+def test_record_of_padding_begins_anew_with_a_restored_run(tmp_path):
+    settings = {"data": DataConfig(order="packed"), "batch_size": 11}
+    _, _, records = train(make(tmp_path / "whole", **settings))
+    assert len({record["padding"] for record in records}) == 3
+    run = make(tmp_path / "run", **settings)
+    train(run, stop_at=5)
+    for _ in range(3):
+        run.train_step()
+    run.restore()
+    assert [r["padding"] for r in train(run)[2]] == [r["padding"] for r in records[1:]]
+
+
+@pytest.mark.parametrize("name", ["windows", "passes apart", "packed apart", "all changes"])
+def test_batches_do_not_depend_on_the_threads(tmp_path, name):
+    runs = [
+        make(tmp_path / str(threads), data=DataConfig(**DATA[name]), threads=threads)
+        for threads in (1, 2)
+    ]
+    one, other = map(recording_batches, runs)
+    for run in runs:
+        train(run)
+    assert_same_batches(one, other)
+
+
+@every_data
+def test_validation_is_never_changed(tmp_path, name):
+    data = DataConfig(**DATA[name])
+    run = make(tmp_path / "run", data=data)
+    _, _, records = train(run)
+    untouched = documents_corpus(data, 8).validation
+    metrics = evaluate(run.model, untouched, tokenizer=run.tokenizer)
+    assert run.metrics == metrics
+    assert records[-1]["val_loss"] == metrics.loss
+
+
+POSITIONS = {
+    "none": "[]",
+    "null": "null",
+    "word": '"5"',
+    "number": "5",
+    "names": '{"5": 5}',
+    "no JSON": "[5",
+    "fraction": "[5.5]",
+    "true": "[true]",
+    "text": '["5"]',
+    "negative": "[-5]",
+    "huge": "[" + "9" * 40 + "]",
+    "not finite": "[NaN]",
+    "deep": "[" * 100_000,
+    "lists": "[[5]]",
+    "three of one": "[0, 0, 0]",
+    "two": "[0, 0]",
+}
+BAD_POSITIONS = [
+    *((order, name) for order in ("windows", "passes") for name in POSITIONS),
+    *(("packed", name) for name in POSITIONS if name != "three of one"),
+]
+PACKED_POSITIONS = {
+    "one": "[5]",
+    "gone": None,
+    "no pool": "[0, 1, 0]",
+    "no row": "[0, 0, 1000]",
+    "negative turn": "[-1, 0, 0]",
+    "huge turn": f"[{1 << 62}, 0, 0]",
+    "fraction of a row": "[0, 0, 1.0]",
+}
+
+
+def with_position(folder, value):
+    path = folder / CHECKPOINT_FILE
+    header = header_of(path)
+    assert "position" in header
+    del header["position"]
+    if value is not None:
+        header["position"] = value
+    save_file(load_file(path), path, header)
+
+
+@pytest.fixture(scope="module")
+def runs_to_damage(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for order in ("windows", "passes", "packed"):
+        train(make(folder / order, data=DataConfig(order=order)), stop_at=5)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("order", "value"),
+    [
+        *((order, POSITIONS[name]) for order, name in BAD_POSITIONS),
+        *(("packed", value) for value in PACKED_POSITIONS.values()),
+    ],
+    ids=[*map("-".join, BAD_POSITIONS), *PACKED_POSITIONS],
+)
+def test_restore_refuses_positions_that_are_none(runs_to_damage, tmp_path, order, value):
+    shutil.copytree(runs_to_damage / order, tmp_path / "run")
+    with_position(tmp_path / "run", value)
+    before = set(threading.enumerate())
+    with pytest.raises(ModelFileError, match="is not a checkpoint"):
+        restored(tmp_path / "run", data=DataConfig(order=order))
+    assert set(threading.enumerate()) == before
+
+
+def test_checkpoint_that_tells_no_position_goes_on(tmp_path):
+    """As those that were written when there were windows only."""
+    whole = make(tmp_path / "whole")
+    _, losses, _ = train(whole)
+    run = make(tmp_path / "run")
+    train(run, stop_at=5)
+    with_position(run.folder, None)
+    again = resumed(run.folder)
+    assert again.position == (5,)
+    assert train(again)[1] == losses[5:]
+    assert_same_state(state_of(again), state_of(whole))
+
+
+def test_checkpoint_position_is_after_what_was_learned(tmp_path):
+    run = make(tmp_path / "run", data=DataConfig(order="passes"), gradient_accumulation=2)
+    assert run.position == (0,)
+    train(run, stop_at=5)
+    assert json.loads(header_of(run.folder / CHECKPOINT_FILE)["position"]) == [5 * 6]
+    assert run.position == (30,)
+
+
+def batch_threads():
+    return {thread for thread in threading.enumerate() if thread.name == "batches"}
+
+
+class Interrupted(Exception):
+    """What ends a run from outside."""
+
+
+@pytest.mark.parametrize("how", ["ends", "stops", "interrupted", "diverges", "full", "data gone"])
+def test_no_thread_outlives_its_training(tmp_path, monkeypatch, how):
+    before, during = batch_threads(), []
+    run = make(tmp_path / "run", data=DataConfig(order="passes"))
+    expected = ()
+    if how == "diverges":
+        run.model.latent[next(iter(run.model.latent))][...] = np.nan
+        expected = TrainingDiverged
+    elif how == "full":
+
+        def save():
+            raise OSError(errno.ENOSPC, "No space left")
+
+        monkeypatch.setattr(run, "save", save)
+        expected = OSError
+    elif how == "data gone":
+        take = run.reader.next_batch
+
+        def next_batch():
+            if run.reader.position == (9,):
+                raise OSError("the disk is gone")
+            return take()
+
+        monkeypatch.setattr(run.reader, "next_batch", next_batch)
+        expected = OSError
+
+    def stop():
+        during.extend(batch_threads() - before)
+        if how == "interrupted" and run.step == 3:
+            raise Interrupted
+        return how == "stops" and run.step == 3
+
+    if how == "interrupted":
+        expected = Interrupted
+    run.folder.mkdir()
+    arguments = (MetricsLogger(run.folder), lambda *_: None, lambda _: None, stop)
+    if expected:
+        with pytest.raises(expected):
+            run.train(*arguments)
+    else:
+        assert run.train(*arguments) == (how == "ends")
+    assert batch_threads() == before
+    # A thread whose data is gone has ended before.
+    assert during or how == "data gone"
+    # What was made ahead and not learned from is not lost.
+    assert run.position == run.reader.position
+    if how not in ("diverges", "full", "data gone"):
+        assert run.position == (3 * run.step,)
+    if how == "data gone":
+        assert run.step == 3
+
+
+def test_changes_that_do_not_go_with_packed_rows_are_refused_before_training(tmp_path):
+    before = batch_threads()
+    with pytest.raises(ValueError, match="change the lengths of documents"):
+        make(tmp_path / "run", data=DataConfig(order="packed", case_noise=0.1))
+    assert batch_threads() == before
+    assert not (tmp_path / "run").exists()
 
 
 # --- Parts of a step ------------------------------------------------------------------------------
@@ -604,8 +917,8 @@ def half_padding(rows=12):
     for row in range(rows):
         tokens[9 * row + 9 - row % 10 : 9 * row + 9] = PAD
     starts = np.arange(0, tokens.size, 9)
-    training = TokenDataset(tokens, 8, PAD, starts)
-    assert (training._sequences(starts, starts + 9)[0] == PAD).all(axis=1).any()
+    training = TokenDataset(TokenStore([tokens]), 8, PAD, starts)
+    assert (training.sequences(starts, starts + 9)[0] == PAD).all(axis=1).any()
     return Corpus("padding", training, training)
 
 
@@ -623,7 +936,7 @@ def in_parts(folder, parts, corpus, **changes):
 def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path, parts, padded):
     corpus = half_padding() if padded else None
     whole, split, single = (in_parts(tmp_path / "run", n, corpus) for n in (1, parts, 12))
-    tokens, targets = whole.corpus.training.batch(0, 12, 1)
+    tokens, targets, _ = whole.corpus.training.batch(0, 12, 1)
     asked = int(((tokens != PAD) & (targets != PAD)).sum())
     terms = np.zeros_like(single.gradients.flat)
     for row in range(12):
@@ -1010,7 +1323,7 @@ def with_losses(monkeypatch, losses, whole=None):
 
     def measure(self, limit):
         loss = losses[self.step] if limit is not None or whole is None else whole
-        return Metrics(loss, 0.25, 0.5, 0.75, 100)
+        return Metrics(loss, 0.25, 0.5, 0.75, 100, 100)
 
     monkeypatch.setattr(Trainer, "_measure", measure)
 
@@ -1106,7 +1419,12 @@ def test_best_folder_is_a_run_that_can_go_on(tmp_path, monkeypatch):
     run = make(tmp_path / "run")
     _, losses, _ = train(run)
     before = contents(run.folder / BEST_FOLDER)
-    assert read_settings(run.folder / BEST_FOLDER) == (run.model.config, run.config, run.source)
+    assert read_settings(run.folder / BEST_FOLDER) == (
+        run.model.config,
+        run.config,
+        run.data,
+        run.source,
+    )
     shutil.copytree(run.folder / BEST_FOLDER, tmp_path / "best")
     best = resumed(tmp_path / "best")
     assert best.step == 5
@@ -1304,8 +1622,8 @@ class Sick:
     def __init__(self, passes, healthy, loss, gradient):
         self.passes, self.healthy, self.loss, self.gradient = passes, healthy, loss, gradient
 
-    def run(self, tokens, targets, gradients, divisor):
-        total, count = self.passes.run(tokens, targets, gradients, divisor)
+    def run(self, tokens, targets, gradients, divisor, starts):
+        total, count = self.passes.run(tokens, targets, gradients, divisor, starts)
         self.healthy -= 1
         if self.healthy >= 0:
             return total, count

@@ -22,6 +22,7 @@ from legacy1bit.model import (
 )
 from legacy1bit.optimizer import AdamW
 from legacy1bit.packed import PackedModel
+from legacy1bit.shards import TokenStore
 
 TRAINING = ModelConfig(model_dim=128, num_blocks=4, sequence_length=64)
 TRAINING_BATCH = 12
@@ -56,11 +57,12 @@ def training_step(config: ModelConfig, batch: int, threads: int) -> Call:
     passes = BackwardPass(model, batch, config.sequence_length, threads)
     optimizer = AdamW(model)
     tokens = rng.integers(0, config.vocab_size, 100_000, np.int32)
-    data = TokenDataset(tokens, config.sequence_length, config.pad_token)
+    data = TokenDataset(TokenStore([tokens]), config.sequence_length, config.pad_token)
 
     def step() -> None:
         zero_legacy_llm_gradients(gradients)
-        passes.run(*data.batch(optimizer.steps, batch, 0), gradients)
+        found = data.batch(optimizer.steps, batch, 0)
+        passes.run(found.tokens, found.targets, gradients)
         optimizer.step(gradients, 1e-4, 1.0, threads)
 
     return step

@@ -1,11 +1,11 @@
 """What several commands share: options made of settings, and where models lie."""
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.data_utils import TOKENIZER_FILE, ByteTokenizer
 from legacy1bit.formats.c_v1 import import_c_v1
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.model import LegacyLLM, load_model
@@ -19,7 +19,12 @@ INTERRUPTED = 130
 ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
 
 # Settings whose options are not named like them; None: the command line has none.
-_OPTIONS = {"vocab_size": None, "num_blocks": "blocks", "num_heads": "heads"}
+_OPTIONS = {
+    "vocab_size": None,
+    "vocabulary": "vocab-size",
+    "num_blocks": "blocks",
+    "num_heads": "heads",
+}
 
 
 def option_of(name: str) -> str | None:
@@ -28,12 +33,17 @@ def option_of(name: str) -> str | None:
     return None if option is None else option.replace("_", "-")
 
 
-def add_settings(command: argparse.ArgumentParser, title: str, record: type[Any]) -> None:
-    """Give a command an option for each field of a record of settings."""
+def add_settings(
+    command: argparse.ArgumentParser,
+    title: str,
+    record: type[Any],
+    names: Sequence[str] | None = None,
+) -> None:
+    """Give a command an option for each field of a record of settings, or for some."""
     group = command.add_argument_group(title)
     for setting in fields(record):
         option, meta = option_of(setting.name), setting.metadata
-        if option is None:
+        if option is None or (names is not None and setting.name not in names):
             continue
         default = ALL_CORES if setting.name == "threads" else setting.default
         meaning = meta["meaning"] + ("" if default is None else f" (default: {default})")
@@ -45,7 +55,7 @@ def add_settings(command: argparse.ArgumentParser, title: str, record: type[Any]
             settings["choices"] = meta["choices"]
         else:
             settings["type"] = meta["kind"]
-            settings["metavar"] = "N" if meta["kind"] is int else "X"
+            settings["metavar"] = {int: "N", float: "X", str: "TEXT"}[meta["kind"]]
         group.add_argument(f"--{option}", **settings)
 
 
@@ -95,21 +105,3 @@ def latest_run() -> Path:
             f"there is no run in {RUNS}/ yet: train one first, or name one with --model"
         )
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent
-
-
-def tokenizer_of(folder: Path, vocab_size: int) -> ByteTokenizer:
-    """Return the tokenizer that lies beside a model; bytes, as many as it knows, where none does.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or knows fewer tokens than the model.
-    """
-    if not (folder / TOKENIZER_FILE).exists():
-        return ByteTokenizer(vocab_size)
-    tokenizer = ByteTokenizer.load(folder)
-    if tokenizer.vocab_size < vocab_size:
-        raise ValueError(
-            f"{folder} has {vocab_size} tokens, and its {TOKENIZER_FILE} {tokenizer.vocab_size}"
-        )
-    return tokenizer

@@ -1,61 +1,308 @@
 """Where the text of a run comes from."""
 
+import argparse
+import contextlib
+import filecmp
 import hashlib
+import os
+import stat
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from legacy1bit.data_utils import load_text_from_file
-from legacy1bit.dataset import Corpus, story_corpus, text_corpus
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.commands.common import add_settings, option_of
+from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
+from legacy1bit.hyperparams import DataConfig, ModelConfig
+from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove_left_behind
+from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
+from legacy1bit.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 
 STORIES = "stories"
+
+# Settings of texts of one's own; the stories are bytes, each from its beginning.
+_OF_TEXTS = ("tokenizer", "vocabulary", "field", "encoding", "separator", "split",
+             "validation_share", "order", "apart")  # fmt: skip
 
 _STORIES = 20000
 _MOST_STORIES = 10_000_000
 _HELD_OUT_STORIES = 256
 
-# What is kept of where a corpus came from: of a text, and of the stories.
-_SOURCE_KINDS = ({"name": str, "path": str, "sha256": str}, {"stories": int, "seed": int})
+# Tokens of BPE that nobody has asked for in other numbers; the bytes are among them.
+_VOCABULARY = 1024
+
+# A vocabulary is learned from the beginning of a text, where there is more of it than this: more
+# text hardly changes it.
+_LEARNED_BYTES = 200_000_000
 
 
-def source_of(data: str | None, count: int | None, seed: int) -> dict[str, Any]:
+def add_data(command: argparse.ArgumentParser) -> None:
+    """Give a command the options that say where text is and what becomes of it."""
+    command.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a text file, a folder, a pattern or -; .jsonl, .parquet, .gz and .zst, and .bin of "
+        "tokens, too (default: the stories)",
+    )
+    command.add_argument("--validation", metavar="PATH", help="a text of its own to validate on")
+    command.add_argument(
+        "--tokenizer-from",
+        metavar="DIR",
+        type=Path,
+        help="take the tokenizer of this folder, rather than make one",
+    )
+    command.add_argument("--stories", type=int, metavar="N", help="how many to learn from")
+    add_cache(command)
+    add_settings(command, "the data", DataConfig)
+
+
+def add_cache(command: argparse.ArgumentParser) -> None:
+    """Give a command the option that says where tokens are kept."""
+    command.add_argument(
+        "--cache",
+        metavar="DIR",
+        type=Path,
+        help="where tokens are kept from one run to the next (default: legacy1bit in the user's "
+        "cache)",
+    )
+
+
+def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     """Return where a corpus comes from, so that it can be made again."""
+    data, count = arguments.data, arguments.stories
     if data is None:
+        if arguments.validation is not None:
+            raise ValueError("--validation goes with --data")
         return {"name": STORIES, "stories": _STORIES if count is None else count, "seed": seed}
     if count is not None:
         raise ValueError("--stories and --data exclude each other")
-    text = load_text_from_file(data)
+    if "" in (data, arguments.validation):
+        raise ValueError("--data or --validation is empty, expected a path")
+    validation = arguments.validation
+    if validation is not None and _is_stream(validation):
+        raise ValueError(f"--validation is {validation}, which is a stream: expected a file")
+    if _is_stream(data):
+        data = _keep_stream(arguments.cache or default_cache(), data)
     return {
         "name": Path(data).name,
-        "path": str(Path(data).resolve()),
-        "bytes": len(text),
-        "sha256": hashlib.sha256(text).hexdigest(),
+        "path": os.path.abspath(data),
+        "validation": None if validation is None else os.path.abspath(validation),
     }
 
 
-def corpus_of(source: dict[str, Any], config: ModelConfig) -> Corpus:
-    """Return the corpus that ``source_of`` described.
+def _is_stream(path: str) -> bool:
+    """Whether what a path leads to can be read once only, and not by a run that goes on."""
+    if path == STANDARD_INPUT:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _keep_stream(cache: Path, data: str) -> str:
+    """Write what a stream carries to a file, which can be read again, and return its path."""
+    if data != STANDARD_INPUT:
+        with open(data, "rb") as stream:
+            return _keep(cache, stream, data)
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    return _keep(cache, sys.stdin.buffer, "standard input")
+
+
+def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
+    folder = cache / "standard-input"
+    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    digest = hashlib.sha256()
+    try:
+        with _named(cache):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_left_behind(folder)
+            file = open(temporary, "xb")  # noqa: SIM115
+        with file:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                with _named(cache):
+                    file.write(block)
+            with _named(cache):
+                file.flush()
+                os.fsync(file.fileno())
+        if temporary.stat().st_size == 0:
+            raise ValueError(f"{name} is empty, expected text")
+        path = folder / f"{digest.hexdigest()[:16]}.txt"
+        # The same text keeps its file with its time, and so its tokens.
+        if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return str(path)
+
+
+@contextlib.contextmanager
+def _named(cache: Path) -> Iterator[None]:
+    """Say of what goes wrong in the cache that there may be another one."""
+    try:
+        yield
+    except OSError as error:
+        path = cache if error.filename is None else Path(error.filename)
+        if not (path.is_relative_to(cache) or cache.is_relative_to(path)):
+            raise
+        reason = f"{error.strerror} (tokens are kept there; --cache names another folder)"
+        raise OSError(error.errno, reason, str(cache)) from None
+
+
+def corpus_of(
+    source: dict[str, Any],
+    data: DataConfig,
+    config: ModelConfig,
+    cache: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> tuple[Corpus, ModelConfig]:
+    """Return the corpus that ``source_of`` described, and the model with as many tokens.
+
+    Parameters
+    ----------
+    source : dict
+        Gets the hash of the text where it has none yet.
+    data : DataConfig
+    config : ModelConfig
+    cache : Path, optional
+    tokenizer : Tokenizer, optional
+        That of a run that goes on; made of the text when not given.
 
     Raises
     ------
     ValueError
-        If the text has changed since, or is too short.
+        If the text has changed since, is too short, or cannot be read.
     """
     told = source.get("name") == STORIES and "path" not in source
-    for key, kind in _SOURCE_KINDS[told].items():
-        if type(source.get(key)) is not kind:
-            raise ValueError(f"the run's source has {key} {source.get(key)!r}, which is damaged")
     if told:
-        if not 1 <= source["stories"] <= _MOST_STORIES:
-            raise ValueError(f"stories is {source['stories']}, expected 1 to {_MOST_STORIES}")
-        return story_corpus(
-            source["stories"],
-            _HELD_OUT_STORIES,
-            source["seed"],
-            config.sequence_length,
-            config.pad_token,
+        for name in _OF_TEXTS:
+            if getattr(data, name) != getattr(DataConfig(), name):
+                raise ValueError(f"--{option_of(name)} goes with --data, and not with the stories")
+        return _stories(source, config), config
+    for key in ("name", "path"):
+        _check_kind(source, key, str)
+    path, other = source["path"], source.get("validation")
+    if other is not None:
+        _check_kind(source, "validation", str)
+    if is_token_file(path) != is_token_file(path if other is None else other):
+        raise ValueError(f"of {path} and {other} one holds tokens, the other one text")
+    if (Path(path) / INDEX_FILE).is_file():
+        if other is not None:
+            raise ValueError("--validation goes with a text, and not with a folder of tokens")
+        corpus = shard_corpus(Path(path), load_tokenizer(path), data, config.sequence_length)
+    elif is_token_file(path):
+        validation_tokens = None if other is None else read_token_file(other)
+        corpus = token_corpus(
+            read_token_file(path), source["name"], data, config.sequence_length, validation_tokens
         )
-    text = load_text_from_file(source["path"])
-    if hashlib.sha256(text).hexdigest() != source["sha256"]:
-        raise ValueError(f"{source['path']} has changed since the run began")
-    return text_corpus(text, source["name"], config.sequence_length, config.pad_token)
+    else:
+        found = _open(path, data)
+        validation = None if other is None else _open(other, data)
+        cache = cache or default_cache()
+        with _named(cache):
+            corpus = _text_corpus(found, validation, data, config, cache, tokenizer)
+    if source.setdefault("sha256", corpus.sha256) != corpus.sha256:
+        raise ValueError(f"{path} has changed since the run began")
+    return corpus, replace(config, vocab_size=corpus.training.pad_token)
+
+
+def _text_corpus(
+    source: Source,
+    validation: Source | None,
+    data: DataConfig,
+    config: ModelConfig,
+    cache: Path,
+    tokenizer: Tokenizer | None,
+) -> Corpus:
+    if tokenizer is None:
+        tokenizer = tokenizer_for(source, data, cache)
+    with progress_of_bytes("tokens", source.nbytes) as on_progress:
+        return source_corpus(
+            source,
+            tokenizer,
+            data,
+            config.sequence_length,
+            tokenizer.vocab_size,
+            cache,
+            validation,
+            on_progress,
+        )
+
+
+def _open(path: str, data: DataConfig) -> Source:
+    return open_source(path, data.field, data.encoding, data.separator)
+
+
+def _check_kind(source: dict[str, Any], key: str, kind: type) -> None:
+    if type(source.get(key)) is not kind:
+        raise ValueError(f"the run's source has {key} {source.get(key)!r}, which is damaged")
+
+
+def _stories(source: dict[str, Any], config: ModelConfig) -> Corpus:
+    for key in ("stories", "seed"):
+        _check_kind(source, key, int)
+    if not 1 <= source["stories"] <= _MOST_STORIES:
+        raise ValueError(f"stories is {source['stories']}, expected 1 to {_MOST_STORIES}")
+    return story_corpus(
+        source["stories"],
+        _HELD_OUT_STORIES,
+        source["seed"],
+        config.sequence_length,
+        config.pad_token,
+    )
+
+
+def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
+    """Return the tokenizer that settings ask for, made of a text where need be, and kept.
+
+    Raises
+    ------
+    ValueError
+        If the text cannot be read, or a library is missing.
+    OSError
+        If a file cannot be read or written.
+    """
+    if data.tokenizer == "bytes":
+        return ByteTokenizer()
+    size = data.vocabulary
+    if size is None and data.tokenizer == "bpe":
+        size = _VOCABULARY
+    known = {"source": source.fingerprint(), "kind": data.tokenizer, "size": size}
+    folder = cache / f"tokenizer-{cache_key(known)}"
+    with contextlib.suppress(OSError, ValueError):
+        return load_tokenizer(folder)
+    total = min(source.nbytes, _LEARNED_BYTES)
+    with progress_of_bytes("vocabulary", total) as on_progress:
+        pieces = _beginning(source, on_progress)
+        if data.tokenizer == "bpe":
+            assert size is not None
+            tokenizer = train_bpe(pieces, size)
+        else:
+            tokenizer = character_tokenizer(pieces, size)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_left_behind(folder)
+    tokenizer.save(folder)
+    return tokenizer
+
+
+def _beginning(source: Source, on_progress: Callable[[int], None]) -> Iterator[bytes]:
+    done = 0
+    for piece in source.pieces():
+        yield piece.text
+        done += len(piece.text)
+        on_progress(done)
+        if done >= _LEARNED_BYTES:
+            break

@@ -2,17 +2,22 @@
 
 import argparse
 
-from legacy1bit.commands.common import ALL_CORES, add_model, latest_run, threads_of, tokenizer_of
-from legacy1bit.commands.corpora import corpus_of
+import numpy as np
+
+from legacy1bit.commands.common import ALL_CORES, add_model, latest_run, threads_of
+from legacy1bit.commands.corpora import add_cache, corpus_of
 from legacy1bit.data_utils import load_text_from_file
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.model import load_model
+from legacy1bit.shards import TokenStore
+from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
     add_model(command)
+    add_cache(command)
     command.add_argument(
         "--data", metavar="FILE", help="any text file (default: the run's validation set)"
     )
@@ -27,17 +32,21 @@ def run(arguments: argparse.Namespace) -> int:
     config = model.config
     tokenizer = tokenizer_of(folder, config.vocab_size)
     if arguments.data is None:
-        _, _, source = read_settings(folder)
-        corpus = corpus_of(source, config)
-        print_metrics(evaluate(model, corpus.validation, threads))
+        _, _, data, source = read_settings(folder)
+        corpus, _ = corpus_of(source, data, config, arguments.cache, tokenizer)
+        print_metrics(evaluate(model, corpus.validation, threads, None, tokenizer), tokenizer.kind)
         if corpus.stories:
             print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
     tokens = tokenizer.encode(load_text_from_file(arguments.data))
+    if tokenizer.eos_token is not None:
+        # The text is a document: its first token can be predicted, too.
+        tokens = np.concatenate([np.array([tokenizer.bos_token], np.int32), tokens])
     if tokens.size < 2:
         raise ValueError(f"{arguments.data} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
-    print_metrics(evaluate(model, TokenDataset(tokens, length, config.pad_token), threads))
+    dataset = TokenDataset(TokenStore([tokens]), length, config.pad_token)
+    print_metrics(evaluate(model, dataset, threads, None, tokenizer), tokenizer.kind)
     return 0
 
 
@@ -46,9 +55,11 @@ def print_recall(share: float) -> None:
     print(f"{'right hero':<18}{share:.1%} of endings")
 
 
-def print_metrics(metrics: Metrics) -> None:
-    """Print how well a model predicts."""
-    print(f"{'validation loss':<18}{metrics.loss:.4f} nats a character")
+def print_metrics(metrics: Metrics, kind: str = "bytes") -> None:
+    """Print how well a model predicts tokens of a kind."""
+    unit = "character" if kind in ("bytes", "chars") else "token"
+    print(f"{'validation loss':<18}{metrics.loss:.4f} nats a {unit}")
     print(f"{'perplexity':<18}{metrics.perplexity:.4f}")
-    print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")
+    if metrics.bytes:
+        print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")
     print(f"{'top 1 / 3 / 5':<18}{metrics.top1:.1%} / {metrics.top3:.1%} / {metrics.top5:.1%}")

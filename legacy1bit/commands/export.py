@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from legacy1bit.commands.common import add_model, latest_run, read_model
-from legacy1bit.data_utils import TOKENIZER_FILE
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, LegacyLLM
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 
@@ -19,17 +19,19 @@ def _quote(path: Path) -> str:
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def _export_gguf(model: LegacyLLM, path: Path, kind: str | None) -> str:
+def _export_gguf(
+    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
+) -> str:
     from legacy1bit.formats.gguf import export_gguf
 
-    export_gguf(model, path, kind)
+    export_gguf(model, path, kind, tokenizer)
     return f"run it with llama.cpp: llama-completion -m {_quote(path)} -p TEXT"
 
 
-def _export_c(model: LegacyLLM, path: Path, kind: str | None) -> str:
+def _export_c(model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None) -> str:
     from legacy1bit.formats.c_source import export_c
 
-    export_c(model, path)
+    export_c(model, path, tokenizer)
     if path.suffix == ".c":
         program, source = path.with_suffix(""), _quote(path)
     else:
@@ -37,21 +39,25 @@ def _export_c(model: LegacyLLM, path: Path, kind: str | None) -> str:
     return f"compile it: cc -std=c99 -O2 -o {_quote(program)} {source} -lm"
 
 
-def _export_hugging_face(model: LegacyLLM, path: Path, kind: str | None) -> str:
+def _export_hugging_face(
+    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
+) -> str:
     from legacy1bit.formats.hugging_face import export_hugging_face
 
-    export_hugging_face(model, path)
+    export_hugging_face(model, path, tokenizer)
     return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
 
 
-def _export_c_v1(model: LegacyLLM, path: Path, kind: str | None) -> str:
+def _export_c_v1(
+    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
+) -> str:
     from legacy1bit.formats.c_v1 import export_c_v1
 
-    export_c_v1(model, path)
+    export_c_v1(model, path, tokenizer)
     return "it is a file of the C program Legacy-1bit LLM"
 
 
-FORMATS: dict[str, Callable[[LegacyLLM, Path, str | None], str]] = {
+FORMATS: dict[str, Callable[[LegacyLLM, Path, str | None, Tokenizer | None], str]] = {
     "gguf": _export_gguf,
     "c": _export_c,
     "safetensors": _export_hugging_face,
@@ -96,9 +102,10 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.model or latest_run()
     _check_output(arguments.out, path)
     model = read_model(path)
+    tokenizer = load_tokenizer(path) if (path / TOKENIZER_FILE).exists() else None
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
-    told = FORMATS[arguments.format](model, arguments.out, arguments.type)
+    told = FORMATS[arguments.format](model, arguments.out, arguments.type, tokenizer)
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {size:,} bytes; {told}")

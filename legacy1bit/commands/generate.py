@@ -21,12 +21,11 @@ from legacy1bit.commands.common import (
     given,
     latest_run,
     threads_of,
-    tokenizer_of,
 )
-from legacy1bit.data_utils import ByteTokenizer
 from legacy1bit.generator import Completion, Generator
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
+from legacy1bit.tokenizer import tokenizer_of
 
 _MOST_SAMPLES = 1 << 20
 _REMEMBERED_LINES = 1000
@@ -103,10 +102,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = b"" if arguments.interactive else _prompt(arguments)
     folder = arguments.model or latest_run()
     model = PackedModel.load(folder)
-    tokenizer = tokenizer_of(folder, model.config.vocab_size)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        tokenizer = ByteTokenizer(model.config.vocab_size)
-    generator = Generator(model, tokenizer, threads)
+    generator = Generator(model, tokenizer_of(folder, model.config.vocab_size), threads)
     if arguments.interactive:
         return _interact(generator, arguments, sampling)
     _tell_of_length(generator, prompt)

@@ -3,11 +3,10 @@
 import argparse
 from pathlib import Path
 
-from legacy1bit.data_utils import ByteTokenizer
 from legacy1bit.model import LegacyLLM, save_model
+from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
 
 _GGUF_MAGIC = b"GGUF"
-_MOST_BYTES = 256
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -27,23 +26,25 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is no empty folder: name another")
-    model = _read(arguments.model)
+    model, tokenizer = _read(arguments.model)
     save_model(model, folder)
-    if model.config.vocab_size <= _MOST_BYTES:
-        ByteTokenizer(model.config.vocab_size).save(folder)
+    # What the tokens of a model are that has more than there are bytes, its file may not tell.
+    if tokenizer.vocab_size == model.config.vocab_size:
+        tokenizer.save(folder)
     print(
         f"{folder}: {model.num_parameters:,} parameters, {model.stored_bytes():,} bytes of weights"
     )
     return 0
 
 
-def _read(path: Path) -> LegacyLLM:
+def _read(path: Path) -> tuple[LegacyLLM, Tokenizer]:
     with open(path, "rb") as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic == _GGUF_MAGIC:
-        from legacy1bit.formats.gguf import import_gguf
+        from legacy1bit.formats.gguf import import_gguf, import_gguf_tokenizer
 
-        return import_gguf(path)
+        return import_gguf(path), import_gguf_tokenizer(path)
     from legacy1bit.formats.c_v1 import import_c_v1
 
-    return import_c_v1(path)
+    model = import_c_v1(path)
+    return model, fit_tokenizer(None, model.config.vocab_size)

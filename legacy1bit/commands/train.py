@@ -10,9 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
 from legacy1bit import stories
 from legacy1bit.commands.common import (
     INTERRUPTED,
@@ -22,12 +19,14 @@ from legacy1bit.commands.common import (
     option_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import corpus_of, source_of
+from legacy1bit.commands.corpora import add_data, corpus_of, source_of
 from legacy1bit.commands.evaluate import print_metrics, print_recall
+from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
 from legacy1bit.math_ops import simd_level
+from legacy1bit.tokenizer import load_tokenizer, tokenizer_of
 from legacy1bit.trainer import (
     RUN_FILES,
     Trainer,
@@ -43,8 +42,6 @@ _SAMPLES = 20
 # What a run that goes on may be told anew.
 _CHANGEABLE = ("steps", "threads", "precision")
 
-console = Console(stderr=True, highlight=False)
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
@@ -52,10 +49,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Train a model on a text, or on the bundled stories. Without options it takes about a "
         "minute on two cores."
     )
-    command.add_argument("--data", metavar="FILE", help="any text file (default: the stories)")
+    add_data(command)
     command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
     command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
-    command.add_argument("--stories", type=int, metavar="N", help="how many to learn from")
     command.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard's events, too"
     )
@@ -132,10 +128,15 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if arguments.tensorboard:
         check_tensorboard()
     _check_folder(arguments.out)
-    source = source_of(arguments.data, arguments.stories, config.seed)
-    corpus = corpus_of(source, model_config)
+    data = DataConfig(**given(arguments, DataConfig))
+    source = source_of(arguments, config.seed)
+    taken = arguments.tokenizer_from
+    if taken is not None and {"tokenizer", "vocabulary"} & given(arguments, DataConfig).keys():
+        raise ValueError("--tokenizer-from excludes --tokenizer and --vocab-size")
+    tokenizer = None if taken is None else load_tokenizer(taken)
+    corpus, model_config = corpus_of(source, data, model_config, arguments.cache, tokenizer)
     # The folder last: what fails before leaves nothing behind.
-    trainer = Trainer(RUNS, model_config, config, corpus, source)
+    trainer = Trainer(RUNS, model_config, config, corpus, source, data)
     trainer.folder = _make_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
 
@@ -143,10 +144,11 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
-    model_config, config, source = read_settings(folder)
-    places = ("data", "out", "stories")
+    model_config, config, data, source = read_settings(folder)
+    places = ("data", "out", "stories", "validation", "tokenizer_from")
     named = [name for name in places if getattr(arguments, name) is not None]
-    named += [*given(arguments, ModelConfig), *given(arguments, TrainingConfig)]
+    for record in (ModelConfig, TrainingConfig, DataConfig):
+        named += given(arguments, record)
     fixed = [option_of(name) for name in named if name not in _CHANGEABLE]
     if fixed:
         raise ValueError(
@@ -160,7 +162,9 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     done = read_checkpoint_header(folder, model_config).step
     if done >= config.steps:
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
-    trainer = Trainer(folder, model_config, config, corpus_of(source, model_config), source)
+    tokenizer = tokenizer_of(folder, model_config.vocab_size)
+    corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
+    trainer = Trainer(folder, model_config, config, corpus, source, data)
     trainer.restore()
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
@@ -176,7 +180,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
         file=sys.stderr,
     )
-    with _Interrupts() as interrupts, _progress() as progress:
+    with _Interrupts() as interrupts, progress_of_training() as progress:
         task = progress.add_task(
             "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
         )
@@ -204,29 +208,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _progress() -> Progress:
-    return Progress(
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )
-
-
 def _report(trainer: Trainer) -> None:
     """Print what a finished run has come to."""
     model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
-    metrics = trainer.metrics or evaluate(model, corpus.validation, threads)
-    print_metrics(metrics)
+    tokenizer = trainer.tokenizer
+    metrics = trainer.metrics or evaluate(model, corpus.validation, threads, None, tokenizer)
+    print_metrics(metrics, tokenizer.kind)
     if corpus.floor is not None:
         print(
             f"{'entropy floor':<18}{corpus.floor:.4f} nats a character "
             f"(the loss is {metrics.loss / corpus.floor - 1:.1%} above)"
         )
-    generator = Generator(model)
+    generator = Generator(model, tokenizer)
     if corpus.stories:
         print_recall(recall_of_heroes(model, corpus.stories, threads))
         longest = model.config.sequence_length
@@ -235,7 +228,7 @@ def _report(trainer: Trainer) -> None:
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
         print("\nsample:\n  " + "\n  ".join(written[:3]))
-    else:
+    elif tokenizer.kind != "unknown":
         print("\nsample:\n" + generator.complete("", 300).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")

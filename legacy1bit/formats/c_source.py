@@ -19,6 +19,7 @@ from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedMatrix, PackedModel
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.tokenizer import Tokenizer, check_bytes
 
 _BYTES = 256
 
@@ -46,7 +47,9 @@ _MATRICES = {
 }
 
 
-def export_c(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
+def export_c(
+    model: LegacyLLM, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
     """Write a model as one C99 source file, its weights inside.
 
     The program continues a prompt as ``inference.generate`` does. The file says how to compile it.
@@ -56,15 +59,18 @@ def export_c(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
     model : LegacyLLM
     path : path-like
         The file to write; what is there is replaced.
+    tokenizer : Tokenizer, optional
+        The model's; bytes, the one kind a C program knows, when not given.
 
     Raises
     ------
     ValueError
-        If the model has more tokens than there are bytes, or a weight is not finite.
+        If the model's tokens are not bytes, or are more than those, or a weight is not finite.
     OSError
         If the file cannot be written.
     """
     config = model.config
+    check_bytes(tokenizer)
     if config.vocab_size > _BYTES:
         raise ValueError(
             f"the model has {config.vocab_size} tokens, expected at most {_BYTES}: a C program "

@@ -11,6 +11,7 @@ from pathlib import Path
 from legacy1bit.files import atomic_write_all
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
 from legacy1bit.provenance import Provenance
+from legacy1bit.tokenizer import Tokenizer, check_bytes
 
 
 def _beside(path: str | os.PathLike[str]) -> Path:
@@ -25,16 +26,20 @@ def _is_ours(path: Path) -> bool:
         return False
 
 
-def export_c_v1(model: LegacyLLM, path: str | os.PathLike[str]) -> None:
+def export_c_v1(
+    model: LegacyLLM, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
     """Write a model as the C original keeps it, and its provenance as JSON beside it.
 
     Raises
     ------
     ValueError
-        If the C original has no such models, or something else has the name of the JSON.
+        If the C original has no such models, the model's tokens are not bytes, or something else
+        has the name of the JSON.
     OSError
         If a file cannot be written.
     """
+    check_bytes(tokenizer)
     beside = _beside(path)
     if beside.is_file() and not _is_ours(beside):
         raise ValueError(f"{beside} is something else, expected the provenance of an earlier file")

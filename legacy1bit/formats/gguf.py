@@ -1,7 +1,8 @@
 """GGUF files: an unmodified llama.cpp runs them, and they come back as the models they were.
 
 The matrices of codes are in one of llama.cpp's types, all other weights are float32. Keys of our
-own carry what llama.cpp does not ask for: settings, provenance and scales.
+own carry what llama.cpp does not ask for: settings, provenance and scales. The tokenizer is in the
+words of byte-level BPE, which llama.cpp knows.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -18,7 +19,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data_utils import ByteTokenizer, visible_bytes
 from legacy1bit.files import atomic_path
 from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
 from legacy1bit.hyperparams import ModelConfig
@@ -32,6 +32,14 @@ from legacy1bit.model import (
     parameter_layout,
 )
 from legacy1bit.provenance import Provenance
+from legacy1bit.tokenizer import (
+    SPECIAL_TOKENS,
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    fit_tokenizer,
+    visible_bytes,
+)
 
 _Array = npt.NDArray[Any]
 
@@ -81,7 +89,12 @@ _NUMBERS = {
 _TEXT, _LIST = 8, 9
 
 # Of tokens.
-_NORMAL, _UNUSED = 1, 5
+_NORMAL, _CONTROL, _UNUSED = 1, 3, 5
+
+# llama.cpp wants at least one merge. This character stands for no byte, so it never applies.
+_NO_MERGE = "\u2581 \u2581"
+
+_TOKENIZER = "tokenizer.ggml."
 
 
 def load_gguf() -> Any:
@@ -190,7 +203,12 @@ def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int,
 # Writing
 
 
-def export_gguf(model: LegacyLLM, path: str | os.PathLike[str], kind: str | None = None) -> None:
+def export_gguf(
+    model: LegacyLLM,
+    path: str | os.PathLike[str],
+    kind: str | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write a model for llama.cpp, as a whole or not at all.
 
     Parameters
@@ -202,23 +220,26 @@ def export_gguf(model: LegacyLLM, path: str | os.PathLike[str], kind: str | None
         The type of the matrices of codes; all other weights are float32. By default it is the
         first of tq2_0, f16 and f32 that holds the codes exactly. (tq1_0 is smaller than tq2_0, and
         slower.)
+    tokenizer : Tokenizer, optional
+        The model's; bytes when not given.
 
     Raises
     ------
     ValueError
         If llama.cpp has no such models, the type does not hold the codes exactly, a weight is not
-        finite, or gguf is not installed.
+        finite, the tokenizer is of another model, or gguf is not installed.
     OSError
         If the file cannot be written; what was there before is untouched.
     """
     gguf = load_gguf()
     check_model(model)
+    tokenizer = fit_tokenizer(tokenizer, model.config.vocab_size)
     kind, tensors = _first_fit(model) if kind is None else (kind, _encode_all(model, kind))
     with (
         atomic_path(path) as temporary,
         contextlib.closing(gguf.GGUFWriter(temporary, _ARCHITECTURE)) as writer,
     ):
-        _add_keys(writer, model)
+        _add_keys(writer, model, tokenizer)
         writer.add_file_type(KINDS[kind].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         number = gguf.GGMLQuantizationType(KINDS[kind].number)
@@ -259,7 +280,7 @@ def _encode_all(model: LegacyLLM, kind: str) -> dict[str, _Array]:
     return tensors
 
 
-def _add_keys(writer: Any, model: LegacyLLM) -> None:
+def _add_keys(writer: Any, model: LegacyLLM, tokenizer: Tokenizer) -> None:
     config, provenance = model.config, model.provenance
     writer.add_name(_unicode(f"legacy1bit, trained on {provenance.data or 'unknown data'}"))
     if provenance.license:
@@ -267,7 +288,15 @@ def _add_keys(writer: Any, model: LegacyLLM) -> None:
     for name, value in _shape_keys(config).items():
         add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
         add(name, value)
-    _add_tokenizer(writer, config.vocab_size)
+    for name, value in _tokenizer_keys(tokenizer, config.vocab_size).items():
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif isinstance(value, bool):
+            writer.add_bool(name, value)
+        elif isinstance(value, int):
+            writer.add_uint32(name, value)
+        else:
+            writer.add_string(name, value)
     writer.add_string(_CONFIG, json.dumps(config.to_dict()))
     writer.add_string(_PROVENANCE, json.dumps(provenance.to_dict()))
     scales = [value.scales.ravel() for value in _matrices(model).values()]
@@ -306,27 +335,36 @@ def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
     }
 
 
-def _add_tokenizer(writer: Any, vocab_size: int) -> None:
-    """Describe a tokenizer of bytes in the words of byte-level BPE."""
-    characters = visible_bytes()[:vocab_size]
+def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+    """Return the keys that describe a tokenizer, in the words of byte-level BPE."""
+    special: tuple[str, ...] = ()
+    merges = []
+    if isinstance(tokenizer, SubwordTokenizer):
+        special, characters = SPECIAL_TOKENS, tokenizer.spelled_tokens()[: -len(SPECIAL_TOKENS)]
+        merges = [" ".join(merge) for merge in tokenizer.spelled_merges()]
+    else:
+        characters = visible_bytes()[: tokenizer.vocab_size]
     # What is no byte is never made from text.
-    others = [f"<{token}>" for token in range(len(characters), vocab_size)]
-    writer.add_tokenizer_model("gpt2")
-    # Without merges it does not matter how a text is cut up first; this is the plainest way.
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([*characters, *others])
-    writer.add_token_types([_NORMAL] * len(characters) + [_UNUSED] * len(others))
-    # llama.cpp wants at least one merge. This character stands for no byte, so it never applies.
-    writer.add_token_merges(["\u2581 \u2581"])
-    writer.add_add_space_prefix(False)
-    bos = ByteTokenizer(len(characters)).bos_token
-    writer.add_add_bos_token(bos is not None)
-    writer.add_add_eos_token(False)
-    if bos is not None:
-        writer.add_bos_token_id(bos)
-    # Our texts have no end, but llama.cpp takes token 11 for it unless told of another. Nothing is
-    # in texts more rarely than byte 0.
-    writer.add_eos_token_id(0)
+    others = [f"<{token}>" for token in range(tokenizer.vocab_size, vocab_size)]
+    kinds = [_NORMAL] * len(characters) + [_CONTROL] * len(special) + [_UNUSED] * len(others)
+    bos, eos = tokenizer.bos_token, tokenizer.eos_token
+    keys = {
+        "model": "gpt2",
+        # How a text is cut up first: as GPT-2 does it. Without merges it does not matter.
+        "pre": "gpt-2",
+        "tokens": [*characters, *special, *others],
+        "token_type": kinds,
+        "merges": merges or [_NO_MERGE],
+        "add_space_prefix": False,
+        "add_bos_token": bos is not None,
+        "add_eos_token": False,
+        "bos_token_id": bos,
+        # Texts of bytes have no end, but llama.cpp takes token 11 for it unless told of another.
+        # Nothing is in texts more rarely than byte 0.
+        "eos_token_id": 0 if eos is None else eos,
+        "padding_token_id": tokenizer.vocab_size - 1 if special else None,
+    }
+    return {_TOKENIZER + name: value for name, value in keys.items() if value is not None}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -362,17 +400,73 @@ def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
             raise ModelFileError(f"{Path(path)} cannot be read: {reason}") from None
 
 
-class _Reader:
-    """A GGUF file, read from its beginning to its end."""
+def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """Read the tokenizer of a file that ``export_gguf`` wrote.
 
-    def __init__(self, file: BinaryIO) -> None:
+    Raises
+    ------
+    ModelFileError
+        If that is no such file, or a damaged one, or ``tokenizers`` is needed and not installed.
+    OSError
+        If it cannot be read.
+    """
+    with open(path, "rb") as file:
+        try:
+            keys, _ = _Reader(file, texts=True).head()
+            return _tokenizer_of(keys)
+        except (RecursionError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ModelFileError(f"{Path(path)} cannot be read: {reason}") from None
+
+
+def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
+    vocab_size = _config_of(keys).vocab_size
+    tokens, merges = (keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges"))
+    if not isinstance(tokens, list) or not isinstance(merges, list):
+        raise ValueError("it has no tokenizer")
+    tokenizer: Tokenizer
+    if tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
+        found = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
+        tokenizer = fit_tokenizer(SubwordTokenizer.of_spelled(found), vocab_size)
+    else:
+        tokenizer = ByteTokenizer(min(vocab_size, 256))
+    for name, value in _tokenizer_keys(tokenizer, vocab_size).items():
+        told = keys.get(name)
+        if (told.tolist() if isinstance(told, np.ndarray) else told) != value:
+            raise ValueError(f"its key {name} is none that legacy1bit writes")
+    return tokenizer
+
+
+class _Reader:
+    """A GGUF file, read from its beginning to its end.
+
+    Parameters
+    ----------
+    file : file
+    texts : bool
+        Whether to keep lists of texts, which are the tokenizer's.
+    """
+
+    def __init__(self, file: BinaryIO, texts: bool = False) -> None:
         self._file = file
+        self._texts = texts
         self._size = os.fstat(file.fileno()).st_size
 
     def check(self, count: int) -> None:
         """Raise ``ValueError`` if the file does not have so many bytes more."""
         if count > self._size - self._file.tell():
             raise ValueError("it ends too early")
+
+    def head(self) -> tuple[dict[str, Any], int]:
+        """Return the keys, which come first, and the number of tensors behind them."""
+        magic = self.take(4)
+        if magic != _MAGIC:
+            raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
+        version = self.number(4)
+        if version != _VERSION:
+            raise ValueError(f"it has version {version}, expected {_VERSION}")
+        tensors, keys = self.number(8), self.number(8)
+        return self.keys(keys), tensors
 
     def take(self, count: int) -> bytes:
         self.check(count)
@@ -389,7 +483,7 @@ class _Reader:
         return self.take(self.number(8)).decode()
 
     def value(self) -> Any:
-        """Return what a key says; of lists of texts, which are the tokenizer's, nothing."""
+        """Return what a key says; of lists of texts nothing, unless they are to be kept."""
         kind = self.number(4)
         if kind == _TEXT:
             return self.text()
@@ -398,6 +492,8 @@ class _Reader:
         kind, count = self.number(4), self.number(8)
         if kind != _TEXT:
             return self._numbers(kind, count)
+        if self._texts:
+            return [self.text() for _ in range(count)]
         for _ in range(count):
             self.take(self.number(8))
         return None
@@ -427,14 +523,7 @@ class _Reader:
 
 
 def _read(reader: _Reader) -> LegacyLLM:
-    magic = reader.take(4)
-    if magic != _MAGIC:
-        raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
-    version = reader.number(4)
-    if version != _VERSION:
-        raise ValueError(f"it has version {version}, expected {_VERSION}")
-    tensor_count, key_count = reader.number(8), reader.number(8)
-    keys = reader.keys(key_count)
+    keys, tensor_count = reader.head()
     config = _config_of(keys)
     stored = _check_tensors(config, reader.tensors(tensor_count), reader)
     model = LegacyLLM(config)

@@ -1,4 +1,4 @@
-"""Folders that Hugging Face's transformers loads: NemotronForCausalLM, and a tokenizer of bytes.
+"""Folders that Hugging Face's transformers loads: NemotronForCausalLM, and the tokenizer.
 
 The weights are float32, codes times scales: a way out, and none back in.
 """
@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from legacy1bit.data_utils import TOKENIZER_FILE, ByteTokenizer, visible_bytes
 from legacy1bit.files import atomic_write_all, serialize_tensors
 from legacy1bit.formats.nemotron import check_model, tensor_names
 from legacy1bit.hyperparams import ModelConfig
@@ -21,6 +20,14 @@ from legacy1bit.model import (
     LegacyLLM,
     TernaryMatrix,
 )
+from legacy1bit.tokenizer import (
+    END_OF_TEXT,
+    PADDING,
+    TOKENIZER_FILE,
+    Tokenizer,
+    fit_tokenizer,
+    visible_bytes,
+)
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
@@ -28,7 +35,9 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 _OURS = "legacy1bit"
 
 
-def export_hugging_face(model: LegacyLLM, folder: str | os.PathLike[str]) -> None:
+def export_hugging_face(
+    model: LegacyLLM, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None
+) -> None:
     """Write a model for ``transformers``.
 
     Parameters
@@ -36,27 +45,29 @@ def export_hugging_face(model: LegacyLLM, folder: str | os.PathLike[str]) -> Non
     model : LegacyLLM
     folder : path-like
         Made if need be; else it is empty or holds an earlier export, which is replaced.
+    tokenizer : Tokenizer, optional
+        The model's; bytes when not given.
 
     Raises
     ------
     ValueError
-        If ``transformers`` has no such models, a weight is not finite, or the folder holds
-        something else.
+        If ``transformers`` has no such models, a weight is not finite, the tokenizer is of another
+        model, or the folder holds something else.
     OSError
         If a file cannot be written; an earlier export is untouched.
     """
     check_model(model)
+    tokenizer = fit_tokenizer(tokenizer, model.config.vocab_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not _is_export(folder):
         raise ValueError(f"{folder} holds something else than an earlier export: choose another")
     known = {"config": model.config.to_dict(), "provenance": model.provenance.to_dict()}
     header = {"format": "pt", **{name: json.dumps(value) for name, value in known.items()}}
-    tokenizer = ByteTokenizer(min(model.config.vocab_size, 256))
     contents = {
         CONFIG_FILE: {**_config(model.config, tokenizer), _OURS: known},
         TOKENIZER_FILE: _tokenizer(tokenizer),
-        TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config),
+        TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config, tokenizer),
     }
     atomic_write_all(
         {folder / WEIGHTS_FILE: serialize_tensors(_tensors(model), header)}
@@ -85,7 +96,7 @@ def _tensors(model: LegacyLLM) -> dict[str, Any]:
     return tensors
 
 
-def _config(config: ModelConfig, tokenizer: ByteTokenizer) -> dict[str, Any]:
+def _config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "architectures": ["NemotronForCausalLM"],
         "model_type": "nemotron",
@@ -106,22 +117,22 @@ def _config(config: ModelConfig, tokenizer: ByteTokenizer) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": tokenizer.bos_token,
-        # By default token 3 would end a text; none does.
-        "eos_token_id": None,
-        "pad_token_id": None,
+        # By default token 3 would end a text; of bytes none does.
+        "eos_token_id": tokenizer.eos_token,
+        "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
     }
 
 
-def _tokenizer(tokenizer: ByteTokenizer) -> dict[str, Any]:
-    """Return the tokenizer's file, which puts the line break before a text.
+def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer's file, which puts what texts begin behind before them.
 
-    A template does that. As a special token of the tokenizer it would be looked for in the text,
-    under the name of another character.
+    A template does that. As a special token of the tokenizer the line break would be looked for in
+    the text, under the name of another character.
     """
     content = tokenizer.description()
     bos = tokenizer.bos_token
     if bos is not None:
-        name = visible_bytes()[bos]
+        name = visible_bytes()[bos] if tokenizer.eos_token is None else END_OF_TEXT
         first = {"SpecialToken": {"id": name, "type_id": 0}}
         content["post_processor"] = {
             "type": "TemplateProcessing",
@@ -136,9 +147,17 @@ def _tokenizer(tokenizer: ByteTokenizer) -> dict[str, Any]:
     return content
 
 
-def _tokenizer_config(config: ModelConfig) -> dict[str, Any]:
+def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    special = {
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "pad_token": PADDING,
+        # Their names in a text are text.
+        "split_special_tokens": True,
+    }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.sequence_length,
         "clean_up_tokenization_spaces": False,
+        **({} if tokenizer.eos_token is None else special),
     }

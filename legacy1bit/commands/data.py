@@ -1,0 +1,227 @@
+"""``data``: what is in a text, its tokens on disk, and tokenizers."""
+
+import argparse
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from legacy1bit.commands.common import add_settings, given
+from legacy1bit.commands.corpora import add_cache, tokenizer_for
+from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.corpus import TEXT, tokenize_source
+from legacy1bit.hyperparams import DataConfig
+from legacy1bit.shards import default_cache
+from legacy1bit.sources import Source, open_source
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer
+
+# The settings that say how a text is read and what a token is.
+_READING = ("tokenizer", "vocabulary", "field", "encoding", "separator")
+
+_MOST_FREQUENT = 20
+_BAR = 40
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Look at a text, turn it into tokens on disk, or make a tokenizer of it. PATH is what "
+        "train --data takes."
+    )
+    actions = command.add_subparsers(metavar="ACTION", dest="action", required=True)
+    for name, meaning in (
+        ("inspect", "count documents, characters, tokens, and tell what is there twice"),
+        ("tokenize", "write tokens into a folder, which train --data takes"),
+        ("train-tokenizer", f"write a {TOKENIZER_FILE}, which train --tokenizer-from takes"),
+    ):
+        action = actions.add_parser(name, help=meaning, description=meaning)
+        action.add_argument("path", metavar="PATH", help="a file, a folder, a pattern or -")
+        add_cache(action)
+        add_settings(action, "the data", DataConfig, _READING)
+        if name == "inspect":
+            action.add_argument("--json", action="store_true", help="one line of JSON")
+        else:
+            action.add_argument("--out", type=Path, required=True, metavar="DIR")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what was asked for."""
+    data = DataConfig(**given(arguments, DataConfig))
+    source = open_source(arguments.path, data.field, data.encoding, data.separator)
+    cache = arguments.cache or default_cache()
+    actions = {"inspect": _inspect, "tokenize": _tokenize, "train-tokenizer": _train_tokenizer}
+    return actions[arguments.action](arguments, source, data, cache)
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is known of a text.
+
+    Attributes
+    ----------
+    files, file_bytes : int
+        How many, and their sizes on disk, compressed where they are.
+    documents, duplicates : int
+        The second: how many are copies of one before.
+    bytes, characters, lines, tokens : int
+    bytes_per_token : float
+    lengths : dict of str to int
+        Of documents, in bytes: the shortest, the median, the mean, the longest.
+    histogram : list of (int, int)
+        How many documents are shorter than a power of two, and no shorter than the one before.
+    most_frequent : list of (str, int)
+        Tokens as text, and how often each one is there.
+    """
+
+    files: int
+    file_bytes: int
+    documents: int
+    duplicates: int
+    bytes: int
+    characters: int
+    lines: int
+    tokens: int
+    bytes_per_token: float
+    lengths: dict[str, int]
+    histogram: list[tuple[int, int]]
+    most_frequent: list[tuple[str, int]]
+
+
+def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
+    """Go through a text once.
+
+    Raises
+    ------
+    ValueError, OSError
+        If it cannot be read.
+    """
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    lengths: list[int] = []
+    digests: list[bytes] = []
+    digest = hashlib.blake2b(digest_size=8)
+    characters = lines = size = 0
+    with progress_of_bytes("text", source.nbytes) as on_progress:
+        for piece in source.pieces():
+            if piece.begins:
+                if lengths:
+                    digests.append(digest.digest())
+                digest = hashlib.blake2b(digest_size=8)
+                lengths.append(0)
+            digest.update(piece.text)
+            lengths[-1] += len(piece.text)
+            characters += len(piece.text.decode("utf-8"))
+            lines += piece.text.count(b"\n")
+            (tokens,) = tokenizer.encode_batch([piece.text])
+            counts += np.bincount(tokens, minlength=counts.size)
+            size += len(piece.text)
+            on_progress(size)
+    digests.append(digest.digest())
+    tokens_seen = int(counts.sum())
+    frequent = np.argsort(-counts, kind="stable")[:_MOST_FREQUENT]
+    return Inspection(
+        files=len(source.files),
+        file_bytes=source.nbytes,
+        documents=len(lengths),
+        duplicates=len(digests) - len(set(digests)),
+        bytes=size,
+        characters=characters,
+        lines=lines,
+        tokens=tokens_seen,
+        bytes_per_token=size / max(tokens_seen, 1),
+        lengths={
+            "shortest": min(lengths),
+            "median": int(np.median(lengths)),
+            "mean": round(size / len(lengths)),
+            "longest": max(lengths),
+        },
+        histogram=_histogram(np.array(lengths)),
+        most_frequent=[
+            (tokenizer.decode([token]).decode("utf-8", "backslashreplace"), int(counts[token]))
+            for token in frequent.tolist()
+            if counts[token]
+        ],
+    )
+
+
+def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+    """Count lengths below each power of two, from the first to the last that there is."""
+    # frexp has an exponent that is exact: 2^(e - 1) <= length < 2^e.
+    exponents = np.frexp(lengths.astype(np.float64))[1]
+    counts = np.bincount(exponents)
+    first = int(np.flatnonzero(counts)[0])
+    return [(1 << i, int(counts[i])) for i in range(first, counts.size)]
+
+
+def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
+    tokenizer = tokenizer_for(source, data, cache)
+    found = inspect(source, tokenizer)
+    if arguments.json:
+        print(json.dumps(asdict(found)))
+        return 0
+    print(f"{'text':<18}{source.name}")
+    print(f"{'on disk':<18}{found.file_bytes:,} bytes in {found.files:,} files")
+    print(f"{'documents':<18}{found.documents:,}, {found.duplicates:,} of them copies")
+    print(f"{'bytes':<18}{found.bytes:,}")
+    print(f"{'characters':<18}{found.characters:,}")
+    print(f"{'lines':<18}{found.lines:,}")
+    print(f"{'tokens':<18}{found.tokens:,} ({tokenizer.kind}, {tokenizer.vocab_size:,} kinds)")
+    print(f"{'bytes a token':<18}{found.bytes_per_token:.3f}")
+    for name, length in found.lengths.items():
+        print(f"{name:<18}{length:,} bytes")
+    print("\nbytes a document")
+    _print_bars([(f"< {limit:,}", count) for limit, count in found.histogram])
+    print("\nthe most frequent tokens")
+    _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in found.most_frequent])
+    return 0
+
+
+def _print_bars(rows: Sequence[tuple[str, int]]) -> None:
+    most = max((count for _, count in rows), default=1) or 1
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, count in rows:
+        print(f"{name:>{width}} {count:>14,} {'#' * round(_BAR * count / most)}")
+
+
+# --- tokenize, train-tokenizer --------------------------------------------------------------------
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"{folder} is no empty folder: name another")
+
+
+def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
+    _check_empty(arguments.out)
+    tokenizer = tokenizer_for(source, data, cache)
+    begin = time.perf_counter()
+    with progress_of_bytes("tokens", source.nbytes) as on_progress:
+        index = tokenize_source(source, tokenizer, arguments.out, on_progress=on_progress)
+    seconds = time.perf_counter() - begin
+    tokenizer.save(arguments.out)
+    part = index.parts[TEXT]
+    print(
+        f"{arguments.out}: {part.tokens:,} tokens of {part.documents:,} documents, "
+        f"{part.bytes / 1e6 / max(seconds, 1e-9):,.0f} MB/s"
+    )
+    return 0
+
+
+def _train_tokenizer(
+    arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path
+) -> int:
+    if data.tokenizer == "bytes":
+        raise ValueError("bytes need no training: expected --tokenizer bpe or chars")
+    _check_empty(arguments.out)
+    tokenizer = tokenizer_for(source, data, cache)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(arguments.out)
+    print(f"{arguments.out / TOKENIZER_FILE}: {tokenizer.vocab_size:,} tokens")
+    return 0

@@ -1,0 +1,557 @@
+"""Tokens on disk: as many as there are, none of them in memory until it is looked at.
+
+A folder of shards has an ``index.json``, and for each part of a corpus (training, validation)
+files of little-endian numbers, ``<part>-00000.tokens`` and so on, and ``<part>.documents`` with the
+places where documents begin. The index has checksums of all of them, and of itself.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import mmap
+import os
+import shutil
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from legacy1bit.data_utils import Tokens
+
+INDEX_FILE = "index.json"
+_FORMAT = "legacy1bit tokens"
+_FORMAT_VERSION = 1
+
+# A shard is of this size, so that a damaged or a missing one is a small loss, and that any file
+# system holds it.
+SHARD_BYTES = 1 << 28
+
+# Pages of a mapped file stay in memory once they are touched: up to 2 MiB of them at a time, where
+# the file system keeps its cache in large pages. After so many bytes they are given back.
+_RESIDENT_BYTES = 128 << 20
+_TOUCHED_BY_A_ROW = 2 << 20
+
+# How much of a file is looked at together.
+_BLOCK_BYTES = 1 << 22
+
+# What a process that was killed has left is in nobody's way after a day.
+_LEFT_BEHIND_SECONDS = 86400.0
+
+
+class ShardError(ValueError):
+    """A folder of shards is damaged."""
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest type that holds every token of a vocabulary."""
+    for name in ("<u1", "<u2", "<u4"):
+        if vocab_size - 1 <= np.iinfo(name).max:
+            return np.dtype(name)
+    raise ValueError(f"the vocabulary has {vocab_size} tokens, expected at most 2^32")
+
+
+class TokenStore:
+    """A sequence of tokens in one or more arrays, which may be mapped files.
+
+    Parameters
+    ----------
+    parts : sequence of integer arrays
+        All but the last have the same size.
+    documents : int64[D], optional
+        Where documents begin, from 0 on; one, at 0, when not given. A document ends where the next
+        begins, or at ``stop``.
+    stop : int, optional
+        Where the last document ends; the end of the tokens when not given. The one token that may
+        follow is the target of the last.
+
+    Attributes
+    ----------
+    size : int
+        N, the number of tokens.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[npt.NDArray[Any]],
+        documents: npt.NDArray[np.int64] | None = None,
+        stop: int | None = None,
+    ) -> None:
+        self._parts = list(parts) or [np.zeros(0, np.uint8)]
+        self._part_size = max(self._parts[0].size, 1)
+        self._origin = 0
+        self.size = sum(part.size for part in self._parts)
+        self.documents = np.zeros(1, np.int64) if documents is None else documents
+        self.stop = self.size if stop is None else stop
+        arrays = (*self._parts, self.documents)
+        self._maps = [found for array in arrays if (found := _map_of(array)) is not None]
+        self._touched = 0
+        self._width, self._views = 0, dict[int, npt.NDArray[Any]]()
+
+    def window(self, start: int, stop: int) -> "TokenStore":
+        """Return the tokens from ``start`` up to ``stop`` as a store of their own, not a copy.
+
+        A document that begins before it begins at its start.
+        """
+        if not 0 <= start < stop <= self.size:
+            raise ValueError(f"the window is {start} to {stop}, expected it in 0 to {self.size}")
+        inner = self.documents[(self.documents > start) & (self.documents < stop)] - start
+        documents = np.concatenate([np.zeros(1, np.int64), inner])
+        found = TokenStore(self._parts, documents, max(min(self.stop, stop) - start, 0))
+        found._origin, found.size = self._origin + start, stop - start
+        return found
+
+    def __len__(self) -> int:
+        return self.size
+
+    def document_bounds(
+        self, numbers: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return where documents begin and end, int64[K] each."""
+        begins = self.documents[numbers]
+        last = numbers == self.documents.size - 1
+        ends = self.documents[np.minimum(numbers + 1, self.documents.size - 1)]
+        return begins, np.where(last, self.stop, ends)
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Return the tokens from ``start`` up to ``stop``, or to the end: int32[K]."""
+        stop = min(stop, self.size)
+        out = np.empty(max(stop - start, 0), np.int32)
+        self._read_into(out, start)
+        return out
+
+    def rows(
+        self,
+        starts: npt.NDArray[np.int64],
+        stops: npt.NDArray[np.int64],
+        width: int,
+        pad_token: int,
+    ) -> Tokens:
+        """Return rows of tokens, each from its start up to its stop, then padding.
+
+        Parameters
+        ----------
+        starts, stops : int64[R]
+        width : int
+            W; a row holds no more tokens.
+        pad_token : int
+
+        Returns
+        -------
+        int32[R, W]
+        """
+        sizes = np.clip(np.minimum(stops, self.size) - starts, 0, width)
+        out = np.empty((starts.size, width), np.int32)
+        numbers, places = np.divmod(starts + self._origin, self._part_size)
+        whole = (sizes == width) & (places + width <= self._part_size)
+        for number in np.unique(numbers[whole]):
+            chosen = np.flatnonzero(whole & (numbers == number))
+            out[chosen] = self._windows(int(number), width)[places[chosen]]
+        for i in np.flatnonzero(~whole):
+            self._read_into(out[i, : sizes[i]], int(starts[i]))
+            out[i, sizes[i] :] = pad_token
+        self._count_touched(starts.size, out.size)
+        return out
+
+    def _windows(self, number: int, width: int) -> npt.NDArray[Any]:
+        """Return every window of a part as a row: those that are taken are copied as runs."""
+        if self._width != width:
+            self._width, self._views = width, {}
+        if number not in self._views:
+            self._views[number] = sliding_window_view(self._parts[number], width)
+        return self._views[number]
+
+    def _read_into(self, out: Tokens, start: int) -> None:
+        done = 0
+        while done < out.size:
+            number, place = divmod(self._origin + start + done, self._part_size)
+            piece = self._parts[number][place : place + out.size - done]
+            out[done : done + piece.size] = piece
+            done += piece.size
+        self._count_touched(1, out.size)
+
+    def _count_touched(self, rows: int, tokens: int) -> None:
+        if not self._maps:
+            return
+        self._touched += rows * _TOUCHED_BY_A_ROW + tokens * self._parts[0].itemsize
+        if self._touched > _RESIDENT_BYTES:
+            self._touched = 0
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
+    """Return the mapped file that an array lies in."""
+    base: Any = array
+    while base is not None:
+        if isinstance(base, mmap.mmap):
+            return base
+        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
+    return None
+
+
+@dataclass(frozen=True)
+class PartIndex:
+    """What is known of one part of a corpus.
+
+    Attributes
+    ----------
+    tokens, documents, bytes : int
+        ``tokens`` counts the one at the end that only is a target, too; bytes are those of the
+        text.
+    tokens_crc, documents_crc : int
+        CRC-32 of all shards, one behind the other, and of the documents' places.
+    """
+
+    tokens: int
+    documents: int
+    bytes: int
+    tokens_crc: int
+    documents_crc: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a folder of shards holds.
+
+    Attributes
+    ----------
+    dtype : str
+    shard_tokens : int
+        How many tokens a shard has; the last of a part may have fewer.
+    source : str
+        A fingerprint of what was read.
+    tokenizer : str
+        The SHA-256 of the tokenizer.
+    sha256 : str
+        Of all the text in its order, in hexadecimal digits; between documents stands the byte 0xff.
+    parts : dict of str to PartIndex
+    """
+
+    dtype: str
+    shard_tokens: int
+    source: str
+    tokenizer: str
+    sha256: str
+    parts: dict[str, PartIndex]
+
+
+class _PartWriter:
+    """The files of one part while they are written."""
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self.folder, self.name = folder, name
+        self._dtype, self._shard_tokens = dtype, shard_tokens
+        self._documents: BinaryIO = open(folder / f"{name}.documents", "xb")  # noqa: SIM115
+        self._shard: BinaryIO | None = None
+        self.tokens = self.documents = self.bytes = self._shards = 0
+        self._tokens_crc = self._documents_crc = 0
+
+    def begin_document(self) -> None:
+        data = self.tokens.to_bytes(8, "little")
+        self._documents.write(data)
+        self._documents_crc = zlib.crc32(data, self._documents_crc)
+        self.documents += 1
+
+    def write(self, tokens: npt.NDArray[Any]) -> None:
+        while tokens.size:
+            room = self._shard_tokens - self.tokens % self._shard_tokens
+            if self._shard is None or room == self._shard_tokens:
+                self._shard = self._next_shard()
+            data = tokens[:room].astype(self._dtype).tobytes()
+            self._shard.write(data)
+            self._tokens_crc = zlib.crc32(data, self._tokens_crc)
+            self.tokens += min(room, tokens.size)
+            tokens = tokens[room:]
+
+    def _next_shard(self) -> BinaryIO:
+        if self._shard is not None:
+            _close(self._shard)
+        self._shards += 1
+        return open(self.folder / _shard_name(self.name, self._shards - 1), "xb")
+
+    def finish(self) -> PartIndex:
+        if self._shard is not None:
+            _close(self._shard)
+        _close(self._documents)
+        return PartIndex(
+            self.tokens, self.documents, self.bytes, self._tokens_crc, self._documents_crc
+        )
+
+    def abandon(self) -> None:
+        for file in (self._shard, self._documents):
+            if file is not None:
+                with contextlib.suppress(OSError):
+                    file.close()
+
+
+def _shard_name(part: str, number: int) -> str:
+    return f"{part}-{number:05}.tokens"
+
+
+def _close(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+
+
+class ShardWriter:
+    """Writes a folder of shards, as a whole or not at all.
+
+    As a context it leaves nothing behind where ``finish`` was not reached.
+
+    Parameters
+    ----------
+    folder : Path
+        What is there already is replaced at the end.
+    parts : sequence of str
+    vocab_size : int
+
+    shard_bytes : int
+
+    Raises
+    ------
+    OSError
+        If the folder above, which the error names, cannot be written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        parts: Sequence[str],
+        vocab_size: int,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.folder = folder
+        self._dtype = token_dtype(vocab_size)
+        self._shard_tokens = max(shard_bytes // self._dtype.itemsize, 1)
+        self._temporary = _temporary(folder)
+        self._parts: dict[str, _PartWriter] = {}
+        try:
+            with self._named():
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                remove_left_behind(folder.parent)
+                self._temporary.mkdir()
+                for name in parts:
+                    self._parts[name] = _PartWriter(
+                        self._temporary, name, self._dtype, self._shard_tokens
+                    )
+        except BaseException:
+            self.abandon()
+            raise
+
+    def begin_document(self, part: str) -> None:
+        """Say that the next token of a part begins a document."""
+        with self._named():
+            self._parts[part].begin_document()
+
+    def write(self, part: str, tokens: npt.NDArray[Any], size: int = 0) -> None:
+        """Add tokens to a part, which stand for so many bytes of text."""
+        writer = self._parts[part]
+        writer.bytes += size
+        with self._named():
+            writer.write(tokens)
+
+    def finish(self, source: str, tokenizer: str, sha256: str) -> Index:
+        """Write the index, put the folder in its place and return what it holds."""
+        with self._named():
+            parts = {name: writer.finish() for name, writer in self._parts.items()}
+            index = Index(self._dtype.str, self._shard_tokens, source, tokenizer, sha256, parts)
+            told = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(index)}
+            with open(self._temporary / INDEX_FILE, "x", encoding="utf-8") as file:
+                json.dump({**told, "crc": _crc_of(told)}, file, indent=2)
+                file.flush()
+                os.fsync(file.fileno())
+            self._put_in_place(index)
+        return index
+
+    def _put_in_place(self, index: Index) -> None:
+        """Rename the folder, unless another process has written the same meanwhile."""
+        while True:
+            try:
+                os.rename(self._temporary, self.folder)
+                return
+            except OSError as error:
+                # A folder takes the place of an empty one only, and not that of a file.
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+            with contextlib.suppress(OSError, ShardError):
+                if read_index(self.folder) == index:
+                    # Whoever has written it may be about to open it.
+                    return self.abandon()
+            damaged = _temporary(self.folder)
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.folder, damaged)
+                _remove(damaged)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # Whose name it has, if any, is a file that will not be there any more.
+            raise OSError(error.errno, error.strerror, str(self.folder.parent)) from None
+
+    def abandon(self) -> None:
+        """Remove what was written."""
+        for writer in self._parts.values():
+            writer.abandon()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.abandon()
+
+
+def _temporary(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or a file, as far as that can be done."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote into a folder have left there."""
+    for path in folder.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            changed = max(found.stat().st_mtime for found in (path, *path.glob("*")))
+            if time.time() - changed > _LEFT_BEHIND_SECONDS:
+                _remove(path)
+
+
+def read_index(folder: Path) -> Index:
+    """Return what a folder of shards holds, after a look at all of it.
+
+    That takes about a second for two gigabytes, and finds any damage.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder.
+    ShardError
+        If it is damaged.
+    """
+    path = folder / INDEX_FILE
+    content = path.read_bytes()
+    try:
+        told = json.loads(content)
+        crc = told.pop("crc")
+        if (told["format"], told["format_version"]) != (_FORMAT, _FORMAT_VERSION):
+            raise ValueError(f"it is no index of tokens of version {_FORMAT_VERSION}")
+        if _crc_of(told) != crc:
+            raise ValueError("its checksum is another")
+        del told["format"], told["format_version"]
+        parts = {name: PartIndex(**part) for name, part in told.pop("parts").items()}
+        index = Index(**told, parts=parts)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ShardError(f"{path} is damaged: {error}") from None
+    for name, part in parts.items():
+        itemsize = np.dtype(index.dtype).itemsize
+        shards = _shard_names(index, name)
+        _check_files([folder / shard for shard in shards], part.tokens * itemsize, part.tokens_crc)
+        documents = folder / f"{name}.documents"
+        _check_files([documents], part.documents * 8, part.documents_crc)
+    return index
+
+
+def _crc_of(told: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(told).encode())
+
+
+def _shard_names(index: Index, part: str) -> list[str]:
+    count = -(-index.parts[part].tokens // index.shard_tokens)
+    return [_shard_name(part, number) for number in range(count)]
+
+
+def _check_files(paths: Sequence[Path], size: int, crc: int) -> None:
+    """Raise ``ShardError`` unless files, one behind the other, are what they were."""
+    found_size = found_crc = 0
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found_size += len(block)
+                    found_crc = zlib.crc32(block, found_crc)
+        except OSError as error:
+            raise ShardError(f"{path}: {error.strerror}") from None
+    if (found_size, found_crc) != (size, crc):
+        raise ShardError(f"{', '.join(map(str, paths))}: damaged")
+
+
+def open_store(folder: Path, index: Index, part: str) -> TokenStore:
+    """Map a part of a folder of shards into memory.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read.
+    """
+    parts = [_mapped(folder / name, index.dtype) for name in _shard_names(index, part)]
+    documents = _mapped(folder / f"{part}.documents", "<i8")
+    # The last token is the first of a document that is not there.
+    return TokenStore(parts, documents, max(index.parts[part].tokens - 1, 0))
+
+
+def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:
+            return np.zeros(0, dtype)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    return np.frombuffer(mapped, dtype)
+
+
+def default_cache() -> Path:
+    """Return where tokens are kept: ``legacy1bit`` in the user's cache folder.
+
+    Raises
+    ------
+    ValueError
+        If the user has none.
+    """
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if base.startswith("~"):
+        raise ValueError("there is no home folder to keep tokens in: name one with --cache")
+    return Path(base) / "legacy1bit"
+
+
+def cache_key(parts: Mapping[str, Any]) -> str:
+    """Return a folder's name for what tokens depend on."""
+    text = json.dumps(dict(parts), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cached(folder: Path, write: Callable[[Path], Index], source: str, tokenizer: str) -> Index:
+    """Return the index of a folder of shards, which is written where there is none that fits.
+
+    Parameters
+    ----------
+    folder : Path
+    write : callable
+        Gets the folder, writes it, and returns its index.
+    source, tokenizer : str
+        What the index has to tell.
+    """
+    with contextlib.suppress(OSError, ShardError):
+        index = read_index(folder)
+        if (index.source, index.tokenizer) == (source, tokenizer):
+            return index
+    return write(folder)

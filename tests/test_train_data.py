@@ -1,0 +1,347 @@
+"""``train --data``: texts of many kinds on the command line, and what is told where one is bad."""
+
+import errno
+import gzip
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_trainer import assert_same_files
+
+from legacy1bit import corpus, sources
+from legacy1bit.commands import corpora
+from legacy1bit.logger import read_metrics
+from legacy1bit.trainer import Trainer, read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "steps": 2,
+    "model-dim": 8,
+    "blocks": 1,
+    "heads": 1,
+    "sequence-length": 8,
+    "batch-size": 2,
+    "threads": 1,
+    "cache": "cache",
+}
+STORY = "The c\u00e4t sat on the m\u00e4t. The d\u00f6g lay by the l\u00f6g, and it sl\u00e8pt. "
+TEXT = (STORY * 20).encode()
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def tiny(data, *more, **options):
+    options = TINY | {name.replace("_", "-"): value for name, value in options.items()}
+    pairs = [(f"--{name}", str(value)) for name, value in options.items()]
+    return ["train", "--data", data, *(word for pair in pairs for word in pair), *more]
+
+
+@pytest.fixture
+def text():
+    Path("text.txt").write_bytes(TEXT)
+    return "text.txt"
+
+
+@pytest.fixture
+def refuse(fail):
+    """Run a command that is refused and leaves nothing half-written behind."""
+
+    def run(*arguments):
+        message = fail(*arguments)
+        assert not Path("runs").exists()
+        assert not list(Path().rglob("*.tmp"))
+        return message
+
+    return run
+
+
+def typed(monkeypatch, content):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+
+# --- What can be learned from ---------------------------------------------------------------------
+
+
+def put(name, content):
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_bytes(content)
+    return name
+
+
+def make_lines(folder):
+    lines = [json.dumps({"text": f"{number} {STORY}"}) for number in range(30)]
+    return put("text.jsonl", "\n".join(lines).encode())
+
+
+MAKERS = {
+    "file": lambda _: put("text.txt", TEXT),
+    "gzip": lambda _: put("text.txt.gz", gzip.compress(TEXT)),
+    "lines": make_lines,
+    "folder": lambda _: str(Path(put("folder/a/b.md", TEXT)).parts[0]),
+    "tokens": lambda _: put("text.bin", np.arange(300, dtype="<u2").tobytes()),
+}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("tokenizer", ["bytes", "chars", "bpe"])
+def test_train_takes_texts_of_any_kind(say, tmp_path, kind, tokenizer):
+    if kind == "tokens" and tokenizer != "bytes":
+        return
+    data = MAKERS[kind](tmp_path)
+    vocabulary = {"vocab-size": 280} if tokenizer == "bpe" else {}
+    say(*tiny(data, out="run", tokenizer=tokenizer, **vocabulary))
+    assert say("evaluate", "--model", "run", "--cache", "cache").out
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+    assert [record["step"] for record in read_metrics("run/metrics.jsonl")] == [2, 3]
+    assert not list(Path().rglob("*.tmp"))
+
+
+def test_train_takes_tokens_with_a_validation_of_their_own(say, refuse, text):
+    put("train.bin", np.arange(300, dtype="<u2").tobytes())
+    put("val.bin", np.arange(310, 330, dtype="<u2").tobytes())
+    assert "holds tokens" in refuse(*tiny("train.bin", validation="text.txt"))
+    assert "holds tokens" in refuse(*tiny("text.txt", validation="val.bin"))
+    say(*tiny("train.bin", out="run", validation="val.bin"))
+    put("val.bin", np.arange(311, 331, dtype="<u2").tobytes())
+    with pytest.raises(SystemExit):
+        say("train", "--resume", "run", "--steps", 3)
+
+
+def test_standard_input_is_kept(say, monkeypatch):
+    typed(monkeypatch, TEXT)
+    say(*tiny("-", out="run", tokenizer="bpe", vocab_size=280))
+    (kept,) = Path("cache/standard-input").iterdir()
+    assert kept.read_bytes() == TEXT
+    before = kept.stat()
+    entries = set(Path("cache").iterdir())
+    typed(monkeypatch, b"")
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+    # The same text keeps its file, and so its tokens.
+    typed(monkeypatch, TEXT)
+    say(*tiny("-", out="other", tokenizer="bpe", vocab_size=280))
+    assert (kept.stat().st_ino, kept.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert set(Path("cache").iterdir()) == entries
+    # One that was damaged does not stand for it.
+    kept.write_bytes(TEXT.upper())
+    typed(monkeypatch, TEXT)
+    say(*tiny("-", out="third"))
+    assert kept.read_bytes() == TEXT
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_pipe_is_kept_like_standard_input(say):
+    read, write = os.pipe()
+    os.write(write, TEXT)
+    os.close(write)
+    say(*tiny(f"/dev/fd/{read}", out="run", tokenizer="bpe", vocab_size=280))
+    os.close(read)
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+
+
+def test_standard_input_that_cannot_be_taken(refuse, text, monkeypatch):
+    typed(monkeypatch, b"")
+    assert "standard input is empty" in refuse(*tiny("-"))
+    assert "--validation is -" in refuse(*tiny("text.txt", validation="-"))
+    assert "--validation is -" in refuse(*tiny("-", validation="-"))
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input is closed" in refuse(*tiny("-"))
+
+
+def test_standard_input_that_is_interrupted_leaves_nothing(say, monkeypatch):
+    class Interrupted:
+        def read(self, size):
+            raise KeyboardInterrupt
+
+    typed(monkeypatch, b"")
+    monkeypatch.setattr(sys, "stdin", type("Stream", (), {"buffer": Interrupted()}))
+    say(*tiny("-"), status=130)
+    assert not list(Path("cache/standard-input").iterdir())
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("text.txt", TEXT + b"\xff", "text.txt: byte 0xff at offset 1340 is not UTF-8"),
+        ("text.txt", b"", "text.txt holds no text"),
+        ("text.txt", b"few", "text.txt has "),
+        ("text.txt.gz", gzip.compress(TEXT)[:-9], "text.txt.gz ends too early"),
+        ("a.jsonl", b'{"text": "one"}\n{"story": "two"}\n', "a.jsonl, line 2: no field 'text'"),
+        ("a.jsonl", b'{"text": "one"}\nnone', "a.jsonl, line 2: not JSON"),
+        ("a.bin", b"odd", "a.bin has 3 bytes"),
+    ],
+)
+def test_bad_texts_are_refused(refuse, name, content, reason, tokenizer):
+    assert reason in refuse(*tiny(put(name, content), tokenizer=tokenizer))
+
+
+def test_places_without_text_are_refused(refuse, text):
+    Path("empty").mkdir()
+    for place in ("empty", "nowhere", "none*.txt"):
+        assert place in refuse(*tiny(place))
+        assert place in refuse(*tiny("text.txt", validation=place))
+
+
+def test_text_that_changes_while_it_is_read_is_refused(refuse, text, monkeypatch):
+    monkeypatch.setattr(sources, "BLOCK_BYTES", 100)
+    monkeypatch.setattr(corpus, "_TOGETHER", 100)
+    encode = corpus.ByteTokenizer.encode_batch
+
+    def change(self, texts):
+        Path("text.txt").write_bytes(TEXT + b"more")
+        return encode(self, texts)
+
+    monkeypatch.setattr(corpus.ByteTokenizer, "encode_batch", change)
+    assert "text.txt has changed while it was read" in refuse(*tiny(text))
+    assert not list(Path("cache").iterdir())
+
+
+@pytest.mark.parametrize("data", ["text.txt", "-"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_full_cache_is_named(refuse, text, monkeypatch, data, tokenizer, number):
+    def sync(handle):
+        raise OSError(number, os.strerror(number))
+
+    typed(monkeypatch, TEXT)
+    monkeypatch.setattr(os, "fsync", sync)
+    message = refuse(*tiny(data, tokenizer=tokenizer))
+    assert message.startswith(f"cache: {os.strerror(number)}")
+    assert "--cache names another" in message
+
+
+LIMITED = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+from legacy1bit.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_cache_that_ends_in_the_middle_is_named(text):
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *tiny(text)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        check=False,
+    )
+    (line,) = done.stderr.decode().strip().splitlines()
+    assert done.returncode == 2
+    assert line.startswith("legacy1bit: error: cache: File too large")
+    assert "--cache names another" in line
+    assert not list(Path("cache").iterdir())
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("cache", ["text.txt", "text.txt/below", "/proc/nowhere"])
+@pytest.mark.parametrize("data", ["other.txt", "-"])
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
+def test_cache_that_cannot_be_written_is_named(refuse, text, monkeypatch, cache, data, tokenizer):
+    typed(monkeypatch, TEXT)
+    put("other.txt", TEXT)
+    message = refuse(*tiny(data, cache=cache, tokenizer=tokenizer))
+    assert message.startswith(f"{cache}: ")
+    assert "--cache names another" in message
+    assert Path("text.txt").read_bytes() == TEXT
+
+
+def test_text_that_cannot_be_read_is_not_blamed_on_the_cache(refuse, text, monkeypatch):
+    def deny(path, *arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(sources, "open", deny, raising=False)
+    message = refuse(*tiny(text))
+    assert message.endswith("text.txt: Permission denied")
+
+
+def test_cache_that_can_only_be_read_is_used(say, text, monkeypatch):
+    arguments = {"tokenizer": "bpe", "vocab_size": 280}
+    say(*tiny(text, out="one", **arguments))
+
+    def refuse(*_, **__):
+        raise AssertionError("it writes to the cache")
+
+    monkeypatch.setattr(corpus, "ShardWriter", refuse)
+    monkeypatch.setattr(corpora, "train_bpe", refuse)
+    say(*tiny(text, out="two", **arguments))
+    assert_same_run("one", "two")
+
+
+# --- Going on -------------------------------------------------------------------------------------
+
+
+def assert_same_run(one, two):
+    records = [read_metrics(f"{name}/metrics.jsonl")[-1] for name in (one, two)]
+    # Others are means since the last record, and a run that is stopped has one more.
+    for key in ("step", "val_loss", "perplexity", "val_bytes", "learning_rate"):
+        assert records[0][key] == records[1][key]
+    assert_same_files(Path(one), Path(two))
+
+
+@pytest.mark.parametrize("order", ["windows", "passes", "packed"])
+def test_resume_without_the_cache_goes_on_to_the_same_bits(say, tmp_path, monkeypatch, order):
+    options = {"tokenizer": "bpe", "vocab_size": 280, "order": order, "sequence_length": 16}
+    data = make_lines(tmp_path)
+    say(*tiny(data, out="whole", **options, steps=6))
+    take = Trainer.train_step
+
+    def stop(self):
+        if self.step == 2:
+            signal.raise_signal(signal.SIGINT)
+        return take(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop)
+        say(*tiny(data, out="parts", **options, steps=6), status=130)
+    shutil.rmtree("cache")
+    say("train", "--resume", "parts", "--cache", "other")
+    assert_same_run("parts", "whole")
+    # Its tokenizer is its own.
+    assert [path for path in Path("other").iterdir() if "tokenizer" in path.name] == []
+
+
+@pytest.mark.parametrize("cache", ["cache", "other"])
+def test_resume_refuses_a_text_that_has_changed(say, fail, text, cache):
+    put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="alone", tokenizer="bpe", vocab_size=280))
+    say(*tiny(text, out="both", validation="valid.txt"))
+    before = {path: path.read_bytes() for path in Path("both").iterdir() if path.is_file()}
+    put("valid.txt", TEXT[:199])
+    assert "has changed since" in fail("train", "--resume", "both", "--steps", 3, "--cache", cache)
+    put("valid.txt", TEXT[:200])
+    for changed in (TEXT[:-1], TEXT.upper()):
+        put(text, changed)
+        for run in ("alone", "both"):
+            message = fail("train", "--resume", run, "--steps", 3, "--cache", cache)
+            assert "text.txt has changed since the run began" in message
+    assert before == {path: path.read_bytes() for path in before}
+    put(text, TEXT)
+    say("train", "--resume", "both", "--steps", 3, "--cache", cache)
+
+
+@pytest.mark.parametrize("value", [5, True, [], ""])
+def test_resume_refuses_a_damaged_validation(say, fail, text, value):
+    put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="run", validation="valid.txt"))
+    source = read_settings(Path("run"))[3]
+    settings = json.loads(Path("run/training.json").read_bytes())
+    assert source in settings.values()
+    for found in settings.values():
+        if found == source:
+            found["validation"] = value
+    Path("run/training.json").write_text(json.dumps(settings))
+    fail("train", "--resume", "run", "--steps", 3)
