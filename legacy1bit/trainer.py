@@ -1,5 +1,6 @@
 """The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
 
+import contextlib
 import json
 import math
 import time
@@ -344,68 +345,57 @@ class Trainer:
         TrainingDiverged
             If the loss or a gradient is not finite; what was saved before stays as it was.
         """
-        try:
-            return self._train(logger, on_step, on_report, stop)
-        finally:
-            self.close()
-
-    def _train(
-        self,
-        logger: MetricsLogger,
-        on_step: Callable[[float, float], None],
-        on_report: Callable[[dict[str, Any]], None],
-        stop: Callable[[], bool],
-    ) -> bool:
-        config = self.config
-        if self._best_is_behind():
-            self.save()
-        per_step = (
-            config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
-        )
-        begin, first = time.perf_counter() - self.seconds, self.step
-        began_here = self.seconds
-        self._places_seen = self._padding_seen = 0
-        losses: list[float] = []
-        norms: list[float] = []
-        codes = _codes(self.model, copied=True)
-        while self.step < config.steps:
-            loss, norm = self.train_step()
-            losses.append(loss)
-            norms.append(norm)
-            self.seconds = time.perf_counter() - begin
-            speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
-            on_step(loss, speed)
-            last = self.step == config.steps
-            stopped = stop()
-            if last or stopped or self.step % config.evaluate_every == 0:
-                self._look(last)
-                assert self.metrics is not None
-                record = {
-                    "step": self.step,
-                    "train_loss": sum(losses) / len(losses),
-                    **self.metrics.record(),
-                    "learning_rate": config.learning_rate_at(self.step - 1),
-                    "gradient_norm": sum(norms) / len(norms),
-                    "tokens_per_second": speed,
-                    "elapsed_seconds": self.seconds,
-                    "padding": self._padding_seen / self._places_seen,
-                    "full_precision": self.model.full_precision,
-                    "weights": weight_shares(self.model, codes),
-                }
-                # The record first: what is ahead of the checkpoint a resume drops, but what the
-                # checkpoint is ahead of would be missing for good.
-                logger.log(record)
+        with contextlib.closing(self):
+            config = self.config
+            if self._best_is_behind():
                 self.save()
-                on_report(record)
-                losses.clear()
-                norms.clear()
-                self._places_seen = self._padding_seen = 0
-                codes = _codes(self.model, copied=True)
-                # Measuring is not training: it counts for nothing in the speed.
-                begin = time.perf_counter() - self.seconds
-            if stopped and not last:
-                return False
-        return True
+            per_step = (
+                config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
+            )
+            begin, first = time.perf_counter() - self.seconds, self.step
+            began_here = self.seconds
+            self._places_seen = self._padding_seen = 0
+            losses: list[float] = []
+            norms: list[float] = []
+            codes = _codes(self.model, copied=True)
+            while self.step < config.steps:
+                loss, norm = self.train_step()
+                losses.append(loss)
+                norms.append(norm)
+                self.seconds = time.perf_counter() - begin
+                speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
+                on_step(loss, speed)
+                last = self.step == config.steps
+                stopped = stop()
+                if last or stopped or self.step % config.evaluate_every == 0:
+                    self._look(last)
+                    assert self.metrics is not None
+                    record = {
+                        "step": self.step,
+                        "train_loss": sum(losses) / len(losses),
+                        **self.metrics.record(),
+                        "learning_rate": config.learning_rate_at(self.step - 1),
+                        "gradient_norm": sum(norms) / len(norms),
+                        "tokens_per_second": speed,
+                        "elapsed_seconds": self.seconds,
+                        "padding": self._padding_seen / self._places_seen,
+                        "full_precision": self.model.full_precision,
+                        "weights": weight_shares(self.model, codes),
+                    }
+                    # The record first: what is ahead of the checkpoint a resume drops, but what the
+                    # checkpoint is ahead of would be missing for good.
+                    logger.log(record)
+                    self.save()
+                    on_report(record)
+                    losses.clear()
+                    norms.clear()
+                    self._places_seen = self._padding_seen = 0
+                    codes = _codes(self.model, copied=True)
+                    # Measuring is not training: it counts for nothing in the speed.
+                    begin = time.perf_counter() - self.seconds
+                if stopped and not last:
+                    return False
+            return True
 
     def _look(self, last: bool) -> None:
         """Measure the model, and note whether it is the best so far."""
