@@ -3,7 +3,8 @@
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ TEXT, TRAINING, VALIDATION = "text", "training", "validation"
 # Pieces are encoded together until they have so many bytes: enough for every core, and no more
 # than a few megabytes.
 _TOGETHER = 4 << 20
+
+# What a token of another program's may be at most; a model has no room for more.
+_MOST_TOKENS = 1 << 20
 
 # What stands between documents where they are hashed: no byte of UTF-8.
 _BETWEEN = b"\xff"
@@ -72,6 +76,7 @@ def tokenize_source(
     folder: Path,
     share: float = 0.0,
     on_progress: Callable[[int], None] | None = None,
+    replace: bool = True,
 ) -> Index:
     """Turn a source's text into tokens on disk, a few megabytes at a time.
 
@@ -86,6 +91,8 @@ def tokenize_source(
         beginning decides, so that copies of one are on the same side.
     on_progress : callable, optional
         Gets how many bytes of text have been dealt with.
+    replace : bool
+        Whether what is there already may go.
 
     Raises
     ------
@@ -98,7 +105,8 @@ def tokenize_source(
     parts = (TRAINING, VALIDATION) if share else (TEXT,)
     begin = np.array([_boundary(tokenizer)], np.int32)
     digest, done, documents, part = hashlib.sha256(), 0, 0, parts[0]
-    with ShardWriter(folder, parts, tokenizer.vocab_size) as writer:
+    with ShardWriter(folder, parts, tokenizer.vocab_size, replace=replace) as writer:
+        writer.put_beside(tokenizer.save)
         for pieces in _together(source.pieces()):
             encoded = tokenizer.encode_batch([piece.text for piece in pieces])
             for piece, tokens in zip(pieces, encoded, strict=True):
@@ -212,7 +220,7 @@ def source_corpus(
         small = min(index.parts.values(), key=lambda part: part.tokens)
         if data.split == "auto" and small.tokens <= sequence_length:
             # There are few documents, perhaps only one.
-            data = replace(data, split="tail")
+            data = changed(data, split="tail")
             return source_corpus(
                 source, tokenizer, data, sequence_length, pad_token, cache, None, on_progress
             )
@@ -226,7 +234,8 @@ def source_corpus(
     else:
         store = open_store(folder, index, TEXT)
         learned, kept = _cut_tail(store, source.name, data, sequence_length)
-    _check_sizes(source.name, learned.size, kept.size, sequence_length)
+    kept_name = source.name if validation is None else validation.name
+    _check_sizes(source.name, learned.size, kept.size, sequence_length, kept_name)
     return Corpus(
         source.name,
         *_datasets(learned, kept, data, sequence_length, pad_token),
@@ -303,6 +312,8 @@ def token_corpus(
         highest, sha256 = max(highest, other), _sha256_of_both(sha256, kept_sha256)
         _check_sizes(name, learned.size, kept.size, sequence_length)
     size = highest + 1 if data.vocabulary is None else data.vocabulary
+    if highest >= _MOST_TOKENS:
+        raise ValueError(f"{name} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
     if highest >= size:
         raise ValueError(f"{name} has token {highest}, expected 0 to {size - 1}: see --vocab-size")
     return Corpus(
@@ -348,11 +359,16 @@ def _tail_of(size: int, share: float) -> int:
     return size - round(size * share)
 
 
-def _check_sizes(name: str, learned: int, kept: int, sequence_length: int) -> None:
-    for size, purpose in ((learned, "learn from"), (kept, "validate on")):
+def _check_sizes(
+    name: str, learned: int, kept: int, sequence_length: int, kept_name: str | None = None
+) -> None:
+    for whose, size, purpose in (
+        (name, learned, "learn from"),
+        (kept_name or name, kept, "validate on"),
+    ):
         if size <= sequence_length:
             raise ValueError(
-                f"{name} has {size} tokens to {purpose}, too few for sequences of "
+                f"{whose} has {size} tokens to {purpose}, too few for sequences of "
                 f"{sequence_length}: expected at least {sequence_length + 1}"
             )
 

@@ -238,11 +238,6 @@ class DataConfig(_Record):
     case_noise: float = _number(0.0, 0.0, 1.0, "the share of words whose case changes")
     space_noise: float = _number(0.0, 0.0, 1.0, "the share of spaces doubled or made line breaks")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tokenizer == "bytes" and self.vocabulary not in (None, 256):
-            raise ValueError(f"vocabulary is {self.vocabulary}, expected 256 for bytes")
-
 
 @dataclass(frozen=True)
 class SamplingConfig(_Record):

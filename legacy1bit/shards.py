@@ -11,6 +11,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import time
 import uuid
@@ -314,8 +315,9 @@ class ShardWriter:
         What is there already is replaced at the end.
     parts : sequence of str
     vocab_size : int
-
     shard_bytes : int
+    replace : bool
+        Whether what else is there may go; it is an error where not.
 
     Raises
     ------
@@ -329,7 +331,9 @@ class ShardWriter:
         parts: Sequence[str],
         vocab_size: int,
         shard_bytes: int = SHARD_BYTES,
+        replace: bool = True,
     ) -> None:
+        self._replace = replace
         self.folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = max(shard_bytes // self._dtype.itemsize, 1)
@@ -347,6 +351,11 @@ class ShardWriter:
         except BaseException:
             self.abandon()
             raise
+
+    def put_beside(self, save: Callable[[Path], None]) -> None:
+        """Have something else written into the folder."""
+        with self._named():
+            save(self._temporary)
 
     def begin_document(self, part: str) -> None:
         """Say that the next token of a part begins a document."""
@@ -383,6 +392,10 @@ class ShardWriter:
                 # A folder takes the place of an empty one only, and not that of a file.
                 if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                     raise
+                if not self._replace:
+                    raise ValueError(
+                        f"{self.folder} has come to hold something else meanwhile: name another"
+                    ) from None
             with contextlib.suppress(OSError, ShardError):
                 if read_index(self.folder) == index:
                     # Whoever has written it may be about to open it.
@@ -390,7 +403,7 @@ class ShardWriter:
             damaged = _temporary(self.folder)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.folder, damaged)
-                _remove(damaged)
+                remove(damaged)
 
     @contextlib.contextmanager
     def _named(self) -> Iterator[None]:
@@ -422,20 +435,24 @@ def _temporary(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Remove a folder or a file, as far as that can be done."""
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink()
 
 
+# What temporary files and folders of this program are called.
+_OURS = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
+
+
 def remove_left_behind(folder: Path) -> None:
     """Remove what processes that were killed while they wrote into a folder have left there."""
-    for path in folder.glob(".*.tmp"):
+    for path in filter(lambda path: _OURS.fullmatch(path.name), folder.glob(".*.tmp")):
         with contextlib.suppress(OSError):
             changed = max(found.stat().st_mtime for found in (path, *path.glob("*")))
             if time.time() - changed > _LEFT_BEHIND_SECONDS:
-                _remove(path)
+                remove(path)
 
 
 def read_index(folder: Path) -> Index:

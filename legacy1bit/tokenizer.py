@@ -47,6 +47,11 @@ _SAFE = re.compile(rb"[!-~](?=[ \n])")
 # Bytes that are no UTF-8, decoded with "surrogateescape", which nothing else decodes to.
 _INVALID = re.compile("([\udc80-\udcff]+)")
 
+# Merging takes the square of a word's length, and what is longer than this is none: a vocabulary is
+# learned from parts of it.
+_VERY_LONG = re.compile(r"\S{1000}|\s{1000}")
+_LONG = re.compile(r"\s{0,64}\S{1,64}|\s{1,64}")
+
 # The first bytes of a character tell how many it has.
 _CHARACTER = re.compile(
     rb"[\xc2-\xdf][\x80-\xbf]"
@@ -535,7 +540,7 @@ def _valid_text(
     for piece in pieces:
         for part in _parts(piece):
             if isinstance(part, str):
-                yield part
+                yield from _LONG.findall(part) if _VERY_LONG.search(part) else (part,)
         done += len(piece)
         if on_progress is not None:
             on_progress(done)

@@ -1,14 +1,19 @@
 """``data``: what is counted, the tokens and tokenizers that are written, what is refused."""
 
 import gzip
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_model import assert_same_model
 
+from legacy1bit.commands import data
 from legacy1bit.commands.data import inspect
+from legacy1bit.corpus import tokenize_source
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
 from legacy1bit.shards import open_store, read_index
@@ -121,6 +126,77 @@ def test_data_says_what_is_wrong(fail, text):
     ):
         assert reason in fail("data", *arguments)
     assert not Path("new").exists()
+
+
+def test_tokenize_leaves_what_is_not_its_own(say, text):
+    Path(".notes.tmp").write_text("mine")
+    os.utime(".notes.tmp", (0, 0))
+    say("data", "tokenize", text, "--out", "tokens")
+    assert Path(".notes.tmp").read_text() == "mine"
+
+
+def test_tokenize_does_not_replace_what_came_meanwhile(fail, text, monkeypatch):
+    def appear(*arguments, **options):
+        Path("tokens").mkdir()
+        Path("tokens/precious").write_text("mine")
+        return tokenize_source(*arguments, **options)
+
+    monkeypatch.setattr(data, "tokenize_source", appear)
+    assert "tokens has come to hold something else" in fail(
+        "data", "tokenize", text, "--out", "tokens"
+    )
+    assert Path("tokens/precious").read_text() == "mine"
+    assert [path.name for path in Path().iterdir() if path.name.endswith(".tmp")] == []
+
+
+def test_a_folder_of_texts_may_have_an_index(say, text):
+    Path("texts").mkdir()
+    Path(text).rename("texts/a.txt")
+    Path("texts/index.json").write_text("{}")
+    say("train", "--data", "texts", *TINY, "--out", "run")
+
+
+def test_evaluate_reads_what_train_does(say, lines, text):
+    Path("more.jsonl").write_text(json.dumps({"words": Path(text).read_text()}) + "\n")
+    Path("more.txt.gz").write_bytes(gzip.compress(Path(text).read_bytes()))
+    say("train", "--data", text, "--tokenizer", "bpe", "--vocab-size", "300", *TINY, "--out", "run")
+    reports = {
+        say("evaluate", "--model", "run", "--data", path, *more).out
+        for path, *more in ((text,), ("more.jsonl", "--field", "words"), ("more.txt.gz",))
+    }
+    assert len(reports) == 1
+
+
+def test_words_that_are_none_do_not_hold_a_vocabulary_up(say):
+    Path("long.txt").write_text("x" * 300_000 + "\n" * 2000)
+    found = say("data", "inspect", "long.txt", "--tokenizer=bpe", "--vocab-size=300", "--json").out
+    assert json.loads(found)["bytes"] == 302_000
+
+
+def test_standard_input_is_inspected_with_bpe(say, text, monkeypatch):
+    with io.TextIOWrapper(open(text, "rb")) as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdin", stream)
+        found = json.loads(say("data", "inspect", "-", "--tokenizer", "bpe", "--json").out)
+    assert found["bytes"] == Path(text).stat().st_size
+
+
+def test_settings_that_would_be_ignored_are_refused(fail, say, text):
+    say("data", "tokenize", text, "--out", "tokens")
+    np.arange(2000, dtype=np.uint16).tofile("tokens.bin")
+    np.array([20240801, 7, 2000, *[0] * 253, *[3_000_000_000] * 2000], np.uint32).tofile("high.bin")
+    for name, option, reason in (
+        ("tokens", "--tokenizer=chars", "--tokenizer goes with --data of text"),
+        ("tokens", "--field=x", "not with a folder of tokens"),
+        ("tokens.bin", "--split=documents", "not with a file of tokens"),
+        ("tokens.bin", "--tokenizer=bpe", "not with a file of tokens"),
+        ("tokens.bin", "--vocab-size=500", "has token 1999, expected 0 to 499"),
+        ("high.bin", "--seed=1", "high.bin has token 3000000000, expected 0 to 1048575"),
+        (text, "--subword-splitting=0.1", "--subword-splitting splits merged tokens"),
+    ):
+        assert reason in fail("train", "--data", name, *TINY, option)
+    say("train", "--data", "tokens.bin", *TINY, "--vocab-size=2100", "--out", "run")
+    assert load_model("run").config.vocab_size == 2100
+    assert "holds tokens already" in fail("data", "inspect", "tokens.bin")
 
 
 def test_train_says_what_is_wrong_with_tokenizers(fail, text):

@@ -360,21 +360,38 @@ def age(path, seconds):
         os.utime(found, (then, then))
 
 
+def temporary(name):
+    """What a temporary file or folder is called."""
+    return f".{name}.{'0123456789abcdef' * 2}.tmp"
+
+
 def test_only_what_is_old_and_temporary_is_removed(tmp_path):
-    for name in (".old.tmp", ".new.tmp", ".busy.tmp", "old.tmp", ".old"):
+    for name in (
+        temporary("old"),
+        temporary("new"),
+        temporary("busy"),
+        "old.tmp",
+        ".old",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_bytes(b"")
         if "new" not in name:
             age(tmp_path / name, DAY + 60)
-    os.utime(tmp_path / ".busy.tmp" / "file")
-    (tmp_path / ".file.tmp").write_bytes(b"")
-    age(tmp_path / ".file.tmp", DAY + 60)
+    os.utime(tmp_path / temporary("busy") / "file")
+    (tmp_path / temporary("file")).write_bytes(b"")
+    age(tmp_path / temporary("file"), DAY + 60)
     (tmp_path / "elsewhere").mkdir()
-    (tmp_path / ".link.tmp").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / temporary("link")).symlink_to(tmp_path / "elsewhere")
     age(tmp_path / "elsewhere", DAY + 60)
     remove_left_behind(tmp_path)
     kept = {path.name for path in tmp_path.iterdir()}
-    assert kept == {".new.tmp", ".busy.tmp", "old.tmp", ".old", "elsewhere"}
+    assert kept == {
+        temporary("new"),
+        temporary("busy"),
+        "old.tmp",
+        ".old",
+        "elsewhere",
+    }
     remove_left_behind(tmp_path / "nowhere")
 
 

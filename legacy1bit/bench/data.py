@@ -65,18 +65,21 @@ def tokenize(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
     tokenize_source(open_source(str(path)), tokenizer, folder)
 
 
-def reading(folder: Path, order: str, seconds: float) -> float:
-    """Return how many tokens a second come from shards, in batches, made ahead."""
+def reading(folder: Path, order: str, seconds: float, ahead: bool) -> float:
+    """Return how many tokens a second come from shards, in batches, or are handed over by a thread
+    that makes them ahead."""
     index = read_index(folder)
     store = open_store(folder, index, TEXT)
     dataset = TokenDataset(store, _LENGTH, 256, order=order)
-    batches = Prefetcher(dataset.reader(_BATCH, 1))
+    reader = dataset.reader(_BATCH, 1)
+    batches = Prefetcher(reader) if ahead else reader
     done, begin = 0, time.perf_counter()
     try:
         while (passed := time.perf_counter() - begin) < seconds:
             done += batches.next_batch().tokens.size
     finally:
-        batches.close()
+        if isinstance(batches, Prefetcher):
+            batches.close()
     return done / passed
 
 
@@ -88,7 +91,7 @@ def main() -> int:
     parser.add_argument("--only-read", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.only_read is not None:
-        print(reading(arguments.only_read, "windows", _READ_SECONDS))
+        print(reading(arguments.only_read, "windows", _READ_SECONDS, False))
         return 0
     if arguments.megabytes < 1:
         parser.error(f"--megabytes is {arguments.megabytes}, expected 1 or more")
@@ -113,9 +116,10 @@ def _measure(folder: Path, megabytes: int) -> None:
     _row(f"bytes, {megabytes} MiB to shards", turns, "MB/s")
     if importlib.util.find_spec("tokenizers"):
         _measure_bpe(folder, small, part)
-    for order in ("windows", "passes"):
-        turns = [reading(tokens, order, 1.0) / 1e6 for _ in range(_ROUNDS)]
-        _row(f"batches of {_BATCH} x {_LENGTH} from shards, {order}", turns, "M tokens/s")
+    for order in ("windows", "passes", "packed"):
+        for ahead, how in ((False, ""), (True, ", through a thread")):
+            turns = [reading(tokens, order, 1.0, ahead) / 1e6 for _ in range(_ROUNDS)]
+            _row(f"batches of {_BATCH} x {_LENGTH}, {order}{how}", turns, "M tokens/s")
     command = ["-m", "legacy1bit.bench.data", "--only-read", str(tokens)]
     _row("peak memory of a program that reads them", [peak_memory(command) / 2**20], "MiB")
     command = ["-m", "legacy1bit.main", "data", "tokenize", str(text)]

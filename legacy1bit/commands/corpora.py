@@ -8,7 +8,7 @@ import os
 import stat
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,9 +17,10 @@ from legacy1bit.commands.common import add_settings, option_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
 from legacy1bit.hyperparams import DataConfig, ModelConfig
-from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove_left_behind
+from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove, remove_left_behind
 from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import (
+    TOKENIZER_FILE,
     ByteTokenizer,
     Tokenizer,
     character_tokenizer,
@@ -30,8 +31,8 @@ from legacy1bit.tokenizer import (
 STORIES = "stories"
 
 # Settings of texts of one's own; the stories are bytes, each from its beginning.
-_OF_TEXTS = ("tokenizer", "vocabulary", "field", "encoding", "separator", "split",
-             "validation_share", "order", "apart")  # fmt: skip
+_OF_READING = ("tokenizer", "field", "encoding", "separator", "split")
+_OF_TEXTS = (*_OF_READING, "vocabulary", "validation_share", "order", "apart")
 
 _STORIES = 20000
 _MOST_STORIES = 10_000_000
@@ -90,13 +91,17 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     validation = arguments.validation
     if validation is not None and _is_stream(validation):
         raise ValueError(f"--validation is {validation}, which is a stream: expected a file")
-    if _is_stream(data):
-        data = _keep_stream(arguments.cache or default_cache(), data)
+    data = kept(data, arguments.cache or default_cache())
     return {
         "name": Path(data).name,
         "path": os.path.abspath(data),
         "validation": None if validation is None else os.path.abspath(validation),
     }
+
+
+def kept(path: str, cache: Path) -> str:
+    """Return a path that can be read more than once: what a stream carries is kept."""
+    return _keep_stream(cache, path) if _is_stream(path) else path
 
 
 def _is_stream(path: str) -> bool:
@@ -188,9 +193,7 @@ def corpus_of(
     """
     told = source.get("name") == STORIES and "path" not in source
     if told:
-        for name in _OF_TEXTS:
-            if getattr(data, name) != getattr(DataConfig(), name):
-                raise ValueError(f"--{option_of(name)} goes with --data, and not with the stories")
+        _refuse(data, _OF_TEXTS, "the stories")
         return _stories(source, config), config
     for key in ("name", "path"):
         _check_kind(source, key, str)
@@ -199,14 +202,22 @@ def corpus_of(
         _check_kind(source, "validation", str)
     if is_token_file(path) != is_token_file(path if other is None else other):
         raise ValueError(f"of {path} and {other} one holds tokens, the other one text")
-    if (Path(path) / INDEX_FILE).is_file():
+    if all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE)):
+        _refuse(data, (*_OF_READING, "vocabulary"), "a folder of tokens")
         if other is not None:
             raise ValueError("--validation goes with a text, and not with a folder of tokens")
-        corpus = shard_corpus(Path(path), load_tokenizer(path), data, config.sequence_length)
+        found_beside = load_tokenizer(path)
+        if tokenizer is not None and tokenizer.sha256 != found_beside.sha256:
+            raise ValueError(f"{path} has tokens of its own tokenizer, and not of another")
+        corpus = shard_corpus(Path(path), found_beside, data, config.sequence_length)
     elif is_token_file(path):
+        tokens = read_token_file(path)
+        _refuse(data, _OF_READING, "a file of tokens")
+        if tokenizer is not None and tokenizer.kind in ("chars", "bpe"):
+            raise ValueError(f"{path} has tokens of another program, and not of a tokenizer's")
         validation_tokens = None if other is None else read_token_file(other)
         corpus = token_corpus(
-            read_token_file(path), source["name"], data, config.sequence_length, validation_tokens
+            tokens, source["name"], data, config.sequence_length, validation_tokens
         )
     else:
         found = _open(path, data)
@@ -214,9 +225,18 @@ def corpus_of(
         cache = cache or default_cache()
         with _named(cache):
             corpus = _text_corpus(found, validation, data, config, cache, tokenizer)
+    if data.subword_splitting and (corpus.tokenizer.parents < 0).all():
+        raise ValueError("--subword-splitting splits merged tokens: expected --tokenizer bpe")
     if source.setdefault("sha256", corpus.sha256) != corpus.sha256:
         raise ValueError(f"{path} has changed since the run began")
     return corpus, replace(config, vocab_size=corpus.training.pad_token)
+
+
+def _refuse(data: DataConfig, names: Sequence[str], what: str) -> None:
+    """Raise ``ValueError`` for settings that would be ignored."""
+    for name in names:
+        if getattr(data, name) != getattr(DataConfig(), name):
+            raise ValueError(f"--{option_of(name)} goes with --data of text, and not with {what}")
 
 
 def _text_corpus(
@@ -276,6 +296,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
         If a file cannot be read or written.
     """
     if data.tokenizer == "bytes":
+        if data.vocabulary not in (None, 256):
+            raise ValueError(f"vocabulary is {data.vocabulary}, expected 256 for bytes")
         return ByteTokenizer()
     size = data.vocabulary
     if size is None and data.tokenizer == "bpe":
@@ -292,8 +314,9 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
             tokenizer = train_bpe(pieces, size)
         else:
             tokenizer = character_tokenizer(pieces, size)
+    # What is there is damaged.
+    remove(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    remove_left_behind(folder)
     tokenizer.save(folder)
     return tokenizer
 

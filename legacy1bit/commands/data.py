@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.commands.common import add_settings, given
-from legacy1bit.commands.corpora import add_cache, tokenizer_for
+from legacy1bit.commands.corpora import add_cache, kept, tokenizer_for
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import TEXT, tokenize_source
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.shards import default_cache
-from legacy1bit.sources import Source, open_source
+from legacy1bit.sources import Source, is_token_file, open_source
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer
 
 # The settings that say how a text is read and what a token is.
@@ -52,8 +52,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what was asked for."""
     data = DataConfig(**given(arguments, DataConfig))
-    source = open_source(arguments.path, data.field, data.encoding, data.separator)
     cache = arguments.cache or default_cache()
+    # A vocabulary is learned in one reading, and text turned into tokens in another.
+    path = kept(arguments.path, cache)
+    if is_token_file(path):
+        raise ValueError(f"{path} holds tokens already, expected text")
+    source = open_source(path, data.field, data.encoding, data.separator)
     actions = {"inspect": _inspect, "tokenize": _tokenize, "train-tokenizer": _train_tokenizer}
     return actions[arguments.action](arguments, source, data, cache)
 
@@ -203,9 +207,10 @@ def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, c
     tokenizer = tokenizer_for(source, data, cache)
     begin = time.perf_counter()
     with progress_of_bytes("tokens", source.nbytes) as on_progress:
-        index = tokenize_source(source, tokenizer, arguments.out, on_progress=on_progress)
+        index = tokenize_source(
+            source, tokenizer, arguments.out, on_progress=on_progress, replace=False
+        )
     seconds = time.perf_counter() - begin
-    tokenizer.save(arguments.out)
     part = index.parts[TEXT]
     print(
         f"{arguments.out}: {part.tokens:,} tokens of {part.documents:,} documents, "

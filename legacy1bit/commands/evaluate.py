@@ -4,13 +4,22 @@ import argparse
 
 import numpy as np
 
-from legacy1bit.commands.common import ALL_CORES, add_model, latest_run, threads_of
+from legacy1bit.commands.common import (
+    ALL_CORES,
+    add_model,
+    add_settings,
+    given,
+    latest_run,
+    threads_of,
+)
 from legacy1bit.commands.corpora import add_cache, corpus_of
-from legacy1bit.data_utils import load_text_from_file
+from legacy1bit.data_utils import Tokens
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
 from legacy1bit.shards import TokenStore
-from legacy1bit.tokenizer import tokenizer_of
+from legacy1bit.sources import is_token_file, open_source, read_token_file
+from legacy1bit.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
 
@@ -19,8 +28,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_cache(command)
     command.add_argument(
-        "--data", metavar="FILE", help="any text file (default: the run's validation set)"
+        "--data", metavar="PATH", help="any text, as for train (default: the run's validation set)"
     )
+    add_settings(command, "the data", DataConfig, ("field", "encoding", "separator"))
     command.add_argument("--threads", type=int, metavar="N", help=f"default: {ALL_CORES}")
 
 
@@ -38,16 +48,28 @@ def run(arguments: argparse.Namespace) -> int:
         if corpus.stories:
             print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
-    tokens = tokenizer.encode(load_text_from_file(arguments.data))
-    if tokenizer.eos_token is not None:
-        # The text is a document: its first token can be predicted, too.
-        tokens = np.concatenate([np.array([tokenizer.bos_token], np.int32), tokens])
+    given_data = DataConfig(**given(arguments, DataConfig))
+    tokens = _tokens_of(arguments.data, given_data, tokenizer)
     if tokens.size < 2:
         raise ValueError(f"{arguments.data} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
     dataset = TokenDataset(TokenStore([tokens]), length, config.pad_token)
     print_metrics(evaluate(model, dataset, threads, None, tokenizer), tokenizer.kind)
     return 0
+
+
+def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> Tokens:
+    """Return the tokens of a text, of as many documents as it has."""
+    if is_token_file(path):
+        return read_token_file(path).astype(np.int32)
+    begin = np.array([tokenizer.bos_token or 0], np.int32)
+    found: list[Tokens] = []
+    for piece in open_source(path, data.field, data.encoding, data.separator).pieces():
+        # What stands before a text of bytes is not known; any other begins as a document does.
+        if piece.begins and (found or tokenizer.eos_token is not None):
+            found.append(begin)
+        found += tokenizer.encode_batch([piece.text])
+    return np.concatenate(found)
 
 
 def print_recall(share: float) -> None:
