@@ -6,10 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from legacy1bit import stories
 from legacy1bit.data_utils import Tokens, tokenize_text
@@ -18,6 +16,7 @@ from legacy1bit.hyperparams import DataConfig
 from legacy1bit.shards import (
     Index,
     ShardWriter,
+    TokenSequence,
     TokenStore,
     cache_key,
     cached,
@@ -281,11 +280,11 @@ def _datasets(
 
 
 def token_corpus(
-    tokens: npt.NDArray[Any],
+    tokens: TokenSequence,
     name: str,
     data: DataConfig,
     sequence_length: int,
-    validation: npt.NDArray[Any] | None = None,
+    validation: TokenSequence | None = None,
 ) -> Corpus:
     """Return a corpus of tokens that another program has made: what they stand for is not known.
 
@@ -324,7 +323,7 @@ def token_corpus(
     )
 
 
-def _look_at(tokens: npt.NDArray[Any]) -> tuple[int, str]:
+def _look_at(tokens: TokenSequence) -> tuple[int, str]:
     """Return the highest token, and the SHA-256 of all."""
     highest, digest = 0, hashlib.sha256()
     for first in range(0, tokens.size, _TOGETHER):

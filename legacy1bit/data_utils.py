@@ -54,11 +54,19 @@ def tokenize_text(text: str | bytes, vocab_size: int = 256) -> Tokens:
     C: ``data_utils.c``, ``tokenize_text``.
     """
     data = text.encode("utf-8") if isinstance(text, str) else text
-    tokens = np.frombuffer(data, np.uint8).astype(np.int32)
-    outside = np.flatnonzero(tokens >= vocab_size)
-    if outside.size:
+    return view_bytes(data, vocab_size).astype(np.int32)
+
+
+def view_bytes(data: bytes, vocab_size: int = 256) -> npt.NDArray[np.uint8]:
+    """Return a text's bytes as uint8[N] token ids, read-only and not copied.
+
+    Errors are those of ``tokenize_text``.
+    """
+    tokens = np.frombuffer(data, np.uint8)
+    if vocab_size < 256 and tokens.size and tokens.max() >= vocab_size:
+        place = int((tokens >= vocab_size).argmax())
         raise IndexError(
-            f"byte {tokens[outside[0]]} at offset {outside[0]} is outside the vocabulary of "
+            f"byte {tokens[place]} at offset {place} is outside the vocabulary of "
             f"{vocab_size} tokens"
         )
     return tokens

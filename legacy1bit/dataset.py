@@ -95,6 +95,27 @@ def _scattered(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
     return x ^ (x >> np.uint64(33))
 
 
+class _Shuffle:
+    """Random orders, read from place to place: many places are worked out together."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._known, self._order = (0, 0, -1), np.zeros(0, np.int64)
+
+    def between(self, first: int, stop: int, size: int, turn: int) -> _Integers:
+        """Return what an order of 0 ... size - 1 has from one place up to another."""
+        runs = [np.zeros(0, np.int64)]
+        while first < stop:
+            known = size, turn, first // _KNOWN
+            if known != self._known:
+                begin = known[2] * _KNOWN
+                places = np.arange(begin, min(begin + _KNOWN, size))
+                self._known, self._order = known, shuffled(places, size, self._seed, turn)
+            runs.append(self._order[first % _KNOWN :][: stop - first])
+            first += runs[-1].size
+        return np.concatenate(runs)
+
+
 def pack(sizes: _Integers, room: int) -> list[list[int]]:
     """Put pieces into rows of so much room, few rows: best fit, the largest first.
 
@@ -294,10 +315,10 @@ class PassReader:
 
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
         self.position: tuple[int, ...] = (0,)
-        self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._dataset, self._batch_size = dataset, batch_size
         width, size = dataset.sequence_length, dataset.tokens.size
         self._count = -(-(size - 1) // width) if dataset.starts is None else dataset.starts.size
-        self._known, self._order = (-1, -1), np.zeros(0, np.int64)
+        self._shuffle = _Shuffle(seed)
 
     def check(self, position: tuple[int, ...]) -> None:
         """Raise ``ValueError`` for what is no position in this order of this data."""
@@ -322,15 +343,9 @@ class PassReader:
         """Yield which sequences come from one place up to another, in runs."""
         while first < last:
             turn, place = divmod(first, self._count)
-            known = turn, place // _KNOWN
-            if self._known != known:
-                begin = known[1] * _KNOWN
-                places = np.arange(begin, min(begin + _KNOWN, self._count))
-                self._order = shuffled(places, self._count, self._seed, turn)
-                self._known = known
-            run = self._order[place % _KNOWN :][: last - first]
-            yield run
-            first += run.size
+            stop = min(place + last - first, self._count)
+            yield self._shuffle.between(place, stop, self._count, turn)
+            first += stop - place
 
 
 @dataclass(frozen=True)
@@ -355,11 +370,12 @@ class _Pool:
     def size(self) -> int:
         return int(self.whole[-1]) + len(self.rests)
 
-    def place_of(self, row: int, width: int) -> int:
-        """Return where a row begins that one piece fills."""
-        document = int(np.searchsorted(self.whole, row, side="right"))
-        before = int(self.whole[document - 1]) if document else 0
-        return int(self.begins[document]) + (row - before) * width
+    def filled(self, rows: _Integers, width: int) -> list[list[tuple[int, int]]]:
+        """Return rows that one piece fills."""
+        documents = np.searchsorted(self.whole, rows, side="right")
+        before = np.where(documents > 0, self.whole[documents - 1], 0)
+        places = self.begins[documents] + (rows - before) * width
+        return [[(place, width)] for place in places.tolist()]
 
 
 class PackedReader:
@@ -371,6 +387,7 @@ class PackedReader:
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
         self.position: tuple[int, ...] = (0, 0, 0)
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
+        self._rows, self._batches = _Shuffle(seed), _Shuffle(seed)
         self._made: tuple[tuple[int, int], _Pool] | None = None
         self._pools = -(-dataset.tokens.documents.size // _POOL)
 
@@ -390,13 +407,10 @@ class PackedReader:
         while len(rows) < self._batch_size:
             pool = self._pool(turn, number)
             stop = min(row + self._batch_size - len(rows), pool.size)
-            order = shuffled(np.arange(row, stop), pool.size, self._seed, self._order(turn, number))
-            whole = int(pool.whole[-1])
-            for place in order.tolist():
-                if place >= whole:
-                    rows.append(pool.rests[place - whole])
-                    continue
-                rows.append([(pool.place_of(place, width), width)])
+            chosen = self._rows.between(row, stop, pool.size, self._order(turn, number))
+            shared = chosen >= pool.whole[-1]
+            rows += pool.filled(chosen[~shared], width)
+            rows += [pool.rests[place] for place in (chosen[shared] - pool.whole[-1]).tolist()]
             row = stop
             if row == pool.size:
                 number, row = number + 1, 0
@@ -473,7 +487,7 @@ class BucketReader(PackedReader):
         turn, number, batch = self.position
         pool, order = self._pool(turn, number), self._order(turn, number)
         count = self._count(pool)
-        (place,) = shuffled(np.array([batch]), count, self._seed, order).tolist()
+        (place,) = self._batches.between(batch, batch + 1, count, order).tolist()
         self.position = turn, number, batch + 1
         if batch + 1 == count:
             self.position = (turn, number + 1, 0) if number + 1 < self._pools else (turn + 1, 0, 0)
@@ -481,9 +495,9 @@ class BucketReader(PackedReader):
         filled = -(-whole // self._batch_size)
         if place < filled:
             first = place * self._batch_size
-            some = np.arange(first, min(first + self._batch_size, whole))
-            chosen = shuffled(some, whole, self._seed, order).tolist()
-            return self._compose([[(pool.place_of(row, width), width)] for row in chosen], width)
+            last = min(first + self._batch_size, whole)
+            chosen = self._rows.between(first, last, whole, order)
+            return self._compose(pool.filled(chosen, width), width)
         pieces = pool.rests[place - filled]
         width = self._width(max(size for _, size in pieces))
         return self._compose([[piece] for piece in pieces], width)

@@ -9,22 +9,21 @@ import contextlib
 import errno
 import hashlib
 import json
-import mmap
 import os
 import re
 import shutil
 import time
 import uuid
+import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
-from numpy.lib.stride_tricks import sliding_window_view
 
 from legacy1bit.data_utils import Tokens
 
@@ -35,11 +34,6 @@ _FORMAT_VERSION = 1
 # A shard is of this size, so that a damaged or a missing one is a small loss, and that any file
 # system holds it.
 SHARD_BYTES = 1 << 28
-
-# Pages of a mapped file stay in memory once they are touched: up to 2 MiB of them at a time, where
-# the file system keeps its cache in large pages. After so many bytes they are given back.
-_RESIDENT_BYTES = 128 << 20
-_TOUCHED_BY_A_ROW = 2 << 20
 
 # How much of a file is looked at together.
 _BLOCK_BYTES = 1 << 22
@@ -60,12 +54,79 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     raise ValueError(f"the vocabulary has {vocab_size} tokens, expected at most 2^32")
 
 
-class TokenStore:
-    """A sequence of tokens in one or more arrays, which may be mapped files.
+class TokenSequence(Protocol):
+    """Tokens that are read in slices: an array, or a file."""
+
+    @property
+    def size(self) -> int: ...
+    def __getitem__(self, places: slice, /) -> npt.NDArray[Any]: ...
+
+
+class TokenFile:
+    """Tokens in a file, each slice of which is read when it is asked for.
+
+    Were it mapped into memory, its pages would stay there once they were touched, up to 2 MiB for
+    each row of a batch; and a file that becomes shorter would end the process.
 
     Parameters
     ----------
-    parts : sequence of integer arrays
+    path : path-like
+    dtype : dtype-like
+    offset : int
+        Where in the file the tokens begin, in bytes.
+    size : int, optional
+        How many there are; all up to the file's end when not given.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, now or later.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        dtype: npt.DTypeLike,
+        offset: int = 0,
+        size: int | None = None,
+    ) -> None:
+        self.path, self.dtype = Path(path), np.dtype(dtype)
+        self._offset = offset
+        self._file = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        if size is None:
+            size = (os.fstat(self._file).st_size - offset) // self.dtype.itemsize
+        self.size = size
+
+    def __getitem__(self, places: slice, /) -> npt.NDArray[Any]:
+        """Return the tokens of a slice without a step, read-only.
+
+        Raises
+        ------
+        OSError
+            If the file cannot be read, or has become shorter.
+        """
+        start, stop, _ = places.indices(self.size)
+        place, size = (
+            self._offset + start * self.dtype.itemsize,
+            (stop - start) * self.dtype.itemsize,
+        )
+        data = os.pread(self._file, size, place) if size > 0 else b""
+        # The system reads no more than two gigabytes together.
+        while len(data) < size:
+            more = os.pread(self._file, size - len(data), place + len(data))
+            if not more:
+                raise OSError(errno.EIO, "has become shorter while it was read", str(self.path))
+            data += more
+        return np.frombuffer(data, self.dtype)
+
+
+class TokenStore:
+    """A sequence of tokens in one or more arrays or files.
+
+    Parameters
+    ----------
+    parts : sequence of integer arrays or files
         All but the last have the same size.
     documents : int64[D], optional
         Where documents begin, from 0 on; one, at 0, when not given. A document ends where the next
@@ -82,20 +143,16 @@ class TokenStore:
 
     def __init__(
         self,
-        parts: Sequence[npt.NDArray[Any]],
+        parts: Sequence[TokenSequence],
         documents: npt.NDArray[np.int64] | None = None,
         stop: int | None = None,
     ) -> None:
-        self._parts = list(parts) or [np.zeros(0, np.uint8)]
+        self._parts: list[TokenSequence] = list(parts) or [np.zeros(0, np.uint8)]
         self._part_size = max(self._parts[0].size, 1)
         self._origin = 0
         self.size = sum(part.size for part in self._parts)
         self.documents = np.zeros(1, np.int64) if documents is None else documents
         self.stop = self.size if stop is None else stop
-        arrays = (*self._parts, self.documents)
-        self._maps = [found for array in arrays if (found := _map_of(array)) is not None]
-        self._touched = 0
-        self._width, self._views = 0, dict[int, npt.NDArray[Any]]()
 
     def window(self, start: int, stop: int) -> "TokenStore":
         """Return the tokens from ``start`` up to ``stop`` as a store of their own, not a copy.
@@ -151,24 +208,12 @@ class TokenStore:
         """
         sizes = np.clip(np.minimum(stops, self.size) - starts, 0, width)
         out = np.empty((starts.size, width), np.int32)
-        numbers, places = np.divmod(starts + self._origin, self._part_size)
-        whole = (sizes == width) & (places + width <= self._part_size)
-        for number in np.unique(numbers[whole]):
-            chosen = np.flatnonzero(whole & (numbers == number))
-            out[chosen] = self._windows(int(number), width)[places[chosen]]
-        for i in np.flatnonzero(~whole):
-            self._read_into(out[i, : sizes[i]], int(starts[i]))
-            out[i, sizes[i] :] = pad_token
-        self._count_touched(starts.size, out.size)
+        for row, start, size in zip(out, starts.tolist(), sizes.tolist(), strict=True):
+            if size < width:
+                row[size:] = pad_token
+                row = row[:size]
+            self._read_into(row, start)
         return out
-
-    def _windows(self, number: int, width: int) -> npt.NDArray[Any]:
-        """Return every window of a part as a row: those that are taken are copied as runs."""
-        if self._width != width:
-            self._width, self._views = width, {}
-        if number not in self._views:
-            self._views[number] = sliding_window_view(self._parts[number], width)
-        return self._views[number]
 
     def _read_into(self, out: Tokens, start: int) -> None:
         done = 0
@@ -177,26 +222,6 @@ class TokenStore:
             piece = self._parts[number][place : place + out.size - done]
             out[done : done + piece.size] = piece
             done += piece.size
-        self._count_touched(1, out.size)
-
-    def _count_touched(self, rows: int, tokens: int) -> None:
-        if not self._maps:
-            return
-        self._touched += rows * _TOUCHED_BY_A_ROW + tokens * self._parts[0].itemsize
-        if self._touched > _RESIDENT_BYTES:
-            self._touched = 0
-            for mapped in self._maps:
-                mapped.madvise(mmap.MADV_DONTNEED)
-
-
-def _map_of(array: npt.NDArray[Any]) -> mmap.mmap | None:
-    """Return the mapped file that an array lies in."""
-    base: Any = array
-    while base is not None:
-        if isinstance(base, mmap.mmap):
-            return base
-        base = base.obj if isinstance(base, memoryview) else getattr(base, "base", None)
-    return None
 
 
 @dataclass(frozen=True)
@@ -267,7 +292,7 @@ class _PartWriter:
             room = self._shard_tokens - self.tokens % self._shard_tokens
             if self._shard is None or room == self._shard_tokens:
                 self._shard = self._next_shard()
-            data = tokens[:room].astype(self._dtype).tobytes()
+            data = np.ascontiguousarray(tokens[:room], self._dtype).data
             self._shard.write(data)
             self._tokens_crc = zlib.crc32(data, self._tokens_crc)
             self.tokens += min(room, tokens.size)
@@ -515,25 +540,19 @@ def _check_files(paths: Sequence[Path], size: int, crc: int) -> None:
 
 
 def open_store(folder: Path, index: Index, part: str) -> TokenStore:
-    """Map a part of a folder of shards into memory.
+    """Return a part of a folder of shards; where its documents begin is mapped into memory.
 
     Raises
     ------
     OSError
         If a file cannot be read.
     """
-    parts = [_mapped(folder / name, index.dtype) for name in _shard_names(index, part)]
-    documents = _mapped(folder / f"{part}.documents", "<i8")
+    parts = [TokenFile(folder / name, index.dtype) for name in _shard_names(index, part)]
+    path = folder / f"{part}.documents"
+    # An empty file cannot be mapped.
+    documents = np.memmap(path, "<i8", "r") if path.stat().st_size else np.zeros(0, "<i8")
     # The last token is the first of a document that is not there.
     return TokenStore(parts, documents, max(index.parts[part].tokens - 1, 0))
-
-
-def _mapped(path: Path, dtype: str) -> npt.NDArray[Any]:
-    with open(path, "rb") as file:
-        if os.fstat(file.fileno()).st_size == 0:
-            return np.zeros(0, dtype)
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return np.frombuffer(mapped, dtype)
 
 
 def default_cache() -> Path:

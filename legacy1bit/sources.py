@@ -26,9 +26,8 @@ from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
-TokenArray = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+from legacy1bit.shards import TokenFile
 
 STANDARD_INPUT = "-"
 
@@ -885,8 +884,8 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     return TokenFileInfo("llm.c", dtype, 4 * _HEADER_WORDS, count)
 
 
-def read_token_file(path: str | os.PathLike[str]) -> TokenArray:
-    """Return a file's token ids, uint16[N] or uint32[N], left on the disk and read-only.
+def read_token_file(path: str | os.PathLike[str]) -> TokenFile:
+    """Return a file's token ids, uint16[N] or uint32[N], left on the disk.
 
     Raises
     ------
@@ -895,4 +894,4 @@ def read_token_file(path: str | os.PathLike[str]) -> TokenArray:
     """
     info = token_file_info(path)
     dtype = np.dtype(info.dtype).newbyteorder("<")
-    return np.memmap(path, dtype, "r", info.offset, (info.count,))
+    return TokenFile(path, dtype, info.offset, info.count)

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data_utils import Tokens, tokenize_text
+from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
 from legacy1bit.files import atomic_write
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -101,8 +101,8 @@ class Tokenizer(Protocol):
         """Return the token ids of a text, int32[N]."""
         ...
 
-    def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
-        """Return the token ids of several texts, in parallel."""
+    def encode_batch(self, texts: Sequence[bytes]) -> Sequence[npt.NDArray[Any]]:
+        """Return the token ids of several texts, in parallel; bytes as uint8, others as int32."""
         ...
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
@@ -247,9 +247,9 @@ class ByteTokenizer:
         """
         return tokenize_text(text, self.vocab_size)
 
-    def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
-        """Return the token ids of several texts; errors are those of ``encode``."""
-        return [self.encode(text) for text in texts]
+    def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
+        """Return several texts as they are, uint8[N] each; errors are those of ``encode``."""
+        return [view_bytes(text, self.vocab_size) for text in texts]
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
         """Return the bytes that token ids stand for.

@@ -1,6 +1,7 @@
 """Tokens on disk: what is read is what was written, whatever happens between."""
 
 import errno
+import gc
 import json
 import mmap
 import os
@@ -22,6 +23,7 @@ from legacy1bit.shards import (
     INDEX_FILE,
     ShardError,
     ShardWriter,
+    TokenFile,
     TokenStore,
     cached,
     open_store,
@@ -123,13 +125,13 @@ def test_store_of_nothing_reads_nothing():
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_store_gives_memory_back(tmp_path):
+def test_reading_a_file_keeps_no_memory(tmp_path):
     path = tmp_path / "zeros"
     size = 256 << 20
     with open(path, "wb") as file:
         file.truncate(size)
-    store = TokenStore([np.memmap(path, np.uint16, "r")])
-    assert len(store._maps) == 1
+    store = TokenStore([TokenFile(path, "<u2")])
+    assert store.size == size // 2
 
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[2]) * mmap.PAGESIZE
@@ -142,7 +144,47 @@ def test_store_gives_memory_back(tmp_path):
     for start in range(0, size // 2, 1 << 20):
         store.read(start, start + (1 << 20))
         most = max(most, resident() - before)
-    assert most < size // 3
+    # What is read is four megabytes, and two as they lie in the file.
+    assert most < 16 << 20
+
+
+def numbers_in(path, count=20, offset=3):
+    path.write_bytes(bytes(offset) + np.arange(count, dtype="<u4").tobytes())
+    return TokenFile(path, "<u4", offset)
+
+
+@few
+@given(st.integers(0, 25), st.integers(0, 25))
+def test_file_is_sliced_like_an_array(tmp_path_factory, start, stop):
+    tokens = numbers_in(tmp_path_factory.mktemp("sliced") / "tokens")
+    assert_same_bits(tokens[start:stop].copy(), np.arange(20, dtype="<u4")[start:stop])
+    assert not tokens[start:stop].flags.writeable
+
+
+def test_file_is_read_in_turns_where_the_system_gives_less(tmp_path, monkeypatch):
+    tokens, real = numbers_in(tmp_path / "tokens"), os.pread
+    monkeypatch.setattr(os, "pread", lambda file, size, place: real(file, min(size, 7), place))
+    assert tokens[2:19].tolist() == list(range(2, 19))
+
+
+def test_file_that_has_become_shorter_is_named(tmp_path):
+    tokens = numbers_in(tmp_path / "tokens")
+    os.truncate(tmp_path / "tokens", 3 + 40)
+    assert tokens[:10].size == 10
+    with pytest.raises(OSError, match="has become shorter") as raised:
+        tokens[9:11]
+    assert raised.value.filename == str(tmp_path / "tokens")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_file_is_closed_when_nobody_reads_it(tmp_path):
+    tokens = numbers_in(tmp_path / "tokens")
+    opened = os.readlink(f"/proc/self/fd/{tokens._file}")
+    assert opened == str(tmp_path / "tokens")
+    del tokens
+    gc.collect()
+    others = [os.path.realpath(link) for link in Path("/proc/self/fd").iterdir()]
+    assert opened not in others
 
 
 # --- Writing --------------------------------------------------------------------------------------

@@ -837,9 +837,13 @@ def test_token_files_are_read(write, content, info):
     assert dataclasses.astuple(token_file_info(path)) == info
     tokens = read_token_file(str(path))
     assert tokens.dtype == info[1]
-    assert tokens.tobytes() == content[info[2] :]
-    assert isinstance(tokens, np.memmap)
-    assert not tokens.flags.writeable
+    assert tokens.size == info[3]
+    assert tokens[:].tobytes() == content[info[2] :]
+    assert (
+        tokens[1:3].tobytes()
+        == content[info[2] :][tokens.dtype.itemsize :][: 2 * tokens.dtype.itemsize]
+    )
+    assert not tokens[:].flags.writeable
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from legacy1bit.commands.common import (
     ALL_CORES,
@@ -13,11 +15,10 @@ from legacy1bit.commands.common import (
     threads_of,
 )
 from legacy1bit.commands.corpora import add_cache, corpus_of
-from legacy1bit.data_utils import Tokens
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.shards import TokenStore
+from legacy1bit.shards import TokenSequence, TokenStore
 from legacy1bit.sources import is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
@@ -58,12 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> Tokens:
+def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> TokenSequence:
     """Return the tokens of a text, of as many documents as it has."""
     if is_token_file(path):
-        return read_token_file(path).astype(np.int32)
+        return read_token_file(path)
     begin = np.array([tokenizer.bos_token or 0], np.int32)
-    found: list[Tokens] = []
+    found: list[npt.NDArray[Any]] = []
     for piece in open_source(path, data.field, data.encoding, data.separator).pieces():
         # What stands before a text of bytes is not known; any other begins as a document does.
         if piece.begins and (found or tokenizer.eos_token is not None):
