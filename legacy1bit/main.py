@@ -9,8 +9,10 @@ import contextlib
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from legacy1bit.commands.common import INTERRUPTED
@@ -90,7 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parsed = parser_of(arguments[0]).parse_args(arguments)
-        status: int = parsed.run(parsed)
+        with _tidy_end():
+            status: int = parsed.run(parsed)
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -109,6 +112,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             _silence(sys.stdout)
         _fail(_describe(error))
     return status
+
+
+@contextlib.contextmanager
+def _tidy_end() -> Iterator[None]:
+    """Have SIGTERM end the program as an error would, so that half-written files are removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _silence(*streams: TextIO | None) -> None:

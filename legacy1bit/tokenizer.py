@@ -290,8 +290,9 @@ class UnknownTokenizer:
     def encode(self, text: str | bytes) -> Tokens:
         """Raise ``ValueError``."""
         raise ValueError(
-            "the model was trained on another program's tokens, and what they stand for is not "
-            "known: expected token ids, as Generator.tokens takes them"
+            f"what the model's tokens stand for is not known: there is no {TOKENIZER_FILE} beside "
+            "it, as for tokens of another program; expected token ids, as Generator.tokens takes "
+            "them"
         )
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:

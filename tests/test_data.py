@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from legacy1bit.commands import data
 from legacy1bit.commands.data import inspect
 from legacy1bit.corpus import tokenize_source
 from legacy1bit.hyperparams import DataConfig
+from legacy1bit.main import main
 from legacy1bit.model import load_model
 from legacy1bit.shards import open_store, read_index
 from legacy1bit.sources import open_source
@@ -103,6 +105,21 @@ def test_a_tokenizer_of_its_own_is_taken(say, text):
     assert load_model("run").config.vocab_size == 300
 
 
+def test_tokenizing_that_is_ended_leaves_nothing(text, monkeypatch):
+    monkeypatch.setattr(
+        ByteTokenizer, "encode_batch", lambda *_: signal.raise_signal(signal.SIGTERM)
+    )
+    handler = signal.getsignal(signal.SIGTERM)
+    before = {*Path().rglob("*")}
+    for arguments in (("data", "tokenize", text), ("train", "--data", text)):
+        with pytest.raises(SystemExit) as stop:
+            main([*arguments, "--out", "new", "--cache", "cache"])
+        assert stop.value.code == 128 + signal.SIGTERM
+        left = [path for path in {*Path().rglob("*")} - before if path.name != "cache"]
+        assert left == []
+    assert signal.getsignal(signal.SIGTERM) == handler
+
+
 def test_data_says_what_is_wrong(fail, text):
     Path("full").mkdir()
     Path("full/old").write_text("old")
@@ -121,6 +138,7 @@ def test_data_says_what_is_wrong(fail, text):
         (("inspect", text, "--tokenizer=bpe", "--vocab-size=258"), "258 tokens, expected 259"),
         (("inspect", text, "--encoding", "klingon"), "encoding is 'klingon'"),
         (("tokenize", text), "--out"),
+        (("inspect", text, "--cache", ""), "--cache: it is empty, expected a folder"),
         (("shred", text), "invalid choice: 'shred'"),
         ((), "ACTION"),
     ):

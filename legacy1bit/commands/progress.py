@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -17,6 +18,11 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 
+def _shown() -> dict[str, Any]:
+    """Return where a bar is, and that it goes when it is done; it needs a terminal."""
+    return {"console": console, "transient": True, "disable": not console.is_interactive}
+
+
 def progress_of_training() -> Progress:
     """Return a bar with the fields ``loss`` and ``speed``."""
     return Progress(
@@ -25,8 +31,7 @@ def progress_of_training() -> Progress:
         TextColumn("loss {task.fields[loss]:.3f}"),
         TextColumn("{task.fields[speed]:,.0f} tokens/s"),
         TimeRemainingColumn(),
-        console=console,
-        transient=True,
+        **_shown(),
     )
 
 
@@ -40,6 +45,6 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, **_shown()) as progress:
         task = progress.add_task(what, total=total or None)
         yield lambda done: progress.update(task, completed=done)
