@@ -220,35 +220,41 @@ class TokenDataset:
         kind = PassReader if self.order == "passes" else WindowReader
         return kind(self, batch_size, seed)
 
-    def blocks(self) -> tuple[_Integers, _Integers]:
-        """Return where the sequences begin and end that hold all tokens once."""
+    @property
+    def block_count(self) -> int:
+        """How many sequences hold all tokens once, or all that lie between starts and stops."""
         if self.starts is None:
-            starts = np.arange(0, self.tokens.size - 1, self.sequence_length)
-            return starts, np.full(starts.size, self.tokens.size)
-        stops = np.full(self.starts.size, self.tokens.size) if self.stops is None else self.stops
-        return self.starts, stops
+            return -(-(self.tokens.size - 1) // self.sequence_length)
+        return self.starts.size
 
-    def sweep(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+    def blocks(self, numbers: _Integers) -> Batch:
+        """Return some of the sequences that hold all tokens once."""
+        starts, stops = numbers * self.sequence_length, np.full(numbers.size, self.tokens.size)
+        if self.starts is not None:
+            starts = self.starts[numbers]
+        if self.stops is not None:
+            stops = self.stops[numbers]
+        return self.sequences(starts, stops)
+
+    def sweep(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """Go through all tokens once, or through all that lie between starts and stops.
 
         Parameters
         ----------
         batch_size : int
-        limit : int, optional
-            Leave out whole sequences, evenly, until about so many tokens are left.
+        limit : int
+            Leave out whole sequences, evenly, until about so many tokens are left; 0: none.
 
         Yields
         ------
         Batch
             The last one may have fewer rows.
         """
-        starts, stops = self.blocks()
-        if limit is not None:
-            stride = max(starts.size * self.sequence_length // max(limit, 1), 1)
-            starts, stops = starts[::stride], stops[::stride]
-        for first in range(0, starts.size, batch_size):
-            rows = slice(first, first + batch_size)
-            yield self.sequences(starts[rows], stops[rows])
+        tokens = self.block_count * self.sequence_length
+        stride = max(tokens // limit, 1) if limit else 1
+        chosen = range(0, self.block_count, stride)
+        for first in range(0, len(chosen), batch_size):
+            yield self.blocks(np.array(chosen[first : first + batch_size], np.int64))
 
     def sequences(self, starts: _Integers, stops: _Integers) -> Batch:
         """Return sequences from their starts, up to their stops at most."""
@@ -316,9 +322,7 @@ class PassReader:
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
         self.position: tuple[int, ...] = (0,)
         self._dataset, self._batch_size = dataset, batch_size
-        width, size = dataset.sequence_length, dataset.tokens.size
-        self._count = -(-(size - 1) // width) if dataset.starts is None else dataset.starts.size
-        self._shuffle = _Shuffle(seed)
+        self._count, self._shuffle = dataset.block_count, _Shuffle(seed)
 
     def check(self, position: tuple[int, ...]) -> None:
         """Raise ``ValueError`` for what is no position in this order of this data."""
@@ -329,15 +333,7 @@ class PassReader:
         (first,) = self.position
         chosen = np.concatenate(list(self._chosen(first, first + self._batch_size)))
         self.position = (first + self._batch_size,)
-        dataset = self._dataset
-        if dataset.starts is None:
-            starts = chosen * dataset.sequence_length
-        else:
-            starts = dataset.starts[chosen]
-        stops = np.full(chosen.size, dataset.tokens.size)
-        if dataset.stops is not None:
-            stops = dataset.stops[chosen]
-        return dataset.sequences(starts, stops)
+        return self._dataset.blocks(chosen)
 
     def _chosen(self, first: int, last: int) -> Iterator[_Integers]:
         """Yield which sequences come from one place up to another, in runs."""

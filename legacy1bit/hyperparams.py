@@ -325,6 +325,12 @@ class TrainingConfig(_Record):
     evaluate_every: int = _integer(
         250, 1, 1 << 40, "steps between two looks at the validation set, each with a checkpoint"
     )
+    validation_tokens: int = _integer(
+        1 << 20,
+        0,
+        1 << 40,
+        "of a larger validation set, about so many are measured at the end, spread evenly; 0: all",
+    )
 
     def __post_init__(self) -> None:
         if self.learning_rate is None and self.optimizer in OPTIMIZERS:

@@ -47,7 +47,7 @@ BEST_FOLDER = "best"
 RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
-# evenly; at the end on all of them. So many tokens are looked at together.
+# evenly; at the end on as many as the settings say. So many tokens are looked at together.
 _QUICK_TOKENS = 16384
 _EVALUATION_TOKENS = 2048
 
@@ -122,7 +122,7 @@ def evaluate(
     model: LegacyLLM,
     dataset: TokenDataset,
     threads: int = 1,
-    limit: int | None = None,
+    limit: int = 0,
     tokenizer: Tokenizer | None = None,
 ) -> Metrics:
     """Measure a model on a dataset.
@@ -132,8 +132,8 @@ def evaluate(
     model : LegacyLLM
     dataset : TokenDataset
     threads : int
-    limit : int, optional
-        Measure only about so many tokens, spread evenly over the dataset.
+    limit : int
+        Measure only about so many tokens, spread evenly over the dataset; 0: all.
     tokenizer : Tokenizer, optional
         That of the dataset; bytes when not given.
 
@@ -404,7 +404,7 @@ class Trainer:
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = quick = self._measure(_QUICK_TOKENS)
         if last:
-            self.metrics = self._measure(None)
+            self.metrics = self._measure(self.config.validation_tokens)
         if quick.loss < self.best[0] and not self.model.full_precision:
             self.best = (quick.loss, self.step)
 
@@ -422,7 +422,7 @@ class Trainer:
                     "--learning-rate or --weight-decay"
                 )
 
-    def _measure(self, limit: int | None) -> Metrics:
+    def _measure(self, limit: int) -> Metrics:
         try:
             return evaluate(
                 self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer

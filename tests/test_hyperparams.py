@@ -81,6 +81,7 @@ TRAINING_FIELDS = {
     "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
     "threads": ((1, 256), (0, -1, 257), NOT_INTEGERS),
     "evaluate_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
+    "validation_tokens": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
 }
 RECORDS = ((ModelConfig, MODEL_FIELDS), (TrainingConfig, TRAINING_FIELDS))
 records = pytest.mark.parametrize("record", [ModelConfig, TrainingConfig])

@@ -293,6 +293,7 @@ SETTINGS = {
     "seed": 77,
     "threads": 2,
     "evaluate_every": 3,
+    "validation_tokens": 500,
 }
 CHANGEABLE = ("steps", "threads", "precision")
 RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}

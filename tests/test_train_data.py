@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -312,6 +313,23 @@ def test_resume_without_the_cache_goes_on_to_the_same_bits(say, tmp_path, monkey
     assert_same_run("parts", "whole")
     # Its tokenizer is its own.
     assert [path for path in Path("other").iterdir() if "tokenizer" in path.name] == []
+
+
+def test_a_large_validation_set_is_measured_in_part(say, text):
+    put("valid.txt", TEXT * 9)
+    for count in (0, 100, 10**9):
+        report = say(
+            *tiny(text, out=f"run{count}", validation="valid.txt", validation_tokens=count)
+        )
+        told = re.search(rb"measured on +([\d,]+) of ([\d,]+) tokens", report.out)
+        if count != 100:
+            assert told is None
+        else:
+            measured, present = (int(number.replace(b",", b"")) for number in told.groups())
+            assert present == len(TEXT) * 9 + 2
+            assert 100 <= measured <= 200
+        loss = re.search(rb"validation loss.*", report.out)[0]
+        assert loss in say("evaluate", "--model", f"run{count}").out
 
 
 @pytest.mark.parametrize("cache", ["cache", "other"])

@@ -23,6 +23,9 @@ from legacy1bit.sources import is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
+# Sequences that are cut at their ends leave some tokens out, which need not be told.
+_NEARLY_ALL = 0.9
+
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
@@ -43,9 +46,11 @@ def run(arguments: argparse.Namespace) -> int:
     config = model.config
     tokenizer = tokenizer_of(folder, config.vocab_size)
     if arguments.data is None:
-        _, _, data, source = read_settings(folder)
+        _, training, data, source = read_settings(folder)
         corpus, _ = corpus_of(source, data, config, arguments.cache, tokenizer)
-        print_metrics(evaluate(model, corpus.validation, threads, None, tokenizer), tokenizer.kind)
+        limit = training.validation_tokens
+        metrics = evaluate(model, corpus.validation, threads, limit, tokenizer)
+        print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
         if corpus.stories:
             print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
@@ -55,7 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.data} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
     dataset = TokenDataset(TokenStore([tokens]), length, config.pad_token)
-    print_metrics(evaluate(model, dataset, threads, None, tokenizer), tokenizer.kind)
+    print_metrics(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
     return 0
 
 
@@ -78,11 +83,13 @@ def print_recall(share: float) -> None:
     print(f"{'right hero':<18}{share:.1%} of endings")
 
 
-def print_metrics(metrics: Metrics, kind: str = "bytes") -> None:
-    """Print how well a model predicts tokens of a kind."""
+def print_metrics(metrics: Metrics, kind: str = "bytes", tokens: int = 0) -> None:
+    """Print how well a model predicts tokens of a kind, and of so many how few were measured."""
     unit = "character" if kind in ("bytes", "chars") else "token"
     print(f"{'validation loss':<18}{metrics.loss:.4f} nats a {unit}")
     print(f"{'perplexity':<18}{metrics.perplexity:.4f}")
     if metrics.bytes:
         print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")
     print(f"{'top 1 / 3 / 5':<18}{metrics.top1:.1%} / {metrics.top3:.1%} / {metrics.top5:.1%}")
+    if metrics.tokens < _NEARLY_ALL * tokens:
+        print(f"{'measured on':<18}{metrics.tokens:,} of {tokens:,} tokens")

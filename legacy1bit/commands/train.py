@@ -212,8 +212,9 @@ def _report(trainer: Trainer) -> None:
     """Print what a finished run has come to."""
     model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
     tokenizer = trainer.tokenizer
-    metrics = trainer.metrics or evaluate(model, corpus.validation, threads, None, tokenizer)
-    print_metrics(metrics, tokenizer.kind)
+    limit = trainer.config.validation_tokens
+    metrics = trainer.metrics or evaluate(model, corpus.validation, threads, limit, tokenizer)
+    print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
     if corpus.floor is not None:
         print(
             f"{'entropy floor':<18}{corpus.floor:.4f} nats a character "
