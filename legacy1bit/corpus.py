@@ -15,8 +15,8 @@ from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.shards import (
     Index,
+    Integers,
     ShardWriter,
-    TokenSequence,
     TokenStore,
     cache_key,
     cached,
@@ -280,11 +280,11 @@ def _datasets(
 
 
 def token_corpus(
-    tokens: TokenSequence,
+    tokens: Integers,
     name: str,
     data: DataConfig,
     sequence_length: int,
-    validation: TokenSequence | None = None,
+    validation: Integers | None = None,
 ) -> Corpus:
     """Return a corpus of tokens that another program has made: what they stand for is not known.
 
@@ -323,7 +323,7 @@ def token_corpus(
     )
 
 
-def _look_at(tokens: TokenSequence) -> tuple[int, str]:
+def _look_at(tokens: Integers) -> tuple[int, str]:
     """Return the highest token, and the SHA-256 of all."""
     highest, digest = 0, hashlib.sha256()
     for first in range(0, tokens.size, _TOGETHER):

@@ -262,9 +262,7 @@ class TokenDataset:
         rows = self.tokens.rows(starts, stops, width + 1, self.pad_token)
         seen = None
         if self.apart:
-            places = starts[:, None] + np.arange(width)
-            documents = self.tokens.documents
-            begins = documents[np.searchsorted(documents, places, side="right") - 1]
+            begins = self.tokens.document_begins(starts, width)
             seen = np.maximum(begins - starts[:, None], 0).astype(np.int32)
         return Batch(rows[:, :-1], rows[:, 1:], seen)
 
@@ -385,7 +383,7 @@ class PackedReader:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
         self._rows, self._batches = _Shuffle(seed), _Shuffle(seed)
         self._made: tuple[tuple[int, int], _Pool] | None = None
-        self._pools = -(-dataset.tokens.documents.size // _POOL)
+        self._pools = -(-dataset.tokens.document_count // _POOL)
 
     def check(self, position: tuple[int, ...]) -> None:
         """Raise ``ValueError`` for what is no position in this order of this data."""
@@ -424,7 +422,7 @@ class PackedReader:
         if self._made is not None and self._made[0] == (turn, number):
             return self._made[1]
         store, width = self._dataset.tokens, self._dataset.sequence_length
-        count = store.documents.size
+        count = store.document_count
         places = np.arange(number * _POOL, min((number + 1) * _POOL, count))
         order = self._order(turn, self._pools)
         begins, ends = store.document_bounds(shuffled(places, count, self._seed, order))

@@ -5,6 +5,7 @@ files of little-endian numbers, ``<part>-00000.tokens`` and so on, and ``<part>.
 places where documents begin. The index has checksums of all of them, and of itself.
 """
 
+import bisect
 import contextlib
 import errno
 import hashlib
@@ -54,16 +55,16 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     raise ValueError(f"the vocabulary has {vocab_size} tokens, expected at most 2^32")
 
 
-class TokenSequence(Protocol):
-    """Tokens that are read in slices: an array, or a file."""
+class Integers(Protocol):
+    """Token ids, or places of tokens, that are read in slices: an array, or a file."""
 
     @property
     def size(self) -> int: ...
     def __getitem__(self, places: slice, /) -> npt.NDArray[Any]: ...
 
 
-class TokenFile:
-    """Tokens in a file, each slice of which is read when it is asked for.
+class IntegerFile:
+    """Integers in a file, each slice of which is read when it is asked for.
 
     Were it mapped into memory, its pages would stay there once they were touched, up to 2 MiB for
     each row of a batch; and a file that becomes shorter would end the process.
@@ -73,7 +74,7 @@ class TokenFile:
     path : path-like
     dtype : dtype-like
     offset : int
-        Where in the file the tokens begin, in bytes.
+        Where in the file they begin, in bytes.
     size : int, optional
         How many there are; all up to the file's end when not given.
 
@@ -99,7 +100,7 @@ class TokenFile:
         self.size = size
 
     def __getitem__(self, places: slice, /) -> npt.NDArray[Any]:
-        """Return the tokens of a slice without a step, read-only.
+        """Return a slice without a step, read-only.
 
         Raises
         ------
@@ -128,9 +129,9 @@ class TokenStore:
     ----------
     parts : sequence of integer arrays or files
         All but the last have the same size.
-    documents : int64[D], optional
-        Where documents begin, from 0 on; one, at 0, when not given. A document ends where the next
-        begins, or at ``stop``.
+    documents : int64 array or file, optional
+        Where documents begin, from 0 on, each behind the one before; one, at 0, when not given. A
+        document ends where the next begins, or at ``stop``.
     stop : int, optional
         Where the last document ends; the end of the tokens when not given. The one token that may
         follow is the target of the last.
@@ -139,19 +140,22 @@ class TokenStore:
     ----------
     size : int
         N, the number of tokens.
+    document_count : int
     """
 
     def __init__(
         self,
-        parts: Sequence[TokenSequence],
-        documents: npt.NDArray[np.int64] | None = None,
+        parts: Sequence[Integers],
+        documents: Integers | None = None,
         stop: int | None = None,
     ) -> None:
-        self._parts: list[TokenSequence] = list(parts) or [np.zeros(0, np.uint8)]
+        self._parts: list[Integers] = list(parts) or [np.zeros(0, np.uint8)]
         self._part_size = max(self._parts[0].size, 1)
-        self._origin = 0
+        self._documents = np.zeros(1, np.int64) if documents is None else documents
+        # A window's first token, and the document that lies in.
+        self._origin = self._first = 0
         self.size = sum(part.size for part in self._parts)
-        self.documents = np.zeros(1, np.int64) if documents is None else documents
+        self.document_count = self._documents.size
         self.stop = self.size if stop is None else stop
 
     def window(self, start: int, stop: int) -> "TokenStore":
@@ -161,11 +165,21 @@ class TokenStore:
         """
         if not 0 <= start < stop <= self.size:
             raise ValueError(f"the window is {start} to {stop}, expected it in 0 to {self.size}")
-        inner = self.documents[(self.documents > start) & (self.documents < stop)] - start
-        documents = np.concatenate([np.zeros(1, np.int64), inner])
-        found = TokenStore(self._parts, documents, max(min(self.stop, stop) - start, 0))
+        found = TokenStore(self._parts, self._documents, max(min(self.stop, stop) - start, 0))
         found._origin, found.size = self._origin + start, stop - start
+        found._first = self._document_at(start)
+        found.document_count = self._document_at(stop - 1) - found._first + 1
         return found
+
+    def _document_at(self, place: int) -> int:
+        """Return the number of the document that a token lies in, of those of all parts."""
+        numbers = range(self._first, self._first + self.document_count)
+        later = bisect.bisect_right(
+            numbers,
+            self._origin + place,
+            key=lambda number: self._documents[number : number + 1][0],
+        )
+        return max(self._first + later - 1, 0)
 
     def __len__(self) -> int:
         return self.size
@@ -174,10 +188,36 @@ class TokenStore:
         self, numbers: npt.NDArray[np.int64]
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return where documents begin and end, int64[K] each."""
-        begins = self.documents[numbers]
-        last = numbers == self.documents.size - 1
-        ends = self.documents[np.minimum(numbers + 1, self.documents.size - 1)]
-        return begins, np.where(last, self.stop, ends)
+        bounds = np.zeros((numbers.size, 2), np.int64)
+        for pair, number in zip(bounds, (self._first + numbers).tolist(), strict=True):
+            found = self._documents[number : number + 2]
+            pair[: found.size] = found
+        bounds = np.maximum(bounds - self._origin, 0)
+        begins, ends = bounds[:, 0], bounds[:, 1]
+        return begins, np.where(numbers == self.document_count - 1, self.stop, ends)
+
+    def document_begins(self, starts: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int64]:
+        """Return where the documents begin that the tokens of some rows lie in.
+
+        Parameters
+        ----------
+        starts : int64[R]
+            Where the rows begin.
+        width : int
+            W, what each measures.
+
+        Returns
+        -------
+        int64[R, W]
+        """
+        out = np.empty((starts.size, width), np.int64)
+        last = self._first + self.document_count
+        for row, start in zip(out, starts.tolist(), strict=True):
+            number = self._document_at(start)
+            begins = self._documents[number : min(number + width, last)]
+            places = np.arange(self._origin + start, self._origin + start + width)
+            row[:] = begins[np.searchsorted(begins, places, side="right") - 1]
+        return np.maximum(out - self._origin, 0)
 
     def read(self, start: int, stop: int) -> Tokens:
         """Return the tokens from ``start`` up to ``stop``, or to the end: int32[K]."""
@@ -540,17 +580,15 @@ def _check_files(paths: Sequence[Path], size: int, crc: int) -> None:
 
 
 def open_store(folder: Path, index: Index, part: str) -> TokenStore:
-    """Return a part of a folder of shards; where its documents begin is mapped into memory.
+    """Return a part of a folder of shards.
 
     Raises
     ------
     OSError
         If a file cannot be read.
     """
-    parts = [TokenFile(folder / name, index.dtype) for name in _shard_names(index, part)]
-    path = folder / f"{part}.documents"
-    # An empty file cannot be mapped.
-    documents = np.memmap(path, "<i8", "r") if path.stat().st_size else np.zeros(0, "<i8")
+    parts = [IntegerFile(folder / name, index.dtype) for name in _shard_names(index, part)]
+    documents = IntegerFile(folder / f"{part}.documents", "<i8")
     # The last token is the first of a document that is not there.
     return TokenStore(parts, documents, max(index.parts[part].tokens - 1, 0))
 

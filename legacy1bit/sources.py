@@ -27,7 +27,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from legacy1bit.shards import TokenFile
+from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
 
@@ -884,7 +884,7 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     return TokenFileInfo("llm.c", dtype, 4 * _HEADER_WORDS, count)
 
 
-def read_token_file(path: str | os.PathLike[str]) -> TokenFile:
+def read_token_file(path: str | os.PathLike[str]) -> IntegerFile:
     """Return a file's token ids, uint16[N] or uint32[N], left on the disk.
 
     Raises
@@ -894,4 +894,4 @@ def read_token_file(path: str | os.PathLike[str]) -> TokenFile:
     """
     info = token_file_info(path)
     dtype = np.dtype(info.dtype).newbyteorder("<")
-    return TokenFile(path, dtype, info.offset, info.count)
+    return IntegerFile(path, dtype, info.offset, info.count)

@@ -632,7 +632,7 @@ def test_passes_over_stories_take_each_one_once(corpus):
 
 def expected_starts(dataset, tokens):
     """Where the document of each token begins in its row; None where there is padding."""
-    documents = dataset.tokens.documents
+    documents, _ = dataset.tokens.document_bounds(np.arange(dataset.tokens.document_count))
     owner = np.searchsorted(documents, tokens, side="right")
     first = owner[:, None, :] == owner[:, :, None]
     return first.argmax(axis=2)

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from legacy1bit import shards
 from legacy1bit.shards import (
     INDEX_FILE,
+    IntegerFile,
     ShardError,
     ShardWriter,
-    TokenFile,
     TokenStore,
     cached,
     open_store,
@@ -104,11 +104,23 @@ def test_store_rows_are_slices_and_padding(made, data):
 @given(stores())
 def test_store_knows_where_documents_begin_and_end(made):
     store, _, documents, stop = made
-    assert_same_bits(store.documents, documents)
+    assert store.document_count == documents.size
     numbers = np.random.default_rng(0).permutation(documents.size)
     begins, ends = store.document_bounds(numbers)
     assert_same_bits(begins, documents[numbers])
     assert_same_bits(ends, np.append(documents[1:], stop)[numbers])
+
+
+@few
+@given(stores(), st.integers(1, 70))
+def test_store_knows_in_which_documents_tokens_lie(made, width):
+    store, _, documents, _ = made
+    starts = np.random.default_rng(0).permutation(store.size)
+    found = store.document_begins(starts, width)
+    assert (found.shape, found.dtype) == ((store.size, width), np.int64)
+    places = starts[:, None] + np.arange(width)
+    expected = documents[np.searchsorted(documents, places, side="right") - 1]
+    assert (found == expected).all()
 
 
 @pytest.mark.parametrize(("start", "stop"), [(-1, 3), (3, 3), (4, 3), (0, 11), (10, 12)])
@@ -130,7 +142,7 @@ def test_reading_a_file_keeps_no_memory(tmp_path):
     size = 256 << 20
     with open(path, "wb") as file:
         file.truncate(size)
-    store = TokenStore([TokenFile(path, "<u2")])
+    store = TokenStore([IntegerFile(path, "<u2")])
     assert store.size == size // 2
 
     def resident():
@@ -150,7 +162,7 @@ def test_reading_a_file_keeps_no_memory(tmp_path):
 
 def numbers_in(path, count=20, offset=3):
     path.write_bytes(bytes(offset) + np.arange(count, dtype="<u4").tobytes())
-    return TokenFile(path, "<u4", offset)
+    return IntegerFile(path, "<u4", offset)
 
 
 @few
@@ -258,7 +270,7 @@ def test_parts_may_be_empty(tmp_path):
     with ShardWriter(tmp_path / "entry", ("text",), 256) as writer:
         writer.finish(*KNOWN)
     store = open_store(tmp_path / "entry", read_index(tmp_path / "entry"), "text")
-    assert store.size == store.stop == store.documents.size == 0
+    assert store.size == store.stop == store.document_count == 0
 
 
 # --- Crashes --------------------------------------------------------------------------------------

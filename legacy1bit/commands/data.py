@@ -1,6 +1,7 @@
 """``data``: what is in a text, its tokens on disk, and tokenizers."""
 
 import argparse
+import array
 import hashlib
 import json
 import time
@@ -108,15 +109,14 @@ def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
         If it cannot be read.
     """
     counts = np.zeros(tokenizer.vocab_size, np.int64)
-    lengths: list[int] = []
-    digests: list[bytes] = []
+    lengths, digests = array.array("q"), array.array("Q")
     digest = hashlib.blake2b(digest_size=8)
     characters = lines = size = 0
     with progress_of_bytes("text", source.nbytes) as on_progress:
         for piece in source.pieces():
             if piece.begins:
                 if lengths:
-                    digests.append(digest.digest())
+                    digests.append(int.from_bytes(digest.digest()))
                 digest = hashlib.blake2b(digest_size=8)
                 lengths.append(0)
             digest.update(piece.text)
@@ -127,14 +127,14 @@ def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
             counts += np.bincount(tokens, minlength=counts.size)
             size += len(piece.text)
             on_progress(size)
-    digests.append(digest.digest())
+    digests.append(int.from_bytes(digest.digest()))
     tokens_seen = int(counts.sum())
     frequent = np.argsort(-counts, kind="stable")[:_MOST_FREQUENT]
     return Inspection(
         files=len(source.files),
         file_bytes=source.nbytes,
         documents=len(lengths),
-        duplicates=len(digests) - len(set(digests)),
+        duplicates=len(digests) - np.unique(np.array(digests)).size,
         bytes=size,
         characters=characters,
         lines=lines,

@@ -18,7 +18,7 @@ from legacy1bit.commands.corpora import add_cache, corpus_of
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.shards import TokenSequence, TokenStore
+from legacy1bit.shards import Integers, TokenStore
 from legacy1bit.sources import is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> TokenSequence:
+def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> Integers:
     """Return the tokens of a text, of as many documents as it has."""
     if is_token_file(path):
         return read_token_file(path)
