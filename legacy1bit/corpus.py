@@ -303,18 +303,21 @@ def token_corpus(
         If there are too few, or one is none of the vocabulary.
     """
     highest, sha256 = _look_at(tokens)
+    where = name
     if validation is None:
         learned, kept = _cut_tail(TokenStore([tokens]), name, data, sequence_length)
     else:
         learned, kept = TokenStore([tokens]), TokenStore([validation])
         other, kept_sha256 = _look_at(validation)
-        highest, sha256 = max(highest, other), _sha256_of_both(sha256, kept_sha256)
+        if other > highest:
+            highest, where = other, "the validation set"
+        sha256 = _sha256_of_both(sha256, kept_sha256)
         _check_sizes(name, learned.size, kept.size, sequence_length)
     size = highest + 1 if data.vocabulary is None else data.vocabulary
     if highest >= _MOST_TOKENS:
-        raise ValueError(f"{name} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
+        raise ValueError(f"{where} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
     if highest >= size:
-        raise ValueError(f"{name} has token {highest}, expected 0 to {size - 1}: see --vocab-size")
+        raise ValueError(f"{where} has token {highest}, expected 0 to {size - 1}: see --vocab-size")
     return Corpus(
         name,
         *_datasets(learned, kept, data, sequence_length, size),

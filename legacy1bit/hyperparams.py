@@ -217,7 +217,9 @@ class DataConfig(_Record):
     )
     field: str = _text("text", "which field of JSON lines and Parquet files holds the text")
     encoding: str = _text("utf-8", "how the text is encoded")
-    separator: str | None = _text(None, "what stands between the documents of a text file")
+    separator: str | None = _text(
+        None, "what stands between the documents of a text file; \\n: a line break"
+    )
     split: str = _choice(
         "auto",
         SPLITS,

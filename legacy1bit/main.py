@@ -116,15 +116,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _tidy_end() -> Iterator[None]:
-    """Have SIGTERM end the program as an error would, so that half-written files are removed."""
+    """Have what ends a program from outside end it as an error would: files that are half-written
+    are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # A program that was told to survive its terminal does.
+    before = {
+        number: signal.signal(number, lambda number, _: sys.exit(128 + number))
+        for number in (signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _silence(*streams: TextIO | None) -> None:

@@ -27,9 +27,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.logger import METRICS_FILE
 from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
+
+# The field of a JSON line that has the text, where nothing else is said.
+DEFAULT_FIELD = "text"
 
 # How much is read, or decompressed, at once.
 BLOCK_BYTES = 1 << 20
@@ -240,7 +245,7 @@ def _holds_rows(name: str) -> bool:
 
 
 def open_source(
-    data: str, field: str = "text", encoding: str = "utf-8", separator: str | None = None
+    data: str, field: str = DEFAULT_FIELD, encoding: str = "utf-8", separator: str | None = None
 ) -> Source:
     """Find the text that a user points at.
 
@@ -248,16 +253,16 @@ def open_source(
     ----------
     data : str
         A file; a folder, for all files below it with a known suffix (.txt, .md, .text, .jsonl,
-        .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones; a pattern
-        such as "data/**/*.txt", for all files that match; "-" for standard input. Any other file
-        that is named, or matches, is plain text. What is there goes before a pattern.
+        .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones and runs;
+        a pattern such as "data/**/*.txt", for all files that match; "-" for standard input. Any
+        other file that is named, or matches, is plain text. What is there goes before a pattern.
     field : str, optional
         Which field of a JSON line, or column of a Parquet file, has the text.
     encoding : str, optional
         Of plain text and JSON lines. A byte order mark is dropped.
     separator : str, optional
-        What lies between the documents of a plain text, and belongs to none. Empty documents are
-        dropped. Without one, each file is a document.
+        What lies between the documents of a plain text, and belongs to none; ``\\n`` in it is a
+        line break. Empty documents are dropped. Without one, each file is a document.
 
     Raises
     ------
@@ -270,6 +275,7 @@ def open_source(
     """
     encoding = _known_encoding(encoding)
     if separator is not None:
+        separator = separator.replace("\\n", "\n")
         _check_separator(separator)
     files, name = ((), "standard input") if data == STANDARD_INPUT else _find(data)
     for path in files:
@@ -277,6 +283,8 @@ def open_source(
             _parquet_library()
         elif path.suffix.lower() == ".zst":
             _zstd_library()
+    if field != DEFAULT_FIELD and not any(_has_fields(path.name) for path in files):
+        raise ValueError(f"{name} has no fields, and no {field!r}: expected JSON lines or Parquet")
     return Source(files, name, field, encoding, separator)
 
 
@@ -349,6 +357,10 @@ def _files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
+        if METRICS_FILE in names and (SETTINGS_FILE in names or len(names) == 1):
+            # A run, which may lie below its own text.
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in names:
             path = os.path.join(parent, name)
@@ -362,6 +374,13 @@ def _is_known(name: str) -> bool:
         last = os.path.splitext(stem)[1]
         return last in _PLAIN or last in _JSON_LINES
     return last in _PLAIN or last in _JSON_LINES or last == _PARQUET
+
+
+def _has_fields(name: str) -> bool:
+    stem, last = os.path.splitext(name.lower())
+    if last in _COMPRESSED:
+        last = os.path.splitext(stem)[1]
+    return last in _JSON_LINES or last == _PARQUET
 
 
 def _is_regular(path: Path) -> bool:

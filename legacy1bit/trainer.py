@@ -124,6 +124,7 @@ def evaluate(
     threads: int = 1,
     limit: int = 0,
     tokenizer: Tokenizer | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Metrics:
     """Measure a model on a dataset.
 
@@ -136,6 +137,8 @@ def evaluate(
         Measure only about so many tokens, spread evenly over the dataset; 0: all.
     tokenizer : Tokenizer, optional
         That of the dataset; bytes when not given.
+    stop : callable, optional
+        Asked after every batch; then what was measured so far is all there is.
 
     Raises
     ------
@@ -164,6 +167,8 @@ def evaluate(
         within += [(ranks < k).sum() for k in (1, 3, 5)]
         tokens += truth.size
         size += truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
+        if tokens and stop():
+            break
     if tokens == 0:
         raise ValueError("there is nothing to measure: every token is padding")
     top1, top3, top5 = (within / tokens).tolist()
@@ -368,7 +373,7 @@ class Trainer:
                 last = self.step == config.steps
                 stopped = stop()
                 if last or stopped or self.step % config.evaluate_every == 0:
-                    self._look(last)
+                    self._look(last, stop)
                     assert self.metrics is not None
                     record = {
                         "step": self.step,
@@ -397,16 +402,16 @@ class Trainer:
                     return False
             return True
 
-    def _look(self, last: bool) -> None:
+    def _look(self, last: bool, stop: Callable[[], bool] = lambda: False) -> None:
         """Measure the model, and note whether it is the best so far."""
         self._check_weights()
         # What a run ends with are its codes.
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
-        self.metrics = quick = self._measure(_QUICK_TOKENS)
+        self.metrics = self._measure(_QUICK_TOKENS)
+        if self.metrics.loss < self.best[0] and not self.model.full_precision:
+            self.best = (self.metrics.loss, self.step)
         if last:
-            self.metrics = self._measure(self.config.validation_tokens)
-        if quick.loss < self.best[0] and not self.model.full_precision:
-            self.best = (quick.loss, self.step)
+            self.metrics = self._measure(self.config.validation_tokens, stop)
 
     def _check_weights(self) -> None:
         """Raise ``TrainingDiverged`` where a checkpoint would hold what is not finite."""
@@ -422,10 +427,10 @@ class Trainer:
                     "--learning-rate or --weight-decay"
                 )
 
-    def _measure(self, limit: int) -> Metrics:
+    def _measure(self, limit: int, stop: Callable[[], bool] = lambda: False) -> Metrics:
         try:
             return evaluate(
-                self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer
+                self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer, stop
             )
         except ValueError as error:
             raise TrainingDiverged(

@@ -1848,6 +1848,14 @@ def test_train_refuses_a_folder_with_anything_of_worth(fail, name, record):
     assert Path("mine", name).read_text() == "mine"
 
 
+def test_train_refuses_a_folder_with_a_record_of_something_else(fail):
+    Path("mine").mkdir()
+    for name in ("metrics.jsonl", "config.json"):
+        Path("mine", name).write_text('{"step": 1, "speed": 3}')
+    assert "mine is no empty folder" in fail(*tiny(out="mine"))
+    assert Path("mine/config.json").read_text() == '{"step": 1, "speed": 3}'
+
+
 def test_run_that_was_killed_at_its_first_save_can_be_started_again(say):
     """Some of its files may be there, but not the one that makes it a run."""
     say(*tiny(out="whole"))

@@ -343,7 +343,6 @@ def test_fingerprint_changes_with_files_and_options(write, tmp_path):
     others = {
         fingerprint(tmp_path),
         fingerprint(tmp_path / "b.txt"),
-        fingerprint(field="content"),
         fingerprint(encoding="latin-1"),
         fingerprint(separator="\n"),
     }
@@ -352,7 +351,38 @@ def test_fingerprint_changes_with_files_and_options(write, tmp_path):
     path.write_text("texts")
     os.utime(path, ns=(0, 1))
     others.add(fingerprint())
-    assert len(others - {first}) == 7
+    assert len(others - {first}) == 6
+    lines = write("a.jsonl", '{"text": "a", "content": "b"}')
+    assert fingerprint(lines) != fingerprint(lines, field="content")
+
+
+def test_a_field_goes_with_what_has_fields(write, tmp_path):
+    write("a.txt", "text")
+    with pytest.raises(ValueError, match=r"a.txt has no fields, and no 'content': expected JSON"):
+        open_source(str(tmp_path / "a.txt"), field="content")
+    write("b.jsonl.gz", gzip.compress(b'{"content": "b"}'))
+    assert len(open_source(str(tmp_path), field="content").files) == 2
+
+
+def test_runs_are_no_text(write, tmp_path):
+    """They may lie below the folder that they learn from."""
+    for name in ("a.txt", "mine/metrics.jsonl", "mine/notes.txt", "new/metrics.jsonl",
+                 "run/metrics.jsonl", "run/training.json", "run/best/c.txt"):  # fmt: skip
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("text")
+    found = [str(path.relative_to(tmp_path)) for path in open_source(str(tmp_path)).files]
+    assert found == ["a.txt", "mine/metrics.jsonl", "mine/notes.txt"]
+
+
+def test_a_separator_may_be_written_in_letters(write):
+    path = str(write("a.txt", "one\n\ntwo\n\nthree"))
+    assert open_source(path, separator=r"\n\n") == open_source(path, separator="\n\n")
+    assert [piece.text for piece in open_source(path, separator=r"\n\n").pieces()] == [
+        b"one",
+        b"two",
+        b"three",
+    ]
 
 
 def test_source_is_a_value(write):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from test_trainer import assert_same_files
 
 from legacy1bit import corpus, sources
 from legacy1bit.commands import corpora
+from legacy1bit.hyperparams import DataConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.trainer import Trainer, read_settings
 
@@ -330,6 +332,50 @@ def test_a_large_validation_set_is_measured_in_part(say, text):
             assert 100 <= measured <= 200
         loss = re.search(rb"validation loss.*", report.out)[0]
         assert loss in say("evaluate", "--model", f"run{count}").out
+
+
+def test_processes_may_make_the_same_tokenizer(text, tmp_path):
+    source, data = corpora.open_source(text), DataConfig(tokenizer="bpe", vocabulary=280)
+    for turn in range(8):
+        cache = tmp_path / str(turn)
+        with ThreadPoolExecutor(6) as pool:
+            made = list(
+                pool.map(lambda cache: corpora.tokenizer_for(source, data, cache), [cache] * 6)
+            )
+        assert len({tokenizer.sha256 for tokenizer in made}) == 1
+
+
+def test_streams_may_have_json_lines(say, fail, monkeypatch):
+    lines = "".join(
+        json.dumps({"text": part, "other": "x" * 9}) + "\n" for part in TEXT.decode().split(".")
+    )
+    put("lines.jsonl", lines.encode())
+    expected = json.loads(say("data", "inspect", "lines.jsonl", "--json").out)
+    for options in ((), ("--field", "other")):
+        typed(monkeypatch, lines.encode())
+        found = json.loads(say("data", "inspect", "-", "--json", *options).out)
+        assert found["documents"] == expected["documents"]
+        assert (found["bytes"] == expected["bytes"]) == (not options)
+    typed(monkeypatch, TEXT)
+    assert "has no fields, and no 'other'" in fail("data", "inspect", "-", "--field", "other")
+    os.mkfifo("tokens.bin")
+    assert "tokens.bin is a stream, expected a file" in fail("train", "--data", "tokens.bin")
+
+
+def test_evaluate_reads_a_folder_of_tokens(say, fail, text):
+    options = ("--tokenizer", "bpe", "--vocab-size", 280)
+    say(*tiny(text, out="run", tokenizer="bpe", vocab_size=280))
+    say("data", "tokenize", text, *options, "--out", "tokens")
+    say("data", "tokenize", text, "--out", "bytes")
+    report = say("evaluate", "--model", "run", "--data", "tokens").out
+    # Of one document, whose end is to be guessed here.
+    alone = say("evaluate", "--model", "run", "--data", text).out
+    one, other = (
+        float(re.search(rb"bits per byte +([\d.]+)", told)[1]) for told in (report, alone)
+    )
+    assert one == pytest.approx(other, rel=0.02)
+    assert "tokens of another tokenizer" in fail("evaluate", "--model", "run", "--data", "bytes")
+    assert "--data is empty" in fail("evaluate", "--model", "run", "--data", "")
 
 
 @pytest.mark.parametrize("cache", ["cache", "other"])

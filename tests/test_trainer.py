@@ -530,13 +530,28 @@ def test_train_measures_as_much_as_it_is_told_at_the_end_only(tmp_path, monkeypa
     """And at the end the sample, too, by which the best model is found."""
     limits = []
 
-    def measure(model, dataset, threads, limit, tokenizer):
+    def measure(model, dataset, threads, limit, tokenizer, stop):
         limits.append(limit)
         return evaluate(model, dataset, threads, limit)
 
     monkeypatch.setattr(trainer, "evaluate", measure)
     train(make(tmp_path / "run"))
     assert limits == [16384, 16384, 16384, 1 << 20]
+
+
+def test_measuring_ends_when_told(model):
+    dataset = TokenDataset(TokenStore([np.arange(40_000, dtype=np.int32) % 256]), 16, PAD)
+    asked = []
+
+    def stop():
+        asked.append(None)
+        return len(asked) == 2
+
+    some = evaluate(model, dataset, stop=stop)
+    assert len(asked) == 2
+    first = TokenDataset(dataset.tokens.window(0, some.tokens + 1), 16, PAD)
+    assert evaluate(model, first) == some
+    assert evaluate(model, dataset).tokens > 5 * some.tokens
 
 
 @pytest.mark.parametrize("step", [1, 5, 7, 11])
@@ -1321,7 +1336,7 @@ def test_records_of_a_run_that_goes_on_are_the_same(tmp_path, scheme, stop):
 def with_losses(monkeypatch, losses, whole=None):
     """Let the validation set have a loss by step; and at the end, another on the whole of it."""
 
-    def measure(self, limit):
+    def measure(self, limit, stop=None):
         loss = losses[self.step] if limit == 16384 or whole is None else whole
         return Metrics(loss, 0.25, 0.5, 0.75, 100, 100)
 

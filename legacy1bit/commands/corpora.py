@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import filecmp
 import hashlib
+import json
 import os
 import stat
 import sys
@@ -17,7 +18,7 @@ from legacy1bit.commands.common import add_settings, option_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
 from legacy1bit.hyperparams import DataConfig, ModelConfig
-from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove, remove_left_behind
+from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove_left_behind
 from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
@@ -40,6 +41,9 @@ _HELD_OUT_STORIES = 256
 
 # Tokens of BPE that nobody has asked for in other numbers; the bytes are among them.
 _VOCABULARY = 1024
+
+# A text without a name is JSON lines if its first line is, and is no longer than this.
+_FIRST_LINE = 16 << 20
 
 # A vocabulary is learned from the beginning of a text, where there is more of it than this: more
 # text hardly changes it.
@@ -97,7 +101,7 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     validation = arguments.validation
     if validation is not None and _is_stream(validation):
         raise ValueError(f"--validation is {validation}, which is a stream: expected a file")
-    data = kept(data, arguments.cache or default_cache())
+    data = kept(data, arguments.cache)
     return {
         "name": Path(data).name,
         "path": os.path.abspath(data),
@@ -105,9 +109,9 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     }
 
 
-def kept(path: str, cache: Path) -> str:
+def kept(path: str, cache: Path | None) -> str:
     """Return a path that can be read more than once: what a stream carries is kept."""
-    return _keep_stream(cache, path) if _is_stream(path) else path
+    return _keep_stream(cache or default_cache(), path) if _is_stream(path) else path
 
 
 def _is_stream(path: str) -> bool:
@@ -124,6 +128,8 @@ def _is_stream(path: str) -> bool:
 def _keep_stream(cache: Path, data: str) -> str:
     """Write what a stream carries to a file, which can be read again, and return its path."""
     if data != STANDARD_INPUT:
+        if Path(data).suffix.lower() in (".bin", ".parquet"):
+            raise ValueError(f"{data} is a stream, expected a file")
         with open(data, "rb") as stream:
             return _keep(cache, stream, data)
     if sys.stdin is None:
@@ -150,7 +156,8 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
                 os.fsync(file.fileno())
         if temporary.stat().st_size == 0:
             raise ValueError(f"{name} is empty, expected text")
-        path = folder / f"{digest.hexdigest()[:16]}.txt"
+        suffix = "jsonl" if _is_json_lines(temporary) else "txt"
+        path = folder / f"{digest.hexdigest()[:16]}.{suffix}"
         # The same text keeps its file with its time, and so its tokens.
         if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
             os.replace(temporary, path)
@@ -158,6 +165,16 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return str(path)
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether a text without a name begins with a JSON object on a line of its own."""
+    with open(path, "rb") as file:
+        line = file.readline(_FIRST_LINE)
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 @contextlib.contextmanager
@@ -320,8 +337,7 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
             tokenizer = train_bpe(pieces, size)
         else:
             tokenizer = character_tokenizer(pieces, size)
-    # What is there is damaged.
-    remove(folder)
+    # What is there is damaged, or another process has just written the same.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
     return tokenizer

@@ -1,6 +1,7 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,14 @@ from legacy1bit.commands.common import (
     latest_run,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_cache, corpus_of
+from legacy1bit.commands.corpora import add_cache, corpus_of, kept
+from legacy1bit.corpus import TEXT
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.shards import Integers, TokenStore
+from legacy1bit.shards import INDEX_FILE, TokenStore, open_store, read_index
 from legacy1bit.sources import is_token_file, open_source, read_token_file
-from legacy1bit.tokenizer import Tokenizer, tokenizer_of
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
 # Sequences that are cut at their ends leave some tokens out, which need not be told.
@@ -55,19 +57,23 @@ def run(arguments: argparse.Namespace) -> int:
             print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
     given_data = DataConfig(**given(arguments, DataConfig))
-    tokens = _tokens_of(arguments.data, given_data, tokenizer)
+    if not arguments.data:
+        raise ValueError("--data is empty, expected a path")
+    tokens = _tokens_of(kept(arguments.data, arguments.cache), given_data, tokenizer)
     if tokens.size < 2:
         raise ValueError(f"{arguments.data} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
-    dataset = TokenDataset(TokenStore([tokens]), length, config.pad_token)
+    dataset = TokenDataset(tokens, length, config.pad_token)
     print_metrics(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
     return 0
 
 
-def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> Integers:
+def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
     """Return the tokens of a text, of as many documents as it has."""
     if is_token_file(path):
-        return read_token_file(path)
+        return TokenStore([read_token_file(path)])
+    if all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE)):
+        return _shards_of(Path(path), tokenizer)
     begin = np.array([tokenizer.bos_token or 0], np.int32)
     found: list[npt.NDArray[Any]] = []
     for piece in open_source(path, data.field, data.encoding, data.separator).pieces():
@@ -75,7 +81,15 @@ def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> Integers:
         if piece.begins and (found or tokenizer.eos_token is not None):
             found.append(begin)
         found += tokenizer.encode_batch([piece.text])
-    return np.concatenate(found)
+    return TokenStore([np.concatenate(found)])
+
+
+def _shards_of(folder: Path, tokenizer: Tokenizer) -> TokenStore:
+    """Return the tokens of a folder that ``data tokenize`` has written."""
+    index = read_index(folder)
+    if index.tokenizer != tokenizer.sha256:
+        raise ValueError(f"{folder} has tokens of another tokenizer than the model's")
+    return open_store(folder, index, TEXT)
 
 
 def print_recall(share: float) -> None:

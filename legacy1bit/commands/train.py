@@ -24,7 +24,13 @@ from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
+from legacy1bit.logger import (
+    EVENTS_FOLDER,
+    METRICS_FILE,
+    MetricsLogger,
+    check_tensorboard,
+    read_metrics,
+)
 from legacy1bit.math_ops import simd_level
 from legacy1bit.tokenizer import load_tokenizer, tokenizer_of
 from legacy1bit.trainer import (
@@ -85,13 +91,21 @@ def _check_folder(wanted: Path | None) -> None:
     # beside it some of its files.
     names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
     found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
-    ours = METRICS_FILE in found and found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
-    if found and not ours:
+    ours = found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
+    if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
 
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record of a run, which may have none yet."""
+    try:
+        return all("train_loss" in record for record in read_metrics(path))
+    except (OSError, ValueError):
+        return False
+
+
 class _Interrupts:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop; the second acts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -99,7 +113,8 @@ class _Interrupts:
     def __enter__(self) -> "_Interrupts":
         self._before = {
             number: signal.signal(number, self._request)
-            for number in (signal.SIGINT, signal.SIGTERM)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
         }
         return self
 
