@@ -262,6 +262,11 @@ def _misplaced(
     path: str | PathLike[str], line: int | None, key: str, known: Iterable[str]
 ) -> ValueError:
     """Return the error for a key that is none here, and perhaps one of a table."""
+    known = list(known)
+    if key.replace("-", "_") == "vocab_size" and "vocabulary" in known:
+        # The option's name, which is too far from the setting's for a guess.
+        place = _place(path, line)
+        return ValueError(f"{place}: unknown key {key!r}, did you mean 'vocabulary'?")
     for table, record in TABLES.items():
         if any(setting.name == key for setting in fields(record)):
             return ValueError(f"{_place(path, line)}: {key} belongs below [{table}]")

@@ -171,7 +171,7 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if tokens not in (None, corpus.tokenizer.vocab_size):
         raise ValueError(
             f"{arguments.config}: vocab_size is {tokens}, expected "
-            f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or see vocabulary"
+            f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, model_config, config, corpus, source, data)
