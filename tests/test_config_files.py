@@ -524,6 +524,8 @@ def test_train_refuses_settings_that_do_not_fit(base, fail):
     assert "mine.toml: model_dim is 100, expected a multiple" in fail(*config, "--heads", 3)
     file_of(TINY.replace("[model]", "[model]\nvocab_size = 300"))
     assert "vocab_size is 300, expected 256, the tokenizer's" in fail(*config, "--stories", 20)
+    alone = ("--validation", base / "other.txt")
+    assert "--validation goes with --data" in fail("train", "--config", base / "text", *alone)
     file_of("[training]\nstpes = 1\n")
     assert "mine.toml, line 2: unknown key 'stpes', did you mean 'steps'?" in fail(*config)
     assert not Path("runs").exists()

@@ -127,7 +127,8 @@ def _told(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return what the config file says, and over it the command line; see ``read_config``."""
     told = {} if arguments.config is None else read_config(arguments.config)
     options = {table: given(arguments, record) for table, record in TABLES.items()}
-    other_text = arguments.data is not None or arguments.stories is not None
+    named = (arguments.data, arguments.stories, arguments.validation)
+    other_text = any(name is not None for name in named)
     other_tokens = {"tokenizer", "vocabulary"} & options["data"].keys()
     if arguments.tokenizer_from is not None:
         if other_tokens:
