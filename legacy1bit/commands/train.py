@@ -22,7 +22,7 @@ from legacy1bit.commands.common import (
 from legacy1bit.commands.corpora import add_data, corpus_of, source_of
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
-from legacy1bit.config_files import TABLES, config_text, read_config, records_of
+from legacy1bit.config_files import TABLES, Records, config_text, read_config, records_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
@@ -144,6 +144,13 @@ def _told(arguments: argparse.Namespace) -> dict[str, Any]:
     return told | {table: told.get(table, {}) | options[table] for table in TABLES}
 
 
+def _configs(arguments: argparse.Namespace, told: dict[str, Any]) -> Records:
+    """Return all settings of a run that begins here."""
+    if arguments.threads is not None or "threads" not in told["training"]:
+        told["training"]["threads"] = threads_of(arguments)
+    return records_of(told, arguments.config)
+
+
 def _print_config(arguments: argparse.Namespace) -> None:
     """Print all settings; those of the machine only where they have been told."""
     if arguments.resume is not None:
@@ -158,9 +165,7 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if arguments.resume is not None:
         return _resume(arguments)
     told = _told(arguments)
-    if arguments.threads is not None or "threads" not in told["training"]:
-        told["training"]["threads"] = threads_of(arguments)
-    model_config, config, data = records_of(told, arguments.config)
+    model_config, config, data = _configs(arguments, told)
     if arguments.tensorboard:
         check_tensorboard()
     _check_folder(arguments.out)
@@ -169,7 +174,7 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         source, data, model_config, arguments.cache, _tokenizer_of(arguments, told)
     )
     tokens = told["model"].get("vocab_size")
-    if tokens not in (None, corpus.tokenizer.vocab_size):
+    if tokens is not None and tokens != corpus.tokenizer.vocab_size:
         raise ValueError(
             f"{arguments.config}: vocab_size is {tokens}, expected "
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
