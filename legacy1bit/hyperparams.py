@@ -53,9 +53,22 @@ def _flag(default: bool, meaning: str) -> Any:
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-def _check(setting: Field[Any], value: Any) -> None:
-    """Raise ``TypeError`` or ``ValueError`` for a value that is not what a field takes."""
-    kind, name = setting.metadata["kind"], setting.name
+def check_setting(setting: Field[Any], value: Any, name: str | None = None) -> None:
+    """Check that a value is what a field takes.
+
+    Parameters
+    ----------
+    setting : Field
+    value : Any
+    name : str, optional
+        What an error calls the setting; its own name when not given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it is of another kind, or out of range.
+    """
+    kind, name = setting.metadata["kind"], name or setting.name
     if value is None and setting.default is None:
         return
     if kind is str and "choices" not in setting.metadata:
@@ -81,7 +94,7 @@ class _Record:
 
     def __post_init__(self) -> None:
         for setting in fields(self):  # type: ignore[arg-type]
-            _check(setting, getattr(self, setting.name))
+            check_setting(setting, getattr(self, setting.name))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary."""

@@ -670,6 +670,8 @@ def read_settings(
         training = TrainingConfig.from_dict(settings["training"])
         data = DataConfig.from_dict(settings.get("data", {}))
         source = dict(settings["source"])
+    except KeyError as error:
+        raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
     except _DAMAGE as error:
         raise ModelFileError(f"{path} is not a run's settings: {error}") from None
     return model, training, data, source

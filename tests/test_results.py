@@ -21,7 +21,7 @@ def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
     values = main.parser_of(arguments[2]).parse_args(arguments[2:])
-    return train._configs(values)
+    return train._configs(values, train._told(values))[:2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
