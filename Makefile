@@ -103,6 +103,10 @@ test-slow: build
 test-c: build
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_c_source.py
 
+test-postgres: build
+	$(PIP) install -q optuna psycopg2-binary
+	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/test_tune.py
+
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
 

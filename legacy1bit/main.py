@@ -22,6 +22,7 @@ from legacy1bit.commands.common import INTERRUPTED
 COMMANDS = {
     "train": ("train", "train a model (what happens without a command, too)"),
     "generate": ("generate", "let a model write"),
+    "tune": ("tune", "find the best settings within a time and a size"),
     "data": ("data", "look at a text, make tokens or a tokenizer of it"),
     "evaluate": ("evaluate", "measure a model on a text"),
     "info": ("info", "tell what a model is made of"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from legacy1bit import main, results
-from legacy1bit.commands import train
+from legacy1bit.commands import training
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.results import TABLES, Outcome, Variant
 
@@ -21,7 +21,7 @@ def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
     values = main.parser_of(arguments[2]).parse_args(arguments[2:])
-    return train._configs(values, train._told(values))[:2]
+    return training._configs(values, training.told_settings(values))[:2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)

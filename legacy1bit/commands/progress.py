@@ -48,3 +48,13 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(*columns, **_shown()) as progress:
         task = progress.add_task(what, total=total or None)
         yield lambda done: progress.update(task, completed=done)
+
+
+def progress_of_tuning() -> Progress:
+    """Return a bar of one trial, with the fields ``trial``, ``loss`` and ``best``."""
+    return Progress(
+        TextColumn("{task.fields[trial]}"),
+        BarColumn(),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[best]}"),
+        **_shown(),
+    )

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import shlex
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -19,10 +18,11 @@ from legacy1bit.commands.common import (
     option_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_data, corpus_of, source_of
+from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
-from legacy1bit.config_files import TABLES, Records, config_text, read_config, records_of
+from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
+from legacy1bit.config_files import config_text, records_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import (
@@ -33,7 +33,7 @@ from legacy1bit.logger import (
     read_metrics,
 )
 from legacy1bit.math_ops import simd_level
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
+from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
     RUN_FILES,
     Trainer,
@@ -57,12 +57,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "minute on two cores."
     )
     add_data(command)
-    command.add_argument(
-        "--config",
-        metavar="PATH",
-        type=Path,
-        help="a file of settings, or a run to train again, on its text; options go before it",
-    )
+    add_config(command)
     command.add_argument(
         "--print-config", action="store_true", help="print all settings as such a file, and end"
     )
@@ -114,63 +109,11 @@ def _is_record(path: Path) -> bool:
         return False
 
 
-class _Interrupts:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "_Interrupts":
-        self._before = {
-            number: signal.signal(number, self._request)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN
-        }
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, *_: object) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
-
-
-def _told(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what the config file says, and over it the command line; see ``read_config``."""
-    told = {} if arguments.config is None else read_config(arguments.config)
-    options = {table: given(arguments, record) for table, record in TABLES.items()}
-    named = (arguments.data, arguments.stories, arguments.validation)
-    other_text = any(name is not None for name in named)
-    other_tokens = {"tokenizer", "vocabulary"} & options["data"].keys()
-    if arguments.tokenizer_from is not None:
-        if other_tokens:
-            raise ValueError("--tokenizer-from excludes --tokenizer and --vocab-size")
-        other_tokens = {"tokenizer", "vocabulary"}
-        for name in other_tokens:
-            told.get("data", {}).pop(name, None)
-    if "run" in told and (other_text or other_tokens):
-        # How many tokens there are is no longer what the run says.
-        del told["run"], told["model"]["vocab_size"]
-    if other_text:
-        told.pop("source", None)
-    return told | {table: told.get(table, {}) | options[table] for table in TABLES}
-
-
-def _configs(arguments: argparse.Namespace, told: dict[str, Any]) -> Records:
-    """Return all settings of a run that begins here."""
-    if arguments.threads is not None or "threads" not in told["training"]:
-        told["training"]["threads"] = threads_of(arguments)
-    return records_of(told, arguments.config)
-
-
 def _print_config(arguments: argparse.Namespace) -> None:
     """Print all settings; those of the machine only where they have been told."""
     if arguments.resume is not None:
         raise ValueError("--print-config goes with --config, and not with --resume")
-    told = _told(arguments)
+    told = told_settings(arguments)
     unset = () if "threads" in told["training"] else ("threads",)
     print(config_text(*records_of(told, arguments.config), unset), end="")
 
@@ -179,34 +122,14 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return a new run, or an old one where its checkpoint was written."""
     if arguments.resume is not None:
         return _resume(arguments)
-    told = _told(arguments)
-    model_config, config, data = _configs(arguments, told)
     if arguments.tensorboard:
         check_tensorboard()
     _check_folder(arguments.out)
-    source = told["source"] if "source" in told else source_of(arguments, config.seed)
-    corpus, model_config = corpus_of(
-        source, data, model_config, arguments.cache, _tokenizer_of(arguments, told)
-    )
-    tokens = told["model"].get("vocab_size")
-    if tokens is not None and tokens != corpus.tokenizer.vocab_size:
-        raise ValueError(
-            f"{arguments.config}: vocab_size is {tokens}, expected "
-            f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
-        )
+    new = beginning_of(arguments)
     # The folder last: what fails before leaves nothing behind.
-    trainer = Trainer(RUNS, model_config, config, corpus, source, data)
+    trainer = Trainer(RUNS, new.model, new.training, new.corpus, new.source, new.data)
     trainer.folder = _make_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
-
-
-def _tokenizer_of(arguments: argparse.Namespace, told: dict[str, Any]) -> Tokenizer | None:
-    """Return the tokenizer of the folder that is named, or of the run that is trained again."""
-    if arguments.tokenizer_from is not None:
-        return load_tokenizer(arguments.tokenizer_from)
-    if "run" in told and (told["run"] / TOKENIZER_FILE).exists():
-        return tokenizer_of(told["run"], told["model"]["vocab_size"])
-    return None
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
@@ -251,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
         file=sys.stderr,
     )
-    with _Interrupts() as interrupts, progress_of_training() as progress:
+    with Interrupts() as interrupts, progress_of_training() as progress:
         task = progress.add_task(
             "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
         )

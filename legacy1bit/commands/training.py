@@ -1,0 +1,128 @@
+"""What the commands share that train: settings of files and options, and how they are stopped."""
+
+import argparse
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from legacy1bit.commands.common import given, threads_of
+from legacy1bit.commands.corpora import corpus_of, source_of
+from legacy1bit.config_files import TABLES, Records, read_config, records_of
+from legacy1bit.corpus import Corpus
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
+
+
+def add_config(command: argparse.ArgumentParser) -> None:
+    """Give a command the option that names a file of settings."""
+    command.add_argument(
+        "--config",
+        metavar="PATH",
+        type=Path,
+        help="a file of settings, or a run to train again, on its text; options go before it",
+    )
+
+
+def told_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what the config file says, and over it the command line; see ``read_config``."""
+    told = {} if arguments.config is None else read_config(arguments.config)
+    options = {table: given(arguments, record) for table, record in TABLES.items()}
+    named = (arguments.data, arguments.stories, arguments.validation)
+    other_text = any(name is not None for name in named)
+    other_tokens = {"tokenizer", "vocabulary"} & options["data"].keys()
+    if arguments.tokenizer_from is not None:
+        if other_tokens:
+            raise ValueError("--tokenizer-from excludes --tokenizer and --vocab-size")
+        other_tokens = {"tokenizer", "vocabulary"}
+        for name in other_tokens:
+            told.get("data", {}).pop(name, None)
+    if "run" in told and (other_text or other_tokens):
+        # How many tokens there are is no longer what the run says.
+        del told["run"], told["model"]["vocab_size"]
+    if other_text:
+        told.pop("source", None)
+    return told | {table: told.get(table, {}) | options[table] for table in TABLES}
+
+
+def _configs(arguments: argparse.Namespace, told: dict[str, Any]) -> Records:
+    """Return all settings of a run that begins here."""
+    if arguments.threads is not None or "threads" not in told["training"]:
+        told["training"]["threads"] = threads_of(arguments)
+    return records_of(told, arguments.config)
+
+
+def _tokenizer_of(arguments: argparse.Namespace, told: dict[str, Any]) -> Tokenizer | None:
+    """Return the tokenizer of the folder that is named, or of the run that is trained again."""
+    if arguments.tokenizer_from is not None:
+        return load_tokenizer(arguments.tokenizer_from)
+    if "run" in told and (told["run"] / TOKENIZER_FILE).exists():
+        return tokenizer_of(told["run"], told["model"]["vocab_size"])
+    return None
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What a run begins with.
+
+    Attributes
+    ----------
+    model, training, data : records of settings
+        The model has as many tokens as the corpus.
+    source : dict
+        Where the corpus comes from.
+    corpus : Corpus
+    """
+
+    model: ModelConfig
+    training: TrainingConfig
+    data: DataConfig
+    source: dict[str, Any]
+    corpus: Corpus
+
+
+def beginning_of(arguments: argparse.Namespace) -> Beginning:
+    """Return what the command line, and a file of settings that it names, tell a run.
+
+    Raises
+    ------
+    ValueError
+        If they do not go together, or the text cannot be read.
+    OSError
+        If a file cannot be read or written.
+    """
+    told = told_settings(arguments)
+    model, training, data = _configs(arguments, told)
+    source = told["source"] if "source" in told else source_of(arguments, training.seed)
+    corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
+    tokens = told["model"].get("vocab_size")
+    if tokens is not None and tokens != corpus.tokenizer.vocab_size:
+        raise ValueError(
+            f"{arguments.config}: vocab_size is {tokens}, expected "
+            f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
+        )
+    return Beginning(model, training, data, source, corpus)
+
+
+class Interrupts:
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> "Interrupts":
+        self._before = {
+            number: signal.signal(number, self._request)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _request(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

@@ -1,0 +1,406 @@
+"""``tune``: the best settings within the time and the bytes at hand."""
+
+import argparse
+import json
+import multiprocessing
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from legacy1bit.commands.common import INTERRUPTED, add_settings, given, threads_of
+from legacy1bit.commands.corpora import add_data, corpus_of
+from legacy1bit.commands.progress import progress_of_tuning
+from legacy1bit.commands.training import Interrupts, add_config, beginning_of
+from legacy1bit.config_files import write_config
+from legacy1bit.corpus import Corpus
+from legacy1bit.files import atomic_write
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from legacy1bit.tune import (
+    DATABASE_FILE,
+    OBJECTIVES,
+    SAMPLERS,
+    STUDY_NAME,
+    Budget,
+    Terms,
+    TrialResult,
+    Tuner,
+    best_of,
+    default_space,
+    load_optuna,
+    open_storage,
+    open_study,
+    read_space,
+    results_of,
+)
+
+STUDIES = Path("studies")
+# What a study's folder says of itself, and the settings that were found.
+STUDY_FILE, BEST_FILE = "tune.json", "best.toml"
+
+# What cannot be changed when a study goes on, beside the settings of model, training and data.
+_FIXED = (
+    *("data", "out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
+    *("study", "config", "stories", "validation", "tokenizer_from"),
+)
+
+_SECONDS = 60.0
+_SHOWN = 5
+
+# A size may have a unit: powers of a thousand.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Search for the settings with which a model becomes the best within a given time, and "
+        "maybe a given size. What is not searched for is set as for train."
+    )
+    add_data(command)
+    add_config(command)
+    group = command.add_argument_group("the search")
+    option = group.add_argument
+    option("--out", metavar="DIR", type=Path, help="the study's folder (default: new)")
+    option("--resume", metavar="DIR", type=Path, help="go on with a study, or take part in it")
+    option("--space", metavar="FILE", type=Path, help="which settings to search, and where")
+    option("--print-space", action="store_true", help="print the default for --space, and end")
+    option("--minutes", metavar="X", type=float, help="how long to search (default: 20)")
+    option("--trials", metavar="N", type=int, help="how many models to train")
+    option("--patience", metavar="N", type=int, help="end when so many trials were no gain")
+    option(
+        "--seconds", metavar="X", type=float, help=f"how long a model trains (default: {_SECONDS})"
+    )
+    option("--sampler", choices=SAMPLERS, help="what proposes trials (default: tpe)")
+    option("--max-bytes", metavar="N", type=_size, help="the largest file; 500kB is 500000")
+    option("--min-speed", metavar="X", type=float, help="the fewest tokens written a second")
+    option(
+        "--objectives",
+        metavar="A,B",
+        type=_objectives,
+        help="what counts: loss, bytes, speed; of several, the Pareto front (default: loss)",
+    )
+    option("--no-prune", action="store_true", help="train bad models to their end, too")
+    option("--jobs", metavar="N", type=int, default=1, help="processes, which share the cores")
+    option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
+    option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
+    add_settings(command, "the model", ModelConfig)
+    add_settings(command, "the training", TrainingConfig)
+
+
+def _size(text: str) -> int:
+    found = _SIZE.fullmatch(text.strip())
+    if found is None:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
+    return round(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def _objectives(text: str) -> tuple[str, ...]:
+    names = tuple(text.split(","))
+    if not set(names) <= OBJECTIVES.keys() or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(
+            f"it is {text!r}, expected some of {', '.join(OBJECTIVES)}, with commas between"
+        )
+    return names
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search, tell about every trial, and write down the best settings."""
+    if arguments.print_space:
+        print(default_space().read_text(encoding="utf-8"), end="")
+        return 0
+    load_optuna()
+    _check_numbers(arguments)
+    budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
+    if budget == Budget():
+        budget = Budget(minutes=20.0)
+    threads = max(threads_of(arguments) // arguments.jobs, 1)
+    work = _begin(arguments, threads)
+    # What is wrong with the text is told before anything else.
+    work.corpus_of(work.terms.model)
+    print(
+        f"searching {len(work.terms.space)} settings, trials of {_length(work.terms)} on {threads} "
+        f"threads each, {arguments.jobs} at a time: {work.folder}",
+        file=sys.stderr,
+    )
+    with Interrupts() as interrupts:
+        if arguments.jobs > 1:
+            _run_jobs(work, budget, arguments.jobs)
+        else:
+            work.run(budget, lambda: interrupts.requested)
+        stopped = interrupts.requested
+    found = work.report()
+    if stopped:
+        print(
+            f"stopped; go on with:\n  python -m legacy1bit.main tune --resume "
+            f"{shlex.quote(str(work.folder))}",
+            file=sys.stderr,
+        )
+        return INTERRUPTED
+    return 0 if found else 1
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name in ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}, expected it above 0")
+
+
+def _length(terms: Terms) -> str:
+    if terms.seconds is None:
+        return f"{terms.training.steps:,} steps"
+    return f"{terms.seconds:g} seconds"
+
+
+class _Work:
+    """A study as this machine works on it.
+
+    Parameters
+    ----------
+    folder : Path
+    url, name : str
+        The database, and what the study is called there.
+    source : dict
+        Where the text is.
+    terms : Terms or None
+        None: those of the study that is there.
+    threads : int
+    cache : Path or None
+    tokenizer : Tokenizer or None
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        url: str,
+        name: str,
+        source: dict[str, Any],
+        terms: Terms | None,
+        threads: int,
+        cache: Path | None,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.folder, self._source = folder, source
+        self._cache, self._tokenizer = cache, tokenizer
+        self._corpora: dict[int, Corpus] = {}
+        self.study, self.terms = open_study(open_storage(url), name, terms, threads)
+        self._again = (folder, url, name, source, None, threads, cache, tokenizer)
+
+    def corpus_of(self, model: ModelConfig) -> tuple[Corpus, ModelConfig]:
+        """Return a corpus of sequences as a model takes them, and how many tokens it has."""
+        length = model.sequence_length
+        if length not in self._corpora:
+            self._corpora[length], _ = corpus_of(
+                self._source, self.terms.data, model, self._cache, self._tokenizer
+            )
+            if self._corpora[length].sha256 != self.terms.sha256:
+                raise ValueError("the text is not that of the study's other trials")
+        corpus = self._corpora[length]
+        return corpus, replace(model, vocab_size=corpus.training.pad_token)
+
+    def run(self, budget: Budget, stop: Callable[[], bool]) -> None:
+        """Run trials here."""
+        with progress_of_tuning() as progress:
+            task = progress.add_task("", total=1.0, trial="", loss=float("nan"), best="")
+
+            def on_look(number: int, done: float, loss: float) -> None:
+                progress.update(task, completed=done, trial=f"trial {number}", loss=loss)
+
+            def on_end(result: TrialResult) -> None:
+                if result.state == "refused":
+                    return
+                best = best_of(results_of(self.study), self.terms.objectives)
+                progress.console.print(_line(result, result in best))
+                if best:
+                    progress.update(task, best=f"best {best[0].loss:.4f}")
+                    if result in best:
+                        self._write_best(best[0])
+
+            tuner = Tuner(
+                self.study,
+                self.terms,
+                self.corpus_of,
+                self._source,
+                self.folder,
+                on_look,
+                on_end,
+            )
+            tuner.run(budget, stop)
+
+    def _write_best(self, best: TrialResult) -> None:
+        write_config(
+            self.folder / BEST_FILE,
+            ModelConfig.from_dict(best.model),
+            TrainingConfig.from_dict(best.training),
+            self.terms.data,
+        )
+
+    def report(self) -> bool:
+        """Print the best trials; return whether there is one."""
+        results = results_of(self.study)
+        front = best_of(results, self.terms.objectives)
+        if not front:
+            print(f"no trial of {len(results)} has come to its end", file=sys.stderr)
+            return False
+        self._write_best(front[0])
+        shown = front
+        if len(self.terms.objectives) == 1:
+            complete = [result for result in results if result.state == "complete"]
+            shown = sorted(complete, key=lambda result: result.loss or 0.0)[:_SHOWN]
+        states = [result.state for result in results]
+        print(
+            f"{len(results)} trials: "
+            + ", ".join(
+                f"{states.count(state)} {told}"
+                for state, told in (
+                    ("complete", "to their end"),
+                    ("pruned", "ended early"),
+                    ("refused", "not begun, beyond a limit"),
+                    ("failed", "lost"),
+                )
+                if state in states
+            )
+        )
+        for result in shown:
+            print(_line(result, False))
+        data = self._source.get("path")
+        text = "" if data is None else f" --data {shlex.quote(data)}"
+        config = shlex.quote(str(self.folder / BEST_FILE))
+        print(f"\nthe best settings are in {config}; next:")
+        print(f"  python -m legacy1bit.main train --config {config}{text}")
+        return True
+
+
+def _line(result: TrialResult, best: bool) -> str:
+    """Return a trial in one line."""
+    loss = "" if result.loss is None else f"loss {result.loss:.4f}"
+    parts = [f"trial {result.number:>4}", f"{loss:<11}"]
+    if result.bytes is not None:
+        parts.append(f"{result.bytes:>11,} bytes")
+    if result.speed is not None:
+        parts.append(f"{result.speed:,.0f} tokens/s")
+    parts.append(f"{result.seconds:4.0f} s")
+    parts.append(
+        ", ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in result.chosen.items()
+        )
+    )
+    if result.state == "pruned":
+        parts.append(f"(ended early{': ' + result.reason if result.reason else ''})")
+    elif result.state == "failed":
+        parts.append("(lost)")
+    elif best:
+        parts.append("(the best so far)")
+    return "  ".join(parts)
+
+
+def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
+    """Return a new study, or one that is there already."""
+    name = arguments.study or STUDY_NAME
+    if arguments.resume is not None:
+        return _resume(arguments, threads)
+    steps = "steps" in given(arguments, TrainingConfig)
+    if steps and arguments.seconds is not None:
+        raise ValueError("--seconds and --steps exclude each other")
+    space = read_space(arguments.space or default_space())
+    _check_out(arguments.out)
+    new = beginning_of(arguments)
+    terms = Terms(
+        space,
+        new.model,
+        replace(new.training, threads=threads),
+        new.data,
+        new.corpus.sha256,
+        None if steps else arguments.seconds or _SECONDS,
+        arguments.sampler or "tpe",
+        arguments.objectives or ("loss",),
+        arguments.max_bytes,
+        arguments.min_speed,
+        not arguments.no_prune,
+    )
+    if terms.sampler == "grid":
+        for dimension in space:
+            dimension.values()
+    folder = _make_folder(arguments.out)
+    told = {"study": name, "source": new.source, "own_database": arguments.storage is None}
+    work = _Work(
+        folder,
+        arguments.storage or _own_database(folder),
+        name,
+        new.source,
+        terms,
+        threads,
+        arguments.cache,
+        new.corpus.tokenizer,
+    )
+    new.corpus.tokenizer.save(folder)
+    atomic_write(folder / STUDY_FILE, json.dumps(told, indent=2) + "\n")
+    return work
+
+
+def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
+    folder = arguments.resume
+    named: Sequence[str] = [name for name in _FIXED if getattr(arguments, name) is not None]
+    for record in (ModelConfig, TrainingConfig, DataConfig):
+        named = [*named, *(key for key in given(arguments, record) if key != "threads")]
+    if named or arguments.no_prune:
+        option = (named or ["no_prune"])[0].replace("_", "-")
+        raise ValueError(f"--{option} cannot be changed when a study goes on")
+    try:
+        told = json.loads((folder / STUDY_FILE).read_bytes())
+        name, source, own = told["study"], dict(told["source"]), told["own_database"]
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{folder / STUDY_FILE} is damaged: {error}") from None
+    if not own and arguments.storage is None:
+        raise ValueError(f"{folder} has its study in another database: name it with --storage")
+    if own and not (folder / DATABASE_FILE).exists():
+        raise ValueError(f"{folder} has no {DATABASE_FILE} any more, in which its trials were")
+    url = arguments.storage or _own_database(folder)
+    tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
+    return _Work(folder, url, name, source, None, threads, arguments.cache, tokenizer)
+
+
+def _own_database(folder: Path) -> str:
+    return f"sqlite:///{folder / DATABASE_FILE}"
+
+
+def _check_out(wanted: Path | None) -> None:
+    if wanted is not None and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        if (wanted / STUDY_FILE).exists():
+            raise ValueError(f"{wanted} holds a study already: --resume it, or name another folder")
+        raise ValueError(f"{wanted} is no empty folder: name another")
+
+
+def _make_folder(wanted: Path | None) -> Path:
+    path = wanted or STUDIES / time.strftime("%Y%m%d-%H%M%S")
+    path.mkdir(parents=True, exist_ok=wanted is not None)
+    return path
+
+
+def _run_jobs(work: _Work, budget: Budget, jobs: int) -> None:
+    """Run trials in several processes, and wait for them."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_job, args=(work._again, budget)) for _ in range(jobs)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    failed = [process.exitcode for process in processes if process.exitcode]
+    if failed and len(failed) == len(processes):
+        raise ValueError("no process could work on the study: see above")
+
+
+def _job(again: tuple[Any, ...], budget: Budget) -> None:
+    with Interrupts() as interrupts:
+        _Work(*again).run(budget, lambda: interrupts.requested)

@@ -1,0 +1,588 @@
+"""The search for settings: where it looks, what it keeps, and no trial is lost or run twice."""
+
+import collections
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from legacy1bit import tune
+from legacy1bit.config_files import read_config
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
+from legacy1bit.logger import read_metrics
+from legacy1bit.model import WEIGHTS_FILE, load_model
+from legacy1bit.tune import (
+    Dimension,
+    GridSearch,
+    TrialResult,
+    apply,
+    best_of,
+    default_space,
+    grid_search_create,
+    grid_search_destroy,
+    grid_search_next_config,
+    grid_search_reset,
+    read_space,
+    results_of,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+# Set where a PostgreSQL server runs for the tests: the address of a database of its own.
+POSTGRES = os.environ.get("LEGACY1BIT_POSTGRES")
+
+few = settings(max_examples=60, deadline=None)
+
+SPACE = """
+[learning_rate]
+low = 1e-3
+high = 1e-2
+log = true
+
+[model_dim]
+low = 8
+high = 24
+step = 8
+
+[activation]
+choices = ["relu2", "relu"]
+
+[float_steps]
+low = 0.0
+high = 0.5
+of_steps = true
+"""
+TINY = ("--blocks", "1", "--heads", "2", "--sequence-length", "16", "--batch-size", "2",
+        "--threads", "1", "--seed", "3")  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("space.toml").write_text(SPACE)
+    Path("text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)))
+
+
+def search(out, *options):
+    """Options of a quick search."""
+    arguments = ["tune", "--data", "text.txt", "--space", "space.toml", "--out", out, *TINY]
+    if "--steps" not in options and "--seconds" not in options:
+        arguments += ["--steps", "6"]
+    return [*arguments, "--cache", "cache", *map(str, options)]
+
+
+def trials_of(folder, url=None, name="study"):
+    pytest.importorskip("optuna")
+    storage = tune.open_storage(url or f"sqlite:///{folder}/study.db")
+    return tune.open_study(storage, name, None, 1)[0].get_trials()
+
+
+def results_in(folder, url=None, name="study"):
+    storage = tune.open_storage(url or f"sqlite:///{folder}/study.db")
+    return results_of(tune.open_study(storage, name, None, 1)[0])
+
+
+# --- Where to look --------------------------------------------------------------------------------
+
+
+def test_space_is_read():
+    assert read_space("space.toml") == (
+        Dimension("learning_rate", None, 1e-3, 1e-2, None, True),
+        Dimension("model_dim", None, 8, 24, 8),
+        Dimension("activation", ("relu2", "relu")),
+        Dimension("float_steps", None, 0.0, 0.5, of_steps=True),
+    )
+
+
+def test_default_space_has_the_defaults_in_it():
+    base = {**ModelConfig().to_dict(), **TrainingConfig().to_dict()}
+    space = read_space(default_space())
+    assert len(space) > 8
+    for dimension in space:
+        assert dimension.contains(base[dimension.name]), dimension.name
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "has no settings to search"),
+        ("[learning_rat]\nlow = 1", "line 1: .*'learning_rat'.*'learning_rate'"),
+        ("\n[steps]\nlow = 1\nhigh = 2", "line 2: .*'steps'"),
+        ("[threads]\nlow = 1\nhigh = 2", "line 1: .*'threads'"),
+        ("model_dim = 4", "line 1: model_dim is 4, expected a table"),
+        ("[model_dim]\nlow = 8\nhight = 16", "line 3: .*'hight'.*'high'"),
+        ("[model_dim]\nlow = 8", r"line 1: model_dim.high is None, expected a whole number"),
+        ("[model_dim]\nlow = 8.5\nhigh = 16", "line 2: model_dim.low is 8.5, expected a whole"),
+        ("[model_dim]\nlow = true\nhigh = 16", "line 2: model_dim.low is True, expected a whole"),
+        ("[model_dim]\nlow = 0\nhigh = 16", "line 2: model_dim.low is 0, expected 1 to"),
+        ("[model_dim]\nlow = 16\nhigh = 8", "line 3: model_dim.high is 8, expected 16 or more"),
+        ("[model_dim]\nlow = 8\nhigh = 16\nstep = 0", "line 4: model_dim.step is 0, expected it a"),
+        ("[clip]\nlow = 0\nhigh = 1\nlog = true", "line 2: clip.low is 0, expected it above 0"),
+        ("[clip]\nlow = nan\nhigh = 1", "line 2: clip.low is nan, expected a number"),
+        ("[clip]\nlow = 1\nhigh = 2\nlog = 1", "line 4: clip.log is 1, expected true or false"),
+        ("[clip]\nlow = 1\nhigh = 2\nlog = true\nstep = 1", "line 5: clip.step is 1, expected no"),
+        ("[clip]\nlow = 1\nhigh = 2\nof_steps = true", "line 4: clip.of_steps is True, expected"),
+        ("[scheme]\nlow = 1\nhigh = 2", "line 1: scheme is no number, expected choices"),
+        ("[scheme]\nchoices = []", "line 2: scheme.choices is \\[\\], expected a list"),
+        ("[scheme]\nchoices = ['ternary', 'tertiary']", "line 2: scheme.choices .*'tertiary'"),
+        ("[num_heads]\nchoices = [2, 0]", "line 2: num_heads.choices .* 0, expected 1 to"),
+        ("[num_heads]\nchoices = [2]\nlow = 1", "line 1: num_heads has choices, expected nothing"),
+        ("[clip]\nlow = 1\n[clip]\n", "line 3"),
+        ("[clip\n", "line 1"),
+    ],
+)
+def test_space_says_what_is_wrong(content, message):
+    Path("space.toml").write_text(content)
+    with pytest.raises(ValueError, match=f"^space.toml.*{message}"):
+        read_space("space.toml")
+
+
+@few
+@given(st.data())
+def test_dimension_contains_its_values(data):
+    low = data.draw(st.integers(1, 50))
+    step = data.draw(st.integers(1, 9))
+    count = data.draw(st.integers(0, 9))
+    rest = data.draw(st.integers(0, step - 1))
+    dimension = Dimension("model_dim", None, low, low + count * step + rest, step)
+    values = dimension.values()
+    assert values == tuple(range(low, low + count * step + 1, step))
+    assert all(dimension.contains(value) for value in values)
+    assert not dimension.contains(low - 1)
+    assert dimension.contains(low + 1) == (step == 1 and count > 0)
+
+
+def test_values_of_a_range_have_no_end():
+    for dimension in (
+        Dimension("clip", None, 0.0, 1.0),
+        Dimension("model_dim", None, 8, 64, None, log=True),
+    ):
+        with pytest.raises(ValueError, match=f"{dimension.name} has a range, expected choices or"):
+            dimension.values()
+    assert Dimension("clip", None, 0.0, 1.0, 0.1).values() == tuple(i * 0.1 for i in range(11))
+
+
+# --- The grid -------------------------------------------------------------------------------------
+
+
+@few
+@given(st.lists(st.lists(st.integers(), min_size=1, max_size=4, unique=True), max_size=4))
+def test_grid_has_every_combination_once(lists):
+    search = GridSearch({f"setting {i}": values for i, values in enumerate(lists)})
+    found = [tuple(search[i].values()) for i in range(len(search))]
+    assert found == list(itertools.product(*lists))
+    assert search.total == len(found)
+    assert all(list(search[i]) == [f"setting {k}" for k in range(len(lists))] for i in range(1))
+    for number in (-1, search.total):
+        with pytest.raises(IndexError, match=f"no number {number}"):
+            search[number]
+
+
+def test_grid_search_goes_through_all_configs():
+    search = grid_search_create([0.1, 0.2], [8, 16], [1], [2, 3, 4])
+    assert search.total == 12
+    for _ in range(2):
+        found = []
+        while (
+            configs := grid_search_next_config(search, ModelConfig(), TrainingConfig())
+        ) is not None:
+            model, training = configs
+            assert (model.num_blocks, model.scheme) == (1, "ternary")
+            found.append((training.learning_rate, model.model_dim, training.batch_size))
+        assert found == list(itertools.product([0.1, 0.2], [8, 16], [2, 3, 4]))
+        assert grid_search_next_config(search, ModelConfig(), TrainingConfig()) is None
+        grid_search_reset(search)
+    grid_search_destroy(search)
+    with pytest.raises(ValueError, match="model_dim has no values"):
+        grid_search_create([0.1], [], [1], [2])
+
+
+def test_an_optimizer_brings_its_own_rate():
+    assert apply({"optimizer": "sgd"}, ModelConfig(), TrainingConfig())[1].learning_rate == 0.1
+    given = TrainingConfig(learning_rate=0.5)
+    assert apply({"optimizer": "sgd"}, ModelConfig(), given)[1].learning_rate == 0.5
+    chosen = {"optimizer": "sgd", "learning_rate": 0.25}
+    assert apply(chosen, ModelConfig(), TrainingConfig())[1].learning_rate == 0.25
+
+
+# --- The best -------------------------------------------------------------------------------------
+
+
+def result(number, state, loss, size, speed):
+    return TrialResult(number, state, {}, {}, {}, loss, size, speed, 1.0, "")
+
+
+results = st.lists(
+    st.tuples(
+        st.sampled_from(["complete", "complete", "pruned", "refused", "failed"]),
+        st.integers(1, 4).map(float),
+        st.integers(1, 4),
+        st.integers(1, 4).map(float),
+    ),
+    max_size=12,
+).map(lambda many: [result(number, *one) for number, one in enumerate(many)])
+
+
+@few
+@given(results, st.permutations(["loss", "bytes", "speed"]), st.integers(1, 3))
+def test_best_is_what_no_other_beats(found, objectives, count):
+    objectives = objectives[:count]
+
+    def values(one):
+        return [(-1 if name == "speed" else 1) * getattr(one, name) for name in objectives]
+
+    complete = [one for one in found if one.state == "complete"]
+    front = best_of(found, objectives)
+    assert [one.loss for one in front] == sorted(one.loss for one in front)
+    for one in complete:
+        beaten = any(
+            all(a <= b for a, b in zip(values(other), values(one), strict=True))
+            and values(other) != values(one)
+            for other in complete
+        )
+        # Of equal ones, one.
+        assert (values(one) in [values(best) for best in front]) == (not beaten)
+    assert len({tuple(values(one)) for one in front}) == len(front)
+
+
+# --- A search -------------------------------------------------------------------------------------
+
+
+def test_search_writes_settings_that_train(say):
+    pytest.importorskip("optuna")
+    output = say(*search("study", "--trials", 5)).out.decode()
+    assert "5 trials: " in output
+    found = results_in("study")
+    assert [one.number for one in found] == list(range(5))
+    (best,) = best_of(found, ("loss",))
+    assert f"trial {best.number:>4}  loss {best.loss:.4f}" in output
+    # The search begins where one stands.
+    assert found[0].chosen["learning_rate"] == TrainingConfig().learning_rate
+    assert found[0].chosen["activation"] == "relu2"
+    for one in found:
+        assert one.state in ("complete", "pruned")
+        assert 1e-3 <= one.chosen["learning_rate"] <= 1e-2
+        assert one.model["model_dim"] in (8, 16, 24)
+        assert one.training["float_steps"] == round(6 * one.chosen["float_steps"])
+        folder = Path(f"study/trials/{one.number:04}")
+        records = read_metrics(folder / "metrics.jsonl")
+        if one.state == "complete":
+            assert records[-1]["val_loss"] == one.loss
+        # Weights are kept of the best alone.
+        assert (folder / WEIGHTS_FILE).exists() == (one.number == best.number)
+    read = read_config("study/best.toml")
+    assert {**read["model"], "vocab_size": 256} == best.model
+    assert read["training"] == best.training
+    say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
+        "--out", "again")  # fmt: skip
+    again = read_metrics("again/metrics.jsonl")[-1]
+    assert again["val_loss"] == best.loss
+    path = Path(f"study/trials/{best.number:04}")
+    assert (path / WEIGHTS_FILE).stat().st_size == best.bytes
+    assert load_model(path).config.to_dict() == best.model
+
+
+def test_search_keeps_to_a_limit_in_bytes(say):
+    pytest.importorskip("optuna")
+    say(*search("all", "--sampler", "random", "--trials", 6, "--no-prune"))
+    sizes = sorted(one.bytes for one in results_in("all"))
+    assert sizes[0] < sizes[-1]
+    limit = (sizes[0] + sizes[-1]) // 2
+    say(*search("study", "--max-bytes", limit, "--trials", 5))
+    found = results_in("study")
+    trained = [one for one in found if one.state != "refused"]
+    assert len(trained) == 5
+    assert all(one.bytes <= limit for one in trained)
+    for one in found:
+        if one.state == "refused":
+            assert one.bytes > limit
+            assert not Path(f"study/trials/{one.number:04}").exists()
+            assert f"more than {limit:,}" in one.reason
+    assert load_model(f"study/trials/{best_of(found, ['loss'])[0].number:04}") is not None
+
+
+def test_search_keeps_to_a_limit_in_speed(say):
+    pytest.importorskip("optuna")
+    arguments = search("study", "--min-speed", 1e12, "--minutes", 0.02)
+    with pytest.raises(AssertionError):
+        say(*arguments)
+    assert {one.state for one in results_in("study")} == {"refused"}
+    say(*search("other", "--min-speed", 1, "--trials", 2))
+    assert all(one.speed > 1 for one in results_in("other"))
+
+
+def test_search_for_loss_and_bytes_tells_the_front(say):
+    pytest.importorskip("optuna")
+    output = say(*search("study", "--objectives", "loss,bytes", "--trials", 6)).out.decode()
+    found = results_in("study")
+    assert {one.state for one in found} == {"complete"}
+    front = best_of(found, ("loss", "bytes"))
+    assert output.count("  loss ") == len(front)
+    for one in found:
+        kept = Path(f"study/trials/{one.number:04}/{WEIGHTS_FILE}")
+        assert kept.exists() == (one in front)
+    assert len({one.bytes for one in found}) > 1
+
+
+def test_trial_takes_about_its_time(say):
+    pytest.importorskip("optuna")
+    say(*search("study", "--seconds", 0.5, "--trials", 2))
+    for one in results_in("study"):
+        assert one.training["steps"] > 5
+        # A busy machine may take far longer than it seemed.
+        assert 0.05 < one.seconds < 10
+
+
+def test_search_goes_on_after_models_that_fail(say):
+    """Where heads do not divide the width, and where the rate is far too high."""
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text(
+        "[model_dim]\nchoices = [8, 10]\n[num_heads]\nchoices = [2, 4]\n"
+        '[learning_rate]\nchoices = [1e-3, 1e3]\n[optimizer]\nchoices = ["sgd"]\n'
+    )
+    say(*search("study", "--sampler", "grid"))
+    found = results_in("study")
+    assert len(found) == 8
+    for one in found:
+        if one.chosen["model_dim"] == 10 and one.chosen["num_heads"] == 4:
+            assert one.state == "refused"
+            assert "expected a multiple" in one.reason
+        elif one.state == "pruned":
+            assert one.chosen["learning_rate"] == 1e3
+    assert any(one.state == "complete" for one in found)
+
+
+def test_search_ends_without_a_gain(say, monkeypatch):
+    pytest.importorskip("optuna")
+    real, count = tune.Tuner._train, itertools.count()
+
+    def train(self, *arguments):
+        real(self, *arguments)
+        return max(1.0, 4.0 - next(count)), 0.1
+
+    monkeypatch.setattr(tune.Tuner, "_train", train)
+    say(*search("study", "--patience", 4, "--no-prune"))
+    # The fourth is the best, and four come behind it.
+    assert [one.loss for one in results_in("study")] == [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+
+
+def test_bad_trials_end_early(say, monkeypatch):
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text("[learning_rate]\nchoices = [0.01, 1e-6]\n")
+    options = ("--steps", 40, "--optimizer", "adamw", "--sampler", "random", "--warmup-steps", 0)
+    say(*search("study", *options, "--trials", 14))
+    found = results_in("study")
+    ended = [one for one in found if one.state == "pruned"]
+    assert ended
+    for one in ended:
+        assert one.number >= 4
+        records = read_metrics(f"study/trials/{one.number:04}/metrics.jsonl")
+        assert records[-1]["step"] < 40
+    assert any(one.state == "complete" for one in found)
+
+
+# --- Going on -------------------------------------------------------------------------------------
+
+
+def test_study_goes_on(say, fail):
+    pytest.importorskip("optuna")
+    say(*search("study", "--trials", 2))
+    say("tune", "--resume", "study", "--trials", 4, "--cache", "cache", "--threads", 1)
+    assert [one.number for one in results_in("study")] == [0, 1, 2, 3]
+    for options, message in (
+        (("--seconds", 3), "--seconds cannot be changed"),
+        (("--model-dim", 3), "--model-dim cannot be changed"),
+        (("--no-prune",), "--no-prune cannot be changed"),
+        (("--data", "text.txt"), "--data cannot be changed"),
+    ):
+        assert message in fail("tune", "--resume", "study", "--trials", 5, *options)
+    assert "holds a study already" in fail(*search("study", "--trials", 3))
+    Path("text.txt").write_text("other " * 1000)
+    assert "has changed" in fail("tune", "--resume", "study", "--trials", 5, "--cache", "cache")
+
+
+def test_search_says_what_is_wrong(fail):
+    pytest.importorskip("optuna")
+    Path("full").mkdir()
+    Path("full/old").write_text("old")
+    Path("broken").mkdir()
+    Path("broken/tune.json").write_text("{")
+    for options, message in (
+        (("--trials", 0), "--trials is 0"),
+        (("--minutes", "nan"), "--minutes is nan"),
+        (("--jobs", -1), "--jobs is -1"),
+        (("--max-bytes", "much"), "'much', expected bytes"),
+        (("--objectives", "loss,size"), "'loss,size', expected some of loss, bytes, speed"),
+        (("--objectives", "loss,loss"), "expected some of"),
+        (("--seconds", 2, "--steps", 3), "exclude each other"),
+        (("--sampler", "grid"), "learning_rate has a range"),
+        (("--space", "nowhere"), "nowhere: No such file"),
+        (("--storage", "sqlite:////nowhere/at/all.db"), "cannot be opened"),
+        (("--storage", "klingon://here"), "cannot be opened"),
+    ):
+        assert message in fail(*search("new", "--trials", 1, *options)), options
+    assert "no empty folder" in fail(*search("full", "--trials", 1))
+    assert "is no study" in fail("tune", "--resume", "full")
+    assert "is damaged" in fail("tune", "--resume", "broken")
+
+
+def test_default_space_is_printed(say):
+    assert say("tune", "--print-space").out.decode() == default_space().read_text()
+
+
+def test_password_is_not_shown(fail):
+    pytest.importorskip("optuna")
+    message = fail(*search("new", "--storage", "postgresql+nodriver://me:secret@host/name"))
+    assert "secret" not in message
+
+
+# --- Several processes ----------------------------------------------------------------------------
+
+ASK = """
+import sys
+from legacy1bit.tune import load_optuna, open_storage
+optuna = load_optuna()
+study = optuna.load_study(storage=open_storage(sys.argv[1]), study_name=sys.argv[2])
+for _ in range(25):
+    trial = study.ask()
+    print(trial.number, trial.suggest_int("x", 0, 1000), flush=True)
+    study.tell(trial, 0.0)
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database(request, tmp_path):
+    """A database for studies, and a name that is new in it."""
+    pytest.importorskip("optuna")
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/shared.db", "study"
+    if POSTGRES is None:
+        pytest.skip("LEGACY1BIT_POSTGRES names no server: see make test-postgres")
+    return POSTGRES, f"study {uuid.uuid4().hex}"
+
+
+def started(*arguments):
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+
+
+def test_trials_are_taken_once(database):
+    """Those that wait, and new ones."""
+    url, name = database
+    study = tune.load_optuna().create_study(storage=tune.open_storage(url), study_name=name)
+    for number in range(30):
+        study.enqueue_trial({"x": number})
+    processes = [started("-c", ASK, url, name) for _ in range(2)]
+    taken = []
+    for process in processes:
+        output, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+        taken += [tuple(map(int, line.split())) for line in output.splitlines()]
+    assert sorted(number for number, _ in taken) == list(range(50))
+    waiting = sorted(value for number, value in taken if number < 30)
+    assert waiting == list(range(30))
+
+
+def test_two_processes_share_a_grid(database):
+    url, name = database
+    Path("space.toml").write_text(
+        "[model_dim]\nchoices = [8, 16, 24]\n[activation]\nchoices = ['relu', 'relu2']\n"
+        "[num_blocks]\nchoices = [1, 2]\n"
+    )
+    options = ("--sampler", "grid", "--storage", url, "--study", name, "--steps", 30)
+    first = started("-m", "legacy1bit.main", *search("one", *options))
+    second = started("-m", "legacy1bit.main", *search("two", *options))
+    for process in (first, second):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    found = results_in(None, url, name)
+    chosen = collections.Counter(tuple(one.chosen.values()) for one in found if one.chosen)
+    assert len(chosen) == 12
+    assert set(chosen.values()) == {1}
+    folders = [sorted(Path(out, "trials").glob("*")) for out in ("one", "two")]
+    assert all(folders)
+    assert len(folders[0]) + len(folders[1]) == 12
+
+
+def wait_for(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it takes too long"
+        time.sleep(0.05)
+
+
+SLOW = ("--steps", 4000, "--evaluate-every", 10)
+WORK = """
+import sys
+from legacy1bit import tune
+from legacy1bit.main import main
+tune._DEAD_SECONDS = 2
+tune.open_storage.__defaults__ = (2,)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_killed_process_loses_its_running_trial_at_most(database, say):
+    url, name = database
+    options = ("--storage", url, "--study", name, "--trials", 4, "--no-prune")
+    process = started("-c", WORK, *search("study", *options, "--steps", 400))
+    folder = Path("study/trials/0001")
+    wait_for(lambda: (folder / "metrics.jsonl").exists())
+    process.kill()
+    process.communicate()
+    before = {t.number: t for t in trials_of(None, url, name)}
+    assert before[0].state.name == "COMPLETE"
+    killed = [t for t in before.values() if t.state.name == "RUNNING"]
+    assert len(killed) == 1
+    # It is known to be dead after a while.
+    time.sleep(3)
+    arguments = ("--resume", "study", "--storage", url, "--trials", 4, "--threads", 1)
+    process = started("-c", WORK, "tune", *arguments, "--cache", "cache")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    after = trials_of(None, url, name)
+    assert after[0].values == before[0].values
+    assert after[0].datetime_complete == before[0].datetime_complete
+    lost = after[killed[0].number]
+    assert lost.state.name == "FAIL"
+    again = [t for t in after if t.params == lost.params and t.number != lost.number]
+    assert [t.state.name for t in again] == ["COMPLETE"]
+    assert sum(t.state.name == "COMPLETE" for t in after) == 4
+    assert len(after) == 5
+
+
+def test_trial_that_is_stopped_begins_again(say):
+    pytest.importorskip("optuna")
+    process = started(
+        "-m", "legacy1bit.main", *search("study", "--trials", 2, "--steps", 100_000, "--no-prune")
+    )
+    wait_for(lambda: Path("study/trials/0000/metrics.jsonl").exists())
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "--resume study" in errors
+    first, again = trials_of("study")
+    assert (first.state.name, again.state.name) == ("FAIL", "WAITING")
+    assert first.params == again.params
+
+
+def test_jobs_share_the_cores(say):
+    pytest.importorskip("optuna")
+    say(*search("study", "--trials", 4, "--jobs", 2, "--threads", 2))
+    found = results_in("study")
+    # Both may begin a last one.
+    assert 4 <= len(found) <= 5
+    assert all(one.training["threads"] == 1 for one in found if one.training)
