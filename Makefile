@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf
+.PHONY: test test-slow test-c test-gguf test-postgres
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
