@@ -24,7 +24,14 @@ from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, check_tensorboard
+from legacy1bit.logger import (
+    EVENTS_FOLDER,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    MetricsLogger,
+    StepLog,
+    check_tensorboard,
+)
 from legacy1bit.math_ops import simd_level
 from legacy1bit.tokenizer import load_tokenizer, tokenizer_of
 from legacy1bit.trainer import (
@@ -38,6 +45,9 @@ from legacy1bit.trainer import (
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
+
+# What a model writes at every look, the same draws each time, so that only the model differs.
+_SAMPLE_TOKENS = 120
 
 # What a run that goes on may be told anew.
 _CHANGEABLE = ("steps", "threads", "precision")
@@ -85,7 +95,8 @@ def _check_folder(wanted: Path | None) -> None:
     # beside it some of its files.
     names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
     found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
-    ours = METRICS_FILE in found and found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
+    known = {METRICS_FILE, SAMPLES_FILE, EVENTS_FOLDER, *RUN_FILES}
+    ours = METRICS_FILE in found and found <= known
     if found and not ours:
         raise ValueError(f"{wanted} is no empty folder: name another")
 
@@ -180,6 +191,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
         file=sys.stderr,
     )
+    samples = None
+    if trainer.tokenizer.bos_token is not None:
+        samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
     with _Interrupts() as interrupts, progress_of_training() as progress:
         task = progress.add_task(
             "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
@@ -194,6 +208,9 @@ def run(arguments: argparse.Namespace) -> int:
                 f"validation loss {record['val_loss']:.4f}  "
                 f"{record['tokens_per_second']:,.0f} tokens/s"
             )
+            if samples is not None:
+                written = Generator(trainer.model, trainer.tokenizer).complete("", _SAMPLE_TOKENS)
+                samples.log({"step": trainer.step, "prompt": "", "text": written.text})
 
         with contextlib.closing(logger):
             done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
