@@ -1,9 +1,11 @@
 """What a computer is that trains or measures."""
 
+import json
 import platform
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.math_ops import simd_level
 from legacy1bit.threads import available_cores
 
@@ -28,3 +30,9 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """Return what a run tells of its computer; nothing where it was trained before runs told."""
+    told = json.loads((folder / SETTINGS_FILE).read_bytes()).get("machine")
+    return told if isinstance(told, dict) else {}

@@ -73,7 +73,7 @@ _STYLE = {
     "font.size": 8.5,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
-    "image.cmap": "viridis",
+    "image.cmap": "Blues",
     "legend.fontsize": 8,
     "legend.frameon": False,
     "legend.handlelength": 2.6,
@@ -110,7 +110,7 @@ def load_matplotlib() -> Any:
     """
     try:
         package = importlib.import_module("matplotlib")
-        for name in ("colors", "figure", "style", "ticker"):
+        for name in ("colors", "figure", "patches", "style", "ticker"):
             importlib.import_module(f"matplotlib.{name}")
     except ImportError as error:
         raise ValueError(
@@ -358,11 +358,11 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _perplexity(runs: Sequence[Run]) -> list[Panel]:
-    return _curves(runs, "perplexity", "Perplexity on the validation set", f"of a {_unit(runs)}")
+    return _curves(runs, "perplexity", "Perplexity", f"of a {_unit(runs)} of the validation set")
 
 
 def _learning_rate(runs: Sequence[Run]) -> list[Panel]:
-    return _curves(runs, "learning_rate", "Learning rate", "of AdamW, or of SGD")
+    return _curves(runs, "learning_rate", "Learning rate", "at this step")
 
 
 def _gradient_norm(runs: Sequence[Run]) -> list[Panel]:
@@ -502,14 +502,26 @@ def draw(panels: Sequence[Panel], columns: int = 2) -> "Figure":
     return figure
 
 
+def _number(x: float, _: object = None) -> str:
+    """Return what stands at a tick."""
+    for factor, name in ((1e9, " G"), (1e6, " M")):
+        if factor <= abs(x) < 1e13:
+            return minus(f"{x / factor:.10g}{name}")
+    return minus(f"{x:,.10g}")
+
+
+def _percent(x: float, _: object = None) -> str:
+    return minus(f"{100 * x:.10g}%")
+
+
 def _draw_panel(package: Any, axes: "Axes", panel: Panel) -> Iterator[tuple[str, Any]]:
     """Draw a panel and yield what the legend is to tell."""
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     ticker = package.ticker
-    number = ticker.StrMethodFormatter("{x:,.10g}")
-    axes.xaxis.set_major_locator(ticker.MaxNLocator("auto", integer=panel.whole))
-    axes.xaxis.set_major_formatter(number)
-    axes.yaxis.set_major_formatter(ticker.PercentFormatter(1.0) if panel.percent else number)
+    steps = [1, 2, 2.5, 5, 10]
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(6, steps=steps, integer=panel.whole))
+    axes.xaxis.set_major_formatter(ticker.FuncFormatter(_number))
+    axes.yaxis.set_major_formatter(ticker.FuncFormatter(_percent if panel.percent else _number))
     for one in panel.series:
         y = np.asarray(one.y, float)
         every = max(len(y) // 12, 1) if len(y) > 40 and np.isfinite(y).all() else None
@@ -520,7 +532,7 @@ def _draw_panel(package: Any, axes: "Axes", panel: Panel) -> Iterator[tuple[str,
             linestyle=_LINES[one.line % len(_LINES)] if one.joined else "none",
             marker=_MARKERS[one.marker % len(_MARKERS)],
             markevery=every,
-            markersize=_STYLE["lines.markersize"] if one.joined else 8,
+            markersize=_STYLE["lines.markersize"] if one.joined else 7,
         )
         if one.label:
             yield one.label, line
@@ -564,39 +576,49 @@ def map_weights(model: LegacyLLM, layer: str | None = None) -> "Figure":
         figure: Figure = package.figure.Figure(
             figsize=(max(cols * cell, 3.0) + 1.6, max(rows * cell, 0.6) + 1.0)
         )
+        figure.set_layout_engine("compressed")
         axes = figure.add_subplot()
-        image, ticks, told = _draw_matrix(package, axes, matrix)
-        axes.set(xlabel="input", ylabel="output", title=f"{layer}, {rows} \u00d7 {cols}{told}")
+        axes.set(xlabel="input", ylabel="output", title=f"{layer}, {rows} \u00d7 {cols}")
         axes.grid(visible=False)
         for spine in axes.spines.values():
             spine.set_visible(True)
-        bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02, ticks=ticks)
-        if ticks is not None:
-            bar.set_ticks(ticks, labels=[minus(str(tick)) for tick in ticks])
+        if isinstance(matrix, TernaryMatrix):
+            _draw_codes(package, figure, axes, matrix.values)
         else:
-            bar.set_label("weight")
+            most = float(np.abs(matrix).max()) or 1.0
+            image = axes.imshow(matrix, _signs(package), vmin=-most, vmax=most, **_BLENDED)
+            figure.colorbar(image, ax=axes, label="weight", pad=0.02)
     return figure
 
 
-def _draw_matrix(
-    package: Any, axes: "Axes", matrix: TernaryMatrix | npt.NDArray[np.float32]
-) -> tuple[Any, list[int] | None, str]:
-    """Draw codes, or float weights; return the image, the codes and what to tell of them."""
-    colours = package.colors
-    ramp = colours.LinearSegmentedColormap.from_list(
-        "signs", [_COLOURS[0], "#f4f4f2", _COLOURS[1]], N=255
-    )
-    shown: dict[str, Any] = {"interpolation_stage": "rgba", "aspect": "equal"}
-    if not isinstance(matrix, TernaryMatrix):
-        most = float(np.abs(matrix).max()) or 1.0
-        return axes.imshow(matrix, cmap=ramp, vmin=-most, vmax=most, **shown), None, ""
-    levels = np.unique(np.concatenate([matrix.values.reshape(-1), -matrix.values.reshape(-1)]))
-    codes = [int(level) for level in levels]
+# Where a map has more weights than pixels, these have the mean of the weights' colours.
+_BLENDED: dict[str, Any] = {"interpolation_stage": "rgba"}
+
+
+def _signs(package: Any) -> Any:
+    ends = [_COLOURS[0], "#f4f4f2", _COLOURS[1]]
+    return package.colors.LinearSegmentedColormap.from_list("signs", ends, N=255)
+
+
+def _draw_codes(
+    package: Any, figure: "Figure", axes: "Axes", values: npt.NDArray[np.int8]
+) -> None:
+    """Draw the codes of a matrix, each in a colour of its own, and a legend with their shares."""
+    codes = sorted({sign * int(code) for code in np.unique(values) for sign in (1, -1)})
+    colours = [_signs(package)(place) for place in np.linspace(0, 1, max(len(codes), 2))]
     edges = [codes[0] - 0.5, *((a + b) / 2 for a, b in pairwise(codes)), codes[-1] + 0.5]
-    palette = colours.ListedColormap([ramp(place) for place in np.linspace(0, 1, len(codes))])
-    norm = colours.BoundaryNorm(edges, len(codes))
-    told = ", ".join(f"{minus(str(code))}: {np.mean(matrix.values == code):.1%}" for code in codes)
-    return axes.imshow(matrix.values, cmap=palette, norm=norm, **shown), codes, f" ({told})"
+    axes.imshow(
+        values,
+        package.colors.ListedColormap(colours[: len(codes)]),
+        package.colors.BoundaryNorm(edges, max(len(codes), 1)),
+        **_BLENDED,
+    )
+    patches = [
+        package.patches.Patch(facecolor=colour, edgecolor=GRID)
+        for colour, _ in zip(colours, codes, strict=False)
+    ]
+    told = [f"{minus(str(code))}: {np.mean(values == code):.1%}" for code in codes]
+    figure.legend(patches, told, loc="outside lower center", ncols=len(told), handlelength=1.0)
 
 
 def attention_of(model: LegacyLLM, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -665,16 +687,18 @@ def map_attention(
         raise ValueError(f"the prompt has {tokens.size} tokens, expected at most {most}")
     maps = attention_of(model, tokens)[list(chosen)]
     labels = [_token_label(tokenizer, int(token)) for token in tokens]
-    side = min(max(0.115 * tokens.size, 1.7), 4.0)
+    side = min(max(0.13 * tokens.size, 1.7), 5.5)
     rows, columns = maps.shape[:2]
     with _style() as package:
         figure: Figure = package.figure.Figure(figsize=(side * columns + 1.6, side * rows + 1.1))
+        figure.set_layout_engine("compressed")
         grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for i, j in np.ndindex(rows, columns):
             seen = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
             # One scale for all, or they could not be compared.
             image = grid[i, j].imshow(seen, vmin=0.0, vmax=float(maps.max()), aspect="equal")
             grid[i, j].set_title(f"block {chosen[i]}, head {j}")
+            grid[i, j].set_facecolor("#e8e8e8")
             grid[i, j].grid(visible=False)
             if tokens.size <= _MOST_LABELS:
                 size = min(side / tokens.size * 72 * 0.8, 8.0)
