@@ -63,18 +63,18 @@ _STYLE = {
     "axes.grid": True,
     "axes.grid.axis": "y",
     "axes.labelcolor": INK,
-    "axes.labelsize": 8.5,
+    "axes.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlecolor": INK,
     "axes.titlelocation": "left",
-    "axes.titlesize": 9.5,
+    "axes.titlesize": 10,
     "figure.constrained_layout.use": True,
-    "font.size": 8.5,
+    "font.size": 9,
     "grid.color": GRID,
     "grid.linewidth": 0.7,
     "image.cmap": "Blues",
-    "legend.fontsize": 8,
+    "legend.fontsize": 8.5,
     "legend.frameon": False,
     "legend.handlelength": 2.6,
     "lines.linewidth": 1.6,
@@ -89,9 +89,9 @@ _STYLE = {
 }
 
 # Inches.
-_PANEL = (4.4, 2.5)
-_LEGEND_LINE = 0.19
-_CHARACTER = 0.068
+_PANEL = (4.2, 2.5)
+_LEGEND_LINE = 0.2
+_CHARACTER = 0.07
 _SMALLEST_CELL, _LARGEST_MAP = 0.02, 9.0
 
 # Beyond so many the tokens beside a map of attention cannot be read, and maps cannot be told apart.
@@ -184,7 +184,9 @@ class Run:
 
     def matrices(self) -> list[str]:
         """Return the names of the matrices whose codes were counted, in the model's order."""
-        return list(dict.fromkeys(name for record in self.records for name in self._weights(record)))
+        return list(
+            dict.fromkeys(name for record in self.records for name in self._weights(record))
+        )
 
     def share(self, matrix: str, code: str) -> list[float]:
         """Return the share of a matrix's code, or of ``flipped``, in every record, or NaN.
@@ -341,7 +343,8 @@ def _curves(runs: Sequence[Run], key: str, title: str, y_label: str) -> list[Pan
 
 
 def _loss(runs: Sequence[Run]) -> list[Panel]:
-    floors = {"entropy floor": run.floor for run in runs if run.floor is not None}
+    floor = next((run.floor for run in runs if run.floor is not None), None)
+    floors = {} if floor is None else {"entropy floor": floor}
     label = f"nats a {_unit(runs)}"
     if len(runs) == 1:
         [run] = runs
@@ -358,7 +361,7 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
 
 
 def _perplexity(runs: Sequence[Run]) -> list[Panel]:
-    return _curves(runs, "perplexity", "Perplexity", f"of a {_unit(runs)} of the validation set")
+    return _curves(runs, "perplexity", "Perplexity", f"of a {_unit(runs)}")
 
 
 def _learning_rate(runs: Sequence[Run]) -> list[Panel]:
@@ -495,9 +498,7 @@ def draw(panels: Sequence[Panel], columns: int = 2) -> "Figure":
             longest = max(map(len, told)) + 7
             beside = max(min(int(width / (_CHARACTER * longest)), len(told)), 1)
             lines = -(-len(told) // beside)
-            figure.legend(
-                list(told.values()), list(told), loc="outside lower center", ncols=beside
-            )
+            figure.legend(list(told.values()), list(told), loc="outside lower center", ncols=beside)
         figure.set_size_inches(width, _PANEL[1] * rows + _LEGEND_LINE * lines)
     return figure
 
@@ -600,23 +601,19 @@ def _signs(package: Any) -> Any:
     return package.colors.LinearSegmentedColormap.from_list("signs", ends, N=255)
 
 
-def _draw_codes(
-    package: Any, figure: "Figure", axes: "Axes", values: npt.NDArray[np.int8]
-) -> None:
+def _draw_codes(package: Any, figure: "Figure", axes: "Axes", values: npt.NDArray[np.int8]) -> None:
     """Draw the codes of a matrix, each in a colour of its own, and a legend with their shares."""
     codes = sorted({sign * int(code) for code in np.unique(values) for sign in (1, -1)})
-    colours = [_signs(package)(place) for place in np.linspace(0, 1, max(len(codes), 2))]
+    most = codes[-1] or 1
+    colours = [_signs(package)(0.5 + code / most / 2) for code in codes]
     edges = [codes[0] - 0.5, *((a + b) / 2 for a, b in pairwise(codes)), codes[-1] + 0.5]
     axes.imshow(
         values,
-        package.colors.ListedColormap(colours[: len(codes)]),
-        package.colors.BoundaryNorm(edges, max(len(codes), 1)),
+        package.colors.ListedColormap(colours),
+        package.colors.BoundaryNorm(edges, len(codes)),
         **_BLENDED,
     )
-    patches = [
-        package.patches.Patch(facecolor=colour, edgecolor=GRID)
-        for colour, _ in zip(colours, codes, strict=False)
-    ]
+    patches = [package.patches.Patch(facecolor=one, edgecolor=GRID) for one in colours]
     told = [f"{minus(str(code))}: {np.mean(values == code):.1%}" for code in codes]
     figure.legend(patches, told, loc="outside lower center", ncols=len(told), handlelength=1.0)
 
@@ -692,7 +689,7 @@ def map_attention(
     with _style() as package:
         figure: Figure = package.figure.Figure(figsize=(side * columns + 1.6, side * rows + 1.1))
         figure.set_layout_engine("compressed")
-        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+        grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for i, j in np.ndindex(rows, columns):
             seen = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
             # One scale for all, or they could not be compared.

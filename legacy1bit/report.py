@@ -15,11 +15,14 @@ from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, Train
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.machine import read_machine
 from legacy1bit.model import WEIGHTS_FILE, load_model
-from legacy1bit.plots import Panel, Run, draw, inline_svg, minus, panels_of
+from legacy1bit.plots import Panel, Run, draw, inline_svg, minus, panels_of, printable
 from legacy1bit.trainer import CHECKPOINT_FILE, read_settings
 
 # Texts on a page; of more looks some are left out, evenly.
 _MOST_SAMPLES = 12
+
+# Settings that are told of with the machine, which chooses them.
+_OF_MACHINE = ("threads", "precision")
 
 # Rows of the table of metrics.
 _MOST_LOOKS = 25
@@ -46,13 +49,12 @@ p { margin: .5rem 0; }
 .samples { display: grid; gap: .8rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); }
 figure { margin: 0; min-width: 0; }
-figure.wide { max-width: 46rem; }
 figure svg { display: block; width: 100%; height: auto; }
 svg text { font-family: system-ui, sans-serif !important; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding-bottom: .3rem; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
+th, td { overflow-wrap: normal; padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top;
   border-bottom: 1px solid var(--grid); }
 th { font-weight: 600; }
 td.number, th.number { text-align: right; white-space: nowrap; }
@@ -70,10 +72,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
 def escape(text: str) -> str:
-    """Return a text as HTML shows it, and what HTML cannot hold as a sign for that."""
-    held = (c if c in "\n\t" or c.isprintable() or c.isspace() else "\ufffd" for c in text)
-    # Some spaces are control characters, too.
-    return html.escape("".join(" " if c in "\r\x0b\x0c\x1c\x1d\x1e\x1f\x85" else c for c in held))
+    """Return a text as HTML shows it, with its line breaks, and every character to be seen."""
+    return html.escape("\n".join(map(printable, text.split("\n"))))
 
 
 def page(title: str, lead: str, sections: Sequence[str]) -> str:
@@ -143,7 +143,7 @@ def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], word
     )
 
 
-def figure(panels: Sequence[Panel], name: str, title: str, wide: bool = False) -> str:
+def figure(panels: Sequence[Panel], name: str, title: str) -> str:
     """Return a figure of panels, one below the other.
 
     Parameters
@@ -153,11 +153,8 @@ def figure(panels: Sequence[Panel], name: str, title: str, wide: bool = False) -
         Of letters, and another one for each figure of a page.
     title : str
         What it shows, for those who cannot see it.
-    wide : bool
-        Whether it is alone in its row.
     """
-    kind = ' class="wide"' if wide else ""
-    return f"<figure{kind}>{inline_svg(draw(panels, 1), name, title)}</figure>"
+    return f"<figure>{inline_svg(draw(panels, 1), name, title)}</figure>"
 
 
 def side_by_side(parts: Sequence[str], kind: str = "figures") -> str:
@@ -167,9 +164,7 @@ def side_by_side(parts: Sequence[str], kind: str = "figures") -> str:
 
 def quotation(caption: str, text: str) -> str:
     """Return a text as it is, with its line breaks, and what is to be said of it."""
-    return (
-        f"<figure><figcaption>{escape(caption)}</figcaption><pre>{escape(text)}</pre></figure>"
-    )
+    return f"<figure><figcaption>{escape(caption)}</figcaption><pre>{escape(text)}</pre></figure>"
 
 
 def folded(title: str, *parts: str) -> str:
@@ -338,10 +333,13 @@ def _shown(value: Any) -> str:
 
 
 def _settings(told: _Told) -> list[str]:
-    changed, rest = [], []
+    changed: list[list[str]] = []
+    rest: list[list[str]] = []
     for record in (told.model, told.training, told.data):
         usual = defaults_of(record)
         for setting in fields(record):
+            if setting.name in _OF_MACHINE:
+                continue
             value, default = getattr(record, setting.name), getattr(usual, setting.name)
             row = [setting.name, _shown(value), _shown(default), setting.metadata["meaning"]]
             (rest if value == default else changed).append(row)
@@ -385,26 +383,30 @@ def _weights(told: _Told) -> list[str]:
         [matrix, *(_show(run.share(matrix, code)[-1], ".2%") for code in (*codes, "flipped"))]
         for matrix in matrices
     ]
-    head = ["matrix", *map(minus, codes), "changed since the look before"]
+    head = ["matrix", *map(minus, codes), "changed"]
     panels = [*panels_of([run], "shares"), *panels_of([run], "flips")]
     title = "Shares of the codes of each matrix, and of those that changed, by step"
     return [
         *parts,
-        table("Codes at the last look", head, rows),
-        figure(panels, "weights", title, wide=True),
+        side_by_side(
+            [
+                table("Codes at the last look, and those changed since the one before", head, rows),
+                figure(panels, "weights", title),
+            ]
+        ),
     ]
 
 
 def _machine(told: _Told) -> str:
     machine, training = told.machine, told.training
-    rows = [
-        ["CPU", machine.get("cpu")],
-        ["cores", machine.get("cores")],
-        ["threads", training.threads],
-        ["instruction set", machine.get("instruction_set")],
-        ["precision of products", training.precision],
-        ["system", machine.get("system")],
-        ["Python", machine.get("python")],
+    rows: list[tuple[str, Any]] = [
+        ("CPU", machine.get("cpu")),
+        ("cores", machine.get("cores")),
+        ("threads", training.threads),
+        ("instruction set", machine.get("instruction_set")),
+        ("precision of products", training.precision),
+        ("system", machine.get("system")),
+        ("Python", machine.get("python")),
     ]
     shown = [[name, "not recorded" if value is None else str(value)] for name, value in rows]
     return table("", ["what", "which"], shown, words=2)

@@ -89,7 +89,8 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     if data is None:
         if arguments.validation is not None:
             raise ValueError("--validation goes with --data")
-        return {"name": STORIES, "stories": DEFAULT_STORIES if count is None else count, "seed": seed}
+        count = DEFAULT_STORIES if count is None else count
+        return {"name": STORIES, "stories": count, "seed": seed}
     if count is not None:
         raise ValueError("--stories and --data exclude each other")
     if "" in (data, arguments.validation):
