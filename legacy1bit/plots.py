@@ -128,9 +128,7 @@ def _visible(character: str) -> str:
     code = ord(character)
     if character == "\n":
         return "\u23ce"
-    if code < 0x20:
-        return chr(0x2400 + code)
-    if 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
+    if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
         return "\ufffd"
     return character
 
@@ -577,7 +575,7 @@ def map_weights(model: LegacyLLM, layer: str | None = None) -> "Figure":
         figure: Figure = package.figure.Figure(
             figsize=(max(cols * cell, 3.0) + 1.6, max(rows * cell, 0.6) + 1.0)
         )
-        figure.set_layout_engine("compressed")
+        figure.set_layout_engine("compressed", h_pad=0.08)
         axes = figure.add_subplot()
         axes.set(xlabel="input", ylabel="output", title=f"{layer}, {rows} \u00d7 {cols}")
         axes.grid(visible=False)
@@ -688,7 +686,7 @@ def map_attention(
     rows, columns = maps.shape[:2]
     with _style() as package:
         figure: Figure = package.figure.Figure(figsize=(side * columns + 1.6, side * rows + 1.1))
-        figure.set_layout_engine("compressed")
+        figure.set_layout_engine("compressed", h_pad=0.08)
         grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
         for i, j in np.ndindex(rows, columns):
             seen = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
