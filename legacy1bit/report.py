@@ -6,12 +6,12 @@ know nothing of runs. No script is needed to read one, and it fits a telephone.
 
 import html
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from legacy1bit import __version__
-from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.machine import read_machine
 from legacy1bit.model import WEIGHTS_FILE, load_model
@@ -212,8 +212,6 @@ def report(run: Run, command: str) -> str:
         If one is damaged, the run was never saved, or matplotlib is missing.
     """
     folder = run.folder
-    if not (folder / SETTINGS_FILE).exists():
-        raise ValueError(f"{folder} has no {SETTINGS_FILE}: the run ended before it was saved")
     told = _Told(run, *read_settings(folder), read_machine(folder), _read_samples(folder))
     sections = [
         tiles(_numbers(run)),
@@ -359,7 +357,7 @@ def defaults_of(record: Any) -> Any:
     """Return the record of settings that nobody has changed."""
     if isinstance(record, TrainingConfig):
         # The learning rate's default is its optimizer's.
-        return TrainingConfig(optimizer=record.optimizer)
+        return replace(TrainingConfig(), learning_rate=DEFAULT_RATES[record.optimizer])
     return type(record)()
 
 

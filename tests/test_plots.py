@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -282,7 +284,23 @@ def test_drawing_leaves_the_users_style_alone(finished):
         assert dict(matplotlib.rcParams) == before
     finally:
         matplotlib.rcdefaults()
-    assert "matplotlib.pyplot" not in sys.modules
+
+
+# Pyplot is what keeps figures alive and looks for a display.
+WITHOUT_PYPLOT = """
+import sys
+from legacy1bit.main import main
+main(sys.argv[1:])
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+def test_drawing_needs_no_display(run):
+    environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
+    environment["PYTHONPATH"] = str(Path(plots.__file__).parents[1])
+    command = [sys.executable, "-c", WITHOUT_PYPLOT, "plot", str(run), "--out", "a.png"]
+    subprocess.run(command, env=environment | {"MPLBACKEND": "tkagg"}, check=True)
+    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- Maps -----------------------------------------------------------------------------------------
