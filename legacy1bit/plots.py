@@ -347,8 +347,8 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     if len(runs) == 1:
         [run] = runs
         series = [
-            Series("on the validation set", run.steps(), run.column("val_loss")),
-            Series("on the training set", run.steps(), run.column("train_loss"), 1, 1, 1),
+            Series("validation", run.steps(), run.column("val_loss")),
+            Series("training", run.steps(), run.column("train_loss"), 1, 1, 1),
         ]
         return [Panel("Loss", "step", label, series, floors)]
     series = []
@@ -493,8 +493,9 @@ def draw(panels: Sequence[Panel], columns: int = 2) -> "Figure":
                 told.setdefault(label, line)
         lines = 0
         if len(told) > 1 or (told and any(panel.floors for panel in panels)):
-            longest = max(map(len, told)) + 7
-            beside = max(min(int(width / (_CHARACTER * longest)), len(told)), 1)
+            # What stands beside the text is as wide as seven characters.
+            sizes = [_CHARACTER * (len(label) + 7) for label in told]
+            beside = len(told) if sum(sizes) <= width else max(int(width / max(sizes)), 1)
             lines = -(-len(told) // beside)
             figure.legend(list(told.values()), list(told), loc="outside lower center", ncols=beside)
         figure.set_size_inches(width, _PANEL[1] * rows + _LEGEND_LINE * lines)
@@ -683,24 +684,28 @@ def map_attention(
     maps = attention_of(model, tokens)[list(chosen)]
     labels = [_token_label(tokenizer, int(token)) for token in tokens]
     side = min(max(0.13 * tokens.size, 1.7), 5.5)
-    rows, columns = maps.shape[:2]
+    heads = config.num_heads
+    columns = heads if len(chosen) > 1 else math.ceil(math.sqrt(heads))
+    rows = -(-len(chosen) * heads // columns)
     with _style() as package:
         figure: Figure = package.figure.Figure(figsize=(side * columns + 1.6, side * rows + 1.1))
         figure.set_layout_engine("compressed", h_pad=0.08)
         grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for i, j in np.ndindex(rows, columns):
+        for axes in grid.flat[len(chosen) * heads :]:
+            axes.set_axis_off()
+        for axes, (i, j) in zip(grid.flat, np.ndindex(len(chosen), heads), strict=False):
             seen = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
             # One scale for all, or they could not be compared.
-            image = grid[i, j].imshow(seen, vmin=0.0, vmax=float(maps.max()), aspect="equal")
-            grid[i, j].set_title(f"block {chosen[i]}, head {j}")
-            grid[i, j].set_facecolor("#e8e8e8")
-            grid[i, j].grid(visible=False)
+            image = axes.imshow(seen, vmin=0.0, vmax=float(maps.max()), aspect="equal")
+            axes.set_title(f"block {chosen[i]}, head {j}")
+            axes.set_facecolor("#e8e8e8")
+            axes.grid(visible=False)
             if tokens.size <= _MOST_LABELS:
                 size = min(side / tokens.size * 72 * 0.8, 8.0)
                 style = {"fontsize": size, "family": "monospace"}
-                grid[i, j].set_xticks(range(tokens.size), labels, rotation=90, **style)
-                grid[i, j].set_yticks(range(tokens.size), labels, **style)
-                grid[i, j].tick_params(length=0)
+                axes.set_xticks(range(tokens.size), labels, rotation=90, **style)
+                axes.set_yticks(range(tokens.size), labels, **style)
+                axes.tick_params(length=0)
         figure.supxlabel("is looked at", fontsize=9)
         figure.supylabel("looks", fontsize=9)
         bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30)

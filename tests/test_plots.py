@@ -124,7 +124,7 @@ def test_loss_shows_both_losses_and_the_floor(finished):
     np.testing.assert_array_equal(floor[1], [entropy_per_character()] * 2)
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     floor_label = f"entropy floor, {entropy_per_character():.4f}"
-    assert told == ["on the validation set", "on the training set", floor_label]
+    assert told == ["validation", "training", floor_label]
     assert figure.axes[0].get_ylabel() == "nats a character"
 
 
