@@ -19,7 +19,7 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c lint
+TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-browser lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf test-postgres
+.PHONY: test test-slow test-c test-gguf test-postgres test-browser
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -44,6 +44,7 @@ help:
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
+	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
@@ -106,6 +107,15 @@ test-c: build
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
 	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/test_tune.py
+
+# Debian's browser; the package that drives it would download another one, and is not asked to.
+test-browser: build
+	@command -v chromium > /dev/null || { \
+	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	    $$sudo apt-get update -qq && \
+	    $$sudo apt-get install -qq --no-install-recommends chromium < /dev/null; }
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
+	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_browser.py
 
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__

@@ -1,5 +1,5 @@
-"""The record of a training run: one JSON object a line (C: ``logger.c``), and TensorBoard's events
-for those who want them.
+"""The records of a training run, a JSON object a line: its metrics (C: ``logger.c``) and what the
+model wrote on the way. And TensorBoard's events, for those who want them.
 """
 
 import json
@@ -13,11 +13,12 @@ from typing import Any
 from legacy1bit.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 EVENTS_FOLDER = "tensorboard"
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the objects of a metrics file, oldest first.
+    """Return the objects of a file of metrics or of samples, oldest first.
 
     A last line that a crash left incomplete is passed over.
 
@@ -43,18 +44,45 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-class MetricsLogger:
-    """Appends to a run's ``metrics.jsonl``.
+class StepLog:
+    """A file of records, each of which has its step.
 
     The C original keeps one JSON array a session, which is not JSON until the session has ended; a
     line that is written is complete.
 
     Parameters
     ----------
+    path : path-like
+    resume_at : int
+        What was recorded after this step is dropped: it is about to happen again.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_at: int = 0) -> None:
+        self.path = Path(path)
+        kept = []
+        if resume_at and self.path.exists():
+            kept = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
+        atomic_write(self.path, "".join(_line(record) for record in kept))
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Add one record. Numbers that are not finite become null: JSON has none."""
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(_line(record))
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
+
+
+class MetricsLogger(StepLog):
+    """Appends to a run's ``metrics.jsonl``.
+
+    Parameters
+    ----------
     folder : path-like
         The run.
     resume_at : int
-        What was recorded after this step is dropped: it is about to happen again.
+        As for ``StepLog``.
     tensorboard : bool
         Whether every number goes to TensorBoard event files in ``tensorboard/``, too.
 
@@ -67,23 +95,14 @@ class MetricsLogger:
     def __init__(
         self, folder: str | os.PathLike[str], resume_at: int = 0, tensorboard: bool = False
     ) -> None:
-        self.path = Path(folder) / METRICS_FILE
         if tensorboard:
             check_tensorboard()
-        kept = []
-        if resume_at and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
-        atomic_write(self.path, "".join(_line(record) for record in kept))
+        super().__init__(Path(folder) / METRICS_FILE, resume_at)
         self._events = _Events(Path(folder) / EVENTS_FOLDER, resume_at) if tensorboard else None
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record. Numbers that are not finite become null: JSON has none."""
-        try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(_line(record))
-        except OSError as error:
-            error.filename = str(self.path)
-            raise
+        super().log(record)
         if self._events is not None:
             self._events.add(record["step"], dict(_numbers(record)))
 

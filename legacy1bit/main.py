@@ -26,6 +26,8 @@ COMMANDS = {
     "data": ("data", "look at a text, make tokens or a tokenizer of it"),
     "evaluate": ("evaluate", "measure a model on a text"),
     "info": ("info", "tell what a model is made of"),
+    "plot": ("plot", "draw curves, weights or attention of runs"),
+    "report": ("report", "write a page about a run"),
     "export": ("export", "write a model as a file for other programs"),
     "import": ("import_model", "read a model from a file of another program"),
 }

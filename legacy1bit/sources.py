@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE
+from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
 from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
@@ -357,7 +357,8 @@ def _files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
-        if METRICS_FILE in names and (SETTINGS_FILE in names or len(names) == 1):
+        records = {METRICS_FILE, SAMPLES_FILE}
+        if METRICS_FILE in names and (SETTINGS_FILE in names or records >= set(names)):
             # A run, which may lie below its own text.
             folders.clear()
             continue

@@ -23,6 +23,7 @@ from legacy1bit.files import atomic_copies, atomic_write, serialize_tensors
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
+from legacy1bit.machine import machine
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
     CONFIG_FILE,
@@ -522,6 +523,7 @@ class Trainer:
             "training": self.config.to_dict(),
             "data": self.data.to_dict(),
             "source": self.source,
+            "machine": machine(),
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         if 0 < self.best[1] == self.step:

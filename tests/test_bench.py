@@ -25,7 +25,6 @@ from legacy1bit.bench import (
 )
 from legacy1bit.bench.measure import (
     Benchmark,
-    cpu_name,
     machine_load,
     measure,
     package_environment,
@@ -34,6 +33,7 @@ from legacy1bit.bench.measure import (
 from legacy1bit.bench.report import Result
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
+from legacy1bit.machine import cpu_name
 from legacy1bit.model import create_legacy_llm
 
 LEVELS = math_ops.simd_levels()

@@ -1,7 +1,6 @@
 """What a benchmark is, and how many of them take turns."""
 
 import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -150,14 +149,3 @@ def package_environment(**more: str) -> dict[str, str]:
     home = str(Path(math_ops.__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (home, os.environ.get("PYTHONPATH", "")) if part)
     return {**os.environ, "PYTHONPATH": path, **more}
-
-
-def cpu_name() -> str:
-    """Return what the CPU calls itself."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

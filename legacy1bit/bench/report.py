@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 import legacy1bit
-from legacy1bit.bench.measure import Benchmark, Rates, cpu_name
+from legacy1bit.bench.measure import Benchmark, Rates
 from legacy1bit.files import atomic_write_all
+from legacy1bit.machine import cpu_name
 
 FORMAT = 2
 

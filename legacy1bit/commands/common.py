@@ -101,7 +101,5 @@ def latest_run() -> Path:
     """
     found = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
     if not found:
-        raise ValueError(
-            f"there is no run in {RUNS}/ yet: train one first, or name one with --model"
-        )
+        raise ValueError(f"there is no run in {RUNS}/ yet: train one first, or name one")
     return max(found, key=lambda path: path.stat().st_mtime_ns).parent

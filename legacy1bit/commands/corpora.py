@@ -35,7 +35,7 @@ STORIES = "stories"
 _OF_READING = ("tokenizer", "field", "encoding", "separator", "split")
 _OF_TEXTS = (*_OF_READING, "vocabulary", "validation_share", "order", "apart")
 
-_STORIES = 20000
+DEFAULT_STORIES = 20000
 _MOST_STORIES = 10_000_000
 _HELD_OUT_STORIES = 256
 
@@ -93,7 +93,8 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     if data is None:
         if arguments.validation is not None:
             raise ValueError("--validation goes with --data")
-        return {"name": STORIES, "stories": _STORIES if count is None else count, "seed": seed}
+        count = DEFAULT_STORIES if count is None else count
+        return {"name": STORIES, "stories": count, "seed": seed}
     if count is not None:
         raise ValueError("--stories and --data exclude each other")
     if "" in (data, arguments.validation):

@@ -28,7 +28,9 @@ from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, Train
 from legacy1bit.logger import (
     EVENTS_FOLDER,
     METRICS_FILE,
+    SAMPLES_FILE,
     MetricsLogger,
+    StepLog,
     check_tensorboard,
     read_metrics,
 )
@@ -45,6 +47,9 @@ from legacy1bit.trainer import (
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
+
+# What a model writes at every look, the same draws each time, so that only the model differs.
+_SAMPLE_TOKENS = 120
 
 # What a run that goes on may be told anew.
 _CHANGEABLE = ("steps", "threads", "precision")
@@ -96,7 +101,7 @@ def _check_folder(wanted: Path | None) -> None:
     # beside it some of its files.
     names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
     found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
-    ours = found <= {METRICS_FILE, EVENTS_FOLDER, *RUN_FILES}
+    ours = found <= {METRICS_FILE, SAMPLES_FILE, EVENTS_FOLDER, *RUN_FILES}
     if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
@@ -174,6 +179,9 @@ def run(arguments: argparse.Namespace) -> int:
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
         file=sys.stderr,
     )
+    samples = None
+    if trainer.tokenizer.bos_token is not None:
+        samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
     with Interrupts() as interrupts, progress_of_training() as progress:
         task = progress.add_task(
             "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
@@ -188,6 +196,9 @@ def run(arguments: argparse.Namespace) -> int:
                 f"validation loss {record['val_loss']:.4f}  "
                 f"{record['tokens_per_second']:,.0f} tokens/s"
             )
+            if samples is not None:
+                written = Generator(trainer.model, trainer.tokenizer).complete("", _SAMPLE_TOKENS)
+                samples.log({"step": trainer.step, "prompt": "", "text": written.text})
 
         with contextlib.closing(logger):
             done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)

@@ -1,0 +1,93 @@
+"""``plot``: a picture of a run, or of several."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from legacy1bit.commands.common import latest_run
+from legacy1bit.model import load_model
+from legacy1bit.plots import (
+    CURVES,
+    SUFFIXES,
+    check_suffix,
+    draw,
+    load_matplotlib,
+    map_attention,
+    map_weights,
+    panels_of,
+    read_run,
+    save_figure,
+    size_panel,
+)
+from legacy1bit.tokenizer import tokenizer_of
+
+# Kinds that look into models.
+_BYTES, _WEIGHTS, _ATTENTION = "bytes", "weights", "attention"
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Draw what runs have recorded (page: the main curves), loss against bytes of weights, the "
+        "weights of a layer, or where the tokens of a prompt look."
+    )
+    command.add_argument(
+        "runs", metavar="RUN", type=Path, nargs="*", help="a run's folder (default: the latest)"
+    )
+    command.add_argument(
+        "--kind",
+        choices=(*CURVES, _BYTES, _WEIGHTS, _ATTENTION),
+        default="page",
+        help="what to draw (default: page)",
+    )
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help=f"where to: {', '.join(SUFFIXES)}"
+    )
+    command.add_argument(
+        "--layer", metavar="NAME", help="of weights: the matrix, as info names it (default: first)"
+    )
+    command.add_argument("--prompt", metavar="TEXT", help="of attention: what the model reads")
+    command.add_argument(
+        "--block", metavar="N", type=int, help="of attention: one block, from 0 (default: all)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Draw and write the picture."""
+    kind, out = arguments.kind, arguments.out
+    for name, its_kind in (("layer", _WEIGHTS), ("prompt", _ATTENTION), ("block", _ATTENTION)):
+        if getattr(arguments, name) is not None and kind != its_kind:
+            raise ValueError(f"--{name} goes with --kind {its_kind}, and not with {kind}")
+    check_suffix(out, SUFFIXES)
+    load_matplotlib()
+    folders = arguments.runs or [latest_run()]
+    if kind in CURVES:
+        figure = draw(panels_of([read_run(folder) for folder in folders], kind), _columns(kind))
+    elif kind == _BYTES:
+        runs = [read_run(folder) for folder in folders]
+        sizes = [load_model(folder).stored_bytes() for folder in folders]
+        figure = draw([size_panel(runs, sizes)])
+    elif kind == _WEIGHTS:
+        figure = map_weights(load_model(_only(folders, kind)), arguments.layer)
+    else:
+        folder = _only(folders, kind)
+        if not arguments.prompt:
+            raise ValueError("--kind attention needs a --prompt for the model to read")
+        model = load_model(folder)
+        tokenizer = tokenizer_of(folder, model.config.vocab_size)
+        figure = map_attention(model, tokenizer, os.fsencode(arguments.prompt), arguments.block)
+    save_figure(figure, out)
+    print(f"{out}: {kind} of {', '.join(map(str, folders))}")
+    return 0
+
+
+def _columns(kind: str) -> int:
+    # Of three codes each has its column.
+    return 3 if kind == "shares" else 2
+
+
+def _only(folders: Sequence[Path], kind: str) -> Path:
+    if len(folders) > 1:
+        raise ValueError(f"--kind {kind} takes one run, and not {len(folders)}")
+    return folders[0]

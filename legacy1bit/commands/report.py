@@ -1,0 +1,107 @@
+"""``report``: a page about a run."""
+
+import argparse
+import shlex
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from legacy1bit.commands.common import latest_run, option_of
+from legacy1bit.commands.corpora import DEFAULT_STORIES
+from legacy1bit.files import atomic_write
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.plots import check_suffix, load_matplotlib, read_run
+from legacy1bit.report import defaults_of, report
+from legacy1bit.shards import INDEX_FILE
+from legacy1bit.sources import is_token_file
+from legacy1bit.tokenizer import TOKENIZER_FILE, load_tokenizer
+from legacy1bit.trainer import read_settings
+
+# Settings whose defaults depend on the machine.
+_ALWAYS = ("threads", "precision")
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Tell the parser what the command takes."""
+    command.description = (
+        "Write one HTML page about a run: curves, what the model wrote on the way, measurements, "
+        "settings, weights, the machine. The page needs nothing else, and asks for nothing."
+    )
+    command.add_argument(
+        "run_folder",
+        metavar="RUN",
+        type=Path,
+        nargs="?",
+        help="a run's folder (default: the latest)",
+    )
+    command.add_argument(
+        "--out", metavar="FILE", type=Path, required=True, help="where to: .html or .htm"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page."""
+    out = arguments.out
+    check_suffix(out, (".html", ".htm"))
+    load_matplotlib()
+    folder = arguments.run_folder or latest_run()
+    found = read_run(folder)
+    text = report(found, train_command(folder))
+    atomic_write(out, text)
+    print(f"{out}: {len(text.encode()):,} bytes about {folder}")
+    return 0
+
+
+def train_command(folder: Path) -> str:
+    """Return the command line that trains with a run's settings.
+
+    Raises
+    ------
+    OSError
+        If a file of the run cannot be read.
+    ValueError
+        If one is damaged.
+    """
+    model, training, data, source = read_settings(folder)
+    options = {**_of_source(source), **_of_tokenizer(folder, data, source)}
+    for record in (model, training, data):
+        options |= _given(record)
+    words = ["python", "-m", "legacy1bit.main", "train"]
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        elif str(value).startswith("-"):
+            words.append(f"--{name}={value}")
+        else:
+            words += [f"--{name}", str(value)]
+    return shlex.join(words)
+
+
+def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
+    usual = defaults_of(record)
+    values = {setting.name: getattr(record, setting.name) for setting in fields(record)}
+    return {
+        option: values[name]
+        for name in values
+        if (option := option_of(name)) is not None
+        and (name in _ALWAYS or values[name] != getattr(usual, name))
+    }
+
+
+def _of_source(source: dict[str, Any]) -> dict[str, Any]:
+    if "path" not in source:
+        count = source.get("stories")
+        return {} if count in (None, DEFAULT_STORIES) else {"stories": count}
+    validation = source.get("validation")
+    return {"data": source["path"], **({} if validation is None else {"validation": validation})}
+
+
+def _of_tokenizer(folder: Path, data: DataConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """Return whose tokenizer a text was given, where it was not made as the settings say."""
+    path = source.get("path")
+    if path is None or not (folder / TOKENIZER_FILE).exists():
+        return {}
+    tokens = is_token_file(path) or (Path(path) / INDEX_FILE).is_file()
+    if tokens or load_tokenizer(folder).kind == data.tokenizer:
+        return {}
+    return {"tokenizer-from": folder.resolve()}

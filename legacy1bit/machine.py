@@ -1,0 +1,38 @@
+"""What a computer is that trains or measures."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.math_ops import simd_level
+from legacy1bit.threads import available_cores
+
+
+def cpu_name() -> str:
+    """Return what the CPU calls itself."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, Any]:
+    """Return what a run is to tell of the computer that it ran on, as a plain dictionary."""
+    return {
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "instruction_set": simd_level(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def read_machine(folder: Path) -> dict[str, Any]:
+    """Return what a run tells of its computer; nothing where it was trained before runs told."""
+    told = json.loads((folder / SETTINGS_FILE).read_bytes()).get("machine")
+    return told if isinstance(told, dict) else {}
