@@ -11,7 +11,7 @@ import pytest
 from test_plots import SHORT, STRANGE, with_metrics
 
 from legacy1bit.commands.report import train_command
-from legacy1bit.commands.train import _configs
+from legacy1bit.commands.training import beginning_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.machine import machine, read_machine
@@ -223,9 +223,8 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     python, dash, module, *arguments = shlex.split(train_command(Path("run")))
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
-    found, found_training = _configs(parsed)
-    assert found_training == training
-    assert {**found.to_dict(), "vocab_size": model.vocab_size} == model.to_dict()
+    begun = beginning_of(parsed)
+    assert (begun.model, begun.training) == (model, training)
     say(*arguments, "--out", "again")
     assert read_settings(Path("again")) == (model, training, data, source)
     assert (

@@ -366,8 +366,9 @@ def test_a_field_goes_with_what_has_fields(write, tmp_path):
 
 def test_runs_are_no_text(write, tmp_path):
     """They may lie below the folder that they learn from."""
-    for name in ("a.txt", "mine/metrics.jsonl", "mine/notes.txt", "new/metrics.jsonl", "new/samples.jsonl",
-                 "run/metrics.jsonl", "run/training.json", "run/best/c.txt"):  # fmt: skip
+    for name in ("a.txt", "mine/metrics.jsonl", "mine/notes.txt", "new/metrics.jsonl",
+                 "new/samples.jsonl", "run/metrics.jsonl", "run/training.json",
+                 "run/best/c.txt"):  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_text("text")
