@@ -20,6 +20,7 @@ from legacy1bit.config_files import write_config
 from legacy1bit.corpus import Corpus
 from legacy1bit.files import atomic_write
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.search_space import default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
     DATABASE_FILE,
@@ -31,11 +32,9 @@ from legacy1bit.tune import (
     TrialResult,
     Tuner,
     best_of,
-    default_space,
     load_optuna,
     open_storage,
     open_study,
-    read_space,
     results_of,
 )
 
