@@ -95,6 +95,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parsed = parser_of(arguments[0]).parse_args(arguments)
+        parsed.words = arguments
         with _tidy_end():
             status: int = parsed.run(parsed)
         if sys.stdout is not None:

@@ -7,17 +7,19 @@ one machine or on several, can work on one study.
 
 import hashlib
 import importlib
+import json
 import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from legacy1bit.corpus import Corpus
+from legacy1bit.files import atomic_write
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
@@ -29,8 +31,9 @@ SAMPLERS = ("tpe", "random", "grid")
 # What a trial is measured by, and which way is better.
 OBJECTIVES = {"loss": "minimize", "bytes": "minimize", "speed": "maximize"}
 
-# What a study is called in its database where nothing else is said, and its own database.
-STUDY_NAME, DATABASE_FILE = "study", "study.db"
+# What a study is called in its database where nothing else is said, its own database, and what its
+# folder says of it.
+STUDY_NAME, DATABASE_FILE, STUDY_FILE = "study", "study.db", "tune.json"
 
 # A trial is looked at so often; bad ones end at a look.
 _LOOKS = 8
@@ -91,6 +94,13 @@ class Terms:
     most_bytes: int | None = None
     least_speed: float | None = None
     prune: bool = True
+
+    @property
+    def length(self) -> str:
+        """How long a trial is, in words."""
+        if self.seconds is None:
+            return f"{self.training.steps:,} steps"
+        return f"{self.seconds:g} seconds"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what has to be the same wherever a trial runs; threads are a machine's own."""
@@ -156,6 +166,79 @@ class Budget:
     patience: int | None = None
 
 
+@dataclass(frozen=True)
+class StudyRecord:
+    """What a study's folder says of it.
+
+    Attributes
+    ----------
+    study : str
+        What it is called in its database.
+    source : dict
+        Where the text is.
+    own_database : bool
+        Whether its database lies in the folder, too.
+    command : str
+        The command line that began it.
+    machine : dict
+        What it was begun on.
+    """
+
+    study: str
+    source: dict[str, Any]
+    own_database: bool
+    command: str = ""
+    machine: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        atomic_write(folder / STUDY_FILE, json.dumps(asdict(self), indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> "StudyRecord":
+        """Read what a folder says.
+
+        Raises
+        ------
+        ValueError
+            If it is no study's, or that is damaged.
+        """
+        try:
+            told = json.loads((folder / STUDY_FILE).read_bytes())
+            kinds = [str, dict, bool, str, dict]
+            fits = all(
+                type(told[one.name]) is kind for one, kind in zip(fields(cls), kinds, strict=True)
+            )
+            if not fits:
+                raise ValueError("a value is of another kind")
+            return cls(**told)
+        except (FileNotFoundError, NotADirectoryError):
+            raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"{folder / STUDY_FILE} is damaged: {error}") from None
+
+    def url(self, folder: Path, storage: str | None) -> str:
+        """Return where its database is.
+
+        Raises
+        ------
+        ValueError
+            If that has to be named, or is gone.
+        """
+        if storage is not None:
+            return storage
+        if not self.own_database:
+            raise ValueError(f"{folder} has its study in another database: name it with --storage")
+        if not (folder / DATABASE_FILE).exists():
+            raise ValueError(f"{folder} has no {DATABASE_FILE} any more, in which its trials were")
+        return own_database(folder)
+
+
+def own_database(folder: Path) -> str:
+    """Return where the database of a study lies that has none elsewhere."""
+    return f"sqlite:///{folder / DATABASE_FILE}"
+
+
 def load_optuna() -> Any:
     """Return the library that proposes what to try next.
 
@@ -209,7 +292,7 @@ def open_storage(url: str, dead_seconds: float = _DEAD_SECONDS) -> Any:
             made = "already exist" in str(error)
             meanwhile = made or isinstance(error, sqlalchemy.exc.IntegrityError)
             if not meanwhile or attempt == _ATTEMPTS - 1:
-                raise ValueError(f"{_shown(url)} cannot be opened: {_first_line(error)}") from None
+                raise ValueError(f"{shown(url)} cannot be opened: {_first_line(error)}") from None
             time.sleep(0.5)
     if sqlite:
         # SQLite would let two processes read that a trial waits, and then both take it: here a
@@ -232,7 +315,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """Return a database's name without the password in it."""
     head, at, tail = url.rpartition("@")
     return f"{head.rsplit(':', 1)[0]}:***@{tail}" if at and head.count(":") > 1 else url

@@ -1,5 +1,6 @@
 """The page about a run in a real browser: on a desk and on a telephone, by day and by night."""
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -7,6 +8,7 @@ import shutil
 
 import pytest
 from test_plots import SHORT
+from test_study_report import make_study
 
 from legacy1bit.main import main
 
@@ -59,11 +61,9 @@ def browser():
         found.close()
 
 
-@pytest.fixture(params=[(s, c) for s in SCREENS for c in ("light", "dark")], ids="-".join)
-def shown(request, browser, written, tmp_path):
-    """The page on a screen, the colours that are wanted there, and what went wrong or was asked
-    for while it was loaded."""
-    screen, colours = request.param
+@contextlib.contextmanager
+def opened(browser, path, screen, colours, picture):
+    """A page on a screen, and what went wrong or was asked for while it was loaded."""
     width, height = SCREENS[screen]
     context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=colours)
     page = context.new_page()
@@ -71,11 +71,20 @@ def shown(request, browser, written, tmp_path):
     page.on("console", lambda message: errors.append(message.text))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda request: asked.append(request.url))
-    page.goto(written.as_uri())
+    page.goto(path.as_uri())
     page.wait_for_load_state("networkidle")
-    page.screenshot(path=tmp_path / f"{screen}-{colours}.png", full_page=True)
-    yield page, colours, errors, asked
+    page.screenshot(path=picture / f"{screen}-{colours}.png", full_page=True)
+    yield page, errors, asked
     context.close()
+
+
+@pytest.fixture(params=[(s, c) for s in SCREENS for c in ("light", "dark")], ids="-".join)
+def shown(request, browser, written, tmp_path):
+    """The page on a screen, the colours that are wanted there, and what went wrong or was asked
+    for while it was loaded."""
+    screen, colours = request.param
+    with opened(browser, written, screen, colours, tmp_path) as (page, errors, asked):
+        yield page, colours, errors, asked
 
 
 def luminance(colour):
@@ -107,10 +116,9 @@ def test_page_fits_its_screen(shown):
     assert wide <= room
 
 
-def test_figures_and_texts_are_seen(shown):
-    page, *_ = shown
+def assert_figures_are_seen(page, count):
     figures = page.locator("figure svg")
-    assert figures.count() == 7
+    assert figures.count() == count
     for i in range(figures.count()):
         box = figures.nth(i).bounding_box()
         assert box["width"] > 250
@@ -121,6 +129,11 @@ def test_figures_and_texts_are_seen(shown):
         "texts => texts.map(text => text.getBoundingClientRect().height)"
     )
     assert min(heights) > 7
+
+
+def test_figures_and_texts_are_seen(shown):
+    page, *_ = shown
+    assert_figures_are_seen(page, 7)
     text = page.locator("body").inner_text()
     for wanted in ("validation loss", "entropy floor", "step 2", "Loss", "blocks.1.ffn.wo", "CPU"):
         assert wanted in text
@@ -142,3 +155,26 @@ def test_folded_settings_open(shown):
     assert not setting.is_visible()
     page.get_by_text("The other settings").click()
     assert setting.is_visible()
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("studies"))
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+@pytest.mark.parametrize("screen", SCREENS)
+def test_page_of_a_study_is_seen(browser, searched, screen, colours, tmp_path):
+    out = tmp_path / "page.html"
+    assert main(["report", str(searched), "--out", str(out)]) == 0
+    with opened(browser, out, screen, colours, tmp_path) as (page, errors, asked):
+        assert errors == []
+        assert asked == [out.as_uri()]
+        wide, room = page.evaluate("[document.documentElement.scrollWidth, innerWidth]")
+        assert wide <= room
+        assert_figures_are_seen(page, 3 + 4)
+        trials = page.locator("details table")
+        assert not trials.is_visible()
+        page.locator("summary").click()
+        assert trials.is_visible()
+        assert "python -m legacy1bit.main tune" in page.locator("body").inner_text()

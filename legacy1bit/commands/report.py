@@ -1,4 +1,4 @@
-"""``report``: a page about a run."""
+"""``report``: a page about a run, or about a search for settings."""
 
 import argparse
 import shlex
@@ -14,8 +14,10 @@ from legacy1bit.plots import check_suffix, load_matplotlib, read_run
 from legacy1bit.report import defaults_of, report
 from legacy1bit.shards import INDEX_FILE
 from legacy1bit.sources import is_token_file
+from legacy1bit.study_report import study_report
 from legacy1bit.tokenizer import TOKENIZER_FILE, load_tokenizer
 from legacy1bit.trainer import read_settings
+from legacy1bit.tune import STUDY_FILE, StudyRecord, open_storage, open_study, results_of
 
 # Settings whose defaults depend on the machine.
 _ALWAYS = ("threads", "precision")
@@ -25,17 +27,22 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
     command.description = (
         "Write one HTML page about a run: curves, what the model wrote on the way, measurements, "
-        "settings, weights, the machine. The page needs nothing else, and asks for nothing."
+        "settings, weights, the machine; or about a study of tune: its trials, the best of them, "
+        "what made the difference. The page needs nothing else, and asks for nothing."
     )
     command.add_argument(
         "run_folder",
         metavar="RUN",
         type=Path,
         nargs="?",
-        help="a run's folder (default: the latest)",
+        help="a run's folder, or a study's (default: the latest run)",
     )
     command.add_argument(
         "--out", metavar="FILE", type=Path, required=True, help="where to: .html or .htm"
+    )
+
+    command.add_argument(
+        "--storage", metavar="URL", help="a study's database, where it has another"
     )
 
 
@@ -45,11 +52,21 @@ def run(arguments: argparse.Namespace) -> int:
     check_suffix(out, (".html", ".htm"))
     load_matplotlib()
     folder = arguments.run_folder or latest_run()
-    found = read_run(folder)
-    text = report(found, train_command(folder))
+    if (folder / STUDY_FILE).exists():
+        text = _about_study(folder, arguments.storage)
+    elif arguments.storage is not None:
+        raise ValueError(f"--storage goes with a study, and {folder} is none")
+    else:
+        text = report(read_run(folder), train_command(folder))
     atomic_write(out, text)
     print(f"{out}: {len(text.encode()):,} bytes about {folder}")
     return 0
+
+
+def _about_study(folder: Path, storage: str | None) -> str:
+    record = StudyRecord.read(folder)
+    study, terms = open_study(open_storage(record.url(folder, storage)), record.study, None, 1)
+    return study_report(folder, record, terms, results_of(study))
 
 
 def train_command(folder: Path) -> str:

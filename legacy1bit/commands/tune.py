@@ -1,7 +1,6 @@
 """``tune``: the best settings within the time and the bytes at hand."""
 
 import argparse
-import json
 import multiprocessing
 import re
 import shlex
@@ -18,16 +17,17 @@ from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
 from legacy1bit.corpus import Corpus
-from legacy1bit.files import atomic_write
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.machine import machine
 from legacy1bit.search_space import default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
-    DATABASE_FILE,
     OBJECTIVES,
     SAMPLERS,
+    STUDY_FILE,
     STUDY_NAME,
     Budget,
+    StudyRecord,
     Terms,
     TrialResult,
     Tuner,
@@ -35,12 +35,14 @@ from legacy1bit.tune import (
     load_optuna,
     open_storage,
     open_study,
+    own_database,
     results_of,
+    shown,
 )
 
 STUDIES = Path("studies")
-# What a study's folder says of itself, and the settings that were found.
-STUDY_FILE, BEST_FILE = "tune.json", "best.toml"
+# The settings that were found.
+BEST_FILE = "best.toml"
 
 # What cannot be changed when a study goes on, beside the settings of model, training and data.
 _FIXED = (
@@ -124,7 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
     # What is wrong with the text is told before anything else.
     work.corpus_of(work.terms.model)
     print(
-        f"searching {len(work.terms.space)} settings, trials of {_length(work.terms)} on {threads} "
+        f"searching {len(work.terms.space)} settings, trials of {work.terms.length} on {threads} "
         f"threads each, {arguments.jobs} at a time: {work.folder}",
         file=sys.stderr,
     )
@@ -151,12 +153,6 @@ def _check_numbers(arguments: argparse.Namespace) -> None:
         if value is not None and not 0 < value < float("inf"):
             option = name.replace("_", "-")
             raise ValueError(f"--{option} is {value}, expected it above 0")
-
-
-def _length(terms: Terms) -> str:
-    if terms.seconds is None:
-        return f"{terms.training.steps:,} steps"
-    return f"{terms.seconds:g} seconds"
 
 
 class _Work:
@@ -330,10 +326,9 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
         for dimension in space:
             dimension.values()
     folder = _make_folder(arguments.out)
-    told = {"study": name, "source": new.source, "own_database": arguments.storage is None}
     work = _Work(
         folder,
-        arguments.storage or _own_database(folder),
+        arguments.storage or own_database(folder),
         name,
         new.source,
         terms,
@@ -342,7 +337,9 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
         new.corpus.tokenizer,
     )
     new.corpus.tokenizer.save(folder)
-    atomic_write(folder / STUDY_FILE, json.dumps(told, indent=2) + "\n")
+    words = shlex.join([shown(word) for word in arguments.words])
+    command = f"python -m legacy1bit.main {words}"
+    StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
     return work
 
 
@@ -354,24 +351,10 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     if named or arguments.no_prune:
         option = (named or ["no_prune"])[0].replace("_", "-")
         raise ValueError(f"--{option} cannot be changed when a study goes on")
-    try:
-        told = json.loads((folder / STUDY_FILE).read_bytes())
-        name, source, own = told["study"], dict(told["source"]), told["own_database"]
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise ValueError(f"{folder / STUDY_FILE} is damaged: {error}") from None
-    if not own and arguments.storage is None:
-        raise ValueError(f"{folder} has its study in another database: name it with --storage")
-    if own and not (folder / DATABASE_FILE).exists():
-        raise ValueError(f"{folder} has no {DATABASE_FILE} any more, in which its trials were")
-    url = arguments.storage or _own_database(folder)
+    told = StudyRecord.read(folder)
+    url = told.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
-    return _Work(folder, url, name, source, None, threads, arguments.cache, tokenizer)
-
-
-def _own_database(folder: Path) -> str:
-    return f"sqlite:///{folder / DATABASE_FILE}"
+    return _Work(folder, url, told.study, told.source, None, threads, arguments.cache, tokenizer)
 
 
 def _check_out(wanted: Path | None) -> None:

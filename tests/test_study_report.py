@@ -1,0 +1,144 @@
+"""The page about a search: every trial of it, and the figures' numbers are those of the study."""
+
+import math
+from pathlib import Path
+
+import pytest
+from test_report import Parsed
+
+from legacy1bit import study_report
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.main import main
+from legacy1bit.plots import read_run
+from legacy1bit.search_space import Dimension
+from legacy1bit.tune import StudyRecord, Terms, TrialResult, best_of
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
+
+SPACE = """
+[learning_rate]
+low = 1e-3
+high = 1e-2
+log = true
+
+[model_dim]
+choices = [8, 10, 16]
+
+[activation]
+choices = ["relu2", "relu"]
+
+[float_steps]
+low = 0.0
+high = 0.5
+of_steps = true
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    return make_study(tmp_path_factory.mktemp("studies"))
+
+
+def make_study(folder):
+    """Make a small study of a name that is to be escaped, and return its folder."""
+    (folder / "space.toml").write_text(SPACE)
+    (folder / "text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)))
+    out = folder / "<b>study"
+    options = ("--blocks=1", "--heads=4", "--sequence-length=16", "--batch-size=2", "--threads=1",
+               "--steps=8", "--trials=9", "--sampler=random")  # fmt: skip
+    assert main(["tune", "--data", str(folder / "text.txt"), "--space",
+                 str(folder / "space.toml"), "--cache", str(folder / "cache"),
+                 "--out", str(out), *options]) == 0  # fmt: skip
+    return out
+
+
+def test_page_has_every_trial(study, tmp_path, say):
+    out = tmp_path / "page.html"
+    assert b"page.html" in say("report", study, "--out", out).out
+    parsed = Parsed(out.read_text())
+    text = " ".join("".join(parsed.text).split())
+    _, terms, results = opened(study)
+    assert len(results) >= 9
+    for one in results:
+        assert f"{one.loss:.4f}" in text if one.loss is not None else one.reason in text
+    assert parsed.all("b") == []
+    assert "<b>study" in text
+    assert len(parsed.all("svg")) == 3 + len(terms.space)
+    assert len(set(parsed.ids)) == len(parsed.ids)
+    assert "python -m legacy1bit.main tune --data" in text
+    for dimension in terms.space:
+        assert dimension.name in text
+
+
+def opened(folder):
+    from legacy1bit.tune import open_storage, open_study, results_of
+
+    record = StudyRecord.read(folder)
+    found, terms = open_study(open_storage(record.url(folder, None)), record.study, None, 1)
+    return record, terms, results_of(found)
+
+
+def test_figures_show_the_trials(study, monkeypatch):
+    panels = []
+    monkeypatch.setattr(
+        study_report, "figure", lambda some, name, title: panels.extend(some) or "<p></p>"
+    )
+    _, terms, results = opened(study)
+    study_report.study_report(study, *opened(study))
+    by_title = {panel.title: panel for panel in panels}
+    complete = [one for one in results if one.state == "complete"]
+    trials = by_title["Loss by trial"].series
+    assert list(zip(trials[0].x, trials[0].y, strict=True)) == [
+        (one.number, one.loss) for one in complete
+    ]
+    assert trials[-1].label == "best so far"
+    assert trials[-1].y == [
+        min(one.loss for one in complete[: i + 1]) for i in range(len(complete))
+    ]
+    sizes, front = by_title["Loss against size"].series
+    assert sorted(zip(sizes.x, sizes.y, strict=True)) == sorted(
+        (one.bytes / 1000, one.loss) for one in complete
+    )
+    assert [*front.y] == [one.loss for one in best_of(results, terms.objectives)]
+    for line in by_title["Loss on the way"].series:
+        number = int(line.label.split()[1])
+        assert line.y == read_run(study / f"trials/{number:04}").column("val_loss")
+        assert line.x[-1] == 100
+    rates = by_title["learning_rate"].series[0]
+    assert [*rates.x] == [math.log10(one.chosen["learning_rate"]) for one in complete]
+    words = by_title["activation"]
+    assert words.x_label == "0: relu2, 1: relu"
+    assert [*words.series[0].x] == [
+        ["relu2", "relu"].index(one.chosen["activation"]) for one in complete
+    ]
+
+
+def test_page_of_a_study_without_results():
+    space = (Dimension("model_dim", (8, 16)),)
+    terms = Terms(space, ModelConfig(), TrainingConfig(), DataConfig(), "0" * 64)
+    record = StudyRecord("study", {"name": "text"}, True)
+    for results in (
+        [],
+        [TrialResult(0, "refused", {"model_dim": 8}, {}, {}, None, 9, None, 0.0, "too large")],
+        [TrialResult(0, "pruned", {"model_dim": 8}, {}, {}, None, None, None, 1.0, "diverged")],
+        [TrialResult(0, "failed", {}, {}, {}, math.nan, None, None, 1.0, "")],
+    ):
+        text = "".join(Parsed(study_report.study_report(Path(), record, terms, results)).text)
+        assert f"{len(results)} trials" in text
+
+
+def test_report_says_what_is_wrong_with_a_study(study, fail, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "tune.json").write_text("{}")
+    out = tmp_path / "page.html"
+    assert "is damaged" in fail("report", broken, "--out", out)
+    StudyRecord("study", {}, True).save(broken)
+    assert "has no study.db any more" in fail("report", broken, "--out", out)
+    StudyRecord("study", {}, False).save(broken)
+    assert "name it with --storage" in fail("report", broken, "--out", out)
+    assert "no study other" in fail(
+        "report", broken, "--out", out, "--storage", f"sqlite:///{study}/other.db"
+    ).replace("study study", "study other")
+    assert not out.exists()
