@@ -234,7 +234,7 @@ def test_greedy_text_is_the_decoders(options, build, compiled, tmp_path):
     assert written(command, prompt, 200, 0) == text
 
 
-@builds("gcc", "gcc -m32", "Pentium III")
+@builds("gcc -m32", "Pentium III")
 def test_greedy_text_of_a_trained_model_is_the_decoders(build, trained, trained_source, compiled):
     command = compiled(trained_source, build)
     for prompt in (b"The hen", b"", b"A", b"dog dog dog", b"mat. The", b"T", b"\x80\xff", b"zzz"):
@@ -488,8 +488,8 @@ SIZES = {
 @pytest.mark.parametrize(
     "build",
     [
-        "gcc",
         "gcc -m32",
+        pytest.param("gcc", marks=pytest.mark.slow),
         pytest.param("gcc, plain C", marks=pytest.mark.slow),
         pytest.param("clang", marks=pytest.mark.slow),
     ],

@@ -19,7 +19,10 @@ QEMU = shutil.which("qemu-x86_64")
 CPUS = {"core2duo": "ssse3", "Nehalem": "sse41", "Haswell": "avx2"}
 
 
-@pytest.fixture(scope="module", params=CPUS)
+@pytest.fixture(
+    scope="module",
+    params=["core2duo", "Nehalem", pytest.param("Haswell", marks=pytest.mark.slow)],
+)
 def cpu(request):
     if QEMU is None:
         pytest.skip("qemu-x86_64 is not installed")

@@ -204,7 +204,7 @@ STRANGE = {
 
 
 @pytest.mark.parametrize("name", STRANGE)
-@pytest.mark.parametrize("kind", CURVES)
+@pytest.mark.parametrize("kind", ["page", "shares", "flips"])
 def test_strange_runs_are_drawn(run, say, kind, name):
     with_metrics(run, STRANGE[name])
     (run / "training.json").unlink()

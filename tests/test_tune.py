@@ -177,7 +177,7 @@ def test_search_keeps_to_a_limit_in_bytes(say):
 
 def test_search_keeps_to_a_limit_in_speed(say):
     pytest.importorskip("optuna")
-    arguments = search("study", "--min-speed", 1e12, "--minutes", 0.02)
+    arguments = search("study", "--min-speed", 1e12, "--minutes", 0.005)
     with pytest.raises(AssertionError):
         say(*arguments)
     assert {one.state for one in results_in("study")} == {"refused"}
