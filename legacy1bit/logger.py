@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write
 
 METRICS_FILE = "metrics.jsonl"
@@ -114,13 +115,7 @@ class MetricsLogger(StepLog):
 
 def check_tensorboard() -> None:
     """Raise ``ValueError`` if what writes TensorBoard's events is not installed."""
-    try:
-        from tensorboardX import event_file_writer, proto  # type: ignore[import-untyped] # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "TensorBoard's events need tensorboardX, which is not installed: "
-            f"pip install tensorboardX ({error})"
-        ) from None
+    load_extra("TensorBoard's events need", "tensorboardX", "event_file_writer", "proto")
 
 
 class _Events:

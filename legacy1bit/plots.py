@@ -6,7 +6,6 @@ when the first figure is drawn, without a display and without its global state.
 
 import contextlib
 import html
-import importlib
 import io
 import json
 import math
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write
 from legacy1bit.forward import (
     forward_embedding_batch,
@@ -108,15 +108,8 @@ def load_matplotlib() -> Any:
     ValueError
         If it is not installed.
     """
-    try:
-        package = importlib.import_module("matplotlib")
-        for name in ("colors", "figure", "patches", "style", "ticker"):
-            importlib.import_module(f"matplotlib.{name}")
-    except ImportError as error:
-        raise ValueError(
-            f"figures need matplotlib, which is not installed: pip install matplotlib ({error})"
-        ) from None
-    return package
+    modules = ("colors", "figure", "patches", "style", "ticker")
+    return load_extra("figures need", "matplotlib", *modules)
 
 
 def printable(text: str) -> str:

@@ -220,7 +220,7 @@ def report(run: Run, command: str) -> str:
         section("Measurements", _measurements(run)),
         section("Settings", *_settings(told)),
         section("Weights", *_weights(told)),
-        section("Machine", _machine(told)),
+        section("Machine", machine_table(told.machine, told.training)),
         section(
             "Once more",
             paragraph(
@@ -395,14 +395,14 @@ def _weights(told: _Told) -> list[str]:
     ]
 
 
-def _machine(told: _Told) -> str:
-    machine, training = told.machine, told.training
+def machine_table(machine: dict[str, Any], training: TrainingConfig | None = None) -> str:
+    """Return a table of what a computer is, and of the settings that go by it."""
     rows: list[tuple[str, Any]] = [
         ("CPU", machine.get("cpu")),
         ("cores", machine.get("cores")),
-        ("threads", training.threads),
+        *([] if training is None else [("threads", training.threads)]),
         ("instruction set", machine.get("instruction_set")),
-        ("precision of products", training.precision),
+        *([] if training is None else [("precision of products", training.precision)]),
         ("system", machine.get("system")),
         ("Python", machine.get("python")),
     ]

@@ -13,6 +13,7 @@ from legacy1bit.report import (
     escape,
     figure,
     folded,
+    machine_table,
     page,
     paragraph,
     section,
@@ -60,7 +61,7 @@ def study_report(
     sections += [
         section("All trials", folded(f"{len(results)} trials", _table(terms, results))),
         section("What was searched", *_space(terms)),
-        section("Machine", _machine(record, terms)),
+        section("Machine", machine_table(record.machine)),
         section(
             "Once more",
             paragraph("The command that began the search. Another run of it tries other settings."),
@@ -286,16 +287,3 @@ def _space(terms: Terms) -> list[str]:
         ["seed", str(terms.training.seed)],
     ]
     return [table("", ["setting", "where"], rows, words=2), table("", ["what", "which"], told, 2)]
-
-
-def _machine(record: StudyRecord, terms: Terms) -> str:
-    machine = record.machine
-    rows = [
-        ("CPU", machine.get("cpu")),
-        ("cores", machine.get("cores")),
-        ("instruction set", machine.get("instruction_set")),
-        ("system", machine.get("system")),
-        ("Python", machine.get("python")),
-    ]
-    shown = [[name, "not recorded" if value is None else str(value)] for name, value in rows]
-    return table("", ["what", "which"], shown, words=2)

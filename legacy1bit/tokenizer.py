@@ -12,7 +12,6 @@ merges. The last two stand for no text: what documents begin behind and end with
 
 import functools
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
+from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -137,13 +137,7 @@ def load_tokenizers() -> Any:
     ValueError
         If it is not installed.
     """
-    try:
-        return importlib.import_module("tokenizers")
-    except ImportError as error:
-        raise ValueError(
-            "tokenizers other than bytes need tokenizers, which is not installed: "
-            f"pip install tokenizers ({error})"
-        ) from None
+    return load_extra("tokenizers other than bytes need", "tokenizers")
 
 
 def _check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.corpus import Corpus
+from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
@@ -247,12 +248,7 @@ def load_optuna() -> Any:
     ValueError
         If it is not installed.
     """
-    try:
-        optuna = importlib.import_module("optuna")
-    except ImportError as error:
-        raise ValueError(
-            f"tune needs optuna, which is not installed: pip install optuna ({error})"
-        ) from None
+    optuna = load_extra("tune needs", "optuna")
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     return optuna

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_search_space import SPACE
 
 from legacy1bit import tune
 from legacy1bit.config_files import read_config
@@ -30,25 +31,6 @@ POSTGRES = os.environ.get("LEGACY1BIT_POSTGRES")
 
 few = settings(max_examples=60, deadline=None)
 
-SPACE = """
-[learning_rate]
-low = 1e-3
-high = 1e-2
-log = true
-
-[model_dim]
-low = 8
-high = 24
-step = 8
-
-[activation]
-choices = ["relu2", "relu"]
-
-[float_steps]
-low = 0.0
-high = 0.5
-of_steps = true
-"""
 TINY = ("--blocks", "1", "--heads", "2", "--sequence-length", "16", "--batch-size", "2",
         "--threads", "1", "--seed", "3")  # fmt: skip
 

@@ -8,7 +8,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import contextlib
-import importlib
 import json
 import math
 import os
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_path
 from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
 from legacy1bit.hyperparams import ModelConfig
@@ -105,14 +105,7 @@ def load_gguf() -> Any:
     ValueError
         If it is not installed.
     """
-    try:
-        gguf = importlib.import_module("gguf")
-        importlib.import_module("gguf.quants")
-    except ImportError as error:
-        raise ValueError(
-            f"GGUF files need gguf, which is not installed: pip install gguf ({error})"
-        ) from None
-    return gguf
+    return load_extra("GGUF files need", "gguf", "quants")
 
 
 # ---------------------------------------------------------------------------------------------
