@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import struct
@@ -109,18 +110,50 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
-        temporary = _temporary(folder / source.name)
-        try:
-            try:
-                os.link(source, temporary)
-            except OSError:
-                temporary = _write_beside(folder / source.name, source.read_bytes())
-            os.replace(temporary, folder / source.name)
-        finally:
-            # Two names of one content are not renamed into each other: then this one is left.
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        atomic_copy(source, folder / source.name)
     _sync_folder(folder)
+
+
+def atomic_copy(source: Path, target: Path) -> None:
+    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``."""
+    temporary = _temporary(target)
+    try:
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary = _write_beside(target, source.read_bytes())
+        os.replace(temporary, target)
+    finally:
+        # Two names of one content are not renamed into each other: then this one is left.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Have a folder for oneself, as far as others ask for it in this way.
+
+    It ends with the process, too, however that ends. Some network file systems know no such
+    thing; there nobody is kept out.
+
+    Raises
+    ------
+    ValueError
+        If another process, or another part of this one, has it.
+    OSError
+        If there is no such folder.
+    """
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder} is in use: another process is training there") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 def _target(path: Path) -> Path:

@@ -68,6 +68,8 @@ class StepLog:
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record. Numbers that are not finite become null: JSON has none."""
         try:
+            # Somebody may have removed the folder: what is to come is not lost for that.
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
         except OSError as error:

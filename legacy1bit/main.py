@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from legacy1bit.commands.common import INTERRUPTED
+from legacy1bit.commands.common import INTERRUPTED, describe
 
 # The commands, the module of each, and what they are for. Only that of the command which is called
 # is loaded, so that writing does not wait for what training needs.
@@ -51,15 +51,6 @@ def _fail(message: str) -> NoReturn:
     except OSError:
         _silence(sys.stderr)
     raise SystemExit(2)
-
-
-def _describe(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return ": ".join([*names[-1:], error.strerror])
-    if isinstance(error, MemoryError):
-        return f"not enough memory: {error}" if str(error) else "not enough memory"
-    return str(error)
 
 
 def parser_of(command: str | None) -> argparse.ArgumentParser:
@@ -114,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         if isinstance(error, OSError):
             _silence(sys.stdout)
-        _fail(_describe(error))
+        _fail(describe(error))
     return status
 
 

@@ -11,15 +11,23 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
 
 from legacy1bit import stories
 from legacy1bit.augment import Augmentation
 from legacy1bit.backward import BackwardPass, ignore_padding
+from legacy1bit.checkpoint import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    DAMAGE,
+    Checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    write_checkpoint,
+)
 from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
-from legacy1bit.files import atomic_copies, atomic_write, serialize_tensors
+from legacy1bit.files import atomic_copies, atomic_copy, atomic_write
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
@@ -41,9 +49,6 @@ from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
-BEST_FOLDER = "best"
-
 # The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
 RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
 
@@ -51,21 +56,6 @@ RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOIN
 # evenly; at the end on as many as the settings say. So many tokens are looked at together.
 _QUICK_TOKENS = 16384
 _EVALUATION_TOKENS = 2048
-
-_MOST_STEPS = 1 << 40
-
-
-# What reading a damaged file can raise, in the libraries that read it.
-_DAMAGE = (
-    SafetensorError,
-    AttributeError,
-    KeyError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
 
 class TrainingDiverged(ValueError):
     """The loss or a gradient is no longer a finite number."""
@@ -505,19 +495,16 @@ class Trainer:
         self.tokenizer.save(self.folder)
         self.model.provenance = self._provenance()
         save_model(self.model, self.folder)
-        state = {
-            "weights": np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
-            "first": self.optimizer.first,
-            "second": self.optimizer.second,
-        }
-        header = {
-            "model": json.dumps(self.model.config.to_dict()),
-            "step": str(self.step),
-            "seconds": repr(self.seconds),
-            "best": json.dumps(self.best),
-            "position": json.dumps(self.position),
-        }
-        atomic_write(self.folder / CHECKPOINT_FILE, serialize_tensors(state, header))
+        checkpoint = Checkpoint(
+            self.step,
+            self.seconds,
+            self.best,
+            self.position,
+            np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
+            self.optimizer.first,
+            self.optimizer.second,
+        )
+        write_checkpoint(self.folder, checkpoint, self.model.config)
         settings = {
             "model": self.model.config.to_dict(),
             "training": self.config.to_dict(),
@@ -546,101 +533,48 @@ class Trainer:
         if not 0 < self.best[1] == self.step:
             return False
         try:
-            kept = read_checkpoint_header(self.folder / BEST_FOLDER, self.model.config)
+            path = self.folder / BEST_FOLDER / CHECKPOINT_FILE
+            kept = read_checkpoint(path, self.model.config)
         except (ModelFileError, OSError):
             return True
         return kept.step < self.step
 
-    def restore(self) -> None:
-        """Go back to where the run's checkpoint was written.
+    def restore(self, checkpoint: Checkpoint | None = None) -> None:
+        """Go back to a checkpoint of the run: the newest that is whole, unless one is given.
+
+        It is the newest then; what was newer and is damaged does not come in its way any more.
 
         Raises
         ------
         ModelFileError
-            If the checkpoint is not a whole one of this model.
+            If it is not of this run, or none is whole.
         OSError
-            If it cannot be read.
+            If none can be read.
         """
-        path = self.folder / CHECKPOINT_FILE
-        size = self.model.num_parameters
-        header = read_checkpoint_header(self.folder, self.model.config)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except _DAMAGE as error:
-            raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
-        for name in ("weights", "first", "second"):
-            values = state.get(name)
-            if values is None or values.shape != (size,) or values.dtype != np.float32:
-                raise ModelFileError(f"{path}: {name} is missing, or not float32[{size}]")
-            if not np.isfinite(values).all():
-                raise ModelFileError(f"{path}: {name} holds a number that is not finite")
+        if checkpoint is None:
+            checkpoint, _ = newest_checkpoint(self.folder, self.model.config)
+        size, path = self.model.num_parameters, checkpoint.path
+        if checkpoint.weights.size != size:
+            raise ModelFileError(f"{path}: weights is not float32[{size}]")
         self.close()
         try:
-            self.reader.check(header.position)
+            self.reader.check(checkpoint.position)
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
+        if path is not None and path != self.folder / CHECKPOINT_FILE:
+            atomic_copy(path, self.folder / CHECKPOINT_FILE)
         start = 0
         for weights in self.model.latent.values():
-            weights[...] = state["weights"][start : start + weights.size].reshape(weights.shape)
+            part = checkpoint.weights[start : start + weights.size]
+            weights[...] = part.reshape(weights.shape)
             start += weights.size
         self.model.quantize(self.config.threads)
-        self.optimizer.first[...] = state["first"]
-        self.optimizer.second[...] = state["second"]
-        self.optimizer.steps = self.step = header.step
-        self.seconds = header.seconds
-        self.best = header.best
-        self.reader.position = header.position
-
-
-@dataclass(frozen=True)
-class CheckpointHeader:
-    """What a checkpoint tells without its weights; see ``Trainer`` for the meanings."""
-
-    step: int
-    seconds: float
-    best: tuple[float, int]
-    position: tuple[int, ...]
-
-
-def read_checkpoint_header(folder: Path, model_config: ModelConfig) -> CheckpointHeader:
-    """Return how far a run's checkpoint is.
-
-    Raises
-    ------
-    ModelFileError
-        If it is damaged, or that of a model with other settings.
-    OSError
-        If it cannot be read.
-    """
-    path = folder / CHECKPOINT_FILE
-    with open(path, "rb"):
-        pass
-    try:
-        with safe_open(path, framework="numpy") as file:
-            header = file.metadata() or {}
-        if json.loads(header["model"]) != model_config.to_dict():
-            raise ModelFileError(f"{path} is of a model with other settings")
-        step, seconds = int(header["step"]), float(header["seconds"])
-        lowest, found_at = json.loads(header["best"])
-        best = (float(lowest), int(found_at))
-        for name, value, most in (
-            ("step", step, _MOST_STEPS),
-            ("time", seconds, math.inf),
-            ("best loss", best[0], math.inf),
-            ("best step", best[1], step),
-        ):
-            if not 0 <= value <= most:
-                raise ValueError(f"its {name} is {value}, expected 0 to {most}")
-        # Runs that knew windows only have kept none.
-        position = tuple(json.loads(header.get("position", f"[{step}]")))
-        if not all(type(n) is int for n in position):
-            raise ValueError(f"its position is {position}, expected whole numbers")
-    except ModelFileError:
-        raise
-    except _DAMAGE as error:
-        raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
-    return CheckpointHeader(step, seconds, best, position)
+        self.optimizer.first[...] = checkpoint.first
+        self.optimizer.second[...] = checkpoint.second
+        self.optimizer.steps = self.step = checkpoint.step
+        self.seconds = checkpoint.seconds
+        self.best = checkpoint.best
+        self.reader.position = checkpoint.position
 
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
@@ -674,6 +608,6 @@ def read_settings(
         source = dict(settings["source"])
     except KeyError as error:
         raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         raise ModelFileError(f"{path} is not a run's settings: {error}") from None
     return model, training, data, source

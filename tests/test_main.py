@@ -746,6 +746,9 @@ DAMAGED_RUNS = {
 
 @pytest.mark.parametrize("name", DAMAGED_RUNS)
 def test_resume_refuses_a_damaged_run(fail, run, name):
+    # Nothing else is there to go on with.
+    shutil.rmtree(run / "best")
+    (run / "earlier.safetensors").unlink(missing_ok=True)
     DAMAGED_RUNS[name](run)
     before = content_of(run)
     message = fail("train", "--resume", run, "--steps", 6)
@@ -1530,18 +1533,15 @@ def test_commands_refuse_a_damaged_model(fail, run, name):
     assert content_of(run) == before
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "checkpoint.safetensors", ""])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", ""])
 def test_commands_refuse_a_run_they_cannot_read(fail, run, name):
     path = run / name
     mode = path.stat().st_mode
     path.chmod(0)
     if os.access(path, os.R_OK):
         pytest.skip("root reads everything")
-    if name.startswith("checkpoint"):
-        assert name in fail("train", "--resume", run, "--steps", 5)
-    else:
-        for command in ("generate", "evaluate", "info"):
-            assert "run" in fail(command, "--model", run)
+    for command in ("generate", "evaluate", "info"):
+        assert "run" in fail(command, "--model", run)
     path.chmod(mode)
 
 

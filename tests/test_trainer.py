@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from legacy1bit import logger, stories, trainer
 from legacy1bit.backward import ignore_padding
+from legacy1bit.checkpoint import BEST_FOLDER, CHECKPOINT_FILE, EARLIER_FILE
 from legacy1bit.corpus import Corpus, story_corpus, text_corpus
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.forward import forward_llm_batch
@@ -29,8 +30,6 @@ from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.shards import TokenStore
 from legacy1bit.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.trainer import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
     SETTINGS_FILE,
     Metrics,
     Trainer,
@@ -638,6 +637,9 @@ def test_saved_run_holds_all_that_it_needs(tmp_path):
     run.save()
     names = {path.name for path in run.folder.iterdir() if path.is_file()}
     assert names == RUN_FILES
+    run.save()
+    names = {path.name for path in run.folder.iterdir() if path.is_file()}
+    assert names == {*RUN_FILES, EARLIER_FILE}
     assert read_settings(run.folder) == (run.model.config, run.config, run.data, run.source)
     loaded = load_model(run.folder)
     tokens = np.arange(8, dtype=np.int32)[None]
@@ -805,6 +807,7 @@ def with_position(folder, value):
     del header["position"]
     if value is not None:
         header["position"] = value
+    del header["crc32"]
     save_file(load_file(path), path, header)
 
 
@@ -1364,6 +1367,7 @@ def assert_same_files(one, other):
             headers = [header_of(folder / name) for folder in (one, other)]
             for header in headers:
                 header.pop("seconds", None)
+                header.pop("crc32", None)
             assert headers[0] == headers[1]
             assert_same_state(*(load_file(folder / name) for folder in (one, other)))
         else:
@@ -1628,7 +1632,8 @@ def test_full_disk_at_the_first_save_leaves_no_half_file(tmp_path, monkeypatch):
         assert len(list(run.folder.iterdir())) <= writes
         assert not (run.folder / SETTINGS_FILE).exists()
         run.save()
-        assert {path.name for path in run.folder.iterdir() if path.is_file()} == RUN_FILES
+        found = {path.name for path in run.folder.iterdir() if path.is_file()}
+        assert found - {EARLIER_FILE} == RUN_FILES
 
 
 class Sick:
@@ -1713,6 +1718,9 @@ def saved(tmp_path):
 def restored(folder, **changes):
     run = make(folder, **changes)
     before = state_of(run)
+    # The newest checkpoint is all there is.
+    (folder / EARLIER_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder / BEST_FOLDER, ignore_errors=True)
     try:
         run.restore()
     except ModelFileError:
@@ -1746,6 +1754,7 @@ def rewrite(saved, change):
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     header = json.loads(raw[8 : 8 + length])["__metadata__"]
+    del header["crc32"]
     tensors = load_file(path)
     change(tensors, header)
     save_file(tensors, path, header)
@@ -1988,6 +1997,7 @@ def test_checkpoint_header_is_checked(tmp_path, key, value):
     train(run, stop_at=5)
     path = run.folder / CHECKPOINT_FILE
     header = {**header_of(path), key: value}
+    del header["crc32"]
     save_file(load_file(path), path, header)
     with pytest.raises(ModelFileError, match=r"not a checkpoint: its .* expected 0 to"):
-        resumed(tmp_path / "run")
+        restored(tmp_path / "run")

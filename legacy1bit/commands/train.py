@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit import stories
+from legacy1bit.checkpoint import EARLIER_FILE, newest_checkpoint
 from legacy1bit.commands.common import (
     INTERRUPTED,
     RUNS,
     add_settings,
+    describe,
     given,
     option_of,
     threads_of,
@@ -23,6 +25,7 @@ from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
 from legacy1bit.config_files import config_text, records_of
+from legacy1bit.files import held
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import (
@@ -40,7 +43,6 @@ from legacy1bit.trainer import (
     RUN_FILES,
     Trainer,
     evaluate,
-    read_checkpoint_header,
     read_settings,
     recall_of_heroes,
 )
@@ -101,7 +103,7 @@ def _check_folder(wanted: Path | None) -> None:
     # beside it some of its files.
     names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
     found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
-    ours = found <= {METRICS_FILE, SAMPLES_FILE, EVENTS_FOLDER, *RUN_FILES}
+    ours = found <= {METRICS_FILE, SAMPLES_FILE, EVENTS_FOLDER, EARLIER_FILE, *RUN_FILES}
     if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
@@ -123,9 +125,13 @@ def _print_config(arguments: argparse.Namespace) -> None:
     print(config_text(*records_of(told, arguments.config), unset), end="")
 
 
-def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
-    """Return a new run, or an old one where its checkpoint was written."""
+def _start(
+    arguments: argparse.Namespace, ends: contextlib.ExitStack
+) -> tuple[Trainer, MetricsLogger]:
+    """Return a new run, or an old one where its checkpoint was written; nobody else has it."""
     if arguments.resume is not None:
+        read_settings(arguments.resume)
+        ends.enter_context(held(arguments.resume))
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
@@ -134,6 +140,9 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, new.model, new.training, new.corpus, new.source, new.data)
     trainer.folder = _make_folder(arguments.out)
+    ends.enter_context(held(trainer.folder))
+    # Somebody may have been faster.
+    _check_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
 
 
@@ -155,13 +164,16 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if "threads" in changes:
         changes["threads"] = threads_of(arguments)
     config = replace(config, **changes)
-    done = read_checkpoint_header(folder, model_config).step
+    checkpoint, wrong = newest_checkpoint(folder, model_config)
+    for error in wrong:
+        print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
+    done = checkpoint.step
     if done >= config.steps:
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
     corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
     trainer = Trainer(folder, model_config, config, corpus, source, data)
-    trainer.restore()
+    trainer.restore(checkpoint)
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
 
@@ -171,7 +183,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         _print_config(arguments)
         return 0
-    trainer, logger = _start(arguments)
+    with contextlib.ExitStack() as ends:
+        return _train(*_start(arguments, ends))
+
+
+def _train(trainer: Trainer, logger: MetricsLogger) -> int:
+    """Train to the end, or until told to stop."""
     config = trainer.model.config
     print(
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
