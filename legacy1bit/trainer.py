@@ -27,6 +27,7 @@ from legacy1bit.checkpoint import (
 from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
+from legacy1bit.divergence import TrainingDiverged, diverged
 from legacy1bit.files import atomic_copies, atomic_copy, atomic_write
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
@@ -56,10 +57,6 @@ RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOIN
 # evenly; at the end on as many as the settings say. So many tokens are looked at together.
 _QUICK_TOKENS = 16384
 _EVALUATION_TOKENS = 2048
-
-class TrainingDiverged(ValueError):
-    """The loss or a gradient is no longer a finite number."""
-
 
 @dataclass(frozen=True)
 class Metrics:
@@ -413,9 +410,8 @@ class Trainer:
         }
         for name, values in held.items():
             if not np.isfinite(values).all():
-                raise TrainingDiverged(
-                    f"after step {self.step} {name} are no longer finite: try a lower "
-                    "--learning-rate or --weight-decay"
+                raise diverged(
+                    f"after step {self.step} {name} are no longer finite", self.model, self.config
                 )
 
     def _measure(self, limit: int, stop: Callable[[], bool] = lambda: False) -> Metrics:
@@ -424,9 +420,7 @@ class Trainer:
                 self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer, stop
             )
         except ValueError as error:
-            raise TrainingDiverged(
-                f"after step {self.step}: {error}; try a lower --learning-rate"
-            ) from None
+            raise diverged(f"after step {self.step} {error}", self.model, self.config) from None
 
     def train_step(self) -> tuple[float, float]:
         """Take one step and return the loss of its batch and the norm of the gradient."""
@@ -452,18 +446,15 @@ class Trainer:
             loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total, seen)[0]
         loss /= max(total, 1)
         if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss is {loss} at step {self.step + 1}: try a lower --learning-rate"
-            )
+            what = f"the loss is {loss} at step {self.step + 1}"
+            raise diverged(what, self.model, config, batch, self.gradients)
         self.optimizer.weight_decay = config.weight_decay_at(self.step)
         norm = self.optimizer.step(
             self.gradients, config.learning_rate_at(self.step), config.clip, config.threads
         )
         if not math.isfinite(norm):
-            raise TrainingDiverged(
-                f"the gradient's norm is {norm} at step {self.step + 1}: try a lower "
-                "--learning-rate"
-            )
+            what = f"the gradient's norm is {norm} at step {self.step + 1}"
+            raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
         return loss, norm
 

@@ -1656,7 +1656,7 @@ class Sick:
 def test_diverging_run_keeps_its_checkpoint(tmp_path, bad, where):
     run = make(tmp_path / "run")
     run.passes = Sick(run.passes, 7, **{"loss": 0.0, "gradient": 0.0, where: bad})
-    with pytest.raises(TrainingDiverged, match=f"the {where}.* at step 8: try a lower"):
+    with pytest.raises(TrainingDiverged, match=f"the {where}.* at step 8.*; .*try a lower"):
         train(run)
     assert run.step == 7
     again = make(tmp_path / "run")
@@ -1679,7 +1679,7 @@ def test_run_that_diverged_between_steps_keeps_its_checkpoint(tmp_path, monkeypa
         return evaluate(model, *arguments)
 
     monkeypatch.setattr(trainer, "evaluate", measure)
-    with pytest.raises(TrainingDiverged, match=r"after step 10: .*not finite.*try a lower"):
+    with pytest.raises(TrainingDiverged, match=r"after step 10 .*not finite.*try a lower"):
         train(run)
     assert [contents(run.folder)] == at_five
     assert [r["step"] for r in read_metrics(run.folder / METRICS_FILE)] == [5]
@@ -1938,7 +1938,7 @@ def test_run_with_weights_that_overflowed_keeps_its_checkpoint(tmp_path, where):
         "second": run.optimizer.second,
     }[where]
     array.flat[3] = np.inf
-    with pytest.raises(TrainingDiverged, match=r"no longer finite: try a lower --learning-rate"):
+    with pytest.raises(TrainingDiverged, match=r"no longer finite.*: try a lower --learning-rate"):
         run._look(False)
     assert {path.name: path.read_bytes() for path in run.folder.glob("*.*")} == kept
     assert run.best[1] == 5
