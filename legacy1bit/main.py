@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from legacy1bit.commands.common import INTERRUPTED, describe
+from legacy1bit.errors import INTERRUPTED, describe
 
 # The commands, the module of each, and what they are for. Only that of the command which is called
 # is loaded, so that writing does not wait for what training needs.

@@ -895,6 +895,15 @@ def test_tensorboard_that_is_not_installed_is_named(say, fail, run, monkeypatch,
     assert not Path("here").exists()
 
 
+def test_what_takes_long_to_load_is_loaded_where_ctrl_c_is_answered():
+    script = "import sys, legacy1bit.main; print('numpy' in sys.modules)"
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, check=True,
+    )  # fmt: skip
+    assert ran.stdout == b"False\n"
+
+
 # --- Kills ----------------------------------------------------------------------------------------
 
 

@@ -13,9 +13,6 @@ from legacy1bit.threads import available_cores, default_threads
 
 RUNS = Path("runs")
 
-# The status of a command that Ctrl-C has ended.
-INTERRUPTED = 130
-
 ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
 
 # Settings whose options are not named like them; None: the command line has none.
@@ -25,16 +22,6 @@ _OPTIONS = {
     "num_blocks": "blocks",
     "num_heads": "heads",
 }
-
-
-def describe(error: Exception) -> str:
-    """Return what an error says, for somebody who need not know the language."""
-    if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-        return ": ".join([*names[-1:], error.strerror])
-    if isinstance(error, MemoryError):
-        return f"not enough memory: {error}" if str(error) else "not enough memory"
-    return str(error)
 
 
 def option_of(name: str) -> str | None:

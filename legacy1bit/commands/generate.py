@@ -15,13 +15,13 @@ from pathlib import Path
 
 from legacy1bit.commands.common import (
     ALL_CORES,
-    INTERRUPTED,
     add_model,
     add_settings,
     given,
     latest_run,
     threads_of,
 )
+from legacy1bit.errors import INTERRUPTED
 from legacy1bit.generator import Completion, Generator
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel

@@ -11,20 +11,13 @@ from typing import Any
 
 from legacy1bit import stories
 from legacy1bit.checkpoint import EARLIER_FILE, newest_checkpoint
-from legacy1bit.commands.common import (
-    INTERRUPTED,
-    RUNS,
-    add_settings,
-    describe,
-    given,
-    option_of,
-    threads_of,
-)
+from legacy1bit.commands.common import RUNS, add_settings, given, option_of, threads_of
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
 from legacy1bit.config_files import config_text, records_of
+from legacy1bit.errors import INTERRUPTED, describe
 from legacy1bit.files import held
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig

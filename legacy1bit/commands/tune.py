@@ -11,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import INTERRUPTED, add_settings, given, threads_of
+from legacy1bit.commands.common import add_settings, given, threads_of
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
 from legacy1bit.corpus import Corpus
+from legacy1bit.errors import INTERRUPTED
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.machine import machine
 from legacy1bit.search_space import default_space, read_space
