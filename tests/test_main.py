@@ -546,6 +546,46 @@ def test_process_saves_when_it_is_told_to_stop(say, number):
     assert_same_run("parts", "whole")
 
 
+LONG = """
+import ctypes, sys
+from legacy1bit import main, trainer
+take = trainer.Trainer.train_step
+def train_step(self):
+    if self.step == 1:
+        print("in the middle", file=sys.stderr, flush=True)
+        # As a kernel that works for so long: the interpreter waits for it.
+        ctypes.CDLL(None).usleep(900_000)
+        ctypes.CDLL(None).usleep(900_000)
+        ctypes.CDLL(None).usleep(900_000)
+    return take(self)
+trainer.Trainer.train_step = train_step
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_long_step_is_answered_before_its_end(number):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LONG, *tiny(out="parts", steps=150)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    alarm = threading.Timer(30, process.kill)
+    alarm.start()
+    with process:
+        while b"in the middle" not in (line := process.stderr.readline()):
+            assert line
+        begin = time.monotonic()
+        process.send_signal(number)
+        assert b"stopping after this step" in process.stderr.readline()
+        # The sleep, which ends at a signal, is followed by two more.
+        assert time.monotonic() - begin < 1.0
+        process.communicate()
+    alarm.cancel()
+    assert process.returncode == 130
+
+
 def test_resume_takes_more_steps(say, run):
     say("train", "--resume", run, "--steps", 5)
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 5]
@@ -951,8 +991,12 @@ def train_and_kill(arguments, delay):
     return process.returncode != 0
 
 
+# `make test-crash` asks for more.
+KILLS = int(os.environ.get("LEGACY1BIT_KILLS", 25))
+
+
 @pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 400), pytest.param(25, 3000, marks=pytest.mark.slow)]
+    ("kills", "steps"), [(3, 400), pytest.param(KILLS, 120 * KILLS, marks=pytest.mark.slow)]
 )
 def test_run_that_is_killed_ends_like_an_unbroken_one(say, kills, steps):
     """At any moments: the record, the last model and the best come out the same."""
@@ -967,6 +1011,7 @@ def test_run_that_is_killed_ends_like_an_unbroken_one(say, kills, steps):
     while killed < kills and train_and_kill(go_on(), choice.uniform(0.0, 0.1)):
         killed += 1
     assert killed > kills // 2
+    print(f"killed {killed} times")
     if killed == kills:
         say(*go_on())
     say(*tiny(out="whole", **options))

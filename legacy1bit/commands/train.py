@@ -192,7 +192,12 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     samples = None
     if trainer.tokenizer.bos_token is not None:
         samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
-    with Interrupts() as interrupts, progress_of_training() as progress:
+    progress = progress_of_training()
+
+    def answer() -> None:
+        progress.console.print("stopping after this step; once more: at once, without saving")
+
+    with Interrupts(answer) as interrupts, progress:
         task = progress.add_task(
             "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
         )

@@ -1,7 +1,10 @@
 """What the commands share that train: settings of files and options, and how they are stopped."""
 
 import argparse
+import os
 import signal
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,10 +108,18 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
 
 
 class Interrupts:
-    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once."""
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    answer : callable, optional
+        Called when the first comes, from a thread of its own: the main one may be in a kernel, and
+        learns of it only afterwards.
+    """
+
+    def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
         self.requested = False
+        self._answer = answer
 
     def __enter__(self) -> "Interrupts":
         self._before = {
@@ -116,11 +127,28 @@ class Interrupts:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
             if signal.getsignal(number) != signal.SIG_IGN
         }
+        # The system's own handler writes a byte there for every signal, whatever Python does.
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._earlier = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._earlier)
+        os.close(self._write)
+        self._watcher.join()
+        os.close(self._read)
+
+    def _watch(self) -> None:
+        answered = False
+        while number := os.read(self._read, 1):
+            if number[0] in self._before and not answered:
+                answered = True
+                self._answer()
 
     def _request(self, *_: object) -> None:
         if self.requested:
