@@ -7,6 +7,7 @@ is finished is not run again, so that a stopped ``make results`` goes on where i
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from legacy1bit.files import atomic_write
 from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.model import load_model
+from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.stories import entropy_per_character
 from legacy1bit.threads import available_cores
 
@@ -210,8 +211,8 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
     Returns
     -------
     dict
-        The run's last record, ``peak_bytes``, ``stored_bytes``, and ``run_seconds``, which counts
-        everything in.
+        The run's last record, ``peak_bytes``, ``stored_bytes``, ``file_bytes``, and
+        ``run_seconds``, which counts everything in.
     """
     note = folder / "alone.json"
     if not note.exists():
@@ -223,6 +224,7 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
         record["peak_bytes"] = 1024 * int(told.split()[-1])
         record["run_seconds"] = seconds
         record["stored_bytes"] = load_model(folder).stored_bytes()
+        record["file_bytes"] = (folder / WEIGHTS_FILE).stat().st_size
         atomic_write(note, json.dumps(record))
     outcome: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
     print(f"{outcome['val_loss']:.4f}  {' '.join(arguments)}", file=sys.stderr, flush=True)
@@ -259,7 +261,47 @@ def token_table(data: str, out: Path) -> Iterator[str]:
         )
 
 
-def story_table(out: Path) -> Iterator[str]:
+# What training began from, before any of it was searched for.
+_BEFORE = (
+    "--model-dim 96 --blocks 3 --heads 4 --ffn-multiplier 4 --sequence-length 256 --batch-size 8 "
+    "--learning-rate 0.003 --matrix-ratio 3.3 --decay-share 1 --weight-decay 0.02"
+)
+
+# What is the best within a time, and a size of the model's file. The settings of all but the first
+# were found by ``tune``.
+_BUDGETS = {
+    "one minute, before the search": f"--minutes 1 {_BEFORE}",
+    "one minute: the default": "--minutes 1",
+    "one minute, 500 kB": "--minutes 1 --config docs/settings/500kB.toml",
+    "one minute, 200 kB": "--minutes 1 --config docs/settings/200kB.toml",
+    "ten minutes": "--minutes 10 --config docs/settings/ten-minutes.toml",
+}
+
+
+def budget_table(data: str, out: Path) -> Iterator[str]:
+    """Yield the lines of the table of budgets, whose runs have all cores."""
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in _BUDGETS}
+    for seed in SEEDS:
+        for name, options in _BUDGETS.items():
+            given = ["--data", data, *shlex.split(options), "--seed", str(seed)]
+            folder = out / f"budget-{re.sub(r'[^a-z0-9]+', '-', name)}-{seed}"
+            runs[name].append(run_alone([*given, "--evaluate-every", str(1 << 40)], folder))
+    seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
+    yield f"| budget | options | loss | {seeds} | steps | training | file, bytes |"
+    yield "| --- | --- | --- |" + " ---: |" * (len(SEEDS) + 3)
+    for name, done in runs.items():
+        losses = [run["val_loss"] for run in done]
+        each = " | ".join(f"{loss:.4f}" for loss in losses)
+        steps = statistics.median(run["step"] for run in done)
+        seconds = statistics.median(run["elapsed_seconds"] for run in done)
+        yield (
+            f"| {name} | `{_BUDGETS[name]}` | {statistics.fmean(losses):.4f} ± "
+            f"{statistics.stdev(losses):.4f} | {each} | {steps:,.0f} | {seconds:.0f} s | "
+            f"{max(run['file_bytes'] for run in done):,.0f} |"
+        )
+
+
+def story_table(_: str, out: Path) -> Iterator[str]:
     """Yield the lines of the table of the stories, which the default job learns."""
     floor = entropy_per_character()
     yield "| | loss | above the floor | whole command | peak memory |"
@@ -272,7 +314,7 @@ def story_table(out: Path) -> Iterator[str]:
         )
 
 
-def memory_table(out: Path) -> Iterator[str]:
+def memory_table(_: str, out: Path) -> Iterator[str]:
     """Yield the lines of the table of what gradient checkpointing saves and costs.
 
     The runs take turns, so that a change in the machine's speed meets all of them.
@@ -292,6 +334,15 @@ def memory_table(out: Path) -> Iterator[str]:
     for name, done in runs.items():
         peak = statistics.median(run["peak_bytes"] for run in done) / 2**20
         yield f"| {name} | {peak:.0f} MiB | {speeds[name]:,.0f} | {speeds[name] / speeds['']:.2f} |"
+
+
+# The tables of runs that have all cores.
+_ALONE = {
+    "tokens": token_table,
+    "budgets": budget_table,
+    "stories": story_table,
+    "memory": memory_table,
+}
 
 
 def fill(text: str, name: str, lines: Sequence[str]) -> str:
@@ -316,14 +367,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/results"), help="where runs go")
     parser.add_argument("--document", type=Path, default=Path("docs/RESULTS.md"))
     parser.add_argument("--jobs", type=int, default=available_cores(), help="runs at a time")
+    parser.add_argument("--only", choices=("losses", *_ALONE), help="these tables and no others")
     arguments = parser.parse_args(argv)
-    outcomes = run_all(arguments.data, arguments.out, arguments.jobs)
+    data, out = arguments.data, arguments.out
     text = arguments.document.read_text(encoding="utf-8")
-    for name, variants in TABLES.items():
-        text = fill(text, name, list(table(variants, outcomes)))
-    text = fill(text, "tokens", list(token_table(arguments.data, arguments.out)))
-    text = fill(text, "stories", list(story_table(arguments.out)))
-    text = fill(text, "memory", list(memory_table(arguments.out)))
+    if arguments.only in (None, "losses"):
+        outcomes = run_all(data, out, arguments.jobs)
+        for name, variants in TABLES.items():
+            text = fill(text, name, list(table(variants, outcomes)))
+    for name, lines in _ALONE.items():
+        if arguments.only in (None, name):
+            text = fill(text, name, list(lines(data, out)))
     atomic_write(arguments.document, text)
     return 0
 

@@ -32,6 +32,8 @@ class Dimension:
         Whether ratios count, rather than differences.
     of_steps : bool
         Whether values are shares of a run's steps.
+    for_bytes : bool
+        Whether it is searched only where the size of the model's file counts.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Dimension:
     step: float | None = None
     log: bool = False
     of_steps: bool = False
+    for_bytes: bool = False
 
     @property
     def whole(self) -> bool:
@@ -93,7 +96,8 @@ _SETTINGS = {
     for setting in fields(record)
     if setting.name not in _NOT_SEARCHED
 }
-_KEYS = ("low", "high", "step", "log", "of_steps", "choices")
+_FLAGS = ("log", "of_steps", "for_bytes")
+_KEYS = ("low", "high", "step", "choices", *_FLAGS)
 _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
@@ -142,7 +146,7 @@ def _read_dimension(
     for key in table:
         if key not in _KEYS:
             raise unknown_key(path, lines.get(f"{name}.{key}", line), key, _KEYS)
-    for key in ("log", "of_steps"):
+    for key in _FLAGS:
         if not isinstance(table.get(key, False), bool):
             raise refuse(key, "true or false")
     meta, of_steps = _SETTINGS[name].metadata, table.get("of_steps", False)
@@ -152,14 +156,15 @@ def _read_dimension(
         choices = table["choices"]
         if not isinstance(choices, list) or not choices:
             raise refuse("choices", "a list of values")
-        if len(table) > 1:
+        for_bytes = table.get("for_bytes", False)
+        if not table.keys() <= {"choices", "for_bytes"}:
             raise ValueError(f"{path}, line {line}: {name} has choices, expected nothing beside")
         for choice in choices:
             try:
                 check_setting(_SETTINGS[name], choice)
             except (TypeError, ValueError) as error:
                 raise refuse("choices", f"values that it may have: {error}") from None
-        return Dimension(name, tuple(choices))
+        return Dimension(name, tuple(choices), for_bytes=for_bytes)
     if meta["kind"] not in (int, float):
         raise ValueError(f"{path}, line {line}: {name} is no number, expected choices")
     whole = meta["kind"] is int and not of_steps
@@ -182,7 +187,7 @@ def _read_dimension(
         raise refuse("step", "none beside log")
     if log and low <= 0:
         raise refuse("low", "it above 0 where log is true")
-    return Dimension(name, None, low, high, step, log, of_steps)
+    return Dimension(name, None, low, high, step, log, of_steps, table.get("for_bytes", False))
 
 
 # --- The grid -------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from legacy1bit.report import (
     tiles,
 )
 from legacy1bit.search_space import Dimension
-from legacy1bit.tune import StudyRecord, Terms, TrialResult, best_of
+from legacy1bit.tune import STATES, StudyRecord, Terms, TrialResult, best_of
 
 # Curves that are drawn, and rows of the table of the best.
 _MOST_CURVES, _MOST_ROWS = 6, 10
@@ -94,13 +94,9 @@ def _numbers(results: Sequence[TrialResult], best: Sequence[TrialResult]) -> dic
         if results[0].state == "complete":
             numbers["loss of the first trial"] = f"{results[0].loss:.4f}"
         numbers["bytes of the best"] = _whole(best[0].bytes)
-    told = {
-        "complete": "to their end",
-        "pruned": "ended early",
-        "refused": "beyond a limit",
-        "failed": "lost",
+    numbers |= {
+        words: f"{states.count(state)}" for state, words in STATES.items() if state in states
     }
-    numbers |= {words: f"{states.count(state)}" for state, words in told.items() if state in states}
     return numbers | {"time in training": f"{sum(one.seconds for one in results) / 60:,.1f} min"}
 
 
@@ -125,7 +121,7 @@ def _table(terms: Terms, results: Sequence[TrialResult]) -> str:
             *([_whole(one.speed)] if with_speed else []),
             f"{one.seconds:.0f}",
             *(_value(one.chosen.get(name, _NONE)) for name in names),
-            one.reason or {"pruned": "ended early", "failed": "lost"}.get(one.state, ""),
+            one.reason or ("" if one.state == "complete" else STATES[one.state]),
         ]
         for one in results
     ]

@@ -58,6 +58,11 @@ RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOIN
 _QUICK_TOKENS = 16384
 _EVALUATION_TOKENS = 2048
 
+# The share of a run's time in which it is found out how many steps fit into the whole, and how
+# long that takes at least and at most, in seconds.
+_PROBE_SHARE, _PROBE_SECONDS = 0.05, (0.5, 10.0)
+
+
 @dataclass(frozen=True)
 class Metrics:
     """How well a model predicts a set of sequences.
@@ -566,6 +571,35 @@ class Trainer:
         self.seconds = checkpoint.seconds
         self.best = checkpoint.best
         self.reader.position = checkpoint.position
+
+
+def steps_within(
+    seconds: float,
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    corpus: Corpus,
+    data: DataConfig | None = None,
+) -> int:
+    """Return how many steps a run can take in a time, looks at the validation set not counted.
+
+    Found by training for about a twentieth of that time, which nothing else comes of.
+
+    Raises
+    ------
+    TrainingDiverged
+        If it does not get that far.
+    """
+    probe = Trainer(Path(), model_config, config, corpus, {}, data)
+    shortest, longest = _PROBE_SECONDS
+    least = min(max(_PROBE_SHARE * seconds, shortest), longest, seconds)
+    with contextlib.closing(probe):
+        # The first step makes and fetches what the others find there.
+        probe.train_step()
+        begin, passed = time.perf_counter(), 0.0
+        while passed < least:
+            probe.train_step()
+            passed = time.perf_counter() - begin
+    return max(round(seconds * (probe.step - 1) / passed), 1)
 
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:

@@ -26,11 +26,19 @@ from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, Train
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
 from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, save_model
 from legacy1bit.search_space import Dimension, GridSearch, apply
-from legacy1bit.trainer import Trainer, TrainingDiverged
+from legacy1bit.trainer import Trainer, TrainingDiverged, steps_within
 
 SAMPLERS = ("tpe", "random", "grid")
 # What a trial is measured by, and which way is better.
 OBJECTIVES = {"loss": "minimize", "bytes": "minimize", "speed": "maximize"}
+
+# How a trial can end, and what is said of some that did.
+STATES = {
+    "complete": "to their end",
+    "pruned": "ended early",
+    "refused": "not begun, beyond a limit",
+    "failed": "lost",
+}
 
 # What a study is called in its database where nothing else is said, its own database, and what its
 # folder says of it.
@@ -42,6 +50,10 @@ _LOOKS = 8
 # depends on how they went.
 _COMPARED, _STARTING = 4, 8
 
+# Who comes behind so many of them at a look, in percent, ends. Half is too few: while the learning
+# rate is high, the best of all may well lie in the lower half.
+_BEHIND = 75.0
+
 # A process that has not been heard of for so long is dead, and its trial begins again elsewhere.
 _HEARTBEAT_SECONDS, _DEAD_SECONDS = 20, 90
 
@@ -51,8 +63,7 @@ _PROVENANCE_BYTES = 400
 # How often a database is opened before it is given up.
 _ATTEMPTS = 10
 
-# How long the speed of training and of decoding is measured, and how much is decoded.
-_PROBE_SECONDS = 0.8
+# So much is decoded to measure how fast that is.
 _PROBE_TOKENS = 100
 
 
@@ -521,8 +532,8 @@ class Tuner:
         study.sampler = self._sampler()
         study.pruner = self._optuna.pruners.NopPruner()
         if terms.prune and len(terms.objectives) == 1:
-            study.pruner = self._optuna.pruners.MedianPruner(
-                n_startup_trials=_COMPARED, n_warmup_steps=2
+            study.pruner = self._optuna.pruners.PercentilePruner(
+                _BEHIND, n_startup_trials=_COMPARED, n_warmup_steps=2
             )
 
     def _sampler(self) -> Any:
@@ -611,14 +622,19 @@ class Tuner:
         corpus, model = self._corpus_of(model)
         speed = self._check_limits(trial, model, corpus)
         trial.set_constraint("limits", 0.0)
-        if terms.seconds is not None:
-            training = replace(training, steps=self._steps(model, training, corpus))
-        counted = {name: round(chosen[name] * training.steps) for name in shares}
-        looks = max(-(-training.steps // _LOOKS), 1)
-        training = replace(training, evaluate_every=looks, **counted)
-        trial.set_user_attr("model", model.to_dict())
-        trial.set_user_attr("training", training.to_dict())
-        loss, seconds = self._train(trial, model, training, corpus)
+        try:
+            if terms.seconds is not None:
+                steps = steps_within(terms.seconds, model, training, corpus, terms.data)
+                training = replace(training, steps=steps)
+            counted = {name: round(chosen[name] * training.steps) for name in shares}
+            looks = max(-(-training.steps // _LOOKS), 1)
+            training = replace(training, evaluate_every=looks, **counted)
+            trial.set_user_attr("model", model.to_dict())
+            trial.set_user_attr("training", training.to_dict())
+            loss, seconds = self._train(trial, model, training, corpus)
+        except (TrainingDiverged, MemoryError) as error:
+            trial.set_user_attr("reason", str(error) or "not enough memory")
+            raise self._optuna.TrialPruned from None
         size = (self._folder_of(trial.number) / WEIGHTS_FILE).stat().st_size
         trial.set_user_attr("loss", loss)
         trial.set_user_attr("bytes", size)
@@ -665,20 +681,6 @@ class Tuner:
     def _folder_of(self, number: int) -> Path:
         return self.folder / "trials" / f"{number:04}"
 
-    def _steps(self, model: ModelConfig, training: TrainingConfig, corpus: Corpus) -> int:
-        """Return how many steps fit into a trial's time."""
-        assert self.terms.seconds is not None
-        probe = Trainer(self.folder, model, training, corpus, self._source, self.terms.data)
-        try:
-            probe.train_step()
-            begin, done = time.perf_counter(), 0
-            while (passed := time.perf_counter() - begin) < min(_PROBE_SECONDS, self.terms.seconds):
-                probe.train_step()
-                done += 1
-        finally:
-            probe.close()
-        return max(round(self.terms.seconds * done / passed), 1)
-
     def _train(
         self, trial: Any, model: ModelConfig, training: TrainingConfig, corpus: Corpus
     ) -> tuple[float, float]:
@@ -696,12 +698,8 @@ class Tuner:
                     trial.set_user_attr("seconds", trainer.seconds)
                     raise self._optuna.TrialPruned
 
-        try:
-            if not trainer.train(MetricsLogger(path), lambda *_: None, look, self._stop):
-                raise _Stopped(trial.number)
-        except (TrainingDiverged, MemoryError) as error:
-            trial.set_user_attr("reason", str(error) or "not enough memory")
-            raise self._optuna.TrialPruned from None
+        if not trainer.train(MetricsLogger(path), lambda *_: None, look, self._stop):
+            raise _Stopped(trial.number)
         assert trainer.metrics is not None
         return trainer.metrics.loss, trainer.seconds
 

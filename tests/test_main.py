@@ -652,6 +652,28 @@ def test_resume_refuses_options_that_cannot_change(fail, run, option):
     assert content_of(run) == before
 
 
+def test_train_takes_about_its_time(say, text):
+    shape = ("--blocks", 1, "--model-dim", 16, "--sequence-length", 16, "--batch-size", 1)
+    errors = say("train", "--data", text, *shape, "--minutes", 0.005, "--out", "timed").err
+    steps = json.loads(Path("timed/training.json").read_text())["training"]["steps"]
+    assert steps > 5
+    assert f"{steps:,} steps in 0.005 minutes" in errors.decode()
+    last = read_metrics(Path("timed/metrics.jsonl"))[-1]
+    assert last["step"] == steps
+    # A busy machine may take far longer than it seemed.
+    assert 0.03 < last["elapsed_seconds"] < 10
+
+
+def test_train_refuses_bad_minutes(fail, run, text):
+    train = ("train", "--data", text)
+    for minutes in ("0", "-1", "nan", "inf"):
+        assert "expected it above 0" in fail(*train, f"--minutes={minutes}")
+    assert "exclude each other" in fail(*train, "--minutes", 1, "--steps", 10)
+    assert "excludes --minutes" in fail("train", "--print-config", "--minutes", 1)
+    assert "--minutes cannot change" in fail("train", "--resume", run, "--minutes", 1)
+    assert not Path("runs").exists()
+
+
 @pytest.mark.parametrize("name", ["nowhere", "empty", "text.txt", ""])
 def test_resume_refuses_what_is_no_run(fail, text, name):
     Path("empty").mkdir()

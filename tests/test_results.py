@@ -1,6 +1,7 @@
 """The tables of docs/RESULTS.md: what they run, what they say, where they go."""
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def test_fill_refuses_a_document_without_the_table():
 @pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/RESULTS.md lies beside the source only")
 def test_the_document_has_a_place_for_every_table():
     text = DOCUMENT.read_text(encoding="utf-8")
-    for name in (*TABLES, "tokens", "stories", "memory"):
+    for name in (*TABLES, *results._ALONE):
         assert results.fill(text, name, ["new"]) != text
 
 
@@ -180,6 +181,8 @@ def alone(monkeypatch):
             "elapsed_seconds": 30.0,
             "bits_per_byte": 2.0 + 0.1 * ("bpe" in arguments),
             "stored_bytes": 7000,
+            "file_bytes": 8000,
+            "step": 1234,
         }
 
     monkeypatch.setattr(results, "run_alone", run)
@@ -188,7 +191,7 @@ def alone(monkeypatch):
 
 def test_story_table_compares_with_the_floor(alone, tmp_path, monkeypatch):
     monkeypatch.setattr(results, "entropy_per_character", lambda: 0.16)
-    lines = list(results.story_table(tmp_path))
+    lines = list(results.story_table("text", tmp_path))
     assert alone == [["--seed", "1"], ["--seed", "2"], ["--seed", "3"]]
     assert lines[2] == "| seed 1 | 0.2000 | 25.0% | 90 s | 150 MiB |"
     assert len({line.count("|") for line in lines}) == 1
@@ -203,8 +206,28 @@ def test_token_table_compares_bits_a_byte(alone, tmp_path):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_budget_table_tells_time_and_size(alone, tmp_path):
+    lines = list(results.budget_table("text", tmp_path))
+    assert len(alone) == len(results.SEEDS) * len(results._BUDGETS) == 3 * len(lines[2:])
+    assert "`--minutes 1` | 0.2000 ± 0.0000 | 0.2000 | 0.2000 | 0.2000 | 1,234 | 30 s | 8,000 |" in (
+        lines[3]
+    )
+    assert len({line.count("|") for line in lines}) == 1
+
+
+@pytest.mark.skipif(not DOCUMENT.exists(), reason="docs/settings lies beside the source only")
+def test_budgets_are_understood(monkeypatch):
+    monkeypatch.chdir(DOCUMENT.parents[1])
+    for options in results._BUDGETS.values():
+        values = main.parser_of("train").parse_args(["train", *shlex.split(options)])
+        model = training._configs(values, training.told_settings(values))[0]
+        assert values.minutes in (1, 10)
+        assert model.scheme == "ternary"
+    assert "--config" in options
+
+
 def test_memory_table_compares_in_turns(alone, tmp_path):
-    lines = list(results.memory_table(tmp_path))
+    lines = list(results.memory_table("text", tmp_path))
     assert len(alone) == 6
     assert alone[0] != alone[1]
     assert alone[:2] == alone[2:4] == alone[4:]
@@ -216,7 +239,7 @@ def test_memory_table_compares_in_turns(alone, tmp_path):
 
 def test_main_fills_in_the_document(calls, alone, tmp_path):
     document = tmp_path / "RESULTS.md"
-    places = (*TABLES, "tokens", "stories", "memory")
+    places = (*TABLES, *results._ALONE)
     document.write_text("".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in places))
     arguments = ["--data", "text", "--out", str(tmp_path / "runs"), "--document", str(document)]
     assert results.main([*arguments, "--jobs", "2"]) == 0
@@ -225,3 +248,7 @@ def test_main_fills_in_the_document(calls, alone, tmp_path):
     for one in VARIANTS:
         assert f"| {one.label} | " in text
     assert text.count("1.5000 ± 0.0000") == sum(map(len, TABLES.values()))
+    made = len(alone)
+    assert results.main([*arguments, "--only", "stories"]) == 0
+    assert len(alone) == made + len(results.SEEDS)
+    assert document.read_text() == text

@@ -90,6 +90,7 @@ def test_default_space_has_the_defaults_in_it():
         ("[scheme]\nchoices = []", "line 2: scheme.choices is \\[\\], expected a list"),
         ("[scheme]\nchoices = ['ternary', 'tertiary']", "line 2: scheme.choices .*'tertiary'"),
         ("[num_heads]\nchoices = [2, 0]", "line 2: num_heads.choices .* 0, expected 1 to"),
+        ("[num_heads]\nchoices = [2]\nfor_bytes = 1", "line 3: num_heads.for_bytes is 1, expected"),
         ("[num_heads]\nchoices = [2]\nlow = 1", "line 1: num_heads has choices, expected nothing"),
         ("[clip]\nlow = 1\n[clip]\n", "line 3"),
         ("[clip\n", "line 1"),

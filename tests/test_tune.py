@@ -211,6 +211,17 @@ def test_search_goes_on_after_models_that_fail(say):
     assert any(one.state == "complete" for one in found)
 
 
+def test_search_goes_on_where_it_diverges_at_once(say):
+    """While it is found out how many steps a trial has."""
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text("[learning_rate]\nchoices = [1e3]\n")
+    options = ("--seconds", 1, "--trials", 2, "--optimizer", "sgd", "--warmup-steps", 0)
+    say(*search("study", *options, "--clip", 0), status=1)
+    for one in results_in("study"):
+        assert one.state == "pruned"
+        assert "try a lower --learning-rate" in one.reason
+
+
 def test_search_ends_without_a_gain(say, monkeypatch):
     pytest.importorskip("optuna")
     real, count = tune.Tuner._train, itertools.count()
@@ -285,6 +296,25 @@ def test_search_says_what_is_wrong(fail):
     assert "no empty folder" in fail(*search("full", "--trials", 1))
     assert "is no study" in fail("tune", "--resume", "full")
     assert "is damaged" in fail("tune", "--resume", "broken")
+
+
+def test_what_only_size_asks_for_is_searched_only_then(say, fail):
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text(
+        "[learning_rate]\nlow = 1e-3\nhigh = 1e-2\n"
+        "[ternary_embedding]\nchoices = [false, true]\nfor_bytes = true\n"
+        "[model_dim]\nlow = 8\nhigh = 16\nstep = 8\nfor_bytes = true\n"
+    )
+    options = ("--trials", 1)
+    say(*search("plain", *options))
+    assert set(results_in("plain")[0].chosen) == {"learning_rate"}
+    sized = {"limit": ("--max-bytes", "1MB"), "front": ("--objectives", "bytes,loss")}
+    for name, more in sized.items():
+        say(*search(name, *options, *more))
+        chosen = set(results_in(name)[0].chosen)
+        assert chosen == {"learning_rate", "ternary_embedding", "model_dim"}
+    Path("space.toml").write_text("[num_heads]\nchoices = [2]\nfor_bytes = true\n")
+    assert "nothing to search without --max-bytes" in fail(*search("none", *options))
 
 
 def test_default_space_is_printed(say):

@@ -38,6 +38,7 @@ from legacy1bit.trainer import (
     evaluate,
     read_settings,
     recall_of_heroes,
+    steps_within,
 )
 
 # How many stories of a finished run are looked at.
@@ -63,6 +64,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
     command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
+    command.add_argument(
+        "--minutes",
+        metavar="X",
+        type=float,
+        help="how long to train; the number of steps follows from the speed of the first",
+    )
     command.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard's events, too"
     )
@@ -113,6 +120,8 @@ def _print_config(arguments: argparse.Namespace) -> None:
     """Print all settings; those of the machine only where they have been told."""
     if arguments.resume is not None:
         raise ValueError("--print-config goes with --config, and not with --resume")
+    if arguments.minutes is not None:
+        raise ValueError("--print-config excludes --minutes: only training tells the steps in them")
     told = told_settings(arguments)
     unset = () if "threads" in told["training"] else ("threads",)
     print(config_text(*records_of(told, arguments.config), unset), end="")
@@ -128,10 +137,16 @@ def _start(
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
+    _check_minutes(arguments)
     _check_folder(arguments.out)
     new = beginning_of(arguments)
+    training = new.training
+    if arguments.minutes is not None:
+        steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
+        training = replace(training, steps=steps)
+        print(f"{steps:,} steps in {arguments.minutes:g} minutes", file=sys.stderr)
     # The folder last: what fails before leaves nothing behind.
-    trainer = Trainer(RUNS, new.model, new.training, new.corpus, new.source, new.data)
+    trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
     trainer.folder = _make_folder(arguments.out)
     ends.enter_context(held(trainer.folder))
     # Somebody may have been faster.
@@ -139,11 +154,21 @@ def _start(
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
 
 
+def _check_minutes(arguments: argparse.Namespace) -> None:
+    minutes = arguments.minutes
+    if minutes is None:
+        return
+    if not 0 < minutes < float("inf"):
+        raise ValueError(f"--minutes is {minutes}, expected it above 0")
+    if arguments.steps is not None:
+        raise ValueError("--minutes and --steps exclude each other")
+
+
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
     model_config, config, data, source = read_settings(folder)
-    places = ("config", "data", "out", "stories", "validation", "tokenizer_from")
+    places = ("config", "data", "out", "minutes", "stories", "validation", "tokenizer_from")
     named = [name for name in places if getattr(arguments, name) is not None]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)

@@ -20,11 +20,12 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.errors import INTERRUPTED
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.machine import machine
-from legacy1bit.search_space import default_space, read_space
+from legacy1bit.search_space import Dimension, default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
     OBJECTIVES,
     SAMPLERS,
+    STATES,
     STUDY_FILE,
     STUDY_NAME,
     Budget,
@@ -255,14 +256,7 @@ class _Work:
         print(
             f"{len(results)} trials: "
             + ", ".join(
-                f"{states.count(state)} {told}"
-                for state, told in (
-                    ("complete", "to their end"),
-                    ("pruned", "ended early"),
-                    ("refused", "not begun, beyond a limit"),
-                    ("failed", "lost"),
-                )
-                if state in states
+                f"{states.count(state)} {told}" for state, told in STATES.items() if state in states
             )
         )
         for result in shown:
@@ -307,7 +301,7 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
     steps = "steps" in given(arguments, TrainingConfig)
     if steps and arguments.seconds is not None:
         raise ValueError("--seconds and --steps exclude each other")
-    space = read_space(arguments.space or default_space())
+    space = _space(arguments)
     _check_out(arguments.out)
     new = beginning_of(arguments)
     terms = Terms(
@@ -342,6 +336,16 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
     command = f"python -m legacy1bit.main {words}"
     StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
     return work
+
+
+def _space(arguments: argparse.Namespace) -> tuple[Dimension, ...]:
+    """Return what is searched."""
+    path = arguments.space or default_space()
+    sized = arguments.max_bytes is not None or "bytes" in (arguments.objectives or ())
+    space = tuple(one for one in read_space(path) if sized or not one.for_bytes)
+    if not space:
+        raise ValueError(f"{path} has nothing to search without --max-bytes")
+    return space
 
 
 def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
