@@ -34,6 +34,7 @@ from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, Train
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.machine import machine
 from legacy1bit.math_ops import product_precision, product_precisions
+from legacy1bit.memory import check_memory
 from legacy1bit.model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -281,6 +282,7 @@ class Trainer:
                 f"float_steps is {config.float_steps}, expected 0: the scheme "
                 f"{model_config.scheme} has no codes that follow float weights"
             )
+        check_memory(model_config, config)
         self.folder = folder
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
