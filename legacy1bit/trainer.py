@@ -50,7 +50,7 @@ RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOIN
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say. So many tokens are looked at together.
 _QUICK_TOKENS = 16384
-_EVALUATION_TOKENS = 2048
+_EVALUATION_TOKENS = 1024
 
 _MOST_STEPS = 1 << 40
 
