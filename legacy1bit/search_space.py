@@ -98,6 +98,7 @@ _SETTINGS = {
 }
 _FLAGS = ("log", "of_steps", "for_bytes")
 _KEYS = ("low", "high", "step", "choices", *_FLAGS)
+_MOST_VALUES = 1_000_000
 _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
@@ -174,15 +175,17 @@ def _read_dimension(
         if value is None and key == "step":
             continue
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not fits or not math.isfinite(value):
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
             raise refuse(key, "a whole number" if whole else "a number")
-        if key == "step" and value <= 0:
-            raise refuse(key, "it above 0")
+        if key == "step" and not 0 < value <= most:
+            raise refuse(key, f"it above 0, and at most {most}")
         if key != "step" and not least <= value <= most:
             raise refuse(key, f"{least} to {most}")
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     if low > high:
         raise refuse("high", f"{low} or more")
+    if step is not None and (high - low) / _MOST_VALUES > step:
+        raise refuse("step", f"at most {_MOST_VALUES:,} values")
     if log and step is not None:
         raise refuse("step", "none beside log")
     if log and low <= 0:

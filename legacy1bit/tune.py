@@ -247,7 +247,15 @@ class StudyRecord:
 
 
 def own_database(folder: Path) -> str:
-    """Return where the database of a study lies that has none elsewhere."""
+    """Return where the database of a study lies that has none elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If a name on the way there means something else in a database's address.
+    """
+    if set("?%") & set(str(folder)):
+        raise ValueError(f"{folder} has ? or % in its name: a study's database cannot lie there")
     return f"sqlite:///{folder / DATABASE_FILE}"
 
 
@@ -626,7 +634,12 @@ class Tuner:
             if terms.seconds is not None:
                 steps = steps_within(terms.seconds, model, training, corpus, terms.data)
                 training = replace(training, steps=steps)
-            counted = {name: round(chosen[name] * training.steps) for name in shares}
+            least = {
+                setting.name: setting.metadata.get("low") for setting in fields(TrainingConfig)
+            }
+            counted = {
+                name: max(round(chosen[name] * training.steps), least[name]) for name in shares
+            }
             looks = max(-(-training.steps // _LOOKS), 1)
             training = replace(training, evaluate_every=looks, **counted)
             trial.set_user_attr("model", model.to_dict())

@@ -91,7 +91,7 @@ def test_atomic_write_writes_text_as_utf8_with_the_line_ends_it_has(tmp_path):
     assert (tmp_path / "new").read_bytes() == "naïve €\r\nline\n".encode()
 
 
-@pytest.mark.parametrize("header", [{}, {"b": "2", "a": "\u00e4 \"1\""}], ids=["plain", "told"])
+@pytest.mark.parametrize("header", [{}, {"b": "2", "a": '\u00e4 "1"'}], ids=["plain", "told"])
 def test_tensors_are_those_of_the_library(tmp_path, header):
     rng = np.random.default_rng(1)
     tensors = {

@@ -36,9 +36,7 @@ C_SHAPE = ModelConfig(
 )
 C_BATCH, C_TOKENS_PER_SECOND = 8, 55.0
 
-SMALL = ModelConfig(
-    model_dim=512, num_blocks=8, num_heads=8, ffn_multiplier=4, sequence_length=256
-)
+SMALL = ModelConfig(model_dim=512, num_blocks=8, num_heads=8, ffn_multiplier=4, sequence_length=256)
 LARGE = ModelConfig(
     model_dim=2048, num_blocks=8, num_heads=16, ffn_multiplier=4, sequence_length=256
 )

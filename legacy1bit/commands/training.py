@@ -108,7 +108,7 @@ class Interrupts:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.of_terminal = False
 
     def __enter__(self) -> "Interrupts":
         self._before = {
@@ -122,7 +122,7 @@ class Interrupts:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _request(self, *_: object) -> None:
+    def _request(self, number: int, _: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested = True
+        self.requested, self.of_terminal = True, number == signal.SIGINT

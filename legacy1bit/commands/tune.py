@@ -56,6 +56,7 @@ _SHOWN = 5
 
 # A size may have a unit: powers of a thousand.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+_MOST_BYTES = 1 << 50
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -100,7 +101,10 @@ def _size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"it is {text[:40]!r}, expected at most {_MOST_BYTES:,}")
+    return round(size)
 
 
 def _objectives(text: str) -> tuple[str, ...]:
@@ -133,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with Interrupts() as interrupts:
         if arguments.jobs > 1:
-            _run_jobs(work, budget, arguments.jobs)
+            _run_jobs(work, budget, arguments.jobs, interrupts)
         else:
             work.run(budget, lambda: interrupts.requested)
         stopped = interrupts.requested
@@ -302,6 +306,10 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
         raise ValueError("--seconds and --steps exclude each other")
     space = _space(arguments)
     _check_out(arguments.out)
+    if arguments.storage is None and arguments.out is not None:
+        own_database(arguments.out)
+    elif arguments.storage == "":
+        raise ValueError("--storage is empty, expected a database's address")
     new = beginning_of(arguments)
     terms = Terms(
         space,
@@ -374,14 +382,21 @@ def _make_folder(wanted: Path | None) -> Path:
     return path
 
 
-def _run_jobs(work: _Work, budget: Budget, jobs: int) -> None:
+def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) -> None:
     """Run trials in several processes, and wait for them."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_job, args=(work._again, budget)) for _ in range(jobs)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    told = False
+    while any(process.is_alive() for process in processes):
+        # A terminal tells all of them; who ends this process alone does not.
+        if interrupts.requested and not interrupts.of_terminal and not told:
+            told = True
+            for process in processes:
+                process.terminate()
+        for process in processes:
+            process.join(0.1)
     failed = [process.exitcode for process in processes if process.exitcode]
     if failed and len(failed) == len(processes):
         raise ValueError("no process could work on the study: see above")
