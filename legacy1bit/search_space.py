@@ -59,6 +59,10 @@ class Dimension:
             return trial.suggest_int(self.name, self.low, self.high, step=step, log=self.log)
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
 
+    def steps_of(self, share: float, steps: int) -> int:
+        """Return how many steps a share of a run's are: no fewer than the setting has at least."""
+        return max(round(share * steps), int(_SETTINGS[self.name].metadata["low"]))
+
     def contains(self, value: Any) -> bool:
         """Whether a value is one that a trial may get."""
         if self.choices is not None:

@@ -634,11 +634,10 @@ class Tuner:
             if terms.seconds is not None:
                 steps = steps_within(terms.seconds, model, training, corpus, terms.data)
                 training = replace(training, steps=steps)
-            least = {
-                setting.name: setting.metadata.get("low") for setting in fields(TrainingConfig)
-            }
-            counted = {
-                name: max(round(chosen[name] * training.steps), least[name]) for name in shares
+            counted: dict[str, Any] = {
+                each.name: each.steps_of(chosen[each.name], training.steps)
+                for each in terms.space
+                if each.of_steps
             }
             looks = max(-(-training.steps // _LOOKS), 1)
             training = replace(training, evaluate_every=looks, **counted)

@@ -14,6 +14,7 @@ from legacy1bit.commands.common import (
     INTERRUPTED,
     RUNS,
     add_settings,
+    check_above_zero,
     given,
     option_of,
     threads_of,
@@ -138,7 +139,9 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
-    _check_minutes(arguments)
+    check_above_zero(arguments, "minutes")
+    if arguments.minutes is not None and arguments.steps is not None:
+        raise ValueError("--minutes and --steps exclude each other")
     _check_folder(arguments.out)
     new = beginning_of(arguments)
     training = new.training
@@ -150,16 +153,6 @@ def _start(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
     trainer.folder = _make_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
-
-
-def _check_minutes(arguments: argparse.Namespace) -> None:
-    minutes = arguments.minutes
-    if minutes is None:
-        return
-    if not 0 < minutes < float("inf"):
-        raise ValueError(f"--minutes is {minutes}, expected it above 0")
-    if arguments.steps is not None:
-        raise ValueError("--minutes and --steps exclude each other")
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:

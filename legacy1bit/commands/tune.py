@@ -11,7 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import INTERRUPTED, add_settings, given, threads_of
+from legacy1bit.commands.common import (
+    INTERRUPTED,
+    add_settings,
+    check_above_zero,
+    given,
+    threads_of,
+)
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
@@ -50,6 +56,8 @@ _FIXED = (
     *("data", "out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
     *("study", "config", "stories", "validation", "tokenizer_from"),
 )
+
+_ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
 
 _SECONDS = 60.0
 _SHOWN = 5
@@ -122,7 +130,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(default_space().read_text(encoding="utf-8"), end="")
         return 0
     load_optuna()
-    _check_numbers(arguments)
+    check_above_zero(arguments, *_ABOVE_ZERO)
     budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
@@ -150,14 +158,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     return 0 if found else 1
-
-
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value}, expected it above 0")
 
 
 class _Work:
