@@ -1,7 +1,7 @@
 """What a training run goes on from: its latent weights, the optimizer's moments, and where it was.
 
-A run keeps its newest checkpoint and the one before. Each has a checksum, so that one which the disk
-has damaged is known, and the other is taken.
+A run keeps its newest checkpoint and the one before. Each has a checksum, so that one which the
+disk has damaged is known, and the other is taken.
 """
 
 import json
@@ -99,7 +99,7 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]
     told = {key: value for key, value in header.items() if key != "crc32"}
     found = zlib.crc32(json.dumps(told, sort_keys=True).encode())
     for name in _TENSORS:
-        found = zlib.crc32(np.ascontiguousarray(tensors[name]), found)
+        found = zlib.crc32(np.ascontiguousarray(tensors[name]).data, found)
     return f"{found:08x}"
 
 
@@ -170,4 +170,5 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
         raise
     except DAMAGE as error:
         raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
-    return Checkpoint(step, seconds, best, position, *(tensors[name] for name in _TENSORS), path)
+    weights, first, second = (tensors[name] for name in _TENSORS)
+    return Checkpoint(step, seconds, best, position, weights, first, second, path)

@@ -64,11 +64,16 @@ def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
             if not np.isfinite(x).all():
                 return "the embedding"
             for number, block in enumerate(model.blocks):
-                sizes = (config.model_dim, config.ffn_dim, config.num_heads, *x.shape[:2])
-                context = TransformerBlockContext(*sizes, config.sub_norm)
-                x = forward_transformer_block_batch_with_context(
-                    block, x, context, allowed, starts
+                rows, length = x.shape[:2]
+                context = TransformerBlockContext(
+                    config.model_dim,
+                    config.ffn_dim,
+                    config.num_heads,
+                    rows,
+                    length,
+                    config.sub_norm,
                 )
+                x = forward_transformer_block_batch_with_context(block, x, context, allowed, starts)
                 for name, what in _ACTIVATIONS.items():
                     if not np.isfinite(getattr(context, name)[seen[one]]).all():
                         most = _largest(context.input)

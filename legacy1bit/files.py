@@ -11,34 +11,56 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
-from safetensors.numpy import save
+
+# What can be written: bytes, text, or bytes in parts.
+Buffer = bytes | memoryview
+Content = bytes | str | list[Buffer]
+
+# What safetensors calls the types that are stored here.
+_DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
 
 
-def serialize_tensors(tensors: dict[str, npt.NDArray[Any]], header: Mapping[str, str]) -> bytes:
-    """Return a safetensors file; the same content gives the same bytes.
+def serialize_tensors(
+    tensors: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]
+) -> list[Buffer]:
+    """Return a safetensors file in parts, without a copy of what is in the arrays.
+
+    The same content gives the same bytes, which the library leaves to chance: those that it would
+    write otherwise.
 
     Parameters
     ----------
-    tensors : dict of str to array
+    tensors : mapping of str to array
+        float32, float16, uint8 or int8.
     header : mapping of str to str
-        What is to be told besides; its order is left to chance by the library.
+        What is to be told besides.
     """
-    raw = save(tensors, dict(header))
-    (length,) = struct.unpack_from("<Q", raw)
-    content = json.loads(raw[8 : 8 + length])
-    content["__metadata__"] = dict(header)
+    content: dict[str, Any] = {"__metadata__": dict(header)}
+    parts: list[Buffer] = []
+    end = 0
+    # Wide numbers first, so that all are aligned.
+    for name in sorted(tensors, key=lambda name: (-tensors[name].itemsize, name)):
+        values = np.ascontiguousarray(tensors[name])
+        begin, end = end, end + values.nbytes
+        content[name] = {
+            "dtype": _DTYPES[values.dtype.name],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [begin, end],
+        }
+        parts.append(values.reshape(-1).view(np.uint8).data)
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text + raw[8 + length :]
+    return [struct.pack("<Q", len(text)), text, *parts]
 
 
-def atomic_write(path: str | os.PathLike[str], content: bytes | str) -> None:
+def atomic_write(path: str | os.PathLike[str], content: Content) -> None:
     """Write a file as a whole or not at all; see ``atomic_write_all``."""
     atomic_write_all({Path(path): content})
 
 
-def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
+def atomic_write_all(contents: Mapping[Path, Content]) -> None:
     """Write files that belong together.
 
     Each content goes to a temporary file beside its target and onto the disk; only when all are
@@ -48,8 +70,8 @@ def atomic_write_all(contents: Mapping[Path, bytes | str]) -> None:
 
     Parameters
     ----------
-    contents : mapping of Path to bytes or str
-        Text is written as UTF-8.
+    contents : mapping of Path to bytes, str or list
+        Text is written as UTF-8, a list part by part.
 
     Raises
     ------
@@ -176,13 +198,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
-def _write_beside(path: Path, content: bytes | str) -> Path:
+def _write_beside(path: Path, content: Content) -> Path:
     """Write content to a new file in the folder of ``path``, onto the disk."""
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    whole = content.encode("utf-8") if isinstance(content, str) else content
+    parts = whole if isinstance(whole, list) else [whole]
     temporary = _temporary(path)
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
     except BaseException as error:

@@ -23,7 +23,7 @@ SPLITS = ("auto", "documents", "tail")
 BATCH_ORDERS = ("windows", "passes", "packed", "buckets")
 
 # The peak learning rate where none is given.
-DEFAULT_RATES = {"muon": 3e-3, "adamw": 3e-3, "sgd": 0.1}
+DEFAULT_RATES = {"muon": 5.7e-3, "adamw": 3e-3, "sgd": 0.1}
 
 
 def _integer(default: int | None, low: int, high: int, meaning: str) -> Any:
@@ -125,10 +125,10 @@ class ModelConfig(_Record):
     """The shape and the arithmetic of a model; each field says what it means."""
 
     vocab_size: int = _integer(256, 1, 1 << 20, "V, the tokens; the id V itself is padding")
-    model_dim: int = _integer(96, 1, 1 << 14, "C, the width of the residual stream")
-    num_blocks: int = _integer(3, 1, 1 << 10, "the transformer blocks")
+    model_dim: int = _integer(192, 1, 1 << 14, "C, the width of the residual stream")
+    num_blocks: int = _integer(2, 1, 1 << 10, "the transformer blocks")
     num_heads: int = _integer(4, 1, 1 << 10, "H, attention heads a block; divides the width")
-    ffn_multiplier: int = _integer(4, 1, 1 << 6, "the feed-forward layer's width over C")
+    ffn_multiplier: int = _integer(3, 1, 1 << 6, "the feed-forward layer's width over C")
     sequence_length: int = _integer(256, 1, 1 << 17, "T, the longest context, in tokens")
     scheme: str = _choice("ternary", (*SCHEMES, FLOAT), "what the blocks' matrices hold")
     scale: str = _choice(
@@ -298,21 +298,21 @@ class TrainingConfig(_Record):
         "muon", OPTIMIZERS, "muon: for the blocks' matrices, and AdamW for the rest"
     )
     learning_rate: float | None = _number(
-        None, 1e-12, 1e3, "the peak; default: 0.003, with sgd 0.1"
+        None, 1e-12, 1e3, "the peak; default: 0.0057, with adamw 0.003, with sgd 0.1"
     )
-    matrix_ratio: float = _number(3.3, 1e-6, 1e6, "Muon's learning rate over AdamW's")
+    matrix_ratio: float = _number(2.3, 1e-6, 1e6, "Muon's learning rate over AdamW's")
     momentum: float = _number(0.95, 0.0, 0.999999, "what Muon and SGD keep of the last direction")
     beta1: float = _number(0.9, 0.0, 0.999999, "what AdamW keeps of the gradient's mean")
     beta2: float = _number(0.99, 0.0, 0.999999, "what AdamW keeps of the gradient's mean square")
     epsilon: float = _number(1e-8, 1e-30, 1.0, "AdamW's smallest divisor")
-    weight_decay: float = _number(0.02, 0.0, 1e3, "decoupled, on matrices only")
+    weight_decay: float = _number(0.027, 0.0, 1e3, "decoupled, on matrices only")
     weight_decay_until: float = _number(
         1.0, 0.0, 1.0, "the share of the steps that have weight decay"
     )
     clip: float = _number(1.0, 0.0, 1e9, "the largest norm of the whole gradient; 0: no limit")
-    schedule: str = _choice("cosine", SCHEDULES, "how the learning rate falls")
+    schedule: str = _choice("linear", SCHEDULES, "how the learning rate falls")
     warmup_steps: int = _integer(100, 0, 1 << 40, "steps in which the learning rate rises")
-    decay_share: float = _number(1.0, 0.0, 1.0, "the share of the steps in which it falls")
+    decay_share: float = _number(0.75, 0.0, 1.0, "the share of the steps in which it falls")
     final_learning_rate: float = _number(
         0.0, 0.0, 1.0, "its end over its peak, for cosine and linear"
     )

@@ -14,8 +14,8 @@ _FLOAT = 4
 # a batch while they are compared with the truth.
 _SAVED_COPIES, _LOGIT_COPIES = 4, 5
 
-# As many tokens are measured together.
-_MEASURED_TOKENS = 2048
+# So many tokens are looked at together.
+EVALUATION_TOKENS = 1024
 
 
 def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, int]:
@@ -41,7 +41,7 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
         blocks = block + (model.num_blocks - 1) * dim
     head = dim + model.vocab_size + 2
     back = 6 * dim + wide * (2 if model.sub_norm else 1) + length
-    measured = max(_MEASURED_TOKENS, length)
+    measured = max(EVALUATION_TOKENS, length)
     matrices = [math.prod(shape) for _, shape, _ in layout if len(shape) == 2]
     look = measured * (block + head + (_LOGIT_COPIES - 1) * model.vocab_size)
     return {

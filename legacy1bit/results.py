@@ -27,10 +27,15 @@ from legacy1bit.threads import available_cores
 
 SEEDS = (1, 2, 3)
 
+# How training was told to learn before any of that was searched for.
+_RATES = (
+    "--learning-rate 0.003 --matrix-ratio 3.3 --schedule cosine --decay-share 1 --weight-decay 0.02"
+)
+
 # The shape that all but the stories share; later options override earlier ones.
 _SHAPE = (
-    "--blocks 4 --heads 4 --model-dim 128 --sequence-length 64 --batch-size 12 --steps 2000 "
-    "--evaluate-every 500"
+    "--blocks 4 --heads 4 --model-dim 128 --ffn-multiplier 4 --sequence-length 64 --batch-size 12 "
+    f"{_RATES} --steps 2000 --evaluate-every 500"
 )
 _BASE = "ternary"
 
@@ -64,7 +69,7 @@ TABLES = {
     "optimizers": (
         Variant(_BASE),
         Variant("ternary, AdamW", "--optimizer adamw"),
-        Variant("ternary, SGD with momentum", "--optimizer sgd"),
+        Variant("ternary, SGD with momentum", "--optimizer sgd --learning-rate 0.1"),
         Variant("float", "--scheme float"),
         Variant("float, AdamW", "--scheme float --optimizer adamw"),
     ),
@@ -231,6 +236,17 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
     return outcome
 
 
+def _run_seed(data: str, options: str, seed: int, folder: Path) -> dict[str, float]:
+    """Train on a text with all cores; see ``run_alone``."""
+    return run_alone(["--data", data, *shlex.split(options), "--seed", str(seed)], folder)
+
+
+def _mean(values: Sequence[float]) -> str:
+    """Return the mean of some values and, where there are several, their deviation."""
+    spread = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.4f}{spread}"
+
+
 # What is compared at equal training time: the steps are as many as that leaves.
 _TOKENS = {
     "bytes": "--steps 2000",
@@ -245,9 +261,8 @@ def token_table(data: str, out: Path) -> Iterator[str]:
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in _TOKENS}
     for seed in SEEDS:
         for name, options in _TOKENS.items():
-            given = shlex.split(f"{_SHAPE} {options} --seed {seed}")
             folder = out / f"tokens-{name.replace(', ', '-').replace(',', '')}-{seed}"
-            runs[name].append(run_alone(["--data", data, *given], folder))
+            runs[name].append(_run_seed(data, f"{_SHAPE} {options}", seed, folder))
     yield "| tokens | options | bits a byte | nats a token | training | bytes |"
     yield "| --- | --- | --- | ---: | ---: | ---: |"
     for name, done in runs.items():
@@ -255,8 +270,7 @@ def token_table(data: str, out: Path) -> Iterator[str]:
         nats = statistics.fmean(run["val_loss"] for run in done)
         seconds = statistics.median(run["elapsed_seconds"] for run in done)
         yield (
-            f"| {name} | `{_TOKENS[name]}` | {statistics.fmean(bits):.4f} ± "
-            f"{statistics.stdev(bits):.4f} | {nats:.4f} | {seconds:.0f} s | "
+            f"| {name} | `{_TOKENS[name]}` | {_mean(bits)} | {nats:.4f} | {seconds:.0f} s | "
             f"{done[0]['stored_bytes']:,.0f} |"
         )
 
@@ -264,11 +278,11 @@ def token_table(data: str, out: Path) -> Iterator[str]:
 # What training began from, before any of it was searched for.
 _BEFORE = (
     "--model-dim 96 --blocks 3 --heads 4 --ffn-multiplier 4 --sequence-length 256 --batch-size 8 "
-    "--learning-rate 0.003 --matrix-ratio 3.3 --decay-share 1 --weight-decay 0.02"
+    f"{_RATES}"
 )
 
-# What is the best within a time, and a size of the model's file. The settings of all but the first
-# were found by ``tune``.
+# What is the best within a time, and a size of the model's file. The settings of the default and of
+# the two sizes were found by ``tune``.
 _BUDGETS = {
     "one minute, before the search": f"--minutes 1 {_BEFORE}",
     "one minute: the default": "--minutes 1",
@@ -281,23 +295,23 @@ _BUDGETS = {
 def budget_table(data: str, out: Path) -> Iterator[str]:
     """Yield the lines of the table of budgets, whose runs have all cores."""
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in _BUDGETS}
-    for seed in SEEDS:
-        for name, options in _BUDGETS.items():
-            given = ["--data", data, *shlex.split(options), "--seed", str(seed)]
-            folder = out / f"budget-{re.sub(r'[^a-z0-9]+', '-', name)}-{seed}"
-            runs[name].append(run_alone([*given, "--evaluate-every", str(1 << 40)], folder))
+    short = [name for name in _BUDGETS if not name.startswith("ten")]
+    tasks = [(name, seed) for seed in SEEDS for name in short]
+    for name, seed in [*tasks, *((name, SEEDS[0]) for name in _BUDGETS if name not in short)]:
+        folder = out / f"budget-{re.sub(r'[^a-z0-9]+', '-', name)}-{seed}"
+        options = f"{_BUDGETS[name]} --evaluate-every {1 << 40}"
+        runs[name].append(_run_seed(data, options, seed, folder))
     seeds = " | ".join(f"seed {seed}" for seed in SEEDS)
     yield f"| budget | options | loss | {seeds} | steps | training | file, bytes |"
     yield "| --- | --- | --- |" + " ---: |" * (len(SEEDS) + 3)
     for name, done in runs.items():
         losses = [run["val_loss"] for run in done]
-        each = " | ".join(f"{loss:.4f}" for loss in losses)
+        each = " | ".join([*(f"{loss:.4f}" for loss in losses), "", ""][: len(SEEDS)])
         steps = statistics.median(run["step"] for run in done)
         seconds = statistics.median(run["elapsed_seconds"] for run in done)
         yield (
-            f"| {name} | `{_BUDGETS[name]}` | {statistics.fmean(losses):.4f} ± "
-            f"{statistics.stdev(losses):.4f} | {each} | {steps:,.0f} | {seconds:.0f} s | "
-            f"{max(run['file_bytes'] for run in done):,.0f} |"
+            f"| {name} | `{_BUDGETS[name]}` | {_mean(losses)} | {each} | {steps:,.0f} | "
+            f"{seconds:.0f} s | {max(run['file_bytes'] for run in done):,.0f} |"
         )
 
 

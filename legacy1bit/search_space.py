@@ -59,6 +59,10 @@ class Dimension:
             return trial.suggest_int(self.name, self.low, self.high, step=step, log=self.log)
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
 
+    def steps_of(self, share: float, steps: int) -> int:
+        """Return how many steps a share of a run's are: no fewer than the setting has at least."""
+        return max(round(share * steps), int(_SETTINGS[self.name].metadata["low"]))
+
     def contains(self, value: Any) -> bool:
         """Whether a value is one that a trial may get."""
         if self.choices is not None:
@@ -98,6 +102,7 @@ _SETTINGS = {
 }
 _FLAGS = ("log", "of_steps", "for_bytes")
 _KEYS = ("low", "high", "step", "choices", *_FLAGS)
+_MOST_VALUES = 1_000_000
 _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
@@ -174,15 +179,17 @@ def _read_dimension(
         if value is None and key == "step":
             continue
         fits = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if not fits or not math.isfinite(value):
+        if not fits or (isinstance(value, float) and not math.isfinite(value)):
             raise refuse(key, "a whole number" if whole else "a number")
-        if key == "step" and value <= 0:
-            raise refuse(key, "it above 0")
+        if key == "step" and not 0 < value <= most:
+            raise refuse(key, f"it above 0, and at most {most}")
         if key != "step" and not least <= value <= most:
             raise refuse(key, f"{least} to {most}")
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     if low > high:
         raise refuse("high", f"{low} or more")
+    if step is not None and (high - low) / _MOST_VALUES > step:
+        raise refuse("step", f"at most {_MOST_VALUES:,} values")
     if log and step is not None:
         raise refuse("step", "none beside log")
     if log and low <= 0:

@@ -27,14 +27,14 @@ from legacy1bit.checkpoint import (
 from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
-from legacy1bit.divergence import TrainingDiverged, diverged
+from legacy1bit.divergence import diverged
 from legacy1bit.files import atomic_copies, atomic_copy, atomic_write
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.machine import machine
 from legacy1bit.math_ops import product_precision, product_precisions
-from legacy1bit.memory import check_memory
+from legacy1bit.memory import EVALUATION_TOKENS, check_memory
 from legacy1bit.model import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -55,9 +55,8 @@ from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
 RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
-# evenly; at the end on as many as the settings say. So many tokens are looked at together.
+# evenly; at the end on as many as the settings say.
 _QUICK_TOKENS = 16384
-_EVALUATION_TOKENS = 2048
 
 # The share of a run's time in which it is found out how many steps fit into the whole, and how
 # long that takes at least and at most, in seconds.
@@ -170,7 +169,7 @@ def evaluate(
 
 
 def _evaluation_batch(sequence_length: int) -> int:
-    return max(_EVALUATION_TOKENS // sequence_length, 1)
+    return max(EVALUATION_TOKENS // sequence_length, 1)
 
 
 def weight_shares(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.corpus import Corpus
+from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write
 from legacy1bit.generator import Generator
@@ -26,7 +27,7 @@ from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, Train
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
 from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, save_model
 from legacy1bit.search_space import Dimension, GridSearch, apply
-from legacy1bit.trainer import Trainer, TrainingDiverged, steps_within
+from legacy1bit.trainer import Trainer, steps_within
 
 SAMPLERS = ("tpe", "random", "grid")
 # What a trial is measured by, and which way is better.
@@ -247,7 +248,15 @@ class StudyRecord:
 
 
 def own_database(folder: Path) -> str:
-    """Return where the database of a study lies that has none elsewhere."""
+    """Return where the database of a study lies that has none elsewhere.
+
+    Raises
+    ------
+    ValueError
+        If a name on the way there means something else in a database's address.
+    """
+    if set("?%") & set(str(folder)):
+        raise ValueError(f"{folder} has ? or % in its name: a study's database cannot lie there")
     return f"sqlite:///{folder / DATABASE_FILE}"
 
 
@@ -626,7 +635,11 @@ class Tuner:
             if terms.seconds is not None:
                 steps = steps_within(terms.seconds, model, training, corpus, terms.data)
                 training = replace(training, steps=steps)
-            counted = {name: round(chosen[name] * training.steps) for name in shares}
+            counted: dict[str, Any] = {
+                each.name: each.steps_of(chosen[each.name], training.steps)
+                for each in terms.space
+                if each.of_steps
+            }
             looks = max(-(-training.steps // _LOOKS), 1)
             training = replace(training, evaluate_every=looks, **counted)
             trial.set_user_attr("model", model.to_dict())

@@ -500,7 +500,7 @@ def test_a_build_that_is_there_is_taken(tmp_path):
 @pytest.mark.parametrize("kind", llama_cpp.TYPES)
 def test_gguf_models_have_our_shape(kind, tmp_path):
     gguf = pytest.importorskip("gguf", reason="gguf is not installed")
-    config = ModelConfig(model_dim=256, num_blocks=1, num_heads=4)
+    config = ModelConfig(model_dim=256, num_blocks=1, num_heads=4, ffn_multiplier=4)
     file = tmp_path / "model.gguf"
     llama_cpp.write_model(config, kind, file)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

@@ -482,6 +482,7 @@ SIZES = {
     "8 blocks of 104": {"model_dim": 104, "num_blocks": 8},
     "4 blocks of 144": {"model_dim": 144, "num_blocks": 4, "ternary_embedding": True},
 }
+SIZES = {name: {"num_heads": 4, "ffn_multiplier": 4, **sizes} for name, sizes in SIZES.items()}
 
 
 @on_linux

@@ -1,5 +1,6 @@
 """What a run goes on from when its newest checkpoint is damaged, and whom a run belongs to."""
 
+import contextlib
 import json
 import os
 import random
@@ -110,10 +111,10 @@ def test_any_bytes_are_a_checkpoint_or_an_error(stopped, tmp_path_factory, data)
     end = data.draw(st.integers(begin, len(whole)))
     path = tmp_path_factory.getbasetemp() / "any"
     path.write_bytes(whole[:begin] + data.draw(st.binary(max_size=40)) + whole[end:])
-    try:
-        read_checkpoint(path, stopped.model.config)
-    except ModelFileError as error:
-        assert "any is " in str(error)
+    found = None
+    with contextlib.suppress(ModelFileError):
+        found = read_checkpoint(path, stopped.model.config)
+    assert found is None or found.step == stopped.step
 
 
 def test_checkpoint_without_a_checksum_is_read(folder, stopped):
@@ -162,7 +163,10 @@ def test_run_goes_on_from_its_best_where_nothing_else_is_left(folder, stopped):
         replaced(folder / name, b"nothing")
     found, wrong = newest_checkpoint(folder, stopped.model.config)
     assert found.path == folder / BEST_FOLDER / CHECKPOINT_FILE
-    assert [name in str(error) for name, error in zip((CHECKPOINT_FILE, EARLIER_FILE), wrong)] == [
+    assert [
+        name in str(error)
+        for name, error in zip((CHECKPOINT_FILE, EARLIER_FILE), wrong, strict=True)
+    ] == [
         True,
         True,
     ]

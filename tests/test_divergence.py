@@ -1,5 +1,6 @@
 """What a training that went wrong says of where and why."""
 
+import contextlib
 import math
 from dataclasses import replace
 
@@ -7,14 +8,26 @@ import numpy as np
 import pytest
 from test_trainer import make
 
-from legacy1bit.divergence import bad_activation, bad_gradient, bad_weights, diverged, remedy
+from legacy1bit.divergence import (
+    TrainingDiverged,
+    bad_activation,
+    bad_gradient,
+    bad_weights,
+    diverged,
+    remedy,
+)
 from legacy1bit.hyperparams import TrainingConfig
-from legacy1bit.trainer import TrainingDiverged
 
 NAMES = (
     "blocks.0.attention.wq", "blocks.1.ffn.wo", "embedding.weight", "output.weight",
     "blocks.1.norm2.gamma", "final_norm.beta", "blocks.0.attention.bo",
 )  # fmt: skip
+
+
+def train_and_look(run):
+    for _ in range(3):
+        run.train_step()
+    run._look(False)
 
 
 @pytest.fixture
@@ -38,11 +51,9 @@ def test_weights_are_named(run, name, number):
     run.model.latent[name].flat[1] = number
     count = run.model.latent[name].size
     assert bad_weights(run.model.latent) == f"{name}: 1 of {count:,} values"
-    with pytest.raises(TrainingDiverged, match=rf"first in {name}: .*the largest weight is"):
-        for _ in range(3):
-            run.train_step()
-        run._look(False)
-    run.close()
+    expected = rf"first in {name}: .*the largest weight is"
+    with pytest.raises(TrainingDiverged, match=expected), contextlib.closing(run):
+        train_and_look(run)
 
 
 # Where a weight of 3e38 first makes a number that is not finite.
@@ -75,7 +86,9 @@ def test_layer_that_overflows_is_named(tmp_path, name, floats):
     assert found is not None
     assert found.startswith(OVERFLOWS[name])
     assert "of an input of up to " in found
-    with pytest.raises(TrainingDiverged, match=rf"(loss|norm) is .* at step 1 \(first in {found[:8]}"):
+    with pytest.raises(
+        TrainingDiverged, match=rf"(loss|norm) is .* at step 1 \(first in {found[:8]}"
+    ):
         run.train_step()
     run.close()
 

@@ -6,7 +6,11 @@ import shutil
 import stat
 import threading
 
+import numpy as np
 import pytest
+from compare import assert_same_bits
+from safetensors import safe_open
+from safetensors.numpy import load_file, save
 
 from legacy1bit import files
 from legacy1bit.files import atomic_copies, atomic_path, atomic_write, atomic_write_all
@@ -85,6 +89,34 @@ def test_atomic_write_writes_bytes(tmp_path, content):
 def test_atomic_write_writes_text_as_utf8_with_the_line_ends_it_has(tmp_path):
     atomic_write(tmp_path / "new", "naïve €\r\nline\n")
     assert (tmp_path / "new").read_bytes() == "naïve €\r\nline\n".encode()
+
+
+@pytest.mark.parametrize("header", [{}, {"b": "2", "a": '\u00e4 "1"'}], ids=["plain", "told"])
+def test_tensors_are_those_of_the_library(tmp_path, header):
+    rng = np.random.default_rng(1)
+    tensors = {
+        "z": rng.standard_normal((3, 5), np.float32),
+        "a": rng.standard_normal(7).astype(np.float16),
+        "codes": rng.integers(0, 255, (4, 3), np.uint8),
+        "alone": np.float32(1.5).reshape(()),
+        "turned": rng.standard_normal((2, 6), np.float32).T,
+        "none": np.zeros((0, 4), np.float32),
+        "b": rng.integers(-9, 9, 5, np.int8),
+    }
+    parts = files.serialize_tensors(tensors, header)
+    files.atomic_write(tmp_path / "file", parts)
+    content = (tmp_path / "file").read_bytes()
+    assert content == b"".join(parts)
+    found = load_file(tmp_path / "file")
+    assert found.keys() == tensors.keys()
+    for name, values in tensors.items():
+        assert_same_bits(found[name], np.ascontiguousarray(values).reshape(values.shape), name)
+    with safe_open(tmp_path / "file", framework="numpy") as file:
+        assert (file.metadata() or {}) == header
+    # Not the head, whose order is left to chance there.
+    whole = {name: np.array(values, order="C") for name, values in tensors.items()}
+    size = sum(values.nbytes for values in whole.values())
+    assert content[-size:] == save(whole)[-size:]
 
 
 def test_atomic_write_replaces_a_file(old_file):

@@ -195,7 +195,7 @@ def test_model_config_derives_its_other_sizes():
     assert (config.head_dim, config.ffn_dim, config.pad_token) == (8, 120, 50)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 3e-3), ("adamw", 3e-3), ("sgd", 0.1)])
+@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 5.7e-3), ("adamw", 3e-3), ("sgd", 0.1)])
 def test_learning_rate_is_the_optimizers_unless_it_is_given(optimizer, rate):
     assert DEFAULT_RATES[optimizer] == rate
     assert TrainingConfig(optimizer=optimizer).learning_rate == rate

@@ -59,7 +59,8 @@ def sample_token(logits, random, temperature=1.0, top_k=0, top_p=1.0, history=()
 
 def wild_model(seed=3, **settings):
     """A model whose matrices are large, so that each token of the context changes its mind."""
-    sizes = {"model_dim": 16, "num_blocks": 1, "num_heads": 2, "sequence_length": CONTEXT}
+    sizes = {"model_dim": 16, "num_blocks": 1, "num_heads": 2, "ffn_multiplier": 4}
+    sizes |= {"sequence_length": CONTEXT}
     model = create_legacy_llm(ModelConfig(**{**sizes, **settings}), seed)
     random = rng(seed)
     for weights in model.latent.values():

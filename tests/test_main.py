@@ -252,7 +252,7 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
 # A value for every setting that has an option, none of them its default.
 SETTINGS = {
     "model_dim": 12,
-    "num_blocks": 2,
+    "num_blocks": 3,
     "num_heads": 3,
     "ffn_multiplier": 5,
     "sequence_length": 9,

@@ -83,7 +83,9 @@ def test_parts_grow_with_what_they_are_for():
 def test_training_that_does_not_fit_is_refused_with_the_sum(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda: GIB)
     config = ModelConfig(model_dim=1024, num_blocks=24, num_heads=8)
-    with pytest.raises(MemoryError, match=r"takes about .* GiB \(weights .* GiB, gradients") as error:
+    with pytest.raises(
+        MemoryError, match=r"takes about .* GiB \(weights .* GiB, gradients"
+    ) as error:
         check_memory(config, TrainingConfig())
     assert "and 1.0 GiB are free" in str(error.value)
     assert "--gradient-checkpointing" in str(error.value)

@@ -91,6 +91,19 @@ def test_default_space_has_the_defaults_in_it():
         ("[scheme]\nchoices = ['ternary', 'tertiary']", "line 2: scheme.choices .*'tertiary'"),
         ("[num_heads]\nchoices = [2, 0]", "line 2: num_heads.choices .* 0, expected 1 to"),
         ("[num_heads]\nchoices = [2]\nfor_bytes = 1", "line 3: num_heads.for_bytes is 1, expected"),
+        (
+            "[clip]\nlow = 0\nhigh = 1\nstep = 1e-300",
+            "line 4: clip.step is 1e-300, expected at most",
+        ),
+        (
+            "[clip]\nlow = 0\nhigh = 1\nstep = 5e-324",
+            "line 4: clip.step is 5e-324, expected at most",
+        ),
+        (f"[clip]\nlow = 0\nhigh = 1{'0' * 400}", "line 3: clip.high is 10*, expected 0"),
+        (
+            f"[clip]\nlow = 0\nhigh = 1\nstep = 1{'0' * 400}",
+            "line 4: clip.step is 10*, expected it",
+        ),
         ("[num_heads]\nchoices = [2]\nlow = 1", "line 1: num_heads has choices, expected nothing"),
         ("[clip]\nlow = 1\n[clip]\n", "line 3"),
         ("[clip\n", "line 1"),

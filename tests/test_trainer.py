@@ -21,6 +21,7 @@ from legacy1bit.backward import ignore_padding
 from legacy1bit.checkpoint import BEST_FOLDER, CHECKPOINT_FILE, EARLIER_FILE
 from legacy1bit.corpus import Corpus, story_corpus, text_corpus
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
@@ -33,7 +34,6 @@ from legacy1bit.trainer import (
     SETTINGS_FILE,
     Metrics,
     Trainer,
-    TrainingDiverged,
     evaluate,
     read_settings,
     recall_of_heroes,

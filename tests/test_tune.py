@@ -1,6 +1,7 @@
 """The search for settings: what it keeps, and that no trial is lost or run twice."""
 
 import collections
+import contextlib
 import itertools
 import os
 import signal
@@ -288,6 +289,8 @@ def test_search_says_what_is_wrong(fail):
         (("--objectives", "loss,loss"), "expected some of"),
         (("--seconds", 2, "--steps", 3), "exclude each other"),
         (("--sampler", "grid"), "learning_rate has a range"),
+        (("--max-bytes", "9" * 400), "expected at most"),
+        (("--storage", ""), "--storage is empty"),
         (("--space", "nowhere"), "nowhere: No such file"),
         (("--storage", "sqlite:////nowhere/at/all.db"), "cannot be opened"),
         (("--storage", "klingon://here"), "cannot be opened"),
@@ -296,6 +299,35 @@ def test_search_says_what_is_wrong(fail):
     assert "no empty folder" in fail(*search("full", "--trials", 1))
     assert "is no study" in fail("tune", "--resume", "full")
     assert "is damaged" in fail("tune", "--resume", "broken")
+
+
+def test_share_that_rounds_to_nothing_is_the_least_there_is(say, fail):
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text("[decay_every]\nlow = 0.01\nhigh = 0.05\nof_steps = true\n")
+    say(*search("study", "--trials", 1))
+    assert results_in("study")[0].training["decay_every"] == 1
+    for name in ("a?b", "a%20b"):
+        assert "a study's database cannot lie there" in fail(*search(name, "--trials", 1))
+        assert not Path(name).exists()
+
+
+def test_signal_to_the_first_process_stops_the_others(say):
+    pytest.importorskip("optuna")
+    options = ("--seconds", "60", "--minutes", "5", "--jobs", "2")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "legacy1bit.main", *search("study", *options)],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(lambda: len(list(Path("study").glob("trials/*/metrics.jsonl"))) == 2)
+        process.terminate()
+        assert process.wait(60) == 130
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_what_only_size_asks_for_is_searched_only_then(say, fail):

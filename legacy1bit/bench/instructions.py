@@ -29,7 +29,9 @@ from legacy1bit.inference import Decoder
 from legacy1bit.model import create_legacy_llm
 from legacy1bit.packed import PackedModel
 
-config = ModelConfig(model_dim=128, num_blocks=4, sequence_length=64)
+config = ModelConfig(
+    model_dim=128, num_blocks=4, num_heads=4, ffn_multiplier=4, sequence_length=64
+)
 decoder = Decoder(PackedModel(create_legacy_llm(config, 1, trainable=False)))
 decoder.write([1], np.linspace(0.01, 0.99, int(sys.argv[1])))
 """

@@ -84,7 +84,9 @@ def others(
         # What comes out goes in again: each of these settles within a few calls.
         x = rng.standard_normal(size, np.float32)
         yield Benchmark(f"{name} {size}", "G/s", 1e-9 * size, functools.partial(kernel, x))
-    config = config or ModelConfig(model_dim=128, num_blocks=1, sequence_length=64)
+    config = config or ModelConfig(
+        model_dim=128, num_blocks=1, num_heads=4, ffn_multiplier=4, sequence_length=64
+    )
     time, dim = config.sequence_length, config.model_dim
     attention = create_legacy_llm(config, 0).blocks[0].attention
     rows = rng.standard_normal((batch, time, dim), np.float32)

@@ -24,19 +24,27 @@ from legacy1bit.optimizer import AdamW
 from legacy1bit.packed import PackedModel
 from legacy1bit.shards import TokenStore
 
-TRAINING = ModelConfig(model_dim=128, num_blocks=4, sequence_length=64)
+TRAINING = ModelConfig(
+    model_dim=128, num_blocks=4, num_heads=4, ffn_multiplier=4, sequence_length=64
+)
 TRAINING_BATCH = 12
 
 # The sizes of the C original, and the rate it trains at, for reference. Its work is less than ours:
 # its tokens see only themselves.
-C_SHAPE = ModelConfig(model_dim=256, num_blocks=2, sequence_length=128)
+C_SHAPE = ModelConfig(
+    model_dim=256, num_blocks=2, num_heads=4, ffn_multiplier=4, sequence_length=128
+)
 C_BATCH, C_TOKENS_PER_SECOND = 8, 55.0
 
-SMALL = ModelConfig(model_dim=512, num_blocks=8, num_heads=8, sequence_length=256)
-LARGE = ModelConfig(model_dim=2048, num_blocks=8, num_heads=16, sequence_length=256)
+SMALL = ModelConfig(model_dim=512, num_blocks=8, num_heads=8, ffn_multiplier=4, sequence_length=256)
+LARGE = ModelConfig(
+    model_dim=2048, num_blocks=8, num_heads=16, ffn_multiplier=4, sequence_length=256
+)
 DECODED, PROMPT = 64, 128
 
-_GENERATING = ModelConfig(model_dim=256, num_blocks=6, sequence_length=256)
+_GENERATING = ModelConfig(
+    model_dim=256, num_blocks=6, num_heads=4, ffn_multiplier=4, sequence_length=256
+)
 
 # The peak of a program that has ended is its parent's to ask, who must have had no other children.
 _PEAK_OF = """

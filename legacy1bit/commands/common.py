@@ -68,6 +68,15 @@ def given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
+def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
+    """Raise ``ValueError`` unless each of some options is a number above 0, or was not given."""
+    for name in names:
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < float("inf"):
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} is {value}, expected it above 0")
+
+
 def threads_of(arguments: argparse.Namespace) -> int:
     """Return how many threads to use: never more than there are cores."""
     if arguments.threads is None:

@@ -11,7 +11,14 @@ from typing import Any
 
 from legacy1bit import stories
 from legacy1bit.checkpoint import EARLIER_FILE, newest_checkpoint
-from legacy1bit.commands.common import RUNS, add_settings, given, option_of, threads_of
+from legacy1bit.commands.common import (
+    RUNS,
+    add_settings,
+    check_above_zero,
+    given,
+    option_of,
+    threads_of,
+)
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
@@ -137,7 +144,9 @@ def _start(
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
-    _check_minutes(arguments)
+    check_above_zero(arguments, "minutes")
+    if arguments.minutes is not None and arguments.steps is not None:
+        raise ValueError("--minutes and --steps exclude each other")
     _check_folder(arguments.out)
     new = beginning_of(arguments)
     training = new.training
@@ -152,16 +161,6 @@ def _start(
     # Somebody may have been faster.
     _check_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
-
-
-def _check_minutes(arguments: argparse.Namespace) -> None:
-    minutes = arguments.minutes
-    if minutes is None:
-        return
-    if not 0 < minutes < float("inf"):
-        raise ValueError(f"--minutes is {minutes}, expected it above 0")
-    if arguments.steps is not None:
-        raise ValueError("--minutes and --steps exclude each other")
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:

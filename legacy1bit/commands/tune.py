@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import add_settings, given, threads_of
+from legacy1bit.commands.common import add_settings, check_above_zero, given, threads_of
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
@@ -52,11 +52,14 @@ _FIXED = (
     *("study", "config", "stories", "validation", "tokenizer_from"),
 )
 
+_ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
+
 _SECONDS = 60.0
 _SHOWN = 5
 
 # A size may have a unit: powers of a thousand.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+_MOST_BYTES = 1 << 50
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
@@ -101,7 +104,10 @@ def _size(text: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if found is None:
         raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
-    return round(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"it is {text[:40]!r}, expected at most {_MOST_BYTES:,}")
+    return round(size)
 
 
 def _objectives(text: str) -> tuple[str, ...]:
@@ -119,7 +125,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(default_space().read_text(encoding="utf-8"), end="")
         return 0
     load_optuna()
-    _check_numbers(arguments)
+    check_above_zero(arguments, *_ABOVE_ZERO)
     budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
@@ -134,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     with Interrupts() as interrupts:
         if arguments.jobs > 1:
-            _run_jobs(work, budget, arguments.jobs)
+            _run_jobs(work, budget, arguments.jobs, interrupts)
         else:
             work.run(budget, lambda: interrupts.requested)
         stopped = interrupts.requested
@@ -147,14 +153,6 @@ def run(arguments: argparse.Namespace) -> int:
         )
         return INTERRUPTED
     return 0 if found else 1
-
-
-def _check_numbers(arguments: argparse.Namespace) -> None:
-    for name in ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes"):
-        value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value}, expected it above 0")
 
 
 class _Work:
@@ -303,6 +301,10 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
         raise ValueError("--seconds and --steps exclude each other")
     space = _space(arguments)
     _check_out(arguments.out)
+    if arguments.storage is None and arguments.out is not None:
+        own_database(arguments.out)
+    elif arguments.storage == "":
+        raise ValueError("--storage is empty, expected a database's address")
     new = beginning_of(arguments)
     terms = Terms(
         space,
@@ -375,14 +377,21 @@ def _make_folder(wanted: Path | None) -> Path:
     return path
 
 
-def _run_jobs(work: _Work, budget: Budget, jobs: int) -> None:
+def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) -> None:
     """Run trials in several processes, and wait for them."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_job, args=(work._again, budget)) for _ in range(jobs)]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join()
+    told = False
+    while any(process.is_alive() for process in processes):
+        # A terminal tells all of them; who ends this process alone does not.
+        if interrupts.requested and not interrupts.of_terminal and not told:
+            told = True
+            for process in processes:
+                process.terminate()
+        for process in processes:
+            process.join(0.1)
     failed = [process.exitcode for process in processes if process.exitcode]
     if failed and len(failed) == len(processes):
         raise ValueError("no process could work on the study: see above")
