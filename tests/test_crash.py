@@ -33,7 +33,7 @@ import errno, os, re, signal, sys, time
 from legacy1bit import main, trainer
 
 how, left, share, *arguments = sys.argv[1:]
-left, share = int(left), float(share)
+left, share = 1 << 30 if how == "time" else int(left), float(share)
 
 def file_event(event, arguments):
     if event == "open":
@@ -76,8 +76,7 @@ def begin(self, *arguments):
 trainer.Trainer.train_step, trainer.Trainer.train = train_step, begin
 
 os.fsync = fsync
-if how != "time":
-    sys.addaudithook(file_event)
+sys.addaudithook(file_event)
 sys.exit(main.main(arguments))
 """
 
