@@ -966,6 +966,26 @@ def test_what_takes_long_to_load_is_loaded_where_ctrl_c_is_answered():
     assert ran.stdout == b"False\n"
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train", "--out="),
+        ("train", "--config="),
+        ("generate", "--model="),
+        ("data", "build", "--out="),
+        ("plot", "--out="),
+        ("export", "--out="),
+        ("train", "--cache="),
+        ("tune", "--space="),
+    ],
+    ids=" ".join,
+)
+def test_empty_paths_are_refused(fail, arguments):
+    """And not taken for the folder one is in."""
+    told = fail(*arguments)
+    assert told.startswith(f"argument {arguments[-1][:-1]}: is empty, expected a path")
+
+
 # --- A full disk ----------------------------------------------------------------------------------
 
 

@@ -494,6 +494,17 @@ def test_trial_that_is_stopped_begins_again(say):
     assert first.params == again.params
 
 
+def test_jobs_end_with_the_process_that_began_them(say):
+    pytest.importorskip("optuna")
+    options = ("--trials", 2, "--steps", 100_000, "--no-prune", "--jobs", 2)
+    process = started("-m", "legacy1bit.main", *search("study", *options))
+    paths = [Path(f"study/trials/{number:04}/metrics.jsonl") for number in range(2)]
+    wait_for(lambda: all(path.exists() for path in paths))
+    process.kill()
+    process.communicate()
+    wait_for(lambda: [t.state.name for t in trials_of("study")][:2] == ["FAIL", "FAIL"])
+
+
 def test_jobs_share_the_cores(say):
     pytest.importorskip("optuna")
     say(*search("study", "--trials", 4, "--jobs", 2, "--threads", 2))

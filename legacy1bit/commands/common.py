@@ -56,9 +56,16 @@ def add_settings(
         group.add_argument(f"--{option}", **settings)
 
 
+def path_of(text: str) -> Path:
+    """Return a path that an option names; nothing is not the folder one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError("is empty, expected a path")
+    return Path(text)
+
+
 def add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--model", metavar="PATH", type=Path, help="a run's folder (default: the latest)"
+        "--model", metavar="PATH", type=path_of, help="a run's folder (default: the latest)"
     )
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from legacy1bit.commands.common import add_settings, option_of
+from legacy1bit.commands.common import add_settings, option_of, path_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
 from legacy1bit.hyperparams import DataConfig, ModelConfig
@@ -62,7 +62,7 @@ def add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tokenizer-from",
         metavar="DIR",
-        type=Path,
+        type=path_of,
         help="take the tokenizer of this folder, rather than make one",
     )
     command.add_argument("--stories", type=int, metavar="N", help="how many to learn from")

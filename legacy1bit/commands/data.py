@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.commands.common import add_settings, given
+from legacy1bit.commands.common import add_settings, given, path_of
 from legacy1bit.commands.corpora import add_cache, kept, tokenizer_for
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import TEXT, tokenize_source
@@ -47,7 +47,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         if name == "inspect":
             action.add_argument("--json", action="store_true", help="one line of JSON")
         else:
-            action.add_argument("--out", type=Path, required=True, metavar="DIR")
+            action.add_argument("--out", type=path_of, required=True, metavar="DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from legacy1bit.commands.common import add_model, latest_run, read_model
+from legacy1bit.commands.common import add_model, latest_run, path_of, read_model
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, LegacyLLM
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -74,7 +74,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add_model(command)
     command.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="where to; a folder for safetensors"
+        "--out",
+        type=path_of,
+        required=True,
+        metavar="FILE",
+        help="where to; a folder for safetensors",
     )
     command.add_argument("--format", choices=FORMATS, required=True, help="of which program")
     command.add_argument(

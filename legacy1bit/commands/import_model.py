@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from legacy1bit.commands.common import path_of
 from legacy1bit.model import LegacyLLM, save_model
 from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
 
@@ -15,9 +16,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Read a model from a GGUF file that this program wrote, or from a file of the C original, "
         "and write a model folder."
     )
-    command.add_argument("--model", type=Path, required=True, metavar="FILE", help="what to read")
     command.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="the model's folder, a new one"
+        "--model", type=path_of, required=True, metavar="FILE", help="what to read"
+    )
+    command.add_argument(
+        "--out", type=path_of, required=True, metavar="DIR", help="the model's folder, a new one"
     )
 
 

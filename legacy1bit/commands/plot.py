@@ -5,7 +5,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from legacy1bit.commands.common import latest_run
+from legacy1bit.commands.common import latest_run, path_of
 from legacy1bit.model import load_model
 from legacy1bit.plots import (
     CURVES,
@@ -33,7 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "weights of a layer, or where the tokens of a prompt look."
     )
     command.add_argument(
-        "runs", metavar="RUN", type=Path, nargs="*", help="a run's folder (default: the latest)"
+        "runs", metavar="RUN", type=path_of, nargs="*", help="a run's folder (default: the latest)"
     )
     command.add_argument(
         "--kind",
@@ -42,7 +42,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="what to draw (default: page)",
     )
     command.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help=f"where to: {', '.join(SUFFIXES)}"
+        "--out",
+        metavar="FILE",
+        type=path_of,
+        required=True,
+        help=f"where to: {', '.join(SUFFIXES)}",
     )
     command.add_argument(
         "--layer", metavar="NAME", help="of weights: the matrix, as info names it (default: first)"

@@ -6,7 +6,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import latest_run, option_of
+from legacy1bit.commands.common import latest_run, option_of, path_of
 from legacy1bit.commands.corpora import DEFAULT_STORIES
 from legacy1bit.files import atomic_write
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
@@ -40,12 +40,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "run_folder",
         metavar="RUN",
-        type=Path,
+        type=path_of,
         nargs="?",
         help="a run's folder, or a study's (default: the latest run)",
     )
     command.add_argument(
-        "--out", metavar="FILE", type=Path, required=True, help="where to: .html or .htm"
+        "--out", metavar="FILE", type=path_of, required=True, help="where to: .html or .htm"
     )
 
     command.add_argument(

@@ -17,6 +17,7 @@ from legacy1bit.commands.common import (
     check_above_zero,
     given,
     option_of,
+    path_of,
     threads_of,
 )
 from legacy1bit.commands.corpora import add_data, corpus_of
@@ -69,8 +70,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--print-config", action="store_true", help="print all settings as such a file, and end"
     )
-    command.add_argument("--out", metavar="DIR", type=Path, help="the run's folder (default: new)")
-    command.add_argument("--resume", metavar="DIR", type=Path, help="go on with an earlier run")
+    command.add_argument(
+        "--out", metavar="DIR", type=path_of, help="the run's folder (default: new)"
+    )
+    command.add_argument("--resume", metavar="DIR", type=path_of, help="go on with an earlier run")
     command.add_argument(
         "--minutes",
         metavar="X",

@@ -6,10 +6,9 @@ import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import given, threads_of
+from legacy1bit.commands.common import given, path_of, threads_of
 from legacy1bit.commands.corpora import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.corpus import Corpus
@@ -22,7 +21,7 @@ def add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config",
         metavar="PATH",
-        type=Path,
+        type=path_of,
         help="a file of settings, or a run to train again, on its text; options go before it",
     )
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import add_settings, check_above_zero, given, threads_of
+from legacy1bit.commands.common import add_settings, check_above_zero, given, path_of, threads_of
 from legacy1bit.commands.corpora import add_data, corpus_of
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
@@ -73,9 +73,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     group = command.add_argument_group("the search")
     option = group.add_argument
-    option("--out", metavar="DIR", type=Path, help="the study's folder (default: new)")
-    option("--resume", metavar="DIR", type=Path, help="go on with a study, or take part in it")
-    option("--space", metavar="FILE", type=Path, help="which settings to search, and where")
+    option("--out", metavar="DIR", type=path_of, help="the study's folder (default: new)")
+    option("--resume", metavar="DIR", type=path_of, help="go on with a study, or take part in it")
+    option("--space", metavar="FILE", type=path_of, help="which settings to search, and where")
     option("--print-space", action="store_true", help="print the default for --space, and end")
     option("--minutes", metavar="X", type=float, help="how long to search (default: 20)")
     option("--trials", metavar="N", type=int, help="how many models to train")
@@ -408,5 +408,12 @@ def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) ->
 
 
 def _job(again: tuple[Any, ...], budget: Budget) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def stop() -> bool:
+        # Without the first process nobody would end the others.
+        return interrupts.requested or not parent.is_alive()
+
     with Interrupts() as interrupts, study_at_hand():
-        _Work(*again).run(budget, lambda: interrupts.requested)
+        _Work(*again).run(budget, stop)
