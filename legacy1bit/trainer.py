@@ -346,7 +346,7 @@ class Trainer:
         """
         with contextlib.closing(self):
             config = self.config
-            if self._best_is_behind():
+            if best_is_behind(self.folder, self.model.config, self.best, self.step):
                 self.save()
             per_step = (
                 config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
@@ -511,9 +511,7 @@ class Trainer:
         }
         atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
         if 0 < self.best[1] == self.step:
-            files = (self.folder / name for name in RUN_FILES)
-            # Tokens of another program have no tokenizer.
-            atomic_copies((file for file in files if file.exists()), self.folder / BEST_FOLDER)
+            keep_best(self.folder)
 
     def _provenance(self) -> Provenance:
         """Return what the model's files are to tell of where it comes from."""
@@ -521,20 +519,6 @@ class Trainer:
         if loss is None and 0 < self.best[1] == self.step:
             loss = self.best[0]
         return Provenance(self.source["name"], self.corpus.sha256, self.step, loss)
-
-    def _best_is_behind(self) -> bool:
-        """Return whether a crash came after this very step was found best, and before it was kept.
-
-        Somebody may have gone on from the best, which then is ahead, and stays as it is.
-        """
-        if not 0 < self.best[1] == self.step:
-            return False
-        try:
-            path = self.folder / BEST_FOLDER / CHECKPOINT_FILE
-            kept = read_checkpoint(path, self.model.config)
-        except (ModelFileError, OSError):
-            return True
-        return kept.step < self.step
 
     def restore(self, checkpoint: Checkpoint | None = None) -> None:
         """Go back to a checkpoint of the run: the newest that is whole, unless one is given.
@@ -572,6 +556,29 @@ class Trainer:
         self.seconds = checkpoint.seconds
         self.best = checkpoint.best
         self.reader.position = checkpoint.position
+
+
+def keep_best(folder: Path) -> None:
+    """Keep a run as it is now as its best."""
+    files = (folder / name for name in RUN_FILES)
+    # Tokens of another program have no tokenizer.
+    atomic_copies((file for file in files if file.exists()), folder / BEST_FOLDER)
+
+
+def best_is_behind(
+    folder: Path, model_config: ModelConfig, best: tuple[float, int], step: int
+) -> bool:
+    """Return whether a crash came after this very step was found best, and before it was kept.
+
+    Somebody may have gone on from the best, which then is ahead, and stays as it is.
+    """
+    if not 0 < best[1] == step:
+        return False
+    try:
+        kept = read_checkpoint(folder / BEST_FOLDER / CHECKPOINT_FILE, model_config)
+    except (ModelFileError, OSError):
+        return True
+    return kept.step < step
 
 
 def steps_within(

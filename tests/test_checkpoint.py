@@ -40,6 +40,7 @@ from legacy1bit.files import held
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.model import ModelFileError
+from legacy1bit.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -201,6 +202,19 @@ def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
     assert "going on with run at step 4" in told
     assert [record["val_loss"] for record in read_metrics("run/metrics.jsonl")] == before
     assert_same_files(Path("run"), Path("whole"))
+
+
+def test_best_is_kept_where_the_last_checkpoint_was_the_end(tmp_path, monkeypatch, say, fail):
+    monkeypatch.chdir(tmp_path)
+    options = ("--stories", 20, "--steps", 8, "--evaluate-every", 4, "--blocks", 1)
+    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    say("train", *options, "--out", "run")
+    whole = contents(Path("run"))
+    found, _ = newest_checkpoint(Path("run"), read_settings(Path("run"))[0])
+    assert found.best[1] == found.step == 8
+    shutil.rmtree(Path("run", BEST_FOLDER))
+    assert "has had its 8 steps" in fail("train", "--resume", "run")
+    assert contents(Path("run")) == whole
 
 
 def test_earlier_checkpoint_is_the_one_before(tmp_path):

@@ -34,6 +34,7 @@ from legacy1bit.trainer import (
     SETTINGS_FILE,
     Metrics,
     Trainer,
+    best_is_behind,
     evaluate,
     read_settings,
     recall_of_heroes,
@@ -1567,7 +1568,7 @@ def test_run_that_is_killed_anywhere_ends_like_an_unbroken_one(tmp_path, monkeyp
             read_settings(best)
         saved = (folder / SETTINGS_FILE).exists()
         run = (resumed if saved else make)(folder, **settings)
-        if run._best_is_behind():
+        if best_is_behind(run.folder, run.model.config, run.best, run.step):
             run.save()
         if best.exists():
             assert_same_files(best, then[run.best[1]])

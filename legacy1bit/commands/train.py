@@ -43,7 +43,9 @@ from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
     RUN_FILES,
     Trainer,
+    best_is_behind,
     evaluate,
+    keep_best,
     read_settings,
     recall_of_heroes,
     steps_within,
@@ -189,6 +191,9 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
     done = checkpoint.step
     if done >= config.steps:
+        # The end may have come between its last checkpoint and what is done after that.
+        if best_is_behind(folder, model_config, checkpoint.best, done):
+            keep_best(folder)
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
     corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
