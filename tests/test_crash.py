@@ -53,7 +53,7 @@ def interrupt(event, path):
     if left > 0:
         return
     if how == "kill":
-        name = re.sub(r"[.][0-9a-f]{32}", "", os.path.basename(path))
+        name = re.sub(r"[.][0-9a-f]{32}|[0-9]+$", "", os.path.basename(path))
         print("killed before", event, name, file=sys.stderr, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     if event != "os.remove":
