@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf test-postgres test-browser
+.PHONY: test test-slow test-c test-gguf test-postgres test-browser test-tsan
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -45,6 +45,7 @@ help:
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
+	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
@@ -107,6 +108,28 @@ test-c: build
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
 	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/test_tune.py
+
+# The thread pool by itself, and then what runs on it through Python, compiled once more. The child
+# of a process with threads may make threads, which the sanitizer would rather not see.
+TSAN := build/test-tsan
+TSAN_CC := $(shell command -v clang || command -v gcc)
+IS_CLANG = $(findstring clang,$(TSAN_CC))
+TSAN_FLAGS = -fsanitize=thread $(if $(IS_CLANG),-shared-libsan)
+TSAN_LIBRARY = $(shell $(TSAN_CC) -print-file-name=$(if \
+    $(IS_CLANG),libclang_rt.tsan-$(shell uname -m).so,libtsan.so))
+
+test-tsan:
+	mkdir -p $(TSAN)/package
+	$(TSAN_CC) -std=c99 -D_GNU_SOURCE -O1 -g -Wall -Wextra -Wno-unused-function -Iinclude \
+	    -fsanitize=thread -o $(TSAN)/threads tests/threads.c -lpthread
+	TSAN_OPTIONS=die_after_fork=0 $(TSAN)/threads
+	cp -r include legacy1bit setup.py pyproject.toml README.md LICENSE tests $(TSAN)/package
+	rm -f $(TSAN)/package/legacy1bit/*.so
+	cd $(TSAN)/package && CC='$(TSAN_CC)' CFLAGS='$(TSAN_FLAGS)' \
+	    LDSHARED='$(TSAN_CC) -shared $(TSAN_FLAGS)' \
+	    $(PYTHON) setup.py -q build_ext --inplace
+	cd $(TSAN)/package && LD_PRELOAD=$(TSAN_LIBRARY) PYTHONPATH=. \
+	    TSAN_OPTIONS=die_after_fork=0 $(PYTHON) -m pytest tests/test_threads.py $(ARGS)
 
 # Debian's browser; the package that drives it would download another one, and is not asked to.
 test-browser: build
