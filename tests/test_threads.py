@@ -19,8 +19,8 @@ from test_trainer import make, state_of, train
 import legacy1bit.threads
 from legacy1bit.backward import BackwardPass
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.math_ops import matmul, product_precisions
 from legacy1bit.inference import Decoder
+from legacy1bit.math_ops import matmul, product_precisions
 from legacy1bit.model import create_legacy_llm, create_legacy_llm_gradients
 from legacy1bit.optimizer import Muon
 from legacy1bit.packed import PackedMatrix, PackedModel
