@@ -7,6 +7,11 @@ the GIL and call the kernel; Cython code calls ``kernels()`` directly.
 
 Arrays are NumPy arrays or anything else with the buffer protocol: float32 (int8 for ternary
 matrices), C-contiguous. Another dtype is a ``ValueError``, never a silent copy.
+
+What is made of one element is the exact result, rounded; denormals count. Sums and products of
+vectors and matrices are added up in float32: they are right wherever the magnitudes of what is
+added have a sum below 3.4e38, and beyond it may be infinite or NaN. Softmax and layer norm are
+right for every finite input.
 """
 
 import atexit
@@ -551,6 +556,8 @@ def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
 
     Notes
     -----
+    Right for all that is finite: where the squares overflow, or the mean is more than 1,000
+    standard deviations, the row is worked out in float64.
     C: ``layer_norm_forward``. Its SSE form estimates the second value to 12 bits; this one is
     exact in every instruction set (departure 9).
     """

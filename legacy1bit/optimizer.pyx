@@ -230,7 +230,9 @@ cdef class Optimizer:
         Returns
         -------
         float
-            The norm of all gradients before clipping. Where it is not finite, nothing was changed.
+            The norm of all gradients before clipping. Where it is not finite, nothing was changed;
+            it is infinite, too, where squares overflow, which may be from 5e17 on, and one of
+            less than 1e-23 has no square.
         """
         cdef UpdateJob job
         cdef float[::1] weights = self.model.weights, first = self.first, second = self.second

@@ -477,7 +477,7 @@ def test_backward_layer_norm_is_right_for_every_finite_input(x, seed):
         size = np.abs(g).max() * (1.0 + hats * (1.0 + hats))
         assert_close(d_beta, d, rtol=0, atol=0)
         # Halves of denormals are rounded.
-        tiny = 2 * LOST * inv_std * np.abs(d).max()
+        tiny = 4 * LOST * inv_std * np.abs(d).max()
         assert_close(d_gamma, d * hat, rtol=gamma(4), atol=tiny + 2 * LOST)
         expected = inv_std * (g - of_g - hat * of_gx)
         assert_close(d_x, expected, rtol=0, atol=inv_std * (slack * size + 9 * tiny) + 2 * LOST)
@@ -593,7 +593,7 @@ def model_configs(draw, **fixed):
 shapes = st.sampled_from([(1, 1), (1, 7), (3, 1), (2, 5)])
 
 
-def near(found, exact, effect, what, roundings=12, floor=0.0):
+def near(found, exact, effect, what, roundings=32, floor=0.0):
     size = UNIT_ROUNDOFF * max(float(np.abs(exact).max()), floor)
     assert_close(found, exact, rtol=0, atol=roundings * (effect + size) + 64 * LOST, what=what)
 
@@ -612,6 +612,9 @@ def test_models_of_every_shape_have_the_oracles_loss_and_gradients(config, shape
     _, p = oracle.forward(oracle_weights(model), oracle_config(config), tokens)
     # What cancels does so among numbers of this size.
     floor = max(float(np.abs(value).max()) for value in answer.values())
+    if config.model_dim == 2:
+        # Of a norm of two numbers nothing but epsilon's part comes back: all else cancels.
+        floor *= 1e-5**-0.5
     for found in in_every_tier(forward_llm_batch, model, tokens):
         near(found, p, effects["loss"] + 1e-5, "probabilities")
         gradients = create_legacy_llm_gradients(config)
@@ -660,7 +663,7 @@ def test_models_of_extreme_weights_have_the_oracles_probabilities(kind, equal, c
     answer, effects = rounding_effect(exact, oracle_weights(model))
     for found in in_every_tier(forward_llm_batch, model, tokens):
         logits = forward_llm_batch(model, tokens, logits=True)
-        near(logits, answer["logits"], effects["logits"], "logits", 40)
+        near(logits, answer["logits"], effects["logits"], "logits")
         assert_close(found, oracle.softmax(logits), rtol=softmax_rtol(logits), atol=2 * EXP_ATOL)
         gradients = create_legacy_llm_gradients(config)
         loss, _ = BackwardPass(model, *shape).run(tokens, targets, gradients)
