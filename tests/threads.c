@@ -7,7 +7,14 @@
 
 #include "threads.h"
 
-enum { CALLERS = 4, ROUNDS = 400, LONGEST = 97, FORKS = 20, SECONDS = 60 };
+enum { CALLERS = 4, ROUNDS = 400, LONGEST = 97, SECONDS = 60 };
+
+/* Children made while others work: gcc's sanitizer does not let such a child make threads. */
+#ifdef __clang__
+enum { FORKS = 20 };
+#else
+enum { FORKS = 0 };
+#endif
 
 static int failures, jobs, teams, children;
 
