@@ -341,9 +341,7 @@ cdef void relu_backward(const float *x, const float *d_out, float *d_x,
 
 
 cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
-    # Doubled last: 2 x may overflow where 2 x d_out does not.
-    cdef vf32 product = vf32_mul(x, d_out)
-    return vf32_where_positive(x, vf32_add(product, product))
+    return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
 
 
 cdef void relu2_backward(const float *x, const float *d_out, float *d_x,

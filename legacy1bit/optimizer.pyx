@@ -291,6 +291,7 @@ cdef class AdamW(Optimizer):
     beta1, beta2 : float
         How much of the gradient's mean and mean square a step keeps.
     epsilon : float
+        Below 1e-20 it no longer makes up for gradients that have no square in float32.
     weight_decay, sign_direction
         See ``Optimizer``.
     """
