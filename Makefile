@@ -124,7 +124,7 @@ test-tsan:
 	cd $(TSAN)/package && CC=gcc CFLAGS=-fsanitize=thread LDSHARED='gcc -shared -fsanitize=thread' \
 	    $(PYTHON) setup.py -q build_ext --inplace
 	cd $(TSAN)/package && LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) PYTHONPATH=. \
-	    $(PYTHON) -m pytest -k 'not fork and not process' $(ARGS) tests/test_threads.py
+	    $(PYTHON) -m pytest -s -k 'not fork and not process' $(ARGS) tests/test_threads.py
 
 # Debian's browser; the package that drives it would download another one, and is not asked to.
 test-browser: build

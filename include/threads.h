@@ -160,6 +160,7 @@ static void pool_after_fork(void)
     pthread_cond_init(&pool.done, NULL);
     pool.busy = pool.workers = pool.remaining = 0;
     pool.threads = 0;
+    memset(pool_workers, 0, sizeof pool_workers);   /* none is to get back what the parent's had */
 }
 
 static pthread_key_t scratch_key;
