@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser
+.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -46,6 +46,7 @@ help:
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
+	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
@@ -111,6 +112,25 @@ test-crash: build
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
 	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/test_tune.py
+
+# The thread pool by itself, in clang where it is there: gcc's sanitizer takes no threads in the
+# child of a process that is at work. Then what runs on the pool through Python, compiled once more
+# by gcc, whose sanitizer can be loaded into a program without it, and so without such children; nor
+# does it leave the threads of a process alone, which some tests count.
+TSAN := build/test-tsan
+TSAN_WITHOUT := fork or process or stays_on_the_cores or leave_signals
+
+test-tsan:
+	mkdir -p $(TSAN)/package
+	$$(command -v clang || echo gcc) -std=c99 -D_GNU_SOURCE -O1 -g -Wall -Wextra \
+	    -Wno-unused-function -Iinclude -fsanitize=thread -o $(TSAN)/threads tests/threads.c -lpthread
+	TSAN_OPTIONS=die_after_fork=0 $(TSAN)/threads
+	cp -r include legacy1bit setup.py pyproject.toml README.md LICENSE tests $(TSAN)/package
+	rm -f $(TSAN)/package/legacy1bit/*.so
+	cd $(TSAN)/package && CC=gcc CFLAGS=-fsanitize=thread LDSHARED='gcc -shared -fsanitize=thread' \
+	    $(PYTHON) setup.py -q build_ext --inplace
+	cd $(TSAN)/package && LD_PRELOAD=$$(gcc -print-file-name=libtsan.so) PYTHONPATH=. \
+	    $(PYTHON) -m pytest -s -k 'not ($(TSAN_WITHOUT))' $(ARGS) tests/test_threads.py
 
 # Debian's browser; the package that drives it would download another one, and is not asked to.
 test-browser: build

@@ -67,4 +67,22 @@ static inline float ordered_squares(const float *x, float centre, long n)
     return places_sum(p);
 }
 
+/* The layer norm of a row in float64, for what float32 cannot do: squares that overflow, and a mean
+ * so large that its rounding would be no longer small beside the standard deviation. */
+static inline void wide_layer_norm(const float *x, const float *gamma, const float *beta,
+                                   float epsilon, float *out, float *mean, float *inv_std, long n)
+{
+    double centre = 0.0, squares = 0.0, spread;
+    for (long i = 0; i < n; i++)
+        centre += x[i];
+    centre /= n;
+    for (long i = 0; i < n; i++)
+        squares += (x[i] - centre) * (x[i] - centre);
+    spread = 1.0 / sqrt(squares / n + epsilon);
+    for (long i = 0; i < n; i++)
+        out[i] = gamma[i] * (float)((x[i] - centre) * spread) + beta[i];
+    *mean = (float)centre;
+    *inv_std = (float)spread;
+}
+
 #endif

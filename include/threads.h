@@ -14,6 +14,7 @@
  * team_run calls a task on several threads at once, which meet in it by team_meet.
  *
  * thread_scratch gives every thread a buffer of its own that lives as long as the thread.
+ * thread_choice is a thread's own, too, but those that work for it see what it has chosen.
  */
 #ifndef LEGACY1BIT_THREADS_H
 #define LEGACY1BIT_THREADS_H
@@ -33,6 +34,8 @@ enum {
 
 typedef void (*pool_task)(void *context, long index);
 
+static __thread const void *thread_choice;
+
 static struct {
     pthread_t id;
     int asleep;                /* waiting to be woken, or just made: it could start anywhere */
@@ -51,10 +54,11 @@ static struct {
     int remaining;             /* workers of the present job that have not finished */
     pool_task task;
     void *context;
+    const void *choice;
     long tasks;
     int threads;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
-          0, 0, 0, 0, NULL, NULL, 0, 0};
+          0, 0, 0, 0, NULL, NULL, NULL, 0, 0};
 
 static inline void pool_pause(void)
 {
@@ -138,6 +142,7 @@ static void *pool_worker(void *argument)
         void *const context = pool.context;
         const long tasks = pool.tasks;
         const int threads = pool.threads;
+        thread_choice = pool.choice;
         pthread_mutex_unlock(&pool.lock);
         pool_share(task, context, tasks, thread, threads);
         pool_lock();
@@ -155,6 +160,7 @@ static void pool_after_fork(void)
     pthread_cond_init(&pool.done, NULL);
     pool.busy = pool.workers = pool.remaining = 0;
     pool.threads = 0;
+    memset(pool_workers, 0, sizeof pool_workers);   /* none is to get back what the parent's had */
 }
 
 static pthread_key_t scratch_key;
@@ -231,6 +237,7 @@ static void pool_go(pool_task task, void *context, long tasks, int threads)
     pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.context = context;
+    pool.choice = thread_choice;
     pool.tasks = tasks;
     pool.threads = threads;
     pool.remaining = threads - 1;

@@ -19,6 +19,9 @@ class TrainingDiverged(ValueError):
     """The loss, a gradient or a weight is no longer a finite number."""
 
 
+# A gradient's norm is the root of a sum of squares, 1,024 of them in float32.
+_LARGEST_SQUARED = float(np.sqrt(np.finfo(np.float32).max / 1024))
+
 # What a block works out, in this order, and what that is called.
 _ACTIVATIONS = {
     "norm1": "its first norm",
@@ -82,9 +85,15 @@ def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
 
 
 def bad_gradient(gradients: LegacyLLMGradients) -> str | None:
-    """Return which gradient is the first on the way back that is not finite, or None."""
-    order = sorted(gradients.parameters, key=_depth, reverse=True)
-    return bad_weights({f"the gradient of {name}": gradients.parameters[name] for name in order})
+    """Return which gradient is the first on the way back that has no finite square, or None."""
+    for name in sorted(gradients.parameters, key=_depth, reverse=True):
+        values, what = gradients.parameters[name], f"the gradient of {name}"
+        found = bad_weights({what: values})
+        if found is None and np.abs(values).max() > _LARGEST_SQUARED:
+            found = f"{what}: up to {_largest(values)}"
+        if found is not None:
+            return found
+    return None
 
 
 def _depth(name: str) -> tuple[int, int]:

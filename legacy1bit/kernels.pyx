@@ -99,6 +99,8 @@ cdef extern from "simd.h" nogil:
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
     float ordered_squares(const float *x, float centre, long n)
+    void wide_layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
+                         float *out, float *mean, float *inv_std, long n)
 
 cdef extern from "cache.h" nogil:
     enum:
@@ -452,14 +454,19 @@ cdef void layer_norm(const float *x, const float *gamma, const float *beta, floa
     cdef const float *row
     cdef float *to
     cdef vf32 centre, factor, d
-    cdef float centre_of_row, spread
+    cdef float centre_of_row, deviation, spread
     START_TIMER(TIMER_LAYER_NORM_FORWARD)
     for i in range(rows):
         row = x + i * cols
         to = out + i * cols
         centre_of_row = sum(row, cols) / cols
+        deviation = sqrtf(ordered_squares(row, centre_of_row, cols) / cols + epsilon)
+        # A mean of up to 1,000 standard deviations is exact enough. NaN fails the comparisons.
+        if not (fabsf(centre_of_row) <= <float>1e3 * deviation and deviation < INFINITY):
+            wide_layer_norm(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
+            continue
         centre = vf32_splat(centre_of_row)
-        spread = 1.0 / sqrtf(ordered_squares(row, centre_of_row, cols) / cols + epsilon)
+        spread = 1.0 / deviation
         mean[i] = centre_of_row
         inv_std[i] = spread
         factor = vf32_splat(spread)
@@ -480,22 +487,29 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
     # With x^ = (x - mean) * inv_std and g = d_out * gamma:
     #   d_x     += inv_std * (g - mean(g) - x^ * mean(g * x^))
     #   d_gamma += d_out * x^,  d_beta += d_out
+    # x^ is made as (x / 2 - mean / 2) * (2 inv_std): half a difference cannot overflow.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *dy
     cdef const float *row
     cdef float *dx
-    cdef vf32 centre, factor, hat, d, g, sum_g, sum_gx, mean_g, mean_gx
+    cdef float last[VF32_LANES]
+    cdef vf32 half = vf32_splat(0.5), centre, last_centre = vf32_zero(), factor, wide, hat
+    cdef vf32 d, g, sum_g, sum_gx, mean_g, mean_gx
     START_TIMER(TIMER_LAYER_NORM_BACKWARD)
     for i in range(rows):
         dy = d_out + i * cols
         row = x + i * cols
         dx = d_x + i * cols
-        centre = vf32_splat(mean[i])
+        centre = vf32_splat(<float>-0.5 * mean[i])
         factor = vf32_splat(inv_std[i])
+        wide = vf32_add(factor, factor)
+        if left:
+            vf32_store(last, centre)
+            last_centre = vf32_load_first(last, left)
         sum_g = vf32_zero()
         sum_gx = vf32_zero()
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
             d = vf32_load(dy + j)
             vf32_store(d_gamma + j, vf32_fmadd(d, hat, vf32_load(d_gamma + j)))
             vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
@@ -503,8 +517,8 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
             sum_g = vf32_add(sum_g, g)
             sum_gx = vf32_fmadd(g, hat, sum_gx)
         if left:
-            # Lanes that are not loaded have d = 0, so they add nothing to either sum.
-            hat = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            # Lanes that are not loaded have d = 0 and x^ = 0, so they add nothing to either sum.
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
             d = vf32_load_first(dy + whole, left)
             vf32_store_first(d_gamma + whole, left,
                              vf32_fmadd(d, hat, vf32_load_first(d_gamma + whole, left)))
@@ -516,12 +530,12 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
         mean_g = vf32_splat(vf32_sum(sum_g) / cols)
         mean_gx = vf32_splat(vf32_sum(sum_gx) / cols)
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
             g = vf32_sub(vf32_mul(vf32_load(dy + j), vf32_load(gamma + j)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))
             vf32_store(dx + j, vf32_fmadd(g, factor, vf32_load(dx + j)))
         if left:
-            hat = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
             g = vf32_sub(vf32_mul(vf32_load_first(dy + whole, left),
                                   vf32_load_first(gamma + whole, left)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))

@@ -7,6 +7,11 @@ the GIL and call the kernel; Cython code calls ``kernels()`` directly.
 
 Arrays are NumPy arrays or anything else with the buffer protocol: float32 (int8 for ternary
 matrices), C-contiguous. Another dtype is a ``ValueError``, never a silent copy.
+
+What is made of one element is the exact result, rounded; denormals count. Sums and products of
+vectors and matrices are added up in float32: they are right wherever the magnitudes of what is
+added have a sum below 3.4e38, and beyond it may be infinite or NaN. Softmax and layer norm are
+right for every finite input.
 """
 
 import atexit
@@ -21,7 +26,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
 from legacy1bit.kernels cimport KernelTable, Matrix
-from legacy1bit.threads cimport parallel_for, scratch
+from legacy1bit.threads cimport choose, chosen, parallel_for, scratch
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
@@ -37,7 +42,9 @@ cdef const KernelTable *packed = NULL
 
 
 cdef const KernelTable *kernels() noexcept nogil:
-    return active
+    # Those with products in bfloat16 are a thread's own choice.
+    cdef const KernelTable *own = <const KernelTable *>chosen()
+    return active if own == NULL else own
 
 
 cdef const KernelTable *packed_kernels() noexcept nogil:
@@ -71,7 +78,7 @@ def simd_level() -> str:
 
     It is amx while matrices are multiplied in bf16.
     """
-    return active.name.decode()
+    return kernels().name.decode()
 
 
 def set_simd_level(str name not None) -> None:
@@ -119,7 +126,7 @@ def product_precisions() -> list:
 
 @contextlib.contextmanager
 def product_precision(str name not None):
-    """Multiply matrices in a precision while the context lasts, in every thread.
+    """Multiply matrices in a precision while the context lasts, in the calling thread.
 
     With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
     float32 on the CPU's matrix unit; all else is as with ``avx512vnni``. Results are no longer
@@ -132,15 +139,15 @@ def product_precision(str name not None):
     """
     if name not in ("float32", "bf16"):
         raise ValueError(f"unknown precision {name!r}: expected float32 or bf16")
-    level = simd_level()
+    cdef bint before = chosen() != NULL
     if name not in product_precisions():
         raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
                          "and its widest instruction set")
-    _use("amx" if name == "bf16" else _TIERS[-1] if level == "amx" else level)
+    choose(_table("amx") if name == "bf16" else NULL)
     try:
         yield
     finally:
-        _use(level)
+        choose(_table("amx") if before else NULL)
 
 
 def timings() -> dict:
@@ -549,6 +556,8 @@ def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
 
     Notes
     -----
+    Right for all that is finite: where the squares overflow, or the mean is more than 1,000
+    standard deviations, the row is worked out in float64.
     C: ``layer_norm_forward``. Its SSE form estimates the second value to 12 bits; this one is
     exact in every instruction set (departure 9).
     """
@@ -586,17 +595,18 @@ cdef struct MatmulJob:
 cdef void matmul_task(void *context, long index) noexcept nogil:
     # A share of the rows, or of the columns where there are more of them.
     cdef MatmulJob *job = <MatmulJob *>context
-    cdef float *workspace = scratch(active.workspace_floats)
+    cdef const KernelTable *kernel = kernels()
+    cdef float *workspace = scratch(kernel.workspace_floats)
     cdef Py_ssize_t size = job.m if job.m >= job.n else job.n
     cdef Py_ssize_t start = size * index // job.tasks, stop = size * (index + 1) // job.tasks
     if workspace == NULL:
         job.out_of_memory = True
     elif job.m >= job.n:
-        active.matmul(stop - start, job.n, job.k, job.a + start * job.a_row, job.a_row, job.a_col,
+        kernel.matmul(stop - start, job.n, job.k, job.a + start * job.a_row, job.a_row, job.a_col,
                       job.b, job.b_row, job.b_col, NULL, job.accumulate,
                       job.c + start * job.n, job.n, workspace)
     else:
-        active.matmul(job.m, stop - start, job.k, job.a, job.a_row, job.a_col,
+        kernel.matmul(job.m, stop - start, job.k, job.a, job.a_row, job.a_col,
                       job.b + start * job.b_col, job.b_row, job.b_col, NULL, job.accumulate,
                       job.c + start, job.n, workspace)
 

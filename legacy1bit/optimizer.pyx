@@ -230,7 +230,9 @@ cdef class Optimizer:
         Returns
         -------
         float
-            The norm of all gradients before clipping. Where it is not finite, nothing was changed.
+            The norm of all gradients before clipping. Where it is not finite, nothing was changed;
+            it is infinite, too, where squares overflow, which may be from 5e17 on, and one of
+            less than 1e-23 has no square.
         """
         cdef UpdateJob job
         cdef float[::1] weights = self.model.weights, first = self.first, second = self.second
@@ -289,6 +291,7 @@ cdef class AdamW(Optimizer):
     beta1, beta2 : float
         How much of the gradient's mean and mean square a step keeps.
     epsilon : float
+        Below 1e-20 it no longer makes up for gradients that have no square in float32.
     weight_decay, sign_direction
         See ``Optimizer``.
     """

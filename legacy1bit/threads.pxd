@@ -9,3 +9,5 @@ cdef void run_team(task_function task, void *context, thread_team *team,
                    int threads) noexcept nogil
 cdef void meet(thread_team *team) noexcept nogil
 cdef float *scratch(Py_ssize_t floats) noexcept nogil
+cdef const void *chosen() noexcept nogil
+cdef void choose(const void *choice) noexcept nogil

@@ -10,6 +10,7 @@ cdef extern from "threads.h" nogil:
     void team_run(task_function task, void *context, thread_team *team, int threads)
     void team_meet(thread_team *team)
     void *thread_scratch(size_t bytes)
+    const void *thread_choice
 
 pool_prepare()
 
@@ -33,6 +34,16 @@ cdef void meet(thread_team *team) noexcept nogil:
 cdef float *scratch(Py_ssize_t floats) noexcept nogil:
     # A buffer of the calling thread's own, aligned for any vector; NULL when memory is short.
     return <float *>thread_scratch(floats * sizeof(float))
+
+
+cdef const void *chosen() noexcept nogil:
+    # What the calling thread, or the one it works for, has chosen; NULL: nothing.
+    return thread_choice
+
+
+cdef void choose(const void *choice) noexcept nogil:
+    global thread_choice
+    thread_choice = choice
 
 
 def available_cores() -> int:

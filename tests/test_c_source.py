@@ -243,6 +243,18 @@ def test_greedy_text_of_a_trained_model_is_the_decoders(build, trained, trained_
         assert written(command, prompt, 200, 0) == text
 
 
+@builds("clang", "Pentium III")
+def test_norms_of_extreme_numbers_are_the_decoders(build, compiled, tmp_path):
+    """Squares that overflow, and numbers that are all but equal: see ``normalise``."""
+    model = wild_model(make_config(vocab_size=61, sequence_length=CONTEXT), 1)
+    embedding = model.latent["embedding.weight"]
+    embedding[::2] *= 1e25
+    embedding[1::2] = 12345.0
+    command = compiled(source_of(model, tmp_path), build)
+    for prompt in (bytes(range(2, 18, 2)), bytes(range(1, 16, 2)), bytes(range(1, 16))):
+        assert written(command, prompt, 100, 0) == greedy(model, prompt, 100)
+
+
 def test_greedy_text_of_a_trained_model_is_that_of_every_instruction_set(trained):
     for prompt in (b"The hen", b"", b"zzz"):
         assert len(set(in_every_tier(greedy, trained, prompt, 200))) == 1

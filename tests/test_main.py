@@ -547,43 +547,54 @@ def test_process_saves_when_it_is_told_to_stop(say, number):
 
 
 LONG = """
-import ctypes, sys
+import sys
 from legacy1bit import main, trainer
 take = trainer.Trainer.train_step
 def train_step(self):
-    if self.step == 1:
-        print("in the middle", file=sys.stderr, flush=True)
-        # As a kernel that works for so long: the interpreter waits for it.
-        ctypes.CDLL(None).usleep(900_000)
-        ctypes.CDLL(None).usleep(900_000)
-        ctypes.CDLL(None).usleep(900_000)
-    return take(self)
+    print("the step begins", file=sys.stderr, flush=True)
+    taken = take(self)
+    print("the step is done", file=sys.stderr, flush=True)
+    return taken
 trainer.Trainer.train_step = train_step
 sys.exit(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_in_a_long_step_is_answered_before_its_end(number):
+def stopped_in_a_step(number, out):
+    """Seconds from a signal to the answer, in a step that takes much longer than that."""
+    sizes = {"model-dim": 96, "blocks": 2, "sequence-length": 128, "batch-size": 48, "threads": 2}
     process = subprocess.Popen(
-        [sys.executable, "-c", LONG, *tiny(out="parts", steps=150)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", LONG, *tiny(out=out, steps=9, **sizes)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "LEGACY1BIT_SIMD": "scalar"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    alarm = threading.Timer(30, process.kill)
+    alarm = threading.Timer(60, process.kill)
     alarm.start()
     with process:
-        while b"in the middle" not in (line := process.stderr.readline()):
+        while b"the step begins" not in (line := process.stderr.readline()):
             assert line
+        # It is in a kernel by now, and stays there.
+        time.sleep(0.1)
         begin = time.monotonic()
         process.send_signal(number)
         assert b"stopping after this step" in process.stderr.readline()
-        # The sleep, which ends at a signal, is followed by two more.
-        assert time.monotonic() - begin < 1.0
+        taken = time.monotonic() - begin
+        assert b"the step is done" in process.stderr.readline()
         process.communicate()
     alarm.cancel()
     assert process.returncode == 130
+    assert [record["step"] for record in read_metrics(Path(out, "metrics.jsonl"))] == [1]
+    return taken
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_long_step_is_answered_within_200_milliseconds(number):
+    """The answer comes before the step's end; one of three is in time however busy the machine."""
+    for attempt in range(3):
+        if stopped_in_a_step(number, f"parts {attempt}") < 0.2:
+            return
+    raise AssertionError("no signal was answered within 200 milliseconds")
 
 
 def test_resume_takes_more_steps(say, run):

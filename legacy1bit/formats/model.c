@@ -242,24 +242,46 @@ static float round_to_int8(const float *x, int count, signed char *codes)
     return step;
 }
 
-/* Make ready what a matrix is to be multiplied by: normalised, where there is a norm (Ba, Kiros &
- * Hinton, arXiv 1607.06450), and rounded, where the matrix consists of codes. */
+/* Layer norm (Ba, Kiros & Hinton, arXiv 1607.06450). */
+static void normalise(const struct norm *norm, const float *x, int count, float *out)
+{
+    const float mean = stored(sum(x, count) / (float)count);
+    const float variance = stored(sum_of_squares(x, mean, count) / (float)count);
+    const float deviation = stored(sqrtf(stored(variance + EPSILON)));
+    int i;
+    if (fabsf(mean) <= stored(1e3f * deviation) && deviation < INFINITY) {
+        const float spread = stored((float)(1.0 / deviation));
+        for (i = 0; i < count; i++) {
+            const float normed = stored(stored(x[i] - mean) * spread);
+            out[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
+        }
+    } else {
+        /* The squares overflow, or the mean's rounding is not small beside the spread. */
+        double centre = 0.0, total = 0.0, spread;
+        for (i = 0; i < count; i++)
+            centre += x[i];
+        centre /= count;
+        for (i = 0; i < count; i++)
+            total += (x[i] - centre) * (x[i] - centre);
+        spread = 1.0 / sqrt(total / count + EPSILON);
+        for (i = 0; i < count; i++) {
+            const float normed = stored((float)((x[i] - centre) * spread));
+            out[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
+        }
+    }
+}
+
+/* Make ready what a matrix is to be multiplied by: normalised, where there is a norm, and
+ * rounded, where the matrix consists of codes. */
 static void prepare(struct state *s, const struct norm *norm, const float *x,
                     const struct matrix *reader)
 {
     const int count = reader->cols, padded = (count + CODES - 1) / CODES * CODES;
     int i;
-    if (norm->gamma != NULL) {
-        const float mean = stored(sum(x, count) / (float)count);
-        const float variance = stored(sum_of_squares(x, mean, count) / (float)count);
-        const float spread = stored((float)(1.0 / stored(sqrtf(stored(variance + EPSILON)))));
-        for (i = 0; i < count; i++) {
-            const float normed = stored(stored(x[i] - mean) * spread);
-            s->input[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
-        }
-    } else {
+    if (norm->gamma != NULL)
+        normalise(norm, x, count, s->input);
+    else
         memcpy(s->input, x, (size_t)count * sizeof *x);
-    }
     if (reader->packed != NULL) {
         s->step = round_to_int8(s->input, count, s->codes);
         for (i = 0; i < count; i++)

@@ -1,0 +1,131 @@
+/* The thread pool under the eyes of ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs
+ * of several sizes and teams run from several threads at once, while others fork; it prints what it
+ * has done and returns 0, or says what came out wrong. Whether anything raced, the sanitizer says. */
+#include <stdio.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "threads.h"
+
+enum { CALLERS = 4, ROUNDS = 400, LONGEST = 97, SECONDS = 60 };
+
+/* Children made while others work: gcc's sanitizer does not let such a child make threads. */
+#ifdef __clang__
+enum { FORKS = 20 };
+#else
+enum { FORKS = 0 };
+#endif
+
+static int failures, jobs, teams, children;
+
+static void check(int right, const char *what)
+{
+    if (!right) {
+        fprintf(stderr, "wrong: %s\n", what);
+        __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
+    }
+}
+
+/* A job: every task writes a number of its own, and into its thread's scratch. */
+struct job {
+    long seed, found[LONGEST];
+};
+
+static void work(void *context, long index)
+{
+    struct job *job = context;
+    long *room = thread_scratch((size_t)(64 + index % 7 * 512));
+    if (room != NULL) {
+        room[0] = job->seed + index;
+        job->found[index] = room[0];
+    }
+}
+
+static void run_job(long seed)
+{
+    struct job job = {.seed = seed};
+    const long tasks = 1 + seed % LONGEST;
+    pool_run(work, &job, tasks, 1 + (int)(seed % 5));
+    for (long i = 0; i < tasks; i++)
+        check(job.found[i] == seed + i, "a task of a job");
+    __atomic_add_fetch(&jobs, 1, __ATOMIC_RELAXED);
+}
+
+/* A team: in each round every member writes, all meet, and every member reads what the next one
+ * wrote. */
+struct gathering {
+    thread_team team;
+    long rounds, wrong, written[2][POOL_MAX_THREADS];
+};
+
+static void gather(void *context, long index)
+{
+    struct gathering *all = context;
+    for (long round = 0; round < all->rounds; round++) {
+        long *written = all->written[round % 2];
+        written[index] = round + index;
+        team_meet(&all->team);
+        const long next = (index + 1) % all->team.members;
+        if (written[next] != round + next)
+            __atomic_add_fetch(&all->wrong, 1, __ATOMIC_RELAXED);
+    }
+}
+
+static void run_team(long seed)
+{
+    struct gathering all = {.rounds = 1 + seed % 9};
+    team_run(gather, &all, &all.team, 1 + (int)(seed % 4));
+    check(all.team.members >= 1 && all.team.members <= 1 + (int)(seed % 4), "the size of a team");
+    check(all.wrong == 0, "what a team wrote before it met");
+    __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
+}
+
+static void *call(void *argument)
+{
+    for (long i = 0; i < ROUNDS; i++)
+        if ((i + (long)argument) % 3)
+            run_job(i * CALLERS + (long)argument);
+        else
+            run_team(i * CALLERS + (long)argument);
+    return NULL;
+}
+
+static void fork_and_work(void)
+{
+    int status = 1;
+    const pid_t child = fork();
+    if (child == 0) {
+        alarm(SECONDS);
+        failures = 0;
+        for (long i = 0; i < 20; i++) {
+            run_job(i);
+            run_team(i);
+        }
+        _exit(failures != 0);
+    }
+    check(child > 0 && waitpid(child, &status, 0) == child && status == 0, "a child");
+    children++;
+}
+
+int main(void)
+{
+    pthread_t callers[CALLERS];
+
+    alarm(10 * SECONDS);
+    pool_prepare();
+    fork_and_work();
+    for (long i = 0; i < 50; i++) {
+        run_job(i);
+        run_team(i);
+    }
+    fork_and_work();
+    for (long i = 0; i < CALLERS; i++)
+        check(pthread_create(&callers[i], NULL, call, (void *)i) == 0, "a thread");
+    for (int i = 0; i < FORKS; i++)
+        fork_and_work();
+    for (int i = 0; i < CALLERS; i++)
+        pthread_join(callers[i], NULL);
+    fork_and_work();
+    printf("%d jobs, %d teams and %d children: %d wrong\n", jobs, teams, children, failures);
+    return failures != 0;
+}
