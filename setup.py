@@ -1,8 +1,8 @@
 """Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
-The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug, asan
-or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note of the
-flags they were made with lie in ``build/``; other flags rebuild everything.
+The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug,
+asan or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note
+of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os
@@ -70,19 +70,16 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
-# Builds that look for mistakes: what compiler and Cython are told after all the above. Division by 0
-# and overflow are left to the sanitizer: C's rules are what the code is written for.
+# Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
+# 0 and overflow are left to the sanitizer: C's rules are what the code is written for.
+SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 CHECKS = {
     "": ([], {}),
     "debug": (
         ["-O1", "-UNDEBUG", "-fstack-protector-all"],
         {"boundscheck": True, "initializedcheck": True, "nonecheck": True},
     ),
-    "asan": (
-        ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
-        + ["-fsanitize=address,undefined,float-cast-overflow"],
-        {},
-    ),
+    "asan": (["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZE], {}),
     "trace": (["-O1", "--coverage"], {}),
 }
 CHECKED = os.environ.get("CHECKED", "")

@@ -1,7 +1,8 @@
 """Which lines of Python and Cython the tests ran: what ``make test-coverage`` prints in the end.
 
-Python's come from coverage.py. Cython's come from gcov: the kernels run without the GIL and on threads
-of C, where no tracer of Python's sees them. A line counts when one instruction set has run it.
+Python's come from coverage.py. Cython's come from gcov: the kernels run without the GIL and on
+threads of C, where no tracer of Python's sees them. A line counts when one instruction set has run
+it.
 """
 
 import json
@@ -66,8 +67,8 @@ def main():
     for kind, found in {"Python": lines_of_python(), "Cython": lines_of_cython()}.items():
         for path, (lines, missed) in found.items():
             if missed:
-                print(f"{share(len(lines), len(missed)):6.1f} %  {path}: "
-                      f"{ranges(set(missed), lines)}")  # fmt: skip
+                percent = share(len(lines), len(missed))
+                print(f"{percent:6.1f} %  {path}: {ranges(set(missed), lines)}")
         total[kind] = (
             sum(len(lines) for lines, _ in found.values()),
             sum(len(missed) for _, missed in found.values()),
