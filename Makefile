@@ -184,7 +184,7 @@ CHECKED_BUILDS := checked-debug checked-asan checked-trace
 .PHONY: $(CHECKED_BUILDS)
 
 $(CHECKED_BUILDS): checked-%: build
-	MEASURE_PERFORMANCE=0 CHECKED=$* $(PYTHON) setup.py -q build \
+	MEASURE_PERFORMANCE=0 CHECKED=$* $(if $(filter asan,$*),CC=gcc) $(PYTHON) setup.py -q build \
 	    --build-base build/$* --build-lib build/$*
 	rm -rf build/$*/tests && cp -r tests pyproject.toml build/$*
 
@@ -199,7 +199,6 @@ test-debug: checked-debug
 # of memory. Programs that tests make of C source are not part of this build.
 PRELOADED = $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)
 
-test-asan: export CC := gcc
 test-asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=2
 test-asan: export UBSAN_OPTIONS := print_stacktrace=1
 test-asan: checked-asan
