@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import Cython
@@ -71,7 +72,8 @@ DIRECTIVES = {
 }
 
 # Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
-# 0 and overflow are left to the sanitizer: C's rules are what the code is written for.
+# 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Threads count
+# the same lines; inlined, a branch would be counted in several places.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 CHECKS = {
     "": ([], {}),
@@ -80,7 +82,7 @@ CHECKS = {
         {"boundscheck": True, "initializedcheck": True, "nonecheck": True},
     ),
     "asan": (["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZE], {}),
-    "trace": (["-O1", "--coverage"], {}),
+    "trace": (["-O1", "-fno-inline", "--coverage", "-fprofile-update=atomic"], {}),
 }
 CHECKED = os.environ.get("CHECKED", "")
 if CHECKED not in CHECKS:
@@ -140,7 +142,7 @@ class BuildExt(build_ext):
                 build_dir=str(Path(self.build_temp).parent / "c" / module.name),
                 compiler_directives=DIRECTIVES,
                 force=self.force,
-                emit_linenums=CHECKED in ("asan", "trace"),
+                emit_linenums=CHECKED == "asan",
             )
             module.sources = made.sources
         super().build_extensions()
@@ -151,8 +153,9 @@ def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
     if "-mamx-tile" not in flags:
         return True
-    command = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
-    known = subprocess.run(command, capture_output=True).returncode == 0
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, *flags, "-x", "c", "-c", os.devnull]
+        known = subprocess.run(command, capture_output=True, cwd=folder).returncode == 0
     if not known:
         print(f"legacy1bit: {compiler[0]} knows no AMX: built without products in bfloat16")
     return known
