@@ -212,7 +212,8 @@ MEMCHECK := build/memcheck
 test-memcheck: build
 	@command -v valgrind > /dev/null || { echo 'valgrind is not installed'; exit 1; }
 	rm -rf $(MEMCHECK)
-	PYTHONPATH="$$PWD" PYTHONMALLOC=malloc valgrind -q --error-exitcode=1 \
+	PYTHONPATH="$$PWD" PYTHONMALLOC=malloc \
+	    valgrind -q --error-exitcode=1 --suppressions=tests/memcheck.supp \
 	    $(PYTHON) tests/step_and_text.py $(MEMCHECK) $(ARGS)
 
 test-coverage: checked-trace

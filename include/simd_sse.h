@@ -126,7 +126,7 @@ static inline void i8_round(signed char *p, vf32 v)
     float lanes[4];
     _mm_storeu_ps(lanes, vf32_round(v));
     for (int i = 0; i < 4; i++)
-        p[i] = (signed char)sse_int(lanes[i]);
+        p[i] = (signed char)lanes[i];
 }
 
 /* Sums stay whole numbers in floats: no lane passes 2^24 before 176,000 columns. */

@@ -488,6 +488,18 @@ def test_exp_inplace_of_special_values():
     assert_rounded(in_place(math_ops.exp_inplace, x), expected)
 
 
+@every_tier
+def test_exp_inplace_keeps_what_is_not_a_number_where_it_is():
+    x = normal(37)
+    expected = in_place(math_ops.exp_inplace, x)
+    for place in range(x.size):
+        damaged = x.copy()
+        damaged[place] = np.nan
+        actual = in_place(math_ops.exp_inplace, damaged)
+        assert np.isnan(actual[place])
+        assert_same_bits(np.delete(actual, place), np.delete(expected, place))
+
+
 def softmax_rtol(x):
     """Relative error bound of a float32 softmax of the rows of x [..., N].
 
