@@ -72,8 +72,8 @@ DIRECTIVES = {
 }
 
 # Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
-# 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Threads count
-# the same lines; inlined, a branch would be counted in several places.
+# 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Where lines
+# are counted, threads count the same ones, and a function that is inlined would be counted twice.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 CHECKS = {
     "": ([], {}),
