@@ -1,7 +1,8 @@
 """Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
-The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in. Generated C, objects
-and a note of the flags they were made with lie in ``build/``; other flags rebuild everything.
+The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug,
+asan or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note
+of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import Cython
@@ -69,6 +71,24 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
+# Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
+# 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Where lines
+# are counted, threads count the same ones, and a function that is inlined would be counted twice.
+SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
+CHECKS = {
+    "": ([], {}),
+    "debug": (
+        ["-O1", "-UNDEBUG", "-fstack-protector-all"],
+        {"boundscheck": True, "initializedcheck": True, "nonecheck": True},
+    ),
+    "asan": (["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZE], {}),
+    "trace": (["-O1", "-fno-inline", "--coverage", "-fprofile-update=atomic"], {}),
+}
+CHECKED = os.environ.get("CHECKED", "")
+if CHECKED not in CHECKS:
+    sys.exit(f"CHECKED is {CHECKED!r}, expected one of {', '.join(filter(None, CHECKS))}")
+DIRECTIVES |= CHECKS[CHECKED][1]
+
 if sys.platform == "darwin":
     # A Python for two kinds of Mac would compile for both at once, and one has no AVX.
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
@@ -82,7 +102,8 @@ def extension(module, source, flags):
         include_dirs=["include"],
         depends=sorted(str(path) for path in Path("include").glob("*.h")),
         libraries=["m", "pthread"],
-        extra_compile_args=[*FLAGS, *flags],
+        extra_compile_args=[*FLAGS, *flags, *CHECKS[CHECKED][0]],
+        extra_link_args=CHECKS[CHECKED][0],
     )
 
 
@@ -118,9 +139,10 @@ class BuildExt(build_ext):
             # A folder for each, because the kernels' modules have one source.
             [made] = cythonize(
                 [module],
-                build_dir=f"build/c/{module.name}",
+                build_dir=str(Path(self.build_temp).parent / "c" / module.name),
                 compiler_directives=DIRECTIVES,
                 force=self.force,
+                emit_linenums=CHECKED == "asan",
             )
             module.sources = made.sources
         super().build_extensions()
@@ -131,8 +153,9 @@ def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
     if "-mamx-tile" not in flags:
         return True
-    command = [*compiler, *flags, "-x", "c", "-c", os.devnull, "-o", os.devnull]
-    known = subprocess.run(command, capture_output=True).returncode == 0
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler, *flags, "-x", "c", "-c", os.devnull]
+        known = subprocess.run(command, capture_output=True, cwd=folder).returncode == 0
     if not known:
         print(f"legacy1bit: {compiler[0]} knows no AMX: built without products in bfloat16")
     return known

@@ -17,7 +17,8 @@
  *   vf32_fmadd(a, b, c)       a * b + c; one rounding where the CPU fuses, two where it cannot
  *   vf32_max(a, b), _min      b where a lane is not a number
  *   vf32_round(v)             to the nearest integer, ties to even; |v| < 2^22
- *   vf32_scale_pow2(v, n)     v * 2^n for integer-valued n in [-250, 250], denormals included
+ *   vf32_scale_pow2(v, n)     v * 2^n for integer-valued n in [-250, 250], denormals included;
+ *                             v where it is not a number, whatever n is
  *   vf32_where_positive(x, y) y where x > 0, else 0
  *   vf32_sum(v), vf32_largest(v)   across the lanes
  *   vf32_transpose(square)    VF32_LANES vectors, the rows of a square, become its columns

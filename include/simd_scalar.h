@@ -41,10 +41,13 @@ static inline float scalar_pow2(int n)
     return power;
 }
 
+/* What C leaves open for NaN is 0 here. */
+static inline int scalar_int(float v) { return v == v ? (int)v : 0; }
+
 static inline vf32 vf32_scale_pow2(vf32 v, vf32 n)
 {
     /* Two steps, because 2^n alone may lie outside the normal range. */
-    int whole = (int)n, half = whole / 2;
+    int whole = scalar_int(n), half = whole / 2;
     return v * scalar_pow2(half) * scalar_pow2(whole - half);
 }
 

@@ -640,33 +640,30 @@ cdef void matrix_vector(const Matrix *matrix, const float *x, float *out) noexce
     STOP_TIMER(TIMER_MATRIX_VECTOR)
 
 
-cdef inline void add_row(const weight *w, Py_ssize_t cols, float factor,
+cdef inline void add_row(const signed char *w, Py_ssize_t cols, float factor,
                          float *out) noexcept nogil:
     # out += factor * w
     cdef Py_ssize_t j, whole = cols - cols % VF32_LANES
     cdef vf32 v = vf32_splat(factor)
     for j from 0 <= j < whole by VF32_LANES:
-        vf32_store(out + j, vf32_fmadd(load_weights(w + j), v, vf32_load(out + j)))
+        vf32_store(out + j, vf32_fmadd(vf32_load_i8(w + j), v, vf32_load(out + j)))
     if whole < cols:
         vf32_store_first(out + whole, cols - whole,
-                         vf32_fmadd(load_first_weights(w + whole, cols - whole), v,
+                         vf32_fmadd(vf32_load_i8_first(w + whole, cols - whole), v,
                                     vf32_load_first(out + whole, cols - whole)))
 
 
 cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
                                   float *out) noexcept nogil:
-    # out[cols] = matrix[rows, cols]^T x[rows]
+    # out[cols] = matrix[rows, cols]^T x[rows], of codes.
     cdef Py_ssize_t i, first
     START_TIMER(TIMER_MATRIX_VECTOR)
     memset(out, 0, matrix.cols * sizeof(float))
     for i in range(matrix.rows):
-        if matrix.codes:
-            for first from 0 <= first < matrix.cols by matrix.group:
-                add_row(matrix.codes + i * matrix.cols + first,
-                        min(matrix.group, matrix.cols - first), x[i] * scale_at(matrix, i, first),
-                        out + first)
-        else:
-            add_row(matrix.dense + i * matrix.cols, matrix.cols, x[i], out)
+        for first from 0 <= first < matrix.cols by matrix.group:
+            add_row(matrix.codes + i * matrix.cols + first,
+                    min(matrix.group, matrix.cols - first), x[i] * scale_at(matrix, i, first),
+                    out + first)
     STOP_TIMER(TIMER_MATRIX_VECTOR)
 
 
@@ -1419,7 +1416,7 @@ cdef void round_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
         top = largest_magnitude(row, cols, &strange)
         step = top / <float>127.0
         inverse = <float>127.0 / top
-        if not (strange == 0.0 and 0.0 < inverse < INFINITY
+        if not (strange == 0.0 and inverse < INFINITY
                 and <float>127.0 * step < INFINITY):
             continue
         up = vf32_splat(inverse)

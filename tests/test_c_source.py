@@ -6,6 +6,7 @@ these are such whose text no instruction set of the decoder doubts.
 """
 
 import functools
+import os
 import re
 import resource
 import shutil
@@ -29,10 +30,13 @@ from legacy1bit.provenance import Provenance
 from legacy1bit.trainer import Trainer
 
 FLAGS = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
+SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 PENTIUM3 = ["gcc", "-m32", "-march=pentium3", "-static"]
 BUILDS = {
     "gcc": ["gcc"],
     "gcc, plain C": ["gcc", "-DUSE_SSE=0"],
+    "gcc, sanitizers": ["gcc", *SANITIZERS],
+    "gcc, sanitizers, plain C": ["gcc", *SANITIZERS, "-DUSE_SSE=0"],
     "gcc -m32": ["gcc", "-m32"],
     "clang": ["clang"],
     "clang, plain C": ["clang", "-DUSE_SSE=0"],
@@ -111,6 +115,8 @@ def compiled(tmp_path_factory):
 def run(command, *arguments):
     return subprocess.run(
         [*command, *(a if isinstance(a, bytes) else str(a) for a in arguments)],
+        # The program leaves its memory to the end of the process.
+        env={**os.environ, "ASAN_OPTIONS": "detect_leaks=0"},
         capture_output=True,
         timeout=120,
     )
@@ -382,7 +388,7 @@ def test_a_seed_fixes_the_text(trained_source, compiled):
     assert texts[1] == texts[3]
 
 
-@builds("gcc", "gcc -m32", "clang", "Pentium III")
+@builds("gcc", "gcc, sanitizers", "gcc -m32", "clang", "Pentium III")
 def test_a_seed_fixes_the_text_in_every_build(build, trained_source, compiled):
     expected = written(compiled(trained_source), "The", 100, 1.2, 7)
     assert written(compiled(trained_source, build), "The", 100, 1.2, 7) == expected
@@ -449,7 +455,7 @@ def test_an_empty_prompt_needs_a_line_break_among_the_tokens(compiled, tmp_path)
     assert_refused(run(compiled(source_of(model, tmp_path)), ""), 2, b"prompt: it is empty")
 
 
-@pytest.mark.parametrize("build", ["clang", "Pentium III"])
+@pytest.mark.parametrize("build", ["clang", "gcc, sanitizers", "Pentium III"])
 @pytest.mark.parametrize("part", ["final_norm.gamma", "blocks.0.ffn.bi"])
 def test_damaged_weights_are_told(build, part, compiled, tmp_path):
     model = random_model(make_config())

@@ -136,6 +136,7 @@ values = st.recursive(
 )
 
 
+@settings(deadline=None)
 @given(st.dictionaries(keys, values, max_size=4))
 def test_read_toml_finds_each_key_where_it_is(some):
     text, expected = "# first\n[table]\n", {}

@@ -488,6 +488,18 @@ def test_exp_inplace_of_special_values():
     assert_rounded(in_place(math_ops.exp_inplace, x), expected)
 
 
+@every_tier
+def test_exp_inplace_keeps_what_is_not_a_number_where_it_is():
+    x = normal(37)
+    expected = in_place(math_ops.exp_inplace, x)
+    for place in range(x.size):
+        damaged = x.copy()
+        damaged[place] = np.nan
+        actual = in_place(math_ops.exp_inplace, damaged)
+        assert np.isnan(actual[place])
+        assert_same_bits(np.delete(actual, place), np.delete(expected, place))
+
+
 def softmax_rtol(x):
     """Relative error bound of a float32 softmax of the rows of x [..., N].
 
@@ -550,6 +562,26 @@ def test_softmax_gives_exact_zeros_where_masked(n):
     actual = in_place(math_ops.softmax, x)
     assert_softmax(actual, x)
     assert not actual[np.isneginf(x)].any()
+
+
+@every_tier
+@sizes
+def test_softmax_of_nothing_but_minus_infinity_is_zeros(n):
+    x = np.full((3, n), -np.inf, np.float32)
+    x[1] = normal(n)
+    actual = in_place(math_ops.softmax, x)
+    assert not actual[[0, 2]].any()
+    assert_softmax(actual[1], x[1])
+
+
+@every_tier
+@sizes
+@pytest.mark.parametrize("others", [0.5, -np.inf])
+def test_softmax_of_what_is_not_a_number_is_not_a_number(n, others):
+    for place in {0, n // 2, n - 1}:
+        x = np.full(n, others, np.float32)
+        x[place] = np.nan
+        assert np.isnan(in_place(math_ops.softmax, x)).all()
 
 
 # --- Activations in int8 --------------------------------------------------------------------------

@@ -30,10 +30,27 @@ LEVELS = ((-1, 0, 1), (-1, 1), (-3, -1, 1, 3))
 KINDS = [(levels, form) for levels in LEVELS for form in FORMS if len(levels) < 4 or form == "2bit"]
 kinds = pytest.mark.parametrize(("levels", "form"), KINDS, ids=lambda value: str(value))
 
+WITHOUT_UNIT = "without the matrix unit"
+TIERS = math_ops.simd_levels()
+if "bf16" in math_ops.product_precisions():
+    TIERS.append(WITHOUT_UNIT)
+
 # Rows around a strip of 32, columns around tiles of 16 and 20 and around vectors of bytes.
 SHAPES = ((1, 1), (2, 15), (31, 16), (32, 17), (33, 19), (5, 20), (64, 21), (65, 40), (70, 63),
           (3, 64), (34, 65), (1, 127), (40, 160), (33, 321), (7, 700))  # fmt: skip
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 130)
+
+
+@pytest.fixture(params=TIERS)
+def tier(request, monkeypatch):
+    """As everywhere, and the widest one once more: its own products, and those of the unit."""
+    former, unit = math_ops.simd_level(), request.param != WITHOUT_UNIT
+    monkeypatch.setattr(math_ops, "_HAS_AMX", unit and math_ops._HAS_AMX)
+    math_ops.set_simd_level(request.param if unit else math_ops.simd_levels()[-1])
+    assert unit or math_ops.product_precisions() == ["float32"]
+    yield request.param
+    monkeypatch.undo()
+    math_ops.set_simd_level(former)
 
 
 def random_codes(shape, levels, seed=1):
@@ -197,27 +214,6 @@ def test_products_are_exact_for_any_width(form):
     for cols in range(1, 165):
         for batch in (1, 3, 9):
             check_exact((5, cols), (-1, 0, 1), form, batch)
-
-
-@pytest.mark.skipif(
-    "bf16" not in math_ops.product_precisions(), reason="this CPU or build has no matrix unit"
-)
-def test_products_are_exact_without_the_matrix_unit(monkeypatch):
-    """Where there is one, the widest instruction set has it for many rows; else it has itself."""
-    former = math_ops.simd_level()
-    monkeypatch.setattr(math_ops, "_HAS_AMX", False)
-    try:
-        math_ops.set_simd_level(math_ops.simd_levels()[-1])
-        assert math_ops.product_precisions() == ["float32"]
-        for levels, form in KINDS:
-            for batch in BATCHES:
-                check_exact((33, 75), levels, form, batch)
-            for cols in range(1, 165):
-                check_exact((5, cols), levels, form, 9)
-    finally:
-        monkeypatch.undo()
-        math_ops.set_simd_level(former)
-    assert "bf16" in math_ops.product_precisions()
 
 
 @functools.cache

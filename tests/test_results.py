@@ -145,6 +145,7 @@ def test_train_tells_what_failed(monkeypatch, tmp_path, capsys):
     assert "no such file" in capsys.readouterr().err
 
 
+@pytest.mark.memory
 def test_run_alone_measures_a_run_once(tmp_path):
     arguments = ["--steps", "3", "--stories", "20", "--model-dim", "8", "--sequence-length", "8"]
     outcome = results.run_alone(arguments, tmp_path / "run")
@@ -155,6 +156,7 @@ def test_run_alone_measures_a_run_once(tmp_path):
     assert results.run_alone(arguments, tmp_path / "run") == outcome
 
 
+@pytest.mark.memory
 def test_the_default_job_stays_under_200_mib(tmp_path):
     """Its first steps have all the room that the others need, and so has the look at their end."""
     outcome = results.run_alone(["--steps", "2", "--threads", "2"], tmp_path / "run")

@@ -417,6 +417,8 @@ static float exponential(float x)
     };
     float n, r, power = series[0];
     int i;
+    if (isnan(x))
+        return x;
     if (x < -104.0f)
         x = -104.0f;
     /* Adding 1.5 * 2^23 pushes the fraction out. */
