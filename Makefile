@@ -19,7 +19,8 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-browser lint
+TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c \
+    test-browser fuzz lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf test-postgres test-browser
+.PHONY: test test-slow test-c test-gguf test-postgres test-browser fuzz
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -48,6 +49,7 @@ help:
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
+	@echo 'make fuzz SECONDS=60    look for faults in all that reads files, so long in each'
 	@echo 'make lint               style and types'
 	@echo 'make wheel              source distribution and wheel, in dist/'
 	@echo 'make clean              remove all that was built; make distclean: .venv too'
@@ -116,6 +118,11 @@ test-browser: build
 	    $$sudo apt-get install -qq --no-install-recommends chromium < /dev/null; }
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_browser.py
+
+# What is found that reaches further stays in build/fuzz, and so does what shows a fault.
+fuzz: build
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
+	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),60)
 
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__

@@ -7,6 +7,7 @@ disk has damaged is known, and the other is taken.
 import json
 import math
 import struct
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
         best = (float(lowest), int(found_at))
         for name, value, most in (
             ("step", step, _MOST_STEPS),
-            ("time", seconds, math.inf),
+            ("time", seconds, sys.float_info.max),
             ("best loss", best[0], math.inf),
             ("best step", best[1], step),
         ):

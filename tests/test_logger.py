@@ -120,6 +120,16 @@ def test_logger_mends_a_file_that_a_crash_cut_short(path):
     assert read_metrics(path) == [*RECORDS[:2], {"step": 40}]
 
 
+def test_logger_refuses_records_that_are_too_deep(path):
+    """What is read may be deeper than what can be written again."""
+    path.write_bytes(b'{"step": 1, "a": ' + b'{"a": ' * 800 + b"1" + b"}" * 801 + b"\n")
+    content = path.read_bytes()
+    assert len(read_metrics(path)) == 1
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a record has too many others within"):
+        MetricsLogger(path.parent, 1000)
+    assert path.read_bytes() == content
+
+
 def test_logger_of_a_new_run_begins_an_empty_file(path):
     MetricsLogger(path.parent)
     assert path.read_bytes() == b""
