@@ -20,7 +20,7 @@ PIP := $(PYTHON) -m pip
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
 TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c \
-    test-browser fuzz lint
+    test-browser test-debug test-asan test-memcheck test-coverage fuzz lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -30,6 +30,7 @@ needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.tom
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
 .PHONY: test test-slow test-c test-gguf test-postgres test-browser fuzz
+.PHONY: test-debug test-asan test-memcheck test-coverage
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -49,6 +50,10 @@ help:
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
+	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
+	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
+	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
+	@echo 'make test-coverage      which lines the quick tests run; fails below 95 percent'
 	@echo 'make fuzz SECONDS=60    look for faults in all that reads files, so long in each'
 	@echo 'make lint               style and types'
 	@echo 'make wheel              source distribution and wheel, in dist/'
@@ -179,6 +184,48 @@ test-old-cpus: wheel
 	    echo "as a $$cpu:"; \
 	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
 	done
+
+# Builds that look for mistakes (CHECKS in setup.py), each with the tests in a folder of its own.
+CHECKED_BUILDS := checked-debug checked-asan checked-trace
+.PHONY: $(CHECKED_BUILDS)
+
+$(CHECKED_BUILDS): checked-%: build
+	MEASURE_PERFORMANCE=0 CHECKED=$* $(if $(filter asan,$*),CC=gcc) $(PYTHON) setup.py -q build \
+	    --build-base build/$* --build-lib build/$*
+	rm -rf build/$*/tests && cp -r tests pyproject.toml build/$*
+
+in = cd build/$(1) && PYTHONPATH="$$PWD"
+CHECKED_TESTS = pytest -p no:cacheprovider $(ARGS)
+
+test-debug: checked-debug
+	$(call in,debug) PYTHONMALLOC=debug $(PYTHON) -m $(CHECKED_TESTS)
+
+# The first report ends the program; pytest must not capture it. Python leaves memory to the end of
+# the process, so leaks are not looked for, and its own allocator would hide what lies beyond a piece
+# of memory. Programs that tests make of C source are not part of this build.
+PRELOADED = $$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)
+
+test-asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:handle_segv=2
+test-asan: export UBSAN_OPTIONS := print_stacktrace=1
+test-asan: checked-asan
+	$(call in,asan) PYTHONMALLOC=malloc LD_PRELOAD="$(PRELOADED)" \
+	    $(PYTHON) -m $(CHECKED_TESTS) --capture=sys -m 'not slow and not memory' \
+	    --ignore tests/test_c_source.py
+
+# Valgrind knows no AVX-512 and no AMX. The build is the ordinary one.
+MEMCHECK := build/memcheck
+
+test-memcheck: build
+	@command -v valgrind > /dev/null || { echo 'valgrind is not installed'; exit 1; }
+	rm -rf $(MEMCHECK)
+	PYTHONPATH="$$PWD" PYTHONMALLOC=malloc valgrind -q --error-exitcode=1 \
+	    $(PYTHON) tests/step_and_text.py $(MEMCHECK) $(ARGS)
+
+test-coverage: checked-trace
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["coverage"])
+	find build/trace -name '*.gcda' -delete
+	$(call in,trace) $(PYTHON) -m coverage run -m $(CHECKED_TESTS)
+	$(call in,trace) $(PYTHON) tests/line_coverage.py
 
 clean:
 	rm -rf build dist *.egg-info legacy1bit/*.so .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,7 +1,8 @@
 """Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
-The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in. Generated C, objects
-and a note of the flags they were made with lie in ``build/``; other flags rebuild everything.
+The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug,
+asan or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note
+of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os
@@ -69,6 +70,23 @@ DIRECTIVES = {
     "embedsignature": True,
 }
 
+# Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
+# 0 and overflow are left to the sanitizer: C's rules are what the code is written for.
+SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
+CHECKS = {
+    "": ([], {}),
+    "debug": (
+        ["-O1", "-UNDEBUG", "-fstack-protector-all"],
+        {"boundscheck": True, "initializedcheck": True, "nonecheck": True},
+    ),
+    "asan": (["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZE], {}),
+    "trace": (["-O1", "--coverage"], {}),
+}
+CHECKED = os.environ.get("CHECKED", "")
+if CHECKED not in CHECKS:
+    sys.exit(f"CHECKED is {CHECKED!r}, expected one of {', '.join(filter(None, CHECKS))}")
+DIRECTIVES |= CHECKS[CHECKED][1]
+
 if sys.platform == "darwin":
     # A Python for two kinds of Mac would compile for both at once, and one has no AVX.
     os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
@@ -82,7 +100,8 @@ def extension(module, source, flags):
         include_dirs=["include"],
         depends=sorted(str(path) for path in Path("include").glob("*.h")),
         libraries=["m", "pthread"],
-        extra_compile_args=[*FLAGS, *flags],
+        extra_compile_args=[*FLAGS, *flags, *CHECKS[CHECKED][0]],
+        extra_link_args=CHECKS[CHECKED][0],
     )
 
 
@@ -118,9 +137,10 @@ class BuildExt(build_ext):
             # A folder for each, because the kernels' modules have one source.
             [made] = cythonize(
                 [module],
-                build_dir=f"build/c/{module.name}",
+                build_dir=str(Path(self.build_temp).parent / "c" / module.name),
                 compiler_directives=DIRECTIVES,
                 force=self.force,
+                emit_linenums=CHECKED in ("asan", "trace"),
             )
             module.sources = made.sources
         super().build_extensions()

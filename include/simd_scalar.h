@@ -41,10 +41,13 @@ static inline float scalar_pow2(int n)
     return power;
 }
 
+/* What C leaves open for NaN is 0 here. */
+static inline int scalar_int(float v) { return v == v ? (int)v : 0; }
+
 static inline vf32 vf32_scale_pow2(vf32 v, vf32 n)
 {
     /* Two steps, because 2^n alone may lie outside the normal range. */
-    int whole = (int)n, half = whole / 2;
+    int whole = scalar_int(n), half = whole / 2;
     return v * scalar_pow2(half) * scalar_pow2(whole - half);
 }
 
@@ -53,7 +56,7 @@ static inline float vf32_sum(vf32 v) { return v; }
 static inline float vf32_largest(vf32 v) { return v; }
 
 static inline void vf32_transpose(vf32 *square) { (void)square; }
-static inline void i8_round(signed char *p, vf32 v) { *p = (signed char)vf32_round(v); }
+static inline void i8_round(signed char *p, vf32 v) { *p = (signed char)scalar_int(vf32_round(v)); }
 
 enum { VSUM_ROWS = 1, VSUM_AT_ONCE = 1 };
 typedef int vsum;

@@ -99,13 +99,16 @@ static inline vf32 vf32_round(vf32 v)
     return _mm_sub_ps(_mm_add_ps(v, magic), magic);
 }
 
+/* What C leaves open for NaN is 0 here. */
+static inline int sse_int(float v) { return v == v ? (int)v : 0; }
+
 /* 2^n for whole n from -126 to 127: the number is its exponent's bits. */
 static inline vf32 sse_pow2(vf32 n)
 {
     float lanes[4];
     _mm_storeu_ps(lanes, n);
     for (int i = 0; i < 4; i++) {
-        const unsigned int bits = (unsigned int)((int)lanes[i] + 127) << 23;
+        const unsigned int bits = (unsigned int)(sse_int(lanes[i]) + 127) << 23;
         memcpy(&lanes[i], &bits, 4);
     }
     return _mm_loadu_ps(lanes);
@@ -123,7 +126,7 @@ static inline void i8_round(signed char *p, vf32 v)
     float lanes[4];
     _mm_storeu_ps(lanes, vf32_round(v));
     for (int i = 0; i < 4; i++)
-        p[i] = (signed char)lanes[i];
+        p[i] = (signed char)sse_int(lanes[i]);
 }
 
 /* Sums stay whole numbers in floats: no lane passes 2^24 before 176,000 columns. */

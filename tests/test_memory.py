@@ -51,6 +51,7 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.mark.memory
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc tells the peak here")
 @pytest.mark.parametrize("name", CASES)
 def test_training_takes_about_what_is_said(name, tmp_path):

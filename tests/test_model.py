@@ -856,6 +856,7 @@ def fails_at(use, monkeypatch, failing):
     return next(calls)
 
 
+@pytest.mark.memory
 def test_create_legacy_llm_of_a_size_beyond_memory_raises_memory_error():
     pytest.importorskip("resource")
     printed = run_child(
