@@ -13,19 +13,23 @@ that a change gets past those. What a reader may raise is a ``ValueError`` or an
 line that names the file; all else is a fault, and so is a file opened outside of the folder.
 """
 
+import atexit
 import contextlib
+import functools
+import gc
+import gzip
 import io
 import json
 import os
 import random
 import re
 import resource
+import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -45,14 +49,20 @@ else:
     watched = contextlib.nullcontext()
 
 with watched:
+    import legacy1bit.model
     from legacy1bit import checkpoint, shards, sources, tokenizer
     from legacy1bit.config_files import read_config, records_of
     from legacy1bit.errors import describe
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
     from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer, load_gguf
+    from legacy1bit.forward import forward_llm_batch
     from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+    from legacy1bit.inference import Decoder
     from legacy1bit.logger import StepLog, read_metrics
-    from legacy1bit.model import create_legacy_llm, load_model, save_model
+    from legacy1bit.machine import read_machine
+    from legacy1bit.model import LegacyLLM, create_legacy_llm, load_model, save_model
+    from legacy1bit.packed import PackedModel
+    from legacy1bit.plots import read_run
     from legacy1bit.search_space import read_space
     from legacy1bit.trainer import read_settings
     from legacy1bit.tune import DATABASE_FILE, STUDY_FILE, StudyRecord
@@ -67,8 +77,13 @@ SPLIT = b"\n%%%%\n"
 # The longest line that is one error, the folder's name in it included.
 LONGEST = 2200
 
-# What one run may take.
-MEGABYTES, SECONDS = 1024, 10
+# The most that one input may take: bytes beyond what the process has anyway, and so many for each
+# of its own; and seconds. What decompresses text holds up to 16 MiB of it several times.
+ROOM_BYTES, BYTES_A_BYTE, SECONDS = 16 << 20, 200, 10
+MORE_ROOM = {"documents": 96 << 20, "parquet": 96 << 20}
+
+# As long as an input may get.
+LONGEST_INPUT = 1 << 14
 
 TINY = ModelConfig(
     vocab_size=3, model_dim=2, num_blocks=1, num_heads=1, ffn_multiplier=1, sequence_length=2
@@ -181,39 +196,64 @@ def index_file(part: bytes, documents: bytes, tokens: bytes) -> bytes:
 # --- Targets --------------------------------------------------------------------------------------
 
 
+def put(path: Path, content: bytes) -> None:
+    """Write a file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.write(file, content)
+    os.close(file)
+
+
+def use_model(model: LegacyLLM, packed: PackedModel) -> None:
+    """Have a model read two tokens, and write two."""
+    two = np.arange(2) % packed.config.vocab_size
+    length = min(packed.config.sequence_length, 3)
+    forward_llm_batch(model, two[None, : length])
+    decoder = Decoder(packed, 1, length)
+    # What sound weights come to need not be finite, which says so without the file's name.
+    with contextlib.suppress(ValueError):
+        decoder.write(two[: max(length - 1, 1)], np.array([0.1, 0.9][:length]))
+
+
 def fuzz_c_v1(folder: Path, parts: list[bytes]) -> None:
     """A file of the C original, and its provenance."""
     for name, part in zip(("model.bin", "model.bin.json"), parts, strict=False):
-        (folder / name).write_bytes(part)
-    import_c_v1(folder / "model.bin").provenance.lines()
+        put(folder / name, part)
+    model = import_c_v1(folder / "model.bin")
+    model.provenance.lines()
+    use_model(model, PackedModel(model))
 
 
 def fuzz_model(folder: Path, parts: list[bytes]) -> None:
     """Settings and weights: a header and data, or one part as it is."""
-    (folder / "config.json").write_bytes(parts[0])
+    put(folder / "config.json", parts[0])
     weights = b"".join(parts[1:])
     if len(parts) > 2:
         config = parts[0].decode(errors="replace")
         weights = tensor_file(parts[1], b"".join(parts[2:]), config=config)
-    (folder / "model.safetensors").write_bytes(weights)
-    load_model(folder).provenance.lines()
+    put(folder / "model.safetensors", weights)
+    model = load_model(folder)
+    model.provenance.lines()
+    if model.config.scheme != "float":
+        use_model(model, PackedModel.load(folder))
 
 
 def fuzz_gguf(folder: Path, parts: list[bytes]) -> None:
     """A model as GGUF."""
-    (folder / "model.gguf").write_bytes(gguf_file(parts))
-    import_gguf(folder / "model.gguf").provenance.lines()
+    put(folder / "model.gguf", gguf_file(parts))
+    model = import_gguf(folder / "model.gguf")
+    model.provenance.lines()
+    use_model(model, PackedModel(model))
 
 
 def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """The tokenizer in such a file."""
-    (folder / "model.gguf").write_bytes(gguf_file(parts))
+    put(folder / "model.gguf", gguf_file(parts))
     use_tokenizer(import_gguf_tokenizer(folder / "model.gguf"))
 
 
 def fuzz_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """A tokenizer's file, or its merges."""
-    (folder / "tokenizer.json").write_bytes(tokenizer_file(parts[0]))
+    put(folder / "tokenizer.json", tokenizer_file(parts[0]))
     use_tokenizer(tokenizer.load_tokenizer(folder))
 
 
@@ -227,24 +267,25 @@ def use_tokenizer(found: tokenizer.Tokenizer) -> None:
 def fuzz_settings(folder: Path, parts: list[bytes]) -> None:
     """A file of settings: TOML, or the C original's."""
     path = folder / "settings.toml"
-    path.write_bytes(parts[0])
+    put(path, parts[0])
     records_of(read_config(path), path)
 
 
 def fuzz_run(folder: Path, parts: list[bytes]) -> None:
     """A run's settings, and what else its folder may have."""
     for name, part in zip(("training.json", "config.json"), parts, strict=False):
-        (folder / name).write_bytes(part)
+        put(folder / name, part)
     if len(parts) > 1:
         read_config(folder / "config.json")
     records_of(read_config(folder), folder)
     read_settings(folder)
+    read_machine(folder)
 
 
 def fuzz_space(folder: Path, parts: list[bytes]) -> None:
     """Where to look for the best settings."""
     path = folder / "space.toml"
-    path.write_bytes(parts[0])
+    put(path, parts[0])
     for dimension in read_space(path):
         # What there is no end of says so, without the file's name.
         with contextlib.suppress(ValueError):
@@ -254,10 +295,10 @@ def fuzz_space(folder: Path, parts: list[bytes]) -> None:
 def fuzz_shards(folder: Path, parts: list[bytes]) -> None:
     """An index, where documents begin, and shards."""
     index, documents, *tokens = [*parts, b"", b""][: max(len(parts), 2)]
-    (folder / "index.json").write_bytes(index_file(index, documents, b"".join(tokens)))
-    (folder / "text.documents").write_bytes(documents)
+    put(folder / "index.json", index_file(index, documents, b"".join(tokens)))
+    put(folder / "text.documents", documents)
     for number, part in enumerate(tokens):
-        (folder / f"text-{number:05}.tokens").write_bytes(part)
+        put(folder / f"text-{number:05}.tokens", part)
     found = shards.read_index(folder)
     for name in found.parts:
         use_store(shards.open_store(folder, found, name))
@@ -278,7 +319,7 @@ def use_store(store: shards.TokenStore) -> None:
 def fuzz_token_file(folder: Path, parts: list[bytes]) -> None:
     """A file of another program's tokens: its header, zeros up to that one's end, tokens."""
     content = parts[0] if len(parts) < 2 else parts[0].ljust(1024, b"\0") + parts[1]
-    (folder / "tokens.bin").write_bytes(content)
+    put(folder / "tokens.bin", content)
     sources.token_file_info(folder / "tokens.bin")
     use_store(shards.TokenStore([sources.read_token_file(folder / "tokens.bin")]))
 
@@ -297,24 +338,77 @@ def fuzz_checkpoint(folder: Path, parts: list[bytes]) -> None:
             if told["crc32"] == none:
                 crc32 = checkpoint._checksum(told, checkpoint.load(content))
                 content = tensor_file(header, data, model=model, crc32=crc32)
-    path.write_bytes(content)
+    put(path, content)
     checkpoint.read_checkpoint(path, TINY)
 
 
 def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
     """The records of a run, and going on with them."""
     path = folder / "metrics.jsonl"
-    path.write_bytes(parts[0])
+    put(path, parts[0])
     records = read_metrics(path)
     StepLog(path, 1 << 70)
     if len(read_metrics(path)) > len(records):
         raise FaultError("going on with a run makes records")
+    run = read_run(folder)
+    run.column("train_loss")
+    for matrix in run.matrices():
+        for code in run.codes():
+            run.share(matrix, code)
+    if run.unit not in ("character", "token"):
+        raise FaultError(f"a loss of a {run.unit}")
+
+
+TEXTS = ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst")
+ENCODINGS = ("utf-8", "utf-16", "latin-1", "utf-32-be", "shift_jis", "utf-7", "cp1252", "gb18030")
+
+
+def fuzz_documents(folder: Path, parts: list[bytes]) -> None:
+    """Text: the first byte says in what file, the second in which encoding, the rest separates.
+
+    Compressed files are made of the text that the second part is, and end with the third.
+    """
+    about, text, end = [*parts, b"", b""][:3]
+    kind, encoding = (*about[:2], 0, 0)[:2]
+    name = TEXTS[kind % len(TEXTS)]
+    if name.endswith("gz") and kind < 128:
+        text = gzip.compress(text, 1, mtime=0) + end
+    elif name.endswith("zst") and kind < 128:
+        text = zstandard().compress(text) + end
+    put(folder / name, text)
+    separator = about[2:].decode(errors="replace") or None
+    path = str(folder / name)
+    use_text(sources.open_source(path, "text", ENCODINGS[encoding % len(ENCODINGS)], separator))
+
+
+@functools.cache
+def zstandard() -> Any:
+    """Return what compresses."""
+    import zstandard
+
+    return zstandard.ZstdCompressor(level=1)
+
+
+def fuzz_parquet(folder: Path, parts: list[bytes]) -> None:
+    """A table."""
+    put(folder / "a.parquet", b"".join(parts))
+    use_text(sources.open_source(str(folder / "a.parquet")))
+
+
+def use_text(source: sources.Source) -> None:
+    """Read a text to its end: pieces of whole characters, the first of which begins a document."""
+    begins = False
+    for piece in source.pieces():
+        piece.text.decode()
+        begins = begins or piece.begins
+        if not begins or len(piece.text) > sources.MOST_PIECE_BYTES:
+            raise FaultError(f"{source.name}: a piece that is none")
 
 
 def fuzz_study(folder: Path, parts: list[bytes]) -> None:
     """What a study's folder says of it, and its database."""
     for name, part in zip((STUDY_FILE, DATABASE_FILE), parts, strict=False):
-        (folder / name).write_bytes(part)
+        put(folder / name, part)
     StudyRecord.read(folder).url(folder, None)
 
 
@@ -326,15 +420,54 @@ TARGETS = {
 
 # --- One run --------------------------------------------------------------------------------------
 
-_opened: list[str] | None = None
+# What readers have no business with; loading a module may do some of it.
+FORBIDDEN = (
+    *("pickle.find_class", "marshal.loads", "marshal.load", "exec", "compile", "code.__new__"),
+    *("ctypes.dlopen", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"),
+    *("socket.connect", "socket.getaddrinfo", "os.putenv", "sqlite3.connect"),
+)
+PATHS = (
+    *("open", "os.listdir", "os.scandir", "os.remove", "os.rename", "os.mkdir", "os.rmdir"),
+    *("os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "glob.glob"),
+)
+
+_inside = ""  # the folder that is being read
+_seen: list[str] = []
 
 
 def _note(event: str, arguments: tuple[Any, ...]) -> None:
-    if _opened is not None and event in ("open", "os.listdir", "os.remove", "os.rename"):
-        _opened.append(os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes) else "")
+    if not _inside:
+        return
+    if event in PATHS:
+        for path in arguments[:2]:
+            if isinstance(path, str | bytes | os.PathLike):
+                name = os.path.abspath(os.fsdecode(path))
+                if f"{name}/".startswith(f"{_inside}/") or name.startswith("/proc/"):
+                    continue
+                if not (event == "open" and path is arguments[1]) and not _imports():
+                    _seen.append(f"{name} was opened: {event}")
+    elif event in FORBIDDEN and not _imports():
+        _seen.append(f"{event} was called: {arguments!r:.200}")
+
+
+def _imports() -> bool:
+    """Whether a module is being loaded."""
+    frame = sys._getframe()
+    while frame.f_back:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 sys.addaudithook(_note)
+
+
+@functools.cache
+def _folder() -> Path:
+    made = tempfile.mkdtemp(dir=os.environ.get("FUZZ_ROOM", ROOM))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
 
 
 def run(target: str, data: bytes) -> ValueError | OSError | None:
@@ -345,28 +478,57 @@ def run(target: str, data: bytes) -> ValueError | OSError | None:
     Exception
         If that is none that a reader may raise; ``FaultError`` for other broken promises.
     """
-    global _opened
-    with tempfile.TemporaryDirectory(dir=ROOM) as made:
-        error, _opened = None, []
-        try:
-            with contextlib.redirect_stderr(io.StringIO()), warnings.catch_warnings():
-                warnings.simplefilter("error")
-                TARGETS[target](Path(made), data.split(SPLIT))
-        except (ValueError, OSError) as caught:
-            error = caught
-        finally:
-            names, _opened = _opened, None
-        # Modules may be loaded when they are needed first.
-        ours = (made, *filter(None, sys.path), sys.base_prefix, "/proc")
-        names = [name for name in names if name.startswith(("/", ".."))]
-        outside = [name for name in names if not name.startswith(ours)]
-        if outside:
-            raise FaultError(f"{outside[0]} was opened")
-        if error is not None:
-            text = describe(error)
-            if made not in text or "\n" in text or len(text) > LONGEST:
-                raise FaultError(f"no line that names the file: {text!r}") from error
+    global _inside
+    folder = _folder()
+    for entry in os.scandir(folder):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry)
+        else:
+            os.unlink(entry)
+    error = None
+    _seen.clear()
+    _inside = str(folder)
+    try:
+        TARGETS[target](folder, data.split(SPLIT))
+    except (ValueError, OSError) as caught:
+        error = caught
+    finally:
+        _inside = ""
+    if _seen:
+        raise FaultError(_seen[0])
+    if error is not None:
+        text = describe(error)
+        named = str(folder) in text or any(name in text for name in os.listdir(folder))
+        if not named or "\n" in text or len(text) > LONGEST:
+            raise FaultError(f"no line that names the file: {text!r}") from error
     return error
+
+
+class Memory:
+    """Watches that an input takes no more memory than its size accounts for."""
+
+    def __init__(self, target: str) -> None:
+        self.target, self.base = target, 0
+
+    def _reset(self) -> None:
+        # The most there was begins anew.
+        Path("/proc/self/clear_refs").write_text("5")
+        self.base = self._most()
+
+    def _most(self) -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    def check(self, data: bytes) -> None:
+        """Raise ``FaultError`` if reading this just now took more, and does so once more."""
+        room = MORE_ROOM.get(self.target, ROOM_BYTES) + BYTES_A_BYTE * len(data)
+        if self._most() - self.base <= room:
+            return
+        # At the first time, or with what has gathered in long.
+        self._reset()
+        run(self.target, data)
+        took = self._most() - self.base
+        if took > room:
+            raise FaultError(f"{took:,} bytes of memory for {len(data):,}, expected {room:,}")
 
 
 # --- Mutations ------------------------------------------------------------------------------------
@@ -434,50 +596,78 @@ def _marker(lines: range) -> Any:
 # --- The command line -----------------------------------------------------------------------------
 
 
+SANITIZED = b"__asan_init" in Path(legacy1bit.model.__file__).read_bytes()
+
+
 def fuzz(target: str, options: list[str]) -> None:
     """Look for faults in a reader until something ends it."""
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    warnings.simplefilter("error")
     text = (HERE.parents[1] / "legacy1bit" / "model.pyx").read_text(encoding="utf-8")
     first = text[: text.index("def load_model")].count("\n")
     mark = _marker(range(first, text.count("\n") + 1))
+    for name in ("whole-0", "whole-1"):
+        if (path := CORPUS / target / name).exists():
+            run(target, path.read_bytes())
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000)
+    memory = Memory(target)
 
     def one(data: bytes) -> None:
         error = run(target, data)
+        if not SANITIZED:
+            memory.check(data)
         if error is not None:
-            for frame in traceback.extract_tb(error.__traceback__):
-                if frame.filename.endswith("model.pyx"):
-                    mark(frame.lineno)
+            trace = error.__traceback__
+            while trace is not None:
+                if trace.tb_frame.f_code.co_filename.endswith("model.pyx"):
+                    mark(trace.tb_lineno)
+                trace = trace.tb_next
 
-    limits = [f"-rss_limit_mb={MEGABYTES}", f"-malloc_limit_mb={MEGABYTES}", f"-timeout={SECONDS}"]
-    arguments = [sys.argv[0], *limits, "-max_len=16384", "-len_control=0", *options]
+    # A sanitizer keeps freed memory for a while, but tells of each piece that is too large.
+    limits = [f"-timeout={SECONDS}", "-rss_limit_mb=2048"]
+    if SANITIZED:
+        limits.append(f"-malloc_limit_mb={MORE_ROOM.get(target, ROOM_BYTES) >> 20}")
+    arguments = [sys.argv[0], *limits, f"-max_len={LONGEST_INPUT}", "-len_control=0", *options]
     atheris.Setup(arguments, one, custom_mutator=mutate)
     atheris.Fuzz()
 
 
 def fuzz_all(seconds: int) -> int:
-    """Look for faults in every reader for so long, print a line about each, return how many."""
-    faults = 0
+    """Look for faults in all readers for so long, print a line about each, return how many."""
+    faults = total = 0
+    each = max(seconds // len(TARGETS), 1)
     print(f"{'target':<16}{'executions':>12}{'a second':>10}{'edges':>8}{'faults':>8}", flush=True)
     for target in TARGETS:
-        folder, prefix = FOUND / target, FOUND / f"{target}-"
-        folder.mkdir(parents=True, exist_ok=True)
-        options = [f"-max_total_time={seconds}", "-print_final_stats=1"]
-        options += [f"-artifact_prefix={prefix}", str(folder), str(CORPUS / target)]
-        begin = time.time()
-        command = [sys.executable, __file__, target, *options]
-        said = subprocess.run(command, stderr=subprocess.PIPE, check=False).stderr.decode()
-        took = time.time() - begin
-        (FOUND / f"{target}.log").write_text(said, encoding="utf-8")
-        counts = [int(n) for n in re.findall(r"number_of_executed_units:\s*(\d+)", said)]
-        counts += [int(n) for n in re.findall(r"^#(\d+)", said, re.MULTILINE)]
-        edges = max((int(n) for n in re.findall(r"cov: (\d+)", said)), default=0)
-        bad = len(re.findall(r"Test unit written to", said))
+        done, edges, bad = fuzz_one(target, each)
         faults += bad
-        done = max(counts, default=0)
-        print(f"{target:<16}{done:>12,}{done / took:>10,.0f}{edges:>8,}{bad:>8}", flush=True)
+        total += done
+        print(f"{target:<16}{done:>12,}{done / each:>10,.0f}{edges:>8,}{bad:>8}", flush=True)
+    print(f"{'all':<16}{total:>12,}{total / each / len(TARGETS):>10,.0f}{'':>8}{faults:>8}")
     if faults:
         print(f"what shows them is in {FOUND}")
     return faults
+
+
+def fuzz_one(target: str, seconds: int) -> tuple[int, int, int]:
+    """Look for faults in a reader for so long; return executions, edges and faults."""
+    folder, prefix = FOUND / target, FOUND / f"{target}-"
+    folder.mkdir(parents=True, exist_ok=True)
+    options = [f"-max_total_time={seconds}", "-print_final_stats=1", "-verbosity=1"]
+    options += [f"-artifact_prefix={prefix}", str(folder), str(CORPUS / target)]
+    with tempfile.TemporaryDirectory(dir=ROOM) as room:
+        done = subprocess.run(
+            [sys.executable, __file__, target, *options],
+            stderr=subprocess.PIPE,
+            env=os.environ | {"FUZZ_ROOM": room},
+            check=False,
+        )
+    said = done.stderr.decode(errors="replace")
+    (FOUND / f"{target}.log").write_text(said, encoding="utf-8")
+    counts = [int(n) for n in re.findall(r"number_of_executed_units:\s*(\d+)", said)]
+    counts += [int(n) for n in re.findall(r"^#(\d+)", said, re.MULTILINE)]
+    edges = max((int(n) for n in re.findall(r"cov: (\d+)", said)), default=0)
+    return max(counts, default=0), edges, int(done.returncode != 0)
 
 
 def write_corpus() -> None:
@@ -599,6 +789,32 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
     )
     study = {"study": "s", "source": {}, "own_database": False, "command": "", "machine": {}}
     yield "study", [[json.dumps(study | {"own_database": True}).encode(), b""]]
+
+    lines = b'{"text": "a b"}\n{"text": "\\u00e9"}\n'
+    texts = {0: "\u00e4b c".encode(), 1: lines, 2: b"a" * 50, 3: lines, 4: b"b" * 50, 5: lines}
+    yield (
+        "documents",
+        [
+            *([bytes([kind, 0]), text] for kind, text in texts.items()),
+            [b"\0\0--", b"one--two"],
+            [b"\0\1", "\u00e4b".encode("utf-16")],
+            [b"\x82\0", gzip.compress(b"a b", mtime=0)],
+            [b"\x84\0", zstandard().compress(b"a b")],
+        ],
+    )
+    yield "parquet", [[table] for table in tables()]
+
+
+def tables() -> Iterator[bytes]:
+    """Yield tables of texts."""
+    import pyarrow
+    from pyarrow import parquet
+
+    column = pyarrow.array(["a b", "c"])
+    for kind in (column, column.dictionary_encode()):
+        file = io.BytesIO()
+        parquet.write_table(pyarrow.table({"text": kind}), file, store_schema=False)
+        yield file.getvalue()
 
 
 def gguf_parts(path: Path) -> list[bytes]:
