@@ -170,7 +170,7 @@ def tokenizer_file(part: bytes) -> bytes:
         joined = dict.fromkeys([*tokenizer.visible_bytes(), *made])
         special = enumerate(tokenizer.SPECIAL_TOKENS, len(joined))
         return json.dumps(tokenizer._description(joined, merges, special, True)).encode()
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return part
 
 
