@@ -96,7 +96,7 @@ class Dimension:
         steps = (self.high - self.low) / step + 1e-9
         if steps >= _MOST_VALUES:
             raise ValueError(
-                f"a grid needs every value: {self.name} has {steps:.3g}, expected fewer than "
+                f"a grid needs every value: {self.name} has {steps:.3g}, expected at most "
                 f"{_MOST_VALUES:,}"
             )
         count = int(steps) + 1
@@ -115,7 +115,6 @@ _MOST_VALUES = 1_000_000
 
 _FLAGS = ("log", "of_steps", "for_bytes")
 _KEYS = ("low", "high", "step", "choices", *_FLAGS)
-_MOST_VALUES = 1_000_000
 _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
@@ -202,7 +201,7 @@ def _read_dimension(
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     if low > high:
         raise refuse("high", f"{low} or more")
-    if step is not None and (high - low) / _MOST_VALUES > step:
+    if step is not None and (high - low) / (_MOST_VALUES - 1) > step:
         raise refuse("step", f"at most {_MOST_VALUES:,} values")
     if log and step is not None:
         raise refuse("step", "none beside log")
