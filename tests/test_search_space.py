@@ -150,7 +150,6 @@ def test_values_that_nobody_waits_for_are_refused(step):
     dimension = Dimension("clip", None, 0.0, 1.0, step)
     with pytest.raises(ValueError, match="clip has .*, expected at most 1,000,000"):
         dimension.values()
-    assert not dimension.contains(0.3) or step == 1e-7
 
 
 @pytest.mark.parametrize(("low", "step"), [(0.05, 0.1), (0.1, 0.1), (0.3, 0.7)])
