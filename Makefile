@@ -125,7 +125,7 @@ test-browser: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_browser.py
 
-# What is found that reaches further stays in build/fuzz, and so does what shows a fault.
+# What is found that reaches further stays in build/fuzzing, and so does what shows a fault.
 fuzz: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
 	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)

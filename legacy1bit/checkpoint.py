@@ -19,6 +19,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from legacy1bit.errors import one_line
 from legacy1bit.files import atomic_copy, atomic_write, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import ModelFileError
@@ -170,6 +171,6 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
     except ModelFileError:
         raise
     except DAMAGE as error:
-        raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
+        raise ModelFileError(f"{path} is not a checkpoint: {one_line(error)}") from None
     weights, first, second = (tensors[name] for name in _TENSORS)
     return Checkpoint(step, seconds, best, position, weights, first, second, path)

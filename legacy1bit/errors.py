@@ -23,6 +23,11 @@ def describe(error: Exception) -> str:
     return text
 
 
+def one_line(error: Exception) -> str:
+    """Return what another library's error says, without line breaks of a file in it."""
+    return " ".join(str(error).split())
+
+
 def shown(value: Any) -> str:
     """Return a value as an error tells it; a number may have more digits than Python spells."""
     try:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from legacy1bit.errors import one_line
 from legacy1bit.files import atomic_write, atomic_write_all, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.provenance import Provenance
@@ -1244,7 +1245,7 @@ def read_folder(path):
         found = {name: opened.get_slice(name) for name in opened.keys()}
         found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelFileError(f"{file} is not a safetensors file: {_one_line(error)}") from None
+        raise ModelFileError(f"{file} is not a safetensors file: {one_line(error)}") from None
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
@@ -1255,10 +1256,6 @@ def read_folder(path):
         raise ModelFileError(f"{file}: {error}") from None
     _check_stored(config, found, file)
     return config, provenance, _stored(config, opened, file)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
 
 
 def _parsed(text):

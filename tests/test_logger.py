@@ -130,6 +130,12 @@ def test_logger_refuses_records_that_are_too_deep(path):
     assert path.read_bytes() == content
 
 
+def test_logger_goes_on_with_numbers_in_lists_that_are_not_finite(path):
+    path.write_text('{"step": 1, "a": {"b": [NaN, [Infinity, 2]]}}\n')
+    StepLog(path, resume_at=1)
+    assert read_metrics(path) == [{"step": 1, "a": {"b": [None, [None, 2]]}}]
+
+
 def test_logger_of_a_new_run_begins_an_empty_file(path):
     MetricsLogger(path.parent)
     assert path.read_bytes() == b""

@@ -69,7 +69,7 @@ with watched:
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
-FOUND = HERE.parents[1] / "build" / "fuzz"
+FOUND = HERE.parents[1] / "build" / "fuzzing"
 ROOM = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 SPLIT = b"\n%%%%\n"
