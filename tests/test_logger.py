@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, read_metrics
+from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, StepLog, read_metrics
 
 RECORDS = [{"step": step, "val_loss": 1.0 / step, "note": "\u00e9\n"} for step in (10, 20, 30)]
 
