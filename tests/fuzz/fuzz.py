@@ -157,7 +157,9 @@ def gguf_file(parts: list[bytes]) -> bytes:
         for name, shape, kind, offset in tensors:
             raw += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
             raw += struct.pack("<IQ", kind, offset)
-    except (TypeError, ValueError, KeyError, AttributeError, RecursionError, struct.error):
+    except (TypeError, ValueError, LookupError, AttributeError, struct.error):
+        return parts[0]
+    except (OverflowError, RecursionError):
         return parts[0]
     return raw.ljust(-(-len(raw) // 32) * 32, b"\0") + b"".join(parts[1:]).ljust(2048, b"\0")
 
