@@ -218,6 +218,7 @@ test-asan: checked-asan
 
 # Atheris brings a sanitizer that knows libFuzzer. Freed memory is kept for a while, but not for long.
 fuzz-asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:quarantine_size_mb=16
+fuzz-asan: ASAN_OPTIONS := $(ASAN_OPTIONS):malloc_context_size=4
 fuzz-asan: export UBSAN_OPTIONS := print_stacktrace=1
 fuzz-asan: checked-fuzz
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])

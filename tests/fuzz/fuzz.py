@@ -4,13 +4,14 @@
     python tests/fuzz/fuzz.py all SECONDS
     python tests/fuzz/fuzz.py corpus
 
-looks for faults in one reader, or in each for so long with a line about each, or makes those inputs
-in ``corpus`` anew that are whole files of small models.
+looks for faults in one reader, or in all for so long with a line about each, or makes those inputs in
+``corpus`` anew that are whole files of small models.
 
 An input is one or more parts with ``SPLIT`` between them, of which a target makes files for its
 reader. The word "right" in a part stands for the length or the checksum that fits what is there, so
 that a change gets past those. What a reader may raise is a ``ValueError`` or an ``OSError`` of one
-line that names the file; all else is a fault, and so is a file opened outside of the folder.
+line that names the file; all else is a fault, and so is what ``FORBIDDEN``, ``PATHS`` and ``Memory``
+watch for.
 """
 
 import atexit
@@ -90,6 +91,10 @@ TINY = ModelConfig(
 )
 
 
+# What comes of taking an input's JSON for something that it is not.
+WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
 class FaultError(Exception):
     """A reader has broken a promise."""
 
@@ -157,9 +162,7 @@ def gguf_file(parts: list[bytes]) -> bytes:
         for name, shape, kind, offset in tensors:
             raw += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape)
             raw += struct.pack("<IQ", kind, offset)
-    except (TypeError, ValueError, LookupError, AttributeError, struct.error):
-        return parts[0]
-    except (OverflowError, RecursionError):
+    except (struct.error, *WRONG):
         return parts[0]
     return raw.ljust(-(-len(raw) // 32) * 32, b"\0") + b"".join(parts[1:]).ljust(2048, b"\0")
 
@@ -172,7 +175,7 @@ def tokenizer_file(part: bytes) -> bytes:
         joined = dict.fromkeys([*tokenizer.visible_bytes(), *made])
         special = enumerate(tokenizer.SPECIAL_TOKENS, len(joined))
         return json.dumps(tokenizer._description(joined, merges, special, True)).encode()
-    except (TypeError, ValueError, OverflowError):
+    except WRONG:
         return part
 
 
