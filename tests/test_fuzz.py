@@ -1,14 +1,23 @@
 """What strangers may send: every input that fuzzing has kept, and the promises of SECURITY.md."""
 
+import contextlib
+import functools
+import importlib
 import json
+import marshal
+import os
+import pickle
 import random
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz.fuzz import CORPUS, SPLIT, TARGETS, FaultError, changed, gguf_file, run, seeds
+from fuzz.fuzz import CORPUS, SPLIT, TARGETS, FaultError, Memory, changed, gguf_file, run, seeds
 
 INPUTS = {
     target: {path.name: path.read_bytes() for path in sorted((CORPUS / target).glob("*"))}
@@ -54,10 +63,56 @@ def reading(monkeypatch, function):
     return run("study", b"")
 
 
-def test_run_finds_a_file_outside_of_the_folder(monkeypatch, tmp_path):
-    (tmp_path / "other").write_bytes(b"")
-    with pytest.raises(FaultError, match=r"other was opened"):
-        reading(monkeypatch, lambda folder, parts: (tmp_path / "other").read_bytes())
+LEADS_OUTSIDE = {
+    "open": lambda folder: open(__file__).close(),
+    "relative": lambda folder: os.listdir(),
+    "above": lambda folder: open(folder / ".." / "x", "w").close(),
+    "beside": lambda folder: open(f"{folder}x", "w").close(),
+    "list": lambda folder: os.listdir("/"),
+    "move": lambda folder: os.rename(folder / "a", "/nowhere/x"),
+}
+
+
+@pytest.mark.parametrize("way", LEADS_OUTSIDE.values(), ids=LEADS_OUTSIDE)
+def test_run_finds_what_is_outside_of_the_folder(monkeypatch, way):
+    def read(folder, parts):
+        with contextlib.suppress(OSError):
+            way(folder)
+
+    with pytest.raises(FaultError, match=r"^/.* was opened: "):
+        reading(monkeypatch, read)
+    for left in ("x", "../x"):
+        Path(left).unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: pickle.loads(pickle.dumps(Path("x"))),
+        lambda: marshal.loads(marshal.dumps(1)),
+        lambda: eval("1 + 1"),
+        lambda: subprocess.run(["true"], check=True),
+    ],
+)
+def test_run_finds_what_no_reader_may_call(monkeypatch, call):
+    with pytest.raises(FaultError, match="was called"):
+        reading(monkeypatch, lambda folder, parts: call())
+
+
+def test_run_lets_modules_be_loaded(monkeypatch):
+    monkeypatch.delitem(sys.modules, "this", raising=False)
+    assert reading(monkeypatch, lambda folder, parts: importlib.import_module("this")) is None
+
+
+@pytest.mark.memory
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
+def test_memory_finds_what_a_file_does_not_account_for(monkeypatch):
+    watch = Memory("study")
+    for size in (1 << 20, 1 << 26):
+        take = functools.partial(lambda size, folder, parts: bytearray(b"x") * size, size)
+        with contextlib.nullcontext() if size == 1 << 20 else pytest.raises(FaultError, match="of"):
+            reading(monkeypatch, take)
+            watch.check(b"")
 
 
 @pytest.mark.parametrize("message", ["damaged", "{folder} is\ndamaged", "{folder}" + "x" * 5000])

@@ -212,7 +212,7 @@ def use_model(model: LegacyLLM, packed: PackedModel) -> None:
     """Have a model read two tokens, and write two."""
     two = np.arange(2) % packed.config.vocab_size
     length = min(packed.config.sequence_length, 3)
-    forward_llm_batch(model, two[None, : length])
+    forward_llm_batch(model, two[None, :length])
     decoder = Decoder(packed, 1, length)
     # What sound weights come to need not be finite, which says so without the file's name.
     with contextlib.suppress(ValueError):
@@ -444,13 +444,13 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
     if not _inside:
         return
     if event in PATHS:
-        for path in arguments[:2]:
-            if isinstance(path, str | bytes | os.PathLike):
-                name = os.path.abspath(os.fsdecode(path))
-                if f"{name}/".startswith(f"{_inside}/") or name.startswith("/proc/"):
-                    continue
-                if not (event == "open" and path is arguments[1]) and not _imports():
-                    _seen.append(f"{name} was opened: {event}")
+        # What is listed without a name is where the process is.
+        for path in arguments[: 2 if event in ("os.rename", "os.link", "os.symlink") else 1]:
+            if isinstance(path, int):
+                continue
+            name = os.path.abspath("." if path is None else os.fsdecode(path))
+            if not f"{name}/".startswith((f"{_inside}/", "/proc/")) and not _imports():
+                _seen.append(f"{name} was opened: {event}")
     elif event in FORBIDDEN and not _imports():
         _seen.append(f"{event} was called: {arguments!r:.200}")
 
