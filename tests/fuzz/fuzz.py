@@ -4,14 +4,14 @@
     python tests/fuzz/fuzz.py all SECONDS
     python tests/fuzz/fuzz.py corpus
 
-looks for faults in one reader, or in all for so long with a line about each, or makes those inputs in
-``corpus`` anew that are whole files of small models.
+looks for faults in one reader, or in all for so long with a line about each, or makes those inputs
+in ``corpus`` anew that are whole files of small models.
 
 An input is one or more parts with ``SPLIT`` between them, of which a target makes files for its
 reader. The word "right" in a part stands for the length or the checksum that fits what is there, so
 that a change gets past those. What a reader may raise is a ``ValueError`` or an ``OSError`` of one
-line that names the file; all else is a fault, and so is what ``FORBIDDEN``, ``PATHS`` and ``Memory``
-watch for.
+line that names the file; all else is a fault, and so is what ``FORBIDDEN``, ``PATHS`` and
+``Memory`` watch for.
 """
 
 import atexit
@@ -30,7 +30,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Iterator
