@@ -1,8 +1,8 @@
 """Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
 The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug,
-asan, fuzz or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note
-of the flags they were made with lie in ``build/``; other flags rebuild everything.
+asan, fuzz or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a
+note of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os

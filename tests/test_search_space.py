@@ -148,7 +148,7 @@ def test_values_of_a_range_have_no_end():
 @pytest.mark.parametrize("step", [5e-324, 1e-300, 1e-7])
 def test_values_that_nobody_waits_for_are_refused(step):
     dimension = Dimension("clip", None, 0.0, 1.0, step)
-    with pytest.raises(ValueError, match="clip has .*, expected at most 1,000,000"):
+    with pytest.raises(ValueError, match=r"clip has .*, expected at most 1,000,000"):
         dimension.values()
 
 
