@@ -632,7 +632,9 @@ def fuzz(target: str, options: list[str]) -> None:
     limits = [f"-timeout={SECONDS}", "-rss_limit_mb=2048"]
     if SANITIZED:
         limits.append(f"-malloc_limit_mb={MORE_ROOM.get(target, ROOM_BYTES) >> 20}")
-    arguments = [sys.argv[0], *limits, f"-max_len={LONGEST_INPUT}", "-len_control=0", *options]
+    # What begins this program again, for -merge=1 and such.
+    command = f"{sys.executable} {__file__} {target}"
+    arguments = [command, *limits, f"-max_len={LONGEST_INPUT}", "-len_control=0", *options]
     atheris.Setup(arguments, one, custom_mutator=mutate)
     atheris.Fuzz()
 
