@@ -109,8 +109,8 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.count(".") > _MOST_DOTS:
+    for number, each in enumerate(text.split("\n"), 1):
+        if each.count(".") > _MOST_DOTS:
             raise ValueError(
                 f"{path}, line {number} has more than {_MOST_DOTS} dots, expected a file of "
                 "settings"
