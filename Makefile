@@ -19,7 +19,7 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c \
+TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-crash \
     test-browser test-debug test-asan test-memcheck test-coverage fuzz fuzz-asan lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf test-postgres test-browser fuzz fuzz-asan
+.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
@@ -46,6 +46,7 @@ help:
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
+	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
@@ -111,6 +112,9 @@ test-slow: build
 
 test-c: build
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_c_source.py
+
+test-crash: build
+	LEGACY1BIT_KILLS=$(or $(KILLS),500) $(PYTHON) -m pytest -s -m slow $(ARGS) tests/test_crash.py
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary

@@ -6,7 +6,6 @@ disk has damaged is known, and the other is taken.
 
 import json
 import math
-import struct
 import sys
 import zlib
 from collections.abc import Mapping
@@ -16,8 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line
 from legacy1bit.files import atomic_copy, atomic_write, serialize_tensors
@@ -134,11 +132,12 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
     OSError
         If it cannot be read.
     """
-    content = path.read_bytes()
+    with open(path, "rb"):
+        pass  # what cannot be read is an OSError with its name
     try:
-        tensors = load(content)
-        (length,) = struct.unpack_from("<Q", content)
-        header = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        with safe_open(path, "np") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         if json.loads(header["model"]) != model_config.to_dict():
             raise ModelFileError(f"{path} is of a model with other settings")
         step, seconds = int(header["step"]), float(header["seconds"])

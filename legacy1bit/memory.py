@@ -10,9 +10,8 @@ from legacy1bit.model import parameter_layout
 
 _FLOAT = 4
 
-# How many copies of a checkpoint there are for a moment while it is written, and of the logits of
-# a batch while they are compared with the truth.
-_SAVED_COPIES, _LOGIT_COPIES = 4, 5
+# How many copies of the logits of a batch there are while they are compared with the truth.
+_LOGIT_COPIES = 5
 
 # So many tokens are looked at together.
 EVALUATION_TOKENS = 1024
@@ -49,7 +48,8 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
         "gradients": _FLOAT * parameters * shares,
         "the optimizer": _FLOAT * (2 * parameters + 3 * max(matrices)),
         "activations": _FLOAT * shares * rows * length * (blocks + head + back),
-        "looks and checkpoints": _FLOAT * max(look, 3 * _SAVED_COPIES * parameters),
+        # A checkpoint holds the weights and two moments, and is there once more while it is read.
+        "looks and checkpoints": _FLOAT * max(look, 3 * parameters),
     }
 
 

@@ -5,6 +5,7 @@ measured. Optuna proposes what to try next and ends bad trials early; any number
 one machine or on several, can work on one study.
 """
 
+import contextlib
 import hashlib
 import importlib
 import json
@@ -13,7 +14,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -325,6 +326,23 @@ def open_storage(url: str, dead_seconds: float = _DEAD_SECONDS) -> Any:
 
         storage.engine.dispose()
     return storage
+
+
+@contextlib.contextmanager
+def study_at_hand() -> Iterator[None]:
+    """Work with a study whose database may be damaged, or go away.
+
+    Raises
+    ------
+    ValueError
+        In place of what the libraries raise.
+    """
+    optuna = load_optuna()
+    sqlalchemy = importlib.import_module("sqlalchemy")
+    try:
+        yield
+    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, KeyError) as error:
+        raise ValueError(f"the study's database cannot be used: {_first_line(error)}") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import os
-import random
 import re
 import shlex
 import shutil
@@ -26,11 +25,12 @@ from compare import assert_same_bits
 from models import make_config, random_model
 from safetensors.numpy import load_file, save_file
 from test_logger import expected_events, set_apart, shown, without_tensorboardx
-from test_trainer import RECORD_KEYS, assert_same_files, measured, with_losses
+from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
 from legacy1bit.commands import common, corpora, train
+from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -931,7 +931,7 @@ def test_tensorboard_of_a_run_that_fails_holds_what_came_before(capsysbinary, mo
 
     def train_step(self):
         if self.step == 4:
-            raise trainer.TrainingDiverged("the loss is nan at step 5")
+            raise TrainingDiverged("the loss is nan at step 5")
         return take(self)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
@@ -964,85 +964,6 @@ def test_what_takes_long_to_load_is_loaded_where_ctrl_c_is_answered():
         capture_output=True, check=True,
     )  # fmt: skip
     assert ran.stdout == b"False\n"
-
-
-# --- Kills ----------------------------------------------------------------------------------------
-
-
-# A training with time to be killed in.
-KILLABLE = """
-import sys, time
-from legacy1bit import main, trainer
-take, train = trainer.Trainer.train_step, trainer.Trainer.train
-def train_step(self):
-    time.sleep(0.002)
-    return take(self)
-def begin(self, *arguments):
-    print("it begins", file=sys.stderr, flush=True)
-    return train(self, *arguments)
-trainer.Trainer.train_step, trainer.Trainer.train = train_step, begin
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
-def train_and_kill(arguments, delay):
-    """Run a training in a process of its own and kill it some seconds after it has begun.
-
-    Returns whether it had not ended by then.
-    """
-    process = subprocess.Popen(
-        [sys.executable, "-c", KILLABLE, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    alarm = threading.Timer(60, process.kill)
-    alarm.start()
-    with process:
-        told = b""
-        for line in process.stderr:
-            told += line
-            if b"it begins" in line:
-                break
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-    alarm.cancel()
-    assert b"it begins" in told, told
-    assert process.returncode in (0, -signal.SIGKILL)
-    return process.returncode != 0
-
-
-# `make test-crash` asks for more.
-KILLS = int(os.environ.get("LEGACY1BIT_KILLS", 25))
-
-
-@pytest.mark.parametrize(
-    ("kills", "steps"), [(3, 400), pytest.param(KILLS, 120 * KILLS, marks=pytest.mark.slow)]
-)
-def test_run_that_is_killed_ends_like_an_unbroken_one(say, kills, steps):
-    """At any moments: the record, the last model and the best come out the same."""
-    options = {"steps": steps, "evaluate_every": 10, "sequence_length": 4, "float_steps": 20}
-    choice, killed = random.Random(steps), 0
-
-    def go_on():
-        # A run that was not saved yet has nothing to go on from.
-        saved = Path("parts/training.json").exists()
-        return ["train", "--resume", "parts"] if saved else tiny(out="parts", **options)
-
-    while killed < kills and train_and_kill(go_on(), choice.uniform(0.0, 0.1)):
-        killed += 1
-    assert killed > kills // 2
-    print(f"killed {killed} times")
-    if killed == kills:
-        say(*go_on())
-    say(*tiny(out="whole", **options))
-    parts, whole = (measured(read_metrics(f"{name}/metrics.jsonl")) for name in ("parts", "whole"))
-    assert len(whole) == steps // 10
-    assert parts == whole
-    assert_same_run("parts", "whole")
-    for place in (".", "best"):
-        assert_same_files(Path("parts", place), Path("whole", place))
 
 
 # --- A full disk ----------------------------------------------------------------------------------

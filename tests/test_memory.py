@@ -27,7 +27,7 @@ def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 model, training = eval(sys.argv[1]), eval(sys.argv[2])
-corpus = text_corpus(b"the cat sat on the mat. " * 4000, "text", model.sequence_length, 256)
+corpus = text_corpus(b"the cat sat on the mat. " * 1000, "text", model.sequence_length, 256)
 before = peak()
 folder = Path(sys.argv[3])
 folder.mkdir()
@@ -39,13 +39,13 @@ print(peak() - before)
 
 CASES = {
     "activations": ("ModelConfig(model_dim=128, num_blocks=6, sequence_length=256)",
-                    "TrainingConfig(steps=2, batch_size=16)"),
+                    "TrainingConfig(steps=2, batch_size=12)"),
     "threads": ("ModelConfig(model_dim=128, num_blocks=6, sequence_length=256)",
                 "TrainingConfig(steps=2, batch_size=15, threads=2)"),
-    "checkpointed": ("ModelConfig(model_dim=256, num_blocks=8, sequence_length=256)",
-                     "TrainingConfig(steps=2, batch_size=16, gradient_checkpointing=True)"),
+    "checkpointed": ("ModelConfig(model_dim=192, num_blocks=8, sequence_length=256)",
+                     "TrainingConfig(steps=2, batch_size=8, gradient_checkpointing=True)"),
     "weights": ("ModelConfig(model_dim=512, num_blocks=6, sequence_length=16, num_heads=8)",
-                "TrainingConfig(steps=2, batch_size=1)"),
+                "TrainingConfig(steps=2, batch_size=1, optimizer='adamw')"),
     "norms": ("ModelConfig(model_dim=128, num_blocks=6, sequence_length=256, sub_norm=True)",
               "TrainingConfig(steps=2, batch_size=16, optimizer='adamw')"),
 }  # fmt: skip

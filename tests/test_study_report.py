@@ -1,6 +1,7 @@
 """The page about a search: every trial of it, and the figures' numbers are those of the study."""
 
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -142,3 +143,33 @@ def test_report_says_what_is_wrong_with_a_study(study, fail, tmp_path):
         "report", broken, "--out", out, "--storage", f"sqlite:///{study}/other.db"
     ).replace("study study", "study other")
     assert not out.exists()
+
+
+DAMAGE = {
+    "half a file": lambda content: content[: len(content) // 2],
+    "zeros": lambda content: content[:4096] + bytes(len(content) - 4096),
+    "another's head": lambda content: b"SQLite format 4" + content[15:],
+    "another table": lambda content: content.replace(b"TABLE trials", b"TABLE trialz"),
+    "another key": lambda content: content.replace(b'"log"', b'"lag"'),
+    "no JSON": lambda content: content.replace(b'"log": true', b'"log": nope'),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_database_takes_one_line(study, tmp_path, fail, name):
+    folder = Path(shutil.copytree(study, tmp_path / "study"))
+    database = folder / "study.db"
+    content = database.read_bytes()
+    damaged = DAMAGE[name](content)
+    assert damaged != content
+    database.write_bytes(damaged)
+    fail("report", folder)
+    fail("tune", "--resume", folder, "--trials", 1)
+    assert database.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///:memory:"])
+def test_study_in_memory_alone_is_refused(tmp_path, monkeypatch, fail, address):
+    monkeypatch.chdir(tmp_path)
+    assert "gone with the process" in fail("tune", "--stories", 20, "--storage", address)
+    assert not any(tmp_path.iterdir())

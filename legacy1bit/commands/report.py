@@ -17,7 +17,14 @@ from legacy1bit.sources import is_token_file
 from legacy1bit.study_report import study_report
 from legacy1bit.tokenizer import TOKENIZER_FILE, load_tokenizer
 from legacy1bit.trainer import read_settings
-from legacy1bit.tune import STUDY_FILE, StudyRecord, open_storage, open_study, results_of
+from legacy1bit.tune import (
+    STUDY_FILE,
+    StudyRecord,
+    open_storage,
+    open_study,
+    results_of,
+    study_at_hand,
+)
 
 # Settings whose defaults depend on the machine.
 _ALWAYS = ("threads", "precision")
@@ -65,8 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _about_study(folder: Path, storage: str | None) -> str:
     record = StudyRecord.read(folder)
-    study, terms = open_study(open_storage(record.url(folder, storage)), record.study, None, 1)
-    return study_report(folder, record, terms, results_of(study))
+    with study_at_hand():
+        study, terms = open_study(open_storage(record.url(folder, storage)), record.study, None, 1)
+        results = results_of(study)
+    return study_report(folder, record, terms, results)
 
 
 def train_command(folder: Path) -> str:

@@ -34,12 +34,12 @@ from legacy1bit.tune import (
     TrialResult,
     Tuner,
     best_of,
-    load_optuna,
     open_storage,
     open_study,
     own_database,
     results_of,
     shown,
+    study_at_hand,
 )
 
 STUDIES = Path("studies")
@@ -124,7 +124,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_space:
         print(default_space().read_text(encoding="utf-8"), end="")
         return 0
-    load_optuna()
+    with study_at_hand():
+        return _search(arguments)
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    """Run trials until the budget is spent, or until told to stop."""
     check_above_zero(arguments, *_ABOVE_ZERO)
     budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
     if budget == Budget():
@@ -305,6 +310,11 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
         own_database(arguments.out)
     elif arguments.storage == "":
         raise ValueError("--storage is empty, expected a database's address")
+    elif arguments.storage in ("sqlite://", "sqlite:///:memory:"):
+        raise ValueError(
+            f"--storage {arguments.storage} is gone with the process, expected a file's: "
+            "sqlite:///study.db"
+        )
     new = beginning_of(arguments)
     terms = Terms(
         space,
@@ -398,5 +408,5 @@ def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) ->
 
 
 def _job(again: tuple[Any, ...], budget: Budget) -> None:
-    with Interrupts() as interrupts:
+    with Interrupts() as interrupts, study_at_hand():
         _Work(*again).run(budget, lambda: interrupts.requested)
