@@ -20,7 +20,7 @@ PIP := $(PYTHON) -m pip
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
 TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-crash \
-    test-browser test-debug test-asan test-memcheck test-coverage lint
+    test-browser test-debug test-asan test-memcheck test-coverage fuzz fuzz-asan lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan
+.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
@@ -56,6 +56,8 @@ help:
 	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
 	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
 	@echo 'make test-coverage      which lines the quick tests run; fails below 95 percent'
+	@echo 'make fuzz SECONDS=600   look for faults in all that reads files, so long in all'
+	@echo 'make fuzz-asan          the same with what clang has against bad addresses and undefined behaviour'
 	@echo 'make lint               style and types'
 	@echo 'make wheel              source distribution and wheel, in dist/'
 	@echo 'make clean              remove all that was built; make distclean: .venv too'
@@ -147,6 +149,11 @@ test-browser: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_browser.py
 
+# What is found that reaches further stays in build/fuzzing, and so does what shows a fault.
+fuzz: build
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
+	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)
+
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
 
@@ -204,11 +211,14 @@ test-old-cpus: wheel
 	done
 
 # Builds that look for mistakes (CHECKS in setup.py), each with the tests in a folder of its own.
-CHECKED_BUILDS := checked-debug checked-asan checked-trace
+CHECKED_BUILDS := checked-debug checked-asan checked-trace checked-fuzz
 .PHONY: $(CHECKED_BUILDS)
 
+COMPILER_OF_asan := CC=gcc
+COMPILER_OF_fuzz := CC=clang
+
 $(CHECKED_BUILDS): checked-%: build
-	MEASURE_PERFORMANCE=0 CHECKED=$* $(if $(filter asan,$*),CC=gcc) $(PYTHON) setup.py -q build \
+	MEASURE_PERFORMANCE=0 CHECKED=$* $(COMPILER_OF_$*) $(PYTHON) setup.py -q build \
 	    --build-base build/$* --build-lib build/$*
 	rm -rf build/$*/tests && cp -r tests pyproject.toml build/$*
 
@@ -229,6 +239,16 @@ test-asan: checked-asan
 	$(call in,asan) PYTHONMALLOC=malloc LD_PRELOAD="$(PRELOADED)" \
 	    $(PYTHON) -m $(CHECKED_TESTS) --capture=sys -m 'not slow and not memory' \
 	    --ignore tests/test_c_source.py
+
+# Atheris brings a sanitizer that knows libFuzzer. Python's own allocator stays, for speed: its small
+# objects are not watched, arrays are.
+fuzz-asan: export ASAN_OPTIONS := detect_leaks=0:allocator_may_return_null=1:malloc_context_size=4
+fuzz-asan: export UBSAN_OPTIONS := print_stacktrace=1
+fuzz-asan: checked-fuzz
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
+	PYTHONPATH=build/fuzz \
+	    LD_PRELOAD="$$($(PYTHON) -c 'import atheris; print(atheris.path())')/asan_with_fuzzer.so" \
+	    $(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)
 
 # Valgrind knows no AVX-512 and no AMX. The build is the ordinary one.
 MEMCHECK := build/memcheck

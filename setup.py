@@ -1,8 +1,8 @@
 """Build the Cython modules: ``kernels.pyx`` once for each instruction set, the others once.
 
 The environment variable MEASURE_PERFORMANCE=1 builds the kernels' timers in, and CHECKED=debug,
-asan or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a note
-of the flags they were made with lie in ``build/``; other flags rebuild everything.
+asan, fuzz or trace chooses a build that looks for mistakes and is slow. Generated C, objects and a
+note of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
 import os
@@ -74,14 +74,17 @@ DIRECTIVES = {
 # Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
 # 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Where lines
 # are counted, threads count the same ones, and a function that is inlined would be counted twice.
+# The one for fuzzing is clang's: it counts which branches are taken, and has libFuzzer's runtime.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
+FRAMES = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 CHECKS = {
     "": ([], {}),
     "debug": (
         ["-O1", "-UNDEBUG", "-fstack-protector-all"],
         {"boundscheck": True, "initializedcheck": True, "nonecheck": True},
     ),
-    "asan": (["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all", SANITIZE], {}),
+    "asan": ([*FRAMES, SANITIZE], {}),
+    "fuzz": ([*FRAMES, SANITIZE, "-fsanitize=fuzzer-no-link"], {}),
     "trace": (["-O1", "-fno-inline", "--coverage", "-fprofile-update=atomic"], {}),
 }
 CHECKED = os.environ.get("CHECKED", "")
@@ -142,7 +145,7 @@ class BuildExt(build_ext):
                 build_dir=str(Path(self.build_temp).parent / "c" / module.name),
                 compiler_directives=DIRECTIVES,
                 force=self.force,
-                emit_linenums=CHECKED == "asan",
+                emit_linenums=CHECKED in ("asan", "fuzz"),
             )
             module.sources = made.sources
         super().build_extensions()

@@ -545,6 +545,7 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef AttentionGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
     shape = _fill_extent(&extent, x, &attention.view, None, context)
+    attention.fill_rotary(extent.time)
     _fill_attention_gradient(&gradient, gradients, &attention.view)
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     inputs = _rows(x, shape, "x").copy()
@@ -597,6 +598,7 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     cdef BlockGradient gradient
     cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
     shape = _fill_extent(&extent, d_output, &block.view.attention, wide, context)
+    block.attention.fill_rotary(extent.time)
     parts = {}
     for name, array in gradients.items():
         layer, _, part = name.partition(".")

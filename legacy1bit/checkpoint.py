@@ -6,6 +6,7 @@ disk has damaged is known, and the other is taken.
 
 import json
 import math
+import sys
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
+from legacy1bit.errors import one_line
 from legacy1bit.files import atomic_copy, atomic_write, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import ModelFileError
@@ -143,7 +145,7 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
         best = (float(lowest), int(found_at))
         for name, value, most in (
             ("step", step, _MOST_STEPS),
-            ("time", seconds, math.inf),
+            ("time", seconds, sys.float_info.max),
             ("best loss", best[0], math.inf),
             ("best step", best[1], step),
         ):
@@ -168,6 +170,6 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
     except ModelFileError:
         raise
     except DAMAGE as error:
-        raise ModelFileError(f"{path} is not a checkpoint: {error}") from None
+        raise ModelFileError(f"{path} is not a checkpoint: {one_line(error)}") from None
     weights, first, second = (tensors[name] for name in _TENSORS)
     return Checkpoint(step, seconds, best, position, weights, first, second, path)

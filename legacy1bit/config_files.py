@@ -18,6 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.errors import shown
 from legacy1bit.files import atomic_write
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -40,7 +41,9 @@ TABLES: dict[str, type[Any]] = {
 Records = tuple[ModelConfig, TrainingConfig, DataConfig]
 
 # Nobody writes more settings than this by hand: such a file is something else.
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 1 << 16
+# Nor longer keys: what reads TOML takes the square of how many tables they go through.
+_MOST_DOTS = 256
 
 # The keys of the C original: our table and setting, and what its numbers stand for where they are
 # names here. Its epochs have no counterpart, for a run is told its steps here; nor has the decay of
@@ -106,6 +109,12 @@ def _read_text(path: Path) -> str:
 
 
 def _parse_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
+    for number, each in enumerate(text.split("\n"), 1):
+        if each.count(".") > _MOST_DOTS:
+            raise ValueError(
+                f"{path}, line {number} has more than {_MOST_DOTS} dots, expected a file of "
+                "settings"
+            )
     try:
         content = tomllib.loads(text)
     except RecursionError:
@@ -247,7 +256,8 @@ def check_settings(
         if table not in TABLES:
             raise _misplaced(path, line, table, TABLES)
         if not isinstance(settings, dict):
-            raise ValueError(f"{_place(path, line)}: {table} is {settings!r}, expected a table")
+            came = shown(settings)
+            raise ValueError(f"{_place(path, line)}: {table} is {came}, expected a table")
         known = {setting.name: setting for setting in fields(TABLES[table])}
         found = checked[table] = {}
         for name, value in settings.items():

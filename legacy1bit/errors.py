@@ -1,7 +1,13 @@
 """What a command that fails says, and the status it ends with."""
 
+import sys
+from typing import Any
+
 # The status of a command that Ctrl-C has ended.
 INTERRUPTED = 130
+
+# What is longer is cut in the middle: a file may have a value of a megabyte.
+_LONGEST = 2000
 
 
 def describe(error: Exception) -> str:
@@ -11,4 +17,20 @@ def describe(error: Exception) -> str:
         return ": ".join([*names[-1:], error.strerror])
     if isinstance(error, MemoryError):
         return f"not enough memory: {error}" if str(error) else "not enough memory"
-    return str(error)
+    text = str(error)
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
+    return text
+
+
+def one_line(error: Exception) -> str:
+    """Return what another library's error says, without line breaks of a file in it."""
+    return " ".join(str(error).split())
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error tells it; a number may have more digits than Python spells."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a number of more than {sys.get_int_max_str_digits()} digits"

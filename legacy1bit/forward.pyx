@@ -242,6 +242,8 @@ cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) excep
             tokens.shape[1] > model.view.blocks[0].attention.length:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
                          f"{model.view.blocks[0].attention.length}")
+    # The blocks share their table.
+    (<TransformerBlock?>model.blocks[0]).attention.fill_rotary(tokens.shape[1])
     for i in range(tokens.shape[0]):
         for j in range(tokens.shape[1]):
             if tokens[i, j] < 0 or tokens[i, j] > pad:
@@ -438,6 +440,7 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    attention.fill_rotary(time)
     allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, None, attention.num_heads,
                            attention.norm is not None, starts)
@@ -579,6 +582,7 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    block.attention.fill_rotary(time)
     allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
                            block.attention.num_heads, block.attention.norm is not None, starts)

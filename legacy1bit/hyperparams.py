@@ -10,6 +10,7 @@ import math
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self
 
+from legacy1bit.errors import shown
 from legacy1bit.schemes import FLOAT, SCHEMES
 
 # The file of a run that holds both records.
@@ -73,20 +74,20 @@ def check_setting(setting: Field[Any], value: Any, name: str | None = None) -> N
         return
     if kind is str and "choices" not in setting.metadata:
         if not isinstance(value, str) or not value:
-            raise TypeError(f"{name} is {value!r}, expected text")
+            raise TypeError(f"{name} is {shown(value)}, expected text")
         return
     if kind is str:
         if value not in setting.metadata["choices"]:
             expected = ", ".join(setting.metadata["choices"])
-            raise ValueError(f"{name} is {value!r}, expected one of {expected}")
+            raise ValueError(f"{name} is {shown(value)}, expected one of {expected}")
         return
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
-        raise TypeError(f"{name} is {value!r}, expected {_WORDS[kind]}")
+        raise TypeError(f"{name} is {shown(value)}, expected {_WORDS[kind]}")
     if kind is not bool:
         low, high = setting.metadata["low"], setting.metadata["high"]
         if not low <= value <= high:
-            raise ValueError(f"{name} is {value}, expected {low} to {high}")
+            raise ValueError(f"{name} is {shown(value)}, expected {low} to {high}")
 
 
 class _Record:

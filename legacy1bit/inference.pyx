@@ -899,6 +899,8 @@ cdef class Decoder:
         if self.lengths[sequence] + more > self.capacity:
             raise ValueError(f"{self.lengths[sequence]} tokens and {more} more do not fit a "
                              f"sequence of {self.capacity}")
+        if self.model.rotary is not None:
+            self.model.rotary.fill(self.lengths[sequence] + more)
 
     def _begin(self, prompt, sequence):
         """Take in a prompt but for its last block, and return that."""

@@ -63,7 +63,11 @@ class StepLog:
         kept = []
         if resume_at and self.path.exists():
             kept = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
-        atomic_write(self.path, "".join(_line(record) for record in kept))
+        try:
+            lines = [_line(record) for record in kept]
+        except RecursionError:
+            raise ValueError(f"{path}: a record has too many others within it") from None
+        atomic_write(self.path, "".join(lines))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Add one record. Numbers that are not finite become null: JSON has none."""
@@ -173,4 +177,6 @@ def _line(record: Mapping[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -129,6 +129,7 @@ cdef class MultiHeadAttention:
     cdef readonly Py_ssize_t num_heads, span
     cdef readonly LayerNorm norm
     cdef AttentionView view
+    cdef int fill_rotary(self, Py_ssize_t length) except -1
 
 
 cdef class FeedForward:

@@ -53,6 +53,7 @@ class RotaryTable:
     cosines: _Floats
     sines: _Floats
     def __init__(self, head_dim: int, length: int, base: float = 10000.0) -> None: ...
+    def fill(self, length: int) -> None: ...
 
 class MultiHeadAttention:
     def __init__(

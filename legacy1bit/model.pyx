@@ -14,11 +14,13 @@ import json
 import os
 import struct
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from legacy1bit.errors import one_line
 from legacy1bit.files import atomic_write, atomic_write_all, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.provenance import Provenance
@@ -256,16 +258,33 @@ class RotaryTable:
     Attributes
     ----------
     cosines, sines : float32[T, D / 2]
-        Of the angle ``t * base ** (-2 i / D)`` by which row t turns the pair (i, i + D / 2).
+        Of the angle ``t * base ** (-2 i / D)`` by which row t turns the pair (i, i + D / 2), in the
+        rows that ``fill`` was asked for; others may be 0.
     """
 
     def __init__(self, head_dim, length, base=10000.0):
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}, expected an even number")
-        rates = float(base) ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
-        angles = np.arange(length)[:, None] * rates
-        self.cosines = np.cos(angles).astype(np.float32)
-        self.sines = np.sin(angles).astype(np.float32)
+        self._rates = float(base) ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
+        # A small file may promise a long context. Zeros take no memory before they are written.
+        self.cosines = np.zeros((length, head_dim // 2), np.float32)
+        self.sines = np.zeros((length, head_dim // 2), np.float32)
+        self._filled = 0
+        self._lock = Lock()
+
+    def fill(self, length) -> None:
+        """Work out the first rows, so many or all, as far as they are not there yet."""
+        if length <= self._filled:
+            return
+        with self._lock:
+            start = self._filled
+            # At least twice as many as before, so that growing a row at a time costs no more.
+            stop = min(max(length, 2 * start), len(self.cosines))
+            if stop > start:
+                angles = np.arange(start, stop)[:, None] * self._rates
+                self.cosines[start:stop] = np.cos(angles)
+                self.sines[start:stop] = np.sin(angles)
+                self._filled = stop
 
 
 cdef class LayerNorm:
@@ -349,6 +368,12 @@ cdef class MultiHeadAttention:
         if self.norm is not None:
             view.norm = self.norm.view
         view.rounded = rounded
+
+    cdef int fill_rotary(self, Py_ssize_t length) except -1:
+        # To be called before a pass over so many positions.
+        if self.rotary is not None:
+            self.rotary.fill(length)
+        return 0
 
 
 cdef class FeedForward:
@@ -1220,7 +1245,7 @@ def read_folder(path):
         found = {name: opened.get_slice(name) for name in opened.keys()}
         found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelFileError(f"{file} is not a safetensors file: {_one_line(error)}") from None
+        raise ModelFileError(f"{file} is not a safetensors file: {one_line(error)}") from None
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
@@ -1231,10 +1256,6 @@ def read_folder(path):
         raise ModelFileError(f"{file}: {error}") from None
     _check_stored(config, found, file)
     return config, provenance, _stored(config, opened, file)
-
-
-def _one_line(error):
-    return " ".join(str(error).split())
 
 
 def _parsed(text):

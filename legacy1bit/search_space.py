@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.config_files import read_toml, unknown_key
+from legacy1bit.errors import shown
 from legacy1bit.hyperparams import DEFAULT_RATES, ModelConfig, TrainingConfig, check_setting
 
 # The vocabulary is the tokenizer's, and these are no question of what is best.
@@ -70,7 +71,9 @@ class Dimension:
         if value is None or not self.low <= value <= self.high:
             return False
         step = 1 if self.whole and self.step is None else self.step
-        return step is None or math.isclose((value - self.low) / step % 1.0, 0.0, abs_tol=1e-9)
+        part = 0.0 if step is None else (value - self.low) / step % 1.0
+        # What is added up may lie a rounding below its number of steps.
+        return min(part, 1.0 - part) < 1e-9
 
     def values(self) -> tuple[Any, ...]:
         """Return all values.
@@ -78,7 +81,7 @@ class Dimension:
         Raises
         ------
         ValueError
-            If there is no end of them.
+            If there is no end of them, or none that anybody waits for.
         """
         if self.choices is not None:
             return self.choices
@@ -89,7 +92,14 @@ class Dimension:
             raise ValueError(
                 f"a grid needs every value: {self.name} has a range, expected choices or a step"
             )
-        count = int((self.high - self.low) / step + 1e-9) + 1
+        # With the smallest of steps this is infinite.
+        steps = (self.high - self.low) / step + 1e-9
+        if steps >= _MOST_VALUES:
+            raise ValueError(
+                f"a grid needs every value: {self.name} has {steps:.3g}, expected at most "
+                f"{_MOST_VALUES:,}"
+            )
+        count = int(steps) + 1
         found = (self.low + i * step for i in range(count))
         return tuple(int(value) if self.whole else value for value in found)
 
@@ -100,9 +110,11 @@ _SETTINGS = {
     for setting in fields(record)
     if setting.name not in _NOT_SEARCHED
 }
+# Nobody has the time to try more values of a setting than these.
+_MOST_VALUES = 1_000_000
+
 _FLAGS = ("log", "of_steps", "for_bytes")
 _KEYS = ("low", "high", "step", "choices", *_FLAGS)
-_MOST_VALUES = 1_000_000
 _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
@@ -140,12 +152,13 @@ def _read_dimension(
     if name not in _SETTINGS:
         raise unknown_key(path, line, name, _SETTINGS)
     if not isinstance(table, dict):
-        raise ValueError(f"{path}, line {line}: {name} is {table!r}, expected a table [{name}]")
+        came = shown(table)
+        raise ValueError(f"{path}, line {line}: {name} is {came}, expected a table [{name}]")
 
     def refuse(key: str, expected: str) -> ValueError:
         place = lines.get(f"{name}.{key}", line)
         return ValueError(
-            f"{path}, line {place}: {name}.{key} is {table.get(key)!r}, expected {expected}"
+            f"{path}, line {place}: {name}.{key} is {shown(table.get(key))}, expected {expected}"
         )
 
     for key in table:
@@ -188,7 +201,7 @@ def _read_dimension(
     low, high, step, log = table["low"], table["high"], table.get("step"), table.get("log", False)
     if low > high:
         raise refuse("high", f"{low} or more")
-    if step is not None and (high - low) / _MOST_VALUES > step:
+    if step is not None and (high - low) / (_MOST_VALUES - 1) > step:
         raise refuse("step", f"at most {_MOST_VALUES:,} values")
     if log and step is not None:
         raise refuse("step", "none beside log")

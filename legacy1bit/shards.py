@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import uuid
 import weakref
@@ -32,6 +33,10 @@ INDEX_FILE = "index.json"
 _FORMAT = "legacy1bit tokens"
 _FORMAT_VERSION = 1
 
+# What tokens can be stored as, and what a part can be called: its files are called after it.
+_DTYPES = ("|u1", "<u2", "<u4")
+_PART_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
 # A shard is of this size, so that a damaged or a missing one is a small loss, and that any file
 # system holds it.
 SHARD_BYTES = 1 << 28
@@ -49,7 +54,7 @@ class ShardError(ValueError):
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the smallest type that holds every token of a vocabulary."""
-    for name in ("<u1", "<u2", "<u4"):
+    for name in _DTYPES:
         if vocab_size - 1 <= np.iinfo(name).max:
             return np.dtype(name)
     raise ValueError(f"the vocabulary has {vocab_size} tokens, expected at most 2^32")
@@ -283,6 +288,13 @@ class PartIndex:
     tokens_crc: int
     documents_crc: int
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} is {value!r}, expected a whole number from 0 on")
+        if self.documents > self.tokens or (self.tokens > 1 and not self.documents):
+            raise ValueError(f"{self.tokens} tokens are not those of {self.documents} documents")
+
 
 @dataclass(frozen=True)
 class Index:
@@ -308,6 +320,18 @@ class Index:
     tokenizer: str
     sha256: str
     parts: dict[str, PartIndex]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
+        if type(self.shard_tokens) is not int or self.shard_tokens < 1:
+            raise ValueError(f"shard_tokens is {self.shard_tokens!r}, expected 1 or more")
+        for name in ("source", "tokenizer", "sha256"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected text")
+        for name in self.parts:
+            if not _PART_NAME.fullmatch(name):
+                raise ValueError(f"a part is called {name!r}, expected letters and digits")
 
 
 class _PartWriter:
@@ -547,11 +571,8 @@ def read_index(folder: Path) -> Index:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path} is damaged: {error}") from None
     for name, part in parts.items():
-        itemsize = np.dtype(index.dtype).itemsize
-        shards = _shard_names(index, name)
-        _check_files([folder / shard for shard in shards], part.tokens * itemsize, part.tokens_crc)
-        documents = folder / f"{name}.documents"
-        _check_files([documents], part.documents * 8, part.documents_crc)
+        _check_tokens(folder, index, name)
+        _check_documents(folder / f"{name}.documents", part)
     return index
 
 
@@ -559,24 +580,53 @@ def _crc_of(told: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(told).encode())
 
 
-def _shard_names(index: Index, part: str) -> list[str]:
+def _shard_names(index: Index, part: str) -> Iterator[str]:
     count = -(-index.parts[part].tokens // index.shard_tokens)
-    return [_shard_name(part, number) for number in range(count)]
+    return (_shard_name(part, number) for number in range(count))
 
 
-def _check_files(paths: Sequence[Path], size: int, crc: int) -> None:
-    """Raise ``ShardError`` unless files, one behind the other, are what they were."""
-    found_size = found_crc = 0
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    found_size += len(block)
-                    found_crc = zlib.crc32(block, found_crc)
-        except OSError as error:
-            raise ShardError(f"{path}: {error.strerror}") from None
-    if (found_size, found_crc) != (size, crc):
-        raise ShardError(f"{', '.join(map(str, paths))}: damaged")
+def _check_tokens(folder: Path, index: Index, name: str) -> None:
+    """Raise ``ShardError`` unless the shards of a part are what they were."""
+    part, itemsize = index.parts[name], np.dtype(index.dtype).itemsize
+    left, crc = part.tokens, 0
+    # An index may promise more shards than memory has names for: the first that is missing ends it.
+    for shard in _shard_names(index, name):
+        count = min(left, index.shard_tokens)
+        for block in _blocks(folder / shard, count * itemsize):
+            crc = zlib.crc32(block, crc)
+        left -= count
+    if crc != part.tokens_crc:
+        raise ShardError(f"{folder / name}: the checksum of its tokens is another")
+
+
+def _check_documents(path: Path, part: PartIndex) -> None:
+    """Raise ``ShardError`` unless the places of documents are what they were, and are places."""
+    crc, last = 0, -1
+    for block in _blocks(path, part.documents * 8):
+        crc = zlib.crc32(block, crc)
+        places = np.frombuffer(block, "<i8")
+        rising = places[0] > last and (places[1:] > places[:-1]).all()
+        if not rising or (last < 0 and places[0] != 0) or places[-1] >= part.tokens:
+            raise ShardError(
+                f"{path}: expected where documents begin, from 0 on, each behind the one before "
+                f"and below {part.tokens}"
+            )
+        last = int(places[-1])
+    if crc != part.documents_crc:
+        raise ShardError(f"{path}: its checksum is another")
+
+
+def _blocks(path: Path, size: int) -> Iterator[bytes]:
+    """Yield what a file holds, which is to have so many bytes, some megabytes at a time."""
+    try:
+        found = os.stat(path)
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            raise ShardError(f"{path} has {found.st_size} bytes, expected a file of {size}")
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK_BYTES):
+                yield block
+    except OSError as error:
+        raise ShardError(f"{path}: {error.strerror}") from None
 
 
 def open_store(folder: Path, index: Index, part: str) -> TokenStore:
@@ -586,7 +636,11 @@ def open_store(folder: Path, index: Index, part: str) -> TokenStore:
     ------
     OSError
         If a file cannot be read.
+    ShardError
+        If there is no such part.
     """
+    if part not in index.parts:
+        raise ShardError(f"{folder} has the parts {', '.join(index.parts)}, expected {part}")
     parts = [IntegerFile(folder / name, index.dtype) for name in _shard_names(index, part)]
     documents = IntegerFile(folder / f"{part}.documents", "<i8")
     # The last token is the first of a document that is not there.

@@ -732,7 +732,7 @@ def _parquet_documents(file: _Input, path: Path, field: str) -> Iterator[_Part]:
                     raise ValueError(f"{path}, row {row}: {field!r} is null, expected a string")
                 _check_row(text, f"{path}, row {row}")
                 yield True, text
-    except (arrow.ArrowException, OSError) as error:
+    except (arrow.ArrowException, OSError, UnicodeDecodeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} is damaged, or not of Parquet: {reason}") from None
 

@@ -187,6 +187,15 @@ def test_checkpoint_of_another_model_is_refused(folder):
         newest_checkpoint(folder, ModelConfig())
 
 
+def test_damage_is_told_in_one_line(tmp_path):
+    """Another library's error quotes what it found, line breaks included."""
+    header = b'{"first": {"dtype": "a\\nb", "shape": [0], "data_offsets": [0, 0]}}'
+    (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(ModelFileError, match=r"x is not a checkpoint: .*`a b`") as caught:
+        read_checkpoint(tmp_path / "x", ModelConfig())
+    assert "\n" not in str(caught.value)
+
+
 def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
     monkeypatch.chdir(tmp_path)
     options = ("--stories", 20, "--steps", 6, "--evaluate-every", 2, "--blocks", 1)

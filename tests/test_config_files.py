@@ -158,7 +158,9 @@ BAD_TOML = {
     b"\x7fELF\x02\xff\xfe": "line 1: byte 0xff is not UTF-8",
     b"[a]\nx = " + b"[" * 50_000: "brackets are too deep",
     b"[a]\nx = " + b"9" * 5000: "is no TOML: ",
-    b"#" * ((1 << 20) + 1): "larger than 1048576 bytes",
+    b"#" * ((1 << 16) + 1): "larger than 65536 bytes",
+    b"a." * 300 + b"a = 1": "line 1 has more than 256 dots",
+    b"x = 1\n[" + b"a." * 300 + b"a]": "line 2 has more than 256 dots",
 }
 
 
@@ -177,6 +179,13 @@ def test_unknown_key_names_the_nearest():
     assert str(error) == "f.toml, line 3: unknown key 'stpes', did you mean 'steps'?"
     error = unknown_key("f.toml", None, "colour", ["steps", "seed"])
     assert str(error) == "f.toml: unknown key 'colour', expected steps, seed"
+
+
+def test_number_that_python_does_not_spell_is_refused():
+    """Hexadecimal digits have no limit in TOML's reader, decimal ones do in what prints them."""
+    path = file_of(b"[training]\nsteps = 0x" + b"f" * 5000)
+    with pytest.raises(ValueError, match=r"line 2: training\.steps is a number of more than 4300"):
+        read_config(path)
 
 
 # --- Config files ---------------------------------------------------------------------------------

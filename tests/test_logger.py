@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, read_metrics
+from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, MetricsLogger, StepLog, read_metrics
 
 RECORDS = [{"step": step, "val_loss": 1.0 / step, "note": "\u00e9\n"} for step in (10, 20, 30)]
 
@@ -118,6 +118,22 @@ def test_logger_mends_a_file_that_a_crash_cut_short(path):
     path.write_bytes(path.read_bytes()[:-5])
     MetricsLogger(path.parent, 30).log({"step": 40})
     assert read_metrics(path) == [*RECORDS[:2], {"step": 40}]
+
+
+def test_logger_refuses_records_that_are_too_deep(path):
+    """What is read may be deeper than what can be written again."""
+    path.write_bytes(b'{"step": 1, "a": ' + b'{"a": ' * 800 + b"1" + b"}" * 801 + b"\n")
+    content = path.read_bytes()
+    assert len(read_metrics(path)) == 1
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a record has too many others within"):
+        MetricsLogger(path.parent, 1000)
+    assert path.read_bytes() == content
+
+
+def test_logger_goes_on_with_numbers_in_lists_that_are_not_finite(path):
+    path.write_text('{"step": 1, "a": {"b": [NaN, [Infinity, 2]]}}\n')
+    StepLog(path, resume_at=1)
+    assert read_metrics(path) == [{"step": 1, "a": {"b": [None, [None, 2]]}}]
 
 
 def test_logger_of_a_new_run_begins_an_empty_file(path):

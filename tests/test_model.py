@@ -549,6 +549,7 @@ def test_transformer_block_rejects_layers_of_other_widths():
 @pytest.mark.parametrize(("head_dim", "base"), [(2, 10000.0), (8, 10000.0), (6, 7.0)])
 def test_rotary_table_turns_as_the_oracle_does(head_dim, base):
     table = RotaryTable(head_dim, 9, base)
+    table.fill(9)
     assert table.cosines.shape == table.sines.shape == (9, head_dim // 2)
     # Of the unit vectors (1, 0), rotation gives the cosines and the sines themselves.
     x = np.zeros((1, 9, 1, head_dim))
@@ -556,6 +557,31 @@ def test_rotary_table_turns_as_the_oracle_does(head_dim, base):
     turned = oracle.rotary(x, base)[0, :, 0]
     actual = np.concatenate([table.cosines, table.sines], axis=1)
     assert_close(actual, turned, rtol=0, atol=UNIT_ROUNDOFF, dtype=np.float32)
+
+
+def test_rotary_table_is_the_same_however_it_grows():
+    table, whole = RotaryTable(8, 100), RotaryTable(8, 100)
+    for length in (1, 2, 3, 7, 30, 10, 100, 100):
+        table.fill(length)
+    whole.fill(100)
+    np.testing.assert_array_equal(table.cosines, whole.cosines, strict=True)
+    np.testing.assert_array_equal(table.sines, whole.sines, strict=True)
+    assert (whole.cosines[:, 0] != 0.0).all()
+
+
+@pytest.mark.memory
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux tells what is in memory")
+def test_rotary_table_takes_memory_for_the_positions_that_are_used():
+    """A file of some kilobytes may promise 131,072 positions, which were 134 MB here."""
+    before = resident_bytes()
+    table = RotaryTable(256, 1 << 17)
+    table.fill(100)
+    assert table.cosines.shape == (1 << 17, 128)
+    assert resident_bytes() - before < 1 << 24
+
+
+def resident_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_rotary_table_rejects_odd_heads():

@@ -83,6 +83,11 @@ def test_default_space_has_the_defaults_in_it():
         ("[model_dim]\nlow = 8\nhigh = 16\nstep = 0", "line 4: model_dim.step is 0, expected it a"),
         ("[clip]\nlow = 0\nhigh = 1\nlog = true", "line 2: clip.low is 0, expected it above 0"),
         ("[clip]\nlow = nan\nhigh = 1", "line 2: clip.low is nan, expected a number"),
+        ("[clip]\nlow = 0\nhigh = 1\nstep = inf", "line 4: clip.step is inf, expected a number"),
+        (f"[clip]\nlow = {10**400}\nhigh = 1", "line 2: clip.low is 10+, expected 0.0 to"),
+        (f"[clip]\nlow = 0\nhigh = 1\nstep = {10**400}", "line 4: clip.step is 10+, expected it"),
+        (f"[seed]\nlow = 0x{16**5000:x}", "line 1: .*'seed'"),
+        (f"[model_dim]\nlow = 0x{16**5000:x}", "line 2: model_dim.low is a number of more than"),
         ("[clip]\nlow = 1\nhigh = 2\nlog = 1", "line 4: clip.log is 1, expected true or false"),
         ("[clip]\nlow = 1\nhigh = 2\nlog = true\nstep = 1", "line 5: clip.step is 1, expected no"),
         ("[clip]\nlow = 1\nhigh = 2\nof_steps = true", "line 4: clip.of_steps is True, expected"),
@@ -138,6 +143,20 @@ def test_values_of_a_range_have_no_end():
         with pytest.raises(ValueError, match=f"{dimension.name} has a range, expected choices or"):
             dimension.values()
     assert Dimension("clip", None, 0.0, 1.0, 0.1).values() == tuple(i * 0.1 for i in range(11))
+
+
+@pytest.mark.parametrize("step", [5e-324, 1e-300, 1e-7])
+def test_values_that_nobody_waits_for_are_refused(step):
+    dimension = Dimension("clip", None, 0.0, 1.0, step)
+    with pytest.raises(ValueError, match=r"clip has .*, expected at most 1,000,000"):
+        dimension.values()
+
+
+@pytest.mark.parametrize(("low", "step"), [(0.05, 0.1), (0.1, 0.1), (0.3, 0.7)])
+def test_dimension_contains_its_values_where_they_are_rounded(low, step):
+    dimension = Dimension("clip", None, low, low + 20 * step, step)
+    assert all(dimension.contains(value) for value in dimension.values())
+    assert not dimension.contains(low + step / 3)
 
 
 # --- The grid -------------------------------------------------------------------------------------

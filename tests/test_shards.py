@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -455,9 +456,11 @@ def test_only_what_is_old_and_temporary_is_removed(tmp_path):
 def test_second_writer_keeps_what_the_first_has_written(tmp_path, documents):
     folder = tmp_path / "entry"
     with ShardWriter(folder, ("text",), 256) as writer:
+        writer.begin_document("text")
         writer.write("text", np.arange(9))
         first = os.fspath(folder / INDEX_FILE)
         with ShardWriter(folder, ("text",), 256) as other:
+            other.begin_document("text")
             other.write("text", np.arange(9))
             index = other.finish(*KNOWN)
         inode = os.stat(first).st_ino
@@ -658,6 +661,85 @@ def test_index_with_other_values_is_found_out(tmp_path_factory, data):
         (folder / INDEX_FILE).write_text(json.dumps(told))
         with pytest.raises(ShardError):
             read_index(folder)
+
+
+def tell(folder, **changes):
+    """Give an index other values, of its part where that has them, and the checksum of them."""
+    told = json.loads((folder / INDEX_FILE).read_bytes())
+    del told["crc"]
+    for name, value in changes.items():
+        place = told["parts"]["text"] if name in told["parts"]["text"] else told
+        place[name] = value
+    told["crc"] = shards._crc_of(told)
+    (folder / INDEX_FILE).write_text(json.dumps(told))
+
+
+FORGED = {
+    "no shards": ({"shard_tokens": 0}, "shard_tokens is 0, expected 1 or more"),
+    "fewer than none": ({"shard_tokens": -1}, "shard_tokens is -1"),
+    "half a token": ({"shard_tokens": 1.5}, "shard_tokens is 1.5"),
+    "tokens of text": ({"tokens": "9"}, "tokens is '9', expected a whole number"),
+    "tokens below 0": ({"tokens": -1}, "tokens is -1, expected a whole number"),
+    "tokens as truth": ({"tokens": True}, "tokens is True, expected a whole number"),
+    "tokens of nobody": ({"documents": 0}, "tokens are not those of 0 documents"),
+    "many documents": ({"documents": 10**30}, "tokens are not those of 1000000"),
+    "shards without end": ({"tokens": 10**12, "shard_tokens": 1}, "has 64 bytes, expected"),
+    "numbers with a point": ({"dtype": "<f4"}, "dtype is '<f4', expected one of"),
+    "objects": ({"dtype": "O"}, "dtype is 'O'"),
+    "nothing": ({"dtype": "<U0"}, "dtype is '<U0'"),
+    "a list": ({"dtype": [["a", "<u1"]]}, r"dtype is \[\['a', '<u1'\]\]"),
+    "no text": ({"source": ["source"]}, "source is"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), FORGED.values(), ids=FORGED)
+def test_index_that_is_forged_is_found_out(entry, changes, message):
+    """A checksum that fits is no reason to believe the rest."""
+    tell(entry, **changes)
+    with pytest.raises(ShardError, match=message):
+        read_index(entry)
+
+
+@pytest.mark.parametrize("name", ["", "..", "../text", "/text", "a/b", "text\0", "\ud800", "t\n"])
+def test_parts_are_in_the_folder(entry, name):
+    told = json.loads((entry / INDEX_FILE).read_bytes())
+    tell(entry, parts={name: told["parts"]["text"]})
+    with pytest.raises(ShardError, match="a part is called"):
+        read_index(entry)
+
+
+def test_part_that_is_not_there_is_named(entry):
+    index = read_index(entry)
+    with pytest.raises(ShardError, match="has the parts text, expected training"):
+        open_store(entry, index, "training")
+
+
+@pytest.mark.parametrize("change", ["swapped", "equal", "negative", "late", "beyond"])
+def test_documents_lie_one_behind_the_other(entry, change):
+    """Rows of places below 0 were read for ever."""
+    path = entry / "text.documents"
+    places = np.frombuffer(path.read_bytes(), "<i8").copy()
+    if change == "swapped":
+        places[1:3] = places[2:0:-1].copy()
+    elif change == "equal":
+        places[1] = places[2]
+    else:
+        place, value = {"negative": (0, -1), "late": (0, 1), "beyond": (-1, 1 << 40)}[change]
+        places[place] = value
+    path.write_bytes(places.tobytes())
+    tell(entry, documents_crc=zlib.crc32(places.tobytes()))
+    with pytest.raises(ShardError, match="expected where documents begin"):
+        read_index(entry)
+
+
+def test_shards_of_other_sizes_are_found_out(entry):
+    """All together they hold what they held."""
+    first, second = (entry / f"text-0000{number}.tokens" for number in range(2))
+    both = first.read_bytes() + second.read_bytes()
+    first.write_bytes(both[:1])
+    second.write_bytes(both[1:])
+    with pytest.raises(ShardError, match=r"text-00000\.tokens has 1 bytes, expected a file of 64"):
+        read_index(entry)
 
 
 # --- The cache ------------------------------------------------------------------------------------

@@ -758,10 +758,11 @@ def test_parquet_that_is_no_text_is_refused(write_table):
 @needs_arrow
 def test_damaged_parquet_is_refused(write_table, write):
     column = pyarrow.array([LONG.decode()] * 9)
-    content = write_table(column, write_page_checksum=True).read_bytes()
+    content = write_table(column, write_page_checksum=True, store_schema=False).read_bytes()
     middle = len(content) // 2
     changed = content[:middle] + bytes(99) + content[middle + 99 :]
-    for damaged in (b"", b"PAR1", content[:-9], b"text" * 99, changed):
+    named = content.replace(b"text", b"\xff\xff\xff\xff")
+    for damaged in (b"", b"PAR1", content[:-9], b"text" * 99, changed, named):
         fails(write("b.parquet", damaged), "{} is damaged, or not of Parquet: ")
 
 

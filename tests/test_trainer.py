@@ -1818,6 +1818,8 @@ HEADERS = {
     "huge": {"step": str(10**30)},
     "long": {"step": "9" * 5000},
     "time": {"seconds": "a while"},
+    "time without end": {"seconds": "inf"},
+    "time of nothing": {"seconds": "nan"},
     "best empty": {"best": ""},
     "best number": {"best": "5"},
     "best of one": {"best": "[1.5]"},
