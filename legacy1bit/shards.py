@@ -17,7 +17,7 @@ import time
 import uuid
 import weakref
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -544,6 +544,7 @@ def read_index(folder: Path) -> Index:
         del told["format"], told["format_version"]
         parts = {name: PartIndex(**part) for name, part in told.pop("parts").items()}
         index = Index(**told, parts=parts)
+        _check_index(index)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path} is damaged: {error}") from None
     for name, part in parts.items():
@@ -559,24 +560,43 @@ def _crc_of(told: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(told).encode())
 
 
-def _shard_names(index: Index, part: str) -> list[str]:
+def _check_index(index: Index) -> None:
+    """Raise ``ValueError`` for what no writer writes: a checksum can be right by intent.
+
+    Names of parts become names of files, and numbers how much is read.
+    """
+    if np.dtype(index.dtype).kind not in "iu":
+        raise ValueError(f"its tokens are of the type {index.dtype!r}")
+    for name in index.parts:
+        if not name.isidentifier():
+            raise ValueError(f"it has a part named {name!r}")
+    numbers = [number for part in index.parts.values() for number in vars(part).values()]
+    if index.shard_tokens == 0 or any(
+        type(number) is not int or number < 0 for number in [index.shard_tokens, *numbers]
+    ):
+        raise ValueError("it has numbers that count nothing")
+
+
+def _shard_names(index: Index, part: str) -> Iterator[str]:
     count = -(-index.parts[part].tokens // index.shard_tokens)
-    return [_shard_name(part, number) for number in range(count)]
+    return (_shard_name(part, number) for number in range(count))
 
 
-def _check_files(paths: Sequence[Path], size: int, crc: int) -> None:
+def _check_files(paths: Iterable[Path], size: int, crc: int) -> None:
     """Raise ``ShardError`` unless files, one behind the other, are what they were."""
     found_size = found_crc = 0
+    seen = []
     for path in paths:
+        seen.append(path)
         try:
             with open(path, "rb") as file:
-                while block := file.read(_BLOCK_BYTES):
+                while found_size <= size and (block := file.read(_BLOCK_BYTES)):
                     found_size += len(block)
                     found_crc = zlib.crc32(block, found_crc)
         except OSError as error:
             raise ShardError(f"{path}: {error.strerror}") from None
     if (found_size, found_crc) != (size, crc):
-        raise ShardError(f"{', '.join(map(str, paths))}: damaged")
+        raise ShardError(f"{', '.join(map(str, seen))}: damaged")
 
 
 def open_store(folder: Path, index: Index, part: str) -> TokenStore:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -658,6 +659,58 @@ def test_index_with_other_values_is_found_out(tmp_path_factory, data):
         (folder / INDEX_FILE).write_text(json.dumps(told))
         with pytest.raises(ShardError):
             read_index(folder)
+
+
+def forge(folder, change):
+    """Change what an index tells, and give it the checksum that fits."""
+    told = json.loads((folder / INDEX_FILE).read_bytes())
+    del told["crc"]
+    change(told)
+    told["crc"] = zlib.crc32(json.dumps(told).encode())
+    (folder / INDEX_FILE).write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_forged_index_leads_to_no_other_folder(entry, absolute):
+    inside = json.loads((entry / INDEX_FILE).read_bytes())["parts"]["text"]
+    secret = entry.parent / "secret"
+    for path in list(entry.glob("text*")):
+        path.rename(secret.with_name(path.name.replace("text", "secret")))
+    name = str(secret) if absolute else "../secret"
+    forge(entry, lambda told: told.update(parts={name: inside}))
+    with pytest.raises(ShardError, match="a part named"):
+        read_index(entry)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("dtype", value) for value in ["O", "f4", "u1,u1", "nonsense", None, [], {}]],
+        *[("shard_tokens", value) for value in [0, -1, 1.5, True, "1", None, 10**30]],
+        *[("tokens", value) for value in [-1, 1.5, True, "1", None, 10**30]],
+        *[("documents", value) for value in [-1, 1.5, "1", None, 10**30]],
+        ("bytes", "many"),
+    ],
+)
+def test_forged_index_is_found_out(entry, name, value):
+    def change(told):
+        record = told if name in told else told["parts"]["text"]
+        assert name in record
+        record[name] = value
+
+    forge(entry, change)
+    with pytest.raises(ShardError):
+        read_index(entry)
+
+
+def test_forged_index_of_more_shards_than_memory_holds_is_found_out(entry):
+    def change(told):
+        told["shard_tokens"] = 1
+        told["parts"]["text"]["tokens"] = 10**15
+
+    forge(entry, change)
+    with pytest.raises(ShardError, match="text-0"):
+        read_index(entry)
 
 
 # --- The cache ------------------------------------------------------------------------------------
