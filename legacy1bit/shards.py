@@ -550,7 +550,7 @@ def read_index(folder: Path) -> Index:
     for name, part in parts.items():
         itemsize = np.dtype(index.dtype).itemsize
         shards = _shard_names(index, name)
-        _check_files([folder / shard for shard in shards], part.tokens * itemsize, part.tokens_crc)
+        _check_files((folder / shard for shard in shards), part.tokens * itemsize, part.tokens_crc)
         documents = folder / f"{name}.documents"
         _check_files([documents], part.documents * 8, part.documents_crc)
     return index
