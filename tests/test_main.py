@@ -31,6 +31,7 @@ from test_trainer import RECORD_KEYS, assert_same_files, measured, with_losses
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
 from legacy1bit.commands import common, corpora, train
+from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -931,7 +932,7 @@ def test_tensorboard_of_a_run_that_fails_holds_what_came_before(capsysbinary, mo
 
     def train_step(self):
         if self.step == 4:
-            raise trainer.TrainingDiverged("the loss is nan at step 5")
+            raise TrainingDiverged("the loss is nan at step 5")
         return take(self)
 
     monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
