@@ -132,8 +132,8 @@ lint: build
 	@echo '$(CYTHONS_OWN)' > build/unstubbed
 	$(PYTHON) -m mypy.stubtest --ignore-disjoint-bases --allowlist build/unstubbed $(STUBBED)
 
-# What is built of one commit is the same to the byte: its time stands for those of all files.
-wheel sdist: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
+# Times in the wheel are the commit's.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 wheel: build
 	rm -rf dist
 	$(PIP) install -q build

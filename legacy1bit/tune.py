@@ -13,7 +13,6 @@ import os
 import shutil
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -311,8 +310,6 @@ def open_storage(url: str, dead_seconds: float = _DEAD_SECONDS) -> Any:
             if not meanwhile or attempt == _ATTEMPTS - 1:
                 raise ValueError(f"{shown(url)} cannot be opened: {_first_line(error)}") from None
             time.sleep(0.5)
-    # Its connections end with it; from Python 3.13 on, one that is left open is warned of.
-    weakref.finalize(storage, storage.engine.dispose)
     if sqlite:
         # SQLite would let two processes read that a trial waits, and then both take it: here a
         # transaction has the database to itself from its beginning.
