@@ -31,7 +31,7 @@ needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.tom
 .PHONY: build help run bench bench-compare bench-peers bench-data results
 .PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage
-.PHONY: test-wheel test-old-cpus lint wheel clean distclean always
+.PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
 
 build: build/done
 
@@ -50,6 +50,8 @@ help:
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
+	@echo 'make test-oldest        the same with the oldest of all packages, in Python 3.11'
+	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
 	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
@@ -167,10 +169,17 @@ lint: build
 	@echo '$(CYTHONS_OWN)' > build/unstubbed
 	$(PYTHON) -m mypy.stubtest --ignore-disjoint-bases --allowlist build/unstubbed $(STUBBED)
 
+# Times in the wheel are the commit's.
+wheel: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || date +%s)
 wheel: build
 	rm -rf dist
 	$(PIP) install -q build
 	$(PYTHON) -m build
+
+sdist: build
+	rm -rf dist
+	$(PIP) install -q build
+	$(PYTHON) -m build --sdist
 
 ELSEWHERE := build/test-wheel
 
@@ -180,6 +189,21 @@ test-wheel: wheel
 	cp -r tests pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	cd $(ELSEWHERE) && venv/bin/python -m pytest $(ARGS)
+
+# Exactly the versions that the bounds name, those of the build too; what these need is the newest.
+OLDEST := build/test-oldest
+
+test-oldest: sdist
+	rm -rf $(OLDEST) && mkdir -p $(OLDEST)
+	$(PYTHON) tests/oldest.py > $(OLDEST)/bounds
+	BOUNDS=$(OLDEST)/bounds TESTS='$(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(OLDEST) python3.11
+
+ALL_PYTHONS := build/test-all-pythons
+PYTHONS ?= $(foreach minor,11 12 13 14 15,python3.$(minor)) python3.13t python3.14t python3.15t
+
+test-all-pythons: sdist
+	rm -rf $(ALL_PYTHONS) && mkdir -p $(ALL_PYTHONS)
+	TESTS='$(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(ALL_PYTHONS) $(PYTHONS)
 
 # Built from source, llama.cpp is what its authors released, for this CPU.
 IN_LLAMA_CPP := build/test-gguf

@@ -130,11 +130,14 @@ class BuildExt(build_ext):
     def build_extensions(self):
         compiler = self.compiler.compiler_so
         check_tools(compiler[0])
+        # A Python that was built by hand looks for its own library where it lies; ours need none.
+        linker = [part for part in self.compiler.linker_so if not part.startswith("-Wl,-rpath")]
+        self.compiler.linker_so = linker
         self.extensions = [
             module for module in self.extensions if understands(compiler, module.extra_compile_args)
         ]
         arguments = [module.extra_compile_args for module in self.extensions]
-        flags = f"{sys.version} {Cython.__version__} {compiler} {arguments} {DIRECTIVES}"
+        flags = f"{sys.version} {Cython.__version__} {compiler} {linker} {arguments} {DIRECTIVES}"
         note = Path(self.build_temp, "flags")
         self.force = self.force or not note.exists() or note.read_text() != flags
         note.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Weights packed for decoding: two bits each, or five trits to a byte.
+"""Weights packed for decoding, two bits each or five trits to a byte.
 
 A packed matrix is laid out for the kernels, in the tiles that ``include/simd.h`` describes: 32 rows
 by 16 columns in 128 bytes, or 32 by 20 in base 3. So a product reads its weights

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -325,6 +326,7 @@ def open_storage(url: str, dead_seconds: float = _DEAD_SECONDS) -> Any:
             connection.exec_driver_sql("BEGIN IMMEDIATE")
 
         storage.engine.dispose()
+    weakref.finalize(storage, storage.engine.dispose)
     return storage
 
 

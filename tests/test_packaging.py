@@ -1,14 +1,22 @@
 """What an installed package must have besides code that works."""
 
 import importlib.metadata
+import importlib.util
+import io
 import subprocess
 import sys
+import tarfile
+import tokenize
+import tomllib
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+import pytest
 
 import legacy1bit
 
 PACKAGE = Path(legacy1bit.__file__).parent
+ROOT = Path(__file__).parents[1]
 
 # What importing the package brings in, beside the standard library and Cython's own.
 IMPORTED = """
@@ -48,3 +56,84 @@ def test_import_brings_in_nothing_else():
         [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["legacy1bit"]
+
+
+def test_wheel_has_the_package_and_nothing_else():
+    files = importlib.metadata.files("legacy1bit")
+    if any(path.name.startswith("__editable__") for path in files):
+        pytest.skip("what is installed is a link to the source: make test-wheel")
+    files = [path for path in files if ".." not in path.parts and path.suffix != ".pyc"]
+    info = f"legacy1bit-{legacy1bit.__version__}.dist-info"
+    assert {path.parts[0] for path in files} == {"legacy1bit", info}
+    kinds = {"".join(path.suffixes) for path in files if path.parts[0] == "legacy1bit"}
+    assert kinds == {".py", ".pyi", ".pxd", ".toml", ".c", EXTENSION_SUFFIXES[0], ""}
+    assert [path.name for path in files if path.suffix == ".c"] == ["model.c"]
+    assert [path.name for path in files if path.parts[0] != info and not path.suffix] == [
+        "py.typed"
+    ]
+
+
+def test_compiled_modules_tell_nothing_of_the_machine_that_built_them():
+    home = str(Path.home())
+    told = {str(ROOT), *([home] if home != "/" else [])}
+    for path in PACKAGE.glob(f"*{EXTENSION_SUFFIXES[0]}"):
+        content = path.read_bytes()
+        assert not [place for place in told if f"{place}/".encode() in content], path.name
+
+
+@pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="there is no source here")
+def test_source_distribution_has_the_source_and_nothing_else(tmp_path):
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    if not all(importlib.util.find_spec(name) for name in ("setuptools", "Cython")):
+        pytest.skip(f"not installed: {settings['build-system']['requires']}")
+    made = subprocess.run(
+        [
+            *(sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path),
+            *("sdist", "--formats", "tar", "--dist-dir", tmp_path),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert made.returncode == 0, made.stderr
+    [archive] = tmp_path.glob("*.tar")
+    with tarfile.open(archive) as file:
+        found = {name.partition("/")[2] for name in file.getnames()}
+    found = {name for name in found if (ROOT / name).is_file()} - {"setup.cfg"}
+    known = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    if known.returncode:
+        pytest.skip("this is no clone of the repository")
+    expected = {name for name in known.stdout.splitlines() if not name.startswith(".")}
+    assert found == {name for name in expected if (ROOT / name).is_file()}
+
+
+# What turns data into code, or a file into a connection.
+UNSAFE = {
+    *("eval", "exec", "compile", "__import__", "pickle", "cPickle", "marshal", "shelve", "dill"),
+    *("joblib", "allow_pickle", "cloudpickle", "ctypes", "runpy", "imp", "code", "torch"),
+}
+
+
+def test_hostile_input_cannot_run():
+    files = [
+        path
+        for path in sorted([*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyx")])
+        if path.parent.name != "bench"
+    ]
+    assert len(files) > 30
+    for path in files:
+        words = [
+            token.string
+            for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
+            if token.type in (tokenize.NAME, tokenize.OP)
+        ]
+        for before, word, after in zip(["", "", *words], ["", *words], [*words, ""], strict=False):
+            called = word in UNSAFE and after == "(" and before != "."
+            imported = word in UNSAFE and before in ("import", "from")
+            unsafe = called or imported or word == "allow_pickle"
+            assert not unsafe, f"{path.name}: {word}"
