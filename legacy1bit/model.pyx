@@ -52,7 +52,10 @@ class ModelFileError(ValueError):
 # Pointers out of arrays
 
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL:
-    cdef const float[::1] view = array
+    cdef const float[::1] view
+    if array is None:
+        raise ValueError(f"{name} is None, expected {size} elements")
+    view = array
     if view.shape[0] != size:
         raise ValueError(f"{name} has {view.shape[0]} elements, expected {size}")
     if size == 0:
@@ -82,6 +85,8 @@ cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
     if isinstance(weights, TernaryMatrix):
         (<TernaryMatrix>weights).fill(view)
         return 0
+    if weights is None:
+        raise ValueError(f"{name} is None, expected a matrix")
     dense = weights
     if dense.shape[0] * dense.shape[1] == 0:
         raise ValueError(f"{name} is empty")
