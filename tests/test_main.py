@@ -685,7 +685,7 @@ def test_train_refuses_bad_minutes(fail, run, text):
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["nowhere", "empty", "text.txt", ""])
+@pytest.mark.parametrize("name", ["nowhere", "empty", "text.txt", "."])
 def test_resume_refuses_what_is_no_run(fail, text, name):
     Path("empty").mkdir()
     assert "is not a training run" in fail("train", "--resume", name)
