@@ -19,7 +19,8 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-browser lint
+TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-browser
+TAKES_IT += test-mutants lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -28,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
-.PHONY: test test-slow test-c test-gguf test-postgres test-browser
+.PHONY: test test-slow test-c test-mutants test-gguf test-postgres test-browser
 .PHONY: test-wheel test-old-cpus lint wheel clean distclean always
 
 build: build/done
@@ -44,6 +45,7 @@ help:
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
+	@echo 'make test-mutants       whether the tests notice faults in the kernels; takes an hour'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
@@ -103,6 +105,10 @@ test-slow: build
 
 test-c: build
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_c_source.py
+
+# Faults in kernels and backward functions: does the suite notice? An hour.
+test-mutants: build
+	$(PYTHON) tests/mutants/check.py $(ARGS)
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
