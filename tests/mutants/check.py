@@ -221,8 +221,8 @@ class Plugin:
     def pytest_runtestloop(self, session):
         if session.testsfailed:
             raise SystemExit("the tests could not be collected")
-        reached = self.survey(session.items)
-        self.attack(session.items, reached)
+        items = session.items[:: self.options.part]
+        self.attack(items, self.survey(items))
         return True
 
     def run(self, items, seconds_of, after):
@@ -237,12 +237,11 @@ class Plugin:
 
     def survey(self, items):
         """Which functions each test enters, and how long it takes; only of those that pass."""
-        known = Path("reached.json")
-        if known.exists():
-            return json.loads(known.read_text())
+        known = Path("reached.jsonl")
+        known.touch()
+        found = dict(json.loads(line) for line in known.open())
         marks = Path("reached.bin")
         marks.write_bytes(bytes(self.count))
-        found = {}
 
         def after(item, seconds):
             # Written in place: other processes have the file mapped.
@@ -250,20 +249,20 @@ class Plugin:
                 entered = [index for index, mark in enumerate(file.read()) if mark]
                 file.seek(0)
                 file.write(bytes(self.count))
-            if not self.failed:
-                found[item.nodeid] = [round(seconds, 4), entered]
-            else:
+            if self.failed:
                 print("fails without a fault:", self.failed, file=sys.stderr)
+                entered = []
             self.failed = None
+            with known.open("a") as file:
+                print(json.dumps([item.nodeid, [round(seconds, 4), entered]]), file=file)
 
         def work():
             os.environ["LEGACY1BIT_REACHED"] = str(marks.resolve())
-            self.run(items, lambda item: 600, after)
-            known.write_text(json.dumps(found))
+            self.run([item for item in items if item.nodeid not in found], lambda item: 600, after)
 
         if forked(work, "survey.log") != 0:
             sys.exit("the suite cannot be surveyed: see survey.log")
-        return json.loads(known.read_text())
+        return dict(json.loads(line) for line in known.open())
 
     def attack(self, items, reached):
         results, by_name = Path("results.jsonl"), {item.nodeid: item for item in items}
@@ -291,7 +290,7 @@ class Plugin:
                     break
                 chosen.append(by_name[test])
             began = time.monotonic()
-            killer = Path("killer")
+            killer = Path(f"killer-{os.getpid()}")
             killer.unlink(missing_ok=True)
 
             def work(number=number, chosen=chosen, killer=killer):
@@ -353,7 +352,7 @@ def attack(options):
     plugin = Plugin({int(number): fault for number, fault in table["faults"].items()},
                     table["count"], options)
     sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler",
-                          f"--basetemp={TREE}/tmp", *options.tests], plugins=[plugin]))
+                          f"--basetemp={TREE}/tmp-{os.getpid()}", *options.tests], plugins=[plugin]))
 
 
 def report(functions):
@@ -382,6 +381,7 @@ def main():
     parser.add_argument("--only", default="", help="faults whose names match")
     parser.add_argument("--limit", type=float, default=1e9,
                         help="seconds of tests, by what they take without a fault, for each fault")
+    parser.add_argument("--part", type=int, default=1, help="of the tests, only every N-th")
     parser.add_argument("--again", action="store_true", help="try those once more that survived")
     parser.add_argument("--build", action="store_true", help="only build")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -397,7 +397,7 @@ def main():
         for index, function in enumerate(functions) for fault in function.faults}}
     text = json.dumps(table, indent=0)
     if not (TREE / "faults.json").exists() or (TREE / "faults.json").read_text() != text:
-        (TREE / "reached.json").unlink(missing_ok=True)
+        (TREE / "reached.jsonl").unlink(missing_ok=True)
         (TREE / "faults.json").write_text(text)
     print(f"{len(table['faults'])} faults in {len(functions)} functions", file=sys.stderr)
     if options.build:
