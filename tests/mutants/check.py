@@ -239,7 +239,8 @@ class Plugin:
         """Which functions each test enters, and how long it takes; only of those that pass."""
         known = Path("reached.jsonl")
         known.touch()
-        found = dict(json.loads(line) for line in known.open())
+        found = dict(read_lines(known))
+        rest = [item for item in items if item.nodeid not in found]
         marks = Path("reached.bin")
         marks.write_bytes(bytes(self.count))
 
@@ -258,22 +259,37 @@ class Plugin:
 
         def work():
             os.environ["LEGACY1BIT_REACHED"] = str(marks.resolve())
-            self.run([item for item in items if item.nodeid not in found], lambda item: 600, after)
+            self.run(rest, lambda item: 600, after)
 
-        if forked(work, "survey.log") != 0:
+        if rest and forked(work, "survey.log") != 0:
             sys.exit("the suite cannot be surveyed: see survey.log")
-        return dict(json.loads(line) for line in known.open())
+        return dict(read_lines(known))
+
+    def control(self, items, reached):
+        """What is called noticed must be the fault: without one, the same tests pass."""
+        def after(item, seconds):
+            if self.failed:
+                print(self.failed)
+                os._exit(1)
+
+        def work():
+            self.run(items, lambda item: reached[item.nodeid][0], after)
+
+        if forked(work, "control.log"):
+            sys.exit("tests fail without a fault: see control.log")
 
     def attack(self, items, reached):
         results, by_name = Path("results.jsonl"), {item.nodeid: item for item in items}
         done = {}
         if results.exists():
-            done = {line["fault"]: line for line in map(json.loads, results.open())}
+            done = {line["fault"]: line for line in read_lines(results)}
         entering = {}
         for name, (_, entered) in reached.items():
             if name in by_name:
                 for index in entered:
                     entering.setdefault(index, []).append(name)
+        cheapest = {min(names, key=lambda name: reached[name][0]) for names in entering.values()}
+        self.control([by_name[name] for name in sorted(cheapest)], reached)
         killers = {}
         for number, fault in self.faults.items():
             index, name = fault["function"], fault["name"]
@@ -320,6 +336,10 @@ class Plugin:
                   file=sys.stderr)
 
 
+def read_lines(path):
+    return list(map(json.loads, path.read_text().splitlines()))
+
+
 def forked(work, log=os.devnull):
     """Run in a child; returns its status, or minus the signal that ended it."""
     with warnings.catch_warnings():
@@ -357,7 +377,7 @@ def attack(options):
 
 def report(functions):
     """Print a table of functions; returns whether every fault was noticed."""
-    results = {line["fault"]: line for line in map(json.loads, (TREE / "results.jsonl").open())}
+    results = {line["fault"]: line for line in read_lines(TREE / "results.jsonl")}
     nothing = Counter(name.split("+")[0] for name in equivalents())
     total, survivors = Counter(), []
     print("| function | faults | noticed | change nothing |\n| --- | ---: | ---: | ---: |")
