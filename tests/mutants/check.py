@@ -298,13 +298,9 @@ class Plugin:
             if name in done and (done[name]["outcome"] != "survived" or not self.options.again):
                 continue
             first = killers.setdefault(index, Counter())
-            names = sorted(entering.get(index, []), key=lambda name: (-first[name], reached[name][0]))
-            total, chosen = 0.0, []
-            for test in names:
-                total += reached[test][0]
-                if chosen and total > self.options.limit:
-                    break
-                chosen.append(by_name[test])
+            names = in_turns(sorted(entering.get(index, []), key=lambda name: reached[name][0]))
+            names = sorted(names, key=lambda name: -first[name])[: self.options.limit]
+            chosen = [by_name[name] for name in names]
             began = time.monotonic()
             killer = Path(f"killer-{os.getpid()}")
             killer.unlink(missing_ok=True)
@@ -334,6 +330,17 @@ class Plugin:
                 print(json.dumps(line), file=file)
             print(f"{number:5} {line['outcome']:8} {line['seconds']:6.2f} s  {name}",
                   file=sys.stderr)
+
+
+def in_turns(names):
+    """Of each test the cheapest case, then of each the next."""
+    turn = Counter()
+    order = {}
+    for place, name in enumerate(names):
+        test = name.split("[")[0]
+        order[name] = (turn[test], place)
+        turn[test] += 1
+    return sorted(names, key=order.get)
 
 
 def read_lines(path):
@@ -399,8 +406,7 @@ def report(functions):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", default="", help="faults whose names match")
-    parser.add_argument("--limit", type=float, default=1e9,
-                        help="seconds of tests, by what they take without a fault, for each fault")
+    parser.add_argument("--limit", type=int, help="at most so many tests for each fault")
     parser.add_argument("--part", type=int, default=1, help="of the tests, only every N-th")
     parser.add_argument("--again", action="store_true", help="try those once more that survived")
     parser.add_argument("--build", action="store_true", help="only build")

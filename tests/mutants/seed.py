@@ -107,6 +107,10 @@ OPERATORS = [
     ("result", r"(?<=\breturn )([^;\n]+)(?=;|$)", r"(\1) - (\1)"),
 ]  # fmt: skip
 
+# What gives the same either way round, and a tail of no elements.
+COMMUTATIVE = re.compile(r"vf32_(add|mul|fmadd)|_mm\d*_(add|mul|mullo|madd|and|or|fmadd|avg)_\w+"
+                         r"|min|max")
+NO_TAIL = re.compile(r"\bwhole <= (n|cols|count)\b(?! by)")
 KEYWORDS = {"True", "False", "and", "or", "min", "max"}
 DECLARATION = re.compile(r"\s*(?:const |static )*(?:unsigned |signed )?\w+ \**\w+(\[\w+\])+")
 
@@ -293,10 +297,11 @@ def candidates(function):
                  or re.search(rf"(?<![\w.]){new}\b(?!\()", code))
         if new and known and not line.lstrip().startswith(("cdef", "for ")):
             add("name", *match.span(1), new)
-    for match in re.finditer(r"\b(?!if\b|for\b|while\b|switch\b|return\b|sizeof\b)\w+(\()", code):
+    call = r"\b(?!if\b|for\b|while\b|switch\b|return\b|sizeof\b)(?P<name>\w+)(\()"
+    for match in re.finditer(call, code):
         if match.start() < function.body:
             continue
-        close = closing(code, match.start(1))
+        close = closing(code, match.start(2))
         inside = code[match.end():close - 1]
         parts = [(match.end() + b, match.end() + e) for b, e in arguments(inside)]
         texts = [function.text[b:e] for b, e in parts]
@@ -306,7 +311,8 @@ def candidates(function):
         for (b0, _), (_, e1), left, right in zip(parts, parts[1:], texts, texts[1:], strict=False):
             if left != right:
                 between = function.text[b0 + len(left):e1 - len(right)]
-                add("operands", b0, e1, right + between + left)
+                if b0 != parts[0][0] or not COMMUTATIVE.fullmatch(match["name"]):
+                    add("operands", b0, e1, right + between + left)
                 add("operand", b0, b0 + len(left), right)
                 add("operand", e1 - len(right), e1, left)
     # A statement left out: a call whose result nobody takes, or an addition to something.
@@ -338,7 +344,8 @@ def choose(function, count, unfit):
     """Up to ``count`` faults, spread over the function's lines and the rules."""
     pool, texts = [], set()
     for fault in candidates(function):
-        if fault.name not in unfit and fault.text not in texts:
+        if (fault.name not in unfit and fault.text not in texts
+                and not NO_TAIL.search(fault.line)):
             texts.add(fault.text)
             pool.append(fault)
     used_lines, used_rules, chosen = {}, {}, []
