@@ -28,23 +28,49 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 TREE = ROOT / "build" / "mutants"
 # The part of the suite that is about numbers.
-TESTS = [f"tests/test_{name}.py" for name in (
-    "math_ops", "optimizer", "backward", "forward", "packed", "precision", "inference", "model",
-    "schemes", "threads")]
+TESTS = [
+    f"tests/test_{name}.py"
+    for name in (
+        "bounds",
+        "math_ops",
+        "optimizer",
+        "backward",
+        "forward",
+        "packed",
+        "precision",
+        "inference",
+        "model",
+        "schemes",
+        "threads",
+    )
+]
 # For a function; ten must remain besides those that change nothing.
 FAULTS = 12
 HEADERS = ["sums", "cache", "amx"]
 VOCABULARIES = ["scalar", "sse", "sse2", "avx2", "avx512"]
 PATHS = [f"include/{name}.h" for name in HEADERS]
 PATHS += [f"include/simd_{name}.h" for name in VOCABULARIES]
-PATHS += [f"legacy1bit/{name}.pyx"
-          for name in ("kernels", "math_ops", "forward", "backward", "optimizer", "packed")]
+PATHS += [
+    f"legacy1bit/{name}.pyx"
+    for name in ("kernels", "math_ops", "forward", "backward", "optimizer", "packed")
+]
 # The faults of kernels.pyx are in the instruction set that is taken by default, and in that with
 # the matrix unit. There, they are harder to notice than in all of them.
 FAULTY = b'"faulty" if tier in ("avx512vnni", "amx") else "kernels", ['
 # What measures speed computes nothing that anybody reads.
-NOT_KERNELS = {"peak_fused", "peak_packed", "peak_read", "measuring", "timer_name", "timer_calls",
-               "timer_nanoseconds", "__cinit__", "__dealloc__", "__repr__", "__reduce__"}
+NOT_KERNELS = {
+    "peak_fused",
+    "peak_packed",
+    "peak_read",
+    "measuring",
+    "timer_name",
+    "timer_calls",
+    "timer_nanoseconds",
+    "__cinit__",
+    "__dealloc__",
+    "__repr__",
+    "__reduce__",
+}
 
 
 def kernels(path, source):
@@ -55,13 +81,17 @@ def kernels(path, source):
     """
     if path.endswith(".h"):
         return seed.c_functions(path, source)
-    found = [function for function in seed.cython_functions(path, source)
-             if function.name not in NOT_KERNELS]
+    found = [
+        function
+        for function in seed.cython_functions(path, source)
+        if function.name not in NOT_KERNELS
+    ]
     if path.endswith(("/kernels.pyx", "/backward.pyx")):
         return found
     loop = re.compile(r"with nogil:\n +for ")
-    return [function for function in found
-            if "nogil" in function.head or loop.search(function.text)]
+    return [
+        function for function in found if "nogil" in function.head or loop.search(function.text)
+    ]
 
 
 def equivalents():
@@ -98,8 +128,9 @@ def replace(path, text):
 
 
 def copy_project():
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], check=True, capture_output=True,
-                            text=True).stdout.splitlines()
+    listed = subprocess.run(
+        ["git", "-C", ROOT, "ls-files"], check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     for name in listed:
         if name in PATHS or not (ROOT / name).is_file():
             continue
@@ -147,9 +178,21 @@ def compile_headers():
     trial.write_text('#include "sums.h"\n#include "cache.h"\n')
     output = ""
     for tier, flags in tiers().items():
-        command = ["cc", "-std=c99", "-D_GNU_SOURCE", "-Iinclude", f"-DLEGACY1BIT_TIER_{tier.upper()}",
-                   "-w", "-O0", "-fkeep-static-functions", *flags, "-c", "trial.c",
-                   "-o", os.devnull]
+        command = [
+            "cc",
+            "-std=c99",
+            "-D_GNU_SOURCE",
+            "-Iinclude",
+            f"-DLEGACY1BIT_TIER_{tier.upper()}",
+            "-w",
+            "-O0",
+            "-fkeep-static-functions",
+            *flags,
+            "-c",
+            "trial.c",
+            "-o",
+            os.devnull,
+        ]
         ran = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
         if ran.returncode:
             output += "\n".join(line for line in ran.stderr.splitlines() if "error" in line) + "\n"
@@ -167,8 +210,17 @@ def compile_cython():
         trial = TREE / f"trial-{Path(path).stem}.c"
         if not path.endswith(".pyx") or newer(trial, TREE / path):
             continue
-        command = [sys.executable, "-m", "cython", "-3", "-X", "boundscheck=False,cdivision=True,"
-                   "initializedcheck=False", path, "-o", trial]
+        command = [
+            sys.executable,
+            "-m",
+            "cython",
+            "-3",
+            "-X",
+            "boundscheck=False,cdivision=True,initializedcheck=False",
+            path,
+            "-o",
+            trial,
+        ]
         ran = subprocess.run(command, cwd=TREE, capture_output=True, text=True)
         if ran.returncode:
             trial.unlink(missing_ok=True)
@@ -199,13 +251,20 @@ def build():
 
 def compile_all():
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-    ran = subprocess.run(command, cwd=TREE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                         text=True, env={**os.environ, "CFLAGS": "-w"})
+    ran = subprocess.run(
+        command,
+        cwd=TREE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "CFLAGS": "-w"},
+    )
     (TREE / "build.log").write_text(ran.stdout)
     return ran.stdout if ran.returncode else ""
 
 
 # --- Inside pytest --------------------------------------------------------------------------------
+
 
 class Plugin:
     """Instead of running the tests once: once to see what they enter, then for each fault."""
@@ -221,7 +280,11 @@ class Plugin:
     def pytest_runtestloop(self, session):
         if session.testsfailed:
             raise SystemExit("the tests could not be collected")
-        items = session.items[:: self.options.part]
+        items = [
+            item
+            for place, item in enumerate(session.items)
+            if place % self.options.part == 0 or "test_bounds" in item.nodeid
+        ]
         self.attack(items, self.survey(items))
         return True
 
@@ -267,6 +330,7 @@ class Plugin:
 
     def control(self, items, reached):
         """What is called noticed must be the fault: without one, the same tests pass."""
+
         def after(item, seconds):
             if self.failed:
                 print(self.failed)
@@ -328,8 +392,9 @@ class Plugin:
             line["seconds"] = round(time.monotonic() - began, 2)
             with results.open("a") as file:
                 print(json.dumps(line), file=file)
-            print(f"{number:5} {line['outcome']:8} {line['seconds']:6.2f} s  {name}",
-                  file=sys.stderr)
+            print(
+                f"{number:5} {line['outcome']:8} {line['seconds']:6.2f} s  {name}", file=sys.stderr
+            )
 
 
 def in_turns(names):
@@ -376,10 +441,24 @@ def attack(options):
     import pytest
 
     table = json.loads(Path("faults.json").read_text())
-    plugin = Plugin({int(number): fault for number, fault in table["faults"].items()},
-                    table["count"], options)
-    sys.exit(pytest.main(["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler",
-                          f"--basetemp={TREE}/tmp-{os.getpid()}", *options.tests], plugins=[plugin]))
+    plugin = Plugin(
+        {int(number): fault for number, fault in table["faults"].items()}, table["count"], options
+    )
+    sys.exit(
+        pytest.main(
+            [
+                "-q",
+                "-s",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:faulthandler",
+                f"--basetemp={TREE}/tmp-{os.getpid()}",
+                *options.tests,
+            ],
+            plugins=[plugin],
+        )
+    )
 
 
 def report(functions):
@@ -411,16 +490,22 @@ def main():
     parser.add_argument("--again", action="store_true", help="try those once more that survived")
     parser.add_argument("--build", action="store_true", help="only build")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("tests", nargs="*", default=TESTS,
-                        help="files of tests; by default those about numbers")
+    parser.add_argument(
+        "tests", nargs="*", default=TESTS, help="files of tests; by default those about numbers"
+    )
     options = parser.parse_args()
     if options.inside:
         attack(options)
     TREE.mkdir(parents=True, exist_ok=True)
     functions = build()
-    table = {"count": len(functions), "faults": {
-        fault.number: {"name": fault.name, "function": index}
-        for index, function in enumerate(functions) for fault in function.faults}}
+    table = {
+        "count": len(functions),
+        "faults": {
+            fault.number: {"name": fault.name, "function": index}
+            for index, function in enumerate(functions)
+            for fault in function.faults
+        },
+    }
     text = json.dumps(table, indent=0)
     if not (TREE / "faults.json").exists() or (TREE / "faults.json").read_text() != text:
         (TREE / "reached.jsonl").unlink(missing_ok=True)

@@ -19,7 +19,7 @@ NEIGHBOURS = {
     "correction1": "correction2", "correction2": "correction1", "low": "high", "high": "low",
     "first": "last", "last": "first", "start": "stop", "stop": "start", "left": "right",
     "right": "left", "even": "odd", "odd": "even", "upper": "lower", "lower": "upper",
-    "whole": "half", "half": "whole", "low_": "high_", "a_row": "a_col", "a_col": "a_row",
+    "whole": "half", "half": "whole", "a_row": "a_col", "a_col": "a_row",
     "b_row": "b_col", "b_col": "b_row", "batch": "time", "time": "batch", "i": "j", "j": "i",
     "True": "False", "False": "True", "and": "or", "or": "and", "min": "max", "max": "min",
     "k_steps": "v_steps", "v_steps": "k_steps", "inner": "outer", "outer": "inner",
@@ -107,10 +107,12 @@ OPERATORS = [
     ("result", r"(?<=\breturn )([^;\n]+)(?=;|$)", r"(\1) - (\1)"),
 ]  # fmt: skip
 
-# What gives the same either way round, and a tail of no elements.
-COMMUTATIVE = re.compile(r"vf32_(add|mul|fmadd)|_mm\d*_(add|mul|mullo|madd|and|or|fmadd|avg)_\w+"
-                         r"|min|max")
-NO_TAIL = re.compile(r"\bwhole <= (n|cols|count)\b(?! by)")
+# What gives the same either way round; a tail of no elements, and a status that nobody reads.
+COMMUTATIVE = re.compile(
+    r"vf32_(add|mul|fmadd)|_mm\d*_(add|mul|mullo|madd|and|or|fmadd|avg)_\w+"
+    r"|min|max"
+)
+IDLE = re.compile(r"\bwhole <= (n|cols|count)\b(?! by)|^return (1|\(0\) [+-] \(0\))$")
 KEYWORDS = {"True", "False", "and", "or", "min", "max"}
 DECLARATION = re.compile(r"\s*(?:const |static )*(?:unsigned |signed )?\w+ \**\w+(\[\w+\])+")
 
@@ -121,7 +123,7 @@ class Fault:
 
     function: "Function"
     rule: str
-    begin: int              # in the function's text
+    begin: int  # in the function's text
     end: int
     new: str
     number: int = 0
@@ -157,14 +159,19 @@ class Function:
     text: str
     head: str
     indent: str = ""
-    owner: str = ""         # its class
-    copy: int = 0           # of several of one name, for other instruction sets
+    owner: str = ""  # its class
+    copy: int = 0  # of several of one name, for other instruction sets
     faults: list = field(default_factory=list)
 
     @property
     def key(self):
-        return (self.path.split("/")[-1] + ":" + (f"{self.owner}." if self.owner else "")
-                + self.name + (f"#{self.copy + 1}" if self.copy else ""))
+        return (
+            self.path.split("/")[-1]
+            + ":"
+            + (f"{self.owner}." if self.owner else "")
+            + self.name
+            + (f"#{self.copy + 1}" if self.copy else "")
+        )
 
 
 def blank(source, c):
@@ -172,8 +179,10 @@ def blank(source, c):
     if c:
         pattern = r'/\*.*?\*/|"[^"\n]*"|^\s*#.*?$|\(void\)\w+,?'
     else:
-        pattern = (r'"""(?s:.*?)"""|f?"[^"\n]*"|#[^\n]*|^\s*(?:START|STOP)_TIMER.*?$'
-                   r"|^ +raise [^\n]*(?:\n +f?\"[^\n]*)*")
+        pattern = (
+            r'"""(?s:.*?)"""|f?"[^"\n]*"|#[^\n]*|^\s*(?:START|STOP)_TIMER.*?$'
+            r"|^ +raise [^\n]*(?:\n +f?\"[^\n]*)*"
+        )
     flags = re.M | (re.S if c else 0)
     if c:
         pattern = pattern.replace(".*?$", "[^\n]*$")
@@ -210,8 +219,9 @@ def arguments(text):
     stripped = []
     for begin, end in places:
         part = text[begin:end]
-        stripped.append((begin + len(part) - len(part.lstrip()),
-                         end - len(part) + len(part.rstrip())))
+        stripped.append(
+            (begin + len(part) - len(part.lstrip()), end - len(part) + len(part.rstrip()))
+        )
     return stripped
 
 
@@ -228,9 +238,18 @@ def c_functions(path, source):
         end = closing(code, brace.end() - 1, "{}")
         name = match.group(1)
         seen[name] = seen.get(name, 0) + 1
-        found.append(Function(path, name, match.start(), brace.end() - match.start(), end,
-                              source[match.start():end], source[match.start():close],
-                              copy=seen[name] - 1))
+        found.append(
+            Function(
+                path,
+                name,
+                match.start(),
+                brace.end() - match.start(),
+                end,
+                source[match.start() : end],
+                source[match.start() : close],
+                copy=seen[name] - 1,
+            )
+        )
     return found
 
 
@@ -238,8 +257,12 @@ def cython_functions(path, source):
     """The functions and methods of a .pyx file."""
     code, found = blank(source, False), []
     classes = list(re.finditer(r"^cdef class (\w+)", code, re.M))
-    for match in re.finditer(r"^( *)(?:cdef|cpdef|def) (?!class|struct|enum|extern)[^\n(=]*?"
-                             r"\b(\w+)(\()", code, re.M):
+    for match in re.finditer(
+        r"^( *)(?:cdef|cpdef|def) (?!class|struct|enum|extern)[^\n(=]*?"
+        r"\b(\w+)(\()",
+        code,
+        re.M,
+    ):
         close = closing(code, match.start(3))
         colon = re.compile(r"[^\n:=;]*:\n").match(code, close)
         if not colon:
@@ -253,9 +276,19 @@ def cython_functions(path, source):
             if text.strip(" \n"):
                 end = line.end()
         owner = [name[1] for name in classes if name.start() < match.start()][-1:] if indent else []
-        found.append(Function(path, match.group(2), match.start(), colon.end() - match.start(),
-                              end, source[match.start():end],
-                              source[match.start():colon.end()], indent, "".join(owner)))
+        found.append(
+            Function(
+                path,
+                match.group(2),
+                match.start(),
+                colon.end() - match.start(),
+                end,
+                source[match.start() : end],
+                source[match.start() : colon.end()],
+                indent,
+                "".join(owner),
+            )
+        )
     return found
 
 
@@ -288,13 +321,15 @@ def candidates(function):
             declared = DECLARATION.match(line) if c else line.lstrip().startswith("cdef ")
             if rule == "constant" and in_brackets and declared:
                 continue
-            add(rule, *match.span(),
-                changed_constant(old) if new is None else match.expand(new))
+            add(rule, *match.span(), changed_constant(old) if new is None else match.expand(new))
     for match in re.finditer(r"(?<![\w])(\w+)\b(?! ?=[^=])", code):
         new = NEIGHBOURS.get(match.group(1))
         line = code[code.rfind("\n", 0, match.start()) + 1 : match.start()]
-        known = (code[match.start() - 1] == "." or new in KEYWORDS
-                 or re.search(rf"(?<![\w.]){new}\b(?!\()", code))
+        known = (
+            code[match.start() - 1] == "."
+            or new in KEYWORDS
+            or re.search(rf"(?<![\w.]){new}\b(?!\()", code)
+        )
         if new and known and not line.lstrip().startswith(("cdef", "for ")):
             add("name", *match.span(1), new)
     call = r"\b(?!if\b|for\b|while\b|switch\b|return\b|sizeof\b)(?P<name>\w+)(\()"
@@ -302,7 +337,7 @@ def candidates(function):
         if match.start() < function.body:
             continue
         close = closing(code, match.start(2))
-        inside = code[match.end():close - 1]
+        inside = code[match.end() : close - 1]
         parts = [(match.end() + b, match.end() + e) for b, e in arguments(inside)]
         texts = [function.text[b:e] for b, e in parts]
         for (b, e), text in zip(parts, texts, strict=True):
@@ -310,18 +345,21 @@ def candidates(function):
                 add("operand", b, e, f"{text} + 1")
         for (b0, _), (_, e1), left, right in zip(parts, parts[1:], texts, texts[1:], strict=False):
             if left != right:
-                between = function.text[b0 + len(left):e1 - len(right)]
+                between = function.text[b0 + len(left) : e1 - len(right)]
                 if b0 != parts[0][0] or not COMMUTATIVE.fullmatch(match["name"]):
                     add("operands", b0, e1, right + between + left)
                 add("operand", b0, b0 + len(left), right)
                 add("operand", e1 - len(right), e1, left)
     # A statement left out: a call whose result nobody takes, or an addition to something.
-    statement = (r"^( *)(\w[\w.>-]*\([^;]*?\)|[\w.>*\[\] +-]+ [+-]= [^;]*?);$" if c else
-                 r"^( *)(?!cdef|if|for|while|return|elif|else|def)"
-                 r"(\w[\w.]*(?:\(\))?(?:\.\w+)*\(|[\w.\[\] +]+ [+-]= )")
+    statement = (
+        r"^( *)(\w[\w.>-]*\([^;]*?\)|[\w.>*\[\] +-]+ [+-]= [^;]*?);$"
+        if c
+        else r"^( *)(?!cdef|if|for|while|return|elif|else|def)"
+        r"(\w[\w.]*(?:\(\))?(?:\.\w+)*\(|[\w.\[\] +]+ [+-]= )"
+    )
     for match in re.finditer(statement, code, re.M):
         begin, end = match.span(2)
-        before = code[function.body:begin]
+        before = code[function.body : begin]
         if sum(map(before.count, "([")) != sum(map(before.count, ")]")):
             continue
         if not c:
@@ -336,24 +374,40 @@ def candidates(function):
     return found
 
 
-ORDER = ("tail", "sign", "operator", "begin", "operands", "omission", "name", "assignment",
-         "condition", "comparison", "constant", "result", "operand")
+ORDER = (
+    "tail",
+    "sign",
+    "operator",
+    "begin",
+    "operands",
+    "omission",
+    "name",
+    "assignment",
+    "condition",
+    "comparison",
+    "constant",
+    "result",
+    "operand",
+)
 
 
 def choose(function, count, unfit):
     """Up to ``count`` faults, spread over the function's lines and the rules."""
-    pool, texts = [], set()
+    pool, names = [], set()
     for fault in candidates(function):
-        if (fault.name not in unfit and fault.text not in texts
-                and not NO_TAIL.search(fault.line)):
-            texts.add(fault.text)
+        if fault.name not in unfit and fault.name not in names and not IDLE.search(fault.line):
+            names.add(fault.name)
             pool.append(fault)
     used_lines, used_rules, chosen = {}, {}, []
 
     def rank(fault):
         digest = hashlib.sha256(fault.name.encode()).hexdigest()
-        return (used_lines.get(fault.offset, 0) + used_rules.get(fault.rule, 0)
-                + (3 if fault.rule == "operand" else 2 if fault.rule == "result" else 0), digest)
+        return (
+            used_lines.get(fault.offset, 0)
+            + used_rules.get(fault.rule, 0)
+            + (3 if fault.rule == "operand" else 2 if fault.rule == "result" else 0),
+            digest,
+        )
 
     while pool and len(chosen) < count:
         fault = min(pool, key=rank)
@@ -390,8 +444,11 @@ def renamed(fault):
             head = re.sub(r"\) except [^:]+:", "):", head)
         return head + body + ("" if body.endswith("\n") else "\n")
     head = re.sub(rf"\b{function.name}\(", f"{name}(", head, count=1)
-    head = re.sub(r"^(static inline|CACHE_INLINE|static)",
-                  "__attribute__((noinline, cold, unused)) static", head)
+    head = re.sub(
+        r"^(static inline|CACHE_INLINE|static)",
+        "__attribute__((noinline, cold, unused)) static",
+        head,
+    )
     return head + body + "\n"
 
 
@@ -405,31 +462,41 @@ def with_switch(function, index):
         calls = " ".join(
             f"case {fault.number}: " + (f"{call}; return;" if void else f"return {call};")
             for fault in faults
-            for call in [f"mutant{fault.number}_{function.name}({', '.join(names)})"])
-        return (function.text[: function.body] + f" if ({here}) switch (mutant_chosen) {{ {calls} }}"
-                + function.text[function.body :])
+            for call in [f"mutant{fault.number}_{function.name}({', '.join(names)})"]
+        )
+        return (
+            function.text[: function.body]
+            + f" if ({here}) switch (mutant_chosen) {{ {calls} }}"
+            + function.text[function.body :]
+        )
     indent = function.indent + "    "
     void = function.name == "__init__" or re.match(r" *cdef (?:inline )?void ", function.head)
     lines = [f"{indent}if {here}:\n"]
     method = names[:1] == ["self"]
     for fault in faults:
-        call = (("self." if method else "") + f"mutant{fault.number}_{function.name.strip('_')}"
-                + f"({', '.join(names[method:])})")
+        call = (
+            ("self." if method else "")
+            + f"mutant{fault.number}_{function.name.strip('_')}"
+            + f"({', '.join(names[method:])})"
+        )
         lines.append(f"{indent}    if mutant_chosen == {fault.number}:\n")
-        lines.append(f"{indent}        {call}\n{indent}        return\n" if void else
-                     f"{indent}        return {call}\n")
+        lines.append(
+            f"{indent}        {call}\n{indent}        return\n"
+            if void
+            else f"{indent}        return {call}\n"
+        )
     body = function.text[function.body :]
     docstring = re.match(r'\s*"""(?s:.*?)"""\n', body)
     cut = docstring.end() if docstring else 0
     return function.text[: function.body] + body[:cut] + "".join(lines) + body[cut:]
 
 
-CYTHON_SWITCH = '''
+CYTHON_SWITCH = """
 cdef extern from "mutants.h" nogil:
     bint mutant_here(int first, int count, int function)
     int mutant_chosen
 
-'''
+"""
 
 
 def seeded(path, source, functions, numbers):
@@ -439,14 +506,15 @@ def seeded(path, source, functions, numbers):
         if not function.faults:
             continue
         copies = "".join(renamed(fault) for fault in function.faults)
-        parts.append(source[at:function.begin])
+        parts.append(source[at : function.begin])
         switched = with_switch(function, numbers[function.key])
         parts.append(copies + switched if c else switched + "\n" + copies)
         at = function.end
     text = "".join([*parts, source[at:]])
     if c:
-        return re.sub(r"^(#define \w+_H\n)", r'\1#include "mutants.h"' + "\n", text, count=1,
-                      flags=re.M)
+        return re.sub(
+            r"^(#define \w+_H\n)", r'\1#include "mutants.h"' + "\n", text, count=1, flags=re.M
+        )
     # Behind the module's own imports.
-    last = list(re.finditer(r"^cdef extern from|^cdef |^def |^class |^ctypedef ", text, re.M))[0]
-    return text[: last.start()] + CYTHON_SWITCH.lstrip() + text[last.start() :]
+    behind = re.search(r"^cdef |^def |^class |^ctypedef ", text, re.M).start()
+    return text[:behind] + CYTHON_SWITCH.lstrip() + text[behind:]
