@@ -20,7 +20,7 @@ PIP := $(PYTHON) -m pip
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
 TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-crash \
-    test-browser test-debug test-asan test-memcheck test-coverage fuzz fuzz-asan lint
+    test-browser test-debug test-asan test-memcheck test-coverage test-mutants fuzz fuzz-asan lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -30,7 +30,7 @@ needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.tom
 
 .PHONY: build help run bench bench-compare bench-peers bench-data results
 .PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan fuzz fuzz-asan
-.PHONY: test-debug test-asan test-memcheck test-coverage
+.PHONY: test-debug test-asan test-memcheck test-coverage test-mutants
 .PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
 
 build: build/done
@@ -47,6 +47,7 @@ help:
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
+	@echo 'make test-mutants       whether the tests notice faults in the kernels; takes hours'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
@@ -118,6 +119,10 @@ test-c: build
 
 test-crash: build
 	LEGACY1BIT_KILLS=$(or $(KILLS),500) $(PYTHON) -m pytest -s -m slow $(ARGS) tests/test_crash.py
+
+# Faults in kernels and backward functions: does the suite notice? Hours.
+test-mutants: build
+	$(PYTHON) tests/mutants/check.py $(ARGS)
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary

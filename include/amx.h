@@ -60,6 +60,7 @@ static inline void amx_begin(void)
         layout.row_bytes[i] = 64;
         layout.rows[i] = AMX_SIDE;
     }
+    anew(&layout);      /* compilers may take the instruction to read no more than a pointer */
     _tile_loadconfig(&layout);
 }
 

@@ -316,6 +316,17 @@ def test_step_clips_the_whole_gradient(make, config):
 
 
 @every_tier
+def test_the_norm_counts_every_element_once():
+    # Squares are summed by 1,024, and these stand around where one sum ends and the next begins.
+    config = make_config(model_dim=12, vocab_size=256)
+    optimizer = SGD(create_legacy_llm(config, 1))
+    for place in (0, 1022, 1023, 1024, 1025, 2047, 2048, 256 * 12 - 1):
+        gradients = create_legacy_llm_gradients(config)
+        gradients.parameters["embedding.weight"].reshape(-1)[place] = 3.0
+        assert optimizer.step(gradients, 0.0) == 3.0
+
+
+@every_tier
 @optimizers
 def test_step_leaves_a_gradient_within_the_limit(make):
     config = CONFIGS["small"]

@@ -1,5 +1,9 @@
 """Products in bfloat16, on CPUs that have a unit for them, against float64 and exact integers."""
 
+import shutil
+import subprocess
+from pathlib import Path
+
 import numpy as np
 import oracle
 import pytest
@@ -27,6 +31,47 @@ SIZES = (
     (40, 530, 33),
     (33, 20, 2070),
 )
+
+
+PROGRAM = """
+#include "simd.h"
+static __attribute__((noinline)) void fill_the_stack(void)
+{
+    volatile unsigned char room[4096];
+    for (int i = 0; i < 4096; i++)
+        room[i] = 0xa5;
+}
+static __attribute__((noinline)) void begin(void) { amx_begin(); }
+int main(void)
+{
+    unsigned char layout[64], expected[64] = {1};
+    for (int i = 0; i < 8; i++) {
+        expected[16 + 2 * i] = 64;
+        expected[48 + i] = AMX_SIDE;
+    }
+    if (!amx_request())
+        return 2;
+    fill_the_stack();
+    begin();
+    _tile_storeconfig(layout);
+    return memcmp(layout, expected, sizeof layout) != 0;
+}
+"""
+UNIT = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mavx512vnni -mavx512bf16 -mamx-tile"
+UNIT += " -mamx-bf16 -mamx-int8 -std=c99 -D_GNU_SOURCE -DLEGACY1BIT_TIER_AMX"
+
+
+@needs_bf16
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.parametrize("level", ["-O1", "-O3"])
+def test_the_unit_gets_its_whole_layout_however_much_is_optimised(level, tmp_path):
+    headers = Path(__file__).resolve().parent.parent / "include"
+    if not headers.exists():
+        pytest.skip("the headers are not here")
+    (tmp_path / "begin.c").write_text(PROGRAM)
+    command = ["cc", level, *UNIT.split(), f"-I{headers}", "begin.c", "-o", "begin", "-lm"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert subprocess.run([tmp_path / "begin"]).returncode == 0
 
 
 def normal(*shape, seed=0):

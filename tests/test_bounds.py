@@ -1,0 +1,99 @@
+"""Kernels touch no memory but their arrays': these end, or begin, at a page that nobody may touch.
+
+A kernel that does is stopped by the system, so all of it runs in a process of its own.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import ctypes, mmap, sys
+import numpy as np
+from legacy1bit import math_ops as ops
+from legacy1bit.backward import backward_layer_norm_batch
+from legacy1bit.packed import PackedMatrix
+
+PAGE = mmap.PAGESIZE
+protect = ctypes.CDLL(None, use_errno=True).mprotect
+protect.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+random = np.random.default_rng(0)
+kept = []
+
+
+def guarded(values, at_end):
+    # A copy between two pages that may not be touched, at the end of its memory or the beginning.
+    values = np.ascontiguousarray(values)
+    room = -(-values.nbytes // PAGE) * PAGE
+    memory = mmap.mmap(-1, room + 2 * PAGE)
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert protect(begin, PAGE, 0) == 0 and protect(begin + PAGE + room, PAGE, 0) == 0
+    offset = PAGE + (room - values.nbytes if at_end else 0)
+    copy = np.frombuffer(memory, values.dtype, values.size, offset).reshape(values.shape)
+    copy[...] = values
+    kept.append(memory)
+    return copy
+
+
+def vectors(n, at_end):
+    def new():
+        return guarded(random.standard_normal(n).astype(np.float32), at_end)
+
+    x, y = new(), new()
+    ops.add_vector_inplace(x, y)
+    ops.add_scalar_mul_vector_inplace(x, 0.5, y)
+    ops.multiply_vector_inplace(x, y)
+    ops.scalar_mul_vector_inplace(x, 2.0)
+    ops.vector_sub_scalar_inplace(x, 1.0)
+    ops.vector_div_scalar_inplace(x, 3.0)
+    ops.vector_sum(x)
+    ops.dot_product(x, y)
+    ops.relu(new())
+    ops.relu2(new())
+    ops.exp_inplace(new())
+    ops.softmax(new())
+    ops.quantize_activations(new())
+    ops.layer_norm(x, y, new())
+    spreads = guarded(np.ones(1, np.float32), at_end)
+    backward_layer_norm_batch(new(), x, y, spreads, spreads, new(), new())
+
+
+def matrices(rows, cols, at_end):
+    codes = guarded(random.integers(-1, 2, (rows, cols)).astype(np.int8), at_end)
+    x, y = (guarded(random.standard_normal(n).astype(np.float32), at_end) for n in (cols, rows))
+    ops.ternary_matrix_vector_mul(codes, x, y)
+    ops.matrix_transpose_vector_mul(codes, y, x)
+    for form in ("2bit", "trits"):
+        batch = guarded(random.standard_normal((9, cols)).astype(np.float32), at_end)
+        PackedMatrix(codes, form=form).multiply(batch, y)
+    for turn_a in (False, True):
+        for turn_b in (False, True):
+            a, b, c = (guarded(random.standard_normal(shape).astype(np.float32), at_end)
+                       for shape in ((cols, rows) if turn_a else (rows, cols),
+                                     (17, cols) if turn_b else (cols, 17), (rows, 17)))
+            ops.matmul(a, b, c, transpose_a=turn_a, transpose_b=turn_b)
+
+
+def everything():
+    for at_end in (False, True):
+        for n in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65):
+            vectors(n, at_end)
+        for rows, cols in ((1, 1), (3, 5), (4, 16), (5, 17), (33, 7), (16, 33), (17, 64)):
+            matrices(rows, cols, at_end)
+        kept.clear()
+
+
+ops.set_simd_level(sys.argv[1])
+everything()
+if "bf16" in ops.product_precisions():
+    with ops.product_precision("bf16"):
+        everything()
+print("done")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is protected in another way")
+def test_kernels_stay_within_their_arrays(tier):
+    ran = subprocess.run([sys.executable, "-c", SCRIPT, tier], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "done\n"), ran.stderr[-2000:]
