@@ -78,11 +78,11 @@ def test_run_finds_what_is_outside_of_the_folder(monkeypatch, way):
     def read(folder, parts):
         with contextlib.suppress(OSError):
             way(folder)
+        for left in (f"{folder}x", folder.parent / "x"):
+            Path(left).unlink(missing_ok=True)
 
     with pytest.raises(FaultError, match=r"^/.* was opened: "):
         reading(monkeypatch, read)
-    for left in ("x", "../x"):
-        Path(left).unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
