@@ -18,6 +18,15 @@ from rich.progress import (
 console = Console(stderr=True, highlight=False)
 
 
+class _Bar(Progress):
+    """A bar of which nothing is seen where there is no terminal."""
+
+    def stop(self) -> None:
+        # Before version 15 the library ends what was not shown with an empty line.
+        if not self.disable:
+            super().stop()
+
+
 def _shown() -> dict[str, Any]:
     """Return where a bar is, and that it goes when it is done; it needs a terminal."""
     return {"console": console, "transient": True, "disable": not console.is_interactive}
@@ -25,7 +34,7 @@ def _shown() -> dict[str, Any]:
 
 def progress_of_training() -> Progress:
     """Return a bar with the fields ``loss`` and ``speed``."""
-    return Progress(
+    return _Bar(
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
@@ -45,14 +54,14 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, **_shown()) as progress:
+    with _Bar(*columns, **_shown()) as progress:
         task = progress.add_task(what, total=total or None)
         yield lambda done: progress.update(task, completed=done)
 
 
 def progress_of_tuning() -> Progress:
     """Return a bar of one trial, with the fields ``trial``, ``loss`` and ``best``."""
-    return Progress(
+    return _Bar(
         TextColumn("{task.fields[trial]}"),
         BarColumn(),
         TextColumn("loss {task.fields[loss]:.4f}  {task.fields[best]}"),
