@@ -589,8 +589,14 @@ def stopped_in_a_step(number, out):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_in_a_long_step_is_answered_before_its_end(number):
+    stopped_in_a_step(number, "parts")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_a_long_step_is_answered_within_200_milliseconds(number):
-    """The answer comes before the step's end; one of three is in time however busy the machine."""
+    """On a machine that has something else to do, too: one of three."""
     for attempt in range(3):
         if stopped_in_a_step(number, f"parts {attempt}") < 0.2:
             return
