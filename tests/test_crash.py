@@ -169,8 +169,7 @@ def train_interrupted(seed, most, seen):
     options = {"seed": seed, "steps": STEPS, "evaluate_every": EVERY, "sequence_length": 4}
     options |= KINDS[seed % len(KINDS)]
     killed = newest = 0
-    going = True
-    while going:
+    while True:
         # A run that was not saved yet has nothing to go on from.
         saved = (run / SETTINGS_FILE).exists()
         damaged = saved and (run / EARLIER_FILE).exists() and choice.random() < 0.1
@@ -186,7 +185,7 @@ def train_interrupted(seed, most, seen):
         if damaged:
             assert f"going on with {run / EARLIER_FILE}" in told
         if not going:
-            break
+            return killed, options
         killed += how in KILLED
         seen[told.splitlines()[-1] if how == "kill" else INTERRUPTED[how]] += 1
         if (run / SETTINGS_FILE).exists():
@@ -194,7 +193,6 @@ def train_interrupted(seed, most, seen):
             assert damaged or not wrong
             assert found.step >= newest
             newest = found.step
-    return killed, options
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(KILLS, marks=pytest.mark.slow)])
