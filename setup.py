@@ -75,6 +75,7 @@ DIRECTIVES = {
 # 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Where lines
 # are counted, threads count the same ones, and a function that is inlined would be counted twice.
 # The one for fuzzing is clang's: it counts which branches are taken, and has libFuzzer's runtime.
+# All of them have the matrix unit's tiles in C, where what is read and written can be watched.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
 FRAMES = ["-O1", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all"]
 CHECKS = {
@@ -91,6 +92,8 @@ CHECKED = os.environ.get("CHECKED", "")
 if CHECKED not in CHECKS:
     sys.exit(f"CHECKED is {CHECKED!r}, expected one of {', '.join(filter(None, CHECKS))}")
 DIRECTIVES |= CHECKS[CHECKED][1]
+if CHECKED:
+    FLAGS += ["-DEMULATED_TILES", "-Itests"]
 
 if sys.platform == "darwin":
     # A Python for two kinds of Mac would compile for both at once, and one has no AVX.

@@ -27,6 +27,10 @@ typedef struct {
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#ifdef EMULATED_TILES
+#include "tiles.h"
+#endif
+
 enum {
     MATRIX_UNIT = 1,
     AMX_SIDE = 16,              /* rows of a tile, and columns of a result's */
@@ -42,8 +46,12 @@ enum {
 /* Ask the system for the unit; it is granted to all threads or to none. */
 static inline int amx_request(void)
 {
+#ifdef EMULATED_TILES
+    return 1;
+#else
     enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#endif
 }
 
 static inline void amx_begin(void)

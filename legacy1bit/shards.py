@@ -28,6 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data_utils import Tokens
+from legacy1bit.errors import one_line
 
 INDEX_FILE = "index.json"
 _FORMAT = "legacy1bit tokens"
@@ -569,7 +570,7 @@ def read_index(folder: Path) -> Index:
         parts = {name: PartIndex(**part) for name, part in told.pop("parts").items()}
         index = Index(**told, parts=parts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ShardError(f"{path} is damaged: {error}") from None
+        raise ShardError(f"{path} is damaged: {one_line(error)}") from None
     for name, part in parts.items():
         _check_tokens(folder, index, name)
         _check_documents(folder / f"{name}.documents", part)

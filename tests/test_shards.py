@@ -689,6 +689,7 @@ FORGED = {
     "nothing": ({"dtype": "<U0"}, "dtype is '<U0'"),
     "a list": ({"dtype": [["a", "<u1"]]}, r"dtype is \[\['a', '<u1'\]\]"),
     "no text": ({"source": ["source"]}, "source is"),
+    "a key with a line break": ({"more\nof it": 0}, "unexpected keyword argument 'more of it'$"),
 }
 
 
