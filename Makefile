@@ -62,6 +62,7 @@ help:
 	@echo 'make fuzz SECONDS=600   look for faults in all that reads files, so long in all'
 	@echo 'make fuzz-asan          the same with what clang has against bad addresses and undefined behaviour'
 	@echo 'make lint               style and types'
+	@echo 'make sdist              source distribution, in dist/'
 	@echo 'make wheel              source distribution and wheel, in dist/'
 	@echo 'make clean              remove all that was built; make distclean: .venv too'
 
@@ -292,7 +293,9 @@ test-memcheck: build
 test-coverage: checked-trace
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["coverage"])
 	find build/trace -name '*.gcda' -delete
+	rm -f build/trace/.coverage*
 	$(call in,trace) $(PYTHON) -m coverage run -m $(CHECKED_TESTS)
+	$(call in,trace) $(PYTHON) -m coverage combine -q
 	$(call in,trace) $(PYTHON) tests/line_coverage.py
 
 clean:

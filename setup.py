@@ -86,7 +86,10 @@ CHECKS = {
     ),
     "asan": ([*FRAMES, SANITIZE], {}),
     "fuzz": ([*FRAMES, SANITIZE, "-fsanitize=fuzzer-no-link"], {}),
-    "trace": (["-O1", "-fno-inline", "--coverage", "-fprofile-update=atomic"], {}),
+    "trace": (
+        ["-O1", "-fno-inline", "-DCACHE_INLINE=static", "--coverage", "-fprofile-update=atomic"],
+        {},
+    ),
 }
 CHECKED = os.environ.get("CHECKED", "")
 if CHECKED not in CHECKS:

@@ -18,7 +18,9 @@ enum {
     VALUE_VECTORS = VF32_LANES == 16 ? 4 : 2
 };
 
+#ifndef CACHE_INLINE
 #define CACHE_INLINE static inline __attribute__((always_inline))
+#endif
 
 /* Scores of some tiles of keys for some queries: constants, so that all of it stays in registers. */
 CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line
-from legacy1bit.files import atomic_copy, atomic_write, serialize_tensors
+from legacy1bit.files import atomic_copy, atomic_write, open_regular, serialize_tensors
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import ModelFileError
 
@@ -132,7 +132,7 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
     OSError
         If it cannot be read.
     """
-    with open(path, "rb"):
+    with open_regular(path):
         pass  # what cannot be read is an OSError with its name
     try:
         with safe_open(path, "np") as file:

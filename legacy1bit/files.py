@@ -5,11 +5,12 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import struct
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -178,6 +179,31 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file to be read that has come with others.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, or is a pipe, which would be waited for without end, or a device.
+    """
+    file = open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _no_regular_file(path)
+    return file
+
+
+def read_regular(path: str | os.PathLike[str]) -> bytes:
+    """Return the content of a file that has come with others; see ``open_regular``."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def _no_regular_file(path: str | os.PathLike[str]) -> OSError:
+    return OSError(errno.EINVAL, "Is no regular file", str(path))
+
+
 def _target(path: Path) -> Path:
     """Return what a rename may replace: a file that is there, or none; a link's own stays a link.
 
@@ -190,7 +216,7 @@ def _target(path: Path) -> Path:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if target.exists() and not target.is_file():
-        raise OSError(errno.EINVAL, "Is no regular file", str(path))
+        raise _no_regular_file(path)
     return target
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_write, read_regular
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -30,7 +30,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError
         If another line is not a JSON object with a step.
     """
-    lines = Path(path).read_bytes().splitlines()
+    lines = read_regular(path).splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:

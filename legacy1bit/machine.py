@@ -5,6 +5,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.files import read_regular
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.math_ops import simd_level
 from legacy1bit.threads import available_cores
@@ -34,5 +35,5 @@ def machine() -> dict[str, Any]:
 
 def read_machine(folder: Path) -> dict[str, Any]:
     """Return what a run tells of its computer; nothing where it was trained before runs told."""
-    told = json.loads((folder / SETTINGS_FILE).read_bytes()).get("machine")
+    told = json.loads(read_regular(folder / SETTINGS_FILE)).get("machine")
     return told if isinstance(told, dict) else {}

@@ -21,7 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line
-from legacy1bit.files import atomic_write, atomic_write_all, serialize_tensors
+from legacy1bit.files import (atomic_write, atomic_write_all, open_regular, read_regular,
+                              serialize_tensors)
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -1170,7 +1171,7 @@ def load_model(path) -> LegacyLLM:
 
 def _read_json(path):
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise ModelFileError(f"{path} is not JSON: {error}") from None
     if not isinstance(content, dict):
@@ -1241,7 +1242,7 @@ def read_folder(path):
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
     settings = _read_json(path / CONFIG_FILE)
     file = path / WEIGHTS_FILE
-    with open(file, "rb"):
+    with open_regular(file):
         pass  # what cannot be read is an OSError with its name
     try:
         # The library maps the file into memory and checks its head; tensors are read one by one.

@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from legacy1bit.data_utils import Tokens
 from legacy1bit.errors import one_line
+from legacy1bit.files import read_regular
 
 INDEX_FILE = "index.json"
 _FORMAT = "legacy1bit tokens"
@@ -558,7 +559,7 @@ def read_index(folder: Path) -> Index:
         If it is damaged.
     """
     path = folder / INDEX_FILE
-    content = path.read_bytes()
+    content = read_regular(path)
     try:
         told = json.loads(content)
         crc = told.pop("crc")

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_write, read_regular
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -591,7 +591,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(folder) / TOKENIZER_FILE
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(found, dict) and found.get("added_tokens"):

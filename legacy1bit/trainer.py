@@ -28,7 +28,7 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
-from legacy1bit.files import atomic_copies, atomic_copy, atomic_write
+from legacy1bit.files import atomic_copies, atomic_copy, atomic_write, read_regular
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
@@ -634,7 +634,7 @@ def read_settings(
     if not path.is_file():
         raise ModelFileError(f"{folder} is not a training run: it has no {SETTINGS_FILE}")
     try:
-        settings = json.loads(path.read_bytes())
+        settings = json.loads(read_regular(path))
         model = ModelConfig.from_dict(settings["model"])
         training = TrainingConfig.from_dict(settings["training"])
         data = DataConfig.from_dict(settings.get("data", {}))

@@ -23,7 +23,7 @@ from typing import Any
 from legacy1bit.corpus import Corpus
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_write, read_regular
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
@@ -219,7 +219,7 @@ class StudyRecord:
             If it is no study's, or that is damaged.
         """
         try:
-            told = json.loads((folder / STUDY_FILE).read_bytes())
+            told = json.loads(read_regular(folder / STUDY_FILE))
             kinds = [str, dict, bool, str, dict]
             fits = all(
                 type(told[one.name]) is kind for one, kind in zip(fields(cls), kinds, strict=True)

@@ -138,7 +138,7 @@ def test_data_says_what_is_wrong(fail, text):
         (("inspect", text, "--tokenizer=bpe", "--vocab-size=258"), "258 tokens, expected 259"),
         (("inspect", text, "--encoding", "klingon"), "encoding is 'klingon'"),
         (("tokenize", text), "--out"),
-        (("inspect", text, "--cache", ""), "--cache: it is empty, expected a folder"),
+        (("inspect", text, "--cache", ""), "--cache: is empty, expected a path"),
         (("shred", text), "invalid choice: 'shred'"),
         ((), "ACTION"),
     ):

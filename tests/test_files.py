@@ -13,7 +13,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from legacy1bit import files
-from legacy1bit.files import atomic_copies, atomic_path, atomic_write, atomic_write_all
+from legacy1bit.files import (
+    atomic_copies,
+    atomic_path,
+    atomic_write,
+    atomic_write_all,
+    read_regular,
+)
 
 OLD, NEW = b"the old content", b"the new content, longer"
 
@@ -578,3 +584,18 @@ def test_atomic_copies_puts_the_folder_onto_the_disk(originals, tmp_path, monkey
     monkeypatch.setattr(os, "fsync", watched)
     atomic_copies(originals, tmp_path / "copies")
     assert synced[-1] == ((tmp_path / "copies").stat().st_ino, ["a", "b", "c"])
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_only_regular_files_are_read(tmp_path, old_file):
+    assert read_regular(old_file) == OLD
+    os.mkfifo(tmp_path / "pipe")
+    before = len(os.listdir("/dev/fd"))
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match=f"Is no regular file: '{path}'"):
+            read_regular(path)
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "none")
+    assert len(os.listdir("/dev/fd")) == before

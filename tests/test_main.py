@@ -860,6 +860,53 @@ def test_resume_of_a_run_whose_model_is_damaged_goes_on_or_says_why(run, damage,
         assert load_model(run).config == load_model(run / "best").config
 
 
+@pytest.fixture
+def impatient():
+    """What waits for ten seconds fails."""
+
+    def late(number, frame):
+        raise TimeoutError("still waiting")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        "samples.jsonl",
+        "tokenizer.json",
+        "config.json",
+        "model.safetensors",
+        "training.json",
+        "checkpoint.safetensors",
+        "best/checkpoint.safetensors",
+    ],
+)
+def test_pipe_in_a_run_is_not_waited_for(run, capsysbinary, impatient, name):
+    """Nobody may ever write to it; other files that the command needs are there."""
+    (run / name).unlink()
+    os.mkfifo(run / name)
+    commands = [
+        ["train", "--resume", str(run), "--steps", "9"],
+        ["generate", "--model", str(run), "--prompt", "a"],
+        ["info", "--model", str(run)],
+        ["report", str(run)],
+    ]
+    for command in commands:
+        status = None
+        with contextlib.suppress(SystemExit):
+            status = main(command)
+        told = capsysbinary.readouterr().err
+        assert (status is None) == (b"legacy1bit: error: " in told)
+        assert status in (None, 0)
+
+
 def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):
     """Settings that promise more stories than memory holds are refused before they are told."""
 

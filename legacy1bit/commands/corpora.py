@@ -75,16 +75,10 @@ def add_cache(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--cache",
         metavar="DIR",
-        type=_folder,
+        type=path_of,
         help="where tokens are kept from one run to the next (default: legacy1bit in the user's "
         "cache)",
     )
-
-
-def _folder(name: str) -> Path:
-    if not name:
-        raise argparse.ArgumentTypeError("it is empty, expected a folder")
-    return Path(name)
 
 
 def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:

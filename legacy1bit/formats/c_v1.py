@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from legacy1bit.files import atomic_write_all
+from legacy1bit.files import atomic_write_all, read_regular
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
 from legacy1bit.provenance import Provenance
 from legacy1bit.tokenizer import Tokenizer, check_bytes
@@ -21,7 +21,7 @@ def _beside(path: str | os.PathLike[str]) -> Path:
 
 def _is_ours(path: Path) -> bool:
     try:
-        return "provenance" in json.loads(path.read_bytes())
+        return "provenance" in json.loads(read_regular(path))
     except (ValueError, TypeError, RecursionError):
         return False
 
@@ -66,7 +66,7 @@ def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
     beside = _beside(path)
     if beside.is_file():
         try:
-            found = json.loads(beside.read_bytes())["provenance"]
+            found = json.loads(read_regular(beside))["provenance"]
             model.provenance = Provenance.from_json(json.dumps(found))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelFileError(f"{beside} is damaged: {error}") from None

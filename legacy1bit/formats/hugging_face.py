@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from legacy1bit.files import atomic_write_all, serialize_tensors
+from legacy1bit.files import atomic_write_all, read_regular, serialize_tensors
 from legacy1bit.formats.nemotron import check_model, tensor_names
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -80,7 +80,7 @@ def export_hugging_face(
 
 def _is_export(folder: Path) -> bool:
     try:
-        json.loads((folder / CONFIG_FILE).read_bytes())[_OURS]["config"]
+        json.loads(read_regular(folder / CONFIG_FILE))[_OURS]["config"]
     except (KeyError, OSError, RecursionError, TypeError, ValueError):
         return False
     return True

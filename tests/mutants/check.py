@@ -188,7 +188,7 @@ def compile_headers():
             "-Itests",
             "-DEMULATED_TILES",
             f"-DLEGACY1BIT_TIER_{tier.upper()}",
-            "-w",
+            "-Werror=implicit-function-declaration",
             "-O0",
             "-fkeep-static-functions",
             *flags,
