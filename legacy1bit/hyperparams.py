@@ -305,7 +305,7 @@ class TrainingConfig(_Record):
     momentum: float = _number(0.95, 0.0, 0.999999, "what Muon and SGD keep of the last direction")
     beta1: float = _number(0.9, 0.0, 0.999999, "what AdamW keeps of the gradient's mean")
     beta2: float = _number(0.99, 0.0, 0.999999, "what AdamW keeps of the gradient's mean square")
-    epsilon: float = _number(1e-8, 1e-30, 1.0, "AdamW's smallest divisor")
+    epsilon: float = _number(1e-8, 1e-20, 1.0, "AdamW's smallest divisor")
     weight_decay: float = _number(0.027, 0.0, 1e3, "decoupled, on matrices only")
     weight_decay_until: float = _number(
         1.0, 0.0, 1.0, "the share of the steps that have weight decay"

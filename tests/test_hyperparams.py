@@ -68,7 +68,7 @@ TRAINING_FIELDS = {
     "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
     "beta1": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "beta2": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
-    "epsilon": ((1e-30, 1), (0.0, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
+    "epsilon": ((1e-20, 1), (0.0, 9e-21, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
     "weight_decay": ((0, 1e3), (-0.1, 1.1e3, NAN, INF), NOT_NUMBERS),
     "weight_decay_until": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "float_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
