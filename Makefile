@@ -109,8 +109,11 @@ bench-data: build
 results: build
 	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
 
+# The quick tests run in some processes at once; ARGS="-n 0" is for one, as debuggers need it.
+QUICK_TESTS = pytest -n auto --maxprocesses 4
+
 test: build
-	$(PYTHON) -m pytest $(ARGS)
+	$(PYTHON) -m $(QUICK_TESTS) $(ARGS)
 
 test-slow: build
 	$(PYTHON) -m pytest -m slow $(ARGS)
@@ -194,7 +197,7 @@ test-wheel: wheel
 	$(PYTHON) -m venv $(ELSEWHERE)/venv
 	cp -r tests pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
-	cd $(ELSEWHERE) && venv/bin/python -m pytest $(ARGS)
+	cd $(ELSEWHERE) && venv/bin/python -m $(QUICK_TESTS) $(ARGS)
 
 # Exactly the versions that the bounds name, those of the build too; what these need is the newest.
 OLDEST := build/test-oldest
@@ -253,7 +256,7 @@ $(CHECKED_BUILDS): checked-%: build
 	rm -rf build/$*/tests && cp -r tests pyproject.toml build/$*
 
 in = cd build/$(1) && PYTHONPATH="$$PWD"
-CHECKED_TESTS = pytest -p no:cacheprovider $(ARGS)
+CHECKED_TESTS = $(QUICK_TESTS) -p no:cacheprovider $(ARGS)
 
 test-debug: checked-debug
 	$(call in,debug) PYTHONMALLOC=debug $(PYTHON) -m $(CHECKED_TESTS)
