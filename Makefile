@@ -297,7 +297,7 @@ test-coverage: checked-trace
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["coverage"])
 	find build/trace -name '*.gcda' -delete
 	rm -f build/trace/.coverage*
-	$(call in,trace) $(PYTHON) -m coverage run -m $(CHECKED_TESTS)
+	$(call in,trace) $(PYTHON) -m coverage run -m $(CHECKED_TESTS) -m 'not slow and not memory'
 	$(call in,trace) $(PYTHON) -m coverage combine -q
 	$(call in,trace) $(PYTHON) tests/line_coverage.py
 
