@@ -738,7 +738,10 @@ def test_rows_of_parquet_are_documents(write_table, monkeypatch, kind):
     else:
         column = pyarrow.array(told, getattr(pyarrow, kind)())
     monkeypatch.setattr(sources, "PIECE_BYTES", 16)
-    path = write_table(column, "content", row_group_size=90)
+    try:
+        path = write_table(column, "content", row_group_size=90)
+    except pyarrow.ArrowNotImplementedError:
+        pytest.skip("this pyarrow writes no such column")
     assert read(path, field="content") == [text.encode() for text in told]
 
 
