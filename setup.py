@@ -73,7 +73,8 @@ DIRECTIVES = {
 
 # Builds that look for mistakes: what compiler and Cython are told after all the above. Division by
 # 0 and overflow are left to the sanitizer: C's rules are what the code is written for. Where lines
-# are counted, threads count the same ones, and a function that is inlined would be counted twice.
+# are counted, two threads may count one for both, but never none, and a function that is inlined
+# would be counted twice.
 # The one for fuzzing is clang's: it counts which branches are taken, and has libFuzzer's runtime.
 # All of them have the matrix unit's tiles in C, where what is read and written can be watched.
 SANITIZE = "-fsanitize=address,undefined,float-cast-overflow"
@@ -87,7 +88,7 @@ CHECKS = {
     "asan": ([*FRAMES, SANITIZE], {}),
     "fuzz": ([*FRAMES, SANITIZE, "-fsanitize=fuzzer-no-link"], {}),
     "trace": (
-        ["-O1", "-fno-inline", "-DCACHE_INLINE=static", "--coverage", "-fprofile-update=atomic"],
+        ["-O1", "-fno-inline", "-DCACHE_INLINE=static", "--coverage", "-fprofile-update=single"],
         {},
     ),
 }
