@@ -327,11 +327,10 @@ static void unit_product(long m, long n, long k, const amx_operand *a, const amx
         }
 }
 
-static void unit_products(void)
+static void unit_products(float *workspace)
 {
     static const long sizes[][3] = {{1, 1, 1}, {5, 18, 3}, {18, 5, 37}, {32, 32, 1024},
                                     {17, 40, 1100}};
-    float *workspace = guarded(AMX_WORKSPACE * sizeof *workspace);
     memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
     for (int i = 0; i < 5; i++) {
         const long m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
@@ -354,46 +353,49 @@ static void unit_products(void)
     }
 }
 
-/* What is behind the columns of a tile, and in the workspace, must not count. */
-static void unit_sums(void)
+/* What is behind the columns of a tile, and in the workspace, must not count. There is room for
+ * rows in sixteens. */
+static void unit_sums(long rows, int form, long count, float *workspace)
 {
-    enum { ROWS = 37, MOST = 300, STRIDE = (MOST * 20 + 64 + 63) / 64 * 64 };
-    static const long counts[] = {1, 3, 60, 256, MOST};
-    float *workspace = guarded(AMX_WORKSPACE * sizeof *workspace);
-    unsigned char *strip = guarded(MOST * TILE_BYTES + PREFETCH_BYTES + TILE_BYTES);
-    signed char *x = guarded(48 * STRIDE);
-    int *totals = guarded(64 * STRIP_ROWS * sizeof *totals);
-    for (int i = 0; i < 48 * STRIDE; i++)
+    enum { STRIDE = (300 * TILE_TRITS + 64 + 63) / 64 * 64 };
+    const int width = form ? TILE_TRITS : TILE_CODES;
+    const long room = (rows + 15) / 16 * 16 * STRIDE;
+    unsigned char *strip = guarded(count * TILE_BYTES);
+    signed char *x = guarded(room);
+    int *totals = guarded((rows + 31) / 32 * 32 * STRIP_ROWS * sizeof *totals);
+    for (long i = 0; i < room; i++)
         x[i] = (signed char)(below(255) - 127);
-    for (int form = 0; form < 2; form++)
-        for (int i = 0; i < 5; i++) {
-            const int width = form ? TILE_TRITS : TILE_CODES;
-            for (int j = 0; j < MOST * TILE_BYTES; j++)
-                strip[j] = form ? trits(below(243)) : (unsigned char)below(256);
-            memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
-            amx_packed_sums(strip, counts[i], form, x, STRIDE, ROWS, totals, workspace);
-            for (int t = 0; t < ROWS; t++)
-                for (int row = 0; row < STRIP_ROWS; row++) {
-                    int sum = 0;
-                    for (int tile = 0; tile < counts[i]; tile++) {
-                        const unsigned char *w = strip + tile * TILE_BYTES + 4 * row;
-                        for (int j = 0; j < width; j++)
-                            sum += (form ? trit_at(w, j) : code_at(w, j))
-                                   * x[t * STRIDE + tile * width + j];
-                    }
-                    NEED(totals[t * STRIP_ROWS + row] == sum);
-                }
+    for (long i = 0; i < count * TILE_BYTES; i++)
+        strip[i] = form ? trits(below(243)) : (unsigned char)below(256);
+    memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
+    amx_packed_sums(strip, count, form, x, STRIDE, rows, totals, workspace);
+    for (long t = 0; t < rows; t++)
+        for (int row = 0; row < STRIP_ROWS; row++) {
+            int sum = 0;
+            for (long tile = 0; tile < count; tile++) {
+                const unsigned char *w = strip + tile * TILE_BYTES + 4 * row;
+                const signed char *here = x + t * STRIDE + tile * width;
+                for (int i = 0; i < width; i++)
+                    sum += here[i] * (form ? trit_at(w, i) : code_at(w, i));
+            }
+            NEED(totals[t * STRIP_ROWS + row] == sum);
         }
 }
 
 static void matrix_unit(void)
 {
+    static const long counts[] = {1, 3, 60, 256, 300};
+    float *workspace = guarded(AMX_WORKSPACE * sizeof *workspace);
     fill_the_stack();
     amx_begin();
     for (int i = 0; i < 8; i++)
         NEED(tiles.rows[i] == AMX_SIDE && tiles.row_bytes[i] == 64);
-    unit_products();
-    unit_sums();
+    unit_products(workspace);
+    for (int form = 0; form < 2; form++)
+        for (int i = 0; i < 5; i++) {
+            unit_sums(16, form, counts[i], workspace);
+            unit_sums(37, form, counts[i], workspace);
+        }
 }
 
 #else
