@@ -73,6 +73,8 @@ static void loads_and_stores(void)
         p[i] = (float)(i + 1);
     LANES(vf32_load(p), out);
     NEED(memcmp(p, out, N * sizeof *p) == 0);
+    LANES(vf32_load(p - 1), out - 1);
+    NEED(memcmp(p - 1, out - 1, N * sizeof *p) == 0);
     for (long n = 0; n < N; n++) {
         float *end = p + N - n, *to = out + N - n;
         fill_the_stack();
