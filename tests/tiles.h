@@ -29,6 +29,9 @@ static inline void tiles_begin(const void *layout)
     int i;
     memset(&tiles, 0, sizeof tiles);
     tiles_need(bytes[0] == 1);
+    /* Where no row or tile is told of, there must be zeros. */
+    for (i = 1; i < 64; i++)
+        tiles_need(bytes[i] == 0 || (i >= 16 && i < 32) || (i >= 48 && i < 56));
     memcpy(tiles.row_bytes, bytes + 16, sizeof tiles.row_bytes);
     memcpy(tiles.rows, bytes + 48, sizeof tiles.rows);
     for (i = 0; i < 8; i++)

@@ -1,0 +1,420 @@
+/* Every word of the vector vocabulary against what include/simd.h says of it, and products on the
+ * matrix unit, in one instruction set. tests/test_simd.py compiles this for each; undefined
+ * behaviour is a trap. Arrays end at a page that nobody may touch. */
+#include "simd.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+static int wrong;
+
+static void need(int right, const char *what, int line)
+{
+    if (!right && wrong++ < 20)
+        printf("%s, line %d: %s\n", TIER_NAME, line, what);
+}
+
+#define NEED(what) need(what, #what, __LINE__)
+
+/* Calls to this keep what was on the stack before from being zeros. */
+static __attribute__((noinline)) void fill_the_stack(void)
+{
+    unsigned char room[4096];
+    memset(room, 0xa5, sizeof room);
+    anew(room);
+}
+
+/* Memory of so many bytes, in front of a page that may not be touched. */
+static void *guarded(size_t bytes)
+{
+    enum { PAGE = 65536 };
+    const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
+    char *memory = mmap(NULL, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory + room, PAGE, PROT_NONE) != 0)
+        exit(2);
+    return memory + room - bytes;
+}
+
+static unsigned int state = 1;
+
+static int below(int n)
+{
+    state = state * 1664525u + 1013904223u;
+    return (int)(state >> 8) % n;
+}
+
+static int same(float a, float b) { return a == b || (a != a && b != b); }
+
+/* --- Floats ---------------------------------------------------------------------------------- */
+
+enum { N = VF32_LANES };
+
+static float numbers[] = {
+    0.0f, -0.0f, 1.0f, -1.0f, 0.5f, 2.5f, -3.5f, 1e-40f, -3e38f, 3e38f, INFINITY, -INFINITY, NAN,
+    127.0f, -88.75f, 16777216.0f,
+};
+
+enum { NUMBERS = sizeof numbers / sizeof *numbers };
+
+#define LANES(vector, lanes) vf32_store(lanes, vector)
+
+static void loads_and_stores(void)
+{
+    float *p = guarded(N * sizeof *p), *out = guarded(N * sizeof *out);
+    signed char *bytes = guarded(N);
+    LANES(vf32_zero(), out);
+    for (int i = 0; i < N; i++)
+        NEED(out[i] == 0.0f);
+    LANES(vf32_splat(-2.5f), out);
+    for (int i = 0; i < N; i++)
+        NEED(out[i] == -2.5f);
+    for (int i = 0; i < N; i++)
+        p[i] = (float)(i + 1);
+    LANES(vf32_load(p), out);
+    NEED(memcmp(p, out, N * sizeof *p) == 0);
+    LANES(vf32_load(p - 1), out - 1);
+    NEED(memcmp(p - 1, out - 1, N * sizeof *p) == 0);
+    for (long n = 0; n < N; n++) {
+        float *end = p + N - n, *to = out + N - n;
+        fill_the_stack();
+        const vf32 first = vf32_load_first(end, n);
+        LANES(first, out);
+        for (int i = 0; i < N; i++)
+            NEED(out[i] == (i < n ? end[i] : 0.0f));
+        for (int i = 0; i < N; i++)
+            out[i] = -7.0f;
+        fill_the_stack();
+        vf32_store_first(to, n, vf32_load(p));
+        for (int i = 0; i < N; i++)
+            NEED(out[i] == (i < N - n ? -7.0f : p[i - (N - n)]));
+    }
+    for (int start = -128; start < 128; start += N) {
+        for (int i = 0; i < N; i++)
+            bytes[i] = (signed char)(start + i);
+        LANES(vf32_load_i8(bytes), out);
+        for (int i = 0; i < N; i++)
+            NEED(out[i] == (float)(start + i));
+        for (long n = 0; n < N; n++) {
+            fill_the_stack();
+            const vf32 first = vf32_load_i8_first(bytes + N - n, n);
+            LANES(first, out);
+            for (int i = 0; i < N; i++)
+                NEED(out[i] == (i < n ? (float)bytes[N - n + i] : 0.0f));
+        }
+    }
+}
+
+/* Every number with every other one, in every lane. */
+static void arithmetic(void)
+{
+    for (int r = 0; r < NUMBERS; r++)
+        for (int s = 0; s < NUMBERS; s++) {
+            float a[N], b[N], out[N];
+            for (int i = 0; i < N; i++) {
+                a[i] = numbers[(r + i) % NUMBERS];
+                b[i] = numbers[(s + i) % NUMBERS];
+            }
+            const vf32 x = vf32_load(a), y = vf32_load(b);
+#define EACH(vector, expected)                   \
+    do {                                         \
+        LANES(vector, out);                      \
+        for (int i = 0; i < N; i++)              \
+            NEED(same(out[i], expected));        \
+    } while (0)
+            EACH(vf32_add(x, y), a[i] + b[i]);
+            EACH(vf32_sub(x, y), a[i] - b[i]);
+            EACH(vf32_mul(x, y), a[i] * b[i]);
+            EACH(vf32_max(x, y), a[i] > b[i] ? a[i] : b[i]);
+            EACH(vf32_min(x, y), a[i] < b[i] ? a[i] : b[i]);
+            EACH(vf32_where_positive(x, y), a[i] > 0.0f ? b[i] : 0.0f);
+            EACH(vf32_sqrt(x), sqrtf(a[i]));
+            LANES(vf32_fmadd(x, y, x), out);
+            for (int i = 0; i < N; i++)
+                NEED(same(out[i], a[i] * b[i] + a[i]) || same(out[i], fmaf(a[i], b[i], a[i])));
+            for (int i = 0; i < N; i++)
+                b[i] = b[i] == 0.0f ? 3.0f : b[i];
+            EACH(vf32_div(x, vf32_load(b)), a[i] / b[i]);
+        }
+}
+
+static void rounding(void)
+{
+    static const float whole[] = {0.0f, 1.0f, 2.0f, 100.0f, 127.0f, 131071.0f, 2800001.0f,
+                                  4194302.0f};
+    float v[N], out[N];
+    signed char *bytes = guarded(N);
+    for (int k = 0; k < 8 * 5 * 2; k++) {
+        for (int i = 0; i < N; i++) {
+            const int j = (k + i) % 80;
+            v[i] = (whole[j % 8] + 0.25f * (float)(j / 8 % 5)) * (j < 40 ? 1.0f : -1.0f);
+        }
+        EACH(vf32_round(vf32_load(v)), rintf(v[i]));
+        for (int i = 0; i < N; i++)
+            v[i] = fminf(fmaxf(v[i], -127.0f), 127.0f);
+        i8_round(bytes, vf32_load(v));
+        for (int i = 0; i < N; i++)
+            NEED((float)bytes[i] == rintf(v[i]));
+    }
+}
+
+static void powers_of_two(void)
+{
+    static const float small[] = {0x1p-149f, -0x1.8p-126f, 0x1p-100f, 0.0f};
+    static const float large[] = {1.0f, -1.5f, 0x1.555556p+5f, 3e38f, -INFINITY, NAN};
+    float v[N], n[N], out[N];
+    for (int power = -250; power <= 250; power++)
+        for (int k = 0; k < 10; k++) {
+            for (int i = 0; i < N; i++) {
+                /* Neighbours have other powers. What is small is not made smaller. */
+                const int here = power + 3 * i > 250 ? power - 3 * i : power + 3 * i;
+                n[i] = (float)here;
+                v[i] = here >= 0 && k < 4 ? small[k] : large[k % 6];
+            }
+            EACH(vf32_scale_pow2(vf32_load(v), vf32_load(n)), (float)ldexp(v[i], (int)n[i]));
+        }
+    EACH(vf32_scale_pow2(vf32_splat(NAN), vf32_splat(NAN)), NAN);
+}
+
+static void across_lanes(void)
+{
+    float v[N], out[N];
+    vf32 square[N];
+    for (int place = 0; place < N; place++)
+        for (int sign = -1; sign <= 1; sign += 2) {
+            float sum = 0.0f;
+            for (int i = 0; i < N; i++)
+                sum += v[i] = (float)(i == place ? 40 * sign : 2 * i - 35);
+            NEED(vf32_sum(vf32_load(v)) == sum);
+            float largest = v[0];
+            for (int i = 0; i < N; i++)
+                largest = v[i] > largest ? v[i] : largest;
+            NEED(vf32_largest(vf32_load(v)) == largest);
+        }
+    for (int i = 0; i < N; i++) {
+        for (int j = 0; j < N; j++)
+            v[j] = (float)(N * i + j);
+        square[i] = vf32_load(v);
+    }
+    vf32_transpose(square);
+    for (int j = 0; j < N; j++)
+        EACH(square[j], (float)(N * i + j));
+}
+
+/* --- Whole numbers --------------------------------------------------------------------------- */
+
+static int code_at(const unsigned char *row, int column)
+{
+    return row[column % 4] >> 2 * (column / 4) & 3;
+}
+
+static int trit_at(const unsigned char *row, int column)
+{
+    int number = 243 * row[column % 4] / 256;
+    for (int i = column / 4; i < 4; i++)
+        number /= 3;
+    return number % 3;
+}
+
+/* What a byte of five trits may be. */
+static unsigned char trits(int number) { return (unsigned char)((256 * number + 242) / 243); }
+
+static void packed_products(void)
+{
+    unsigned char *w = guarded(4 * VSUM_ROWS);
+    signed char *x16 = guarded(16), *x20 = guarded(20);
+    int *out = guarded(VSUM_ROWS * sizeof *out);
+    for (int round = 0; round < 300; round++) {
+        int expected[VSUM_ROWS] = {0};
+        vsum s = vsum_zero();
+        for (int tile = 0; tile < 3; tile++) {
+            for (int i = 0; i < 4 * VSUM_ROWS; i++)
+                w[i] = round % 4 == 0 ? 255 : (unsigned char)below(256);
+            for (int i = 0; i < 16; i++)
+                x16[i] = (signed char)(round == 0 ? 127 : round == 4 ? -127 : below(255) - 127);
+            /* Fours of -1 are all ones. */
+            if (round % 2)
+                memset(x16 + 4 * below(4), -1, 4);
+            s = vsum_tile(s, w, vact_load(x16));
+            for (int row = 0; row < VSUM_ROWS; row++)
+                for (int i = 0; i < 16; i++)
+                    expected[row] += code_at(w + 4 * row, i) * x16[i];
+        }
+        vsum_store(out, s);
+        NEED(memcmp(out, expected, sizeof expected) == 0);
+    }
+    for (int round = 0; round < 300; round++) {
+        int expected[VSUM_ROWS] = {0};
+        vsum s = vsum_zero();
+        for (int tile = 0; tile < 3; tile++) {
+            for (int i = 0; i < 4 * VSUM_ROWS; i++)
+                w[i] = trits(round % 4 == 0 ? 242 : round < 243 ? (round + i) % 243 : below(243));
+            for (int i = 0; i < 20; i++)
+                x20[i] = (signed char)(round == 0 ? 127 : round == 4 ? -127 : below(255) - 127);
+            if (round % 2)
+                memset(x20 + 4 * below(5), -1, 4);
+            s = vsum_tile3(s, w, vact3_load(x20));
+            for (int row = 0; row < VSUM_ROWS; row++)
+                for (int i = 0; i < 20; i++)
+                    expected[row] += trit_at(w + 4 * row, i) * x20[i];
+        }
+        vsum3_store(out, s);
+        NEED(memcmp(out, expected, sizeof expected) == 0);
+    }
+}
+
+/* --- The matrix unit ------------------------------------------------------------------------- */
+
+#ifdef EMULATED_TILES
+
+static float at(const amx_operand *x, long line, long depth)
+{
+    const long place = line * x->line_stride + depth * x->depth_stride;
+    const long row = x->turned ? depth : line, column = x->turned ? line : depth;
+    if (!x->codes)
+        return x->dense[place];
+    return (float)x->codes[place] * x->scale[row * x->scale_row + column / x->group];
+}
+
+static amx_operand floats(long lines, long depth, long line_stride, long depth_stride)
+{
+    amx_operand x = {0};
+    const long count = (lines - 1) * line_stride + (depth - 1) * depth_stride + 1;
+    float *p = guarded(count * sizeof *p);
+    for (long i = 0; i < count; i++)
+        p[i] = (float)(below(9) - 4);
+    x.dense = p;
+    x.line_stride = line_stride;
+    x.depth_stride = depth_stride;
+    return x;
+}
+
+/* Codes whose rows lie along the depth, or turned; so many scales a row. */
+static amx_operand codes(long lines, long depth, int turned, int scales, long group)
+{
+    amx_operand x = {0};
+    const long rows = turned ? depth : lines, cols = turned ? lines : depth;
+    signed char *p = guarded(rows * cols);
+    float *scale = guarded(rows * scales * sizeof *scale);
+    for (long i = 0; i < rows * cols; i++)
+        p[i] = (signed char)(below(3) - 1);
+    for (long i = 0; i < rows * scales; i++)
+        scale[i] = (float)(1 << below(3));
+    x.codes = p;
+    x.scale = scale;
+    x.scale_row = scales;
+    x.group = group;
+    x.turned = turned;
+    x.line_stride = turned ? 1 : cols;
+    x.depth_stride = turned ? cols : 1;
+    return x;
+}
+
+/* Whole numbers, so that nothing is rounded. */
+static void unit_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
+                         int accumulate, float *workspace)
+{
+    float *c = guarded(m * n * sizeof *c), *bias = guarded(n * sizeof *bias);
+    for (long j = 0; j < n; j++)
+        bias[j] = (float)below(100);
+    for (long i = 0; i < m * n; i++)
+        c[i] = (float)(i % 7);
+    amx_product(m, n, k, a, b, 2.0f, bias, accumulate, c, n, workspace);
+    for (long i = 0; i < m; i++)
+        for (long j = 0; j < n; j++) {
+            float sum = accumulate ? (float)((i * n + j) % 7) : bias[j];
+            for (long d = 0; d < k; d++)
+                sum += 2.0f * at(a, i, d) * at(b, j, d);
+            NEED(c[i * n + j] == sum);
+        }
+}
+
+static void unit_products(float *workspace)
+{
+    static const long sizes[][3] = {{1, 1, 1}, {5, 18, 3}, {18, 5, 37}, {32, 32, 1024},
+                                    {17, 40, 1100}};
+    memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
+    for (int i = 0; i < 5; i++) {
+        const long m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
+        const amx_operand rows = floats(m, k, k, 1), columns = floats(m, k, 1, m);
+        const amx_operand apart = floats(m, k, 2, 2 * m + 3);
+        const amx_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
+        const amx_operand right_apart = floats(n, k, 2 * k + 1, 2);
+        unit_product(m, n, k, &rows, &right_columns, 0, workspace);
+        unit_product(m, n, k, &columns, &right, 1, workspace);
+        unit_product(m, n, k, &apart, &right_apart, 0, workspace);
+        for (int turned = 0; turned < 2; turned++) {
+            const long cols = turned ? n : k, group = (cols / 2 + 15) / 16 * 16;
+            const amx_operand one = codes(n, k, turned, 1, cols);
+            unit_product(m, n, k, &rows, &one, turned, workspace);
+            if (group > 0 && group < cols) {
+                const amx_operand two = codes(n, k, turned, 2, group);
+                unit_product(m, n, k, &rows, &two, turned, workspace);
+            }
+        }
+    }
+}
+
+/* What is behind the columns of a tile, and in the workspace, must not count. There is room for
+ * rows in sixteens. */
+static void unit_sums(long rows, int form, long count, float *workspace)
+{
+    enum { STRIDE = (300 * TILE_TRITS + 64 + 63) / 64 * 64 };
+    const int width = form ? TILE_TRITS : TILE_CODES;
+    const long room = (rows + 15) / 16 * 16 * STRIDE;
+    unsigned char *strip = guarded(count * TILE_BYTES);
+    signed char *x = guarded(room);
+    int *totals = guarded((rows + 31) / 32 * 32 * STRIP_ROWS * sizeof *totals);
+    for (long i = 0; i < room; i++)
+        x[i] = (signed char)(below(255) - 127);
+    for (long i = 0; i < count * TILE_BYTES; i++)
+        strip[i] = form ? trits(below(243)) : (unsigned char)below(256);
+    memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
+    amx_packed_sums(strip, count, form, x, STRIDE, rows, totals, workspace);
+    for (long t = 0; t < rows; t++)
+        for (int row = 0; row < STRIP_ROWS; row++) {
+            int sum = 0;
+            for (long tile = 0; tile < count; tile++) {
+                const unsigned char *w = strip + tile * TILE_BYTES + 4 * row;
+                const signed char *here = x + t * STRIDE + tile * width;
+                for (int i = 0; i < width; i++)
+                    sum += here[i] * (form ? trit_at(w, i) : code_at(w, i));
+            }
+            NEED(totals[t * STRIP_ROWS + row] == sum);
+        }
+}
+
+static void matrix_unit(void)
+{
+    static const long counts[] = {1, 3, 60, 256, 300};
+    float *workspace = guarded(AMX_WORKSPACE * sizeof *workspace);
+    fill_the_stack();
+    amx_begin();
+    for (int i = 0; i < 8; i++)
+        NEED(tiles.rows[i] == AMX_SIDE && tiles.row_bytes[i] == 64);
+    unit_products(workspace);
+    for (int form = 0; form < 2; form++)
+        for (int i = 0; i < 5; i++) {
+            unit_sums(16, form, counts[i], workspace);
+            unit_sums(37, form, counts[i], workspace);
+        }
+}
+
+#else
+
+static void matrix_unit(void) {}
+
+#endif
+
+int main(void)
+{
+    simd_prepare();
+    loads_and_stores();
+    arithmetic();
+    rounding();
+    powers_of_two();
+    across_lanes();
+    packed_products();
+    matrix_unit();
+    return wrong != 0;
+}

@@ -1,0 +1,51 @@
+"""The vector vocabulary in C alone: ``simd.c``, compiled for each instruction set of this CPU."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from legacy1bit import math_ops
+
+HERE = Path(__file__).resolve().parent
+HEADERS = HERE.parent / "include"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
+FLAGS = {
+    "scalar": "",
+    "sse": "-msse",
+    "sse2": "-msse2",
+    "ssse3": "-mssse3",
+    "sse41": "-msse4.1",
+    "avx2": "-mavx2 -mfma",
+    "avx512": AVX512,
+    "avx512vnni": f"{AVX512} -mavx512vnni",
+    # With the matrix unit's tiles in C.
+    "amx": f"{AVX512} -mavx512vnni -mavx512bf16 -mamx-tile -mamx-bf16 -mamx-int8 -DEMULATED_TILES",
+}
+COMMON = "-std=c99 -D_GNU_SOURCE -O1 -ffp-contract=off -w"
+COMMON += " -fsanitize=undefined -fsanitize-undefined-trap-on-error"
+
+
+def runs_here(name):
+    if name != "amx":
+        return name in math_ops.simd_levels()
+    try:
+        rounds = "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        rounds = False
+    return rounds and importlib.util.find_spec("legacy1bit._kernels_amx") is not None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="memory is protected in another way")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+@pytest.mark.skipif(not HEADERS.exists(), reason="the headers are not here")
+@pytest.mark.parametrize("name", list(filter(runs_here, FLAGS)))
+def test_every_word_means_what_simd_h_says(name, tmp_path):
+    command = ["cc", *COMMON.split(), *FLAGS[name].split(), f"-DLEGACY1BIT_TIER_{name.upper()}"]
+    command += [f"-I{HEADERS}", f"-I{HERE}", HERE / "simd.c", "-o", "simd", "-lm", "-lpthread"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    ran = subprocess.run([tmp_path / "simd"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, "")
