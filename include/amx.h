@@ -9,7 +9,7 @@
 #define LEGACY1BIT_AMX_H
 
 /* One operand, by the element at (line, depth): floats, or codes with scales. A line is a row of
- * the left matrix, or a column of the right one. */
+ * the left matrix, or a column of the right one. One of the two strides is 1. */
 typedef struct {
     const float *dense;
     long line_stride, depth_stride;
@@ -105,15 +105,15 @@ static inline void amx_pack_tile(const amx_operand *x, long line, long first, lo
                                  long depth, int as_lines, uint16_t *tile)
 {
     __m512i square[16];
-    int i, in_lines;
-    if (x->depth_stride == 1) {
+    const int in_lines = x->depth_stride == 1;
+    int i;
+    if (in_lines) {
         for (i = 0; i < 16; i++) {
             const long low = i < lines ? depth : 0, high = i < lines ? depth - 16 : 0;
             square[i] = (__m512i)_mm512_cvtne2ps_pbh(amx_load(x, line + i, first + 16, high),
                                                      amx_load(x, line + i, first, low));
         }
-        in_lines = 1;
-    } else if (x->line_stride == 1) {
+    } else {
         for (i = 0; i < 16; i++) {
             const long even = 2 * i < depth ? lines : 0, odd = 2 * i + 1 < depth ? lines : 0;
             const __m512i low = _mm512_cvtepu16_epi32(
@@ -122,19 +122,6 @@ static inline void amx_pack_tile(const amx_operand *x, long line, long first, lo
                 (__m256i)_mm512_cvtneps_pbh(amx_load(x, line, first + 2 * i + 1, odd)));
             square[i] = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
         }
-        in_lines = 0;
-    } else {
-        for (i = 0; i < 16; i++) {
-            float row[32];
-            long j;
-            for (j = 0; j < 32; j++)
-                row[j] = i < lines && j < depth ? x->dense[(line + i) * x->line_stride
-                                                           + (first + j) * x->depth_stride]
-                                                : 0.0f;
-            square[i] = (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(row + 16),
-                                                     _mm512_loadu_ps(row));
-        }
-        in_lines = 1;
     }
     if (in_lines != as_lines)
         avx512_transpose(square);

@@ -337,12 +337,9 @@ static void unit_products(float *workspace)
     for (int i = 0; i < 5; i++) {
         const long m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
         const amx_operand rows = floats(m, k, k, 1), columns = floats(m, k, 1, m);
-        const amx_operand apart = floats(m, k, 2, 2 * m + 3);
         const amx_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
-        const amx_operand right_apart = floats(n, k, 2 * k + 1, 2);
         unit_product(m, n, k, &rows, &right_columns, 0, workspace);
         unit_product(m, n, k, &columns, &right, 1, workspace);
-        unit_product(m, n, k, &apart, &right_apart, 0, workspace);
         for (int turned = 0; turned < 2; turned++) {
             const long cols = turned ? n : k, group = (cols / 2 + 15) / 16 * 16;
             const amx_operand one = codes(n, k, turned, 1, cols);

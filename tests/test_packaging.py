@@ -70,6 +70,10 @@ def test_wheel_has_the_package_and_nothing_else():
     assert [path.name for path in files if path.suffix == ".c"] == ["model.c"]
 
 
+@pytest.mark.skipif(
+    PACKAGE.parent == ROOT and not (ROOT / "setup.py").exists(),
+    reason="a build that looks for mistakes says where its source is",
+)
 def test_compiled_modules_tell_nothing_of_the_machine_that_built_them():
     home = str(Path.home())
     told = {str(ROOT), *([home] if home != "/" else [])}

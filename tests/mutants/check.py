@@ -32,6 +32,7 @@ TESTS = [
     f"tests/test_{name}.py"
     for name in (
         "bounds",
+        "simd",
         "math_ops",
         "optimizer",
         "backward",
