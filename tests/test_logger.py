@@ -126,7 +126,9 @@ def test_logger_refuses_records_that_are_too_deep(path):
     path.write_bytes(b'{"step": 1, "a": ' + b'{"a": ' * 800 + b"1" + b"}" * 801 + b"\n")
     content = path.read_bytes()
     assert len(read_metrics(path)) == 1
-    refused = pytest.raises(ValueError, match=r"metrics\.jsonl: a record has too many others within")
+    refused = pytest.raises(
+        ValueError, match=r"metrics\.jsonl: a record has too many others within"
+    )
     with refused if sys.version_info < (3, 12) else contextlib.nullcontext():
         MetricsLogger(path.parent, 1000)
     assert path.read_bytes() == content

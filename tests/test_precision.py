@@ -13,8 +13,11 @@ from models import make_config, random_model
 from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_output_layer_batch
 from legacy1bit.forward import forward_output_layer_batch
+from legacy1bit.inference import Decoder
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import LegacyLLMGradients, TernaryMatrix
+from legacy1bit.optimizer import SGD, AdamW
+from legacy1bit.packed import PackedModel
 from legacy1bit.schemes import SCHEMES
 
 needs_bf16 = pytest.mark.skipif(
@@ -217,3 +220,29 @@ def test_narrower_instruction_sets_have_float32_alone(tier):
         pass
     with product_precision("float32"):
         assert math_ops.simd_level() == tier
+
+
+def written_and_changed(heads, span):
+    """Yield what a model writes, and what optimizers make of one."""
+    config = make_config(
+        vocab_size=60, model_dim=18 * heads, num_heads=heads, num_blocks=1, sequence_length=90,
+        attention_span=span,
+    )  # fmt: skip
+    rng = np.random.default_rng(heads)
+    decoder = Decoder(PackedModel(random_model(config)), 1)
+    for count in (1, 2, 5, 6, 7, 1, 3, 7, 7, 7, 7, 7, 7, 7, 7):
+        yield np.array(decoder.extend(rng.integers(0, 60, count)))
+    for kind in (AdamW, SGD):
+        model, gradients = random_model(config), LegacyLLMGradients(config)
+        gradients.flat[...] = rng.standard_normal(gradients.flat.size)
+        kind(model).step(gradients, 0.01, 1.0)
+        yield from model.latent.values()
+
+
+@needs_bf16
+@pytest.mark.parametrize(("heads", "span"), [(1, 0), (2, 0), (5, 20)])
+def test_a_model_writes_and_its_optimizers_move_it_with_the_same_bits(heads, span):
+    expected = list(written_and_changed(heads, span))
+    with product_precision("bf16"):
+        for one, other in zip(written_and_changed(heads, span), expected, strict=True):
+            assert_same_bits(one, other)
