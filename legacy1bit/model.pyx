@@ -134,7 +134,7 @@ cdef class TernaryMatrix:
 
     def __init__(self, values, scale=1.0, group=0, levels=(-1, 0, 1)):
         cdef const signed char[:, ::1] codes = values
-        if codes.shape[0] * codes.shape[1] == 0:
+        if codes is None or codes.shape[0] * codes.shape[1] == 0:
             raise ValueError("values is empty")
         if len(levels) == 0:
             raise ValueError("levels is empty")

@@ -149,6 +149,8 @@ cdef class PackedMatrix:
         cdef Rounded rounded
         cdef const float *bias_pointer = NULL
         cdef float *workspace
+        if rows is None:
+            raise ValueError(f"x is None, expected (B, {self.view.cols})")
         if rows.shape[0] == 0 or rows.shape[1] != self.view.cols:
             raise ValueError(f"x has shape ({rows.shape[0]}, {rows.shape[1]}), expected "
                              f"(B, {self.view.cols})")
