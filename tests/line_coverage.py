@@ -36,7 +36,9 @@ def places_in_cython(source):
     places, place = [None], None
     for line in source.read_text().splitlines():
         if mark := MARK.match(line):
-            place = (mark[1], int(mark[2])) if mark[1].endswith(".pyx") else None
+            # The first line stands for what makes a module of all the others.
+            ours = mark[1].endswith(".pyx") and mark[2] != "1"
+            place = (mark[1], int(mark[2])) if ours else None
         elif line.startswith("}"):
             place = None
         # Errors of Python's own are no branches of a kernel.
