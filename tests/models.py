@@ -55,7 +55,7 @@ def make_config(**changes):
 
 def attention_cases(changes):
     """Settings, batch and time of attention layers; odder widths where the scales differ."""
-    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9), (32, 1, 1, 3))
+    shapes = ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 2, 9), (96, 3, 1, 3))
     if "scale" in changes:
         shapes += ((1, 1, 1, 3), (300, 3, 1, 2), (130, 5, 2, 8))
     for dim, heads, batch, time in shapes:
