@@ -683,10 +683,10 @@ def test_layers_say_which_activations_are_no_array():
     ffn, attention = model_of(config).blocks[0].ffn, model_of(config).blocks[0].attention
     context = create_transformer_block_context(12, 36, 3, 2, 5)
     part = empty_gradients(oracle_weights(model_of(config), "blocks.0.attention."))
-    with pytest.raises(TypeError, match="^x is not a float32 array"):
+    with pytest.raises(TypeError, match=r"^x is not a float32 array"):
         backward_multi_head_attention_batch(attention, x, x.tolist(), context, part)
     part = empty_gradients(oracle_weights(model_of(config), "blocks.0.ffn."))
-    with pytest.raises(TypeError, match="^x is not a float32 array"):
+    with pytest.raises(TypeError, match=r"^x is not a float32 array"):
         backward_feed_forward_batch(ffn, x, x.tolist(), hidden, part)
 
 
