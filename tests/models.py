@@ -132,7 +132,7 @@ SCALED_SHAPES = ((1, 1), (3, 3), (5, 129), (33, 257), (17, 300), (40, 600), (530
 scaled_matrices = pytest.mark.parametrize(
     ("scheme", "shape", "group"),
     [(scheme, shape, group) for scheme in SCHEMES for shape in SCALED_SHAPES
-     for group in (0, 128, 256, "tensor")
+     for group in (0, 16, 128, 256, "tensor")
      if scheme == "ternary" or shape[1] == 300 or (scheme == "2bit" and group == 128)],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )  # fmt: skip

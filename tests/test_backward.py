@@ -5,6 +5,7 @@ gradients are once more here. Tolerances are those of `models.assert_near`.
 """
 
 import math
+import os
 
 import numpy as np
 import oracle
@@ -62,6 +63,7 @@ from legacy1bit.backward import (
     backward_transformer_block_batch,
     cross_entropy_loss,
     d_loss_d_logits,
+    ignore_padding,
 )
 from legacy1bit.forward import (
     forward_feed_forward_batch,
@@ -514,6 +516,26 @@ def test_backward_transformer_block_gives_other_documents_no_gradient(documents)
         assert not d_x.any()
 
 
+def test_layers_work_positions_out_that_they_have_not_seen():
+    """The forward pass is another model's, of the same weights."""
+    config = make_config(num_blocks=1)
+    x, tokens, d_output, weights, _ = layer_case(config, 2, 5, "none", "")
+    seen, context = run_block(config, x, tokens)
+    part = {name.removeprefix("attention."): value for name, value in weights.items()
+            if name.startswith("attention.")}  # fmt: skip
+
+    def attention(block, gradients):
+        return backward_multi_head_attention_batch(block.attention, d_output, x, context, gradients)
+
+    def whole(block, gradients):
+        return backward_transformer_block_batch(block, d_output, context, gradients)
+
+    for function, names in ((attention, part), (whole, weights)):
+        expected = function(seen, empty_gradients(names))
+        block = random_model(config).blocks[0]
+        assert_same_bits(function(block, empty_gradients(names)), expected, function.__name__)
+
+
 @every_tier
 def test_backward_goes_straight_through_int8():
     """The gradients are those of plain layers whose inputs happen to be what int8 keeps."""
@@ -653,6 +675,19 @@ def test_layers_reject_activations_that_do_not_fit(d_output):
     ):
         with pytest.raises((TypeError, ValueError)):
             call()
+
+
+def test_layers_say_which_activations_are_no_array():
+    config = make_config(num_blocks=1)
+    x, hidden = rows(2, 5, 12), np.zeros((2, 5, 36), np.float32)
+    ffn, attention = model_of(config).blocks[0].ffn, model_of(config).blocks[0].attention
+    context = create_transformer_block_context(12, 36, 3, 2, 5)
+    part = empty_gradients(oracle_weights(model_of(config), "blocks.0.attention."))
+    with pytest.raises(TypeError, match=r"^x is not a float32 array"):
+        backward_multi_head_attention_batch(attention, x, x.tolist(), context, part)
+    part = empty_gradients(oracle_weights(model_of(config), "blocks.0.ffn."))
+    with pytest.raises(TypeError, match=r"^x is not a float32 array"):
+        backward_feed_forward_batch(ffn, x, x.tolist(), hidden, part)
 
 
 def test_layers_with_norms_reject_a_context_without_room_for_them():
@@ -1007,6 +1042,59 @@ def test_backward_pass_agrees_for_any_number_of_threads(batch):
         for loss, flat in runs[1:]:
             assert loss == runs[0][0]
             assert_same_bits(flat, runs[0][1], f"{threads} threads")
+
+
+@every_tier
+def test_backward_pass_of_fewer_sequences_than_threads_has_the_bits_of_so_many_threads():
+    config = make_config()
+    tokens, targets, _ = model_case(config, 2, 9, "left")
+    for batch in (1, 2):
+        flats = []
+        for threads in (batch, 3):
+            # To gradients that are there another share of 0 would be a sum of its own.
+            gradients = create_legacy_llm_gradients(config)
+            gradients.flat[...] = rows(gradients.flat.size)
+            BackwardPass(model_of(config), 3, 9, threads).run(
+                tokens[:batch], targets[:batch], gradients
+            )
+            flats.append(gradients.flat)
+        assert_same_bits(flats[1], flats[0], f"{batch} sequences")
+
+
+def test_ignore_padding_gives_minus_one_for_padding_and_the_targets_else():
+    tokens, targets = np.array([[0, 1, 11, 3]], np.int32), np.array([[1, 11, 2, 4]], np.int32)
+    assert ignore_padding(tokens, targets, 11).tolist() == [[1, -1, -1, 4]]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_backward_pass_without_memory_raises_memory_error():
+    start = (
+        "import os, resource\n"
+        "from legacy1bit.backward import BackwardPass\n"
+        "from legacy1bit.hyperparams import ModelConfig\n"
+        "config = ModelConfig(vocab_size=11, model_dim=8, num_heads=2, sequence_length=4)\n"
+        "model, gradients = create_legacy_llm(config, 1), create_legacy_llm_gradients(config)\n"
+        "def limit(more):\n"
+        "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.RLIM_INFINITY))\n"
+    )
+    # All but half a megabyte is taken: less than a packing buffer.
+    printed = run_child(
+        start + "backward_pass, kept = BackwardPass(model, 2, 4, 2), []\n"
+        "limit(8 << 20)\n"
+        "try:\n"
+        "    while True:\n"
+        "        kept.append(bytearray(1 << 19))\n"
+        "except MemoryError:\n"
+        "    pass\n" + rejection("backward_pass.run([[1] * 4] * 2, [[1] * 4] * 2, gradients)")
+    )
+    assert printed == "MemoryError no memory for the kernels' packing buffers"
+    # Of the tables with a place for each of a million threads some fit and some do not.
+    for more in (32, 64, 96, 128):
+        printed = run_child(
+            start + f"limit({more} << 20)\n" + rejection("BackwardPass(model, *[1 << 20] * 3)")
+        )
+        assert printed == "MemoryError no memory for the pass"
 
 
 @every_tier

@@ -12,7 +12,9 @@ SCRIPT = """
 import ctypes, mmap, sys
 import numpy as np
 from legacy1bit import math_ops as ops
-from legacy1bit.backward import backward_layer_norm_batch
+from legacy1bit.backward import backward_layer_norm_batch, backward_output_layer_batch
+from legacy1bit.forward import forward_output_layer_batch
+from legacy1bit.model import TernaryMatrix
 from legacy1bit.packed import PackedMatrix
 
 PAGE = mmap.PAGESIZE
@@ -55,6 +57,8 @@ def vectors(n, at_end):
     ops.softmax(new())
     ops.quantize_activations(new())
     ops.layer_norm(x, y, new())
+    # A mean so large is worked out in float64.
+    ops.layer_norm(guarded(np.linspace(1e6, 1e6 + 1, n, dtype=np.float32), at_end), y, new())
     spreads = guarded(np.ones(1, np.float32), at_end)
     backward_layer_norm_batch(new(), x, y, spreads, spreads, new(), new())
 
@@ -67,6 +71,18 @@ def matrices(rows, cols, at_end):
     for form in ("2bit", "trits"):
         batch = guarded(random.standard_normal((9, cols)).astype(np.float32), at_end)
         PackedMatrix(codes, form=form).multiply(batch, y)
+    # Scales in groups of columns, and rows enough to pack the matrix.
+    scales = guarded(random.random((rows, -(-cols // 16))).astype(np.float32), at_end)
+    matrix = TernaryMatrix(codes, scales, 16)
+    ops.ternary_matrix_vector_mul(matrix, x, y)
+    ops.matrix_transpose_vector_mul(matrix, y, x)
+    batch, wide = (guarded(random.standard_normal((17, n)).astype(np.float32), at_end)
+                   for n in (cols, rows))
+    forward_output_layer_batch(matrix, y, batch)
+    backward_output_layer_batch(matrix, wide, batch, {
+        "weight": guarded(np.zeros((rows, cols), np.float32), at_end),
+        "bias": guarded(np.zeros(rows, np.float32), at_end),
+    })
     for turn_a in (False, True):
         for turn_b in (False, True):
             a, b, c = (guarded(random.standard_normal(shape).astype(np.float32), at_end)

@@ -137,6 +137,17 @@ def test_sample_token_at_temperature_0_takes_the_first_of_several():
     assert sample_token(np.zeros(5, np.float32), None, 0.0) == 0
 
 
+def test_sample_token_heeds_no_number_behind_the_logits():
+    """NumPy gives a block of memory out again as it was: here with NaN and small numbers in it."""
+    for place in range(80):
+        logits = np.full(80, -1.0, np.float32)
+        logits[place] = 1.0
+        before = np.full(160, np.nan, np.float32)
+        before[96:] = -1e30
+        del before
+        assert sample_token(logits, None, 0.0) == place
+
+
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-9}])
 @pytest.mark.parametrize("temperature", [1e-3, 1.0, 100.0, 1e9, 1e30])
 def test_sample_token_without_a_choice_is_the_likeliest(settings, temperature):
@@ -605,6 +616,29 @@ def test_decoder_takes_long_prompts_in_blocks(changes, span):
     for pieces in ((260,), (1, 127, 132), (128, 1, 129, 1, 1), (200, 60), (129, 130, 1)):
         check_pieces(config, 260, pieces)
     check_pieces(config, 260, (259, 1), threads=3)
+
+
+@every_tier
+def test_decoder_makes_nothing_of_nothing():
+    """Embeddings of 0: so are the logits of a long prompt, which is taken in blocks."""
+    config = make_config(scheme="float", num_blocks=1, sequence_length=300)
+    model = create_legacy_llm(config, 1)
+    model.parameters["embedding.weight"][...] = 0.0
+    for length in (10, 300):
+        logits = Decoder(PackedModel(model)).extend([1] * length)
+        assert (logits == 0.0).all()
+
+
+@every_tier
+def test_decoder_rounds_what_is_too_small_for_int8_to_nothing():
+    """Also where the token before has left its codes: only it itself is in its span."""
+    config = make_config(num_blocks=1, attention_span=1, activation="relu")
+    model = create_legacy_llm(config, 1)
+    model.parameters["embedding.weight"][2] = 0.0
+    model.parameters["blocks.0.norm2.beta"][...] = 1e-37
+    decoder = Decoder(PackedModel(model))
+    assert decoder.extend([1]).all()
+    assert (decoder.extend([2]) == 0.0).all()
 
 
 @every_tier

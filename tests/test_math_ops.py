@@ -750,6 +750,18 @@ def test_layer_norm_forward_is_within_the_bound(n, kind):
 
 
 @every_tier
+@pytest.mark.parametrize("n", [2, 3, 5, 17, 100])
+def test_layer_norm_forward_of_a_mean_of_many_deviations_is_off_by_a_rounding(n):
+    """Neighbours among the float32 numbers: squares of the mean would hide what they differ by."""
+    x, one, zero = np.full(n, 2.0**24, np.float32), np.ones(n, np.float32), np.zeros(n, np.float32)
+    x[-1] += 2.0
+    expected, expected_mean, expected_inv_std = oracle.layer_norm_forward(x, one, zero)
+    (mean, inv_std), actual = call(math_ops.layer_norm_forward, x, one, zero, writes=(0,))
+    assert (mean, inv_std) == (np.float32(expected_mean), np.float32(expected_inv_std))
+    assert_close(actual, expected, rtol=gamma(1), atol=0, dtype=np.float32)
+
+
+@every_tier
 @sizes
 def test_layer_norm_is_layer_norm_forward(n):
     args = normal(n), normal(n, seed=1), normal(n, seed=2)
@@ -1043,6 +1055,13 @@ def test_every_function_rejects_empty_arrays(name):
     assert any(re.search(rf"\b{key}\b", message) for key in arrays), message
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_outer_product_add_inplace_rejects_a_matrix_without_rows_or_columns(shape):
+    arrays = [np.ones(size, np.float32) for size in (shape, *shape)]
+    arguments = dict(zip(("matrix", "x", "y"), arrays, strict=True))
+    assert rejection("outer_product_add_inplace", arguments, ValueError) == "matrix is empty"
+
+
 # The first array is taken as it comes; those after it must fit, and are the ones to name.
 @pytest.mark.parametrize(
     ("name", "argument", "axis"),
@@ -1076,6 +1095,8 @@ def test_every_function_rejects_shape_mismatches(name, argument, axis, change):
     message = rejection(name, arguments, ValueError)
     for part in (argument, expected, expected + change):
         assert re.search(rf"\b{part}\b", message), message
+    _, _, wanted = message.partition("expected")
+    assert not wanted or re.search(rf"\b{expected}\b", wanted), message
 
 
 @pytest.mark.parametrize(("transpose_a", "transpose_b"), [(False, True), (True, False)])
@@ -1120,3 +1141,13 @@ def test_sums_and_what_is_made_of_them_have_the_same_bits_everywhere(n):
         first, *others = in_every_tier(function)
         for other in others:
             np.testing.assert_array_equal(other, first)
+
+
+def test_layer_norm_has_the_same_bits_everywhere_where_float64_begins():
+    """The mean is 1,000 standard deviations to the bit, the most that float32 is trusted with."""
+    for a, b, deviation in ((7, 1, 5), (17, 7, 13), (23, 7, 17), (31, 17, 25), (49, 31, 41)):
+        x = 1024 * np.array([a, -a, b, -b] * 5, np.float32) + 1024 * 1000 * deviation
+        gain, bias = normal(20), normal(20, seed=1)
+        first, *others = in_every_tier(in_place, math_ops.layer_norm, x, gain, bias)
+        for other in others:
+            assert_same_bits(other, first)

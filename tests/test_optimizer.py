@@ -261,6 +261,13 @@ def test_step_heeds_its_settings(make, settings, config):
 
 
 @every_tier
+def test_step_of_muon_is_exact_but_for_rounding_where_matrices_are_wide():
+    """More columns than the matrix product packs at once."""
+    config = make_config(num_blocks=1, ffn_multiplier=44)
+    check_step(Muon(random_model(config)), random_gradients(config), 0.01)
+
+
+@every_tier
 @optimizers
 def test_step_is_exact_but_for_rounding_after_many_steps(make):
     # The corrections approach 1 and the moments what they would be for ever.

@@ -216,6 +216,13 @@ def test_products_are_exact_for_any_width(form):
             check_exact((5, cols), (-1, 0, 1), form, batch)
 
 
+@every_tier
+@kinds
+def test_products_of_more_tiles_than_one_sum_holds_are_exact(levels, form):
+    """A sum holds 1,024 tiles; so few more than that are a part of their own."""
+    check_exact((3, 1026 * (20 if form == "trits" else 16) + 5), levels, form, 40)
+
+
 @functools.cache
 def long_matrix(code, levels, form, cols):
     return PackedMatrix(np.full((33, cols), code, np.int8), levels=levels, form=form)
