@@ -19,6 +19,9 @@ import numpy.typing as npt
 Buffer = bytes | memoryview
 Content = bytes | str | list[Buffer]
 
+# Of settings, tokenizers and indexes; the largest tokenizers there are have some tens of megabytes.
+_MOST_BYTES = 1 << 28
+
 # What safetensors calls the types that are stored here.
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
 
@@ -194,9 +197,15 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a file that has come with others; see ``open_regular``."""
+def read_regular(path: str | os.PathLike[str], most: int | None = _MOST_BYTES) -> bytes:
+    """Return the content of a file that has come with others; see ``open_regular``.
+
+    A file of settings or of a tokenizer that is larger than ``most`` is refused: it may take no room
+    on the disk, and all of the memory.
+    """
     with open_regular(path) as file:
+        if most is not None and os.fstat(file.fileno()).st_size > most:
+            raise OSError(errno.EFBIG, f"Is larger than {most} bytes", str(path))
         return file.read()
 
 

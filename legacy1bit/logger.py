@@ -30,7 +30,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError
         If another line is not a JSON object with a step.
     """
-    lines = read_regular(path).splitlines()
+    lines = read_regular(path, None).splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:

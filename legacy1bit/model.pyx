@@ -1374,7 +1374,7 @@ def serialize_c_v1(LegacyLLM model not None) -> bytes:
 
 def _from_c_v1(path):
     size = os.stat(path).st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         header = file.read(20)
         if len(header) < 20:
             raise ModelFileError(f"{path} has {size} bytes, too few for a model file")

@@ -594,6 +594,9 @@ def test_only_regular_files_are_read(tmp_path, old_file):
     for path in (tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(OSError, match=f"Is no regular file: '{path}'"):
             read_regular(path)
+    os.truncate(old_file, 1 << 30)
+    with pytest.raises(OSError, match=f"Is larger than 268435456 bytes: '{old_file}'"):
+        read_regular(old_file)
     with pytest.raises(IsADirectoryError):
         read_regular(tmp_path)
     with pytest.raises(FileNotFoundError):

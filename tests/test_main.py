@@ -907,6 +907,13 @@ def test_pipe_in_a_run_is_not_waited_for(run, capsysbinary, impatient, name):
         assert status in (None, 0)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("command", ["generate --model", "info --model", "import --out x --model"])
+def test_pipe_is_no_model(fail, impatient, command):
+    os.mkfifo("pipe")
+    assert fail(*command.split(), "pipe") == "pipe: Is no regular file"
+
+
 def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):
     """Settings that promise more stories than memory holds are refused before they are told."""
 

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from legacy1bit.commands.common import path_of
+from legacy1bit.files import open_regular
 from legacy1bit.model import LegacyLLM, save_model
 from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
 
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> tuple[LegacyLLM, Tokenizer]:
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic == _GGUF_MAGIC:
         from legacy1bit.formats.gguf import import_gguf, import_gguf_tokenizer

@@ -385,7 +385,7 @@ def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
     OSError
         If it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             return _read(_Reader(file))
         except (RecursionError, TypeError, ValueError) as error:
@@ -403,7 +403,7 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     OSError
         If it cannot be read.
     """
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             keys, _ = _Reader(file, texts=True).head()
             return _tokenizer_of(keys)
