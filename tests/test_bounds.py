@@ -10,12 +10,17 @@ import pytest
 
 SCRIPT = """
 import ctypes, mmap, sys
+from unittest import mock
 import numpy as np
 from legacy1bit import math_ops as ops
-from legacy1bit.backward import backward_layer_norm_batch, backward_output_layer_batch
+from legacy1bit.backward import (
+    BackwardPass, backward_layer_norm_batch, backward_output_layer_batch,
+)
 from legacy1bit.forward import forward_output_layer_batch
-from legacy1bit.model import TernaryMatrix
-from legacy1bit.packed import PackedMatrix
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.inference import Decoder
+from legacy1bit.model import TernaryMatrix, create_legacy_llm, create_legacy_llm_gradients
+from legacy1bit.packed import PackedMatrix, PackedModel
 
 PAGE = mmap.PAGESIZE
 protect = ctypes.CDLL(None, use_errno=True).mprotect
@@ -27,6 +32,8 @@ kept = []
 def guarded(values, at_end):
     # A copy between two pages that may not be touched, at the end of its memory or the beginning.
     values = np.ascontiguousarray(values)
+    if values.size == 0:
+        return values
     room = -(-values.nbytes // PAGE) * PAGE
     memory = mmap.mmap(-1, room + 2 * PAGE)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
@@ -91,8 +98,32 @@ def matrices(rows, cols, at_end):
             ops.matmul(a, b, c, transpose_a=turn_a, transpose_b=turn_b)
 
 
+def guarding(at_end):
+    # NumPy's new arrays between such pages: models, passes and decoders are made of them.
+    def guarded_room(make):
+        return lambda *args, **kwargs: guarded(make(*args, **kwargs), at_end)
+
+    return mock.patch.multiple(np, empty=guarded_room(np.empty), zeros=guarded_room(np.zeros))
+
+
+def models(scheme, at_end):
+    # A context that ends with a tile of keys, and is longer than what is attended to in order.
+    config = ModelConfig(vocab_size=19, model_dim=12, num_heads=2, num_blocks=1, ffn_multiplier=3,
+                         sequence_length=272, scheme=scheme)
+    tokens = random.integers(0, 19, (2, 272), np.int32)
+    with guarding(at_end):
+        model, gradients = create_legacy_llm(config, 1), create_legacy_llm_gradients(config)
+        BackwardPass(model, 2, 30).run(tokens[:, :30], tokens[:, :30], gradients)
+        for step in (1, 4, 272):
+            decoder = Decoder(PackedModel(model))
+            for start in range(0, 272, step):
+                decoder.extend(tokens[0, start : start + step])
+
+
 def everything():
     for at_end in (False, True):
+        for scheme in ("float", "ternary"):
+            models(scheme, at_end)
         for n in (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 65):
             vectors(n, at_end)
         for rows, cols in ((1, 1), (3, 5), (4, 16), (5, 17), (33, 7), (16, 33), (17, 64)):
