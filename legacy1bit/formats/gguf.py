@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_path
+from legacy1bit.files import atomic_path, open_regular
 from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
