@@ -127,8 +127,9 @@ def oracle_config(config):
 
 
 # Groups with a tail and without, one and more than a panel of the packed product, rows fewer and
-# more than its tile.
-SCALED_SHAPES = ((1, 1), (3, 3), (5, 129), (33, 257), (17, 300), (40, 600), (530, 260), (1, 300))
+# more than its tile, columns that are whole vectors.
+SCALED_SHAPES = ((1, 1), (3, 3), (70, 48), (5, 129), (33, 257), (17, 300), (40, 600), (530, 260),
+                 (1, 300))  # fmt: skip
 scaled_matrices = pytest.mark.parametrize(
     ("scheme", "shape", "group"),
     [(scheme, shape, group) for scheme in SCHEMES for shape in SCALED_SHAPES
