@@ -200,8 +200,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_regular(path: str | os.PathLike[str], most: int | None = _MOST_BYTES) -> bytes:
     """Return the content of a file that has come with others; see ``open_regular``.
 
-    A file of settings or of a tokenizer that is larger than ``most`` is refused: it may take no room
-    on the disk, and all of the memory.
+    A file of settings or of a tokenizer that is larger than ``most`` is refused: it may take no
+    room on the disk, and all of the memory.
     """
     with open_regular(path) as file:
         if most is not None and os.fstat(file.fileno()).st_size > most:
