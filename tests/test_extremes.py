@@ -663,7 +663,8 @@ def test_models_of_extreme_weights_have_the_oracles_probabilities(kind, equal, c
     answer, effects = rounding_effect(exact, oracle_weights(model))
     for found in in_every_tier(forward_llm_batch, model, tokens):
         logits = forward_llm_batch(model, tokens, logits=True)
-        near(logits, answer["logits"], effects["logits"], "logits")
+        # A norm of numbers that are all but equal makes much of their rounding.
+        near(logits, answer["logits"], effects["logits"], "logits", roundings=256 if equal else 32)
         assert_close(found, oracle.softmax(logits), rtol=softmax_rtol(logits), atol=2 * EXP_ATOL)
         gradients = create_legacy_llm_gradients(config)
         loss, _ = BackwardPass(model, *shape).run(tokens, targets, gradients)
