@@ -110,7 +110,8 @@ results: build
 	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # The quick tests run in some processes at once; ARGS="-n 0" is for one, as debuggers need it.
-QUICK_TESTS = pytest -n auto --maxprocesses 4
+PROCESSES = -n auto --maxprocesses 4
+QUICK_TESTS = pytest $(PROCESSES)
 
 test: build
 	$(PYTHON) -m $(QUICK_TESTS) $(ARGS)
@@ -205,14 +206,14 @@ OLDEST := build/test-oldest
 test-oldest: sdist
 	rm -rf $(OLDEST) && mkdir -p $(OLDEST)
 	$(PYTHON) tests/oldest.py > $(OLDEST)/bounds
-	BOUNDS=$(OLDEST)/bounds TESTS='$(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(OLDEST) python3.11
+	BOUNDS=$(OLDEST)/bounds TESTS='$(PROCESSES) $(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(OLDEST) python3.11
 
 ALL_PYTHONS := build/test-all-pythons
 PYTHONS ?= $(foreach minor,11 12 13 14 15,python3.$(minor)) python3.13t python3.14t python3.15t
 
 test-all-pythons: sdist
 	rm -rf $(ALL_PYTHONS) && mkdir -p $(ALL_PYTHONS)
-	TESTS='$(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(ALL_PYTHONS) $(PYTHONS)
+	TESTS='$(PROCESSES) $(ARGS)' tests/in_pythons.sh dist/*.tar.gz $(ALL_PYTHONS) $(PYTHONS)
 
 # Built from source, llama.cpp is what its authors released, for this CPU.
 IN_LLAMA_CPP := build/test-gguf

@@ -74,7 +74,7 @@ for name in "$@"; do
     result=passed
     # A free-threaded Python stays so, whatever is imported.
     (cd "$place" && PYTHON_GIL=$([[ $name == *t ]] && echo 0) \
-        venv/bin/python -m pytest -n auto --maxprocesses 4 ${BOUNDS:+-W ignore::DeprecationWarning} ${TESTS:-}) || result=FAILED failed=1
+        venv/bin/python -m pytest ${BOUNDS:+-W ignore::DeprecationWarning} ${TESTS:-}) || result=FAILED failed=1
     told+=("$name $version: $result${without:+, without$without}")
 done
 
