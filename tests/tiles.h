@@ -41,9 +41,14 @@ static inline void tiles_begin(const void *layout)
 
 static inline void tiles_end(void) { memset(&tiles, 0, sizeof tiles); }
 
-static inline void tiles_zero(int tile)
+static inline void tiles_known(int tile)
 {
     tiles_need(tiles.ready && tiles.rows[tile] && tiles.row_bytes[tile]);
+}
+
+static inline void tiles_zero(int tile)
+{
+    tiles_known(tile);
     memset(tiles.data[tile], 0, sizeof tiles.data[tile]);
 }
 
@@ -58,7 +63,7 @@ static inline void tiles_load(int tile, const void *from, long stride)
 static inline void tiles_store(int tile, void *to, long stride)
 {
     int i;
-    tiles_need(tiles.ready && tiles.rows[tile] && tiles.row_bytes[tile]);
+    tiles_known(tile);
     for (i = 0; i < tiles.rows[tile]; i++)
         memcpy((char *)to + i * stride, tiles.data[tile][i], tiles.row_bytes[tile]);
 }
@@ -68,7 +73,7 @@ static inline void tiles_store(int tile, void *to, long stride)
 static inline void tiles_fit(int sums, int left, int right)
 {
     tiles_need(sums != left && sums != right && left != right);
-    tiles_need(tiles.ready && tiles.rows[sums] && tiles.row_bytes[sums]);
+    tiles_known(sums);
     tiles_need(tiles.rows[left] == tiles.rows[sums]);
     tiles_need(tiles.row_bytes[right] == tiles.row_bytes[sums]);
     tiles_need(tiles.row_bytes[left] == 4 * tiles.rows[right]);
