@@ -191,7 +191,8 @@ def test_damage_is_told_in_one_line(tmp_path):
     """Another library's error quotes what it found, line breaks included; older ones do not."""
     header = b'{"first": {"dtype": "a\\nb", "shape": [0], "data_offsets": [0, 0]}}'
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(ModelFileError, match=r"x is not a checkpoint: \w") as caught:
+    told = r"x is not a checkpoint: .*(`a b`|InvalidHeaderDeserialization$)"
+    with pytest.raises(ModelFileError, match=told) as caught:
         read_checkpoint(tmp_path / "x", ModelConfig())
     assert "\n" not in str(caught.value)
 
