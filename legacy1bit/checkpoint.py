@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from legacy1bit.errors import one_line
+from legacy1bit.errors import one_line, shown
 from legacy1bit.files import atomic_copy, atomic_write, open_regular, serialize_tensors
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.model import ModelFileError
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
@@ -29,6 +29,12 @@ BEST_FOLDER = "best"
 _MOST_STEPS = 1 << 40
 
 _TENSORS = ("weights", "first", "second")
+
+# Where a text lies; which it is, its name and its hash tell.
+_PLACES = ("path", "validation")
+
+# What is fixed for the whole of a run, by its table in the file of settings.
+FixedSettings = Mapping[str, Mapping[str, Any]]
 
 # What reading a damaged file can raise, in the libraries that read it.
 DAMAGE = (
@@ -72,7 +78,22 @@ class Checkpoint:
     path: Path | None = None
 
 
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, model_config: ModelConfig) -> None:
+def fixed_settings(
+    model: ModelConfig, training: TrainingConfig, data: DataConfig, source: Mapping[str, Any]
+) -> FixedSettings:
+    """Return of a run's settings those that its checkpoints tell, too.
+
+    So a checkpoint and settings of different runs are not taken for one.
+    """
+    chosen, text = training.to_dict(), dict(source)
+    for name in CHANGEABLE:
+        del chosen[name]
+    for name in _PLACES:
+        text.pop(name, None)
+    return {"model": model.to_dict(), "training": chosen, "data": data.to_dict(), "source": text}
+
+
+def write_checkpoint(folder: Path, checkpoint: Checkpoint, settings: FixedSettings) -> None:
     """Write the newest checkpoint of a run, and keep the one that was it.
 
     Raises
@@ -81,7 +102,7 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, model_config: ModelCo
         If it cannot be written; what was there stays.
     """
     header = {
-        "model": json.dumps(model_config.to_dict()),
+        **{table: json.dumps(values) for table, values in settings.items()},
         "step": str(checkpoint.step),
         "seconds": repr(checkpoint.seconds),
         "best": json.dumps(checkpoint.best),
@@ -104,7 +125,7 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]
 
 
 def newest_checkpoint(
-    folder: Path, model_config: ModelConfig
+    folder: Path, settings: FixedSettings
 ) -> tuple[Checkpoint, list[ModelFileError | OSError]]:
     """Return the newest checkpoint of a run that is whole, and what is wrong with newer ones.
 
@@ -116,19 +137,19 @@ def newest_checkpoint(
     wrong: list[ModelFileError | OSError] = []
     for name in (CHECKPOINT_FILE, EARLIER_FILE, f"{BEST_FOLDER}/{CHECKPOINT_FILE}"):
         try:
-            return read_checkpoint(folder / name, model_config), wrong
+            return read_checkpoint(folder / name, settings), wrong
         except (ModelFileError, OSError) as error:
             wrong.append(error)
     raise wrong[0]
 
 
-def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
+def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
     """Read a checkpoint.
 
     Raises
     ------
     ModelFileError
-        If it is damaged, or that of a model with other settings.
+        If it is damaged, or that of a run with other settings.
     OSError
         If it cannot be read.
     """
@@ -138,8 +159,7 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if json.loads(header["model"]) != model_config.to_dict():
-            raise ModelFileError(f"{path} is of a model with other settings")
+        _check_settings(path, header, settings)
         step, seconds = int(header["step"]), float(header["seconds"])
         lowest, found_at = json.loads(header["best"])
         best = (float(lowest), int(found_at))
@@ -173,3 +193,16 @@ def read_checkpoint(path: Path, model_config: ModelConfig) -> Checkpoint:
         raise ModelFileError(f"{path} is not a checkpoint: {one_line(error)}") from None
     weights, first, second = (tensors[name] for name in _TENSORS)
     return Checkpoint(step, seconds, best, position, weights, first, second, path)
+
+
+def _check_settings(path: Path, header: Mapping[str, str], settings: FixedSettings) -> None:
+    for table, values in settings.items():
+        # Checkpoints of earlier versions tell of the model only.
+        if table in header or table == "model":
+            for name, told in json.loads(header[table]).items():
+                # A crash may have come before a newer version has told the settings beside it all.
+                if name in values and values[name] != told:
+                    raise ModelFileError(
+                        f"{path} is of another run: its {name} is {shown(told)}, expected "
+                        f"{shown(values[name])}"
+                    )

@@ -16,6 +16,9 @@ from legacy1bit.schemes import FLOAT, SCHEMES
 # The file of a run that holds both records.
 SETTINGS_FILE = "training.json"
 
+# What a run that goes on may be told anew.
+CHANGEABLE = ("steps", "threads", "precision")
+
 SCALES = ("tensor", "row", "128", "256", "one")
 OPTIMIZERS = ("muon", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")

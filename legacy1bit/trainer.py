@@ -20,6 +20,8 @@ from legacy1bit.checkpoint import (
     CHECKPOINT_FILE,
     DAMAGE,
     Checkpoint,
+    FixedSettings,
+    fixed_settings,
     newest_checkpoint,
     read_checkpoint,
     write_checkpoint,
@@ -346,7 +348,7 @@ class Trainer:
         """
         with contextlib.closing(self):
             config = self.config
-            if best_is_behind(self.folder, self.model.config, self.best, self.step):
+            if best_is_behind(self.folder, self.fixed_settings, self.best, self.step):
                 self.save()
             per_step = (
                 config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
@@ -472,6 +474,11 @@ class Trainer:
         return self._prefetcher.next_batch()
 
     @property
+    def fixed_settings(self) -> FixedSettings:
+        """What holds for the whole of the run."""
+        return fixed_settings(self.model.config, self.config, self.data, self.source)
+
+    @property
     def position(self) -> tuple[int, ...]:
         """Where in the data the next batch begins."""
         return self.reader.position if self._prefetcher is None else self._prefetcher.position
@@ -501,7 +508,7 @@ class Trainer:
             self.optimizer.first,
             self.optimizer.second,
         )
-        write_checkpoint(self.folder, checkpoint, self.model.config)
+        write_checkpoint(self.folder, checkpoint, self.fixed_settings)
         settings = {
             "model": self.model.config.to_dict(),
             "training": self.config.to_dict(),
@@ -533,7 +540,7 @@ class Trainer:
             If none can be read.
         """
         if checkpoint is None:
-            checkpoint, _ = newest_checkpoint(self.folder, self.model.config)
+            checkpoint, _ = newest_checkpoint(self.folder, self.fixed_settings)
         size, path = self.model.num_parameters, checkpoint.path
         if checkpoint.weights.size != size:
             raise ModelFileError(f"{path}: weights is not float32[{size}]")
@@ -566,7 +573,7 @@ def keep_best(folder: Path) -> None:
 
 
 def best_is_behind(
-    folder: Path, model_config: ModelConfig, best: tuple[float, int], step: int
+    folder: Path, settings: FixedSettings, best: tuple[float, int], step: int
 ) -> bool:
     """Return whether a crash came after this very step was found best, and before it was kept.
 
@@ -575,7 +582,7 @@ def best_is_behind(
     if not 0 < best[1] == step:
         return False
     try:
-        kept = read_checkpoint(folder / BEST_FOLDER / CHECKPOINT_FILE, model_config)
+        kept = read_checkpoint(folder / BEST_FOLDER / CHECKPOINT_FILE, settings)
     except (ModelFileError, OSError):
         return True
     return kept.step < step

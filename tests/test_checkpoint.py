@@ -33,11 +33,12 @@ from legacy1bit.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     EARLIER_FILE,
+    fixed_settings,
     newest_checkpoint,
     read_checkpoint,
 )
 from legacy1bit.files import held
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.model import ModelFileError
 from legacy1bit.trainer import read_settings
@@ -83,7 +84,7 @@ def replaced(path, content):
 
 def test_every_changed_byte_is_found(stopped, tmp_path):
     whole = (stopped.folder / CHECKPOINT_FILE).read_bytes()
-    expected = read_checkpoint(stopped.folder / CHECKPOINT_FILE, stopped.model.config)
+    expected = read_checkpoint(stopped.folder / CHECKPOINT_FILE, stopped.fixed_settings)
     path = tmp_path / CHECKPOINT_FILE
     places = random.Random(0).sample(range(len(whole)), 600)
     (length,) = struct.unpack_from("<Q", whole)
@@ -92,7 +93,7 @@ def test_every_changed_byte_is_found(stopped, tmp_path):
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
         try:
-            found = read_checkpoint(path, stopped.model.config)
+            found = read_checkpoint(path, stopped.fixed_settings)
         except (ModelFileError, MemoryError):
             continue
         # A blank that has become another one changes nothing.
@@ -114,17 +115,19 @@ def test_any_bytes_are_a_checkpoint_or_an_error(stopped, tmp_path_factory, data)
     path.write_bytes(whole[:begin] + data.draw(st.binary(max_size=40)) + whole[end:])
     found = None
     with contextlib.suppress(ModelFileError):
-        found = read_checkpoint(path, stopped.model.config)
+        found = read_checkpoint(path, stopped.fixed_settings)
     assert found is None or found.step == stopped.step
 
 
-def test_checkpoint_without_a_checksum_is_read(folder, stopped):
+@pytest.mark.parametrize("gone", [("crc32",), ("crc32", "training", "data", "source")])
+def test_checkpoint_that_tells_less_is_read(folder, stopped, gone):
     """As earlier versions wrote it."""
     path = folder / CHECKPOINT_FILE
     raw = path.read_bytes()
     (length,) = struct.unpack_from("<Q", raw)
     header = json.loads(raw[8 : 8 + length])
-    del header["__metadata__"]["crc32"]
+    for name in gone:
+        del header["__metadata__"][name]
     text = json.dumps(header).encode()
     replaced(path, struct.pack("<Q", len(text)) + text + raw[8 + length :])
     assert_same_state(state_of(resumed(folder)), state_of(stopped))
@@ -144,7 +147,7 @@ DAMAGE = {
 def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
     whole, records = unbroken
     DAMAGE[name](folder / CHECKPOINT_FILE)
-    found, wrong = newest_checkpoint(folder, whole.model.config)
+    found, wrong = newest_checkpoint(folder, whole.fixed_settings)
     assert found.path == folder / EARLIER_FILE
     [error] = wrong
     assert CHECKPOINT_FILE in str(error)
@@ -152,7 +155,7 @@ def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
         (folder / CHECKPOINT_FILE).rmdir()
     run = resumed(folder)
     # Whatever happens to the next, there is one to go on from.
-    assert newest_checkpoint(folder, whole.model.config)[1] == []
+    assert newest_checkpoint(folder, whole.fixed_settings)[1] == []
     train(run)
     assert_same_state(state_of(run), state_of(whole))
     assert measured(read_metrics(folder / METRICS_FILE)) == measured(records)
@@ -162,7 +165,7 @@ def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
 def test_run_goes_on_from_its_best_where_nothing_else_is_left(folder, stopped):
     for name in (CHECKPOINT_FILE, EARLIER_FILE):
         replaced(folder / name, b"nothing")
-    found, wrong = newest_checkpoint(folder, stopped.model.config)
+    found, wrong = newest_checkpoint(folder, stopped.fixed_settings)
     assert found.path == folder / BEST_FOLDER / CHECKPOINT_FILE
     assert [
         name in str(error)
@@ -179,12 +182,67 @@ def test_run_without_a_whole_checkpoint_says_what_is_wrong_with_the_newest(folde
         replaced(path, b"nothing")
     shutil.rmtree(folder / BEST_FOLDER)
     with pytest.raises(ModelFileError, match=f"{CHECKPOINT_FILE} is not a checkpoint"):
-        newest_checkpoint(folder, stopped.model.config)
+        newest_checkpoint(folder, stopped.fixed_settings)
 
 
-def test_checkpoint_of_another_model_is_refused(folder):
-    with pytest.raises(ModelFileError, match="a model with other settings"):
-        newest_checkpoint(folder, ModelConfig())
+CHANGES = {
+    "model": {"positions": "none"},
+    "training": {"learning_rate": 0.25},
+    "data": {"token_dropout": 0.5},
+    "source": {"name": "another"},
+}
+
+
+@pytest.mark.parametrize("table", CHANGES)
+def test_checkpoint_of_a_run_with_other_settings_is_refused(folder, stopped, table):
+    before = contents(folder)
+    [(name, value)] = CHANGES[table].items()
+    settings = stopped.fixed_settings
+    others = settings | {table: settings[table] | CHANGES[table]}
+    told = f"{CHECKPOINT_FILE} is of another run: its {name} is .*, expected {value!r}"
+    with pytest.raises(ModelFileError, match=told):
+        newest_checkpoint(folder, others)
+    assert contents(folder) == before
+
+
+def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch, say, fail):
+    """Neither one with another's settings, nor one that another's checkpoint was put into."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--stories", 20, "--steps", 4, "--evaluate-every", 2, "--blocks", 1)
+    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    say("train", *options, "--out", "run")
+    say("train", *options, "--momentum", 0.5, "--out", "other")
+    shutil.copytree("run", "mixed")
+    shutil.copy(Path("other", SETTINGS_FILE), "mixed")
+    before = contents(Path("mixed"))
+    told = fail("train", "--resume", "mixed", "--steps", 6)
+    assert "its momentum is 0.95, expected 0.5" in told
+    assert contents(Path("mixed")) == before
+    replaced(Path("other", CHECKPOINT_FILE), Path("run", CHECKPOINT_FILE).read_bytes())
+    _, errors = say("train", "--resume", "other", "--steps", 6)
+    assert b"its momentum is 0.95, expected 0.5; going on with other/earlier" in errors
+
+
+def test_checkpoint_tells_all_that_a_run_that_goes_on_cannot_change(stopped):
+    run = fixed_settings(stopped.model.config, stopped.config, stopped.data, {"path": "x", "a": 1})
+    assert set(run["training"]) == set(stopped.config.to_dict()) - set(CHANGEABLE)
+    assert run["model"] == stopped.model.config.to_dict()
+    assert run["data"] == stopped.data.to_dict()
+    assert run["source"] == {"a": 1}
+
+
+def test_text_that_has_moved_is_gone_on_with(tmp_path, monkeypatch, say):
+    """The hash of the text tells that it is the same."""
+    monkeypatch.chdir(tmp_path)
+    Path("text").write_text("a text that moves. " * 40)
+    options = ("--steps", 4, "--evaluate-every", 2, "--blocks", 1, "--threads", 1)
+    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--cache", "cache")
+    say("train", "--data", "text", *options, "--out", "run")
+    Path("text").rename("moved")
+    settings_file = Path("run", SETTINGS_FILE)
+    settings_file.write_text(settings_file.read_text().replace("/text", "/moved"))
+    _, errors = say("train", "--resume", "run", "--steps", 6, "--cache", "cache")
+    assert b"going on with run at step 4" in errors
 
 
 def test_damage_is_told_in_one_line(tmp_path):
@@ -193,7 +251,7 @@ def test_damage_is_told_in_one_line(tmp_path):
     (tmp_path / "x").write_bytes(struct.pack("<Q", len(header)) + header)
     told = r"x is not a checkpoint: .*(`a b`|InvalidHeaderDeserialization$)"
     with pytest.raises(ModelFileError, match=told) as caught:
-        read_checkpoint(tmp_path / "x", ModelConfig())
+        read_checkpoint(tmp_path / "x", {"model": {}})
     assert "\n" not in str(caught.value)
 
 
@@ -220,7 +278,7 @@ def test_best_is_kept_where_the_last_checkpoint_was_the_end(tmp_path, monkeypatc
     options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
     say("train", *options, "--out", "run")
     whole = contents(Path("run"))
-    found, _ = newest_checkpoint(Path("run"), read_settings(Path("run"))[0])
+    found, _ = newest_checkpoint(Path("run"), fixed_settings(*read_settings(Path("run"))))
     assert found.best[1] == found.step == 8
     shutil.rmtree(Path("run", BEST_FOLDER))
     assert "has had its 8 steps" in fail("train", "--resume", "run")
@@ -233,7 +291,7 @@ def test_earlier_checkpoint_is_the_one_before(tmp_path):
 
     def look(_):
         path = run.folder / EARLIER_FILE
-        steps.append(read_checkpoint(path, run.model.config).step if path.exists() else None)
+        steps.append(read_checkpoint(path, run.fixed_settings).step if path.exists() else None)
 
     train(run, on_report=look)
     assert steps == [None, EVERY, 2 * EVERY]

@@ -18,7 +18,13 @@ import pytest
 from test_main import tiny
 from test_trainer import assert_same_files, measured
 
-from legacy1bit.checkpoint import BEST_FOLDER, CHECKPOINT_FILE, EARLIER_FILE, newest_checkpoint
+from legacy1bit.checkpoint import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    EARLIER_FILE,
+    fixed_settings,
+    newest_checkpoint,
+)
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.trainer import read_settings
@@ -175,7 +181,7 @@ def train_interrupted(seed, most, seen):
         damaged = saved and (run / EARLIER_FILE).exists() and choice.random() < 0.1
         if damaged:
             damage(run / CHECKPOINT_FILE, choice)
-            newest = newest_checkpoint(run, read_settings(run)[0])[0].step
+            newest = newest_checkpoint(run, fixed_settings(*read_settings(run)))[0].step
             seen["the newest checkpoint was damaged"] += 1
         how, left = choice.choice(INTERRUPTS), choice.randint(1, 120)
         if killed == most:
@@ -189,7 +195,7 @@ def train_interrupted(seed, most, seen):
         killed += how in KILLED
         seen[told.splitlines()[-1] if how == "kill" else INTERRUPTED[how]] += 1
         if (run / SETTINGS_FILE).exists():
-            found, wrong = newest_checkpoint(run, read_settings(run)[0])
+            found, wrong = newest_checkpoint(run, fixed_settings(*read_settings(run)))
             assert damaged or not wrong
             assert found.step >= newest
             newest = found.step

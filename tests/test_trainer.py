@@ -18,7 +18,12 @@ from safetensors.numpy import load_file, save_file
 
 from legacy1bit import logger, stories, trainer
 from legacy1bit.backward import ignore_padding
-from legacy1bit.checkpoint import BEST_FOLDER, CHECKPOINT_FILE, EARLIER_FILE
+from legacy1bit.checkpoint import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    EARLIER_FILE,
+    newest_checkpoint,
+)
 from legacy1bit.corpus import Corpus, story_corpus, text_corpus
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.divergence import TrainingDiverged
@@ -1138,7 +1143,9 @@ def test_codes_are_used_after_a_warm_start(tmp_path):
     train(run, stop_at=FLOAT_STEPS)
     shutil.copytree(run.folder, tmp_path / "copy")
     _, losses, records = train(resumed(tmp_path / "run", **WARM))
-    _, others, copies = train(resumed(tmp_path / "copy", **WARM | {"float_steps": 0}))
+    other = make(tmp_path / "copy", **WARM | {"float_steps": 0})
+    other.restore(newest_checkpoint(other.folder, run.fixed_settings)[0])
+    _, others, copies = train(other)
     assert others == losses
     assert measured(copies) == measured(records)
 
@@ -1568,7 +1575,7 @@ def test_run_that_is_killed_anywhere_ends_like_an_unbroken_one(tmp_path, monkeyp
             read_settings(best)
         saved = (folder / SETTINGS_FILE).exists()
         run = (resumed if saved else make)(folder, **settings)
-        if best_is_behind(run.folder, run.model.config, run.best, run.step):
+        if best_is_behind(run.folder, run.fixed_settings, run.best, run.step):
             run.save()
         if best.exists():
             assert_same_files(best, then[run.best[1]])
@@ -1859,7 +1866,7 @@ def test_restore_refuses_other_types(saved, dtype):
 
 @pytest.mark.parametrize("changes", [{"model_dim": 16}, {"scheme": "float"}, {"num_heads": 1}])
 def test_restore_refuses_another_model(saved, changes):
-    with pytest.raises(ModelFileError, match="a model with other settings"):
+    with pytest.raises(ModelFileError, match=f"of another run: its {next(iter(changes))} is"):
         restored(saved, **changes)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit import stories
-from legacy1bit.checkpoint import EARLIER_FILE, newest_checkpoint
+from legacy1bit.checkpoint import EARLIER_FILE, fixed_settings, newest_checkpoint
 from legacy1bit.commands.common import (
     RUNS,
     add_settings,
@@ -28,7 +28,13 @@ from legacy1bit.config_files import config_text, records_of
 from legacy1bit.errors import INTERRUPTED, describe
 from legacy1bit.files import held
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    CHANGEABLE,
+    SETTINGS_FILE,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from legacy1bit.logger import (
     EVENTS_FOLDER,
     METRICS_FILE,
@@ -56,9 +62,6 @@ _SAMPLES = 20
 
 # What a model writes at every look, the same draws each time, so that only the model differs.
 _SAMPLE_TOKENS = 120
-
-# What a run that goes on may be told anew.
-_CHANGEABLE = ("steps", "threads", "precision")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -176,23 +179,24 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     named = [name for name in places if getattr(arguments, name) is not None]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
-    fixed = [option_of(name) for name in named if name not in _CHANGEABLE]
-    if fixed:
+    refused = [option_of(name) for name in named if name not in CHANGEABLE]
+    if refused:
         raise ValueError(
-            f"--{fixed[0]} cannot change in a run that goes on: only --steps, --threads and "
+            f"--{refused[0]} cannot change in a run that goes on: only --steps, --threads and "
             "--precision can"
         )
     changes = {name: getattr(arguments, name) for name in named}
     if "threads" in changes:
         changes["threads"] = threads_of(arguments)
     config = replace(config, **changes)
-    checkpoint, wrong = newest_checkpoint(folder, model_config)
+    fixed = fixed_settings(model_config, config, data, source)
+    checkpoint, wrong = newest_checkpoint(folder, fixed)
     for error in wrong:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
     done = checkpoint.step
     if done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
-        if best_is_behind(folder, model_config, checkpoint.best, done):
+        if best_is_behind(folder, fixed, checkpoint.best, done):
             keep_best(folder)
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)

@@ -89,6 +89,7 @@ LONGEST_INPUT = 1 << 14
 TINY = ModelConfig(
     vocab_size=3, model_dim=2, num_blocks=1, num_heads=1, ffn_multiplier=1, sequence_length=2
 )
+SETTINGS = checkpoint.fixed_settings(TINY, TrainingConfig(), DataConfig(), {"name": "text"})
 
 
 # What comes of taking an input's JSON for something that it is not.
@@ -110,7 +111,7 @@ def parsed(part: bytes) -> Any:
         return None
 
 
-def right(told: Any, **answers: Any) -> Any:
+def right(told: Any, /, **answers: Any) -> Any:
     """Return a JSON object with the answers in place of the word "right"."""
     if not isinstance(told, dict):
         return told
@@ -120,7 +121,7 @@ def right(told: Any, **answers: Any) -> Any:
     }
 
 
-def tensor_file(header: bytes, data: bytes, **answers: Any) -> bytes:
+def tensor_file(header: bytes, data: bytes, /, **answers: Any) -> bytes:
     """Return a safetensors file; the data is as long as the header says, up to some kilobytes."""
     told = parsed(header)
     if isinstance(told, dict) and "__metadata__" in told:
@@ -337,16 +338,17 @@ def fuzz_checkpoint(folder: Path, parts: list[bytes]) -> None:
     content = parts[0]
     if len(parts) > 1:
         header, data = parts[0], b"".join(parts[1:])
-        model, none = json.dumps(TINY.to_dict()), "0" * 8
-        content = tensor_file(header, data, model=model, crc32=none)
+        none = "0" * 8
+        tables = {table: json.dumps(values) for table, values in SETTINGS.items()}
+        content = tensor_file(header, data, **tables, crc32=none)
         with contextlib.suppress(*checkpoint.DAMAGE):
             (length,) = struct.unpack_from("<Q", content)
             told = json.loads(content[8 : 8 + length])["__metadata__"]
             if told["crc32"] == none:
                 crc32 = checkpoint._checksum(told, load(content))
-                content = tensor_file(header, data, model=model, crc32=crc32)
+                content = tensor_file(header, data, **tables, crc32=crc32)
     put(path, content)
-    checkpoint.read_checkpoint(path, TINY)
+    checkpoint.read_checkpoint(path, SETTINGS)
 
 
 def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
@@ -782,11 +784,11 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         size = tiny.num_parameters
         some = np.linspace(0.0, 1.0, size, dtype=np.float32)
         state = checkpoint.Checkpoint(3, 1.5, (0.5, 2), (3,), some, some, some)
-        checkpoint.write_checkpoint(folder, state, TINY)
+        checkpoint.write_checkpoint(folder, state, SETTINGS)
         raw = (folder / checkpoint.CHECKPOINT_FILE).read_bytes()
         (length,) = struct.unpack_from("<Q", raw)
         told = json.loads(raw[8 : 8 + length])
-        told["__metadata__"] |= {"model": "right", "crc32": "right"}
+        told["__metadata__"] |= dict.fromkeys([*SETTINGS, "crc32"], "right")
         yield "checkpoint", [[json.dumps(told).encode(), raw[8 + length :]]]
 
     yield (
