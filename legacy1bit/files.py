@@ -117,15 +117,26 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
+        reason = _reason(error, temporary) if isinstance(error, OSError) else None
         with contextlib.suppress(OSError):
             temporary.unlink()
-        if isinstance(error, OSError):
-            # What NumPy raises for a disk that is full has a message and no number.
-            number = error.errno or errno.EIO
-            reason = error.strerror or f"it could not be written whole ({error})"
-            raise OSError(number, reason, str(path)) from None
+        if reason is not None:
+            raise OSError(*reason, str(path)) from None
         raise
     _sync_folder(target.parent)
+
+
+def _reason(error: OSError, path: Path) -> tuple[int, str]:
+    """Return the number and the text of an error in writing a file."""
+    if error.errno and error.strerror:
+        return error.errno, error.strerror
+    # NumPy says neither; what is written next fails as its own did.
+    try:
+        with open(path, "ab") as file:
+            file.write(bytes(1 << 16))
+    except OSError as again:
+        return again.errno or errno.EIO, again.strerror or str(again)
+    return errno.EIO, f"it could not be written whole ({error})"
 
 
 def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
@@ -197,15 +208,14 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
-def read_regular(path: str | os.PathLike[str], most: int | None = _MOST_BYTES) -> bytes:
+def read_regular(path: str | os.PathLike[str]) -> bytes:
     """Return the content of a file that has come with others; see ``open_regular``.
 
-    A file of settings or of a tokenizer that is larger than ``most`` is refused: it may take no
-    room on the disk, and all of the memory.
+    One of more than 256 MiB is refused: it may take no room on the disk, and all of the memory.
     """
     with open_regular(path) as file:
-        if most is not None and os.fstat(file.fileno()).st_size > most:
-            raise OSError(errno.EFBIG, f"Is larger than {most} bytes", str(path))
+        if os.fstat(file.fileno()).st_size > _MOST_BYTES:
+            raise OSError(errno.EFBIG, f"Is larger than {_MOST_BYTES} bytes", str(path))
         return file.read()
 
 

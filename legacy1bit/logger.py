@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write, read_regular
+from legacy1bit.files import atomic_write, open_regular
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 EVENTS_FOLDER = "tensorboard"
+
+# A line that is longer is no record: those of the largest models have some hundred kilobytes.
+_LONGEST_LINE = 1 << 24
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -30,18 +33,18 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     ValueError
         If another line is not a JSON object with a step.
     """
-    lines = read_regular(path, None).splitlines()
     records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):
-                break
-            raise ValueError(f"{path}, line {number}: expected a JSON object") from None
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            raise ValueError(f"{path}, line {number}: expected a JSON object with its step")
-        records.append(record)
+    with open_regular(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(_LONGEST_LINE), b""), 1):
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                if not file.read(1):
+                    break
+                raise ValueError(f"{path}, line {number}: expected a JSON object") from None
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError(f"{path}, line {number}: expected a JSON object with its step")
+            records.append(record)
     return records
 
 

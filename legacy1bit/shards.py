@@ -413,7 +413,7 @@ class ShardWriter:
     Raises
     ------
     OSError
-        If the folder above, which the error names, cannot be written.
+        If the folder cannot be written; the error names it, or the one above that is in the way.
     """
 
     def __init__(
@@ -501,8 +501,10 @@ class ShardWriter:
         try:
             yield
         except OSError as error:
-            # Whose name it has, if any, is a file that will not be there any more.
-            raise OSError(error.errno, error.strerror, str(self.folder.parent)) from None
+            # A name below the folder is one of a file that will not be there any more.
+            above = error.filename is not None and self.folder.is_relative_to(error.filename)
+            path = error.filename if above else str(self.folder)
+            raise OSError(error.errno, error.strerror, path) from None
 
     def abandon(self) -> None:
         """Remove what was written."""

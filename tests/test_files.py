@@ -4,6 +4,8 @@ import errno
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -384,6 +386,34 @@ def test_atomic_path_leaves_what_was_there_where_it_fails_itself(
                 temporary.write_bytes(NEW)
     assert old_file.read_bytes() == OLD
     assert names(old_file.parent) == [old_file.name]
+
+
+LIMITED = """
+import resource, sys, numpy as np
+from legacy1bit.files import atomic_path
+resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+with atomic_path(sys.argv[1]) as path, open(path, "wb") as file:
+    np.zeros(1 << 16).tofile(file)
+"""
+
+
+def test_atomic_path_says_what_numpy_does_not(old_file):
+    """Why a file could not be written whole: its errors have neither number nor reason."""
+    command = [sys.executable, "-c", LIMITED, old_file]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert f"File too large: '{old_file}'" in ended.stderr
+    assert old_file.read_bytes() == OLD
+    assert names(old_file.parent) == [old_file.name]
+
+
+def test_atomic_path_says_what_an_error_without_a_number_says(old_file):
+    def write():
+        with atomic_path(old_file):
+            raise OSError("some words")
+
+    with pytest.raises(OSError, match=r"could not be written whole \(some words\)") as caught:
+        write()
+    assert caught.value.errno == errno.EIO
 
 
 def test_atomic_path_demands_a_folder_and_a_file(tmp_path):

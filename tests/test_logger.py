@@ -101,6 +101,13 @@ def test_read_metrics_refuses_a_damaged_line(path, line):
         read_metrics(path)
 
 
+def test_read_metrics_takes_no_more_memory_than_a_line_needs(path):
+    """A file of zeros may take no room on the disk."""
+    os.truncate(path, 1 << 40)
+    with pytest.raises(ValueError, match="line 4: expected a JSON object"):
+        read_metrics(path)
+
+
 def test_read_metrics_needs_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="missing"):
         read_metrics(tmp_path / "missing")

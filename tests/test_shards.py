@@ -345,7 +345,7 @@ def test_full_disk_is_named_by_the_folder(tmp_path, monkeypatch, documents, name
         with pytest.raises(OSError, match="No space left") as error:
             write(folder, documents)
     assert error.value.errno == errno.ENOSPC
-    assert error.value.filename == str(tmp_path / "cache")
+    assert error.value.filename == str(folder)
     assert not list((tmp_path / "cache").iterdir())
     cached_write(folder, documents, [])
     assert_holds(folder, documents)
@@ -363,7 +363,7 @@ def test_full_disk_is_noticed_at_any_sync(tmp_path, monkeypatch, documents, afte
     monkeypatch.setattr(os, "fsync", sync)
     with pytest.raises(OSError, match=os.strerror(errno.EDQUOT)) as error:
         write(tmp_path / "entry", documents, shard_bytes=40)
-    assert error.value.filename == str(tmp_path)
+    assert error.value.filename == str(tmp_path / "entry")
     assert not list(tmp_path.iterdir())
 
 
