@@ -1,7 +1,5 @@
 """``python -m legacy1bit`` is the command line."""
 
-import sys
+from legacy1bit.main import program
 
-from legacy1bit.main import main
-
-sys.exit(main())
+program()

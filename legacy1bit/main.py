@@ -109,6 +109,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return status
 
 
+def program() -> NoReturn:
+    """Be the program that the command line is of."""
+    # Before a command begins and after its end there is nothing to tidy, and Python would answer
+    # Ctrl-C with a traceback.
+    if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(main())
+
+
 @contextlib.contextmanager
 def _tidy_end() -> Iterator[None]:
     """Have what ends a program from outside end it as an error would: files that are half-written
@@ -122,6 +131,8 @@ def _tidy_end() -> Iterator[None]:
         for number in (signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) != signal.SIG_IGN
     }
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     finally:
@@ -137,4 +148,4 @@ def _silence(*streams: TextIO | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

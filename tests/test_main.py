@@ -1245,6 +1245,17 @@ def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
             assert say(*arguments, "--prompt-file=-").out == expected
 
 
+def test_generate_refuses_a_prompt_without_end(fail, wild, monkeypatch):
+    with open("large", "wb") as file:
+        file.truncate((1 << 26) + 1)
+    for path in ("large", "/dev/zero"):
+        told = f"--prompt-file {path} has more than 67108864 bytes, expected a prompt"
+        assert told in fail("generate", "--model", wild, "--prompt-file", path)
+    with monkeypatch.context() as patch, open("large", "rb") as file:
+        patch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert "--prompt-file - has more" in fail("generate", "--model", wild, "--prompt-file=-")
+
+
 def test_generate_refuses_two_prompts(fail, wild):
     Path("prompt").write_text("a")
     for pair in (
@@ -1896,6 +1907,41 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
 # --- Refusals that keep what there is -------------------------------------------------------------
 
 
+STRUCK = """
+import atexit, os, signal, sys
+from legacy1bit import main
+when, number = sys.argv.pop(1), int(sys.argv.pop(1))
+if sys.argv.pop(1) == "ignored":
+    signal.signal(number, signal.SIG_IGN)
+def strike(*_):
+    os.kill(os.getpid(), number)
+loading = main.parser_of
+if when == "before":
+    main.parser_of = lambda command: strike() or loading(command)
+elif when == "after":
+    atexit.register(strike)
+else:
+    from legacy1bit.commands import info
+    info.run = strike
+main.program()
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "within", "after"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_end_the_program_without_a_traceback(wild, when, number):
+    def ended(ignored):
+        options = [when, str(int(number)), ignored, "info", "--model", str(wild)]
+        command = [sys.executable, "-c", STRUCK, *options]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    found = ended("no")
+    assert found.returncode == (128 + number if when == "within" else -number)
+    assert found.stderr == ""
+    found = ended("ignored")
+    assert (found.returncode, found.stderr) == (0, "")
+
+
 def test_resume_compares_settings_before_it_makes_a_model(say, fail, monkeypatch):
     """Edited settings may promise more than memory holds."""
     say(*tiny(out="run"))
@@ -1904,7 +1950,8 @@ def test_resume_compares_settings_before_it_makes_a_model(say, fail, monkeypatch
     settings["model"]["model_dim"] *= 2
     path.write_text(json.dumps(settings))
     monkeypatch.setattr(trainer, "create_legacy_llm", lambda *_: pytest.fail("it made a model"))
-    assert "model with other settings" in fail("train", "--resume", "run", "--steps", 100)
+    told = fail("train", "--resume", "run", "--steps", 100)
+    assert "is of another run: its model_dim is 8, expected 16" in told
 
 
 def test_resume_that_is_refused_leaves_the_best_alone(say, fail):

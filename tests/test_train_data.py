@@ -360,6 +360,10 @@ def test_streams_may_have_json_lines(say, fail, monkeypatch):
     assert "has no fields, and no 'other'" in fail("data", "inspect", "-", "--field", "other")
     os.mkfifo("tokens.bin")
     assert "tokens.bin is a stream, expected a file" in fail("train", "--data", "tokens.bin")
+    for device in ("/dev/zero", "/dev/urandom"):
+        told = f"{device} is a device, expected a file or a pipe"
+        assert told in fail("train", "--data", device)
+        assert told in fail("data", "inspect", device)
 
 
 def test_evaluate_reads_a_folder_of_tokens(say, fail, text):

@@ -126,6 +126,9 @@ def _keep_stream(cache: Path, data: str) -> str:
         if Path(data).suffix.lower() in (".bin", ".parquet"):
             raise ValueError(f"{data} is a stream, expected a file")
         with open(data, "rb") as stream:
+            mode = os.fstat(stream.fileno()).st_mode
+            if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
+                raise ValueError(f"{data} is a device, expected a file or a pipe")
             return _keep(cache, stream, data)
     if sys.stdin is None:
         raise ValueError("standard input is closed")

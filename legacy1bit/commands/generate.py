@@ -30,6 +30,9 @@ from legacy1bit.tokenizer import tokenizer_of
 _MOST_SAMPLES = 1 << 20
 _REMEMBERED_LINES = 1000
 
+# Of a prompt's file. A model sees its end only; and a device may have no end.
+_MOST_BYTES = 1 << 26
+
 # Texts that are written before any of them is shown.
 _AT_ONCE = 32
 
@@ -117,9 +120,15 @@ def _prompt(arguments: argparse.Namespace) -> bytes:
     if arguments.prompt_file == "-":
         if sys.stdin is None:
             raise ValueError("standard input is closed")
-        text = sys.stdin.buffer.read()
+        text = sys.stdin.buffer.read(_MOST_BYTES + 1)
     else:
-        text = Path(arguments.prompt_file).read_bytes()
+        with open(arguments.prompt_file, "rb") as file:
+            text = file.read(_MOST_BYTES + 1)
+    if len(text) > _MOST_BYTES:
+        raise ValueError(
+            f"--prompt-file {arguments.prompt_file} has more than {_MOST_BYTES} bytes, expected a "
+            "prompt"
+        )
     return text.removesuffix(b"\n").removesuffix(b"\r")
 
 
