@@ -33,9 +33,9 @@ def test_version_is_that_of_the_metadata():
     assert legacy1bit.__version__ == importlib.metadata.version("legacy1bit")
 
 
-def test_console_command_is_main():
+def test_console_command_is_the_program():
     [command] = importlib.metadata.entry_points(group="console_scripts", name="legacy1bit")
-    assert command.load() is importlib.import_module("legacy1bit.main").main
+    assert command.load() is importlib.import_module("legacy1bit.main").program
 
 
 def test_every_public_compiled_module_has_a_stub():
