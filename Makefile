@@ -3,7 +3,7 @@
 
 # Which Python: the first on the PATH that is new enough, so an active virtual environment's. But
 # .venv's, which is made if need be, where none is active and that Python takes no packages.
-NAMES := python python3 python3.14 python3.13 python3.12 python3.11
+NAMES := python python3 python3.15 python3.14 python3.13 python3.12 python3.11
 CHOOSE := import os, sys, sysconfig as at; \
     assert sys.version_info >= (3, 11); \
     active = sys.prefix != sys.base_prefix; \
