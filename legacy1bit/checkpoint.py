@@ -18,7 +18,7 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line, shown
-from legacy1bit.files import atomic_copy, atomic_write, open_regular, serialize_tensors
+from legacy1bit.files import atomic_copy, atomic_write, check_regular, serialize_tensors
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.model import ModelFileError
 
@@ -46,6 +46,10 @@ DAMAGE = (
     TypeError,
     ValueError,
 )
+
+
+class OtherRunError(ModelFileError):
+    """A checkpoint is that of a run with other settings."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +131,46 @@ def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]
 def newest_checkpoint(
     folder: Path, settings: FixedSettings
 ) -> tuple[Checkpoint, list[ModelFileError | OSError]]:
-    """Return the newest checkpoint of a run that is whole, and what is wrong with newer ones.
+    """Return the newest checkpoint of a run that is whole, and what is wrong with others.
+
+    If there is nothing wrong with the one that was written last, others are not looked at.
 
     Raises
     ------
+    OtherRunError
+        If one is of another run: it is worth a question how it came there.
     ModelFileError, OSError
         If none is whole: what is wrong with the newest.
     """
     wrong: list[ModelFileError | OSError] = []
+    found: Checkpoint | None = None
     for name in (CHECKPOINT_FILE, EARLIER_FILE, f"{BEST_FOLDER}/{CHECKPOINT_FILE}"):
         try:
-            return read_checkpoint(folder / name, settings), wrong
+            read = read_checkpoint(folder / name, settings)
+        except OtherRunError:
+            raise
         except (ModelFileError, OSError) as error:
             wrong.append(error)
-    raise wrong[0]
+            continue
+        if found is None or read.step > found.step:
+            found = read
+        if not wrong:
+            break
+    if found is None:
+        raise wrong[0]
+    return found, wrong
+
+
+def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint in the place of the newest, which is damaged.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written.
+    """
+    if checkpoint.path is not None and checkpoint.path != folder / CHECKPOINT_FILE:
+        atomic_copy(checkpoint.path, folder / CHECKPOINT_FILE)
 
 
 def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
@@ -148,13 +178,14 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
 
     Raises
     ------
+    OtherRunError
+        If it is that of a run with other settings.
     ModelFileError
-        If it is damaged, or that of a run with other settings.
+        If it is damaged.
     OSError
         If it cannot be read.
     """
-    with open_regular(path):
-        pass  # what cannot be read is an OSError with its name
+    check_regular(path)
     try:
         with safe_open(path, "np") as file:
             header = file.metadata() or {}
@@ -187,7 +218,7 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
         for name in _TENSORS:
             if not np.isfinite(tensors[name]).all():
                 raise ValueError(f"{name} holds a number that is not finite")
-    except ModelFileError:
+    except OtherRunError:
         raise
     except DAMAGE as error:
         raise ModelFileError(f"{path} is not a checkpoint: {one_line(error)}") from None
@@ -202,7 +233,7 @@ def _check_settings(path: Path, header: Mapping[str, str], settings: FixedSettin
             for name, told in json.loads(header[table]).items():
                 # A crash may have come before a newer version has told the settings beside it all.
                 if name in values and values[name] != told:
-                    raise ModelFileError(
+                    raise OtherRunError(
                         f"{path} is of another run: its {name} is {shown(told)}, expected "
                         f"{shown(values[name])}"
                     )

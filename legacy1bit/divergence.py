@@ -8,10 +8,12 @@ import numpy.typing as npt
 from legacy1bit.dataset import Batch
 from legacy1bit.forward import (
     forward_embedding_batch,
+    forward_output_layer_batch,
     forward_transformer_block_batch_with_context,
     padding_mask,
 )
 from legacy1bit.hyperparams import TrainingConfig
+from legacy1bit.math_ops import layer_norm
 from legacy1bit.model import LegacyLLM, LegacyLLMGradients, TransformerBlockContext
 
 
@@ -81,6 +83,18 @@ def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
                     if not np.isfinite(getattr(context, name)[seen[one]]).all():
                         most = _largest(context.input)
                         return f"block {number}: {what}, of an input of up to {most}"
+            hidden = x[seen[one]]
+            most = _largest(hidden)
+            if model.final_norm is not None:
+                for vector in hidden:
+                    layer_norm(vector, parameters["final_norm.gamma"], parameters["final_norm.beta"])
+                if not np.isfinite(hidden).all():
+                    return f"the final norm, of an input of up to {most}"
+                most = _largest(hidden)
+            bias = parameters.get("output.bias", np.zeros(config.vocab_size, np.float32))
+            logits = forward_output_layer_batch(parameters["output.weight"], bias, hidden)
+            if not np.isfinite(logits).all():
+                return f"the logits, of an input of up to {most}"
     return None
 
 

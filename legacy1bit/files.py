@@ -5,8 +5,11 @@ import errno
 import fcntl
 import json
 import os
+import re
+import shutil
 import stat
 import struct
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +24,15 @@ Content = bytes | str | list[Buffer]
 
 # Of settings, tokenizers and indexes; the largest tokenizers there are have some tens of megabytes.
 _MOST_BYTES = 1 << 28
+
+# What temporary files and folders are called, and what they would have become.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
+
+# What says that something did not get onto the disk; other errors, that a folder cannot be put there.
+_LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
+
+# What is that old was left behind by a process that was killed.
+_LEFT_BEHIND_SECONDS = 24 * 3600
 
 # What safetensors calls the types that are stored here.
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
@@ -110,14 +122,16 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         As for ``atomic_write_all``.
     """
     target = _target(Path(path))
-    temporary = _temporary(target)
+    temporary = temporary_of(target)
     try:
         yield temporary
         with open(temporary, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        reason = _reason(error, temporary) if isinstance(error, OSError) else None
+        # What else cannot be opened there has a name of its own.
+        ours = isinstance(error, OSError) and error.filename in (None, str(temporary))
+        reason = _reason(error, temporary) if ours else None
         with contextlib.suppress(OSError):
             temporary.unlink()
         if reason is not None:
@@ -153,10 +167,11 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
 
 def atomic_copy(source: Path, target: Path) -> None:
     """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``."""
-    temporary = _temporary(target)
+    temporary = temporary_of(target)
     try:
         try:
-            os.link(source, temporary)
+            # What a link leads to: the next content takes that one's name.
+            os.link(os.path.realpath(source), temporary)
         except OSError:
             temporary = _write_beside(target, source.read_bytes())
         os.replace(temporary, target)
@@ -208,6 +223,12 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     return file
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise the ``OSError`` of ``open_regular``, which names the file: libraries may not."""
+    with open_regular(path):
+        pass
+
+
 def read_regular(path: str | os.PathLike[str]) -> bytes:
     """Return the content of a file that has come with others; see ``open_regular``.
 
@@ -239,15 +260,39 @@ def _target(path: Path) -> Path:
     return target
 
 
-def _temporary(path: Path) -> Path:
+def temporary_of(path: Path) -> Path:
+    """Return where to write a file or folder until it is complete: beside it, under a new name."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def temporaries(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Yield what is temporary in a folder, and the name that each would have taken."""
+    for path in folder.glob(".*.tmp"):
+        if known := _TEMPORARY.fullmatch(path.name):
+            yield path, known["name"]
+
+
+def remove_left_behind(folder: Path) -> None:
+    """Remove what processes that were killed while they wrote into a folder have left there."""
+    for path, _ in temporaries(folder):
+        with contextlib.suppress(OSError):
+            changed = max(found.stat().st_mtime for found in (path, *path.glob("*")))
+            if time.time() - changed > _LEFT_BEHIND_SECONDS:
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder or a file, as far as that can be done."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _write_beside(path: Path, content: Content) -> Path:
     """Write content to a new file in the folder of ``path``, onto the disk."""
     whole = content.encode("utf-8") if isinstance(content, str) else content
     parts = whole if isinstance(whole, list) else [whole]
-    temporary = _temporary(path)
+    temporary = temporary_of(path)
     try:
         with open(temporary, "xb") as file:
             for part in parts:
@@ -264,10 +309,16 @@ def _write_beside(path: Path, content: Content) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename onto the disk, where the system lets a folder be opened."""
-    with contextlib.suppress(OSError):
+    """Put a rename onto the disk, where the system can do that with a folder."""
+    try:
         handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in _LOST:
+            error.filename = str(folder)
+            raise
+    finally:
+        os.close(handle)

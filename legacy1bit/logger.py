@@ -39,7 +39,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError):
-                if not file.read(1):
+                if not line.endswith(b"\n") and not file.read(1):
                     break
                 raise ValueError(f"{path}, line {number}: expected a JSON object") from None
             if not isinstance(record, dict) or not isinstance(record.get("step"), int):
@@ -73,12 +73,14 @@ class StepLog:
         atomic_write(self.path, "".join(lines))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add one record. Numbers that are not finite become null: JSON has none."""
+        """Put one record onto the disk. Numbers that are not finite become null: JSON has none."""
         try:
             # Somebody may have removed the folder: what is to come is not lost for that.
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             error.filename = str(self.path)
             raise

@@ -14,15 +14,14 @@ import json
 import os
 import struct
 from pathlib import Path
-from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line
-from legacy1bit.files import (atomic_write, atomic_write_all, open_regular, read_regular,
-                              serialize_tensors)
+from legacy1bit.files import (atomic_write, atomic_write_all, check_regular, open_regular,
+                              read_regular, serialize_tensors)
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -276,21 +275,20 @@ class RotaryTable:
         self.cosines = np.zeros((length, head_dim // 2), np.float32)
         self.sines = np.zeros((length, head_dim // 2), np.float32)
         self._filled = 0
-        self._lock = Lock()
 
     def fill(self, length) -> None:
-        """Work out the first rows, so many or all, as far as they are not there yet."""
-        if length <= self._filled:
-            return
-        with self._lock:
-            start = self._filled
-            # At least twice as many as before, so that growing a row at a time costs no more.
-            stop = min(max(length, 2 * start), len(self.cosines))
-            if stop > start:
-                angles = np.arange(start, stop)[:, None] * self._rates
-                self.cosines[start:stop] = np.cos(angles)
-                self.sines[start:stop] = np.sin(angles)
-                self._filled = stop
+        """Work out the first rows, so many or all, as far as they are not there yet.
+
+        Threads that do so at the same time write the same numbers.
+        """
+        start = self._filled
+        # At least twice as many as before, so that growing a row at a time costs no more.
+        stop = min(max(length, 2 * start), len(self.cosines))
+        if length > start and stop > start:
+            angles = np.arange(start, stop)[:, None] * self._rates
+            self.cosines[start:stop] = np.cos(angles)
+            self.sines[start:stop] = np.sin(angles)
+            self._filled = max(self._filled, stop)
 
 
 cdef class LayerNorm:
@@ -1242,8 +1240,7 @@ def read_folder(path):
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
     settings = _read_json(path / CONFIG_FILE)
     file = path / WEIGHTS_FILE
-    with open_regular(file):
-        pass  # what cannot be read is an OSError with its name
+    check_regular(file)
     try:
         # The library maps the file into memory and checks its head; tensors are read one by one.
         opened = safe_open(file, framework="numpy")

@@ -13,9 +13,6 @@ import json
 import os
 import re
 import shutil
-import stat
-import time
-import uuid
 import weakref
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,7 +26,13 @@ import numpy.typing as npt
 
 from legacy1bit.data_utils import Tokens
 from legacy1bit.errors import one_line
-from legacy1bit.files import read_regular
+from legacy1bit.files import (
+    open_regular,
+    read_regular,
+    remove,
+    remove_left_behind,
+    temporary_of,
+)
 
 INDEX_FILE = "index.json"
 _FORMAT = "legacy1bit tokens"
@@ -45,9 +48,6 @@ SHARD_BYTES = 1 << 28
 
 # How much of a file is looked at together.
 _BLOCK_BYTES = 1 << 22
-
-# What a process that was killed has left is in nobody's way after a day.
-_LEFT_BEHIND_SECONDS = 86400.0
 
 
 class ShardError(ValueError):
@@ -428,7 +428,7 @@ class ShardWriter:
         self.folder = folder
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = max(shard_bytes // self._dtype.itemsize, 1)
-        self._temporary = _temporary(folder)
+        self._temporary = temporary_of(folder)
         self._parts: dict[str, _PartWriter] = {}
         try:
             with self._named():
@@ -491,7 +491,7 @@ class ShardWriter:
                 if read_index(self.folder) == index:
                     # Whoever has written it may be about to open it.
                     return self.abandon()
-            damaged = _temporary(self.folder)
+            damaged = temporary_of(self.folder)
             with contextlib.suppress(FileNotFoundError):
                 os.rename(self.folder, damaged)
                 remove(damaged)
@@ -522,30 +522,6 @@ class ShardWriter:
         trace: TracebackType | None,
     ) -> None:
         self.abandon()
-
-
-def _temporary(folder: Path) -> Path:
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.tmp")
-
-
-def remove(path: Path) -> None:
-    """Remove a folder or a file, as far as that can be done."""
-    shutil.rmtree(path, ignore_errors=True)
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-# What temporary files and folders of this program are called.
-_OURS = re.compile(r"\.(.+\.)?[0-9a-f]{32}\.tmp")
-
-
-def remove_left_behind(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote into a folder have left there."""
-    for path in filter(lambda path: _OURS.fullmatch(path.name), folder.glob(".*.tmp")):
-        with contextlib.suppress(OSError):
-            changed = max(found.stat().st_mtime for found in (path, *path.glob("*")))
-            if time.time() - changed > _LEFT_BEHIND_SECONDS:
-                remove(path)
 
 
 def read_index(folder: Path) -> Index:
@@ -623,10 +599,10 @@ def _check_documents(path: Path, part: PartIndex) -> None:
 def _blocks(path: Path, size: int) -> Iterator[bytes]:
     """Yield what a file holds, which is to have so many bytes, some megabytes at a time."""
     try:
-        found = os.stat(path)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            raise ShardError(f"{path} has {found.st_size} bytes, expected a file of {size}")
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
+            found = os.fstat(file.fileno()).st_size
+            if found != size:
+                raise ShardError(f"{path} has {found} bytes, expected a file of {size}")
             while block := file.read(_BLOCK_BYTES):
                 yield block
     except OSError as error:

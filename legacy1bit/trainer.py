@@ -22,7 +22,7 @@ from legacy1bit.checkpoint import (
     Checkpoint,
     FixedSettings,
     fixed_settings,
-    newest_checkpoint,
+    make_newest,
     read_checkpoint,
     write_checkpoint,
 )
@@ -30,7 +30,7 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
-from legacy1bit.files import atomic_copies, atomic_copy, atomic_write, read_regular
+from legacy1bit.files import atomic_copies, atomic_write, read_regular
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
@@ -113,6 +113,20 @@ class Metrics:
         }
 
 
+class NotFiniteError(ValueError):
+    """A model predicts what is no number.
+
+    Attributes
+    ----------
+    batch : Batch
+        Of what.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        super().__init__("the model's logits are not finite: its weights are damaged")
+        self.batch = batch
+
+
 def evaluate(
     model: LegacyLLM,
     dataset: TokenDataset,
@@ -137,8 +151,10 @@ def evaluate(
 
     Raises
     ------
+    NotFiniteError
+        If the model's predictions are not finite.
     ValueError
-        If the model's predictions are not finite, or there is nothing to measure.
+        If there is nothing to measure.
     """
     loss, tokens, size = 0.0, 0, 0
     within = np.zeros(3, np.int64)
@@ -149,7 +165,7 @@ def evaluate(
         targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
         chosen = logits[targets >= 0]
         if not np.isfinite(chosen).all():
-            raise ValueError("the model's logits are not finite: its weights are damaged")
+            raise NotFiniteError(batch)
         truth = targets[targets >= 0]
         goal = np.take_along_axis(chosen, truth[:, None], axis=1)
         top = chosen.max(axis=1, keepdims=True)
@@ -323,6 +339,7 @@ class Trainer:
         on_step: Callable[[float, float], None],
         on_report: Callable[[dict[str, Any]], None],
         stop: Callable[[], bool],
+        on_look: Callable[[], None] = lambda: None,
     ) -> bool:
         """Train until the last step, or until told to stop.
 
@@ -335,6 +352,8 @@ class Trainer:
             Gets every record that goes to ``metrics.jsonl``.
         stop : callable
             Asked after every step.
+        on_look : callable, optional
+            Called when a record was written, and before the run is saved: to write others.
 
         Returns
         -------
@@ -349,7 +368,9 @@ class Trainer:
         with contextlib.closing(self):
             config = self.config
             if best_is_behind(self.folder, self.fixed_settings, self.best, self.step):
-                self.save()
+                # The checkpoint is there already, and the one before stays that.
+                self._save_model()
+                self._save_settings()
             per_step = (
                 config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
             )
@@ -383,9 +404,10 @@ class Trainer:
                         "full_precision": self.model.full_precision,
                         "weights": weight_shares(self.model, codes),
                     }
-                    # The record first: what is ahead of the checkpoint a resume drops, but what the
+                    # Records first: what is ahead of the checkpoint a resume drops, but what the
                     # checkpoint is ahead of would be missing for good.
                     logger.log(record)
+                    on_look()
                     self.save()
                     on_report(record)
                     losses.clear()
@@ -427,8 +449,9 @@ class Trainer:
             return evaluate(
                 self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer, stop
             )
-        except ValueError as error:
-            raise diverged(f"after step {self.step} {error}", self.model, self.config) from None
+        except NotFiniteError as error:
+            what = f"after step {self.step} the model's logits are not finite"
+            raise diverged(what, self.model, self.config, error.batch) from None
 
     def train_step(self) -> tuple[float, float]:
         """Take one step and return the loss of its batch and the norm of the gradient."""
@@ -495,10 +518,7 @@ class Trainer:
 
         The settings come last: they are what makes a folder a run, which has all the rest.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(self.folder)
-        self.model.provenance = self._provenance()
-        save_model(self.model, self.folder)
+        self._save_model()
         checkpoint = Checkpoint(
             self.step,
             self.seconds,
@@ -509,6 +529,16 @@ class Trainer:
             self.optimizer.second,
         )
         write_checkpoint(self.folder, checkpoint, self.fixed_settings)
+        self._save_settings()
+
+    def _save_model(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.tokenizer.save(self.folder)
+        self.model.provenance = self._provenance()
+        save_model(self.model, self.folder)
+
+    def _save_settings(self) -> None:
+        """Write the settings, and keep the run if it is the best so far."""
         settings = {
             "model": self.model.config.to_dict(),
             "training": self.config.to_dict(),
@@ -527,20 +557,18 @@ class Trainer:
             loss = self.best[0]
         return Provenance(self.source["name"], self.corpus.sha256, self.step, loss)
 
-    def restore(self, checkpoint: Checkpoint | None = None) -> None:
-        """Go back to a checkpoint of the run: the newest that is whole, unless one is given.
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Go back to a checkpoint of the run.
 
         It is the newest then; what was newer and is damaged does not come in its way any more.
 
         Raises
         ------
         ModelFileError
-            If it is not of this run, or none is whole.
+            If it is not of this run.
         OSError
-            If none can be read.
+            If it cannot be made the newest.
         """
-        if checkpoint is None:
-            checkpoint, _ = newest_checkpoint(self.folder, self.fixed_settings)
         size, path = self.model.num_parameters, checkpoint.path
         if checkpoint.weights.size != size:
             raise ModelFileError(f"{path}: weights is not float32[{size}]")
@@ -549,8 +577,7 @@ class Trainer:
             self.reader.check(checkpoint.position)
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
-        if path is not None and path != self.folder / CHECKPOINT_FILE:
-            atomic_copy(path, self.folder / CHECKPOINT_FILE)
+        make_newest(self.folder, checkpoint)
         start = 0
         for weights in self.model.latent.values():
             part = checkpoint.weights[start : start + weights.size]

@@ -13,6 +13,7 @@ import math
 import os
 import shutil
 import time
+import traceback
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -344,7 +345,15 @@ def study_at_hand() -> Iterator[None]:
     try:
         yield
     except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, KeyError) as error:
+        if isinstance(error, KeyError) and not _is_of(error, "optuna"):
+            raise
         raise ValueError(f"the study's database cannot be used: {_first_line(error)}") from None
+
+
+def _is_of(error: Exception, library: str) -> bool:
+    """Whether it was raised in a library."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals["__name__"]).split(".")[0] == library
 
 
 def _first_line(error: Exception) -> str:

@@ -218,9 +218,13 @@ def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch, sa
     told = fail("train", "--resume", "mixed", "--steps", 6)
     assert "its momentum is 0.95, expected 0.5" in told
     assert contents(Path("mixed")) == before
-    replaced(Path("other", CHECKPOINT_FILE), Path("run", CHECKPOINT_FILE).read_bytes())
-    _, errors = say("train", "--resume", "other", "--steps", 6)
-    assert b"its momentum is 0.95, expected 0.5; going on with other/earlier" in errors
+    # Even where there is one that could be gone on with.
+    replaced(Path("other", CHECKPOINT_FILE), b"damaged")
+    replaced(Path("other", EARLIER_FILE), Path("run", CHECKPOINT_FILE).read_bytes())
+    before = contents(Path("other"))
+    told = fail("train", "--resume", "other", "--steps", 6)
+    assert "its momentum is 0.95, expected 0.5" in told
+    assert contents(Path("other")) == before
 
 
 def test_checkpoint_tells_all_that_a_run_that_goes_on_cannot_change(stopped):
@@ -262,6 +266,7 @@ def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
     say("train", *options, "--out", "run")
     say("train", *options, "--out", "whole")
     replaced(Path("run", CHECKPOINT_FILE), b"damaged")
+    shutil.rmtree(Path("run", BEST_FOLDER))
     before = [record["val_loss"] for record in read_metrics("whole/metrics.jsonl")]
     _, errors = say("train", "--resume", "run")
     told = errors.decode()
@@ -270,6 +275,31 @@ def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
     assert "going on with run at step 4" in told
     assert [record["val_loss"] for record in read_metrics("run/metrics.jsonl")] == before
     assert_same_files(Path("run"), Path("whole"))
+
+
+def test_newest_of_those_that_are_whole_is_taken(tmp_path, monkeypatch, say, fail):
+    """Wherever it lies: the best has the step of the one that is gone, the earlier has not."""
+    monkeypatch.chdir(tmp_path)
+    options = ("--stories", 20, "--steps", 6, "--evaluate-every", 2, "--blocks", 1)
+    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    say("train", *options, "--out", "run")
+    whole = contents(Path("run"))
+    for name in DAMAGE:
+        if name == "folder":
+            continue
+        DAMAGE[name](Path("run", CHECKPOINT_FILE))
+        assert "has had its 6 steps" in fail("train", "--resume", "run")
+        assert contents(Path("run")) == whole
+
+
+def test_best_that_was_not_kept_leaves_the_checkpoint_before(tmp_path):
+    run = make(tmp_path / "run", steps=2 * EVERY)
+    train(run)
+    assert run.best[1] == run.step
+    whole = contents(run.folder)
+    shutil.rmtree(run.folder / BEST_FOLDER)
+    train(resumed(run.folder, steps=2 * EVERY))
+    assert contents(run.folder) == whole
 
 
 def test_best_is_kept_where_the_last_checkpoint_was_the_end(tmp_path, monkeypatch, say, fail):

@@ -63,20 +63,25 @@ OVERFLOWS = {
     "blocks.1.attention.wv": "block 1: values",
     "blocks.1.ffn.wi": "block 1: the feed-forward layer, ",
     "blocks.0.norm1.gamma": "block 0: ",
+    "final_norm.gamma": "the final norm, ",
+    "output.weight": "the logits, ",
 }
 
 
 # A scale of codes is at most 65504: theirs do not.
 @pytest.mark.parametrize(
-    ("name", "floats"), [*((name, 100) for name in OVERFLOWS), ("blocks.0.norm1.gamma", 0)]
+    ("name", "floats"),
+    [*((name, 100) for name in OVERFLOWS), ("blocks.0.norm1.gamma", 0), ("final_norm.gamma", 0)],
 )
 def test_layer_that_overflows_is_named(tmp_path, name, floats):
     run = make(tmp_path / "run", num_blocks=3, float_steps=floats)
     run.model.latent[name][...] = 3e38
     if run.model.latent[name].ndim == 2:
         # What has the signs of a norm's output adds up.
-        run.model.latent[name[: name.index(".", 7)] + ".norm1.gamma"][...] = 100.0
-        run.model.latent[name[: name.index(".", 7)] + ".norm2.gamma"][...] = 100.0
+        block = name[: len("blocks.0")]
+        norms = (f"{block}.norm1", f"{block}.norm2") if block.startswith("blocks") else ("final_norm",)
+        for norm in norms:
+            run.model.latent[f"{norm}.gamma"][...] = 100.0
         run.model.latent[name][:, 1::2] *= -1
     run.model.quantize(1)
     run.model.use_full_precision(floats > 0)
@@ -91,6 +96,14 @@ def test_layer_that_overflows_is_named(tmp_path, name, floats):
     ):
         run.train_step()
     run.close()
+
+
+def test_look_that_overflows_names_the_layer(tmp_path):
+    run = make(tmp_path / "run")
+    run.model.latent["final_norm.gamma"][...] = 3e38
+    told = r"after step 0 the model's logits are not finite \(first in the final norm, of .*try"
+    with pytest.raises(TrainingDiverged, match=told):
+        run._look(False)
 
 
 def test_embedding_that_overflows_is_named(run):

@@ -135,10 +135,14 @@ def train(run, stop_at=None, on_report=lambda record: None):
     return done, losses, records
 
 
+def newest(run):
+    return newest_checkpoint(run.folder, run.fixed_settings)[0]
+
+
 def resumed(folder, **changes):
     """A run as it goes on from its checkpoint."""
     run = make(folder, **changes)
-    run.restore()
+    run.restore(newest(run))
     return run
 
 
@@ -567,7 +571,7 @@ def test_train_stops_when_told_and_saves(tmp_path, step):
     assert len(losses) == run.step == step
     assert records[-1]["step"] == step
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     assert again.step == step
     assert_same_state(state_of(again), state_of(run))
 
@@ -596,7 +600,7 @@ def test_restored_run_ends_like_an_unbroken_one(tmp_path, optimizer, scheme, thr
     for stop in stops:
         run = make(tmp_path / "parts", **settings)
         if parts:
-            run.restore()
+            run.restore(newest(run))
         parts += train(run, stop)[1]
     assert parts == losses
     assert_same_state(state_of(run), state_of(whole))
@@ -614,7 +618,7 @@ def test_restored_run_forgets_what_came_after_its_checkpoint(tmp_path):
     train(run, stop_at=5)
     MetricsLogger(run.folder, 5).log({"step": 9, "val_loss": 0.0})
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     train(again)
     assert [r["step"] for r in read_metrics(run.folder / METRICS_FILE)] == [5, 10, 12]
 
@@ -623,7 +627,7 @@ def test_restored_run_goes_on_counting_seconds(tmp_path):
     run = make(tmp_path / "run")
     train(run, stop_at=5)
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     assert again.seconds == run.seconds > 0
     _, _, records = train(again)
     assert records[0]["elapsed_seconds"] > run.seconds
@@ -709,7 +713,7 @@ def test_run_goes_on_where_it_was_in_the_data(tmp_path, name):
     for stop in (1, 4, 10, None):
         run = make(tmp_path / "parts", **settings)
         if parts:
-            run.restore()
+            run.restore(newest(run))
         batches = recording_batches(run)
         parts += train(run, stop)[1]
         found += batches
@@ -746,7 +750,7 @@ def test_record_of_padding_begins_anew_with_a_restored_run(tmp_path):
     train(run, stop_at=5)
     for _ in range(3):
         run.train_step()
-    run.restore()
+    run.restore(newest(run))
     assert [r["padding"] for r in train(run)[2]] == [r["padding"] for r in records[1:]]
 
 
@@ -1621,7 +1625,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     assert load_model(run.folder).config == run.model.config
     assert read_settings(run.folder)[1] == run.config
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     # The settings alone come after the checkpoint.
     assert again.step == (10 if writes == FILES_OF_A_SAVE - 1 else 5)
     train(again)
@@ -1668,7 +1672,7 @@ def test_diverging_run_keeps_its_checkpoint(tmp_path, bad, where):
         train(run)
     assert run.step == 7
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     assert again.step == 5
     assert all(np.isfinite(values).all() for values in state_of(again).values())
 
@@ -1692,7 +1696,7 @@ def test_run_that_diverged_between_steps_keeps_its_checkpoint(tmp_path, monkeypa
     assert [contents(run.folder)] == at_five
     assert [r["step"] for r in read_metrics(run.folder / METRICS_FILE)] == [5]
     again = make(tmp_path / "run")
-    again.restore()
+    again.restore(newest(again))
     assert again.step == 5
 
 
@@ -1730,7 +1734,7 @@ def restored(folder, **changes):
     (folder / EARLIER_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder / BEST_FOLDER, ignore_errors=True)
     try:
-        run.restore()
+        run.restore(newest(run))
     except ModelFileError:
         # A run that cannot be restored is as new, not half of each.
         assert_same_state(state_of(run), before)

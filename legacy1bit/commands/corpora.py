@@ -8,7 +8,6 @@ import json
 import os
 import stat
 import sys
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any, BinaryIO
 from legacy1bit.commands.common import add_settings, option_of, path_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
+from legacy1bit.files import remove_left_behind, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
-from legacy1bit.shards import INDEX_FILE, cache_key, default_cache, remove_left_behind
+from legacy1bit.shards import INDEX_FILE, cache_key, default_cache
 from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
 from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
@@ -137,7 +137,7 @@ def _keep_stream(cache: Path, data: str) -> str:
 
 def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
     folder = cache / "standard-input"
-    temporary = folder / f".{uuid.uuid4().hex}.tmp"
+    temporary = temporary_of(folder / "stream")
     digest = hashlib.sha256()
     try:
         with _named(cache):

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit import stories
-from legacy1bit.checkpoint import EARLIER_FILE, fixed_settings, newest_checkpoint
+from legacy1bit.checkpoint import (
+    BEST_FOLDER,
+    EARLIER_FILE,
+    fixed_settings,
+    make_newest,
+    newest_checkpoint,
+)
 from legacy1bit.commands.common import (
     RUNS,
     add_settings,
@@ -26,7 +32,7 @@ from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.errors import INTERRUPTED, describe
-from legacy1bit.files import held
+from legacy1bit.files import held, remove, temporaries
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     CHANGEABLE,
@@ -56,6 +62,9 @@ from legacy1bit.trainer import (
     recall_of_heroes,
     steps_within,
 )
+
+# What a run writes into its folder.
+_WRITTEN = {METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES}
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
@@ -116,9 +125,9 @@ def _check_folder(wanted: Path | None) -> None:
         raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
     # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
     # beside it some of its files.
-    names = {path.name for path in wanted.iterdir()} if wanted.is_dir() else {wanted.name}
-    found = {name for name in names if not (name.startswith(".") and name.endswith(".tmp"))}
-    ours = found <= {METRICS_FILE, SAMPLES_FILE, EVENTS_FOLDER, EARLIER_FILE, *RUN_FILES}
+    found = set(wanted.iterdir()) if wanted.is_dir() else {wanted}
+    found -= {path for path, name in temporaries(wanted) if name in _WRITTEN}
+    ours = {path.name for path in found} <= {*_WRITTEN, EVENTS_FOLDER}
     if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
@@ -129,6 +138,15 @@ def _is_record(path: Path) -> bool:
         return all("train_loss" in record for record in read_metrics(path))
     except (OSError, ValueError):
         return False
+
+
+def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
+    """Have a run for oneself, without what a process that was killed had not written whole."""
+    ends.enter_context(held(folder))
+    for place in (folder, folder / BEST_FOLDER):
+        for path, name in temporaries(place):
+            if name in _WRITTEN:
+                remove(path)
 
 
 def _print_config(arguments: argparse.Namespace) -> None:
@@ -148,7 +166,7 @@ def _start(
     """Return a new run, or an old one where its checkpoint was written; nobody else has it."""
     if arguments.resume is not None:
         read_settings(arguments.resume)
-        ends.enter_context(held(arguments.resume))
+        _hold(arguments.resume, ends)
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
@@ -165,7 +183,7 @@ def _start(
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
     trainer.folder = _make_folder(arguments.out)
-    ends.enter_context(held(trainer.folder))
+    _hold(trainer.folder, ends)
     # Somebody may have been faster.
     _check_folder(arguments.out)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
@@ -196,6 +214,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     done = checkpoint.step
     if done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
+        make_newest(folder, checkpoint)
         if best_is_behind(folder, fixed, checkpoint.best, done):
             keep_best(folder)
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
@@ -247,12 +266,14 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
                 f"validation loss {record['val_loss']:.4f}  "
                 f"{record['tokens_per_second']:,.0f} tokens/s"
             )
+
+        def on_look() -> None:
             if samples is not None:
                 written = Generator(trainer.model, trainer.tokenizer).complete("", _SAMPLE_TOKENS)
                 samples.log({"step": trainer.step, "prompt": "", "text": written.text})
 
         with contextlib.closing(logger):
-            done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested)
+            done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested, on_look)
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
