@@ -96,7 +96,9 @@ CHECKED = os.environ.get("CHECKED", "")
 if CHECKED not in CHECKS:
     sys.exit(f"CHECKED is {CHECKED!r}, expected one of {', '.join(filter(None, CHECKS))}")
 DIRECTIVES |= CHECKS[CHECKED][1]
+HEADERS = ["include"]
 if CHECKED:
+    HEADERS.append("tests")
     FLAGS += ["-DEMULATED_TILES", "-Itests"]
 
 if sys.platform == "darwin":
@@ -110,7 +112,7 @@ def extension(module, source, flags):
         f"legacy1bit.{module}",
         [f"legacy1bit/{source}.pyx"],
         include_dirs=["include"],
-        depends=sorted(str(path) for path in Path("include").glob("*.h")),
+        depends=sorted(str(path) for folder in HEADERS for path in Path(folder).glob("*.h")),
         libraries=["m", "pthread"],
         extra_compile_args=[*FLAGS, *flags, *CHECKS[CHECKED][0]],
         extra_link_args=CHECKS[CHECKED][0],

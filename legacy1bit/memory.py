@@ -5,6 +5,7 @@ import math
 import resource
 from pathlib import Path
 
+from legacy1bit.control_groups import free_memory
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.model import parameter_layout
 
@@ -60,17 +61,7 @@ def free_bytes() -> int | None:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(1024 * int(line.split()[1]))
-    for most, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    ):
-        # Without a limit there is a word in place of the number, or a huge one.
-        with contextlib.suppress(OSError, ValueError):
-            limit = int(Path(most).read_text(encoding="ascii"))
-            found.append(max(limit - int(Path(used).read_text(encoding="ascii")), 0))
+    found += free_memory()
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError):

@@ -2,6 +2,8 @@
 
 import os
 
+from legacy1bit.control_groups import core_quotas
+
 from legacy1bit.threads cimport task_function, thread_team
 
 cdef extern from "threads.h" nogil:
@@ -56,42 +58,7 @@ def available_cores() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, min([cores] + _quotas()))
-
-
-def _quotas(table="/proc/self/cgroup", folder="/sys/fs/cgroup"):
-    """Return the cores that each control group around this process allows."""
-    try:
-        with open(table) as file:
-            groups = [line.rstrip("\n").split(":", 2) for line in file]
-    except OSError:
-        return []
-    quotas = []
-    for _, controllers, path in groups:
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        root = f"{folder}/{controllers}" if controllers else str(folder)
-        # The limits of all groups above hold, too; inside a container the path may not be visible.
-        parts = [part for part in path.split("/") if part]
-        for depth in range(len(parts) + 1):
-            quotas += _quota("/".join([root] + parts[:depth]))
-    return quotas
-
-
-def _quota(folder):
-    try:
-        if os.path.exists(f"{folder}/cpu.max"):
-            with open(f"{folder}/cpu.max") as file:
-                quota, period = file.read().split()
-        else:
-            with open(f"{folder}/cpu.cfs_quota_us") as file:
-                quota = file.read()
-            with open(f"{folder}/cpu.cfs_period_us") as file:
-                period = file.read()
-        quota, period = float(quota), float(period)
-    except (OSError, ValueError):
-        return []       # no such group, or "max": no limit
-    return [int((quota + period - 1) // period)] if quota > 0 and period > 0 else []
+    return max(1, min([cores] + core_quotas()))
 
 
 def default_threads() -> int:

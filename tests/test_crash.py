@@ -26,26 +26,30 @@ from legacy1bit.checkpoint import (
     newest_checkpoint,
 )
 from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE, read_metrics
+from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
 # A training to be interrupted. It counts what it does to files of its run: opens them to write,
 # has them written onto the disk, renames, links, removes them. From a count on, which may not be
-# reached, this is the end; a file that is being written is cut before it, as by a loss of power.
+# reached, this is the end; what a file has got since it was last put onto the disk is cut before it,
+# as by a loss of power.
 VICTIM = """
 import errno, os, re, signal, sys, time
 from legacy1bit import main, trainer
 
 how, left, share, *arguments = sys.argv[1:]
 left, share = 1 << 30 if how == "time" else int(left), float(share)
+on_disk = {}
 
 def file_event(event, arguments):
     if event == "open":
         path, _, flags = arguments
         if not flags & (os.O_WRONLY | os.O_RDWR):
             return
+        if flags & os.O_APPEND and os.path.exists(path):
+            on_disk[os.path.realpath(path)] = os.path.getsize(path)
     elif event in ("os.rename", "os.link", "os.remove", "os.truncate", "sync"):
         path = arguments[-1 if event == "sync" else 0]
     else:
@@ -69,7 +73,8 @@ def interrupt(event, path):
 def fsync(handle):
     path = os.readlink(f"/proc/self/fd/{handle}")
     if left == 1 and os.path.isfile(path):
-        os.ftruncate(handle, int(share * os.fstat(handle).st_size))
+        kept = on_disk.get(path, 0)
+        os.ftruncate(handle, kept + int(share * (os.fstat(handle).st_size - kept)))
     file_event("sync", (path,))
 
 take, train = trainer.Trainer.train_step, trainer.Trainer.train
@@ -181,7 +186,8 @@ def train_interrupted(seed, most, seen):
         damaged = saved and (run / EARLIER_FILE).exists() and choice.random() < 0.1
         if damaged:
             damage(run / CHECKPOINT_FILE, choice)
-            newest = newest_checkpoint(run, fixed_settings(*read_settings(run)))[0].step
+            taken = newest_checkpoint(run, fixed_settings(*read_settings(run)))[0]
+            newest = taken.step
             seen["the newest checkpoint was damaged"] += 1
         how, left = choice.choice(INTERRUPTS), choice.randint(1, 120)
         if killed == most:
@@ -189,7 +195,7 @@ def train_interrupted(seed, most, seen):
         arguments = ["train", "--resume", run] if saved else tiny(out=run, **options)
         going, told = interrupted(arguments, choice, how, left)
         if damaged:
-            assert f"going on with {run / EARLIER_FILE}" in told
+            assert f"going on with {taken.path}" in told
         if not going:
             return killed, options
         killed += how in KILLED
@@ -213,6 +219,10 @@ def test_interrupted_run_ends_like_an_unbroken_one(say, kills):
         expected, found = (measured(read_metrics(run / METRICS_FILE)) for run in (whole, parts))
         assert len(expected) == STEPS // EVERY
         assert found == expected
+        told = [(run / SAMPLES_FILE).read_bytes() for run in (whole, parts)]
+        assert told[0] == told[1]
+        assert len(told[0].splitlines()) == len(expected)
+        assert not list(parts.rglob("*.tmp"))
         for place in (".", BEST_FOLDER):
             assert_same_files(parts / place, whole / place)
         seed += 1

@@ -227,6 +227,21 @@ def test_atomic_write_does_without_a_folder_that_cannot_be_synced(old_file, monk
     assert old_file.read_bytes() == NEW
 
 
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_atomic_write_tells_of_a_name_that_may_be_lost(old_file, monkeypatch, number):
+    fsync = os.fsync
+
+    def only_files(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", only_files)
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        atomic_write(old_file, NEW)
+    assert caught.value.filename == str(old_file.parent)
+
+
 def test_atomic_write_from_several_threads_leaves_one_content_whole(tmp_path):
     path, contents = tmp_path / "file", [bytes([i]) * 10_000 for i in range(4)]
 
@@ -356,6 +371,16 @@ def test_atomic_path_lets_others_write_a_file(old_file, kind):
             assert old_file.read_bytes() == (OLD if path == old_file else NEW)
         assert path.read_bytes() == NEW
     assert names(old_file.parent) == [old_file.name, "other"]
+
+
+def test_atomic_path_leaves_their_names_to_other_files(old_file, tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match="missing"),
+        atomic_path(old_file),
+        open(tmp_path / "missing"),
+    ):
+        pass
+    assert old_file.read_bytes() == OLD
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -498,6 +523,17 @@ def test_atomic_copies_stay_when_their_originals_are_replaced(originals, tmp_pat
     assert held(tmp_path / "copies") == before
     atomic_write(tmp_path / "copies" / "a", OLD)
     assert all(path.read_bytes() == NEW for path in originals)
+
+
+@pytest.mark.usefixtures("_links")
+def test_atomic_copies_are_of_what_links_lead_to(originals, tmp_path):
+    link = tmp_path / "link"
+    link.symlink_to(originals[1])
+    before = originals[1].read_bytes()
+    atomic_copies([link], tmp_path / "copies")
+    atomic_write(link, NEW)
+    assert originals[1].read_bytes() == NEW
+    assert held(tmp_path / "copies") == {"link": before}
 
 
 @pytest.mark.usefixtures("_links")

@@ -101,6 +101,16 @@ def test_read_metrics_refuses_a_damaged_line(path, line):
         read_metrics(path)
 
 
+def test_read_metrics_refuses_a_last_line_that_was_whole(path):
+    """Cut short is what has no end of its line: others were there, and are damaged."""
+    path.write_text('{"step": 1}\n{"step": 2\n')
+    with pytest.raises(ValueError, match="line 2: expected a JSON object"):
+        read_metrics(path)
+    with pytest.raises(ValueError, match="line 2: expected a JSON object"):
+        StepLog(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2\n'
+
+
 def test_read_metrics_takes_no_more_memory_than_a_line_needs(path):
     """A file of zeros may take no room on the disk."""
     os.truncate(path, 1 << 40)

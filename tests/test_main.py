@@ -2002,9 +2002,25 @@ def test_run_that_was_killed_at_its_first_save_can_be_started_again(say):
         folder.mkdir()
         for name in ("metrics.jsonl", *present):
             shutil.copy(f"whole/{name}", folder)
-        Path(folder, ".checkpoint.safetensors.0123.tmp").write_text("half")
+        half = Path(folder, f".checkpoint.safetensors.{'0123456789abcdef' * 2}.tmp")
+        half.write_text("half")
         say(*tiny(out=folder))
         assert_same_files(folder, Path("whole"))
+        assert not half.exists()
+
+
+def test_what_a_killed_run_had_not_written_whole_is_removed(say):
+    """And nothing else."""
+    say(*tiny(out="run"))
+    begun = "." + "{}." + "0123456789abcdef" * 2 + ".tmp"
+    ours = ("checkpoint.safetensors", "metrics.jsonl", "best/model.safetensors")
+    others = ("mine.png", "best/mine.txt")
+    for name in (*ours, *others):
+        path = Path("run", name)
+        path.with_name(begun.format(path.name)).write_text("half")
+    say("train", "--resume", "run", "--steps", 9)
+    left = {path.name for path in Path("run").rglob("*.tmp")}
+    assert left == {begun.format("mine.png"), begun.format("mine.txt")}
 
 
 def test_train_that_is_refused_leaves_no_folder(fail):

@@ -104,12 +104,15 @@ def test_refusal_takes_one_line_and_leaves_nothing(tmp_path, monkeypatch, fail):
     assert not Path("runs").exists()
 
 
-def test_limit_of_the_process_counts(monkeypatch):
+def test_least_of_all_limits_counts(monkeypatch):
     free = free_bytes()
-    assert free is None or free > 64 << 20
+    assert free is None or free > 0
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (0, 0))
     if Path("/proc/self/statm").exists():
         assert free_bytes() == 0
     monkeypatch.setattr(memory.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
+    monkeypatch.setattr(memory, "free_memory", lambda: [5, 3])
+    assert free_bytes() == 3
+    monkeypatch.setattr(memory, "free_memory", list)
     monkeypatch.setattr(memory, "Path", lambda name: Path("/nowhere", name.strip("/")))
     assert free_bytes() is None

@@ -128,13 +128,43 @@ def test_hostile_input_cannot_run():
     ]
     assert len(files) > 30
     for path in files:
-        words = [
-            token.string
-            for token in tokenize.generate_tokens(io.StringIO(path.read_text("utf-8")).readline)
-            if token.type in (tokenize.NAME, tokenize.OP)
-        ]
-        for before, word, after in zip(["", "", *words], ["", *words], [*words, ""], strict=False):
-            called = word in UNSAFE and after == "(" and before != "."
-            imported = word in UNSAFE and before in ("import", "from")
-            unsafe = called or imported or word == "allow_pickle"
-            assert not unsafe, f"{path.name}: {word}"
+        for words in statements(path.read_text("utf-8")):
+            assert not unsafe(words), f"{path.name}: {' '.join(words)}"
+
+
+def statements(source):
+    """Yield the names and operators of each statement; Cython's, too."""
+    words = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type in (tokenize.NAME, tokenize.OP):
+            words.append(token.string)
+        elif token.type in (tokenize.NEWLINE, tokenize.ENDMARKER):
+            yield words
+            words = []
+
+
+def unsafe(words):
+    if {"import", "cimport"} & set(words):
+        return bool(UNSAFE & set(words))
+    calls = (
+        word in UNSAFE and after == "(" and before != "."
+        for before, word, after in zip(["", *words], words, [*words[1:], ""], strict=False)
+    )
+    return "allow_pickle" in words or any(calls)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle", "import os, pickle", "from os import path, eval as x", "x = 5 + eval(y)",
+        "import a.b, marshal as m", "from pickle import (\n    loads,\n)", "exec(code)",
+        "np.load(path, allow_pickle=True)", "if x:\n    import pickle", "if x: import pickle",
+    ],
+)  # fmt: skip
+def test_what_could_run_is_found(source):
+    assert any(unsafe(words) for words in statements(source))
+
+
+@pytest.mark.parametrize("source", ["re.compile(x)", "pickled = 1", "model.eval()", "code = 5"])
+def test_what_could_not_run_is_not(source):
+    assert not any(unsafe(words) for words in statements(source))

@@ -56,45 +56,6 @@ works = pytest.mark.parametrize("work", WORK.values(), ids=WORK)
 # --- How many cores there are ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("groups", "files", "cores"),
-    [
-        ("0::/", {}, []),
-        ("0::/", {"cpu.max": "max 100000\n"}, []),
-        ("0::/", {"cpu.max": "150000 100000\n"}, [2]),
-        ("0::/", {"cpu.max": "50000 100000\n"}, [1]),
-        ("0::/a/b", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "300000 100000\n"}, [4, 3]),
-        ("4:memory:/m\n2:cpu,cpuacct:/c", {"cpu,cpuacct/c/cpu.cfs_quota_us": "250000\n"}, []),
-        (
-            "4:memory:/m\n2:cpu,cpuacct:/c",
-            {
-                "cpu,cpuacct/c/cpu.cfs_quota_us": "250000\n",
-                "cpu,cpuacct/c/cpu.cfs_period_us": "100000\n",
-            },
-            [3],
-        ),
-        (
-            "1:cpu:/",
-            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
-            [],
-        ),
-        ("0::/", {"cpu.max": "nonsense\n"}, []),
-    ],
-)
-def test_quotas_of_control_groups(groups, files, cores, tmp_path):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    table = tmp_path / "table"
-    table.write_text(groups + "\n")
-    assert legacy1bit.threads._quotas(table, tmp_path) == cores
-
-
-def test_quotas_where_there_are_no_control_groups(tmp_path):
-    assert legacy1bit.threads._quotas(tmp_path / "missing", tmp_path) == []
-
-
 def test_default_threads_are_all_cores_or_what_the_environment_says(monkeypatch):
     monkeypatch.delenv("LEGACY1BIT_THREADS", raising=False)
     assert default_threads() == available_cores()
@@ -117,7 +78,7 @@ def test_available_cores_is_at_least_one():
 
 def test_available_cores_follows_the_affinity_where_there_is_one(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 7}, raising=False)
-    monkeypatch.setattr(legacy1bit.threads, "_quotas", list)
+    monkeypatch.setattr(legacy1bit.threads, "core_quotas", list)
     assert available_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
@@ -125,7 +86,7 @@ def test_available_cores_follows_the_affinity_where_there_is_one(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cores() == 1
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setattr(legacy1bit.threads, "_quotas", lambda: [4, 2])
+    monkeypatch.setattr(legacy1bit.threads, "core_quotas", lambda: [4, 2])
     assert available_cores() == 2
 
 

@@ -301,6 +301,15 @@ def test_search_says_what_is_wrong(fail):
     assert "is damaged" in fail("tune", "--resume", "broken")
 
 
+def test_only_errors_of_the_database_are_called_so():
+    optuna = pytest.importorskip("optuna")
+    with pytest.raises(KeyError, match="ours"), tune.study_at_hand():
+        {}["ours"]
+    storage = tune.open_storage("sqlite:///study.db")
+    with pytest.raises(ValueError, match="database cannot be used: .*"), tune.study_at_hand():
+        optuna.load_study(study_name="missing", storage=storage)
+
+
 def test_share_that_rounds_to_nothing_is_the_least_there_is(say, fail):
     pytest.importorskip("optuna")
     Path("space.toml").write_text("[decay_every]\nlow = 0.01\nhigh = 0.05\nof_steps = true\n")

@@ -8,6 +8,7 @@ it; faults that change nothing are listed with their reasons in ``equivalent.tom
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -157,6 +158,12 @@ def copy_project():
             to.parent.mkdir(parents=True, exist_ok=True)
             to.write_bytes(text)
     shutil.copy(HERE / "mutants.h", TREE / "include")
+
+
+def digest():
+    """Return what stands for the sources and the tests: results are about these."""
+    paths = [*PATHS, *(str(path.relative_to(ROOT)) for path in sorted(HERE.parent.glob("*.py")))]
+    return hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in paths)).hexdigest()
 
 
 def tiers():
@@ -504,7 +511,11 @@ def main():
     parser.add_argument("--only", default="", help="faults whose names match")
     parser.add_argument("--limit", type=int, help="at most so many tests for each fault")
     parser.add_argument("--part", type=int, default=1, help="of the tests, only every N-th")
-    parser.add_argument("--again", action="store_true", help="try those once more that survived")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="try those that survived; for the others, what is known holds, whatever has changed",
+    )
     parser.add_argument("--build", action="store_true", help="only build")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
@@ -516,6 +527,7 @@ def main():
     TREE.mkdir(parents=True, exist_ok=True)
     functions = build()
     table = {
+        "digest": digest(),
         "count": len(functions),
         "faults": {
             fault.number: {"name": fault.name, "function": index}
@@ -526,6 +538,8 @@ def main():
     text = json.dumps(table, indent=0)
     if not (TREE / "faults.json").exists() or (TREE / "faults.json").read_text() != text:
         (TREE / "reached.jsonl").unlink(missing_ok=True)
+        if not options.again:
+            (TREE / "results.jsonl").unlink(missing_ok=True)
         (TREE / "faults.json").write_text(text)
     print(f"{len(table['faults'])} faults in {len(functions)} functions", file=sys.stderr)
     if options.build:

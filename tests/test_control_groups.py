@@ -1,0 +1,86 @@
+"""What control groups allow, as their files tell it."""
+
+import pytest
+
+from legacy1bit.control_groups import core_quotas, free_memory
+
+
+def told(groups, files, folder):
+    """Write what the system tells of groups; return the table of those of this process."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    table = folder / "table"
+    table.write_text(groups + "\n")
+    return table
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "cores"),
+    [
+        ("0::/", {}, []),
+        ("0::/", {"cpu.max": "max 100000\n"}, []),
+        ("0::/", {"cpu.max": "150000 100000\n"}, [2]),
+        ("0::/", {"cpu.max": "50000 100000\n"}, [1]),
+        ("0::/a/b", {"a/cpu.max": "400000 100000\n", "a/b/cpu.max": "300000 100000\n"}, [4, 3]),
+        ("4:memory:/m\n2:cpu,cpuacct:/c", {"cpu,cpuacct/c/cpu.cfs_quota_us": "250000\n"}, []),
+        (
+            "4:memory:/m\n2:cpu,cpuacct:/c",
+            {
+                "cpu,cpuacct/c/cpu.cfs_quota_us": "250000\n",
+                "cpu,cpuacct/c/cpu.cfs_period_us": "100000\n",
+            },
+            [3],
+        ),
+        (
+            "1:cpu:/",
+            {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"},
+            [],
+        ),
+        ("0::/", {"cpu.max": "nonsense\n"}, []),
+    ],
+)
+def test_quotas_of_control_groups(groups, files, cores, tmp_path):
+    assert core_quotas(told(groups, files, tmp_path), tmp_path) == cores
+
+
+def test_nothing_is_told_where_there_are_no_control_groups(tmp_path):
+    assert core_quotas(tmp_path / "missing", tmp_path) == []
+    assert free_memory(tmp_path / "missing", tmp_path) == []
+
+
+def version_2(folder, most, used, stat=""):
+    files = {"memory.max": most, "memory.current": used, "memory.stat": stat}
+    return {f"{folder}{name}": f"{content}\n" for name, content in files.items()}
+
+
+def version_1(folder, most, used, stat=""):
+    files = {"memory.limit_in_bytes": most, "memory.usage_in_bytes": used, "memory.stat": stat}
+    return {f"memory/{folder}{name}": f"{content}\n" for name, content in files.items()}
+
+
+STAT = "anon 1\nfile 999\ninactive_file 30\nactive_file 7\ninactive_anon 5"
+STAT_1 = "cache 999\ninactive_file 1\ntotal_inactive_file 30\ntotal_active_file 7"
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "free"),
+    [
+        ("0::/", {}, []),
+        ("0::/", version_2("", "max", 50), []),
+        ("0::/", version_2("", 100, 40), [60]),
+        # Files that were read are no reason to refuse anything.
+        ("0::/", version_2("", 100, 95, STAT), [42]),
+        ("0::/", version_2("", 100, 250), [0]),
+        ("0::/a/b", version_2("a/", 100, 40) | version_2("a/b/", 80, 30), [60, 50]),
+        ("0::/a", {"a/memory.max": "100\n"}, []),
+        ("0::/a", {"a/memory.max": "100\n", "a/memory.current": "30\n"}, [70]),
+        ("0::/", version_2("", "nonsense", 4), []),
+        ("0::/", version_2("", 100, 40, "active_file nonsense"), []),
+        ("3:cpu:/c\n4:memory:/m", version_1("m/", 100, 95, STAT_1), [42]),
+        ("3:cpu:/c\n4:memory:/m", version_1("", 100, 40) | version_1("m/", 90, 40), [60, 50]),
+    ],
+)
+def test_memory_of_control_groups(groups, files, free, tmp_path):
+    assert free_memory(told(groups, files, tmp_path), tmp_path) == free
