@@ -48,6 +48,7 @@ help:
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
 	@echo 'make test-mutants       whether the tests notice faults in the kernels; takes hours'
+	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
@@ -101,6 +102,7 @@ bench-compare: build
 	$(PYTHON) -m legacy1bit.bench.compare $(A) $(B) $(if $(SSE),--sse $(SSE)) $(ARGS)
 
 bench-peers: build
+	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["bench"])
 	$(PYTHON) -m legacy1bit.bench.peers $(ARGS)
 
 bench-data: build

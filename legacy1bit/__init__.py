@@ -6,9 +6,9 @@ with ``model``, ``forward`` and ``backward``, or type ``python -m legacy1bit.mai
 
 from typing import Any
 
-__all__ = ["__version__", "set_simd_level", "simd_level", "simd_levels"]
+from legacy1bit.version import __version__
 
-__version__ = "0.1.0"
+__all__ = ["__version__", "set_simd_level", "simd_level", "simd_levels"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,14 +19,26 @@ from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import one_line, shown
 from legacy1bit.files import atomic_copy, atomic_write, check_regular, serialize_tensors
-from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.model import ModelFileError
+from legacy1bit.hyperparams import (
+    CHANGEABLE,
+    MOST_STEPS,
+    SETTINGS_FILE,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
+from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
+from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, ModelFileError
+from legacy1bit.tokenizer import TOKENIZER_FILE
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 EARLIER_FILE = "earlier.safetensors"
 BEST_FOLDER = "best"
 
-_MOST_STEPS = 1 << 40
+# The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
+RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
+# All that a training writes into its folder.
+WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES))
 
 _TENSORS = ("weights", "first", "second")
 
@@ -195,7 +207,7 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
         lowest, found_at = json.loads(header["best"])
         best = (float(lowest), int(found_at))
         for name, value, most in (
-            ("step", step, _MOST_STEPS),
+            ("step", step, MOST_STEPS),
             ("time", seconds, sys.float_info.max),
             ("best loss", best[0], math.inf),
             ("best step", best[1], step),

@@ -57,7 +57,8 @@ def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
         With latent weights; the codes, or these, are used as they were.
     batch : Batch
     """
-    parameters = model.latent if model.full_precision else model.parameters
+    latent = model.latent
+    parameters = latent if model.full_precision else model.parameters
     config = model.config
     seen = batch.tokens != config.pad_token
     with np.errstate(all="ignore"):
@@ -85,13 +86,13 @@ def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
                         return f"block {number}: {what}, of an input of up to {most}"
             hidden = x[seen[one]]
             most = _largest(hidden)
-            if model.final_norm is not None:
+            if config.final_norm:
                 for vector in hidden:
-                    layer_norm(vector, parameters["final_norm.gamma"], parameters["final_norm.beta"])
+                    layer_norm(vector, latent["final_norm.gamma"], latent["final_norm.beta"])
                 if not np.isfinite(hidden).all():
                     return f"the final norm, of an input of up to {most}"
                 most = _largest(hidden)
-            bias = parameters.get("output.bias", np.zeros(config.vocab_size, np.float32))
+            bias = latent.get("output.bias", np.zeros(config.vocab_size, np.float32))
             logits = forward_output_layer_batch(parameters["output.weight"], bias, hidden)
             if not np.isfinite(logits).all():
                 return f"the logits, of an input of up to {most}"

@@ -28,7 +28,7 @@ _MOST_BYTES = 1 << 28
 # What temporary files and folders are called, and what they would have become.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
 
-# What says that something did not get onto the disk; other errors, that a folder cannot be put there.
+# What says that something did not get onto the disk; others, that a folder cannot be put there.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
 # What is that old was left behind by a process that was killed.
@@ -130,8 +130,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     except BaseException as error:
         # What else cannot be opened there has a name of its own.
-        ours = isinstance(error, OSError) and error.filename in (None, str(temporary))
-        reason = _reason(error, temporary) if ours else None
+        reason = None
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+            reason = _reason(error, temporary)
         with contextlib.suppress(OSError):
             temporary.unlink()
         if reason is not None:

@@ -16,6 +16,8 @@ from legacy1bit.schemes import FLOAT, SCHEMES
 # The file of a run that holds both records.
 SETTINGS_FILE = "training.json"
 
+MOST_STEPS = 1 << 40
+
 # What a run that goes on may be told anew.
 CHANGEABLE = ("steps", "threads", "precision")
 
@@ -293,7 +295,7 @@ class TrainingConfig(_Record):
     ``decay_share`` of the steps along the ``schedule``, but not before it has risen.
     """
 
-    steps: int = _integer(1500, 1, 1 << 40, "updates of the weights")
+    steps: int = _integer(1500, 1, MOST_STEPS, "updates of the weights")
     batch_size: int = _integer(8, 1, 1 << 20, "sequences in a batch")
     gradient_accumulation: int = _integer(
         1, 1, 1 << 20, "batches whose gradients are added up for one step"

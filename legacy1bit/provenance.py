@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
-from legacy1bit import __version__
+from legacy1bit.version import __version__
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit import __version__
 from legacy1bit.checkpoint import CHECKPOINT_FILE
 from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
@@ -18,6 +17,7 @@ from legacy1bit.machine import read_machine
 from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.plots import Panel, Run, draw, inline_svg, minus, panels_of, printable
 from legacy1bit.trainer import read_settings
+from legacy1bit.version import __version__
 
 # Texts on a page; of more looks some are left out, evenly.
 _MOST_SAMPLES = 12

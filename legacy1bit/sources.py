@@ -423,10 +423,15 @@ def _opened(path: Path) -> Iterator[_Input]:
     """Open a file that must not change until all of it is read."""
     with open(path, "rb") as raw:
         before = os.fstat(raw.fileno())
-        file = _Input(raw)
+        # A file of no size is empty, or one that the system makes up and that may have no end.
+        empty = stat.S_ISREG(before.st_mode) and before.st_size == 0
+        file = _Input(io.BytesIO() if empty else raw)
         error = None
         try:
             yield file
+        except OSError as found:
+            found.filename = found.filename or str(path)
+            raise
         except ValueError as found:
             # A file that is written meanwhile looks damaged: then that is what to say.
             error = found

@@ -19,6 +19,7 @@ from legacy1bit.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     DAMAGE,
+    RUN_FILES,
     Checkpoint,
     FixedSettings,
     fixed_settings,
@@ -32,14 +33,18 @@ from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
 from legacy1bit.files import atomic_copies, atomic_write, read_regular
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    MOST_STEPS,
+    SETTINGS_FILE,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.machine import machine
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.memory import EVALUATION_TOKENS, check_memory
 from legacy1bit.model import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
     LegacyLLM,
     ModelFileError,
     TernaryMatrix,
@@ -51,10 +56,7 @@ from legacy1bit.model import (
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
-
-# The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
-RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
+from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say.
@@ -641,7 +643,7 @@ def steps_within(
         while passed < least:
             probe.train_step()
             passed = time.perf_counter() - begin
-    return max(round(seconds * (probe.step - 1) / passed), 1)
+    return min(max(round(seconds * (probe.step - 1) / passed), 1), MOST_STEPS)
 
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:

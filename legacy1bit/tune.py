@@ -59,7 +59,7 @@ _COMPARED, _STARTING = 4, 8
 _BEHIND = 75.0
 
 # A process that has not been heard of for so long is dead, and its trial begins again elsewhere.
-_HEARTBEAT_SECONDS, _DEAD_SECONDS = 20, 90
+_HEARTBEAT_SECONDS, DEAD_SECONDS = 20, 90
 
 # What the file of a trained model has more than that of one which was not: where it comes from.
 _PROVENANCE_BYTES = 400
@@ -277,7 +277,7 @@ def load_optuna() -> Any:
     return optuna
 
 
-def open_storage(url: str, dead_seconds: float = _DEAD_SECONDS) -> Any:
+def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
     """Return a database of studies.
 
     Parameters
@@ -342,12 +342,21 @@ def study_at_hand() -> Iterator[None]:
     """
     optuna = load_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy")
+    known = (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError)
     try:
         yield
-    except (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError, KeyError) as error:
-        if isinstance(error, KeyError) and not _is_of(error, "optuna"):
+    except (*known, KeyError, AssertionError) as error:
+        if not (isinstance(error, known) or _is_of(error, "optuna")):
             raise
-        raise ValueError(f"the study's database cannot be used: {_first_line(error)}") from None
+        # The database's own error is what was wrong; what the library makes of it comes later.
+        first: BaseException = error
+        while first.__context__ is not None:
+            first = first.__context__
+            if isinstance(first, sqlalchemy.exc.DBAPIError):
+                break
+        else:
+            first = error
+        raise ValueError(f"the study's database cannot be used: {_first_line(first)}") from None
 
 
 def _is_of(error: Exception, library: str) -> bool:
@@ -356,7 +365,7 @@ def _is_of(error: Exception, library: str) -> bool:
     return str(frame.f_globals["__name__"]).split(".")[0] == library
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 

@@ -547,6 +547,18 @@ def test_export_does_not_overwrite_its_model(refused, name, part):
         assert reason in refused(*export(name, out))
 
 
+@pytest.mark.parametrize(
+    "part", ["checkpoint.safetensors", "earlier.safetensors", "metrics.jsonl", "best/config.json"]
+)
+def test_export_does_not_overwrite_its_run(refused, part):
+    saved("c")
+    path = Path("model", part)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    assert "a part of the model" in refused(*export("c", path))
+    assert path.read_text() == "mine"
+
+
 @needs_gguf
 def test_export_does_not_overwrite_a_model_of_c(say, refused):
     saved("c-v1")

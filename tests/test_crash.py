@@ -33,8 +33,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A training to be interrupted. It counts what it does to files of its run: opens them to write,
 # has them written onto the disk, renames, links, removes them. From a count on, which may not be
-# reached, this is the end; what a file has got since it was last put onto the disk is cut before it,
-# as by a loss of power.
+# reached, this is the end; what a file has got since it was last put onto the disk is cut before
+# it, as by a loss of power.
 VICTIM = """
 import errno, os, re, signal, sys, time
 from legacy1bit import main, trainer

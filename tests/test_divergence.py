@@ -79,8 +79,8 @@ def test_layer_that_overflows_is_named(tmp_path, name, floats):
     if run.model.latent[name].ndim == 2:
         # What has the signs of a norm's output adds up.
         block = name[: len("blocks.0")]
-        norms = (f"{block}.norm1", f"{block}.norm2") if block.startswith("blocks") else ("final_norm",)
-        for norm in norms:
+        inside = (f"{block}.norm1", f"{block}.norm2")
+        for norm in inside if block.startswith("blocks") else ("final_norm",):
             run.model.latent[f"{norm}.gamma"][...] = 100.0
         run.model.latent[name][:, 1::2] *= -1
     run.model.quantize(1)

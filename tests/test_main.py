@@ -685,6 +685,7 @@ def test_train_refuses_bad_minutes(fail, run, text):
     train = ("train", "--data", text)
     for minutes in ("0", "-1", "nan", "inf"):
         assert "expected it above 0" in fail(*train, f"--minutes={minutes}")
+    assert "is 1e+308, expected it above 0, up to 1e+15" in fail(*train, "--minutes=1e308")
     assert "exclude each other" in fail(*train, "--minutes", 1, "--steps", 10)
     assert "excludes --minutes" in fail("train", "--print-config", "--minutes", 1)
     assert "--minutes cannot change" in fail("train", "--resume", run, "--minutes", 1)
@@ -908,6 +909,27 @@ def test_pipe_in_a_run_is_not_waited_for(run, capsysbinary, impatient, name):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+@pytest.mark.parametrize("key", ["path", "validation"])
+@pytest.mark.parametrize("place", ["pipe", "/dev/zero", "/dev/stdin", "-", "", "a\0b"])
+def test_text_of_a_run_is_where_it_can_be_read_again(fail, impatient, key, place):
+    """Whoever made the run may have named anything that never ends."""
+    Path("text").write_text("a text that is one. " * 40)
+    main(tiny("--cache", "cache", data="text", stories=None, out="run"))
+    os.mkfifo("pipe")
+    settings = json.loads(Path("run/training.json").read_text())
+    settings["source"][key] = place
+    Path("run/training.json").write_text(json.dumps(settings))
+    for command in (
+        ("train", "--resume", "run", "--steps", 9),
+        ("train", "--config", "run", "--out", "again"),
+        ("evaluate", "--model", "run"),
+    ):
+        told = fail(*command, "--cache", "cache")
+        assert told == f"the run's source has {key} {place!r}, expected a file or a folder"
+    assert not Path("again").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 @pytest.mark.parametrize("command", ["generate --model", "info --model", "import --out x --model"])
 def test_pipe_is_no_model(fail, impatient, command):
     os.mkfifo("pipe")
@@ -1069,6 +1091,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.memory
 def test_full_disk_leaves_the_earlier_checkpoint(run, say):
     """A real write that fails in the middle of the largest file."""
     size = (run / CHECKPOINT).stat().st_size

@@ -912,3 +912,10 @@ def test_token_files_are_known_by_their_suffix(tmp_path):
     assert not is_token_file("a.bin.txt")
     with pytest.raises(FileNotFoundError):
         token_file_info(tmp_path / "a.bin")
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="there is no /proc here")
+def test_what_the_system_makes_up_is_not_read():
+    """Such files have no size, and some have no end."""
+    with pytest.raises(ValueError, match="status holds no text"):
+        list(open_source("/proc/self/status").pieces())

@@ -235,6 +235,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.memory
 def test_cache_that_ends_in_the_middle_is_named(text):
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, *tiny(text)],

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import errno
 import itertools
 import os
 import signal
@@ -291,6 +292,9 @@ def test_search_says_what_is_wrong(fail):
         (("--sampler", "grid"), "learning_rate has a range"),
         (("--max-bytes", "9" * 400), "expected at most"),
         (("--storage", ""), "--storage is empty"),
+        (("--jobs", 257), "--jobs is 257, expected 1 to 256"),
+        (("--minutes", "1e308"), "--minutes is 1e+308"),
+        (("--minutes", 0.5, "--seconds", 31), "a trial of 31 s does not fit into 0.5 minutes"),
         (("--space", "nowhere"), "nowhere: No such file"),
         (("--storage", "sqlite:////nowhere/at/all.db"), "cannot be opened"),
         (("--storage", "klingon://here"), "cannot be opened"),
@@ -306,8 +310,25 @@ def test_only_errors_of_the_database_are_called_so():
     with pytest.raises(KeyError, match="ours"), tune.study_at_hand():
         {}["ours"]
     storage = tune.open_storage("sqlite:///study.db")
-    with pytest.raises(ValueError, match="database cannot be used: .*"), tune.study_at_hand():
+    with pytest.raises(ValueError, match="database cannot be used: "), tune.study_at_hand():
         optuna.load_study(study_name="missing", storage=storage)
+    with pytest.raises(AssertionError), tune.study_at_hand():
+        raise AssertionError
+
+
+def test_what_was_wrong_is_told_where_the_library_fails_once_more():
+    pytest.importorskip("optuna")
+    errors = pytest.importorskip("sqlalchemy").exc
+    library = {"__name__": "optuna.study"}
+    exec(
+        "def work(error):\n"
+        "    try:\n        raise error\n"
+        "    except Exception:\n        assert False, 'Should not reach.'",
+        library,
+    )
+    full = errors.OperationalError("UPDATE", None, Exception("database or disk is full"))
+    with pytest.raises(ValueError, match=r"used: .*disk is full"), tune.study_at_hand():
+        library["work"](full)
 
 
 def test_share_that_rounds_to_nothing_is_the_least_there_is(say, fail):
@@ -393,7 +414,7 @@ def database(request, tmp_path):
     return POSTGRES, f"study {uuid.uuid4().hex}"
 
 
-def started(*arguments):
+def started(*arguments, session=False):
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(
         [sys.executable, *map(str, arguments)],
@@ -401,6 +422,7 @@ def started(*arguments):
         stderr=subprocess.PIPE,
         env=environment,
         text=True,
+        start_new_session=session,
     )
 
 
@@ -453,7 +475,7 @@ WORK = """
 import sys
 from legacy1bit import tune
 from legacy1bit.main import main
-tune._DEAD_SECONDS = 2
+tune.DEAD_SECONDS = 2
 tune.open_storage.__defaults__ = (2,)
 sys.exit(main(sys.argv[1:]))
 """
@@ -512,6 +534,53 @@ def test_jobs_end_with_the_process_that_began_them(say):
     process.kill()
     process.communicate()
     wait_for(lambda: [t.state.name for t in trials_of("study")][:2] == ["FAIL", "FAIL"])
+
+
+@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGINT] * 2])
+def test_jobs_end_when_the_first_process_is_told(signals):
+    """As by a terminal, which tells all of them, and as by somebody who tells that one only."""
+    pytest.importorskip("optuna")
+    options = ("--trials", 2, "--steps", 100_000, "--no-prune", "--jobs", 2)
+    process = started("-m", "legacy1bit.main", *search("study", *options))
+    paths = [Path(f"study/trials/{number:04}/metrics.jsonl") for number in range(2)]
+    wait_for(lambda: all(path.exists() for path in paths))
+    for number in signals:
+        process.send_signal(number)
+        time.sleep(0.2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    if len(signals) == 1:
+        assert "--resume study" in errors
+        states = [trial.state.name for trial in trials_of("study")]
+        assert sorted(states) == ["FAIL", "FAIL", "WAITING", "WAITING"]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3, 0.6, 1.0])
+def test_jobs_that_are_starting_end_without_a_traceback(seconds):
+    """A terminal's Ctrl-C comes to those, too, that have just begun to load."""
+    pytest.importorskip("optuna")
+    process = started("-m", "legacy1bit.main", *search("study", "--jobs", 2), session=True)
+    wait_for(lambda: Path("study/tune.json").exists())
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert "--resume study" in errors
+
+
+def test_study_that_could_not_begin_can_be_begun_again(say, fail, monkeypatch):
+    pytest.importorskip("optuna")
+
+    def full(self, folder):
+        raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tune.StudyRecord, "save", full)
+        assert "No space left" in fail(*search("study", "--trials", 1))
+    assert list(Path("study").iterdir()) == []
+    say(*search("study", "--trials", 1))
 
 
 def test_jobs_share_the_cores(say):

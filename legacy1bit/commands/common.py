@@ -13,6 +13,9 @@ from legacy1bit.threads import available_cores, default_threads
 
 RUNS = Path("runs")
 
+# What no number of an option may be beyond: sums of them are numbers, too.
+_MOST = 1e15
+
 ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
 
 # Settings whose options are not named like them; None: the command line has none.
@@ -79,9 +82,9 @@ def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
     """Raise ``ValueError`` unless each of some options is a number above 0, or was not given."""
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not 0 < value < float("inf"):
+        if value is not None and not 0 < value <= _MOST:
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value}, expected it above 0")
+            raise ValueError(f"--{option} is {value:.15g}, expected it above 0, up to {_MOST:g}")
 
 
 def threads_of(arguments: argparse.Namespace) -> int:

@@ -99,9 +99,16 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
     data = kept(data, arguments.cache)
     return {
         "name": Path(data).name,
-        "path": os.path.abspath(data),
-        "validation": None if validation is None else os.path.abspath(validation),
+        "path": _absolute(data),
+        "validation": None if validation is None else _absolute(validation),
     }
+
+
+def _absolute(path: str) -> str:
+    try:
+        return os.path.abspath(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is in the current folder, which has been removed") from None
 
 
 def kept(path: str, cache: Path | None) -> str:
@@ -216,11 +223,11 @@ def corpus_of(
     if told:
         _refuse(data, _OF_TEXTS, "the stories")
         return _stories(source, config), config
-    for key in ("name", "path"):
-        _check_kind(source, key, str)
+    _check_kind(source, "name", str)
+    _check_place(source, "path")
     path, other = source["path"], source.get("validation")
     if other is not None:
-        _check_kind(source, "validation", str)
+        _check_place(source, "validation")
     if is_token_file(path) != is_token_file(path if other is None else other):
         raise ValueError(f"of {path} and {other} one holds tokens, the other one text")
     if all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE)):
@@ -290,6 +297,14 @@ def _open(path: str, data: DataConfig) -> Source:
 def _check_kind(source: dict[str, Any], key: str, kind: type) -> None:
     if type(source.get(key)) is not kind:
         raise ValueError(f"the run's source has {key} {source.get(key)!r}, which is damaged")
+
+
+def _check_place(source: dict[str, Any], key: str) -> None:
+    """Raise ``ValueError`` unless a text lies where it can be read again and again."""
+    _check_kind(source, key, str)
+    path = source[key]
+    if not path or "\0" in path or _is_stream(path):
+        raise ValueError(f"the run's source has {key} {path!r}, expected a file or a folder")
 
 
 def _stories(source: dict[str, Any], config: ModelConfig) -> Corpus:

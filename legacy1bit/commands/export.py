@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from legacy1bit.checkpoint import BEST_FOLDER, WRITTEN_FILES
 from legacy1bit.commands.common import add_model, latest_run, path_of, read_model
-from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, LegacyLLM
+from legacy1bit.model import LegacyLLM
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
@@ -92,9 +92,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _check_output(out: Path, model: Path) -> None:
-    """Raise ``ValueError`` for a file that is a part of the model itself."""
-    names = (WEIGHTS_FILE, CONFIG_FILE, TOKENIZER_FILE, SETTINGS_FILE)
-    parts = [model] if model.is_file() else [model / name for name in names]
+    """Raise ``ValueError`` for a file that is a part of the model, or of its run."""
+    folders = (model, model / BEST_FOLDER)
+    parts = [model] if model.is_file() else [place / n for place in folders for n in WRITTEN_FILES]
     if out.exists() and any(part.exists() and out.samefile(part) for part in parts):
         raise ValueError(f"{out} is a part of the model that is to be exported: name another file")
 

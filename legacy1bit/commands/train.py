@@ -12,7 +12,7 @@ from typing import Any
 from legacy1bit import stories
 from legacy1bit.checkpoint import (
     BEST_FOLDER,
-    EARLIER_FILE,
+    WRITTEN_FILES,
     fixed_settings,
     make_newest,
     newest_checkpoint,
@@ -53,7 +53,6 @@ from legacy1bit.logger import (
 from legacy1bit.math_ops import simd_level
 from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
-    RUN_FILES,
     Trainer,
     best_is_behind,
     evaluate,
@@ -62,9 +61,6 @@ from legacy1bit.trainer import (
     recall_of_heroes,
     steps_within,
 )
-
-# What a run writes into its folder.
-_WRITTEN = {METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES}
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
@@ -126,8 +122,8 @@ def _check_folder(wanted: Path | None) -> None:
     # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
     # beside it some of its files.
     found = set(wanted.iterdir()) if wanted.is_dir() else {wanted}
-    found -= {path for path, name in temporaries(wanted) if name in _WRITTEN}
-    ours = {path.name for path in found} <= {*_WRITTEN, EVENTS_FOLDER}
+    found -= {path for path, name in temporaries(wanted) if name in WRITTEN_FILES}
+    ours = {path.name for path in found} <= {*WRITTEN_FILES, EVENTS_FOLDER}
     if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
 
@@ -145,7 +141,7 @@ def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
     ends.enter_context(held(folder))
     for place in (folder, folder / BEST_FOLDER):
         for path, name in temporaries(place):
-            if name in _WRITTEN:
+            if name in WRITTEN_FILES:
                 remove(path)
 
 

@@ -117,7 +117,7 @@ class Interrupts:
     """
 
     def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
-        self.requested = self.of_terminal = False
+        self.requested = False
         self._answer = answer
 
     def __enter__(self) -> "Interrupts":
@@ -149,7 +149,7 @@ class Interrupts:
                 answered = True
                 self._answer()
 
-    def _request(self, number: int, _: object) -> None:
+    def _request(self, *_: object) -> None:
         if self.requested:
             raise KeyboardInterrupt
-        self.requested, self.of_terminal = True, number == signal.SIGINT
+        self.requested = True

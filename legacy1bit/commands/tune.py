@@ -4,10 +4,12 @@ import argparse
 import multiprocessing
 import re
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
 from legacy1bit.corpus import Corpus
 from legacy1bit.errors import INTERRUPTED
+from legacy1bit.files import remove
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.machine import machine
 from legacy1bit.search_space import Dimension, default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
+    DEAD_SECONDS,
     OBJECTIVES,
     SAMPLERS,
     STATES,
@@ -55,6 +59,7 @@ _FIXED = (
 _ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
 
 _SECONDS = 60.0
+_MOST_JOBS = 256
 _SHOWN = 5
 
 # A size may have a unit: powers of a thousand.
@@ -134,8 +139,10 @@ def _search(arguments: argparse.Namespace) -> int:
     budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
+    if arguments.jobs > _MOST_JOBS:
+        raise ValueError(f"--jobs is {arguments.jobs}, expected 1 to {_MOST_JOBS}")
     threads = max(threads_of(arguments) // arguments.jobs, 1)
-    work = _begin(arguments, threads)
+    work = _begin(arguments, threads, budget)
     # What is wrong with the text is told before anything else.
     work.corpus_of(work.terms.model)
     print(
@@ -248,7 +255,11 @@ class _Work:
         results = results_of(self.study)
         front = best_of(results, self.terms.objectives)
         if not front:
-            print(f"no trial of {len(results)} has come to its end", file=sys.stderr)
+            print(
+                f"no trial of {len(results)} has come to its end; one that another process was at "
+                f"when it was killed begins again {DEAD_SECONDS:g} s after that",
+                file=sys.stderr,
+            )
             return False
         self._write_best(front[0])
         shown = front
@@ -296,11 +307,13 @@ def _line(result: TrialResult, best: bool) -> str:
     return "  ".join(parts)
 
 
-def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
+def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work:
     """Return a new study, or one that is there already."""
     name = arguments.study or STUDY_NAME
     if arguments.resume is not None:
-        return _resume(arguments, threads)
+        work = _resume(arguments, threads)
+        _check_time(work.terms, budget)
+        return work
     steps = "steps" in given(arguments, TrainingConfig)
     if steps and arguments.seconds is not None:
         raise ValueError("--seconds and --steps exclude each other")
@@ -332,22 +345,36 @@ def _begin(arguments: argparse.Namespace, threads: int) -> _Work:
     if terms.sampler == "grid":
         for dimension in space:
             dimension.values()
+    _check_time(terms, budget)
     folder = _make_folder(arguments.out)
-    work = _Work(
-        folder,
-        arguments.storage or own_database(folder),
-        name,
-        new.source,
-        terms,
-        threads,
-        arguments.cache,
-        new.corpus.tokenizer,
-    )
-    new.corpus.tokenizer.save(folder)
-    words = shlex.join([shown(word) for word in arguments.words])
-    command = f"python -m legacy1bit.main {words}"
-    StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
+    try:
+        work = _Work(
+            folder,
+            arguments.storage or own_database(folder),
+            name,
+            new.source,
+            terms,
+            threads,
+            arguments.cache,
+            new.corpus.tokenizer,
+        )
+        new.corpus.tokenizer.save(folder)
+        words = shlex.join([shown(word) for word in arguments.words])
+        command = f"python -m legacy1bit.main {words}"
+        StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
+    except BaseException:
+        # The folder was empty: it can be named again.
+        for path in folder.iterdir():
+            remove(path)
+        raise
     return work
+
+
+def _check_time(terms: Terms, budget: Budget) -> None:
+    """Raise ``ValueError`` where no trial would fit into the time there is."""
+    minutes, seconds = budget.minutes, terms.seconds
+    if minutes is not None and seconds is not None and seconds > 60 * minutes:
+        raise ValueError(f"a trial of {seconds:g} s does not fit into {minutes:g} minutes")
 
 
 def _space(arguments: argparse.Namespace) -> tuple[Dimension, ...]:
@@ -391,19 +418,33 @@ def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) ->
     """Run trials in several processes, and wait for them."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_job, args=(work._again, budget)) for _ in range(jobs)]
-    for process in processes:
-        process.start()
-    told = False
-    while any(process.is_alive() for process in processes):
-        # A terminal tells all of them; who ends this process alone does not.
-        if interrupts.requested and not interrupts.of_terminal and not told:
-            told = True
-            for process in processes:
-                process.terminate()
+    # A terminal's signals come to all of its processes. Only the first heeds them, and tells the
+    # others, which are made with these blocked, for they have no answer while they start.
+    of_terminals = {signal.SIGINT, signal.SIGHUP}
+    # What the first process would start on its way lets them through again.
+    resource_tracker.ensure_running()
+    try:
         for process in processes:
-            process.join(0.1)
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, of_terminals)
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        told = False
+        while any(process.is_alive() for process in processes):
+            if interrupts.requested and not told:
+                told = True
+                for process in processes:
+                    process.terminate()
+            for process in processes:
+                process.join(0.1)
+    except BaseException:
+        for process in processes:
+            if process.pid is not None:
+                process.kill()
+        raise
     failed = [process.exitcode for process in processes if process.exitcode]
-    if failed and len(failed) == len(processes):
+    if failed and len(failed) == len(processes) and not interrupts.requested:
         raise ValueError("no process could work on the study: see above")
 
 
