@@ -1616,8 +1616,8 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     train(whole)
     run = make(tmp_path / "run")
     with monkeypatch.context() as patch:
-        # The logger's new file, the save at step 5, and a part of that at step 10.
-        fill_disk(patch, 1 + FILES_OF_A_SAVE + writes)
+        # The logger's new file, the record and the save at step 5, and a part of those at step 10.
+        fill_disk(patch, 1 + 1 + FILES_OF_A_SAVE + 1 + writes)
         with pytest.raises(OSError, match="No space left"):
             train(run)
     assert run.step == 10
