@@ -41,7 +41,7 @@ def _cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _signals_as_at_a_terminal():
-    """Whoever runs the tests in the background may have had some ignored, and programs inherit it."""
+    """Whoever runs the tests in the background may have had some ignored; programs inherit that."""
     usual = {
         signal.SIGINT: signal.default_int_handler,
         signal.SIGHUP: signal.SIG_DFL,
