@@ -129,7 +129,7 @@ def oracle_config(config):
 # Groups with a tail and without, one and more than a panel of the packed product, rows fewer and
 # more than its tile, columns that are whole vectors.
 SCALED_SHAPES = ((1, 1), (3, 3), (70, 48), (5, 129), (33, 257), (17, 300), (40, 600), (530, 260),
-                 (1, 300))  # fmt: skip
+                 (1, 300), (19, 32))  # fmt: skip
 scaled_matrices = pytest.mark.parametrize(
     ("scheme", "shape", "group"),
     [(scheme, shape, group) for scheme in SCHEMES for shape in SCALED_SHAPES
@@ -381,6 +381,25 @@ def run_child(code):
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stderr[-2000:]}"
     return done.stdout.strip()
+
+
+# For `run_child`: takes so many more bytes at most from then on; all but half a megabyte, which is
+# less than a packing buffer.
+LIMIT = (
+    "import resource\n"
+    "def limit(more):\n"
+    "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+    "    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.RLIM_INFINITY))\n"
+)
+TAKE_ALL = (
+    "kept = []\n"
+    "limit(8 << 20)\n"
+    "try:\n"
+    "    while True:\n"
+    "        kept.append(bytearray(1 << 19))\n"
+    "except MemoryError:\n"
+    "    pass\n"
+)
 
 
 def rejection(call):

@@ -13,10 +13,12 @@ import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from models import (
     CODED,
+    LIMIT,
     LONG_ROWS,
     MODELS,
     PADDINGS,
     SHORT_ROWS,
+    TAKE_ALL,
     as_float64,
     assert_near,
     attention_cases,
@@ -1069,24 +1071,17 @@ def test_ignore_padding_gives_minus_one_for_padding_and_the_targets_else():
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
 def test_backward_pass_without_memory_raises_memory_error():
     start = (
-        "import os, resource\n"
         "from legacy1bit.backward import BackwardPass\n"
         "from legacy1bit.hyperparams import ModelConfig\n"
         "config = ModelConfig(vocab_size=11, model_dim=8, num_heads=2, sequence_length=4)\n"
         "model, gradients = create_legacy_llm(config, 1), create_legacy_llm_gradients(config)\n"
-        "def limit(more):\n"
-        "    size = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
-        "    resource.setrlimit(resource.RLIMIT_AS, (size + more, resource.RLIM_INFINITY))\n"
+        + LIMIT
     )
-    # All but half a megabyte is taken: less than a packing buffer.
     printed = run_child(
-        start + "backward_pass, kept = BackwardPass(model, 2, 4, 2), []\n"
-        "limit(8 << 20)\n"
-        "try:\n"
-        "    while True:\n"
-        "        kept.append(bytearray(1 << 19))\n"
-        "except MemoryError:\n"
-        "    pass\n" + rejection("backward_pass.run([[1] * 4] * 2, [[1] * 4] * 2, gradients)")
+        start
+        + "backward_pass = BackwardPass(model, 2, 4, 2)\n"
+        + TAKE_ALL
+        + rejection("backward_pass.run([[1] * 4] * 2, [[1] * 4] * 2, gradients)")
     )
     assert printed == "MemoryError no memory for the kernels' packing buffers"
     # Of the tables with a place for each of a million threads some fit and some do not.

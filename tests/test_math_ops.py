@@ -19,7 +19,15 @@ import numpy as np
 import oracle
 import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import exact_dense, in_every_tier, random_matrix, scaled_matrices
+from models import (
+    LIMIT,
+    TAKE_ALL,
+    exact_dense,
+    in_every_tier,
+    random_matrix,
+    run_child,
+    scaled_matrices,
+)
 
 from legacy1bit import math_ops
 from legacy1bit.model import TernaryMatrix
@@ -1151,3 +1159,14 @@ def test_layer_norm_has_the_same_bits_everywhere_where_float64_begins():
         first, *others = in_every_tier(in_place, math_ops.layer_norm, x, gain, bias)
         for other in others:
             assert_same_bits(other, first)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="needs /proc")
+def test_matmul_without_memory_raises_memory_error():
+    printed = run_child(
+        "from legacy1bit.math_ops import matmul\n"
+        "a = np.ones((9, 9), np.float32)\n"
+        f"{LIMIT}{TAKE_ALL}"
+        "try:\n    matmul(a, a, a.copy())\nexcept MemoryError as error:\n    print(error)\n"
+    )
+    assert printed == "no memory for the matrix product's packing buffers"
