@@ -579,7 +579,11 @@ def test_study_that_could_not_begin_can_be_begun_again(say, fail, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(tune.StudyRecord, "save", full)
         assert "No space left" in fail(*search("study", "--trials", 1))
-    assert list(Path("study").iterdir()) == []
+        assert not Path("study").exists()
+        # What was there is another's, who may be about to begin a study there.
+        Path("other").mkdir()
+        assert "No space left" in fail(*search("other", "--trials", 1))
+        assert Path("other", "study.db").exists()
     say(*search("study", "--trials", 1))
 
 

@@ -346,7 +346,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         for dimension in space:
             dimension.values()
     _check_time(terms, budget)
-    folder = _make_folder(arguments.out)
+    folder, made = _make_folder(arguments.out)
     try:
         work = _Work(
             folder,
@@ -363,9 +363,9 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         command = f"python -m legacy1bit.main {words}"
         StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
     except BaseException:
-        # The folder was empty: it can be named again.
-        for path in folder.iterdir():
-            remove(path)
+        # It can be named again. What others have made is theirs.
+        if made:
+            remove(folder)
         raise
     return work
 
@@ -408,10 +408,16 @@ def _check_out(wanted: Path | None) -> None:
         raise ValueError(f"{wanted} is no empty folder: name another")
 
 
-def _make_folder(wanted: Path | None) -> Path:
+def _make_folder(wanted: Path | None) -> tuple[Path, bool]:
+    """Return a study's folder, and whether it was not there before."""
     path = wanted or STUDIES / time.strftime("%Y%m%d-%H%M%S")
-    path.mkdir(parents=True, exist_ok=wanted is not None)
-    return path
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        if wanted is None or not path.is_dir():
+            raise
+        return path, False
+    return path, True
 
 
 def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) -> None:
