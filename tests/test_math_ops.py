@@ -1154,7 +1154,7 @@ def test_sums_and_what_is_made_of_them_have_the_same_bits_everywhere(n):
 def test_layer_norm_has_the_same_bits_everywhere_where_float64_begins():
     """The mean is 1,000 standard deviations to the bit, the most that float32 is trusted with."""
     for a, b, deviation in ((7, 1, 5), (17, 7, 13), (23, 7, 17), (31, 17, 25), (49, 31, 41)):
-        x = 1024 * np.array([a, -a, b, -b] * 5, np.float32) + 1024 * 1000 * deviation
+        x = 1024 * (np.array([a, -a, b, -b] * 5, np.float32) + np.float32(1000 * deviation))
         gain, bias = normal(20), normal(20, seed=1)
         first, *others = in_every_tier(in_place, math_ops.layer_norm, x, gain, bias)
         for other in others:
