@@ -349,14 +349,16 @@ def study_at_hand() -> Iterator[None]:
         if not (isinstance(error, known) or _is_of(error, "optuna")):
             raise
         # The database's own error is what was wrong; what the library makes of it comes later.
-        first: BaseException = error
-        while first.__context__ is not None:
-            first = first.__context__
-            if isinstance(first, sqlalchemy.exc.DBAPIError):
-                break
-        else:
-            first = error
+        own = (one for one in _behind(error) if isinstance(one, sqlalchemy.exc.DBAPIError))
+        first = next(own, error)
         raise ValueError(f"the study's database cannot be used: {_first_line(first)}") from None
+
+
+def _behind(error: BaseException) -> Iterator[BaseException]:
+    """Yield the errors during which one was raised, the latest first."""
+    while error.__context__ is not None:
+        error = error.__context__
+        yield error
 
 
 def _is_of(error: Exception, library: str) -> bool:

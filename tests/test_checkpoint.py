@@ -45,6 +45,12 @@ from legacy1bit.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
+# Options of a training that takes no time.
+SMALL = (
+    *("--stories", 20, "--blocks", 1, "--model-dim", 8, "--heads", 2),
+    *("--sequence-length", 8, "--threads", 1),
+)
+
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
@@ -208,8 +214,7 @@ def test_checkpoint_of_a_run_with_other_settings_is_refused(folder, stopped, tab
 def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch, say, fail):
     """Neither one with another's settings, nor one that another's checkpoint was put into."""
     monkeypatch.chdir(tmp_path)
-    options = ("--stories", 20, "--steps", 4, "--evaluate-every", 2, "--blocks", 1)
-    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    options = (*SMALL, "--steps", 4, "--evaluate-every", 2)
     say("train", *options, "--out", "run")
     say("train", *options, "--momentum", 0.5, "--out", "other")
     shutil.copytree("run", "mixed")
@@ -261,8 +266,7 @@ def test_damage_is_told_in_one_line(tmp_path):
 
 def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
     monkeypatch.chdir(tmp_path)
-    options = ("--stories", 20, "--steps", 6, "--evaluate-every", 2, "--blocks", 1)
-    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    options = (*SMALL, "--steps", 6, "--evaluate-every", 2)
     say("train", *options, "--out", "run")
     say("train", *options, "--out", "whole")
     replaced(Path("run", CHECKPOINT_FILE), b"damaged")
@@ -280,8 +284,7 @@ def test_resume_says_which_checkpoint_it_takes(tmp_path, monkeypatch, say):
 def test_newest_of_those_that_are_whole_is_taken(tmp_path, monkeypatch, say, fail):
     """Wherever it lies: the best has the step of the one that is gone, the earlier has not."""
     monkeypatch.chdir(tmp_path)
-    options = ("--stories", 20, "--steps", 6, "--evaluate-every", 2, "--blocks", 1)
-    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    options = (*SMALL, "--steps", 6, "--evaluate-every", 2)
     say("train", *options, "--out", "run")
     whole = contents(Path("run"))
     for name in DAMAGE:
@@ -304,8 +307,7 @@ def test_best_that_was_not_kept_leaves_the_checkpoint_before(tmp_path):
 
 def test_best_is_kept_where_the_last_checkpoint_was_the_end(tmp_path, monkeypatch, say, fail):
     monkeypatch.chdir(tmp_path)
-    options = ("--stories", 20, "--steps", 8, "--evaluate-every", 4, "--blocks", 1)
-    options += ("--model-dim", 8, "--heads", 2, "--sequence-length", 8, "--threads", 1)
+    options = (*SMALL, "--steps", 8, "--evaluate-every", 4)
     say("train", *options, "--out", "run")
     whole = contents(Path("run"))
     found, _ = newest_checkpoint(Path("run"), fixed_settings(*read_settings(Path("run"))))
@@ -375,8 +377,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 def test_second_training_in_a_folder_is_refused(tmp_path, monkeypatch, say, fail):
     monkeypatch.chdir(tmp_path)
-    options = ("--stories", 20, "--blocks", 1, "--model-dim", 8, "--heads", 2)
-    options += ("--sequence-length", 8, "--threads", 1, "--steps", 4, "--out", "run")
+    options = (*SMALL, "--steps", 4, "--out", "run")
     say("train", *options)
     before = contents(Path("run"))
     process = subprocess.Popen(

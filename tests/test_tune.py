@@ -525,12 +525,18 @@ def test_trial_that_is_stopped_begins_again(say):
     assert first.params == again.params
 
 
-def test_jobs_end_with_the_process_that_began_them(say):
-    pytest.importorskip("optuna")
+def at_work():
+    """A search of two processes, each of which is at a trial that has no end."""
     options = ("--trials", 2, "--steps", 100_000, "--no-prune", "--jobs", 2)
     process = started("-m", "legacy1bit.main", *search("study", *options))
     paths = [Path(f"study/trials/{number:04}/metrics.jsonl") for number in range(2)]
     wait_for(lambda: all(path.exists() for path in paths))
+    return process
+
+
+def test_jobs_end_with_the_process_that_began_them(say):
+    pytest.importorskip("optuna")
+    process = at_work()
     process.kill()
     process.communicate()
     wait_for(lambda: [t.state.name for t in trials_of("study")][:2] == ["FAIL", "FAIL"])
@@ -540,10 +546,7 @@ def test_jobs_end_with_the_process_that_began_them(say):
 def test_jobs_end_when_the_first_process_is_told(signals):
     """As by a terminal, which tells all of them, and as by somebody who tells that one only."""
     pytest.importorskip("optuna")
-    options = ("--trials", 2, "--steps", 100_000, "--no-prune", "--jobs", 2)
-    process = started("-m", "legacy1bit.main", *search("study", *options))
-    paths = [Path(f"study/trials/{number:04}/metrics.jsonl") for number in range(2)]
-    wait_for(lambda: all(path.exists() for path in paths))
+    process = at_work()
     for number in signals:
         process.send_signal(number)
         time.sleep(0.2)

@@ -122,7 +122,7 @@ def _check_folder(wanted: Path | None) -> None:
     # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
     # beside it some of its files.
     found = set(wanted.iterdir()) if wanted.is_dir() else {wanted}
-    found -= {path for path, name in temporaries(wanted) if name in WRITTEN_FILES}
+    found -= _half_written(wanted)
     ours = {path.name for path in found} <= {*WRITTEN_FILES, EVENTS_FOLDER}
     if found and not (ours and _is_record(wanted / METRICS_FILE)):
         raise ValueError(f"{wanted} is no empty folder: name another")
@@ -136,13 +136,17 @@ def _is_record(path: Path) -> bool:
         return False
 
 
+def _half_written(folder: Path) -> set[Path]:
+    """Return what a process that was killed has left of a run's files."""
+    return {path for path, name in temporaries(folder) if name in WRITTEN_FILES}
+
+
 def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
     """Have a run for oneself, without what a process that was killed had not written whole."""
     ends.enter_context(held(folder))
     for place in (folder, folder / BEST_FOLDER):
-        for path, name in temporaries(place):
-            if name in WRITTEN_FILES:
-                remove(path)
+        for path in _half_written(place):
+            remove(path)
 
 
 def _print_config(arguments: argparse.Namespace) -> None:
