@@ -181,7 +181,9 @@ class Source:
     def fingerprint(self) -> str:
         """Return a SHA-256 in hexadecimal digits that changes when a file or an option does.
 
-        It knows files by path, size and time of change, and reads none. A stream's is like no
+        It knows files by path and by what the system knows of them, and reads none: a file that
+        takes another's place, with the same size and time, has another inode, and one that is
+        written over has another time of change, which no program can set. A stream's is like no
         other's, as nobody knows what it will carry.
 
         Raises
@@ -190,9 +192,9 @@ class Source:
             If a file is not there any more.
         """
         is_stream = self._is_stream()
-        files = [] if is_stream else [(str(path), os.stat(path)) for path in self.files]
+        files = () if is_stream else self.files
         known = {
-            "files": [(path, found.st_size, found.st_mtime_ns) for path, found in files],
+            "files": [(str(path), *_state(os.stat(path))) for path in files],
             "field": self.field,
             "encoding": self.encoding,
             "separator": self.separator,
@@ -415,6 +417,14 @@ def _has_fields(name: str) -> bool:
     return last in _JSON_LINES or last == _PARQUET
 
 
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what changes with a file's content, whatever its size and its time are set to."""
+    return (
+        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
+        *(found.st_dev, found.st_ino),
+    )
+
+
 def _is_regular(path: Path) -> bool:
     return stat.S_ISREG(os.stat(path).st_mode)
 
@@ -467,7 +477,7 @@ def _opened(path: Path) -> Iterator[_Input]:
             # A file that is written meanwhile looks damaged: then that is what to say.
             error = found
         after = os.fstat(raw.fileno())
-    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    changed = _state(before) != _state(after)
     # A Parquet file is not read from its beginning to its end, nor through this object.
     short = error is None and 0 < file.taken < before.st_size
     if stat.S_ISREG(before.st_mode) and (changed or short):

@@ -388,6 +388,30 @@ def test_fingerprint_changes_with_files_and_options(write, tmp_path):
     assert fingerprint(lines) != fingerprint(lines, field="content")
 
 
+def put_in_place(path, content, how):
+    """Give a file other content, but leave the size and the time that it is known by."""
+    before = path.stat()
+    assert len(content) == before.st_size
+    new = path.with_name("new") if how == "replaced" else path
+    new.write_bytes(content)
+    os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    # The clock of older kernels stands still for some milliseconds.
+    while new.stat().st_ctime_ns == before.st_ctime_ns:
+        os.utime(new, ns=(before.st_atime_ns, before.st_mtime_ns))
+    os.replace(new, path)
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+
+
+@pytest.mark.parametrize("how", ["replaced", "written over"])
+def test_fingerprint_changes_where_size_and_time_do_not(write, how):
+    path = write("a.txt", "one text")
+    source = open_source(str(path))
+    first = source.fingerprint()
+    assert source.fingerprint() == first
+    put_in_place(path, b"two text", how)
+    assert source.fingerprint() != first
+
+
 def test_a_field_goes_with_what_has_fields(write, tmp_path):
     write("a.txt", "text")
     with pytest.raises(ValueError, match=r"a.txt has no fields, and no 'content': expected JSON"):
@@ -668,7 +692,10 @@ def test_file_that_changes_while_it_is_read_is_refused(write, suffix, compress, 
         path.write_bytes(content)
         os.utime(path, ns=(1, 1))
 
-    for change in (grow, touch, rewrite):
+    def write_over(path):
+        put_in_place(path, content[::-1], "written over")
+
+    for change in (grow, touch, rewrite, write_over):
         path = write("a.txt" + suffix, content)
         pieces = open_source(str(path)).pieces()
         next(pieces)

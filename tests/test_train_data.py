@@ -346,6 +346,21 @@ def test_processes_may_make_the_same_tokenizer(text, tmp_path):
         assert len({tokenizer.sha256 for tokenizer in made}) == 1
 
 
+@pytest.mark.parametrize("kind", ["bpe", "chars"])
+def test_tokenizer_for_refuses_a_text_that_changes_meanwhile(text, tmp_path, monkeypatch, kind):
+    """Before its file is opened, too: the vocabulary would be kept as the earlier text's."""
+    source, read = corpora.open_source(text), sources.Source.pieces
+
+    def pieces(source):
+        Path(text).write_bytes(b"other " * 99)
+        return read(source)
+
+    monkeypatch.setattr(sources.Source, "pieces", pieces)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        corpora.tokenizer_for(source, DataConfig(tokenizer=kind), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_streams_may_have_json_lines(say, fail, monkeypatch):
     lines = "".join(
         json.dumps({"text": part, "other": "x" * 9}) + "\n" for part in TEXT.decode().split(".")

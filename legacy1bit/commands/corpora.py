@@ -338,7 +338,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
     size = data.vocabulary
     if size is None and data.tokenizer == "bpe":
         size = _VOCABULARY
-    known = {"source": source.fingerprint(), "kind": data.tokenizer, "size": size}
+    fingerprint = source.fingerprint()
+    known = {"source": fingerprint, "kind": data.tokenizer, "size": size}
     folder = cache / f"tokenizer-{cache_key(known)}"
     with contextlib.suppress(OSError, ValueError):
         return load_tokenizer(folder)
@@ -350,6 +351,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
             tokenizer = train_bpe(pieces, size)
         else:
             tokenizer = character_tokenizer(pieces, size)
+    if source.fingerprint() != fingerprint:
+        raise ValueError(f"{source.name} has changed while it was read")
     # What is there is damaged, or another process has just written the same.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
