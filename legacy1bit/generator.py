@@ -66,6 +66,7 @@ class TextStream:
     ----------
     tokenizer : Tokenizer
     stop : sequence of str
+        A line break in one is that of Windows, too.
     errors : str
         What becomes of bytes that are no UTF-8, as in ``bytes.decode``.
     """
@@ -76,7 +77,8 @@ class TextStream:
         if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop is {stop!r}, expected strings, none of them empty")
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        # A model of a text from Windows writes line breaks of two characters.
+        self._stop = (*stop, *(one.replace("\n", "\r\n") for one in stop if "\n" in one))
         self._decode = codecs.getincrementaldecoder("utf-8")(errors).decode
         self._held = ""
         self.stopped = False

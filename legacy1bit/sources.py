@@ -15,6 +15,7 @@ import importlib
 import io
 import json
 import os
+import re
 import stat
 import sys
 import zlib
@@ -27,6 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
 from legacy1bit.shards import IntegerFile
@@ -134,7 +136,8 @@ class Source:
     encoding : str
         As ``codecs`` spells it.
     separator : str or None
-        What lies between the documents of a plain text; each file is one where None.
+        What lies between the documents of a plain text, line breaks as ``\\n``; each file is one
+        where None.
     """
 
     files: tuple[Path, ...]
@@ -216,6 +219,25 @@ class Source:
             or any(_holds_rows(path.name.lower()) for path in self.files)
         )
 
+    def warning(self, documents: int) -> str | None:
+        """Return what a user should know who has named a separator, if it parts nothing.
+
+        Parameters
+        ----------
+        documents : int
+            How many there are.
+        """
+        if self.separator is None:
+            return None
+        if self.files and all(_holds_rows(path.name.lower()) for path in self.files):
+            return f"warning: the separator is for plain text, and {self.name} has none"
+        if documents > max(len(self.files), 1):
+            return None
+        count = "1 document" if documents == 1 else f"{documents:,} documents"
+        return (
+            f"warning: the separator {self.separator!r} separates nothing in {self.name}: {count}"
+        )
+
     def _is_stream(self) -> bool:
         # Of several files, none is a stream: only what is named directly may be one.
         return not self.files or (len(self.files) == 1 and not _is_regular(self.files[0]))
@@ -271,7 +293,8 @@ def open_source(
         Of plain text and JSON lines. A byte order mark is dropped.
     separator : str, optional
         What lies between the documents of a plain text, and belongs to none; ``\\n`` in it is a
-        line break. Empty documents are dropped. Without one, each file is a document.
+        line break, of Windows (``\\r\\n``), too. Empty documents are dropped. Without one, each
+        file is a document.
 
     Raises
     ------
@@ -285,7 +308,7 @@ def open_source(
     """
     encoding = _known_encoding(encoding)
     if separator is not None:
-        separator = separator.replace("\\n", "\n")
+        separator = with_line_breaks(separator).replace("\r\n", "\n")
         _check_separator(separator)
     files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
@@ -705,15 +728,19 @@ def _one_document(blocks: Iterator[bytes]) -> Iterator[_Part]:
 
 def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[_Part]:
     """Return what lies between separators, which may lie across blocks."""
+    lines = separator.split(b"\n")
+    pattern = re.compile(rb"\r?\n".join(map(re.escape, lines)))
+    longest = len(separator) + len(lines) - 1
     begins = True
     held = b""  # what may be the beginning of a separator
     for block in blocks:
-        *ended, last = (held + block).split(separator)
-        for text in ended:
-            if text:
-                yield begins, text
+        text = held + block
+        *ended, last = pattern.split(text) if b"\r\n" in text else text.split(separator)
+        for document in ended:
+            if document:
+                yield begins, document
             begins = True
-        size = max(len(last) - len(separator) + 1, 0)
+        size = max(len(last) - longest + 1, 0)
         if size:
             yield begins, last[:size]
             begins = False

@@ -191,6 +191,30 @@ def test_words_that_are_none_do_not_hold_a_vocabulary_up(say):
     assert json.loads(found)["bytes"] == 302_000
 
 
+def test_inspect_parts_a_text_of_windows_at_its_empty_lines(say):
+    Path("text.txt").write_bytes(b"\r\n\r\n".join(b"line %d\r\nmore" % i for i in range(400)))
+    for separator in (r"\n\n", r"\r\n\r\n", "\n\n"):
+        output, errors = say("data", "inspect", "text.txt", "--json", "--separator", separator)
+        assert json.loads(output)["documents"] == 400
+        assert errors == b""
+
+
+def test_commands_warn_of_a_separator_that_separates_nothing(say, text):
+    commands = (
+        ("train", "--data", text, *TINY, "--out", "run"),
+        ("data", "inspect", text),
+        ("data", "tokenize", text, "--out", "tokens"),
+        ("evaluate", "--model", "run", "--data", text),
+    )
+    warning = b"warning: the separator '<|end|>' separates nothing in text.txt: 1 document\n"
+    for command in commands:
+        assert warning in say(*command, "--separator", "<|end|>").err
+    # Tokens that are in the cache give it, too.
+    say("train", "--data", text, *TINY, "--out", "more", "--separator", "<|end|>")
+    assert warning in say(*commands[0][:-1], "third", "--separator", "<|end|>").err
+    assert b"warning" not in say("data", "inspect", text, "--separator", "word1 ").err
+
+
 def test_standard_input_is_inspected_with_bpe(say, text, monkeypatch):
     with io.TextIOWrapper(open(text, "rb")) as stream, monkeypatch.context() as patch:
         patch.setattr(sys, "stdin", stream)

@@ -157,6 +157,9 @@ def test_text_stream_holds_an_incomplete_character_to_the_end(data, errors):
         ("wxyz", ["wxyz", "x"], "w"),
         ("wxyz", ["zz", "xy", "y"], "w"),
         ("a\nb\n\nc", ["\n\n"], "a\nb"),
+        ("a\r\nb\r\n\r\nc", ["\n\n"], "a\r\nb"),
+        ("a\rb\r\n", ["\n"], "a\rb"),
+        ("a\n", ["\r\n"], None),
         ("d\u00e9j\u00e0 vu", ["\u00e0"], "d\u00e9j"),
         ("d\u00e9j\u00e0 vu", ["\u00e9j\u00e0 "], "d"),
         # The same first byte, another character.

@@ -1325,6 +1325,13 @@ def test_generate_stops(say, wild):
     assert found["tokens"] < 200
 
 
+def test_generate_stops_at_line_breaks_in_letters():
+    arguments = program.parser_of("generate").parse_args(
+        ["generate", "--stop", r"a\n", r"--stop=\r\n"]
+    )
+    assert arguments.stop == ["a\n", "\r\n"]
+
+
 def test_generate_asks_for_prompts(wild):
     def interact(typed):
         arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens", "8")

@@ -182,7 +182,11 @@ def test_cuts_part_no_words_of_gpt_2(small, write):
 
 @quick
 @given(
-    text=texts, block=sizes, separator=st.sampled_from(["<|end|>", "\n", "\n\n", "aa", "\u65e5"])
+    text=texts,
+    block=sizes,
+    separator=st.sampled_from(
+        ["<|end|>", "\n", "\n\n", "\r\n", r"\r\n\r\n", "aa", "\u65e5", "\r", "a\n"]
+    ),
 )
 def test_separators_part_documents_wherever_blocks_end(tmp_path_factory, text, block, separator):
     path = tmp_path_factory.mktemp("text") / "a.txt"
@@ -191,7 +195,9 @@ def test_separators_part_documents_wherever_blocks_end(tmp_path_factory, text, b
         patch.setattr(sources, "BLOCK_BYTES", block)
         patch.setattr(sources, "PIECE_BYTES", 8)
         found = read(path, separator=separator)
-    expected = path.read_bytes().split(separator.encode())
+    breaks = separator.replace(r"\r\n", "\r\n").replace("\r\n", "\n").split("\n")
+    pattern = "\r?\n".join(map(re.escape, breaks)).encode()
+    expected = re.split(pattern, path.read_bytes())
     assert found == [document for document in expected if document]
 
 
@@ -440,6 +446,33 @@ def test_a_separator_may_be_written_in_letters(write):
         b"two",
         b"three",
     ]
+
+
+@pytest.mark.parametrize("separator", [r"\n\n", r"\r\n\r\n", "\r\n\r\n"])
+@pytest.mark.parametrize("line_break", ["\n", "\r\n"])
+def test_a_separator_is_the_same_for_line_breaks_of_windows(write, separator, line_break):
+    told = [f"line {i}{line_break}more" for i in range(400)]
+    path = write("a.txt", (2 * line_break).join(told))
+    assert read(path, separator=separator) == [text.encode() for text in told]
+    assert read(path, separator="\r") == (
+        [path.read_bytes()] if line_break == "\n" else path.read_bytes().split(b"\r")
+    )
+
+
+def test_warning_tells_of_a_separator_that_separates_nothing(write, tmp_path):
+    path = write("a.txt", "a text")
+    write("b.jsonl", rows(["one"]))
+
+    def warning(count, data=path, separator=r"\n\n"):
+        return open_source(str(data), separator=separator).warning(count)
+
+    assert warning(1) == r"warning: the separator '\n\n' separates nothing in a.txt: 1 document"
+    assert warning(2) is warning(1, separator=None) is warning(3, tmp_path) is None
+    assert warning(2, tmp_path).endswith("(2 files): 2 documents")
+    assert warning(1, "-").endswith("in standard input: 1 document")
+    assert warning(9, tmp_path / "b.jsonl") == (
+        "warning: the separator is for plain text, and b.jsonl has none"
+    )
 
 
 def test_source_is_a_value(write):

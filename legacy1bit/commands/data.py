@@ -4,6 +4,7 @@ import argparse
 import array
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -167,6 +168,7 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     tokenizer = tokenizer_for(source, data, cache)
     found = inspect(source, tokenizer)
+    _warn(source, found.documents)
     if arguments.json:
         print(json.dumps(asdict(found)))
         return 0
@@ -185,6 +187,11 @@ def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, ca
     print("\nthe most frequent tokens")
     _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in found.most_frequent])
     return 0
+
+
+def _warn(source: Source, documents: int) -> None:
+    if warning := source.warning(documents):
+        print(warning, file=sys.stderr)
 
 
 def _print_bars(rows: Sequence[tuple[str, int]]) -> None:
@@ -212,6 +219,7 @@ def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, c
         )
     seconds = time.perf_counter() - begin
     part = index.parts[TEXT]
+    _warn(source, part.documents)
     print(
         f"{arguments.out}: {part.tokens:,} tokens of {part.documents:,} documents, "
         f"{part.bytes / 1e6 / max(seconds, 1e-9):,.0f} MB/s"

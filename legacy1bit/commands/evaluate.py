@@ -1,6 +1,7 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,15 @@ def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
         return _shards_of(Path(path), tokenizer)
     begin = np.array([tokenizer.bos_token or 0], np.int32)
     found: list[npt.NDArray[Any]] = []
-    for piece in open_source(path, data.field, data.encoding, data.separator).pieces():
+    source, documents = open_source(path, data.field, data.encoding, data.separator), 0
+    for piece in source.pieces():
+        documents += piece.begins
         # What stands before a text of bytes is not known; any other begins as a document does.
         if piece.begins and (found or tokenizer.eos_token is not None):
             found.append(begin)
         found += tokenizer.encode_batch([piece.text])
+    if warning := source.warning(documents):
+        print(warning, file=sys.stderr)
     return TokenStore([np.concatenate(found)])
 
 

@@ -21,6 +21,7 @@ from legacy1bit.commands.common import (
     latest_run,
     threads_of,
 )
+from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.errors import INTERRUPTED
 from legacy1bit.generator import Completion, Generator
 from legacy1bit.hyperparams import SamplingConfig
@@ -63,7 +64,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        type=with_line_breaks,
+        help="end before this text, \\n: a line break; may be given several times",
     )
     command.add_argument(
         "--count",

@@ -3,6 +3,7 @@
 import argparse
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -97,6 +98,8 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
     model, training, data = _configs(arguments, told)
     source = told["source"] if "source" in told else source_of(arguments, training.seed)
     corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
+    for remark in corpus.remarks:
+        print(remark, file=sys.stderr)
     tokens = told["model"].get("vocab_size")
     if tokens is not None and tokens != corpus.tokenizer.vocab_size:
         raise ValueError(
