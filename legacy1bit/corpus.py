@@ -295,6 +295,7 @@ def token_corpus(
     data: DataConfig,
     sequence_length: int,
     validation: Integers | None = None,
+    most: int = _MOST_TOKENS,
 ) -> Corpus:
     """Return a corpus of tokens that another program has made: what they stand for is not known.
 
@@ -306,6 +307,8 @@ def token_corpus(
     data : DataConfig
     sequence_length : int
     validation : uint16[N] or uint32[N], optional
+    most : int
+        The largest vocabulary that need not be named.
 
     Raises
     ------
@@ -328,11 +331,19 @@ def token_corpus(
         raise ValueError(f"{where} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
     if highest >= size:
         raise ValueError(f"{where} has token {highest}, expected 0 to {size - 1}: see --vocab-size")
+    if data.vocabulary is None and size > most:
+        raise ValueError(
+            f"{where} has no header and numbers up to {highest:,}, which are hardly tokens: "
+            f"expected less than {most:,}; --vocab-size {size} takes them for tokens"
+        )
+    named = "" if data.vocabulary else ", as the highest token says; --vocab-size names another"
+    remark = f"{name}: {learned.size + kept.size:,} tokens of a vocabulary of {size:,}{named}"
     return Corpus(
         name,
         *_datasets(learned, kept, data, sequence_length, size),
         sha256=sha256,
         tokenizer=UnknownTokenizer(size),
+        remarks=(remark,),
     )
 
 

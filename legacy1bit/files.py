@@ -54,7 +54,7 @@ class FileKind(NamedTuple):
 
 
 HTML_PAGE = FileKind("an HTML page", "download the file that it shows or links to")
-GIT_LFS_POINTER = FileKind("a Git LFS pointer, without the content", "git lfs pull fetches that")
+GIT_LFS_POINTER = FileKind("a Git LFS pointer", "git lfs pull fetches what it points to")
 
 _PYTORCH = FileKind(
     "a PyTorch checkpoint or another pickle", "convert it with the program that made it"
@@ -72,7 +72,8 @@ _KINDS = (
         HTML_PAGE,
     ),
     (
-        rb"GGUF",
+        # The version, in either order of bytes.
+        rb"GGUF(?:[\1-\x0f]\0\0\0|\0\0\0[\1-\x0f])",
         FileKind("a GGUF model", "legacy1bit import --model FILE --out DIR makes a folder of it"),
     ),
     (
@@ -98,7 +99,7 @@ _KINDS = (
     (rb"\xfd7zXZ\0", FileKind("an xz file", "xz -d unpacks it")),
     (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", FileKind("a bzip2 file", "bzip2 -d unpacks it")),
     (rb"%PDF-", FileKind("a PDF document", "pdftotext FILE makes text of it")),
-    (rb"PAR1", FileKind("a Parquet file", "let its name end in .parquet")),
+    (rb"PAR1\x15", FileKind("a Parquet file", "let its name end in .parquet")),
     (rb"ARROW1\0\0", FileKind("an Arrow file", "write it as Parquet or as JSON lines")),
     (rb"\x93NUMPY", FileKind("a NumPy array", "write its text to a file")),
     (rb"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file", "write its text to a file")),

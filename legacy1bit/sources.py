@@ -13,13 +13,15 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
 import re
+import shlex
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from legacy1bit.data_utils import with_line_breaks
+from legacy1bit.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
 from legacy1bit.shards import IntegerFile
@@ -50,6 +53,10 @@ MOST_LINE_BYTES = 256 << 20
 CHECKED_BYTES = 1 << 16
 # Places to cut at are looked for from the end, so many bytes at once.
 WINDOW_BYTES = 1 << 12
+# A text whose name tells nothing is JSON lines if its first line is, and is no longer than this.
+FIRST_LINE_BYTES = 16 << 20
+# What a decompressor may take: the windows of zstd -19 and xz -9 are half of that or less.
+MOST_WINDOW_BYTES = 1 << 27
 # Four bytes of Zstandard can hold a block of 128 KiB: no more than 4 MiB come out of this many.
 ZSTD_BYTES = 128
 # Rows of Parquet read at once; texts of some pages make it a mebibyte.
@@ -58,13 +65,17 @@ BATCH_ROWS = 64
 # Of several paths, the names that are part of the text's.
 _MOST_NAMES = 3
 
-_COMPRESSED = (".gz", ".zst")
+# How compressed files begin, and what follows that in no text.
+_COMPRESSED = {
+    ".gz": (b"\x1f\x8b\x08", b""),
+    ".zst": (b"\x28\xb5\x2f\xfd", b""),
+    ".xz": (b"\xfd7zXZ\0", b""),
+    ".bz2": (b"BZh", rb"[1-9](?:1AY&SY|\x17rE8P\x90)"),
+}
 _JSON_LINES = (".jsonl", ".ndjson")
 _PLAIN = (".txt", ".md", ".text")
 _PARQUET = ".parquet"
-
-_GZIP_MAGIC = b"\x1f\x8b\x08"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_HTML = (".html", ".htm", ".xhtml")
 
 _UTF8_MARK = codecs.BOM_UTF8
 # UTF-32's in little-endian order begins with UTF-16's.
@@ -212,12 +223,22 @@ class Source:
 
     @property
     def has_documents(self) -> bool:
-        """Whether there may be more than one document."""
-        return (
-            len(self.files) > 1
-            or self.separator is not None
-            or any(_holds_rows(path.name.lower()) for path in self.files)
-        )
+        """Whether there may be more than one document.
+
+        Raises
+        ------
+        OSError, ValueError
+            If the text's name does not tell, and its beginning cannot be read.
+        """
+        if len(self.files) > 1 or self.separator is not None:
+            return True
+        if self._is_stream():
+            return any(_holds_rows(path.name) for path in self.files)
+        (path,) = self.files
+        if _holds_rows(path.name) or not _may_hold_rows(path.name) or not self.nbytes:
+            return _holds_rows(path.name)
+        with open(path, "rb") as file:
+            return self._rows_or_text(_Input(file), str(path), path.name)[0]
 
     def warning(self, documents: int) -> str | None:
         """Return what a user should know who has named a separator, if it parts nothing.
@@ -229,7 +250,7 @@ class Source:
         """
         if self.separator is None:
             return None
-        if self.files and all(_holds_rows(path.name.lower()) for path in self.files):
+        if self.files and all(_holds_rows(path.name) for path in self.files):
             return f"warning: the separator is for plain text, and {self.name} has none"
         if documents > max(len(self.files), 1):
             return None
@@ -252,23 +273,95 @@ class Source:
                 if path.suffix.lower() == _PARQUET:
                     yield from _cut(_parquet_documents(file, path, self.field))
                 else:
-                    yield from _cut(self._documents(file, str(path), path.name.lower()))
+                    yield from _cut(self._documents(file, str(path), path.name))
 
     def _documents(self, file: "_Input", path: str, name: str) -> Iterator[_Part]:
-        stem, last = os.path.splitext(name)
-        compression = last if last in _COMPRESSED else ""
-        blocks = _in_utf8(_decompressed(file, path, compression), path, self.encoding)
-        if (stem if compression else name).endswith(_JSON_LINES):
+        has_rows, blocks = self._rows_or_text(file, path, name)
+        if has_rows:
             return _json_documents(blocks, path, self.field)
+        if self.field != DEFAULT_FIELD and not any(_holds_rows(path.name) for path in self.files):
+            raise _no_fields(path, self.field)
         if self.separator is None:
             return _one_document(blocks)
         return _separated(blocks, self.separator.encode())
 
+    def _rows_or_text(self, file: "_Input", path: str, name: str) -> tuple[bool, Iterator[bytes]]:
+        """Return whether a file has JSON lines, and what is in it, as UTF-8."""
+        stem, compression = _parted(name)
+        blocks = _decompressed(file, path, compression)
+        head, blocks = _peek(blocks, lambda head: len(head) >= HEAD_BYTES)
+        if kind := kind_of_file(head):
+            # One page among many texts may be meant; the only one is what came for a text.
+            meant = stem.endswith(_HTML) or (len(self.files) > 1 and not stem.endswith(_JSON_LINES))
+            if kind is not HTML_PAGE or not meant:
+                hint = "; .html at its name's end means the page itself" * (kind is HTML_PAGE)
+                raise ValueError(f"{path} holds {kind.name}, expected text: {kind.remedy}{hint}")
+        blocks = _in_utf8(blocks, path, self.encoding)
+        if stem.endswith(_PLAIN):
+            return False, blocks
+        head, blocks = _peek(blocks, _has_first_line)
+        if re.match(rb'\s*\[\s*\{\s*"', head):
+            raise ValueError(
+                f"{path} holds one JSON list, expected an object on each line: "
+                f"jq -c '.[]' {shlex.quote(path)} > lines.jsonl; .txt at its name's end means "
+                "the list as text"
+            )
+        return stem.endswith(_JSON_LINES) or _begins_with_object(head), blocks
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Return a file's name without the suffix that says how it is compressed, and that suffix."""
+    stem, last = os.path.splitext(name.lower())
+    return (stem, last) if last in _COMPRESSED else (name.lower(), "")
+
 
 def _holds_rows(name: str) -> bool:
     """Whether a file has a document a line or row, by its name."""
-    stem, last = os.path.splitext(name)
-    return (stem if last in _COMPRESSED else name).endswith((*_JSON_LINES, _PARQUET))
+    return _parted(name)[0].endswith((*_JSON_LINES, _PARQUET))
+
+
+def _may_hold_rows(name: str) -> bool:
+    """Whether a file's name leaves that open, or says so."""
+    return not _parted(name)[0].endswith(_PLAIN)
+
+
+def _no_fields(name: str, field: str) -> ValueError:
+    return ValueError(f"{name} has no fields, and no {field!r}: expected JSON lines or Parquet")
+
+
+def _peek(
+    blocks: Iterator[bytes], enough: Callable[[bytes], bool]
+) -> tuple[bytes, Iterator[bytes]]:
+    """Return what blocks begin with, up to the first that makes it enough, and all of them."""
+    held: list[bytes] = []
+    head = b""
+    for block in blocks:
+        held.append(block)
+        head += block
+        if enough(head):
+            break
+    return head, itertools.chain(held, blocks)
+
+
+def _has_first_line(head: bytes) -> bool:
+    """Whether this much of a text tells whether it begins with an object or a list of JSON."""
+    text = head.lstrip()
+    if len(head) > FIRST_LINE_BYTES:
+        return True
+    if text.startswith(b"{"):
+        return b"\n" in text
+    # A list of objects has the first one's first name soon.
+    return bool(text) and (not text.startswith(b"[") or len(text) >= 64)
+
+
+def _begins_with_object(head: bytes) -> bool:
+    line = head.lstrip().partition(b"\n")[0]
+    if not line.startswith(b"{") or len(line) > FIRST_LINE_BYTES:
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def open_source(
@@ -283,9 +376,10 @@ def open_source(
     ----------
     data : str or sequence of str
         A file; a folder, for all files below it with a known suffix (.txt, .md, .text, .jsonl,
-        .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones and runs;
-        a pattern such as "data/**/*.txt", for all files that match; "-" for standard input. Any
-        other file that is named, or matches, is plain text. What is there goes before a pattern.
+        .ndjson, each also with .gz, .zst, .xz or .bz2 behind it; .parquet), leaving out hidden ones
+        and runs; a pattern such as "data/**/*.txt", for all files that match; "-" for standard
+        input. Any other file that is named, or matches, is JSON lines if it begins with an object
+        on a line, and plain text otherwise. What is there goes before a pattern.
         Several of these, but no pipes, are read one after the other, and no file twice.
     field : str, optional
         Which field of a JSON line, or column of a Parquet file, has the text.
@@ -312,12 +406,10 @@ def open_source(
         _check_separator(separator)
     files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
-        if path.suffix.lower() == _PARQUET:
-            _parquet_library()
-        elif path.suffix.lower() == ".zst":
-            _zstd_library()
-    if field != DEFAULT_FIELD and not any(_has_fields(path.name) for path in files):
-        raise ValueError(f"{name} has no fields, and no {field!r}: expected JSON lines or Parquet")
+        if library := _LIBRARIES.get(path.suffix.lower()):
+            library()
+    if field != DEFAULT_FIELD and files and not any(_may_hold_rows(path.name) for path in files):
+        raise _no_fields(name, field)
     return Source(files, name, field, encoding, separator)
 
 
@@ -426,18 +518,7 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _is_known(name: str) -> bool:
-    stem, last = os.path.splitext(name.lower())
-    if last in _COMPRESSED:
-        last = os.path.splitext(stem)[1]
-        return last in _PLAIN or last in _JSON_LINES
-    return last in _PLAIN or last in _JSON_LINES or last == _PARQUET
-
-
-def _has_fields(name: str) -> bool:
-    stem, last = os.path.splitext(name.lower())
-    if last in _COMPRESSED:
-        last = os.path.splitext(stem)[1]
-    return last in _JSON_LINES or last == _PARQUET
+    return _parted(name)[0].endswith((*_PLAIN, *_JSON_LINES)) or name.lower().endswith(_PARQUET)
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
@@ -515,17 +596,17 @@ def _blocks(file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def _decompressed(file: _Input, path: str, compression: str) -> Iterator[bytes]:
-    """Return what is in a file, as its suffix or its first bytes say."""
-    head = file.peek(len(_ZSTD_MAGIC))
-    if compression == ".gz" or head.startswith(_GZIP_MAGIC):
-        inside, magic = _gunzipped(file, path), _GZIP_MAGIC
-    elif compression == ".zst" or head.startswith(_ZSTD_MAGIC):
-        inside, magic = _zstd_decompressed(file, path), _ZSTD_MAGIC
-    else:
+    """Return what is in a file, as its first bytes or its suffix say."""
+    head = file.peek(16)
+    for suffix, (magic, more) in _COMPRESSED.items():
+        if re.match(re.escape(magic) + more, head):
+            compression = suffix
+    if not compression:
         return _blocks(file)
+    magic, _ = _COMPRESSED[compression]
     if len(head) < len(magic) and magic.startswith(head):
         raise _cut_off(path)
-    return inside
+    return _READERS[compression](file, path)
 
 
 def _cut_off(path: str) -> ValueError:
@@ -553,7 +634,16 @@ def _zstd_decompressed(file: _Input, path: str) -> Iterator[bytes]:
     except EOFError:
         raise _cut_off(path) from None
     except library.ZstdError as error:
+        if "too much memory" in str(error):
+            raise _needs_memory(path, "zstd -dc --long=31") from None
         raise ValueError(f"{path} is damaged, or not of Zstandard: {error}") from None
+
+
+def _needs_memory(path: str, command: str) -> ValueError:
+    return ValueError(
+        f"{path} needs more than {MOST_WINDOW_BYTES >> 20} MiB of memory to be decompressed: "
+        f"{command} {shlex.quote(path)} | legacy1bit train --data -"
+    )
 
 
 def _zstd_frames(library: ModuleType, file: _Input, path: str) -> Iterator[bytes]:
@@ -572,6 +662,60 @@ def _zstd_frames(library: ModuleType, file: _Input, path: str) -> Iterator[bytes
                     frame = None
     if frame is not None:
         raise _cut_off(path)
+
+
+def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
+    library = _lzma_library()
+
+    def begin() -> Any:
+        return library.LZMADecompressor(library.FORMAT_XZ, MOST_WINDOW_BYTES)
+
+    try:
+        # Its streams may be padded.
+        yield from _of_about(BLOCK_BYTES, _streams(begin, b"\0", file, path))
+    except library.LZMAError as error:
+        if "limit" in str(error):
+            raise _needs_memory(path, "xz -dc") from None
+        raise ValueError(f"{path} is damaged, or not of xz: {error}") from None
+
+
+def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
+    try:
+        yield from _of_about(BLOCK_BYTES, _streams(_bz2_library().BZ2Decompressor, b"", file, path))
+    except OSError as error:
+        # The library's own have no number.
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is damaged, or not of bzip2: {error}") from None
+
+
+def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) -> Iterator[bytes]:
+    """Return what is in compressed streams that follow each other.
+
+    The libraries' own readers take what follows the first stream and is none for its end.
+    """
+    stream, ended = begin(), False
+    for block in _blocks(file):
+        while block:
+            if ended:
+                block = block.lstrip(padding)
+                if not block:
+                    break
+                stream, ended = begin(), False
+            yield stream.decompress(block, BLOCK_BYTES)
+            while not (stream.eof or stream.needs_input):
+                yield stream.decompress(b"", BLOCK_BYTES)
+            ended, block = stream.eof, stream.unused_data
+    if not ended:
+        raise _cut_off(path)
+
+
+_READERS: dict[str, Callable[[_Input, str], Iterator[bytes]]] = {
+    ".gz": _gunzipped,
+    ".zst": _zstd_decompressed,
+    ".xz": _xz_decompressed,
+    ".bz2": _bz2_decompressed,
+}
 
 
 def _of_about(size: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -605,6 +749,31 @@ def _parquet_library() -> ModuleType:
         raise ValueError(
             "Parquet files need pyarrow, which is not installed: pip install pyarrow"
         ) from None
+
+
+def _lzma_library() -> ModuleType:
+    return _own_library("lzma", "xz")
+
+
+def _bz2_library() -> ModuleType:
+    return _own_library("bz2", "bzip2")
+
+
+def _own_library(name: str, files: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"{files} files need Python's module {name}, which this Python was built without"
+        ) from None
+
+
+_LIBRARIES = {
+    _PARQUET: _parquet_library,
+    ".zst": _zstd_library,
+    ".xz": _lzma_library,
+    ".bz2": _bz2_library,
+}
 
 
 # --- Characters -----------------------------------------------------------------------------------
@@ -928,6 +1097,10 @@ _LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 # That program's models, their activations, and its multiple-choice questions.
 _LLM_C_OTHERS = (20240326, 20240327, 20240522)
 
+# GPT-2's vocabulary, the largest of what nanoGPT writes: in a file without a header, a token beyond
+# it says that these are other numbers, unless somebody says that they are not.
+NANOGPT_TOKENS = 50257
+
 
 @dataclass(frozen=True)
 class TokenFileInfo:
@@ -960,14 +1133,14 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     """Return what a file of token ids holds.
 
     Known are llm.c's, of 16 bits a token for GPT-2 and 32 for Llama 3, and nanoGPT's, which are
-    tokens of 16 bits and nothing else.
+    tokens of 16 bits and nothing else: so a file of another kind, or of text, is refused.
 
     Raises
     ------
     OSError
         If it cannot be read.
     ValueError
-        If its header and its size do not fit together, or it holds no tokens.
+        If its header and its size do not fit together, or it holds something else than tokens.
     """
     with open(path, "rb") as file:
         found = os.fstat(file.fileno())
@@ -980,6 +1153,10 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     if magic in _LLM_C_OTHERS:
         raise ValueError(f"{path} is a file of llm.c that holds no tokens: its number is {magic}")
     if magic not in _LLM_C:
+        if kind := kind_of_file(head):
+            raise ValueError(f"{path} holds {kind.name}, expected tokens: {kind.remedy}")
+        if _is_readable(head):
+            raise ValueError(f"{path} holds text, expected tokens: let its name end in .txt")
         if size == 0 or size % 2:
             raise ValueError(
                 f"{path} has {size:,} bytes, expected llm.c's header or tokens of 2 bytes each"
@@ -1001,6 +1178,15 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
             f"but has {size:,}"
         )
     return TokenFileInfo("llm.c", dtype, 4 * _HEADER_WORDS, count)
+
+
+def _is_readable(head: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 without control characters."""
+    try:
+        text, _ = codecs.utf_8_decode(head, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(character >= " " or character in "\t\n\r\f" for character in text)
 
 
 def read_token_file(path: str | os.PathLike[str]) -> IntegerFile:

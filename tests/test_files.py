@@ -708,11 +708,12 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
 @pytest.mark.parametrize(
     ("head", "name"),
     [
-        (POINTER, "a Git LFS pointer, without the content"),
+        (POINTER, "a Git LFS pointer"),
         (b"<!DOCTYPE html>\n<html>", "an HTML page"),
         (b"\xef\xbb\xbf\r\n<HTML lang='en'>", "an HTML page"),
         (b'<?xml version="1.0"?>\n<html xmlns="http://www.w3.org/1999/xhtml">', "an HTML page"),
         (b"GGUF\3\0\0\0", "a GGUF model"),
+        (b"GGUF\0\0\0\3", "a GGUF model"),
         (save({"a": np.zeros(3)}), "a safetensors file of weights"),
         (zipped("model/data.pkl"), PICKLED),
         (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", PICKLED),
@@ -754,6 +755,8 @@ def test_kind_of_file_knows_what_is_mistaken_for_text(head, name):
         b"BZh9 is how a bzip2 file begins",
         b"\x80\x02\x00\x01",  # tokens 640 and 256
         b"PK is short for peak",
+        b"GGUF is a file format",
+        b"PAR1S is one, too",
     ],
 )
 def test_kind_of_file_leaves_texts_and_tokens_alone(head):

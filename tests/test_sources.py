@@ -1,11 +1,13 @@
 """Text as a stream: every kind of file gives what it holds, and says what is wrong with it."""
 
+import bz2
 import codecs
 import dataclasses
 import gzip
 import hashlib
 import io
 import json
+import lzma
 import os
 import re
 import subprocess
@@ -114,10 +116,16 @@ def zstd(content):
     return zstandard.ZstdCompressor().compress(content)
 
 
-PACKED = [(".gz", gzip.compress), pytest.param(".zst", zstd, marks=needs_zstd)]
-only_compressed = pytest.mark.parametrize(("suffix", "compress"), PACKED, ids=["gzip", "zstd"])
+PACKED = [
+    (".gz", gzip.compress),
+    pytest.param(".zst", zstd, marks=needs_zstd),
+    (".xz", lzma.compress),
+    (".bz2", bz2.compress),
+]
+KINDS = ["gzip", "zstd", "xz", "bzip2"]
+only_compressed = pytest.mark.parametrize(("suffix", "compress"), PACKED, ids=KINDS)
 compressed = pytest.mark.parametrize(
-    ("suffix", "compress"), [("", bytes), *PACKED], ids=["plain", "gzip", "zstd"]
+    ("suffix", "compress"), [("", bytes), *PACKED], ids=["plain", *KINDS]
 )
 
 
@@ -267,7 +275,7 @@ def folder(write, tmp_path):
         write(f"data/{name}", name)
     for name in [".hidden.txt", ".git/a.txt", "a.json", "b.log", "c.gz", "model.bin", "txt"]:
         write(f"data/{name}", name)
-    for name in ["z.txt.gz", "z.jsonl.zst", "z.parquet"]:
+    for name in ["z.txt.gz", "z.jsonl.zst", "z.parquet", "z.txt.xz", "z.MD.BZ2"]:
         write(f"data/z/{name}", name)
     return tmp_path / "data"
 
@@ -277,9 +285,9 @@ def folder(write, tmp_path):
 def test_folder_gives_all_known_files_sorted(folder):
     source = open_source(str(folder))
     names = ["a/1.TXT", "a/2.md", "a/c/d.text", "a-b/x.jsonl", "b.txt", "n.ndjson"]
-    names += ["z/z.jsonl.zst", "z/z.parquet", "z/z.txt.gz"]
+    names += ["z/z.MD.BZ2", "z/z.jsonl.zst", "z/z.parquet", "z/z.txt.gz", "z/z.txt.xz"]
     assert source.files == tuple(folder / name for name in names)
-    assert source.name == f"{folder} (9 files)"
+    assert source.name == f"{folder} (11 files)"
     assert source.nbytes == sum((folder / name).stat().st_size for name in names)
 
 
@@ -692,7 +700,7 @@ def test_compressed_files_that_end_too_early_are_refused(write, suffix, compress
 
 @only_compressed
 def test_compressed_files_that_are_damaged_are_refused(write, suffix, compress):
-    kind = {".gz": "gzip", ".zst": "Zstandard"}[suffix]
+    kind = {".gz": "gzip", ".zst": "Zstandard", ".xz": "xz", ".bz2": "bzip2"}[suffix]
     if suffix == ".zst":
         # As the program does, and the library does not.
         compress = zstandard.ZstdCompressor(write_checksum=True).compress
@@ -706,6 +714,46 @@ def test_compressed_files_that_are_damaged_are_refused(write, suffix, compress):
         packed + b"what follows",
     ):
         fails(write("a.txt" + suffix, content), f"{{}} is damaged, or not of {kind}: ")
+
+
+@needs_zstd
+def test_zstd_that_needs_a_larger_window_says_what_to_type(write):
+    sizes = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packed = io.BytesIO()
+    # As the program does with --long=31.
+    writer = zstandard.ZstdCompressor(compression_params=sizes).stream_writer(packed, closefd=False)
+    with writer:
+        writer.write(LONG)
+    path = write("a b.txt.zst", packed.getvalue())
+    fails(
+        path,
+        "{} needs more than 128 MiB of memory to be decompressed: zstd -dc --long=31 "
+        f"'{path}' | legacy1bit train --data -",
+    )
+    usual = zstandard.ZstdCompressionParameters(window_log=27, enable_ldm=True)
+    packed = zstandard.ZstdCompressor(compression_params=usual).compress(LONG)
+    assert read(write("a.txt.zst", packed)) == [LONG]
+
+
+def test_xz_that_needs_more_memory_says_what_to_type(write):
+    def packed(bytes_of_window):
+        filters = [{"id": lzma.FILTER_LZMA2, "dict_size": bytes_of_window}]
+        return lzma.compress(LONG, filters=filters)
+
+    path = write("a.txt.xz", packed(1 << 27))
+    fails(
+        path,
+        "{} needs more than 128 MiB of memory to be decompressed: xz -dc "
+        f"{path} | legacy1bit train --data -",
+    )
+    # That of xz -9.
+    assert read(write("a.txt.xz", packed(1 << 26))) == [LONG]
+
+
+def test_xz_may_be_padded(write):
+    packed = lzma.compress(b"one ") + bytes(4) + lzma.compress(b"two") + bytes(8)
+    assert read(write("a.txt.xz", packed)) == [b"one two"]
+    fails(write("a.txt.xz", bytes(16)), "{} is damaged, or not of xz")
 
 
 @compressed
@@ -821,6 +869,124 @@ def test_lines_that_are_too_long_are_refused(write, monkeypatch):
     fails(path, "{}, line 2: it is longer than 1,000 bytes, expected an object of JSON")
 
 
+@compressed
+@pytest.mark.parametrize("name", ["a.json", "a.log", "a", "a.JSON"])
+@pytest.mark.parametrize("mark", ["", "\ufeff", " \n\r\n"])
+def test_lines_of_json_are_known_by_the_first(write, small, name, suffix, compress, mark):
+    lines = mark + rows(["one", "two \u00df"]).replace("\n", "\r\n")
+    path = write(name + suffix, compress(lines.encode()))
+    for block in (1 << 20, 3):
+        small(block)
+        assert read(path) == [b"one", "two \u00df".encode()]
+        assert open_source(str(path)).has_documents
+    number = 3 if mark.startswith(" ") else 1
+    fails(path, f"{{}}, line {number}: no field 'x'; there are 'id', 'text'", field="x")
+    # A name that says text is believed.
+    path = write("a.txt" + suffix, compress(lines.encode()))
+    assert read(path) == [lines.encode().removeprefix(codecs.BOM_UTF8)]
+    assert not open_source(str(path)).has_documents
+
+
+def test_lines_of_json_come_through_pipes(monkeypatch):
+    for content in (rows(["one", "two"], "x").encode(), gzip.compress(rows(["one"], "x").encode())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+        assert read("-", field="x")[0] == b"one"
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a text")))
+    fails("-", "standard input has no fields, and no 'x': expected JSON lines", field="x")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{a text} in braces\n{}",
+        '{\n  "text": "one"\n}\n',
+        "[1, 2]\n",
+        "[[link]] and more",
+        '"text"\n{"text": "one"}',
+        "{" * 100_000,
+        '{"text": 1' + "0" * 5000 + "}",
+    ],
+    ids=range(7),
+)
+def test_what_does_not_begin_with_an_object_on_a_line_is_text(write, content):
+    path = write("a.json", content)
+    assert read(path) == [content.encode()]
+    assert not open_source(str(path)).has_documents
+
+
+def test_first_line_that_is_too_long_is_text(write, monkeypatch, small):
+    monkeypatch.setattr(sources, "FIRST_LINE_BYTES", 100)
+    content = rows(["x" * 200])
+    path = write("a.json", content)
+    assert read(path) == [content.encode()]
+    small(16)
+    assert b"".join(read(path)) == content.encode()
+    assert read(write("a.json", rows(["x"]))) == [b"x"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_list_of_json_says_what_to_type(write, small, name, indent):
+    content = json.dumps([{"text": "one"}, {"text": "two"}], indent=indent)
+    path = write(name, content)
+    for block in (1 << 20, 3):
+        small(block, piece=1000)
+        fails(
+            path,
+            "{} holds one JSON list, expected an object on each line: jq -c '.[]' " + str(path),
+        )
+    assert read(write("a.txt", content)) == [content.encode()]
+
+
+# --- Other things than text -----------------------------------------------------------------------
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+PAGE = b"<!DOCTYPE html>\n<html><p>text</p></html>"
+
+
+@compressed
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", POINTER, "a Git LFS pointer, expected text: git lfs pull fetches what"),
+        ("a.html", POINTER, "a Git LFS pointer"),
+        (
+            "a.txt",
+            PAGE,
+            "an HTML page, expected text: download the file that it shows or links to; ",
+        ),
+        ("a.jsonl", PAGE, "an HTML page"),
+        ("a", PAGE, "an HTML page"),
+        ("a.tar", bytes(257) + b"ustar\0", "a tar archive, expected text: unpack it first"),
+        ("a.gguf", b"GGUF\3\0\0\0", "a GGUF model, expected text: legacy1bit import --model"),
+        ("a.txt", b"PK\3\4" + bytes(26) + b"a", "a ZIP archive, expected text: unpack it first"),
+        ("a.txt", b"%PDF-1.7", "a PDF document, expected text: pdftotext FILE makes text of it"),
+        ("a.txt", b"PAR1\x15\4", "a Parquet file, expected text: let its name end in .parquet"),
+    ],
+    ids=range(10),
+)
+def test_what_is_no_text_is_named(write, name, content, message, suffix, compress):
+    path = write(name + suffix, compress(content))
+    for encoding in ("utf-8", "latin-1"):
+        fails(path, f"{{}} holds {message}", encoding=encoding)
+
+
+@only_compressed
+def test_what_is_compressed_twice_is_named(write, suffix, compress):
+    path = write("a.txt" + suffix, compress(compress(b"a text")))
+    with pytest.raises(ValueError, match=r" holds an? \w+ file, expected text: \w+ -d unpacks it$"):
+        list(open_source(str(path)).pieces())
+
+
+@compressed
+def test_pages_that_are_meant_are_text(write, tmp_path, suffix, compress):
+    for name in ("a.html", "a.HTM", "a.xhtml"):
+        assert read(write(name + suffix, compress(PAGE))) == [PAGE]
+    write("more/a.txt" + suffix, compress(PAGE))
+    write("more/b.txt", b"b")
+    assert read(tmp_path / "more") == [PAGE, b"b"]
+
+
 # --- Parquet --------------------------------------------------------------------------------------
 
 
@@ -891,7 +1057,7 @@ def test_parquet_that_changes_while_it_is_read_is_refused(write_table):
 
 
 def test_missing_libraries_are_named(write, monkeypatch):
-    for name in ("zstandard", "compression.zstd", "pyarrow", "pyarrow.parquet"):
+    for name in ("zstandard", "compression.zstd", "pyarrow", "pyarrow.parquet", "lzma", "bz2"):
         monkeypatch.setitem(sys.modules, name, None)
     no_zstd = "Zstandard files need zstandard, which is not installed: pip install zstandard"
     with pytest.raises(ValueError, match=f"^{no_zstd}$"):
@@ -900,6 +1066,12 @@ def test_missing_libraries_are_named(write, monkeypatch):
     no_arrow = "Parquet files need pyarrow, which is not installed: pip install pyarrow"
     with pytest.raises(ValueError, match=f"^{no_arrow}$"):
         open_source(str(write("a.parquet", b"PAR1")))
+    for suffix, module, packed in ((".xz", "lzma", b"\xfd7zXZ\0"), (".bz2", "bz2", b"BZh91AY&SY")):
+        reason = f"files need Python's module {module}, which this Python was built without$"
+        with pytest.raises(ValueError, match=reason):
+            open_source(str(write("a" + suffix, packed)))
+        with pytest.raises(ValueError, match=reason):
+            list(open_source(str(write("a.txt", packed))).pieces())
 
 
 def test_zstd_of_the_standard_library_is_taken_where_there_is_one(write, monkeypatch):
@@ -913,7 +1085,7 @@ def test_zstd_of_the_standard_library_is_taken_where_there_is_one(write, monkeyp
     monkeypatch.setitem(sys.modules, "compression", types.ModuleType("compression"))
     monkeypatch.setitem(sys.modules, "compression.zstd", library)
     packed = gzip.compress(LONG)
-    monkeypatch.setattr(sources, "_GZIP_MAGIC", b"none")
+    monkeypatch.delitem(sources._COMPRESSED, ".gz")
     assert read(write("a.zst", packed)) == [LONG]
     fails(write("a.zst", packed[:-1]), "{} ends too early")
 
@@ -937,7 +1109,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix, compress):
     finally:
         tracemalloc.stop()
     assert size > 50_000_000
-    assert peak < 12 << 20
+    # The window of xz has 8 MiB, and is traced.
+    assert peak < (20 if suffix == ".xz" else 12) << 20
 
 
 @needs_zstd
@@ -993,7 +1166,11 @@ def test_token_files_are_read(write, content, info):
     ("content", "message"),
     [
         (b"", "has 0 bytes, expected llm.c's header or tokens of 2 bytes each"),
-        (b"abc", "has 3 bytes, expected"),
+        (b"a\0c", "has 3 bytes, expected"),
+        (b"some text\n", "holds text, expected tokens: let its name end in .txt"),
+        ("\u65e5\u672c\u8a9e ".encode() * 200, "holds text, expected tokens"),
+        (gzip.compress(b"a"), "holds a gzip file, expected tokens: gzip -d unpacks it"),
+        (b"GGUF\3\0\0\0", "holds a GGUF model, expected tokens: legacy1bit import --model FILE"),
         (llm_c(TOKENS)[:1000], "has 1,000 bytes and ends within its header of 1,024"),
         (llm_c(TOKENS)[:-2], "says it holds 4 tokens of uint16, which makes 1,032 bytes, but has"),
         (llm_c(TOKENS) + b"\0", "says it holds 4 tokens"),
@@ -1004,7 +1181,7 @@ def test_token_files_are_read(write, content, info):
         (llm_c(TOKENS, count=-4), "says it holds -4 tokens"),
         (llm_c(TOKENS, 20240326), "is a file of llm.c that holds no tokens"),
     ],
-    ids=range(11),
+    ids=range(15),
 )
 def test_token_files_that_are_inconsistent_are_refused(write, content, message):
     path = write("a.bin", content)

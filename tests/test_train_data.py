@@ -1,9 +1,11 @@
 """``train --data``: texts of many kinds on the command line, and what is told where one is bad."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 import shutil
@@ -121,6 +123,34 @@ def test_train_takes_tokens_with_a_validation_of_their_own(say, refuse, text):
         say("train", "--resume", "run", "--steps", 3)
 
 
+def test_token_file_without_a_header_has_to_look_like_tokens(say, refuse, text):
+    noise = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
+    put("noise.bin", noise)
+    put("floats.bin", np.random.default_rng(0).normal(size=5000).astype("<f4").tobytes())
+    put("llama.bin", np.random.default_rng(0).integers(0, 128_000, 5000, "<u4").tobytes())
+    for name in ("noise", "floats", "llama"):
+        refused = refuse(*tiny(f"{name}.bin"))
+        assert f"{name}.bin has no header and numbers up to 65,5" in refused
+        assert "hardly tokens: expected less than 50,257; --vocab-size 655" in refused
+    put("text.bin", TEXT[:-1] if len(TEXT) % 2 else TEXT)
+    assert "text.bin holds text, expected tokens: let its name" in refuse(*tiny("text.bin"))
+    put("model.bin", gzip.compress(b"abc"))
+    assert "model.bin holds a gzip file, expected tokens: gzip -d" in refuse(*tiny("model.bin"))
+    put("good.bin", np.arange(300, dtype="<u2").tobytes())
+    assert "the validation set has no header" in refuse(*tiny("good.bin", validation="noise.bin"))
+    # Whoever names the vocabulary knows; and that of a header is known.
+    put("high.bin", np.arange(50_000, 50_300, dtype="<u2").tobytes())
+    assert "high.bin has no header and numbers up to 50,299, which" in refuse(*tiny("high.bin"))
+    told = say(*tiny("high.bin", out="run", vocab_size=50_300)).err
+    assert b"high.bin: 300 tokens of a vocabulary of 50,300\n" in told
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 300
+    put("head.bin", header.tobytes() + np.arange(60_000, 60_300, dtype="<u4").tobytes())
+    told = say(*tiny("head.bin", out="headed")).err
+    assert b"head.bin: 300 tokens of a vocabulary of 60,300, as the highest token says;" in told
+
+
 def test_standard_input_is_kept(say, monkeypatch):
     typed(monkeypatch, TEXT)
     say(*tiny("-", out="run", tokenizer="bpe", vocab_size=280))
@@ -185,7 +215,7 @@ def test_standard_input_that_is_interrupted_leaves_nothing(say, monkeypatch):
         ("text.txt.gz", gzip.compress(TEXT, mtime=0)[:-9], "text.txt.gz ends too early"),
         ("a.jsonl", b'{"text": "one"}\n{"story": "two"}\n', "a.jsonl, line 2: no field 'text'"),
         ("a.jsonl", b'{"text": "one"}\nnone', "a.jsonl, line 2: not JSON"),
-        ("a.bin", b"odd", "a.bin has 3 bytes"),
+        ("a.bin", b"\1\2\3", "a.bin has 3 bytes"),
     ],
 )
 def test_bad_texts_are_refused(refuse, name, content, reason, tokenizer):
@@ -359,6 +389,22 @@ def test_tokenizer_for_refuses_a_text_that_changes_meanwhile(text, tmp_path, mon
     with pytest.raises(ValueError, match="has changed while it was read"):
         corpora.tokenizer_for(source, DataConfig(tokenizer=kind), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
+
+
+def test_train_takes_json_lines_by_their_content(say, monkeypatch):
+    """The same documents, and the same split, from a file and from a pipe, packed or not."""
+    lines = "".join(json.dumps({"text": f"{i} {STORY}"}) + "\n" for i in range(40)).encode()
+    put("named.jsonl", lines)
+    put("named.json", lines)
+    put("packed.json.xz", lzma.compress(lines))
+    hashes = []
+    for data in ("named.jsonl", "named.json", "packed.json.xz", lines, bz2.compress(lines)):
+        if isinstance(data, bytes):
+            typed(monkeypatch, data)
+            data = "-"
+        say(*tiny(data, out=f"run{len(hashes)}"))
+        hashes.append(read_settings(Path(f"run{len(hashes)}"))[3]["sha256"])
+    assert len(set(hashes)) == 1
 
 
 def test_streams_may_have_json_lines(say, fail, monkeypatch):

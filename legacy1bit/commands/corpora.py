@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import filecmp
 import hashlib
-import json
 import os
 import stat
 import sys
@@ -19,7 +18,15 @@ from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus,
 from legacy1bit.files import remove_left_behind, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
 from legacy1bit.shards import INDEX_FILE, cache_key, default_cache
-from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
+from legacy1bit.sources import (
+    NANOGPT_TOKENS,
+    STANDARD_INPUT,
+    Source,
+    is_token_file,
+    open_source,
+    read_token_file,
+    token_file_info,
+)
 from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
     ByteTokenizer,
@@ -42,9 +49,6 @@ _HELD_OUT_STORIES = 256
 # Tokens of BPE that nobody has asked for in other numbers; the bytes are among them.
 _VOCABULARY = 1024
 
-# A text without a name is JSON lines if its first line is, and is no longer than this.
-_FIRST_LINE = 16 << 20
-
 # A vocabulary is learned from the beginning of a text, where there is more of it than this: more
 # text hardly changes it.
 _LEARNED_BYTES = 200_000_000
@@ -55,8 +59,8 @@ def add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         metavar="PATH",
-        help="a text file, a folder, a pattern or -; .jsonl, .parquet, .gz and .zst, and .bin of "
-        "tokens, too (default: the stories)",
+        help="a text file, a folder, a pattern or -; .jsonl, .parquet, .gz, .zst, .xz and .bz2, "
+        "and .bin of tokens, too (default: the stories)",
     )
     command.add_argument("--validation", metavar="PATH", help="a text of its own to validate on")
     command.add_argument(
@@ -161,8 +165,8 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
                 os.fsync(file.fileno())
         if temporary.stat().st_size == 0:
             raise ValueError(f"{name} is empty, expected text")
-        suffix = "jsonl" if _is_json_lines(temporary) else "txt"
-        path = folder / f"{digest.hexdigest()[:16]}.{suffix}"
+        # Without a suffix, its beginning says what it is.
+        path = folder / digest.hexdigest()[:16]
         # The same text keeps its file with its time, and so its tokens.
         if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
             os.replace(temporary, path)
@@ -170,16 +174,6 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return str(path)
-
-
-def _is_json_lines(path: Path) -> bool:
-    """Whether a text without a name begins with a JSON object on a line of its own."""
-    with open(path, "rb") as file:
-        line = file.readline(_FIRST_LINE)
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 @contextlib.contextmanager
@@ -244,8 +238,11 @@ def corpus_of(
         if tokenizer is not None and tokenizer.kind in ("chars", "bpe"):
             raise ValueError(f"{path} has tokens of another program, and not of a tokenizer's")
         validation_tokens = None if other is None else read_token_file(other)
+        formats = [token_file_info(file).format for file in (path, other) if file is not None]
+        # A run that goes on has had its vocabulary from the start.
+        most = {"most": NANOGPT_TOKENS} if tokenizer is None and "nanoGPT" in formats else {}
         corpus = token_corpus(
-            tokens, source["name"], data, config.sequence_length, validation_tokens
+            tokens, source["name"], data, config.sequence_length, validation_tokens, **most
         )
     else:
         found = _open(path, data)
