@@ -18,7 +18,7 @@ import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,9 @@ WINDOW_BYTES = 1 << 12
 ZSTD_BYTES = 128
 # Rows of Parquet read at once; texts of some pages make it a mebibyte.
 BATCH_ROWS = 64
+
+# Of several paths, the names that are part of the text's.
+_MOST_NAMES = 3
 
 _COMPRESSED = (".gz", ".zst")
 _JSON_LINES = (".jsonl", ".ndjson")
@@ -122,8 +125,8 @@ class Source:
     Attributes
     ----------
     files : tuple of Path
-        Absolute and sorted; none for standard input. A link keeps its own name, which tells what
-        kind of file it is.
+        Absolute, and sorted if one path means them all; none for standard input. A link keeps its
+        own name, which tells what kind of file it is.
     name : str
         What to call it in front of people: a file's name, or "data/*.txt (12 files)".
     field : str
@@ -245,17 +248,21 @@ def _holds_rows(name: str) -> bool:
 
 
 def open_source(
-    data: str, field: str = DEFAULT_FIELD, encoding: str = "utf-8", separator: str | None = None
+    data: str | Sequence[str],
+    field: str = DEFAULT_FIELD,
+    encoding: str = "utf-8",
+    separator: str | None = None,
 ) -> Source:
     """Find the text that a user points at.
 
     Parameters
     ----------
-    data : str
+    data : str or sequence of str
         A file; a folder, for all files below it with a known suffix (.txt, .md, .text, .jsonl,
         .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones and runs;
         a pattern such as "data/**/*.txt", for all files that match; "-" for standard input. Any
         other file that is named, or matches, is plain text. What is there goes before a pattern.
+        Several of these, but no pipes, are read one after the other, and no file twice.
     field : str, optional
         Which field of a JSON line, or column of a Parquet file, has the text.
     encoding : str, optional
@@ -271,13 +278,14 @@ def open_source(
     OSError
         If a folder cannot be read.
     ValueError
-        If the encoding is unknown, the separator empty, or a library is missing.
+        If the encoding is unknown, the separator empty, or a library is missing; if a pipe or
+        tokens are among several paths.
     """
     encoding = _known_encoding(encoding)
     if separator is not None:
         separator = separator.replace("\\n", "\n")
         _check_separator(separator)
-    files, name = ((), "standard input") if data == STANDARD_INPUT else _find(data)
+    files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
         if path.suffix.lower() == _PARQUET:
             _parquet_library()
@@ -316,6 +324,8 @@ def _check_separator(separator: str) -> None:
 
 def _find(data: str) -> tuple[tuple[Path, ...], str]:
     """Return the files that are meant, and what to call them."""
+    if data == STANDARD_INPUT:
+        return (), "standard input"
     try:
         mode = os.stat(data).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -337,6 +347,27 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
     if len(files) == 1:
         return (files[0],), files[0].name
     return tuple(files), f"{data} ({len(files):,} files)"
+
+
+def _find_several(paths: Sequence[str]) -> tuple[tuple[Path, ...], str]:
+    """Return the files that are meant by several paths, in their order."""
+    if len(paths) == 1:
+        return _find(paths[0])
+    if not paths:
+        raise ValueError("data names no path, expected one or more")
+    found = []
+    for path in paths:
+        if is_token_file(path):
+            raise ValueError(f"{path} holds tokens, expected texts only where there are several")
+        files, name = _find(path)
+        if not files or not all(map(_is_regular, files)):
+            raise ValueError(f"{path} is a stream, expected files where there are several paths")
+        found.append((files, name))
+    every = tuple(dict.fromkeys(path for files, _ in found for path in files))
+    names = [name for _, name in found]
+    if len(names) > _MOST_NAMES:
+        return every, f"{' + '.join(names[:_MOST_NAMES])} + ... ({len(every):,} files)"
+    return every, " + ".join(names)
 
 
 def _absolute(path: Path) -> Path:

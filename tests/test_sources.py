@@ -293,6 +293,37 @@ def test_what_is_there_goes_before_a_pattern(write, monkeypatch, tmp_path):
     assert documents(open_source("[a].txt").pieces()) == [b"this"]
 
 
+def test_open_source_takes_several_paths_in_their_order(folder, write, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    write("z.txt", "z")
+    source = open_source(["z.txt", "data/b.txt"])
+    assert source.files == (folder.parent / "z.txt", folder / "b.txt")
+    assert (source.name, source.has_documents) == ("z.txt + b.txt", True)
+    assert documents(source.pieces()) == [b"z", b"b.txt"]
+    again = open_source(["data/b.txt", "data/a", "data/?.txt", "data/b.txt"])
+    names = ("b.txt", "a/1.TXT", "a/2.md", "a/c/d.text")
+    assert again.files == tuple(folder / name for name in names)
+    assert again.name == "b.txt + data/a (3 files) + b.txt + ... (4 files)"
+    assert open_source(("z.txt",)) == open_source("z.txt")
+    assert source.fingerprint() != open_source(["data/b.txt", "z.txt"]).fingerprint()
+
+
+def test_open_source_refuses_what_goes_alone_among_several(write, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("a.txt", "a")
+    os.mkfifo("pipe")
+    for path in ("-", "pipe", os.devnull):
+        with pytest.raises(ValueError, match=f"^{path} is a stream, expected files where there"):
+            open_source(["a.txt", path])
+    with pytest.raises(ValueError, match=r"^a\.bin holds tokens, expected texts only"):
+        open_source(["a.txt", "a.bin"])
+    with pytest.raises(FileNotFoundError) as error:
+        open_source(["a.txt", "nowhere.txt"])
+    assert error.value.filename == "nowhere.txt"
+    with pytest.raises(ValueError, match="data names no path, expected one or more"):
+        open_source([])
+
+
 def test_links_keep_their_names_and_may_lead_in_circles(write, tmp_path):
     blob = write("blobs/0123", rows(["a", "b"]))
     (tmp_path / "data" / "more").mkdir(parents=True)
