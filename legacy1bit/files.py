@@ -22,11 +22,17 @@ import numpy.typing as npt
 Buffer = bytes | memoryview
 Content = bytes | str | list[Buffer]
 
+# The permissions of a file or folder, its user and its group.
+Access = tuple[int, int, int]
+
 # Of settings, tokenizers and indexes; the largest tokenizers there are have some tens of megabytes.
 _MOST_BYTES = 1 << 28
 
-# What temporary files and folders are called, and what they would have become.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
+# What temporary files and folders are called, and what they would have become: of a longer name its
+# first characters, so that every name that a file system takes can be written to. None of a run's
+# own files has as many.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
+NAME_CHARACTERS = 24
 
 # What says that something did not get onto the disk; others, that a folder cannot be put there.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
@@ -164,7 +170,8 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
     Each content goes to a temporary file beside its target and onto the disk; only when all are
     there do they take the old files' places. So at every moment each file is the old or the new
     one, complete, and where one cannot be written none is changed. Only between two renames, a
-    crash or an error can leave some files new and others old.
+    crash or an error can leave some files new and others old. A file that takes another's place has
+    its permissions, and its owner where the system allows that.
 
     Parameters
     ----------
@@ -205,9 +212,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = _target(Path(path))
     temporary = temporary_of(target)
+    access = access_of(target)
     try:
+        if access is not None:
+            _create(temporary, access).close()
         yield temporary
         with open(temporary, "r+b") as file:
+            give_access(file.fileno(), access)
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
@@ -249,14 +260,22 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
 
 
 def atomic_copy(source: Path, target: Path) -> None:
-    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``."""
+    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``.
+
+    Nobody may read it who may not read the file, or what it replaces.
+    """
     temporary = temporary_of(target)
+    access, replaced = access_of(source), access_of(target)
+    if access is not None and replaced is not None:
+        access = replaced[0] & access[0], *replaced[1:]
     try:
         try:
+            if access != access_of(source):
+                raise OSError(errno.EPERM, "A second name would have other permissions")
             # What a link leads to: the next content takes that one's name.
             os.link(os.path.realpath(source), temporary)
         except OSError:
-            temporary = _write_beside(target, source.read_bytes())
+            temporary = _write_beside(target, source.read_bytes(), access)
         os.replace(temporary, target)
     finally:
         # Two names of one content are not renamed into each other: then this one is left.
@@ -345,11 +364,14 @@ def _target(path: Path) -> Path:
 
 def temporary_of(path: Path) -> Path:
     """Return where to write a file or folder until it is complete: beside it, under a new name."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{uuid.uuid4().hex}.tmp")
 
 
 def temporaries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what is temporary in a folder, and the name that each would have taken."""
+    """Yield what is temporary in a folder, and the name that each would have taken.
+
+    Of a name of ``NAME_CHARACTERS`` or more, its beginning.
+    """
     for path in folder.glob(".*.tmp"):
         if known := _TEMPORARY.fullmatch(path.name):
             yield path, known["name"]
@@ -371,16 +393,52 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def _write_beside(path: Path, content: Content) -> Path:
-    """Write content to a new file in the folder of ``path``, onto the disk."""
+def access_of(path: Path) -> Access | None:
+    """Return who may do what with a file or folder, or None if there is none.
+
+    A right to run a program as its owner is not among it.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(status.st_mode) & 0o777, status.st_uid, status.st_gid
+
+
+def give_access(place: int | Path, access: Access | None) -> None:
+    """Give a file or folder what ``access_of`` has returned, as far as the system allows."""
+    if access is None:
+        return
+    mode, user, group = access
+    with contextlib.suppress(OSError):
+        os.chmod(place, mode)
+    for owner in (user, -1):
+        with contextlib.suppress(OSError):
+            os.chown(place, owner, group)
+            return
+
+
+def _create(path: Path, access: Access | None) -> BinaryIO:
+    """Make a new file; one that is to be given access to is nobody else's until then."""
+    mode = 0o666 if access is None else 0o600
+    return open(path, "xb", opener=lambda name, how: os.open(name, how, mode))
+
+
+def _write_beside(path: Path, content: Content, access: Access | None = None) -> Path:
+    """Write content to a new file in the folder of ``path``, onto the disk.
+
+    It is accessible as ``access`` says, or else as what is at ``path``.
+    """
+    access = access or access_of(path)
     whole = content.encode("utf-8") if isinstance(content, str) else content
     parts = whole if isinstance(whole, list) else [whole]
     temporary = temporary_of(path)
     try:
-        with open(temporary, "xb") as file:
+        with _create(temporary, access) as file:
             for part in parts:
                 file.write(part)
             file.flush()
+            give_access(file.fileno(), access)
             os.fsync(file.fileno())
     except BaseException as error:
         with contextlib.suppress(OSError):

@@ -328,6 +328,8 @@ def _measurements(run: Run) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "\u2013"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 

@@ -27,6 +27,8 @@ import numpy.typing as npt
 from legacy1bit.data_utils import Tokens
 from legacy1bit.errors import one_line
 from legacy1bit.files import (
+    access_of,
+    give_access,
     open_regular,
     read_regular,
     remove,
@@ -435,6 +437,7 @@ class ShardWriter:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 remove_left_behind(folder.parent)
                 self._temporary.mkdir()
+                give_access(self._temporary, access_of(folder))
                 for name in parts:
                     self._parts[name] = _PartWriter(
                         self._temporary, name, self._dtype, self._shard_tokens

@@ -54,6 +54,7 @@ from legacy1bit.model import (
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.places import located
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
@@ -674,7 +675,7 @@ def read_settings(
         model = ModelConfig.from_dict(settings["model"])
         training = TrainingConfig.from_dict(settings["training"])
         data = DataConfig.from_dict(settings.get("data", {}))
-        source = dict(settings["source"])
+        source = located(settings["source"], folder)
     except KeyError as error:
         raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
     except DAMAGE as error:

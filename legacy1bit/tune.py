@@ -29,6 +29,7 @@ from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
 from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, save_model
+from legacy1bit.places import located
 from legacy1bit.search_space import Dimension, GridSearch, apply
 from legacy1bit.trainer import Trainer, steps_within
 
@@ -227,7 +228,7 @@ class StudyRecord:
             )
             if not fits:
                 raise ValueError("a value is of another kind")
-            return cls(**told)
+            return cls(**{**told, "source": located(told["source"], folder)})
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -153,6 +153,17 @@ def test_tokenize_leaves_what_is_not_its_own(say, text):
     assert Path(".notes.tmp").read_text() == "mine"
 
 
+def test_tokenize_takes_any_name_and_keeps_permissions(say, text):
+    folder = Path("\u8a9e" * 85)
+    folder.mkdir()
+    folder.chmod(0o700)
+    say("data", "tokenize", text, "--out", folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert read_index(folder).parts["text"].bytes == Path(text).stat().st_size
+    say("data", "train-tokenizer", text, "--tokenizer", "bpe", "--out", "\u8a5e" * 85)
+    assert Path("\u8a5e" * 85, "tokenizer.json").is_file()
+
+
 def test_tokenize_does_not_replace_what_came_meanwhile(fail, text, monkeypatch):
     def appear(*arguments, **options):
         Path("tokens").mkdir()

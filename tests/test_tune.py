@@ -267,12 +267,23 @@ def test_study_goes_on(say, fail):
         (("--seconds", 3), "--seconds cannot be changed"),
         (("--model-dim", 3), "--model-dim cannot be changed"),
         (("--no-prune",), "--no-prune cannot be changed"),
-        (("--data", "text.txt"), "--data cannot be changed"),
+        (("--validation", "text.txt"), "--validation goes with a run that has such a text"),
     ):
         assert message in fail("tune", "--resume", "study", "--trials", 5, *options)
     assert "holds a study already" in fail(*search("study", "--trials", 3))
+    Path("text.txt").rename("moved.txt")
+    go_on = ("tune", "--resume", "study", "--cache", "cache", "--threads", 1, "--trials")
+    assert "--data or --validation says where" in fail(*go_on, 5)
+    say(*go_on, 5, "--data", "moved.txt")
     Path("text.txt").write_text("other " * 1000)
-    assert "has changed" in fail("tune", "--resume", "study", "--trials", 5, "--cache", "cache")
+    for more in ((), ("--data", "text.txt")):
+        assert "has changed" in fail(*go_on, 6, *more)
+    # Beside a study that has moved its text is known by its name.
+    Path("moved.txt").rename("text.txt")
+    Path("there").mkdir()
+    for name in ("study", "text.txt"):
+        Path(name).rename(Path("there", name))
+    say("tune", "--resume", "there/study", *go_on[3:], 6)
 
 
 def test_search_says_what_is_wrong(fail):

@@ -42,7 +42,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("train-tokenizer", f"write a {TOKENIZER_FILE}, which train --tokenizer-from takes"),
     ):
         action = actions.add_parser(name, help=meaning, description=meaning)
-        action.add_argument("path", metavar="PATH", help="a file, a folder, a pattern or -")
+        action.add_argument(
+            "paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern or -"
+        )
         add_cache(action)
         add_settings(action, "the data", DataConfig, _READING)
         if name == "inspect":
@@ -56,10 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
-    path = kept(arguments.path, cache)
-    if is_token_file(path):
-        raise ValueError(f"{path} holds tokens already, expected text")
-    source = open_source(path, data.field, data.encoding, data.separator)
+    paths = kept(arguments.paths, cache)
+    for path in paths:
+        if is_token_file(path):
+            raise ValueError(f"{path} holds tokens already, expected text")
+    source = open_source(paths, data.field, data.encoding, data.separator)
     actions = {"inspect": _inspect, "tokenize": _tokenize, "train-tokenizer": _train_tokenizer}
     return actions[arguments.action](arguments, source, data, cache)
 

@@ -26,7 +26,7 @@ from legacy1bit.commands.common import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_data, corpus_of
+from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
@@ -51,6 +51,7 @@ from legacy1bit.logger import (
     read_metrics,
 )
 from legacy1bit.math_ops import simd_level
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
     Trainer,
@@ -193,8 +194,14 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
     model_config, config, data, source = read_settings(folder)
-    places = ("config", "data", "out", "minutes", "stories", "validation", "tokenizer_from")
-    named = [name for name in places if getattr(arguments, name) is not None]
+    fixed = ("config", "out", "minutes", "stories", "tokenizer_from")
+    named = [name for name in fixed if getattr(arguments, name) is not None]
+    # Where its text has moved to may be told.
+    named += [
+        name
+        for name, key in (("data", TEXT_PATH), ("validation", VALIDATION_PATH))
+        if getattr(arguments, name) is not None and not paths_of(source, key)
+    ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
     refused = [option_of(name) for name in named if name not in CHANGEABLE]
@@ -207,18 +214,20 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if "threads" in changes:
         changes["threads"] = threads_of(arguments)
     config = replace(config, **changes)
-    fixed = fixed_settings(model_config, config, data, source)
-    checkpoint, wrong = newest_checkpoint(folder, fixed)
+    settings = fixed_settings(model_config, config, data, source)
+    checkpoint, wrong = newest_checkpoint(folder, settings)
     for error in wrong:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
     done = checkpoint.step
     if done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
         make_newest(folder, checkpoint)
-        if best_is_behind(folder, fixed, checkpoint.best, done):
+        if best_is_behind(folder, settings, checkpoint.best, done):
             keep_best(folder)
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
+    places = {"data": arguments.data, "validation": arguments.validation}
+    source = moved(source, folder, places, arguments.cache)
     corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
     trainer = Trainer(folder, model_config, config, corpus, source, data)
     trainer.restore(checkpoint)

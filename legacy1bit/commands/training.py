@@ -14,6 +14,7 @@ from legacy1bit.commands.corpora import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.corpus import Corpus
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.places import check_there
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
 
 
@@ -96,7 +97,11 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
     """
     told = told_settings(arguments)
     model, training, data = _configs(arguments, told)
-    source = told["source"] if "source" in told else source_of(arguments, training.seed)
+    if "source" in told:
+        source = told["source"]
+        check_there(source, "--data says where the text lies")
+    else:
+        source = source_of(arguments, training.seed)
     corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
     for remark in corpus.remarks:
         print(remark, file=sys.stderr)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.common import add_settings, check_above_zero, given, path_of, threads_of
-from legacy1bit.commands.corpora import add_data, corpus_of
+from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
@@ -23,6 +23,7 @@ from legacy1bit.errors import INTERRUPTED
 from legacy1bit.files import remove
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.machine import machine
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.search_space import Dimension, default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
@@ -52,8 +53,8 @@ BEST_FILE = "best.toml"
 
 # What cannot be changed when a study goes on, beside the settings of model, training and data.
 _FIXED = (
-    *("data", "out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
-    *("study", "config", "stories", "validation", "tokenizer_from"),
+    *("out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
+    *("study", "config", "stories", "tokenizer_from"),
 )
 
 _ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
@@ -275,8 +276,11 @@ class _Work:
         )
         for result in shown:
             print(_line(result, False))
-        data = self._source.get("path")
-        text = "" if data is None else f" --data {shlex.quote(data)}"
+        text = "".join(
+            f" {option} {shlex.join(paths)}"
+            for option, key in (("--data", TEXT_PATH), ("--validation", VALIDATION_PATH))
+            if (paths := paths_of(self._source, key))
+        )
         config = shlex.quote(str(self.folder / BEST_FILE))
         print(f"\nthe best settings are in {config}; next:")
         print(f"  python -m legacy1bit.main train --config {config}{text}")
@@ -398,7 +402,9 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     told = StudyRecord.read(folder)
     url = told.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
-    return _Work(folder, url, told.study, told.source, None, threads, arguments.cache, tokenizer)
+    places = {"data": arguments.data, "validation": arguments.validation}
+    source = moved(told.source, folder, places, arguments.cache)
+    return _Work(folder, url, told.study, source, None, threads, arguments.cache, tokenizer)
 
 
 def _check_out(wanted: Path | None) -> None:
