@@ -4,11 +4,21 @@ The modules carry what the files of the same name carried in the C program *Lega
 with ``model``, ``forward`` and ``backward``, or type ``python -m legacy1bit.main``.
 """
 
+import os
 from typing import Any
 
 from legacy1bit.version import __version__
 
-__all__ = ["__version__", "set_simd_level", "simd_level", "simd_levels"]
+__all__ = ["__version__", "get_include", "set_simd_level", "simd_level", "simd_levels"]
+
+
+def get_include() -> str:
+    """Return the folder of the C headers that Cython code needs which cimports from this package."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    installed = os.path.join(package, "include")
+    if os.path.isdir(installed):
+        return installed
+    return os.path.join(os.path.dirname(package), "include")
 
 
 def __getattr__(name: str) -> Any:
