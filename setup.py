@@ -47,6 +47,7 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 
 # These check and call; what takes time is in the kernels, and alone is worth -O3.
 MODULES = [
+    "cpu",
     "threads",
     "math_ops",
     "model",

@@ -29,6 +29,7 @@ import numpy as np
 
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
+from legacy1bit.old_cpus import runs_here
 from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
@@ -535,6 +536,11 @@ def _zstd_library() -> ModuleType:
 
 
 def _parquet_library() -> ModuleType:
+    if not runs_here("pyarrow"):
+        raise ValueError(
+            "Parquet files need pyarrow, which needs instructions that this CPU lacks: "
+            "make JSON lines of them on another computer"
+        )
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:

@@ -121,6 +121,24 @@ def test_every_declaration_can_be_cimported(installed, tmp_path):
     assert ran.stdout.split() == [b"45", b"False"], ran.stderr
 
 
+def test_source_that_is_not_compiled_says_so(tmp_path):
+    package = tmp_path / "legacy1bit"
+    package.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        (package / path.name).write_bytes(path.read_bytes())
+    said = f"the package in {package} is not compiled: make build, or use the command legacy1bit "
+    said += "of an installed one"
+    for options, status, last in [
+        (["-m", "legacy1bit.main", "info"], 2, f"legacy1bit: error: {said}"),
+        (["-c", "import legacy1bit"], 1, f"ImportError: {said}"),
+    ]:
+        # Without site-packages, where the compiled one is.
+        command = [sys.executable, "-S", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (status, last)
+        assert status == 1 or done.stderr.count("\n") == 1
+
+
 def test_import_brings_in_nothing_else():
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
