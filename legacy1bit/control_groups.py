@@ -27,7 +27,7 @@ def core_quotas(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
     quotas = []
     for group in _groups("cpu", table, folder):
         # A group that is not there, or "max": no limit.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, OverflowError):
             if (group / "cpu.max").exists():
                 quota, period = map(float, (group / "cpu.max").read_text().split())
             else:
@@ -63,12 +63,16 @@ def _told(path: Path, names: tuple[str, ...]) -> int:
 
 def _groups(controller: str, table: _Path, folder: _Path) -> Iterator[Path]:
     """Yield where the groups tell of something, from the outermost to the process's own."""
+    # A group's name is bytes, of which some end a line elsewhere.
     try:
-        lines = Path(table).read_text().splitlines()
+        lines = os.fsdecode(Path(table).read_bytes()).split("\n")
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not (number and colon):
+            continue
         if controllers and controller not in controllers.split(","):
             continue
         # The limits of all groups above hold, too; inside a container the path may not be visible.

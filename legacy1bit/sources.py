@@ -34,6 +34,7 @@ from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
+from legacy1bit.old_cpus import runs_here
 from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
@@ -743,6 +744,11 @@ def _zstd_library() -> ModuleType:
 
 
 def _parquet_library() -> ModuleType:
+    if not runs_here("pyarrow"):
+        raise ValueError(
+            "Parquet files need pyarrow, which needs instructions that this CPU lacks: "
+            "make JSON lines of them on another computer"
+        )
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:

@@ -1074,6 +1074,15 @@ def test_missing_libraries_are_named(write, monkeypatch):
             list(open_source(str(write("a.txt", packed))).pieces())
 
 
+def test_open_source_does_not_die_of_a_library_for_newer_cpus(write, monkeypatch):
+    monkeypatch.setattr(sources, "runs_here", lambda package: package != "pyarrow")
+    fails(
+        write("a.parquet", b"PAR1"),
+        "Parquet files need pyarrow, which needs instructions that this CPU lacks: "
+        "make JSON lines of them on another computer",
+    )
+
+
 def test_zstd_of_the_standard_library_is_taken_where_there_is_one(write, monkeypatch):
     # A stand-in, which undoes gzip: what counts is how it is called, and what it raises.
     class ZstdError(Exception):
