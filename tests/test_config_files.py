@@ -305,7 +305,13 @@ def test_write_config_shows_every_setting_and_its_meaning():
         assert [key.removeprefix("#").removesuffix(" =") for key in keys if key] == names
         unset = {key.removeprefix("#").removesuffix(" =") for key in keys if key[:1] == "#"}
         assert set(tables[table]) == set(names) - unset
-        assert unset <= {"vocab_size", "learning_rate", "vocabulary", "separator"}
+        assert unset <= {
+            "vocab_size",
+            "learning_rate",
+            "warmup_steps",
+            "vocabulary",
+            "separator",
+        }
     assert "\n# updates of the weights (1 to 1099511627776)\nsteps = 1500\n" in text
     assert "\n# how the learning rate falls (cosine, linear, step, constant)\n" in text
     assert max(map(len, text.split("\n"))) <= 100
@@ -548,10 +554,14 @@ def test_train_goes_on_without_a_config(base, fail):
 
 
 def test_print_config_prints_all_settings(base, say):
+    model, training, data = read_settings(base / "bpe")[:3]
+    assert training.warmup_steps == 0
+    # What follows from the steps is left to them.
+    training = dataclasses.replace(training, warmup_steps=None)
     for options, expected in (
         ((), DEFAULTS),
         (("--steps", 5), (DEFAULTS[0], TrainingConfig(steps=5), DEFAULTS[2])),
-        (("--config", base / "bpe"), read_settings(base / "bpe")[:3]),
+        (("--config", base / "bpe"), (model, training, data)),
     ):
         output, errors = say("train", *options, "--print-config")
         assert errors == b""

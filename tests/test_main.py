@@ -681,6 +681,36 @@ def test_train_takes_about_its_time(say, text):
     assert 0.03 < last["elapsed_seconds"] < 10
 
 
+def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
+    """However its length is given; one that goes on with more steps keeps its number."""
+
+    def warmup_of(folder):
+        _, training, *_ = read_settings(Path(folder))
+        rates = [record["learning_rate"] for record in read_metrics(f"{folder}/metrics.jsonl")]
+        assert rates == [training.learning_rate_at(step) for step in range(training.steps)]
+        return training.warmup_steps
+
+    short = {"evaluate_every": 1, "schedule": "constant"}
+    say(*tiny(out="steps", **short | {"steps": 20}))
+    assert warmup_of("steps") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "steps_within", lambda *arguments: 30)
+        say(*tiny("--minutes", 1, out="minutes", **short | {"steps": None}))
+    assert warmup_of("minutes") == 3
+    say("train", "--config", "steps", "--steps", 40, "--out", "again")
+    assert warmup_of("again") == 4
+    say("train", "--resume", "steps", "--steps", 40)
+    assert warmup_of("steps") == 2
+    Path("mine.toml").write_text("[training]\nwarmup_steps = 12\n")
+    say(*tiny("--config", "mine.toml", out="file", **short))
+    assert warmup_of("file") == 12
+    say(*tiny("--config", "mine.toml", out="named", **short | {"steps": 20, "warmup_steps": 0}))
+    assert warmup_of("named") == 0
+    assert b"\n#warmup_steps =\n" in say("train", "--print-config", "--steps", 60).out
+    say("train", "--config", "named", "--steps", 40, "--out", "kept")
+    assert warmup_of("kept") == 0
+
+
 def test_train_refuses_bad_minutes(fail, run, text):
     train = ("train", "--data", text)
     for minutes in ("0", "-1", "nan", "inf"):

@@ -25,6 +25,7 @@ from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.search_space import (
     default_space,
 )
+from legacy1bit.trainer import read_settings
 from legacy1bit.tune import TrialResult, best_of, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -222,6 +223,17 @@ def test_search_goes_on_where_it_diverges_at_once(say):
     for one in results_in("study"):
         assert one.state == "pruned"
         assert "try a lower --learning-rate" in one.reason
+
+
+def test_trials_warm_up_for_a_share_of_their_steps(say, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(tune, "steps_within", lambda *arguments: 20)
+    say(*search("study", "--seconds", 1, "--trials", 1))
+    assert read_settings(Path("study/trials/0000"))[1].warmup_steps == 2
+    # The settings that were found have a share, too, whatever the run's length then is.
+    assert "warmup_steps" not in read_config("study/best.toml")["training"]
+    say(*search("named", "--seconds", 1, "--trials", 1, "--warmup-steps", 15))
+    assert read_settings(Path("named/trials/0000"))[1].warmup_steps == 15
 
 
 def test_search_ends_without_a_gain(say, monkeypatch):
