@@ -497,6 +497,17 @@ def test_train_repeats_a_run_with_another_text_or_tokenizer(base, say):
     assert read_settings(Path("stories"))[3]["stories"] == 30
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_train_says_that_weights_are_new(base, say, other):
+    more = ("--data", base / "other.txt") if other else ()
+    for path in (base / "text", base / "text/training.json"):
+        errors = say("train", "--config", path, *more, "--out", f"again{path.name}").err.decode()
+        (line,) = [line for line in errors.splitlines() if line.startswith("new weights, ")]
+        assert f"the settings of {base / 'text'};" in line
+        assert line.endswith(f": --resume {base / 'text'}")
+    assert b"new weights" not in say("train", "--config", base / "tiny.toml", "--out", "new").err
+
+
 def test_train_takes_another_optimizer_with_its_own_rate(base, say):
     say("train", "--config", base / "stories", "--optimizer", "sgd", "--out", "again")
     assert read_settings(Path("again"))[1].learning_rate == DEFAULT_RATES["sgd"]

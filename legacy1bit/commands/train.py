@@ -176,6 +176,12 @@ def _start(
     _check_folder(arguments.out)
     new = beginning_of(arguments)
     training = new.training
+    if new.run is not None:
+        print(
+            f"new weights, with the settings of {new.run}; to train its own further, on its own "
+            f"text: --resume {shlex.quote(str(new.run))}",
+            file=sys.stderr,
+        )
     if arguments.minutes is not None:
         steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
         training = replace(training, steps=steps)
