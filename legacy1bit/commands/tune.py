@@ -233,7 +233,7 @@ class _Work:
                 if result.state == "refused":
                     return
                 best = best_of(results_of(self.study), self.terms.objectives)
-                progress.console.print(_line(result, result in best), soft_wrap=True)
+                progress.write(_line(result, result in best))
                 if best:
                     progress.update(task, best=f"best {best[0].loss:.4f}")
                     if result in best:
