@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.checkpoint import CHECKPOINT_FILE
-from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    DEFAULT_RATES,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    default_warmup,
+)
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.machine import read_machine
 from legacy1bit.model import WEIGHTS_FILE, load_model
@@ -359,8 +365,10 @@ def _settings(told: _Told) -> list[str]:
 def defaults_of(record: Any) -> Any:
     """Return the record of settings that nobody has changed."""
     if isinstance(record, TrainingConfig):
-        # The learning rate's default is its optimizer's.
-        return replace(TrainingConfig(), learning_rate=DEFAULT_RATES[record.optimizer])
+        # The learning rate's default is its optimizer's, and a run's warm-up goes by its steps.
+        warmup = None if record.warmup_steps is None else default_warmup(record.steps)
+        rate = DEFAULT_RATES[record.optimizer]
+        return replace(TrainingConfig(), learning_rate=rate, warmup_steps=warmup)
     return type(record)()
 
 

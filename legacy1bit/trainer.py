@@ -306,6 +306,8 @@ class Trainer:
         self.folder = folder
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
+        # A number from here on, which a run that gets more steps later keeps.
+        config = replace(config, warmup_steps=config.warmup)
         with product_precision(config.precision):
             pass  # a precision that is not there is refused before anything is made
         self.config = config

@@ -65,7 +65,8 @@ TRAINING_FIELDS = {
     "decay_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
     "final_learning_rate": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "decay_share": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
-    "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    # None is the default for the steps.
+    "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS[1:]),
     "beta1": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "beta2": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "epsilon": ((1e-20, 1), (0.0, 9e-21, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
@@ -368,6 +369,22 @@ def test_learning_rate_at_rises_to_its_peak_before_it_falls(schedule):
     falling = [config.learning_rate_at(step) for step in (8, 9)]
     expected = [8.0, 8.0 if schedule == "constant" else 4.0]
     assert falling == pytest.approx(expected, **FLOAT64)
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(1, 0), (9, 0), (10, 1), (60, 6), (98, 9), (999, 99), (1000, 100), (1500, 100), (10**6, 100)],
+)
+def test_learning_rate_at_warms_up_for_a_tenth_of_a_short_run(steps, warmup):
+    config = TrainingConfig(steps=steps, learning_rate=1.0, schedule="constant")
+    assert config.warmup == warmup
+    assert [config.learning_rate_at(step) for step in range(warmup)] == pytest.approx(
+        [(step + 1) / warmup for step in range(warmup)], **FLOAT64
+    )
+    assert config.learning_rate_at(warmup) == 1.0
+    # One that is named stays, whatever else changes.
+    assert TrainingConfig(steps=steps, warmup_steps=100).warmup == 100
+    assert dataclasses.replace(config, steps=2000).warmup == 100
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])

@@ -29,7 +29,7 @@ from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
-from legacy1bit.commands import common, corpora, train
+from legacy1bit.commands import common, corpora, progress, train
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -681,6 +681,36 @@ def test_train_takes_about_its_time(say, text):
     assert 0.03 < last["elapsed_seconds"] < 10
 
 
+def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
+    """However its length is given; one that goes on with more steps keeps its number."""
+
+    def warmup_of(folder):
+        _, training, *_ = read_settings(Path(folder))
+        rates = [record["learning_rate"] for record in read_metrics(f"{folder}/metrics.jsonl")]
+        assert rates == [training.learning_rate_at(step) for step in range(training.steps)]
+        return training.warmup_steps
+
+    short = {"evaluate_every": 1, "schedule": "constant"}
+    say(*tiny(out="steps", **short | {"steps": 20}))
+    assert warmup_of("steps") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "steps_within", lambda *arguments: 30)
+        say(*tiny("--minutes", 1, out="minutes", **short | {"steps": None}))
+    assert warmup_of("minutes") == 3
+    say("train", "--config", "steps", "--steps", 40, "--out", "again")
+    assert warmup_of("again") == 4
+    say("train", "--resume", "steps", "--steps", 40)
+    assert warmup_of("steps") == 2
+    Path("mine.toml").write_text("[training]\nwarmup_steps = 12\n")
+    say(*tiny("--config", "mine.toml", out="file", **short))
+    assert warmup_of("file") == 12
+    say(*tiny("--config", "mine.toml", out="named", **short | {"steps": 20, "warmup_steps": 0}))
+    assert warmup_of("named") == 0
+    assert b"\n#warmup_steps =\n" in say("train", "--print-config", "--steps", 60).out
+    say("train", "--config", "named", "--steps", 40, "--out", "kept")
+    assert warmup_of("kept") == 0
+
+
 def test_train_refuses_bad_minutes(fail, run, text):
     train = ("train", "--data", text)
     for minutes in ("0", "-1", "nan", "inf"):
@@ -988,6 +1018,60 @@ def test_best_model_is_not_the_latest_run(say):
     assert Path("runs/one/best/training.json").exists()
     os.utime("runs/one/training.json", (1, 1))
     assert say("info").out == say("info", "--model", "runs/one").out
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Each step takes two seconds of a clock that nothing else moves."""
+    step, now = trainer.Trainer.train_step, [100.0]
+
+    def train_step(self):
+        now[0] += 2.0
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setattr(progress, "clock", lambda: now[0])
+    return now
+
+
+def lines_of_progress(errors):
+    return [line for line in errors.decode().splitlines() if line.endswith(" left")]
+
+
+def test_train_tells_how_far_it_is_where_no_bar_is_seen(say, slow_steps):
+    """The first line comes after five seconds, each further one after twice as many."""
+    lines = lines_of_progress(say(*tiny(out="run", steps=40, evaluate_every=40)).err)
+    assert [line.split()[:2] for line in lines] == [
+        ["step", "3"],
+        ["step", "8"],
+        ["step", "18"],
+        ["step", "38"],
+    ]
+    pattern = r"step +3 +8%  loss \d\.\d{3}  [\d,]+ tokens/s  0:01:14 left"
+    assert re.fullmatch(pattern, lines[0])
+    # What remains of a run that goes on is reckoned from where it does.
+    lines = lines_of_progress(say("train", "--resume", "run", "--steps", 60).err)
+    assert lines[0].startswith("step     43 ")
+    assert lines[0].endswith("  0:00:34 left")
+
+
+def test_train_has_no_further_lines_beside_those_of_evaluations(say, slow_steps):
+    errors = say(*tiny(out="run", steps=20, evaluate_every=2)).err
+    assert not lines_of_progress(errors)
+    assert errors.count(b"validation loss") == 10
+
+
+def test_progress_of_bytes_tells_how_far_it_is_where_no_bar_is_seen(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "clock", lambda: now[0])
+    with progress.progress_of_bytes("tokens", 8_000_000) as on_progress:
+        for second in range(1, 8):
+            now[0] += 1.0
+            on_progress(second * 1_000_000)
+    assert capsys.readouterr().err == "tokens  5.0/8.0 MB  1.0 MB/s  0:00:03 left\n"
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------

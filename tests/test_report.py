@@ -1,5 +1,6 @@
 """The page about a run: all that it should tell, in one file that asks for nothing."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -224,7 +225,9 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
     begun = beginning_of(parsed)
-    assert (begun.model, begun.training) == (model, training)
+    # The number of warm-up steps follows from that of all.
+    begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
+    assert (begun.model, begun_training) == (model, training)
     say(*arguments, "--out", "again")
     assert read_settings(Path("again")) == (model, training, data, source)
     assert (
@@ -336,3 +339,6 @@ def test_records_without_options_are_the_defaults():
     slow = TrainingConfig(optimizer="sgd")
     assert defaults_of(slow).learning_rate == slow.learning_rate
     assert defaults_of(slow).optimizer == "muon"
+    # A run's warm-up is a number.
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=6)).warmup_steps == 6
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=0)).warmup_steps == 6

@@ -725,6 +725,15 @@ def test_run_goes_on_where_it_was_in_the_data(tmp_path, name):
     assert run.best == whole.best
 
 
+def test_trainer_keeps_the_warm_up_that_it_began_with(tmp_path):
+    run = make(tmp_path / "run", steps=20, warmup_steps=None)
+    assert run.config.warmup_steps == 2
+    run.save()
+    _, training, _, _ = read_settings(run.folder)
+    assert training.warmup_steps == 2
+    assert replace(training, steps=2000).learning_rate_at(1) == training.learning_rate
+
+
 @every_data
 def test_record_tells_how_much_is_padding(tmp_path, name):
     run = make(tmp_path / "run", data=DataConfig(**DATA[name]), gradient_accumulation=2)

@@ -177,6 +177,12 @@ def _start(
     _check_folder(arguments.out)
     new = beginning_of(arguments)
     training = new.training
+    if new.run is not None:
+        print(
+            f"new weights, with the settings of {new.run}; to train its own further, on its own "
+            f"text: --resume {shlex.quote(str(new.run))}",
+            file=sys.stderr,
+        )
     if arguments.minutes is not None:
         steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
         training = replace(training, steps=steps)
@@ -263,14 +269,19 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
 
     with Interrupts(answer) as interrupts, progress:
         task = progress.add_task(
-            "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
+            "",
+            total=trainer.config.steps,
+            completed=trainer.step,
+            first=trainer.step,
+            loss=float("nan"),
+            speed=0.0,
         )
 
         def on_step(loss: float, speed: float) -> None:
             progress.update(task, completed=trainer.step, loss=loss, speed=speed)
 
         def on_report(record: dict[str, Any]) -> None:
-            progress.console.print(
+            progress.write(
                 f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
                 f"validation loss {record['val_loss']:.4f}  "
                 f"{record['tokens_per_second']:,.0f} tokens/s"

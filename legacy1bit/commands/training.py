@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.common import given, path_of, threads_of
@@ -43,7 +44,7 @@ def told_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             told.get("data", {}).pop(name, None)
     if "run" in told and (other_text or other_tokens):
         # How many tokens there are is no longer what the run says.
-        del told["run"], told["model"]["vocab_size"]
+        del told["model"]["vocab_size"]
     if other_text:
         told.pop("source", None)
     return told | {table: told.get(table, {}) | options[table] for table in TABLES}
@@ -60,8 +61,9 @@ def _tokenizer_of(arguments: argparse.Namespace, told: dict[str, Any]) -> Tokeni
     """Return the tokenizer of the folder that is named, or of the run that is trained again."""
     if arguments.tokenizer_from is not None:
         return load_tokenizer(arguments.tokenizer_from)
-    if "run" in told and (told["run"] / TOKENIZER_FILE).exists():
-        return tokenizer_of(told["run"], told["model"]["vocab_size"])
+    tokens = told["model"].get("vocab_size")
+    if "run" in told and tokens is not None and (told["run"] / TOKENIZER_FILE).exists():
+        return tokenizer_of(told["run"], tokens)
     return None
 
 
@@ -76,6 +78,8 @@ class Beginning:
     source : dict
         Where the corpus comes from.
     corpus : Corpus
+    run : Path or None
+        An earlier run, where the settings are its own.
     """
 
     model: ModelConfig
@@ -83,6 +87,7 @@ class Beginning:
     data: DataConfig
     source: dict[str, Any]
     corpus: Corpus
+    run: Path | None = None
 
 
 def beginning_of(arguments: argparse.Namespace) -> Beginning:
@@ -111,7 +116,7 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
             f"{arguments.config}: vocab_size is {tokens}, expected "
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
-    return Beginning(model, training, data, source, corpus)
+    return Beginning(model, training, data, source, corpus, told.get("run"))
 
 
 class Interrupts:

@@ -13,7 +13,14 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import add_settings, check_above_zero, given, path_of, threads_of
+from legacy1bit.commands.common import (
+    add_settings,
+    check_above_zero,
+    given,
+    option_of,
+    path_of,
+    threads_of,
+)
 from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
@@ -73,7 +80,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
     command.description = (
         "Search for the settings with which a model becomes the best within a given time, and "
-        "maybe a given size. What is not searched for is set as for train."
+        "maybe a given size. What is not searched for is set as for train: a setting that the "
+        "command line names is fixed, one of a --config is where the search begins."
     )
     add_data(command)
     add_config(command)
@@ -226,7 +234,7 @@ class _Work:
                 if result.state == "refused":
                     return
                 best = best_of(results_of(self.study), self.terms.objectives)
-                progress.console.print(_line(result, result in best), soft_wrap=True)
+                progress.write(_line(result, result in best))
                 if best:
                     progress.update(task, best=f"best {best[0].loss:.4f}")
                     if result in best:
@@ -321,7 +329,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
     steps = "steps" in given(arguments, TrainingConfig)
     if steps and arguments.seconds is not None:
         raise ValueError("--seconds and --steps exclude each other")
-    space = _space(arguments)
+    space, fixed = _space(arguments)
     _check_out(arguments.out)
     if arguments.storage is None and arguments.out is not None:
         own_database(arguments.out)
@@ -371,6 +379,8 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         if made:
             remove(folder)
         raise
+    if fixed:
+        print(f"not searched, as the command line sets it: {_options(fixed)}", file=sys.stderr)
     return work
 
 
@@ -381,14 +391,26 @@ def _check_time(terms: Terms, budget: Budget) -> None:
         raise ValueError(f"a trial of {seconds:g} s does not fit into {minutes:g} minutes")
 
 
-def _space(arguments: argparse.Namespace) -> tuple[Dimension, ...]:
-    """Return what is searched."""
+def _space(arguments: argparse.Namespace) -> tuple[tuple[Dimension, ...], list[str]]:
+    """Return what is searched, and what is not, since the command line names it."""
     path = arguments.space or default_space()
     sized = arguments.max_bytes is not None or "bytes" in (arguments.objectives or ())
     space = tuple(one for one in read_space(path) if sized or not one.for_bytes)
     if not space:
         raise ValueError(f"{path} has nothing to search without --max-bytes")
-    return space
+    named = given(arguments, ModelConfig) | given(arguments, TrainingConfig)
+    fixed = [one.name for one in space if one.name in named]
+    space = tuple(one for one in space if one.name not in fixed)
+    if not space:
+        raise ValueError(
+            f"{path} has nothing to search besides what the command line sets: leave out one of "
+            f"{_options(fixed)}"
+        )
+    return space, fixed
+
+
+def _options(names: Sequence[str]) -> str:
+    return ", ".join(f"--{option_of(name)}" for name in names)
 
 
 def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
