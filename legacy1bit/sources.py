@@ -553,6 +553,32 @@ def _in_utf8(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[byte
     yield from texts
 
 
+def decode_text(data: bytes, name: str) -> bytes:
+    """Return a text in memory as UTF-8, by its byte order mark; without one, as it is.
+
+    Parameters
+    ----------
+    data : bytes
+    name : str
+        What to call the text in an error.
+
+    Raises
+    ------
+    ValueError
+        If it is not in the encoding that its mark names.
+    """
+    for mark, encoding in _OTHER_MARKS.items():
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
+                    f"{encoding}, which its byte order mark names"
+                ) from None
+    return data.removeprefix(_UTF8_MARK)
+
+
 def _checked(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
     offset = 0
     pending = b""  # of a character that the next block ends

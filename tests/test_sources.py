@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from legacy1bit import sources
 from legacy1bit.sources import (
     Piece,
+    decode_text,
     is_token_file,
     open_source,
     read_token_file,
@@ -516,6 +517,22 @@ def test_byte_order_mark_is_dropped(small, write, block, encoding):
     assert read(write("a.txt", marked), encoding=encoding) == [text.encode()]
     line = ("\ufeff" + rows([text])).encode(encoding.replace("-sig", ""))
     assert read(write("a.jsonl", line), encoding=encoding) == [text.encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8", "utf-16", "utf-32"])
+def test_decode_text_goes_by_the_mark(encoding):
+    for text in ("", "a \u00df\r\n\u65e5\ufeff \U0001f600"):
+        assert decode_text(text.encode(encoding), "a") == text.encode()
+    big = {"utf-16": codecs.BOM_UTF16_BE, "utf-32": codecs.BOM_UTF32_BE}
+    if mark := big.get(encoding):
+        assert decode_text(mark + "\u00df".encode(f"{encoding}-be"), "a") == "\u00df".encode()
+
+
+def test_decode_text_leaves_bytes_and_refuses_damage():
+    assert decode_text(b"\xfe\xfe\0\xef\xbb", "a") == b"\xfe\xfe\0\xef\xbb"
+    message = "^a.txt: byte 0x00 at offset 4 is not utf-16, which its byte order mark names$"
+    with pytest.raises(ValueError, match=message):
+        decode_text(b"\xff\xfea\0\0\xd8b\0", "a.txt")
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
