@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,87 @@ _LEFT_BEHIND_SECONDS = 24 * 3600
 
 # What safetensors calls the types that are stored here.
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
+
+
+class FileKind(NamedTuple):
+    """A kind of file.
+
+    Attributes
+    ----------
+    name : str
+        With its article, as in "a GGUF model".
+    remedy : str
+        What to do with such a file, where text or a model folder is expected.
+    """
+
+    name: str
+    remedy: str
+
+
+HTML_PAGE = FileKind("an HTML page", "download the file that it shows or links to")
+GIT_LFS_POINTER = FileKind("a Git LFS pointer, without the content", "git lfs pull fetches that")
+
+_PYTORCH = FileKind(
+    "a PyTorch checkpoint or another pickle", "convert it with the program that made it"
+)
+_UNPACK = "unpack it first"
+
+# How many bytes a file is known by.
+HEAD_BYTES = 512
+
+# How the files of each kind begin; the first that matches counts.
+_KINDS = (
+    (rb"version https://git-lfs\.github\.com/spec/", GIT_LFS_POINTER),
+    (
+        rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html)[\s>]",
+        HTML_PAGE,
+    ),
+    (
+        rb"GGUF",
+        FileKind("a GGUF model", "legacy1bit import --model FILE --out DIR makes a folder of it"),
+    ),
+    (
+        # The header's length, and its first name.
+        rb".{4}\0{4}\{\"",
+        FileKind("a safetensors file of weights", "--model takes the folder that it lies in"),
+    ),
+    (rb"PK\x03\x04.{26}[^\0]{0,200}data\.pkl", _PYTORCH),
+    # A protocol of pickle, and what its first object can be; PyTorch's older number.
+    (rb"\x80[\x02\x03](?:[\]}]q\0|c[a-z_]+[.\n]|\x8a\nl\xfc\x9cF)", _PYTORCH),
+    (rb"\x80[\x04\x05]\x95.{5}\0{3}", _PYTORCH),
+    (
+        rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|mimetypeapplication/)",
+        FileKind("an office document or an e-book", "save it as plain text"),
+    ),
+    (rb"PK\x03\x04.{26}[^\0]{0,200}\.npy", FileKind("a NumPy archive", "write its text to a file")),
+    (rb"PK(?:\x03\x04|\x05\x06)", FileKind("a ZIP archive", _UNPACK)),
+    (rb".{257}ustar[\0 ]", FileKind("a tar archive", _UNPACK)),
+    (rb"7z\xbc\xaf\x27\x1c", FileKind("a 7z archive", _UNPACK)),
+    (rb"Rar!\x1a\x07", FileKind("a RAR archive", _UNPACK)),
+    (rb"\x1f\x8b\x08", FileKind("a gzip file", "gzip -d unpacks it")),
+    (rb"\x28\xb5\x2f\xfd", FileKind("a Zstandard file", "zstd -d unpacks it")),
+    (rb"\xfd7zXZ\0", FileKind("an xz file", "xz -d unpacks it")),
+    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", FileKind("a bzip2 file", "bzip2 -d unpacks it")),
+    (rb"%PDF-", FileKind("a PDF document", "pdftotext FILE makes text of it")),
+    (rb"PAR1", FileKind("a Parquet file", "let its name end in .parquet")),
+    (rb"ARROW1\0\0", FileKind("an Arrow file", "write it as Parquet or as JSON lines")),
+    (rb"\x93NUMPY", FileKind("a NumPy array", "write its text to a file")),
+    (rb"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file", "write its text to a file")),
+)
+
+
+def kind_of_file(head: bytes) -> FileKind | None:
+    """Return which of the kinds that are easily mistaken for a text or a model a file is.
+
+    Parameters
+    ----------
+    head : bytes
+        Its first ``HEAD_BYTES``, or all of it.
+    """
+    for pattern, kind in _KINDS:
+        if re.match(pattern, head, re.DOTALL):
+            return kind
+    return None
 
 
 def serialize_tensors(

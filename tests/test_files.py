@@ -1,12 +1,19 @@
 """Writing files whole or not at all (departure 12)."""
 
+import bz2
 import errno
+import gzip
+import io
+import lzma
 import os
+import pickle
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -20,6 +27,7 @@ from legacy1bit.files import (
     atomic_path,
     atomic_write,
     atomic_write_all,
+    kind_of_file,
     read_regular,
 )
 
@@ -668,3 +676,85 @@ def test_only_regular_files_are_read(tmp_path, old_file):
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "none")
     assert len(os.listdir("/dev/fd")) == before
+
+
+# --- Kinds of files -------------------------------------------------------------------------------
+
+
+def zipped(name, content=b"abc"):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+def tarred():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return file.getvalue()
+
+
+def saved(write, *values):
+    file = io.BytesIO()
+    write(file, *values)
+    return file.getvalue()
+
+
+PICKLED = "a PyTorch checkpoint or another pickle"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (POINTER, "a Git LFS pointer, without the content"),
+        (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"\xef\xbb\xbf\r\n<HTML lang='en'>", "an HTML page"),
+        (b'<?xml version="1.0"?>\n<html xmlns="http://www.w3.org/1999/xhtml">', "an HTML page"),
+        (b"GGUF\3\0\0\0", "a GGUF model"),
+        (save({"a": np.zeros(3)}), "a safetensors file of weights"),
+        (zipped("model/data.pkl"), PICKLED),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", PICKLED),
+        *((pickle.dumps({"a": 1}, n), PICKLED) for n in range(2, 6)),
+        (pickle.dumps(np.zeros(3), 2), PICKLED),
+        (zipped("[Content_Types].xml"), "an office document or an e-book"),
+        (zipped("mimetype", b"application/epub+zip"), "an office document or an e-book"),
+        (saved(np.savez, np.zeros(3)), "a NumPy archive"),
+        (saved(np.save, np.zeros(3)), "a NumPy array"),
+        (zipped("a.txt"), "a ZIP archive"),
+        (saved(lambda file: zipfile.ZipFile(file, "w").close()), "a ZIP archive"),
+        (tarred(), "a tar archive"),
+        (gzip.compress(b"a"), "a gzip file"),
+        (lzma.compress(b"a"), "an xz file"),
+        (bz2.compress(b"a"), "a bzip2 file"),
+        (bz2.compress(b""), "a bzip2 file"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"ARROW1\0\0", "an Arrow file"),
+    ],
+)  # fmt: skip
+def test_kind_of_file_knows_what_is_mistaken_for_text(head, name):
+    kind = kind_of_file(head[: files.HEAD_BYTES])
+    assert kind.name == name
+    assert kind.remedy
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"a text",
+        b"<html5 is a word>",
+        b"<p>A part of a page</p>",
+        b"versions of https://git-lfs.github.com/spec/v1",
+        b'{"text": "GGUF"}',
+        b"# README\n<!doctype html>",
+        b"BZh9 is how a bzip2 file begins",
+        b"\x80\x02\x00\x01",  # tokens 640 and 256
+        b"PK is short for peak",
+    ],
+)
+def test_kind_of_file_leaves_texts_and_tokens_alone(head):
+    assert kind_of_file(head) is None
