@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,14 @@ from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus,
 from legacy1bit.files import remove_left_behind, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
 from legacy1bit.shards import INDEX_FILE, cache_key, default_cache
-from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
+from legacy1bit.sources import (
+    STANDARD_INPUT,
+    Source,
+    is_token_file,
+    open_source,
+    read_token_file,
+    standard_input,
+)
 from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
     ByteTokenizer,
@@ -137,9 +143,7 @@ def _keep_stream(cache: Path, data: str) -> str:
             if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
                 raise ValueError(f"{data} is a device, expected a file or a pipe")
             return _keep(cache, stream, data)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed")
-    return _keep(cache, sys.stdin.buffer, "standard input")
+    return _keep(cache, standard_input(), "standard input")
 
 
 def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
