@@ -8,9 +8,10 @@ import bisect
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -519,6 +520,10 @@ class BucketReader(PackedReader):
         return batches
 
 
+_Change = Callable[[Batch, tuple[int, ...]], Batch]
+_Ready = queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException]
+
+
 class Prefetcher:
     """Has a reader's next batches made while the last one is learned from.
 
@@ -528,17 +533,22 @@ class Prefetcher:
         That of the reader after the batches that were taken.
     """
 
-    def __init__(
-        self, reader: Reader, change: Callable[[Batch, tuple[int, ...]], Batch] | None = None
-    ) -> None:
+    def __init__(self, reader: Reader, change: _Change | None = None) -> None:
         self.position = reader.position
-        self._reader, self._change = reader, change
-        self._ready: queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException] = queue.Queue(
-            _AHEAD
-        )
+        self._ready: _Ready = queue.Queue(_AHEAD)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
+        # The thread does not hold this object: one that is dropped without an end has its own.
+        self._thread = threading.Thread(
+            target=_read_ahead,
+            args=(reader, change, self._ready, self._ended),
+            name="batches",
+            daemon=True,
+        )
         self._thread.start()
+        weakref.finalize(self, _end, self._ready, self._ended)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Prefetcher cannot be copied or pickled: copy its reader")
 
     def next_batch(self) -> Batch:
         """Return a batch and move on; raise what the reader has raised."""
@@ -549,22 +559,30 @@ class Prefetcher:
         batch, self.position = found
         return batch
 
-    def _run(self) -> None:
-        try:
-            while not self._ended.is_set():
-                before = self._reader.position
-                batch = self._reader.next_batch()
-                if self._change is not None:
-                    batch = self._change(batch, before)
-                self._ready.put((batch, self._reader.position))
-        except BaseException as error:  # it is raised where the batch is asked for
-            self._ready.put(error)
-
     def close(self) -> None:
         """End the thread."""
-        self._ended.set()
-        # It may wait for room; it puts one more at most.
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._ready.get_nowait()
+        _end(self._ready, self._ended)
         self._thread.join()
+
+
+def _read_ahead(
+    reader: Reader, change: _Change | None, ready: _Ready, ended: threading.Event
+) -> None:
+    try:
+        while not ended.is_set():
+            before = reader.position
+            batch = reader.next_batch()
+            if change is not None:
+                batch = change(batch, before)
+            ready.put((batch, reader.position))
+    except BaseException as error:  # it is raised where the batch is asked for
+        ready.put(error)
+
+
+def _end(ready: _Ready, ended: threading.Event) -> None:
+    """Have the thread that fills a queue end with what it is at."""
+    ended.set()
+    # It may wait for room; it puts one more at most.
+    with contextlib.suppress(queue.Empty):
+        while True:
+            ready.get_nowait()

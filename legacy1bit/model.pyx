@@ -299,6 +299,9 @@ cdef class LayerNorm:
         self.view.beta = vector_pointer(beta, len(gamma), "beta")
         self.gamma, self.beta = gamma, beta
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size):
     """Return the norm inside a layer, or None where it has none."""
@@ -379,6 +382,9 @@ cdef class MultiHeadAttention:
             self.rotary.fill(length)
         return 0
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef class FeedForward:
     """The weights of one feed-forward layer, ``wo act(wi x + bi) + bo`` (C: ``FeedForwardLayer``).
@@ -413,6 +419,9 @@ cdef class FeedForward:
             view.norm = self.norm.view
         view.rounded = rounded
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef class TransformerBlock:
     """One pre-norm block, ``x + attention(norm1(x))`` and then ``x + ffn(norm2(x))``."""
@@ -432,6 +441,9 @@ cdef class TransformerBlock:
         self.view.ffn = ffn.view
         self.view.norm1 = norm1.view
         self.view.norm2 = norm2.view
+
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -604,7 +616,7 @@ cdef class LegacyLLM:
         return &self.view
 
     def __reduce__(self):
-        raise TypeError("a model cannot be pickled: use save_model and load_model")
+        raise TypeError("a model cannot be copied or pickled: use save_model and load_model")
 
     @property
     def trainable(self) -> bool:
@@ -885,7 +897,7 @@ cdef class LegacyLLMGradients:
         return _layer(self.parameters, f"{prefix}.")
 
     def __reduce__(self):
-        raise TypeError("gradients cannot be pickled: copy their flat array")
+        raise TypeError("gradients cannot be copied or pickled: copy their flat array")
 
 
 def create_legacy_llm_gradients(config) -> LegacyLLMGradients:
@@ -1031,6 +1043,9 @@ cdef class TransformerBlockContext:
             view.ffn.normed = float_pointer(self.activated_normed)
             view.ffn.mean = float_pointer(self.activated_mean)
             view.ffn.inv_std = float_pointer(self.activated_inv_std)
+
+    def __reduce__(self):
+        raise TypeError("a TransformerBlockContext cannot be copied or pickled: make another one")
 
 
 cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,

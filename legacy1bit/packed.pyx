@@ -168,6 +168,9 @@ cdef class PackedMatrix:
                                             self.view.rows, workspace)
         return result
 
+    def __reduce__(self):
+        raise TypeError("a PackedMatrix cannot be copied or pickled: pack its values and scales")
+
     def __repr__(self):
         return (f"PackedMatrix({self.shape[0]} x {self.shape[1]}, "
                 f"{'trits' if self.trits else '2 bits'})")
@@ -196,6 +199,9 @@ cdef class RoundedRows:
         self.view.codes = <signed char *>&codes[0]
         self.view.steps = &steps[0]
         self.view.sums = &sums[0]
+
+    def __reduce__(self):
+        raise TypeError("RoundedRows cannot be copied or pickled: make others")
 
 
 def _pack(values, levels, trits, room):
@@ -476,7 +482,7 @@ cdef class PackedModel:
         return 0
 
     def __reduce__(self):
-        raise TypeError("a model cannot be pickled: use save_model and load_model")
+        raise TypeError("a model cannot be copied or pickled: use save_model and load_model")
 
     def __repr__(self):
         return (f"PackedModel({self.config.num_blocks} blocks of {self.config.model_dim}, "

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -107,6 +107,10 @@ class IntegerFile:
         if size is None:
             size = (os.fstat(self._file).st_size - offset) // self.dtype.itemsize
         self.size = size
+
+    def __reduce__(self) -> NoReturn:
+        # The number of an open file is another file's elsewhere, or after this one is closed.
+        raise TypeError(f"{self.path} is open, and cannot be copied or pickled: open it once more")
 
     def __getitem__(self, places: slice, /) -> npt.NDArray[Any]:
         """Return a slice without a step, read-only.

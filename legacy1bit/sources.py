@@ -161,6 +161,11 @@ class Source:
         default_factory=_Stream, init=False, repr=False, compare=False
     )
 
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_stream():
+            raise TypeError(f"{self.name} is a stream, and cannot be copied or pickled")
+        return self.__dict__
+
     def pieces(self) -> Iterator[Piece]:
         """Go through the text once.
 
@@ -266,9 +271,7 @@ class Source:
 
     def _read(self) -> Iterator[Piece]:
         if not self.files:
-            if sys.stdin is None:
-                raise ValueError("there is no standard input")
-            yield from _cut(self._documents(_Input(sys.stdin.buffer), self.name, ""))
+            yield from _cut(self._documents(_Input(standard_input()), self.name, ""))
         for path in self.files:
             with _opened(path) as file:
                 if path.suffix.lower() == _PARQUET:
@@ -528,6 +531,22 @@ def _state(found: os.stat_result) -> tuple[int, ...]:
         *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
         *(found.st_dev, found.st_ino),
     )
+
+
+def standard_input() -> BinaryIO:
+    """Return the bytes of standard input, or of the text that stands in for it.
+
+    Raises
+    ------
+    ValueError
+        If it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    found: BinaryIO | None = getattr(sys.stdin, "buffer", None)
+    if found is None:
+        found = io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
+    return found
 
 
 def _is_regular(path: Path) -> bool:

@@ -350,6 +350,10 @@ class SubwordTokenizer:
         # A special token's name in a text is text like any other.
         self._library.encode_special_tokens = True
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies of the library's object forget the line above.
+        return type(self), (self.merges,)
+
     @functools.cached_property
     def sha256(self) -> str:
         return _sha256(self.description())

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -337,6 +337,9 @@ class Trainer:
         self.seconds = 0.0
         self.metrics: Metrics | None = None
         self.best = (math.inf, 0)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a trainer cannot be copied or pickled: save the run, and restore another")
 
     def train(
         self,

@@ -789,7 +789,7 @@ def _strip(path: Path) -> None:
 def _writing(generator: Generator) -> float:
     """Return how many tokens a second a model writes."""
     begin = time.perf_counter()
-    for _ in generator.tokens([0], _PROBE_TOKENS):
+    for _ in generator.tokens([0], _PROBE_TOKENS, seed=0):
         pass
     return _PROBE_TOKENS / (time.perf_counter() - begin)
 

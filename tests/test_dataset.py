@@ -1,7 +1,11 @@
 """Batches and sweeps: which tokens they hold, and that nothing but seed and position decides."""
 
+import copy
+import gc
 import math
+import pickle
 import re
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -797,3 +801,41 @@ def test_prefetcher_closes_at_once(full):
         ahead.close()
     # A tenth of a second each would be noticed.
     assert time.perf_counter() - begun < 2.5
+
+
+COPIES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("order", ["windows", "passes", "packed", "buckets"])
+def test_reader_copies_go_on_alike(order, copied):
+    store = TokenStore([np.arange(200, dtype=np.int32)], np.arange(0, 200, 9), 199)
+    reader = TokenDataset(store, 8, 256, order=order).reader(3, 5)
+    reader.next_batch()
+    twin = copied(reader)
+    for _ in range(40):
+        for one, other in zip(reader.next_batch()[:2], twin.next_batch()[:2], strict=True):
+            assert_same_bits(one, other)
+    assert twin.position == reader.position
+
+
+def test_prefetcher_refuses_to_be_copied():
+    prefetcher = Prefetcher(counting(50, 8).reader(2, 0))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="Prefetcher cannot be copied or pickled"):
+            copied(prefetcher)
+    prefetcher.close()
+
+
+def test_prefetcher_that_is_dropped_ends_its_thread():
+    gc.disable()
+    try:
+        before = set(threading.enumerate())
+        prefetcher = Prefetcher(counting(50, 8).reader(2, 0))
+        prefetcher.next_batch()
+        (thread,) = set(threading.enumerate()) - before
+        del prefetcher
+        thread.join(20)
+        assert not thread.is_alive()
+    finally:
+        gc.enable()

@@ -30,6 +30,7 @@ from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
 from legacy1bit.commands import common, corpora, progress, train
+from legacy1bit.commands import generate as generate_command
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -417,8 +418,8 @@ def test_train_says_what_to_type_next(say, out):
     python, dash, module, *arguments = shlex.split(line)
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     folder = Path(out) if out else next(Path("runs").iterdir())
-    expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a")
-    assert say(*arguments).out == expected
+    expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a", "--seed", 0)
+    assert say(*arguments, "--seed=0").out == expected
 
 
 # --- Stopping and going on ------------------------------------------------------------------------
@@ -1219,7 +1220,8 @@ def stillborn(say, fail, monkeypatch):
 
 
 def test_run_that_was_never_saved_is_not_the_latest(say, stillborn):
-    assert say("generate").out == say("generate", "--model", "runs/good").out
+    found = say("generate", "--seed=1").out
+    assert found == say("generate", "--seed=1", "--model", "runs/good").out
 
 
 def test_run_that_was_never_saved_can_be_started_again(say, stillborn):
@@ -1244,7 +1246,8 @@ SPEED = rb"[\d,]+ tokens in \d+\.\d\d s: [\d,]+ tokens/s\n"
 
 def test_generate_writes_the_prompt_and_its_continuation(say, wild):
     for prompt in ("Once ", "\u00e9t\u00e9 \U0001f600", "line\nline\r\n\t", "-", "a" * 16):
-        output, errors = say("generate", "--model", wild, f"--prompt={prompt}", "--max-tokens", 20)
+        arguments = ("generate", "--model", wild, f"--prompt={prompt}", "--max-tokens", 20)
+        output, errors = say(*arguments, "--seed=0")
         expected = prompt.encode()
         tokens = generate(load_model(wild), [10, *expected], 20, temperature=0.8)
         assert output == expected + bytes(tokens)
@@ -1253,9 +1256,10 @@ def test_generate_writes_the_prompt_and_its_continuation(say, wild):
 
 def test_generate_takes_bytes_that_are_no_text(say, wild):
     prompt = b"\xff\xfe\x80 caf\xe9 \xc3\xa9"
-    output, _ = say("generate", "--model", wild, "--prompt", os.fsdecode(prompt), "--max-tokens", 5)
+    arguments = ("generate", "--model", wild, "--max-tokens", 5, "--seed", 0, "--prompt")
+    output, _ = say(*arguments, os.fsdecode(prompt))
     assert output == prompt + bytes(generate(load_model(wild), [10, *prompt], 5, temperature=0.8))
-    done = shell(b"generate", b"--model", os.fsencode(wild), b"--prompt", prompt, b"--max-tokens=5")
+    done = shell(*(os.fsencode(str(one)) for one in arguments), prompt)
     assert done.stdout == output
     assert re.fullmatch(SPEED, done.stderr)
 
@@ -1270,6 +1274,7 @@ def test_generate_writes_bytes_whatever_the_terminal_speaks(wild, encoding):
         "\u00e9",
         "--max-tokens",
         "30",
+        "--seed=0",
         env={"PYTHONIOENCODING": encoding},
     )
     prompt = "\u00e9".encode()
@@ -1310,6 +1315,25 @@ def test_generate_takes_its_options(say, wild):
     assert say(*arguments, "--seed", 4).out != say(*arguments).out
 
 
+def test_generate_without_a_seed_writes_another_text_and_tells_its_seed(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 60)
+    for more in ((), ("--json",), ("--count", 3)):
+        texts = set()
+        for _ in range(4):
+            output, errors = say(*arguments, *more)
+            found = re.search(rb"^seed (\d+) \(--seed \1 repeats it\)$", errors, re.M)
+            assert errors.count(b"repeats it") == 1
+            again = say(*arguments, *more, "--seed", int(found[1]))
+            assert again.out == output
+            assert b"repeats it" not in again.err
+            if more == ("--json",):
+                assert json.loads(output)["seed"] == int(found[1])
+            texts.add(output)
+        assert len(texts) == 4
+    # Where nothing is left to chance there is nothing to repeat.
+    assert b"seed" not in say(*arguments, "--temperature", 0).err
+
+
 def test_generate_uses_the_whole_prompt(say, wild):
     tails = set()
     for first in "ABCDEFGH":
@@ -1332,7 +1356,7 @@ def test_generate_says_that_a_prompt_is_longer_than_the_context(say, wild):
 
 def test_generate_without_a_prompt_begins_as_after_a_line_break(say, wild):
     expected = bytes(generate(load_model(wild), [10], 30, temperature=0.8))
-    assert say("generate", "--model", wild, "--max-tokens", 30).out == expected
+    assert say("generate", "--model", wild, "--max-tokens", 30, "--seed", 0).out == expected
 
 
 def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
@@ -1344,12 +1368,50 @@ def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
         (b"\n", b"\n"),
     ):
         Path("prompt").write_bytes(prompt + rest)
-        arguments = ("generate", "--model", wild, "--max-tokens", 9)
+        arguments = ("generate", "--model", wild, "--max-tokens", 9, "--seed", 0)
         expected = say(*arguments, "--prompt", prompt.decode()).out
         assert say(*arguments, "--prompt-file", "prompt").out == expected
         with monkeypatch.context() as patch, open("prompt", "rb") as file:
             patch.setattr(sys, "stdin", io.TextIOWrapper(file))
             assert say(*arguments, "--prompt-file=-").out == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_generate_drops_the_mark_of_a_prompts_file(say, fail, wild, monkeypatch, encoding):
+    """As Notepad and PowerShell write it, or send it through a pipe."""
+    marked = "\ufeffd\u00e9j\u00e0 ".removeprefix("\ufeff" * (encoding == "utf-8-sig"))
+    Path("prompt").write_bytes((marked + "\r\n").encode(encoding))
+    arguments = ("generate", "--model", wild, "--max-tokens", 9, "--seed", 0)
+    expected = say(*arguments, "--prompt", "d\u00e9j\u00e0 ").out
+    assert say(*arguments, "--prompt-file", "prompt").out == expected
+    with open("prompt", "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert say(*arguments, "--prompt-file=-").out == expected
+    Path("prompt").write_bytes(b"\xff\xfea\0\0\xd8")
+    told = "--prompt-file prompt: byte 0x00 at offset 4 is not utf-16"
+    assert told in fail(*arguments, "--prompt-file", "prompt")
+
+
+def test_generate_writes_text_where_standard_output_is_no_file(wild, monkeypatch):
+    """A notebook's output, or contextlib.redirect_stdout's, takes text alone."""
+    arguments = ["generate", "--model", str(wild), "--max-tokens=30", "--seed=0"]
+
+    def written(*more):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            assert main([*arguments, *more]) == 0
+        return shown.getvalue()
+
+    text = generate(load_model(wild), [10, *"d\u00e9".encode()], 30, temperature=0.8)
+    expected = "d\u00e9" + bytes(text).decode("utf-8", "replace")
+    assert written("--prompt", "d\u00e9") == expected
+    assert written("--prompt", "d\u00e9", "--count=2").startswith(expected + "\nd\u00e9")
+    assert json.loads(written("--prompt", "d\u00e9", "--json"))["text"] == expected[2:]
+    # And where input comes from may be no file, either.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("d\u00e9\n"))
+    assert written("--prompt-file=-") == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("d\u00e9\n"))
+    assert written("--interactive") == expected + "\n"
 
 
 def test_generate_refuses_a_prompt_without_end(fail, wild, monkeypatch):
@@ -1419,7 +1481,7 @@ def test_generate_stops_at_line_breaks_in_letters():
 def test_generate_asks_for_prompts(wild):
     def interact(typed):
         arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens", "8")
-        return shell(*arguments, input=typed)
+        return shell(*arguments, "--seed", "0", input=typed)
 
     done = interact(b"The \nOnce\n\n")
     first, second, third = (
@@ -1475,6 +1537,25 @@ def test_generate_without_one_of_the_streams(wild, more, status, output, error):
     assert b"Traceback" not in done.stderr
 
 
+def test_generate_keeps_no_history_without_a_home(monkeypatch, capsys):
+    """Of a user that the system does not know."""
+    readline = pytest.importorskip("readline", reason="this Python has no readline")
+    pwd = pytest.importorskip("pwd", reason="this system has no users")
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(readline, "write_history_file", lambda file: pytest.fail("it is kept"))
+    with generate_command._history():
+        assert capsys.readouterr().err == "there is no home folder to keep a history in\n"
+    assert capsys.readouterr().err == ""
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
 def test_generate_remembers_prompts(wild, tmp_path):
     """In a terminal, an earlier prompt comes back by the arrow key, in a later session, too."""
@@ -1517,7 +1598,8 @@ def test_generate_remembers_prompts(wild, tmp_path):
 ENDLESS = """
 import sys
 from legacy1bit import main
-sys.exit(main.main(["generate", "--model", sys.argv[1], "--prompt", "The ", *sys.argv[2:]]))
+options = ["--model", sys.argv[1], "--prompt", "The ", "--seed", "0", *sys.argv[2:]]
+sys.exit(main.main(["generate", *options]))
 """
 
 
@@ -1547,7 +1629,7 @@ def test_ctrl_c_ends_a_text(wild, more):
 def test_generate_writes_with_a_file_of_the_c_original(say, fail, tmp_path):
     model = create_legacy_llm(ModelConfig.c_original(256, 256, 1), 1)
     save_model(model, tmp_path / "model.bin", format="c-v1")
-    arguments = ("generate", "--model", "model.bin", "--prompt", "ab", "--max-tokens", 5)
+    arguments = ("generate", "--model", "model.bin", "--prompt", "ab", "--max-tokens=5", "--seed=0")
     expected = bytes(generate(model, list(b"\nab"), 5, temperature=0.8))
     assert say(*arguments).out == b"ab" + expected
     assert f"{model.num_parameters:,}".encode() in say("info", "--model", "model.bin").out
@@ -1575,7 +1657,8 @@ def test_latest_run_is_the_one_saved_last(say, fail):
     for now, name in enumerate("cab", 2_000_000_000):
         os.utime(f"runs/{name}/training.json", (now, now))
         assert say("info").out == say("info", "--model", f"runs/{name}").out
-        assert say("generate").out == say("generate", "--model", f"runs/{name}").out
+        found = say("generate", "--seed=1").out
+        assert found == say("generate", "--seed=1", "--model", f"runs/{name}").out
         assert say("evaluate").out == say("evaluate", "--model", f"runs/{name}").out
 
 
@@ -2016,6 +2099,39 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
         assert last == 600
     else:
         say("train", "--resume", "run")
+
+
+# --- Programs that call this one ------------------------------------------------------------------
+
+
+CALLER = """
+import contextlib, os, sys
+from legacy1bit.main import main
+path = sys.argv[1]
+def kept(*arguments):
+    before = sys.stdout, sys.stderr, sys.stdout.errors, os.fstat(1).st_ino, os.fstat(2).st_ino
+    with contextlib.suppress(SystemExit):
+        main([*arguments])
+    after = sys.stdout, sys.stderr, sys.stdout.errors, os.fstat(1).st_ino, os.fstat(2).st_ino
+    assert before == after, (arguments, before, after)
+kept("info", "--model", path)
+kept("info", "--model", "nowhere")
+kept("--help")
+sys.stderr, held = None, sys.stderr
+main(["info", "--model", path])
+assert sys.stderr is None
+sys.stderr = held
+print("still heard")
+"""
+
+
+def test_main_leaves_the_streams_of_its_caller_as_they_were(wild):
+    done = subprocess.run(
+        [sys.executable, "-c", CALLER, str(wild)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("still heard\n")
 
 
 # --- Refusals that keep what there is -------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The model's parts: making and freeing them, quantization, and the files (departures 10 to 14)."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -35,8 +36,18 @@ from models import (
 )
 
 from legacy1bit import math_ops
-from legacy1bit.backward import BackwardPass, backward_llm, backward_llm_batch
-from legacy1bit.forward import forward_embedding, forward_llm, forward_llm_batch
+from legacy1bit.backward import (
+    BackwardContext,
+    BackwardPass,
+    backward_llm,
+    backward_llm_batch,
+)
+from legacy1bit.forward import (
+    ForwardContext,
+    forward_embedding,
+    forward_llm,
+    forward_llm_batch,
+)
 from legacy1bit.hyperparams import SCALES, ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.model import (
@@ -64,8 +75,8 @@ from legacy1bit.model import (
     save_model,
     zero_legacy_llm_gradients,
 )
-from legacy1bit.optimizer import AdamW
-from legacy1bit.packed import PackedModel
+from legacy1bit.optimizer import SGD, AdamW, Muon
+from legacy1bit.packed import PackedMatrix, PackedModel, RoundedRows
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 
@@ -718,12 +729,37 @@ def test_zero_legacy_llm_gradients_zeroes_all():
     assert_same_bits(gradients.flat, np.zeros_like(gradients.flat))
 
 
-def test_models_and_gradients_refuse_to_be_pickled():
+def native_objects():
+    """One of everything that points into arrays of its own."""
     config = make_config()
-    with pytest.raises(TypeError, match="save_model"):
-        pickle.dumps(create_legacy_llm(config, 1))
-    with pytest.raises(TypeError, match="pickled"):
-        pickle.dumps(create_legacy_llm_gradients(config))
+    model = random_model(config)
+    packed, block = PackedModel(model), model.blocks[0]
+    return [
+        model, create_legacy_llm_gradients(config), block, block.attention, block.ffn, block.norm1,
+        create_transformer_block_context(8, 8, 2, 1, 4), ForwardContext(config, 1, 4),
+        BackwardContext(8, 8, 1, 4), BackwardPass(model, 1, 4), packed, Decoder(packed),
+        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), RoundedRows(1, 4),
+        *(make(model) for make in (AdamW, Muon, SGD)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_native_objects_refuse_to_be_copied_in_one_line(copied):
+    for one in native_objects():
+        with pytest.raises(TypeError, match=r"^[^\n]+ cannot be copied or pickled: [^\n]+$"):
+            copied(one)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_ternary_matrix_copies_hold_the_same(copied):
+    matrix = TernaryMatrix(np.eye(3, 32, dtype=np.int8), np.full((3, 2), 0.5, np.float32), 16)
+    twin = copied(matrix)
+    assert_same_bits(twin.values, matrix.values)
+    assert_same_bits(twin.scales, matrix.scales)
+    assert_same_bits(twin.dense(), matrix.dense())
+    assert twin.group == 16
 
 
 # --- Fresh models ---------------------------------------------------------------------------------

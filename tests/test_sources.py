@@ -2,6 +2,7 @@
 
 import bz2
 import codecs
+import copy
 import dataclasses
 import gzip
 import hashlib
@@ -9,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -531,7 +533,28 @@ def test_standard_input_may_be_compressed_empty_or_missing(monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     fails("-", "standard input holds no text")
     monkeypatch.setattr(sys, "stdin", None)
-    fails("-", "there is no standard input")
+    fails("-", "standard input is closed")
+
+
+def test_standard_input_may_be_text_that_stands_in(monkeypatch):
+    for text in ("one \u00df|two \udcff", ""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert sources.standard_input().read() == text.encode("utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one \u00df|two"))
+    assert read("-", separator="|") == ["one \u00df".encode(), b"two"]
+
+
+def test_source_copies_read_the_same_but_streams_have_none(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"one|two")
+    source = open_source(str(path), separator="|")
+    for copied in (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        assert copied(source) == source
+        assert copied(source).fingerprint() == source.fingerprint()
+        assert list(copied(source).pieces()) == list(source.pieces())
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="standard input is a stream, and cannot be copied"):
+            copied(open_source("-"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")

@@ -1,9 +1,12 @@
 """The training loop: what it measures, that it repeats to the bit, that no crash loses a run."""
 
+import copy
 import errno
+import gc
 import json
 import math
 import os
+import pickle
 import shutil
 import stat
 import struct
@@ -28,6 +31,7 @@ from legacy1bit.corpus import Corpus, story_corpus, text_corpus
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.forward import forward_llm_batch
+from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
@@ -2024,3 +2028,48 @@ def test_checkpoint_header_is_checked(tmp_path, key, value):
     save_file(load_file(path), path, header)
     with pytest.raises(ModelFileError, match=r"not a checkpoint: its .* expected 0 to"):
         restored(tmp_path / "run")
+
+
+def test_trainer_refuses_to_be_copied(tmp_path):
+    run = make(tmp_path / "run")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a trainer cannot be copied or pickled: save the run"):
+            copied(run)
+
+
+NATIVE = {
+    "AdamW", "BackwardContext", "BackwardPass", "Decoder", "ForwardContext", "LegacyLLM",
+    "LegacyLLMGradients", "Muon", "PackedModel", "SGD", "Trainer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_training_leaves_no_native_memory_to_the_collector(tmp_path, ended):
+    """What a trainer and its models hold goes with the last reference to them."""
+
+    def native():
+        return sorted(type(one).__name__ for one in gc.get_objects()
+                      if type(one).__name__ in NATIVE)  # fmt: skip
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = native()
+        run = make(tmp_path / "run")
+        if ended:
+            train(run)
+        else:
+            run.train_step()
+            # The thread that makes batches holds none of it.
+        assert len(native()) > len(before) + 4
+        del run
+        assert native() == before
+        generator = Generator.load(tmp_path / "run") if ended else None
+        if generator is not None:
+            generator.complete("a", 5)
+            generator.embed("a")
+            generator.log_probabilities("ab")
+        del generator
+        assert native() == before
+    finally:
+        gc.enable()

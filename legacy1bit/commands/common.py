@@ -1,6 +1,7 @@
 """What several commands share: options made of settings, and where models lie."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -105,6 +106,16 @@ def read_model(path: Path) -> LegacyLLM:
         If it cannot be read.
     """
     return import_c_v1(path) if path.is_file() else load_model(path)
+
+
+def write_bytes(data: bytes) -> None:
+    """Write to standard output, as text where what stands in for it takes nothing else."""
+    output = sys.stdout
+    if hasattr(output, "buffer"):
+        output.buffer.write(data)
+    else:
+        output.write(data.decode("utf-8", "replace"))
+    output.flush()
 
 
 def latest_run() -> Path:

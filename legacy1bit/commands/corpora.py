@@ -6,7 +6,6 @@ import filecmp
 import hashlib
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from legacy1bit.sources import (
     is_token_file,
     open_source,
     read_token_file,
+    standard_input,
     token_file_info,
 )
 from legacy1bit.tokenizer import (
@@ -208,9 +208,7 @@ def _keep_stream(cache: Path, data: str) -> str:
             if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
                 raise ValueError(f"{data} is a device, expected a file or a pipe")
             return _keep(cache, stream, data)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed")
-    return _keep(cache, sys.stdin.buffer, "standard input")
+    return _keep(cache, standard_input(), "standard input")
 
 
 def _keep(cache: Path, stream: BinaryIO, name: str) -> str:

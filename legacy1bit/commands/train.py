@@ -289,7 +289,8 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
 
         def on_look() -> None:
             if samples is not None:
-                written = Generator(trainer.model, trainer.tokenizer).complete("", _SAMPLE_TOKENS)
+                generator = Generator(trainer.model, trainer.tokenizer)
+                written = generator.complete("", _SAMPLE_TOKENS, seed=0)
                 samples.log({"step": trainer.step, "prompt": "", "text": written.text})
 
         with contextlib.closing(logger):
@@ -321,13 +322,13 @@ def _report(trainer: Trainer) -> None:
     if corpus.stories:
         print_recall(recall_of_heroes(model, corpus.stories, threads))
         longest = model.config.sequence_length
-        told = generator.batch([""] * _SAMPLES, longest, stop=["\n"])
+        told = generator.batch([""] * _SAMPLES, longest, seed=0, stop=["\n"])
         written = [story.text for story in told]
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
         print("\nsample:\n  " + "\n  ".join(written[:3]))
     elif tokenizer.kind != "unknown":
-        print("\nsample:\n" + generator.complete("", 300).text)
+        print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
     print(f'  python -m legacy1bit.main generate --model {folder} --prompt "{prompt}"')
