@@ -103,9 +103,7 @@ def test_export_of_a_recorded_model_has_the_same_bytes(
 
 def test_generate_from_a_recorded_model_writes_the_same_text(recorded, say):
     model = recorded / "finished"
-    text, _ = say(
-        "generate", "--model", model, "--prompt", "The", "--seed", 3, "--max-tokens", 60
-    )
+    text, _ = say("generate", "--model", model, "--prompt", "The", "--seed", 3, "--max-tokens", 60)
     digest = hashlib.sha256(text).hexdigest()
     assert digest == "be7d5454c39f18c6ce1af93f9218597143fadd4a7d12205ee6ff755341f30779"
 
