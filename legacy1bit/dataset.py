@@ -522,6 +522,8 @@ class BucketReader(PackedReader):
 class Prefetcher:
     """Has a reader's next batches made while the last one is learned from.
 
+    Where the system gives no more threads, a batch is made when it is asked for.
+
     Attributes
     ----------
     position : tuple of int
@@ -537,11 +539,20 @@ class Prefetcher:
             _AHEAD
         )
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = threading.Thread(
+            target=self._run, name="batches", daemon=True
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
 
     def next_batch(self) -> Batch:
         """Return a batch and move on; raise what the reader has raised."""
+        if self._thread is None:
+            batch = self._make_batch()
+            self.position = self._reader.position
+            return batch
         found = self._ready.get()
         if isinstance(found, BaseException):
             self._ready.put(found)
@@ -549,13 +560,15 @@ class Prefetcher:
         batch, self.position = found
         return batch
 
+    def _make_batch(self) -> Batch:
+        before = self._reader.position
+        batch = self._reader.next_batch()
+        return batch if self._change is None else self._change(batch, before)
+
     def _run(self) -> None:
         try:
             while not self._ended.is_set():
-                before = self._reader.position
-                batch = self._reader.next_batch()
-                if self._change is not None:
-                    batch = self._change(batch, before)
+                batch = self._make_batch()
                 self._ready.put((batch, self._reader.position))
         except BaseException as error:  # it is raised where the batch is asked for
             self._ready.put(error)
@@ -567,4 +580,5 @@ class Prefetcher:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._ready.get_nowait()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()

@@ -15,6 +15,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from legacy1bit.control_groups import can_start_threads
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -28,8 +30,12 @@ class _Bar(Progress):
 
 
 def _shown() -> dict[str, Any]:
-    """Return where a bar is, and that it goes when it is done; it needs a terminal."""
-    return {"console": console, "transient": True, "disable": not console.is_interactive}
+    """Return where a bar is, and that it goes when it is done; it needs a terminal and a thread.
+
+    FORCE_COLOR and the like have the library take any file for a terminal; a bar is not a color.
+    """
+    seen = console.is_interactive and console.file.isatty() and can_start_threads()
+    return {"console": console, "transient": True, "disable": not seen}
 
 
 def progress_of_training() -> Progress:
