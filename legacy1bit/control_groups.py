@@ -1,8 +1,10 @@
-"""What the control groups around this process allow it (Linux, versions 1 and 2)."""
+"""What the system allows this process: the control groups around it (Linux, versions 1 and 2), and
+threads."""
 
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,6 +50,24 @@ def free_memory(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
                 used = int((group / taken).read_text()) - _told(group / "memory.stat", of_files)
                 found.append(max(most - used, 0))
     return found
+
+
+def can_start_threads(count: int = 1) -> bool:
+    """Return whether the system gives this process another ``count`` threads at the same time."""
+    end = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return False
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return True
 
 
 def _told(path: Path, names: tuple[str, ...]) -> int:

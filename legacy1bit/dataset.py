@@ -527,6 +527,8 @@ _Ready = queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException]
 class Prefetcher:
     """Has a reader's next batches made while the last one is learned from.
 
+    Where the system gives no more threads, a batch is made when it is asked for.
+
     Attributes
     ----------
     position : tuple of int
@@ -538,13 +540,17 @@ class Prefetcher:
         self._ready: _Ready = queue.Queue(_AHEAD)
         self._ended = threading.Event()
         # The thread does not hold this object: one that is dropped without an end has its own.
-        self._thread = threading.Thread(
+        self._thread: threading.Thread | None = threading.Thread(
             target=_read_ahead,
             args=(reader, change, self._ready, self._ended),
             name="batches",
             daemon=True,
         )
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+        self._reader, self._change = reader, change
         weakref.finalize(self, _end, self._ready, self._ended)
 
     def __reduce__(self) -> NoReturn:
@@ -552,6 +558,9 @@ class Prefetcher:
 
     def next_batch(self) -> Batch:
         """Return a batch and move on; raise what the reader has raised."""
+        if self._thread is None:
+            batch, self.position = _make_batch(self._reader, self._change)
+            return batch
         found = self._ready.get()
         if isinstance(found, BaseException):
             self._ready.put(found)
@@ -562,7 +571,15 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread."""
         _end(self._ready, self._ended)
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _make_batch(reader: Reader, change: _Change | None) -> tuple[Batch, tuple[int, ...]]:
+    """Return the next batch and where the reader is after it."""
+    before = reader.position
+    batch = reader.next_batch()
+    return batch if change is None else change(batch, before), reader.position
 
 
 def _read_ahead(
@@ -570,11 +587,7 @@ def _read_ahead(
 ) -> None:
     try:
         while not ended.is_set():
-            before = reader.position
-            batch = reader.next_batch()
-            if change is not None:
-                batch = change(batch, before)
-            ready.put((batch, reader.position))
+            ready.put(_make_batch(reader, change))
     except BaseException as error:  # it is raised where the batch is asked for
         ready.put(error)
 
@@ -582,7 +595,7 @@ def _read_ahead(
 def _end(ready: _Ready, ended: threading.Event) -> None:
     """Have the thread that fills a queue end with what it is at."""
     ended.set()
-    # It may wait for room; it puts one more at most.
+    # It may wait for a free place; it puts one more at most.
     with contextlib.suppress(queue.Empty):
         while True:
             ready.get_nowait()

@@ -110,6 +110,8 @@ def program() -> NoReturn:
     # Ctrl-C with a traceback.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # NumPy's BLAS, which nothing here uses, interrupts a program that cannot start its threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         sys.exit(main())
     finally:

@@ -1008,9 +1008,10 @@ def _parquet_documents(file: _Input, path: Path, field: str) -> Iterator[_Part]:
         raise ValueError(f"{path} is a stream, expected a file: Parquet is not read in order")
     row = 0
     try:
-        # Without the buffer, the column is read for a whole group of rows, however large.
+        # Without the buffer, the column is read for a whole group of rows, however large; ahead of
+        # it another thread would read, which the system may not give.
         table = library.ParquetFile(
-            file.file, buffer_size=BLOCK_BYTES, page_checksum_verification=True
+            file.file, buffer_size=BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
         )
         names = table.schema_arrow.names
         if field not in names:

@@ -23,9 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.control_groups import can_start_threads
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
 from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write, read_regular
+from legacy1bit.threads import available_cores
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -132,11 +134,15 @@ def visible_bytes() -> list[str]:
 def load_tokenizers() -> Any:
     """Return Hugging Face's package of tokenizers.
 
+    It panics where it cannot start its threads, a core each; there it does without.
+
     Raises
     ------
     ValueError
         If it is not installed.
     """
+    if not can_start_threads(available_cores()):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return load_extra("tokenizers other than bytes need", "tokenizers")
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 
 import pytest
 
@@ -56,6 +57,16 @@ def _signals_as_at_a_terminal():
     for number, handler in usual.items():
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """The system gives this process no more threads."""
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
 
 
 @pytest.fixture

@@ -2,10 +2,11 @@
 
 import os
 import sys
+import threading
 
 import pytest
 
-from legacy1bit.control_groups import core_quotas, free_memory
+from legacy1bit.control_groups import can_start_threads, core_quotas, free_memory
 
 
 def told(groups, files, folder):
@@ -68,6 +69,26 @@ def test_numbers_that_are_not_text_set_no_limit(tmp_path):
     (tmp_path / "memory.current").write_bytes(b"\xff\n")
     assert core_quotas(table, tmp_path) == []
     assert free_memory(table, tmp_path) == []
+
+
+def test_can_start_threads_leaves_none_behind():
+    before = threading.active_count()
+    assert can_start_threads()
+    assert can_start_threads(5)
+    assert threading.active_count() == before
+
+
+def test_can_start_threads_counts_those_at_the_same_time(monkeypatch):
+    start = threading.Thread.start
+
+    def limited(thread):
+        if threading.active_count() >= most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    most = threading.active_count() + 2
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert [can_start_threads(count) for count in (1, 2, 3)] == [True, True, False]
 
 
 def test_nothing_is_told_where_there_are_no_control_groups(tmp_path):

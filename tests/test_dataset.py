@@ -712,6 +712,16 @@ def prefetched():
 
 
 @orders
+@pytest.mark.usefixtures("no_threads")
+def test_prefetcher_without_a_thread_gives_what_the_reader_does(order, prefetched):
+    reader, ahead = mixed(order).reader(3, 1), prefetched(mixed(order).reader(3, 1))
+    for _ in range(20):
+        assert ahead.position == reader.position
+        assert_same_batches([ahead.next_batch()], [reader.next_batch()])
+    assert ahead.position == reader.position
+
+
+@orders
 def test_prefetcher_gives_what_the_reader_does(order, prefetched):
     reader, ahead = mixed(order).reader(3, 1), prefetched(mixed(order).reader(3, 1))
     for _ in range(20):
@@ -766,6 +776,22 @@ class Failing:
         batch = self.reader.next_batch()
         self.position = self.reader.position
         return batch
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_prefetcher_without_a_thread_changes_batches_and_raises(prefetched):
+    def change(batch, position):
+        if position == (6,):
+            raise ValueError(f"no change at {position}")
+        return batch._replace(tokens=batch.tokens + 1)
+
+    reader = mixed("passes", apart=False).reader(3, 1)
+    ahead = prefetched(mixed("passes", apart=False).reader(3, 1), change)
+    for _ in range(2):
+        assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
+    with pytest.raises(ValueError, match=r"no change at \(6,\)"):
+        ahead.next_batch()
+    assert ahead.position == (6,)
 
 
 @pytest.mark.parametrize("batches", [0, 1, 3, 4, 5, 9])

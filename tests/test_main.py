@@ -23,6 +23,7 @@ import numpy as np
 import pytest
 from compare import assert_same_bits
 from models import make_config, random_model
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_logger import expected_events, set_apart, shown, without_tensorboardx
 from test_trainer import RECORD_KEYS, assert_same_files, with_losses
@@ -31,6 +32,7 @@ from legacy1bit import main as program
 from legacy1bit import stories, trainer
 from legacy1bit.commands import common, corpora, progress, train
 from legacy1bit.commands import generate as generate_command
+from legacy1bit.commands.training import Interrupts
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -592,6 +594,64 @@ def stopped_in_a_step(number, out):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_a_long_step_is_answered_before_its_end(number):
     stopped_in_a_step(number, "parts")
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_train_without_threads_learns_the_same(say, finished):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    say(*tiny(out="run"))
+    assert_same_files(Path("run"), finished)
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_interrupts_without_a_thread_are_answered(monkeypatch):
+    answers = []
+    with Interrupts(lambda: answers.append("stopping")) as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        assert (interrupts.requested, answers) == (True, ["stopping"])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert answers == ["stopping"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_program_starts_no_threads_that_it_does_not_use():
+    script = (
+        "import atexit, os, sys\n"
+        "from legacy1bit.main import program\n"
+        "sys.argv = ['legacy1bit', 'info', '--help']\n"
+        "atexit.register(lambda: print(len(os.listdir('/proc/self/task')), file=sys.stderr))\n"
+        "program()"
+    )
+    environment = {name: value for name, value in os.environ.items() if "_THREADS" not in name}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.stderr.split() == ["1"]
+
+
+def test_train_draws_no_bar_in_a_file(text):
+    """Whatever asks for colors."""
+    options = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"}
+    ran = shell(*tiny(out="run", stories=None, data=text), env=options)
+    assert b"training " in ran.stderr
+    assert b"\x1b" not in ran.stderr + ran.stdout
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_bars_need_a_terminal_and_a_thread(request, monkeypatch, threads):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    if not threads:
+        request.getfixturevalue("no_threads")
+    for file, seen in ((Terminal(), threads), (io.StringIO(), False)):
+        console = Console(file=file, force_terminal=True, force_interactive=True)
+        monkeypatch.setattr(progress, "console", console)
+        with progress.progress_of_bytes("text", 10) as on_progress:
+            on_progress(5)
+        assert ("\x1b" in file.getvalue()) == seen
 
 
 @pytest.mark.slow

@@ -1076,6 +1076,22 @@ def test_parquet_that_changes_while_it_is_read_is_refused(write_table):
         list(pieces)
 
 
+@needs_arrow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_parquet_is_read_without_threads(write_table):
+    path = write_table(pyarrow.array([LONG.decode()] * 99))
+    # In another process: the library keeps its threads.
+    script = (
+        "import os, pyarrow.parquet\n"
+        "from legacy1bit.sources import open_source\n"
+        "before = len(os.listdir('/proc/self/task'))\n"
+        f"list(open_source({str(path)!r}).pieces())\n"
+        "print(len(os.listdir('/proc/self/task')) - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.stdout.split() == ["0"], ran.stderr
+
+
 # --- Libraries that are missing -------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import pickle
 import random
 import sys
@@ -35,6 +36,7 @@ from legacy1bit.tokenizer import (
     character_tokenizer,
     fit_tokenizer,
     load_tokenizer,
+    load_tokenizers,
     tokenizer_of,
     train_bpe,
 )
@@ -471,6 +473,15 @@ def test_only_bytes_do_without_the_library(monkeypatch, tmp_path):
         ) as failure:
             call()
         assert "\n" not in str(failure.value)
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_load_tokenizers_does_without_threads_where_there_are_none(request, monkeypatch, threads):
+    if not threads:
+        request.getfixturevalue("no_threads")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    load_tokenizers()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == ("true" if threads else "false")
 
 
 # --- Made from a text -----------------------------------------------------------------------------

@@ -184,6 +184,17 @@ def test_search_leaves_what_the_command_line_names(say, fail, sampler):
     assert not Path("none").exists()
 
 
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize(("jobs", "needed"), [(1, 1), (3, 7)])
+def test_search_needs_threads(fail, tmp_path, monkeypatch, jobs, needed):
+    monkeypatch.chdir(tmp_path)
+    assert fail("tune", "--stories", 20, "--jobs", jobs, "--out", "study") == (
+        f"the system does not allow the {needed} threads or processes more that tune needs: lower "
+        "--jobs, or raise the limit (ulimit -u)"
+    )
+    assert not Path("study").exists()
+
+
 def test_search_keeps_to_a_limit_in_bytes(say):
     pytest.importorskip("optuna")
     say(*search("all", "--sampler", "random", "--trials", 6, "--no-prune"))

@@ -20,6 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from legacy1bit.control_groups import can_start_threads
+
 console = Console(stderr=True, highlight=False)
 
 
@@ -30,6 +32,14 @@ clock = time.monotonic
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 600.0
 
 
+def _bars_show() -> bool:
+    """Whether a bar can be shown: it needs a terminal, and a thread of its own.
+
+    FORCE_COLOR and the like have the library take any file for a terminal; a bar is not a color.
+    """
+    return console.is_interactive and console.file.isatty() and can_start_threads()
+
+
 class Bar(Progress):
     """A bar; where there is no terminal, a line in its place when none has come for a while."""
 
@@ -38,7 +48,7 @@ class Bar(Progress):
             *columns,
             console=console,
             transient=True,
-            disable=not console.is_interactive,
+            disable=not _bars_show(),
             get_time=lambda: clock(),
         )
         self._last_line, self._pause = clock(), _FIRST_PAUSE
@@ -77,7 +87,7 @@ def progress_of_training() -> Bar:
     """Return a bar with the fields ``loss``, ``speed``, and ``first``, the step it begins at."""
     step = TextColumn("step {task.completed:>6}")
     return Bar(
-        *([] if console.is_interactive else [step]),
+        *([] if _bars_show() else [step]),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),

@@ -1,6 +1,7 @@
 """What the commands share that train: settings of files and options, and how they are stopped."""
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -126,12 +127,13 @@ class Interrupts:
     ----------
     answer : callable, optional
         Called when the first comes, from a thread of its own: the main one may be in a kernel, and
-        learns of it only afterwards.
+        learns of it only afterwards. Where the system gives no more threads, it has to do.
     """
 
     def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
         self.requested = False
         self._answer = answer
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "Interrupts":
         self._before = {
@@ -143,8 +145,10 @@ class Interrupts:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._earlier = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._watcher.start()
+        watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            watcher.start()
+            self._watcher = watcher
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -152,7 +156,8 @@ class Interrupts:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._earlier)
         os.close(self._write)
-        self._watcher.join()
+        if self._watcher is not None:
+            self._watcher.join()
         os.close(self._read)
 
     def _watch(self) -> None:
@@ -166,3 +171,7 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._watcher is None:
+            # What is being written to the same file at this moment does not let it in.
+            with contextlib.suppress(RuntimeError):
+                self._answer()

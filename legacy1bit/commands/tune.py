@@ -25,6 +25,7 @@ from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
+from legacy1bit.control_groups import can_start_threads
 from legacy1bit.corpus import Corpus
 from legacy1bit.errors import INTERRUPTED
 from legacy1bit.files import remove
@@ -150,6 +151,13 @@ def _search(arguments: argparse.Namespace) -> int:
         budget = Budget(minutes=20.0)
     if arguments.jobs > _MOST_JOBS:
         raise ValueError(f"--jobs is {arguments.jobs}, expected 1 to {_MOST_JOBS}")
+    # A trial has a thread that says it is alive; processes share a process of their own.
+    needed = 1 if arguments.jobs == 1 else 2 * arguments.jobs + 1
+    if not can_start_threads(needed):
+        raise ValueError(
+            f"the system does not allow the {needed} threads or processes more that tune needs: "
+            "lower --jobs, or raise the limit (ulimit -u)"
+        )
     threads = max(threads_of(arguments) // arguments.jobs, 1)
     work = _begin(arguments, threads, budget)
     # What is wrong with the text is told before anything else.
