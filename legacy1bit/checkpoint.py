@@ -28,13 +28,17 @@ from legacy1bit.hyperparams import (
     TrainingConfig,
 )
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
-from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, ModelFileError
+from legacy1bit.model import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+)
 from legacy1bit.places import TEXT_PATH, VALIDATION_PATH
 from legacy1bit.tokenizer import TOKENIZER_FILE
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 EARLIER_FILE = "earlier.safetensors"
-BEST_FOLDER = "best"
 
 # The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
 RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)

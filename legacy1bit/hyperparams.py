@@ -19,7 +19,7 @@ SETTINGS_FILE = "training.json"
 MOST_STEPS = 1 << 40
 
 # What a run that goes on may be told anew.
-CHANGEABLE = ("steps", "threads", "precision")
+CHANGEABLE = ("steps", "threads", "precision", "patience")
 
 SCALES = ("tensor", "row", "128", "256", "one")
 OPTIMIZERS = ("muon", "adamw", "sgd")
@@ -351,6 +351,9 @@ class TrainingConfig(_Record):
     evaluate_every: int = _integer(
         250, 1, 1 << 40, "steps between two looks at the validation set, each with a checkpoint"
     )
+    patience: int = _integer(
+        0, 0, 1 << 40, "evaluations without a lower validation loss that end a run early; 0: none"
+    )
     validation_tokens: int = _integer(
         1 << 20,
         0,
@@ -382,6 +385,14 @@ class TrainingConfig(_Record):
         lowest = peak * self.final_learning_rate
         fall = lr_scheduler_cosine if self.schedule == "cosine" else lr_scheduler_linear
         return fall(falling, decay_steps, peak, lowest)
+
+    def patience_ends(self, step: int, best_step: int) -> bool:
+        """Return whether a run ends early after ``step``, where ``best_step`` was its best.
+
+        Models of a warm start are not compared, so that what follows counts from its end.
+        """
+        since = max(best_step, self.float_steps) // self.evaluate_every
+        return 0 < self.patience <= step // self.evaluate_every - since
 
     def weight_decay_at(self, step: int) -> float:
         """Return the weight decay of update ``step``, counted from 0."""

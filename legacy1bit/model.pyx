@@ -13,13 +13,14 @@ Weight decay goes to the first two parts, and the third is small.
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from legacy1bit.errors import one_line
+from legacy1bit.errors import describe, one_line
 from legacy1bit.files import (atomic_write, atomic_write_all, check_regular, open_regular,
                               read_regular, serialize_tensors)
 from legacy1bit.hyperparams import ModelConfig
@@ -37,6 +38,9 @@ LAYER_NORM_EPSILON = 1e-5
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# Of a run: what it goes on from, and the folder of its best model.
+CHECKPOINT_FILE = "checkpoint.safetensors"
+BEST_FOLDER = "best"
 _FORMAT = "legacy1bit"
 _FORMAT_VERSION = 2
 
@@ -1151,12 +1155,58 @@ def _save_folder(model, path):
     })
 
 
+def model_folder(run) -> Path:
+    """Return where the model of a run lies: the folder ``best`` in it, or the run's own.
+
+    A run's model is its best one, if the whole of it can be read; where it cannot, a line on
+    standard error says so.
+
+    Parameters
+    ----------
+    run : path-like
+        A folder. One that is not a run's, or whose last model is the best, is returned as it is.
+    """
+    run = Path(run)
+    best = run / BEST_FOLDER
+    if not (run / WEIGHTS_FILE).is_file():
+        return run
+    last, best_step = _steps_of(run)
+    kept = _steps_of(best)[0]
+    if not last:
+        # Nothing here knows what the best was, besides the best itself.
+        best_step = kept
+    if best_step in (0, last):
+        return run
+    try:
+        # Its checkpoint is copied last.
+        if kept != best_step:
+            raise ModelFileError(f"{best} does not hold the model of step {best_step}")
+        for _ in read_folder(best)[2]:
+            pass
+    except (ModelFileError, OSError) as error:
+        print(f"{describe(error)}: using the last model instead of the best", file=sys.stderr)
+        return run
+    return best
+
+
+def _steps_of(folder):
+    """Return the step of a folder's checkpoint and that of the best before it; 0 where unknown."""
+    file = folder / CHECKPOINT_FILE
+    try:
+        check_regular(file)
+        header = safe_open(file, framework="numpy").metadata() or {}
+        return int(header["step"]), int(json.loads(header["best"])[1])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return 0, 0
+
+
 def load_model(path) -> LegacyLLM:
     """Read a model: a folder that ``save_model`` wrote, or a file of the C original.
 
     Parameters
     ----------
     path : path-like
+        Of a run, its best model is read; see ``model_folder``.
 
     Returns
     -------
@@ -1178,7 +1228,7 @@ def load_model(path) -> LegacyLLM:
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(model_folder(path))
     return _from_c_v1(path)
 
 

@@ -20,8 +20,8 @@ from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
 from legacy1bit.model import (
-    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, parameter_layout,
-    read_folder,
+    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, model_folder,
+    parameter_layout, read_folder,
 )
 from legacy1bit.schemes import SCHEMES
 
@@ -431,7 +431,7 @@ cdef class PackedModel:
         Parameters
         ----------
         path : path-like
-            A model folder or a file of the C original.
+            A model folder or a file of the C original; of a run, its best model is read.
         form : {"2bit", "trits"}
 
         Returns
@@ -452,7 +452,7 @@ cdef class PackedModel:
         if not path.is_dir():
             return PackedModel(load_model(path), form)
         model = PackedModel.__new__(PackedModel)
-        config, _, stored = read_folder(path)
+        config, _, stored = read_folder(model_folder(path))
         model._fill(config, stored, form)
         return model
 

@@ -296,9 +296,10 @@ SETTINGS = {
     "seed": 77,
     "threads": 2,
     "evaluate_every": 3,
+    "patience": 5,
     "validation_tokens": 500,
 }
-CHANGEABLE = ("steps", "threads", "precision")
+CHANGEABLE = ("steps", "threads", "precision", "patience")
 RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}
 BOTH = [*fields(ModelConfig), *fields(TrainingConfig)]
 FLAGS = [setting.name for setting in BOTH if setting.metadata["kind"] is bool]
@@ -1057,14 +1058,79 @@ def test_best_model_can_be_used_like_any_other(say, worse):
     outputs = {}
     for command in (["generate", "--prompt", "Kim", "--temperature", 0], ["evaluate"], ["info"]):
         outputs[command[0]] = [say(*command, "--model", folder).out for folder in (worse, best)]
-    assert outputs["evaluate"][0] != outputs["evaluate"][1]
+    # Whoever names the run means its best model.
+    assert outputs["generate"][0] == outputs["generate"][1]
+    assert outputs["evaluate"][0] == outputs["evaluate"][1]
     assert outputs["info"][1].startswith(b"model             run/best\n")
+    assert outputs["info"][0] == outputs["info"][1].replace(b"run/best", b"run", 1)
     model = load_model(best)
     expected = b"Kim" + bytes(generate(model, list(b"\nKim"), 250, temperature=0.0))
     assert outputs["generate"][1] == expected
     loss = read_metrics("four/metrics.jsonl")[1]["val_loss"]
     report = report_of(outputs["evaluate"][1])
     assert report["validation loss"].startswith(f"{loss:.4f} ")
+
+
+def test_best_model_is_what_others_get_of_a_run(say, worse):
+    for kind in ("gguf", "c", "safetensors"):
+        say("export", "--model", worse, "--format", kind, "--out", f"run.{kind}")
+        say("export", "--model", worse / "best", "--format", kind, "--out", f"best.{kind}")
+        if kind == "safetensors":
+            assert content_of(Path("run.safetensors")) == content_of(Path("best.safetensors"))
+        else:
+            assert Path(f"run.{kind}").read_bytes() == Path(f"best.{kind}").read_bytes()
+    best = Generator.load(worse / "best").complete("Kim")
+    assert Generator.load(worse).complete("Kim") == best
+    (worse / "best/config.json").unlink()
+    output, errors = say("info", "--model", worse)
+    assert report_of(output)["steps"] == "6"
+    assert errors.count(b"\n") == 1
+    assert errors.endswith(b"it has no config.json: using the last model instead of the best\n")
+
+
+def test_train_ends_with_what_the_best_model_is(say, monkeypatch):
+    with monkeypatch.context() as patch:
+        with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
+        options = {"out": "run", "steps": 6, "evaluate_every": 2, "learning_rate": 0.05}
+        output, errors = say(*tiny(**options))
+        told = report_of(output)
+        assert told["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
+    again = report_of(say("evaluate", "--model", "run/best").out)
+    assert {name: told[name] for name in again} == again
+    assert report_of(say("info", "--model", "run").out)["steps"] == "4"
+    longest = Generator.load("run/best").complete("", 16, stop=["\n"]).text
+    assert output.decode().split("\nsample:\n  ")[1].startswith(longest)
+    assert b"best at step" not in say(*tiny(out="other")).out
+
+
+def test_train_ends_after_its_patience_and_goes_on_with_more(say, fail, monkeypatch):
+    losses = {step: 1.0 + step for step in range(2, 21, 2)}
+    with_losses(monkeypatch, losses)
+    output, errors = say(*tiny(out="run", steps=20, evaluate_every=2, patience=2))
+    assert b"ended at step 6 of 20: 2 evaluations without a lower validation loss" in errors
+    assert b"2 of 6; the last step's validation loss was 7.0000" in output
+    assert json.loads(Path("run/training.json").read_text())["training"]["patience"] == 2
+    for more in ((), ("--patience", 1), ("--steps", 30)):
+        message = fail("train", "--resume", "run", *more)
+        assert "best step at 2 and ended at 6" in message
+        assert "give a higher one, or 0, to go on" in message
+    errors = say("train", "--resume", "run", "--patience", 4).err
+    assert b"ended at step 10 of 20: 4 evaluations" in errors
+    say("train", "--resume", "run", "--patience", 0)
+    assert read_metrics("run/metrics.jsonl")[-1]["step"] == 20
+    assert read_settings(Path("run"))[1].patience == 0
+
+
+def test_train_says_how_often_it_goes_through_the_text(say, text):
+    shape = {"stories": None, "data": text, "sequence_length": 16, "batch_size": 2}
+    for steps in (3, 900):
+        # Nine tenths are learned from, as far as the whole of documents or sequences allows.
+        epochs = steps * 32 / (0.9 * len(TEXT.encode()))
+        _, errors = say(*tiny(out=f"run{steps}", steps=steps, **shape))
+        (shown,) = re.findall(r", (\d+\.\d) epochs\n", errors.decode())
+        assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
+        hint = f"{epochs:.0f} times through the text may be too often: give more text"
+        assert (hint in errors.decode()) == (steps == 900)
 
 
 def test_best_model_can_be_trained_on(say, worse):

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import stat
 import struct
 import time
@@ -71,6 +72,7 @@ from legacy1bit.model import (
     free_ternary_matrix,
     free_transformer_block_context,
     load_model,
+    model_folder,
     parameter_layout,
     save_model,
     zero_legacy_llm_gradients,
@@ -1389,6 +1391,129 @@ def test_save_model_makes_folders_and_keeps_provenance(tmp_path):
     save_model(model, str(path))
     assert_same_model(load_model(str(path)), model)
     assert load_model(path).provenance == model.provenance
+
+
+# --- The model of a run
+
+
+def save_at(model, folder, step, best):
+    """A model as a run has it after a step."""
+    save_model(model, folder)
+    header = {"step": str(step), "best": json.dumps([1.0, best])}
+    empty = {"weights": np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(empty, folder / "checkpoint.safetensors", header)
+
+
+@pytest.fixture
+def models_of_run(tmp_path):
+    """A run whose best model was that of step 6 of 9, and both models."""
+    best, last = (random_model(make_config(), seed) for seed in (1, 2))
+    save_at(last, tmp_path / "run", 9, 6)
+    save_at(best, tmp_path / "run/best", 6, 6)
+    return tmp_path / "run", best, last
+
+
+def loaded_from(folder, capsys):
+    """The model that is read, and what standard error says about it."""
+    capsys.readouterr()
+    model = load_model(folder)
+    lines = capsys.readouterr().err.splitlines()
+    packed = PackedModel.load(folder)
+    assert capsys.readouterr().err.splitlines() == lines
+    tokens, logits = [1, 2, 3], [Decoder(each, 4) for each in (packed, PackedModel(model))]
+    assert_same_bits(*(np.array(each.extend(tokens)) for each in logits))
+    return model, lines
+
+
+def test_load_model_reads_the_best_of_a_run(models_of_run, capsys):
+    run, best, last = models_of_run
+    for folder in (run, str(run), run / "best"):
+        model, lines = loaded_from(folder, capsys)
+        assert_same_model(model, best)
+        assert lines == []
+    assert model_folder(run) == model_folder(run / "best") == run / "best"
+    # The last one is the best, or none was measured, or the best was not copied yet.
+    for step, its_best in ((9, 9), (9, 0)):
+        save_at(last, run, step, its_best)
+        model, lines = loaded_from(run, capsys)
+        assert_same_model(model, last)
+        assert lines == []
+    # What the run goes on from has been lost, or was removed to save space.
+    (run / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert_same_model(loaded_from(run, capsys)[0], best)
+    (run / "checkpoint.safetensors").unlink()
+    assert_same_model(loaded_from(run, capsys)[0], best)
+    (run / "best/checkpoint.safetensors").unlink()
+    assert_same_model(loaded_from(run, capsys)[0], last)
+
+
+def cut(name, count):
+    def change(best):
+        data = (best / name).read_bytes()
+        (best / name).write_bytes(data[:count])
+
+    return change
+
+
+HALF_WRITTEN = {
+    "no folder": (shutil.rmtree, "best does not hold the model of step 6"),
+    "no checkpoint": (
+        lambda best: (best / "checkpoint.safetensors").unlink(),
+        "best does not hold the model of step 6",
+    ),
+    "half a checkpoint": (cut("checkpoint.safetensors", 20), "does not hold the model of step 6"),
+    "an older one": (
+        lambda best: save_at(random_model(make_config()), best, 3, 3),
+        "best does not hold the model of step 6",
+    ),
+    "no settings": (lambda best: (best / "config.json").unlink(), "it has no config.json"),
+    "half the settings": (cut("config.json", 20), "config.json is not JSON"),
+    "half the weights": (cut("model.safetensors", -9), "model.safetensors is not a safetensors"),
+    "other settings": (
+        lambda best: (
+            save_model(random_model(make_config(num_blocks=1)), best.parent / "other")
+            or shutil.copy(best.parent / "other/config.json", best)
+        ),
+        "config.json is not the one that model.safetensors was saved with",
+    ),
+    "a folder": (
+        lambda best: (best / "config.json").unlink() or (best / "config.json").mkdir(),
+        "it has no config.json",
+    ),
+    "not finite": (
+        lambda best: _spoil(best / "model.safetensors"),
+        "holds a number that is not finite",
+    ),
+}
+
+
+def _spoil(path):
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        header = file.metadata()
+    tensors["final_norm.gamma"][0] = np.nan
+    safetensors.numpy.save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize("damage", HALF_WRITTEN)
+def test_load_model_reads_the_last_where_the_best_is_damaged(models_of_run, capsys, damage):
+    run, _, last = models_of_run
+    change, message = HALF_WRITTEN[damage]
+    change(run / "best")
+    model, lines = loaded_from(run, capsys)
+    assert_same_model(model, last)
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert lines[0].endswith(": using the last model instead of the best")
+    assert model_folder(run) == run
+
+
+def test_model_folder_is_that_of_anything_but_a_run(folder, tmp_path):
+    """A folder of runs, one of which is called best, is not a run."""
+    assert model_folder(folder) == folder
+    assert model_folder(tmp_path / "nowhere") == tmp_path / "nowhere"
+    save_at(random_model(make_config()), tmp_path / "runs/best", 6, 6)
+    assert model_folder(tmp_path / "runs") == tmp_path / "runs"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from legacy1bit.machine import machine, read_machine
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
 from legacy1bit.report import escape, page, quotation, section, some, table, tiles
-from legacy1bit.trainer import read_settings
+from legacy1bit.trainer import Metrics, Trainer, read_settings
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
@@ -106,6 +106,24 @@ def test_report_tells_everything(run, written):
         assert escape(sample["text"].strip("\n")) in {escape(part) for part in page.text}
     changed, rest = text.index("Other than by default"), text.index("The other settings")
     assert changed < text.index("model_dim") < rest < text.index("rope_base")
+
+
+def test_report_is_about_the_best_model(run, written, monkeypatch):
+    def look(self, limit, stop=None):
+        return Metrics(5.0 + (self.step != 4), 0.25, 0.5, 0.75, 100, 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", look)
+        main([*SHORT, "--out", "worse"])
+    _, page = written(Path("worse"))
+    text = " ".join(page.text)
+    assert "after 6 of 6 steps" in text
+    assert "The model is the best one, of step 4." in text
+    assert text.index("5.0000") < text.index("Curves") < text.index("6.0000")
+    record = read_metrics("worse/metrics.jsonl")[1]
+    weights = text[text.index("Codes of the model") :]
+    assert f"{record['weights']['blocks.1.ffn.wo']['0']:.2%}" in weights
+    assert "The model is the best" not in " ".join(written(run)[1].text)
 
 
 def test_report_has_figures_with_descriptions(run, written):

@@ -25,6 +25,8 @@ _OPTIONS = {
     "vocabulary": "vocab-size",
     "num_blocks": "blocks",
     "num_heads": "heads",
+    # A study's, beside that of each training.
+    "trial_patience": "patience",
 }
 
 
@@ -84,8 +86,9 @@ def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= _MOST:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value:.15g}, expected it above 0, up to {_MOST:g}")
+            raise ValueError(
+                f"--{option_of(name)} is {value:.15g}, expected it above 0, up to {_MOST:g}"
+            )
 
 
 def threads_of(arguments: argparse.Namespace) -> int:

@@ -11,7 +11,6 @@ from typing import Any
 
 from legacy1bit import stories
 from legacy1bit.checkpoint import (
-    BEST_FOLDER,
     WRITTEN_FILES,
     fixed_settings,
     make_newest,
@@ -51,12 +50,12 @@ from legacy1bit.logger import (
     read_metrics,
 )
 from legacy1bit.math_ops import simd_level
+from legacy1bit.model import BEST_FOLDER
 from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
     Trainer,
     best_is_behind,
-    evaluate,
     keep_best,
     read_settings,
     recall_of_heroes,
@@ -65,6 +64,9 @@ from legacy1bit.trainer import (
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
+
+# Most models have learned a text by heart after more than these.
+_MANY_EPOCHS = 20
 
 # What a model writes at every look, the same draws each time, so that only the model differs.
 _SAMPLE_TOKENS = 120
@@ -213,8 +215,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     refused = [option_of(name) for name in named if name not in CHANGEABLE]
     if refused:
         raise ValueError(
-            f"--{refused[0]} cannot change in a run that goes on: only --steps, --threads and "
-            "--precision can"
+            f"--{refused[0]} cannot change in a run that goes on: only --steps, --threads, "
+            "--precision and --patience can"
         )
     changes = {name: getattr(arguments, name) for name in named}
     if "threads" in changes:
@@ -224,12 +226,18 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     checkpoint, wrong = newest_checkpoint(folder, settings)
     for error in wrong:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
-    done = checkpoint.step
-    if done >= config.steps:
+    done, best_step = checkpoint.step, checkpoint.best[1]
+    waited = config.patience_ends(done, best_step)
+    if waited or done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
         make_newest(folder, checkpoint)
         if best_is_behind(folder, settings, checkpoint.best, done):
             keep_best(folder)
+        if waited and done < config.steps:
+            raise ValueError(
+                f"{folder} has had its best step at {best_step} and ended at {done}, by its "
+                f"--patience of {config.patience}: give a higher one, or 0, to go on"
+            )
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
     places = {"data": arguments.data, "validation": arguments.validation}
@@ -256,9 +264,16 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     print(
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
         f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
-        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
+        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
+        f"{_epochs(trainer):.1f} epochs",
         file=sys.stderr,
     )
+    if _epochs(trainer) > _MANY_EPOCHS:
+        print(
+            f"{_epochs(trainer):.0f} times through the text may be too often: give more text or "
+            "fewer --steps, or end in time with --patience 3",
+            file=sys.stderr,
+        )
     samples = None
     if trainer.tokenizer.bos_token is not None:
         samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
@@ -306,12 +321,28 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     return 0
 
 
+def _epochs(trainer: Trainer) -> float:
+    """Return how often a run goes through its text."""
+    config, dataset = trainer.config, trainer.corpus.training
+    a_step = config.batch_size * config.gradient_accumulation * dataset.sequence_length
+    return config.steps * a_step / dataset.tokens.size
+
+
 def _report(trainer: Trainer) -> None:
-    """Print what a finished run has come to."""
-    model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
-    tokenizer = trainer.tokenizer
-    limit = trainer.config.validation_tokens
-    metrics = trainer.metrics or evaluate(model, corpus.validation, threads, limit, tokenizer)
+    """Print what a run that has ended has come to."""
+    corpus, threads, tokenizer = trainer.corpus, trainer.config.threads, trainer.tokenizer
+    model, metrics = trainer.best_model()
+    if trainer.step < trainer.config.steps:
+        print(
+            f"ended at step {trainer.step} of {trainer.config.steps}: {trainer.config.patience} "
+            "evaluations without a lower validation loss",
+            file=sys.stderr,
+        )
+    if model is not trainer.model and trainer.metrics is not None:
+        print(
+            f"{'best at step':<18}{model.provenance.steps} of {trainer.step}; the last step's "
+            f"validation loss was {trainer.metrics.loss:.4f}"
+        )
     print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
     if corpus.floor is not None:
         print(

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ _FIXED = (
     *("study", "config", "stories", "tokenizer_from"),
 )
 
-_ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
+_ABOVE_ZERO = ("minutes", "trials", "trial_patience", "seconds", "min_speed", "jobs", "max_bytes")
 
 _SECONDS = 60.0
 _MOST_JOBS = 256
@@ -94,7 +94,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     option("--print-space", action="store_true", help="print the default for --space, and end")
     option("--minutes", metavar="X", type=float, help="how long to search (default: 20)")
     option("--trials", metavar="N", type=int, help="how many models to train")
-    option("--patience", metavar="N", type=int, help="end when so many trials were no gain")
+    option(
+        "--patience",
+        metavar="N",
+        type=int,
+        dest="trial_patience",
+        help="end after N trials without a gain",
+    )
     option(
         "--seconds", metavar="X", type=float, help=f"how long a model trains (default: {_SECONDS})"
     )
@@ -112,7 +118,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
     add_settings(command, "the model", ModelConfig)
-    add_settings(command, "the training", TrainingConfig)
+    # Its patience is a file's to set: the option is the study's.
+    names = [setting.name for setting in fields(TrainingConfig) if setting.name != "patience"]
+    add_settings(command, "the training", TrainingConfig, names)
 
 
 def _size(text: str) -> int:
@@ -146,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace) -> int:
     """Run trials until the budget is spent, or until told to stop."""
     check_above_zero(arguments, *_ABOVE_ZERO)
-    budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
+    budget = Budget(arguments.minutes, arguments.trials, arguments.trial_patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
     if arguments.jobs > _MOST_JOBS:
