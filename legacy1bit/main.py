@@ -147,11 +147,12 @@ def _tidy_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A program that was told to survive its terminal does.
+    # A program that was told to survive its terminal does. None: a handler that another language
+    # has installed, and Python cannot put back.
     before = {
         number: signal.signal(number, lambda number, _: sys.exit(128 + number))
         for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)

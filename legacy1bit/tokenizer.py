@@ -23,11 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.control_groups import can_start_threads
+from legacy1bit.bpe import learn_merges, load_tokenizers
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
-from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write, read_regular
-from legacy1bit.threads import available_cores
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -129,21 +127,6 @@ def visible_bytes() -> list[str]:
     kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in kept else next(others)) for byte in range(256)]
-
-
-def load_tokenizers() -> Any:
-    """Return Hugging Face's package of tokenizers.
-
-    It panics where it cannot start its threads, a core each; there it does without.
-
-    Raises
-    ------
-    ValueError
-        If it is not installed.
-    """
-    if not can_start_threads(available_cores()):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return load_extra("tokenizers other than bytes need", "tokenizers")
 
 
 def _check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
@@ -526,16 +509,8 @@ def train_bpe(
     Sennrich et al. 2016, algorithm 1, on the words that GPT-2 cuts a text into.
     """
     _check_size(vocab_size)
-    library = load_tokenizers()
-    learner = library.Tokenizer(library.models.BPE())
-    learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    learner.train_from_iterator(_valid_text(pieces, on_progress), trainer)
-    return SubwordTokenizer.of_spelled(json.loads(learner.to_str())["model"]["merges"])
+    texts = _valid_text(pieces, on_progress)
+    return SubwordTokenizer.of_spelled(learn_merges(texts, vocab_size - len(SPECIAL_TOKENS)))
 
 
 def _valid_text(

@@ -1,5 +1,6 @@
 """The command line as its user meets it: what it prints, where, and what bad input is told."""
 
+import concurrent.futures
 import contextlib
 import errno
 import io
@@ -506,6 +507,62 @@ def test_signal_at_the_last_step_ends_as_usual(say, monkeypatch):
         with_signals(patch, 2, signal.SIGINT)
         output, _ = say(*tiny(out="here"))
     assert b"\nthe run is in here " in output
+
+
+def in_a_thread(arguments):
+    """What the command line returns, or raises, in another thread than the main one."""
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        return threads.submit(main, list(map(str, arguments))).result()
+
+
+def test_train_works_in_any_thread(say):
+    handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    say(*tiny(out="whole", steps=20))
+    assert in_a_thread(tiny(out="here", steps=20)) == 0
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == handlers
+    assert_same_run("here", "whole")
+
+
+def test_interrupts_leave_handlers_that_cannot_be_put_back(say, monkeypatch):
+    """Those of other languages, of which Python knows only that they are there."""
+    installed = []
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    monkeypatch.setattr(signal, "signal", lambda *those: installed.append(those))
+    say(*tiny(out="here"))
+    assert installed == []
+
+
+@pytest.mark.parametrize("before", [None, "empty", "unbegun"])
+@pytest.mark.parametrize("more", [(), ("--tensorboard",)])
+def test_train_that_does_not_begin_leaves_nothing(fail, monkeypatch, more, before):
+    if more:
+        pytest.importorskip("tensorboardX")
+
+    def begin(self):
+        raise OSError(errno.ENOMEM, "Cannot begin")
+
+    if before is not None:
+        Path("those/here").mkdir(parents=True)
+    if before == "unbegun":
+        Path("those/here/metrics.jsonl").touch()
+    monkeypatch.setattr(trainer.Trainer, "train_step", begin)
+    assert "Cannot begin" in fail(*tiny(*more, out="those/here"))
+    if before is None:
+        assert not Path("those").exists()
+    else:
+        left = {path.name for path in Path("those/here").iterdir()}
+        assert left == ({"tensorboard"} if more else set())
+    assert "Cannot begin" in fail(*tiny(*more))
+    assert not Path("runs").exists()
+
+
+def test_train_that_ends_after_its_first_record_keeps_it(fail, monkeypatch):
+    def save(self):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(trainer.Trainer, "save", save)
+    assert "No space left" in fail(*tiny(out="here"))
+    assert len(read_metrics("here/metrics.jsonl")) == 1
 
 
 SLOW = """
@@ -2213,7 +2270,7 @@ def unread(arguments, lines):
 def test_training_that_nobody_watches_does_not_pretend_to_be_done():
     """As in ``train 2>&1 | true``."""
     status = unread(tiny(out="run"), 0)
-    assert (status == 0) == bool(read_metrics("run/metrics.jsonl"))
+    assert (status == 0) == Path("run/metrics.jsonl").exists()
 
 
 def test_training_whose_watcher_leaves_is_not_lost(say):

@@ -123,6 +123,8 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
 class Interrupts:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once.
 
+    Outside the main thread, where Python handles no signals, nothing is installed.
+
     Parameters
     ----------
     answer : callable, optional
@@ -136,10 +138,14 @@ class Interrupts:
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "Interrupts":
+        self._installed = threading.current_thread() is threading.main_thread()
+        if not self._installed:
+            return self
+        # None: a handler that another language has installed, and Python cannot put back.
         self._before = {
             number: signal.signal(number, self._request)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN
+            if signal.getsignal(number) not in (signal.SIG_IGN, None)
         }
         # The system's own handler writes a byte there for every signal, whatever Python does.
         self._read, self._write = os.pipe()
@@ -152,6 +158,8 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._installed:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._earlier)
