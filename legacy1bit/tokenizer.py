@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from legacy1bit.bpe import learn_merges, load_tokenizers
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
-from legacy1bit.files import atomic_write, read_regular
+from legacy1bit.files import atomic_write, mistaken_file, read_regular
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -563,6 +563,30 @@ def character_tokenizer(pieces: Iterable[bytes], vocab_size: int | None = None) 
 # Beside a model
 
 
+def description_in_template(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer's file that puts what texts begin behind before them.
+
+    So Hugging Face's libraries need it. A template does that: as a special token of the tokenizer
+    the line break would be looked for in the text, under the name of another character.
+    """
+    content = tokenizer.description()
+    bos = tokenizer.bos_token
+    if bos is not None:
+        name = visible_bytes()[bos] if tokenizer.eos_token is None else END_OF_TEXT
+        first = {"SpecialToken": {"id": name, "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                first,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+        }
+    return content
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read a folder's ``tokenizer.json``.
 
@@ -578,7 +602,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     try:
         found = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {mistaken_file(path) or error}") from None
     if isinstance(found, dict) and found.get("added_tokens"):
         # Where it is not installed, that is no fault of the file.
         load_tokenizers()
@@ -591,7 +615,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
             tokenizer = ByteTokenizer(len(model["vocab"]))
     except (KeyError, TypeError, ValueError):
         tokenizer = None
-    if tokenizer is None or found != tokenizer.description():
+    if tokenizer is None or found not in (
+        tokenizer.description(),
+        description_in_template(tokenizer),
+    ):
         raise ValueError(f"{path} is no tokenizer that legacy1bit wrote, or it is damaged")
     return tokenizer
 

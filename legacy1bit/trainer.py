@@ -29,7 +29,7 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
-from legacy1bit.files import atomic_copies, atomic_write, read_regular
+from legacy1bit.files import atomic_copies, atomic_write, mistaken_file, read_regular
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
     MOST_STEPS,
@@ -699,7 +699,9 @@ def read_settings(
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise ModelFileError(f"{folder} is not a training run: it has no {SETTINGS_FILE}")
+        reason = mistaken_file(folder) if folder.is_file() else None
+        reason = reason or f"it has no {SETTINGS_FILE}"
+        raise ModelFileError(f"{folder} is not a training run: {reason}")
     try:
         settings = json.loads(read_regular(path))
         model = ModelConfig.from_dict(settings["model"])
@@ -709,5 +711,7 @@ def read_settings(
     except KeyError as error:
         raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
     except DAMAGE as error:
-        raise ModelFileError(f"{path} is not a run's settings: {error}") from None
+        raise ModelFileError(
+            f"{path} is not a run's settings: {mistaken_file(path) or error}"
+        ) from None
     return model, training, data, source

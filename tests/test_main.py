@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -17,6 +18,7 @@ import sys
 import threading
 import time
 from dataclasses import fields
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1682,6 +1684,16 @@ def test_generate_asks_for_prompts(wild):
     assert interact(b"a\xff\n").stdout.startswith(b"a\xff")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_generate_drops_the_mark_of_prompts_through_a_pipe(wild, encoding):
+    arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens=8", "--seed=0")
+    typed = "d\u00e9\r\nOnce\n"
+    marked = typed.encode(encoding) if "sig" in encoding else ("\ufeff" + typed).encode(encoding)
+    expected = shell(*arguments, input=typed.encode())
+    assert expected.stdout.startswith("d\u00e9".encode())
+    assert shell(*arguments, input=marked).stdout == expected.stdout
+
+
 def test_generate_goes_on_asking_after_a_prompt_it_cannot_read(tmp_path):
     save_model(random_model(make_config(vocab_size=8)), tmp_path / "tiny")
     arguments = ("generate", "--model", str(tmp_path / "tiny"), "--interactive", "--max-tokens=3")
@@ -2282,6 +2294,56 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
         assert last == 600
     else:
         say("train", "--resume", "run")
+
+
+# --- What is taken for a model -------------------------------------------------------------------
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+NO_MODELS = {
+    "x.gguf": (
+        b"GGUF\3\0\0\0" + bytes(32),
+        "it is a GGUF model (legacy1bit import --model x.gguf --out DIR makes a folder of it)",
+    ),
+    "run/model.safetensors": (
+        b'\x40\0\0\0\0\0\0\0{"a":' + bytes(32),
+        "it is a safetensors file of weights (--model takes run)",
+    ),
+    "pointer.bin": (LFS_POINTER, "it is a Git LFS pointer"),
+    "page.bin": (b"<!doctype html>\n<html>" + bytes(32), "it is an HTML page"),
+    "x.pt": (pickle.dumps({"a": [1.0] * 9}), "it is a PyTorch checkpoint or another pickle"),
+}
+
+
+@pytest.mark.parametrize("name", NO_MODELS)
+def test_commands_say_what_is_taken_for_a_model(fail, name):
+    content, told = NO_MODELS[name]
+    Path("run").mkdir()
+    Path(name).write_bytes(content)
+    for command in (
+        ("generate", "--model", name),
+        ("evaluate", "--model", name),
+        ("info", "--model", name),
+        ("export", "--format", "c", "--out", "model.c", "--model", name),
+        ("train", "--resume", name),
+        *([] if name == "x.gguf" else [("import", "--out", "new", "--model", name)]),
+    ):
+        assert told in fail(*command)
+    if find_spec("matplotlib"):
+        assert told in fail("plot", "--out", "a.png", name)
+        assert told in fail("plot", "--kind", "weights", "--out", "a.png", name)
+        assert told in fail("report", "--out", "a.html", name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_commands_say_which_file_of_a_model_is_a_pointer(fail, run, name):
+    (run / name).write_bytes(LFS_POINTER)
+    for command in ("generate", "evaluate"):
+        told = fail(command, "--model", run)
+        assert f"{name} is not " in told
+        assert "it is a Git LFS pointer" in told
+    (run / "training.json").write_bytes(LFS_POINTER)
+    told = fail("train", "--resume", run)
+    assert "training.json is not a run's settings: it is a Git LFS pointer" in told
 
 
 # --- Programs that call this one ------------------------------------------------------------------
