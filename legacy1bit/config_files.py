@@ -18,7 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.errors import shown
+from legacy1bit.errors import SettingError, shown
 from legacy1bit.files import HEAD_BYTES, atomic_write, kind_of_file
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -414,6 +414,9 @@ def records_of(settings: dict[str, Any], path: str | PathLike[str] | None = None
         model, training, data = (
             record.from_dict(settings.get(table, {})) for table, record in TABLES.items()
         )
+    except SettingError as error:
+        error.place = None if path is None else str(path)
+        raise
     except (TypeError, ValueError) as error:
         if path is None:
             raise

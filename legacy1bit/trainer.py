@@ -29,6 +29,7 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
+from legacy1bit.errors import SettingError
 from legacy1bit.files import atomic_copies, atomic_write, mistaken_file, read_regular
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
@@ -299,9 +300,10 @@ class Trainer:
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
         if config.float_steps and not (scheme and scheme.learns):
-            raise ValueError(
+            raise SettingError(
                 f"float_steps is {config.float_steps}, expected 0: the scheme "
-                f"{model_config.scheme} has no codes that follow float weights"
+                f"{model_config.scheme} has no codes that follow float weights",
+                "float_steps",
             )
         check_memory(model_config, config)
         self.folder = folder
@@ -309,8 +311,11 @@ class Trainer:
             config = replace(config, precision=product_precisions()[-1])
         # A number from here on, which a run that gets more steps later keeps.
         config = replace(config, warmup_steps=config.warmup)
-        with product_precision(config.precision):
-            pass  # a precision that is not there is refused before anything is made
+        try:
+            with product_precision(config.precision):
+                pass  # a precision that is not there is refused before anything is made
+        except ValueError as error:
+            raise SettingError(str(error), "precision") from None
         self.config = config
         self.corpus = corpus
         self.tokenizer = fit_tokenizer(corpus.tokenizer, model_config.vocab_size)

@@ -15,6 +15,7 @@ from legacy1bit.commands.common import given, path_of, threads_of
 from legacy1bit.commands.corpora import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.corpus import Corpus
+from legacy1bit.errors import SettingError
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.places import check_there
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
@@ -108,7 +109,12 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
         check_there(source, "--data says where the text lies")
     else:
         source = source_of(arguments, training.seed)
-    corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
+    tokenizer = _tokenizer_of(arguments, told)
+    try:
+        corpus, model = corpus_of(source, data, model, arguments.cache, tokenizer)
+    except SettingError as error:
+        error.place = None if arguments.config is None else str(arguments.config)
+        raise
     for remark in corpus.remarks:
         print(remark, file=sys.stderr)
     tokens = told["model"].get("vocab_size")
