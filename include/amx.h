@@ -16,7 +16,7 @@ typedef struct {
     const signed char *codes;       /* instead of dense, with the same strides */
     const float *scale;
     long scale_row, group;          /* as in a Matrix, whose rows are lines unless turned */
-    int turned;
+    int transposed;
 } amx_operand;
 
 #if defined(LEGACY1BIT_TIER_AMX)
@@ -68,7 +68,8 @@ static inline void amx_begin(void)
         layout.row_bytes[i] = 64;
         layout.rows[i] = AMX_SIDE;
     }
-    anew(&layout);      /* compilers may take the instruction to read no more than a pointer */
+    /* Compilers may assume that the instruction reads only the pointer. */
+    do_not_optimize(&layout);
     _tile_loadconfig(&layout);
 }
 
@@ -81,7 +82,7 @@ static inline __mmask16 amx_first(long n)
  * all is left to the end, so that codes stay exact. */
 static inline float amx_scale(const amx_operand *x, long line, long depth)
 {
-    const long row = x->turned ? depth : line, column = x->turned ? line : depth;
+    const long row = x->transposed ? depth : line, column = x->transposed ? line : depth;
     if (x->scale_row == 0)
         return 1.0f;
     return x->scale[row * x->scale_row + (x->scale_row == 1 ? 0 : column / x->group)];

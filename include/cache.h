@@ -44,7 +44,8 @@ CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, 
 }
 
 /* out[i, 16 tiles] of so many tiles of keys for one query. */
-static inline void score_alone(const signed char *k, const float *q, long dim, long tiles, float *out)
+static inline void score_one_query(const signed char *k, const float *q, long dim, long tiles,
+                                   float *out)
 {
     long t = 0;
     for (; t + SCORE_TILES <= tiles; t += SCORE_TILES)
@@ -54,8 +55,8 @@ static inline void score_alone(const signed char *k, const float *q, long dim, l
 }
 
 /* The same for some queries, as many at a time as fit. */
-static inline void score_together(const signed char *k, const float *q, long q_row, long dim,
-                                  long tiles, float *out, long out_row, long queries)
+static inline void score_queries(const signed char *k, const float *q, long q_row, long dim,
+                                 long tiles, float *out, long out_row, long queries)
 {
     enum { FEW = SCORE_TILES < CACHED_QUERIES ? SCORE_TILES : CACHED_QUERIES,
            AT_ONCE = SCORE_TILES / FEW };
@@ -70,7 +71,7 @@ static inline void score_together(const signed char *k, const float *q, long q_r
                         out + i * out_row + t * CACHED_KEYS, out_row, FEW, 1);
     }
     for (; i < queries; i++)
-        score_alone(k, q + i * q_row, dim, tiles, out + i * out_row);
+        score_one_query(k, q + i * q_row, dim, tiles, out + i * out_row);
 }
 
 /* Some vectors of the weighted sums of values; `left` lanes of the last one, or all. */
@@ -125,14 +126,14 @@ static inline void mix_values(const signed char *v, long dim, const float *p, lo
 }
 
 /* Tiles of keys as floats, [dimension][row]: times their steps. */
-static inline void widen_keys(const signed char *k, const float *steps, long dim, long tiles,
-                              float *out, long row)
+static inline void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
+                                   float *out, long row)
 {
     for (long t = 0; t < tiles; t++)
         for (long d = 0; d < dim; d++)
             for (int j = 0; j < KEY_VECTORS; j++)
                 vf32_store(out + d * row + t * CACHED_KEYS + j * VF32_LANES,
-                           vf32_mul(vf32_load(steps + t * CACHED_KEYS + j * VF32_LANES),
+                           vf32_mul(vf32_load(scales + t * CACHED_KEYS + j * VF32_LANES),
                                     vf32_load_i8(k + (t * dim + d) * CACHED_KEYS +
                                                  j * VF32_LANES)));
 }

@@ -93,7 +93,10 @@ static inline void prefetch_tile(const unsigned char *tile)
 }
 
 /* Keeps the compiler from knowing what is in memory, so that it works it out again. */
-static inline void anew(void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+static inline void do_not_optimize(void *memory)
+{
+    __asm__ volatile("" : : "r"(memory) : "memory");
+}
 
 #include "amx.h"
 

@@ -3,10 +3,10 @@
 #define LEGACY1BIT_TEAM_H
 
 typedef struct {
-    int members;
+    int size;
     int arrived;
-    char apart[64];            /* those who wait look at a line that those who come leave alone */
-    unsigned int meetings;
+    char padding[64];          /* those who wait look at a line that those who come leave alone */
+    unsigned int generation;
 } thread_team;
 
 #endif

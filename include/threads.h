@@ -29,18 +29,18 @@
 
 enum {
     POOL_MAX_THREADS = 256,
-    POOL_LOOKS = 1000          /* of some 50 ns each, before a thread sleeps */
+    POOL_SPINS = 1000          /* of some 50 ns each, before a thread sleeps */
 };
 
 typedef void (*pool_task)(void *context, long index);
 
-static __thread const void *thread_choice;
+static __thread const void *thread_local_override;
 
 static struct {
     pthread_t id;
     int asleep;                /* waiting to be woken, or just made: it could start anywhere */
 #ifdef __linux__
-    int moved;                 /* its affinity was narrowed and is to be restored */
+    int affinity_narrowed;     /* its affinity was narrowed and is to be restored */
     cpu_set_t affinity;
 #endif
 } pool_workers[POOL_MAX_THREADS];
@@ -54,7 +54,7 @@ static struct {
     int remaining;             /* workers of the present job that have not finished */
     pool_task task;
     void *context;
-    const void *choice;
+    const void *override;
     long tasks;
     int threads;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
@@ -70,7 +70,7 @@ static inline void pool_pause(void)
 /* Takes the lock, without sleeping if it is free soon. */
 static void pool_lock(void)
 {
-    for (int i = 0; i < POOL_LOOKS; i++) {
+    for (int i = 0; i < POOL_SPINS; i++) {
         if (!pthread_mutex_trylock(&pool.lock))
             return;
         pool_pause();
@@ -78,7 +78,7 @@ static void pool_lock(void)
     pthread_mutex_lock(&pool.lock);
 }
 
-static void pool_share(pool_task task, void *context, long tasks, int thread, int threads)
+static void pool_run_slice(pool_task task, void *context, long tasks, int thread, int threads)
 {
     for (long i = thread; i < tasks; i += threads)
         task(context, i);
@@ -88,7 +88,7 @@ static void pool_share(pool_task task, void *context, long tasks, int thread, in
 
 /* Keeps those of the first threads - 1 workers that sleep off the caller's core for their next
  * waking. Called with the lock held. */
-static void pool_spread(int threads)
+static void pool_avoid_callers_core(int threads)
 {
     const int here = sched_getcpu();
 
@@ -101,23 +101,23 @@ static void pool_spread(int threads)
         pool_workers[i].affinity = others;
         CPU_CLR(here, &others);
         if (CPU_COUNT(&others) > 0)
-            pool_workers[i].moved = !pthread_setaffinity_np(pool_workers[i].id, sizeof others,
-                                                            &others);
+            pool_workers[i].affinity_narrowed =
+                !pthread_setaffinity_np(pool_workers[i].id, sizeof others, &others);
     }
 }
 
-static void pool_awake(int thread)
+static void pool_restore_affinity(int thread)
 {
-    if (pool_workers[thread].moved) {
+    if (pool_workers[thread].affinity_narrowed) {
         pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool_workers[thread].affinity);
-        pool_workers[thread].moved = 0;
+        pool_workers[thread].affinity_narrowed = 0;
     }
 }
 
 #else
 
-static void pool_spread(int threads) { (void)threads; }
-static void pool_awake(int thread) { (void)thread; }
+static void pool_avoid_callers_core(int threads) { (void)threads; }
+static void pool_restore_affinity(int thread) { (void)thread; }
 
 #endif
 
@@ -127,7 +127,7 @@ static void *pool_worker(void *argument)
     unsigned long seen = 0;
 
     for (;;) {
-        for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.job, __ATOMIC_RELAXED) == seen; i++)
+        for (int i = 0; i < POOL_SPINS && __atomic_load_n(&pool.job, __ATOMIC_RELAXED) == seen; i++)
             pool_pause();
         pool_lock();
         while (pool.job == seen || thread >= pool.threads) {
@@ -137,14 +137,14 @@ static void *pool_worker(void *argument)
         }
         seen = pool.job;
         pool_workers[thread].asleep = 0;
-        pool_awake(thread);
+        pool_restore_affinity(thread);
         const pool_task task = pool.task;
         void *const context = pool.context;
         const long tasks = pool.tasks;
         const int threads = pool.threads;
-        thread_choice = pool.choice;
+        thread_local_override = pool.override;
         pthread_mutex_unlock(&pool.lock);
-        pool_share(task, context, tasks, thread, threads);
+        pool_run_slice(task, context, tasks, thread, threads);
         pool_lock();
         if (__atomic_sub_fetch(&pool.remaining, 1, __ATOMIC_RELAXED) == 0)
             pthread_cond_signal(&pool.done);
@@ -212,7 +212,7 @@ static void pool_grow(int wanted)
 
 /* How many threads the caller gets: up to `threads`, itself among them; the pool is then its own
  * until pool_go has returned. 1 where it gets no other, and then it has nothing to give back. */
-static int pool_take(int threads)
+static int pool_acquire(int threads)
 {
     if (threads > POOL_MAX_THREADS)
         threads = POOL_MAX_THREADS;
@@ -232,21 +232,21 @@ static int pool_take(int threads)
 }
 
 /* Shares the tasks among the threads that were taken, and gives them back. */
-static void pool_go(pool_task task, void *context, long tasks, int threads)
+static void pool_dispatch(pool_task task, void *context, long tasks, int threads)
 {
     pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.context = context;
-    pool.choice = thread_choice;
+    pool.override = thread_local_override;
     pool.tasks = tasks;
     pool.threads = threads;
     pool.remaining = threads - 1;
-    pool_spread(threads);
+    pool_avoid_callers_core(threads);
     __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    pool_share(task, context, tasks, 0, threads);
-    for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
+    pool_run_slice(task, context, tasks, 0, threads);
+    for (int i = 0; i < POOL_SPINS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
         pool_pause();
     pool_lock();
     while (pool.remaining)
@@ -258,40 +258,40 @@ static void pool_go(pool_task task, void *context, long tasks, int threads)
 
 static void pool_run(pool_task task, void *context, long tasks, int threads)
 {
-    threads = pool_take(threads < tasks ? threads : (int)tasks);
+    threads = pool_acquire(threads < tasks ? threads : (int)tasks);
     if (threads > 1)
-        pool_go(task, context, tasks, threads);
+        pool_dispatch(task, context, tasks, threads);
     else
-        pool_share(task, context, tasks, 0, 1);
+        pool_run_slice(task, context, tasks, 0, 1);
 }
 
 /* Calls task(context, i) for every i in [0, team->members) at the same time; there are as many
  * members as the caller gets, up to `threads`. */
-static void team_run(pool_task task, void *context, thread_team *team, int threads)
+static void team_parallel_region(pool_task task, void *context, thread_team *team, int threads)
 {
-    team->members = pool_take(threads);
+    team->size = pool_acquire(threads);
     team->arrived = 0;
-    team->meetings = 0;
-    if (team->members > 1)
-        pool_go(task, context, team->members, team->members);
+    team->generation = 0;
+    if (team->size > 1)
+        pool_dispatch(task, context, team->size, team->size);
     else
         task(context, 0);
 }
 
 /* Returns when every member has called it; what they wrote before, all can read after. */
-static inline void team_meet(thread_team *team)
+static inline void team_barrier(thread_team *team)
 {
-    unsigned int meeting;
-    if (team->members == 1)
+    unsigned int generation;
+    if (team->size == 1)
         return;
-    meeting = __atomic_load_n(&team->meetings, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->members) {
+    generation = __atomic_load_n(&team->generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->size) {
         __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->meetings, meeting + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&team->generation, generation + 1, __ATOMIC_RELEASE);
         return;
     }
-    for (int looks = 0; __atomic_load_n(&team->meetings, __ATOMIC_ACQUIRE) == meeting; looks++)
-        if (looks < POOL_LOOKS)
+    for (int spins = 0; __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == generation; spins++)
+        if (spins < POOL_SPINS)
             pool_pause();
         else
             sched_yield();     /* the one we wait for may be waiting for this core */

@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels, packing_room
+from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
     LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext,
@@ -45,22 +45,22 @@ cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
             memcpy(out + i * dim, embedding.dense + tokens[i] * dim, dim * sizeof(float))
 
 
-cdef void fill_head(const AttentionView *layer, const Extent *extent, const BlockContext *context,
-                    Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil:
+cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
+                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil:
     cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
-    cdef Py_ssize_t row = sequence * extent.time * dim + index * head_dim
-    head.queries = extent.time
-    head.keys = extent.time
+    cdef Py_ssize_t row = sequence * dims.time * dim + index * head_dim
+    head.queries = dims.time
+    head.keys = dims.time
     head.head_dim = head_dim
     head.stride = head.k_key = dim
     head.k_dim = 1
-    head.span = layer.span
+    head.window = layer.window
     head.allowed = NULL
-    if extent.allowed:
-        head.allowed = extent.allowed + sequence * head.keys
+    if dims.allowed:
+        head.allowed = dims.allowed + sequence * head.keys
     head.starts = NULL
-    if extent.starts:
-        head.starts = extent.starts + sequence * head.queries
+    if dims.starts:
+        head.starts = dims.starts + sequence * head.queries
     head.q = context.q + row
     head.k = context.k + row
     head.v = context.v + row
@@ -68,35 +68,35 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
 
 
-cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
+cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil:
     # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. x is rounded in
     # place where the layer asks for it.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
-    cdef Py_ssize_t i, j, start, rows = extent.batch * extent.time
+    cdef Py_ssize_t i, j, start, rows = dims.batch * dims.time
     cdef Attention head
-    if layer.rounded:
-        kernel.round_rows(x, rows, dim)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(x, rows, dim)
     kernel.linear(&layer.wq, layer.bq, x, rows, context.q, workspace)
     kernel.linear(&layer.wk, layer.bk, x, rows, context.k, workspace)
     kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
-    for i in range(extent.batch):
+    for i in range(dims.batch):
         if layer.cosines:
-            start = i * extent.time * dim
-            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
+            start = i * dims.time * dim
+            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
-            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
+            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
         for j in range(layer.num_heads):
-            fill_head(layer, extent, context, i, j, &head)
+            fill_head(layer, dims, context, i, j, &head)
             kernel.attention(&head, workspace)
     if layer.norm.gamma:
         kernel.layer_norm(context.heads, layer.norm.gamma, layer.norm.beta, EPSILON,
                           context.heads_normed, context.heads_mean, context.heads_inv_std, rows,
                           dim)
-    if layer.rounded:
-        kernel.round_rows(context.heads_normed, rows, dim)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(context.heads_normed, rows, dim)
     kernel.linear(&layer.wo, layer.bo, context.heads_normed, rows, out, workspace)
 
 
@@ -112,30 +112,30 @@ cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
     if layer.norm.gamma:
         kernel.layer_norm(context.activated, layer.norm.gamma, layer.norm.beta, EPSILON,
                           context.normed, context.mean, context.inv_std, rows, wide)
-    if layer.rounded:
-        kernel.round_rows(context.normed, rows, wide)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(context.normed, rows, wide)
 
 
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
                        FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
     # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. x is rounded in place where the layer
     # asks for it.
-    if layer.rounded:
-        kernels().round_rows(x, rows, layer.wi.cols)
+    if layer.int8_activations:
+        kernels().fake_quantize_rows(x, rows, layer.wi.cols)
     kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
     activate(layer, rows, context)
     kernels().linear(&layer.wo, layer.bo, context.normed, rows, out, workspace)
 
 
-cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
+cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
                     float *workspace) noexcept nogil:
     # residual = input + attention(norm1(input)); output = residual + ffn(norm2(residual)). Input
     # and output may be the same memory.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
+    cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
     kernel.layer_norm(context.input, block.norm1.gamma, block.norm1.beta, EPSILON, context.norm1,
                       context.mean1, context.inv_std1, rows, dim)
-    attend(&block.attention, extent, context.norm1, context, context.residual, workspace)
+    attend(&block.attention, dims, context.norm1, context, context.residual, workspace)
     kernel.add(context.residual, context.input, rows * dim)
     kernel.layer_norm(context.residual, block.norm2.gamma, block.norm2.beta, EPSILON,
                       context.norm2, context.mean2, context.inv_std2, rows, dim)
@@ -143,20 +143,20 @@ cdef void transform(const BlockView *block, const Extent *extent, BlockContext *
     kernel.add(context.output, context.residual, rows * dim)
 
 
-cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
+cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                     ModelContext *context, float *workspace) noexcept nogil:
     # Tokens to logits. Each block's output is the next one's input.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t i, rows = extent.batch * extent.time, dim = model.embedding.cols
+    cdef Py_ssize_t i, rows = dims.batch * dims.time, dim = model.embedding.cols
     embed(&model.embedding, tokens, rows, context.blocks[0].input)
     for i in range(model.num_blocks):
-        transform(&model.blocks[i], extent, &context.blocks[i], workspace)
+        transform(&model.blocks[i], dims, &context.blocks[i], workspace)
     if model.final_norm.gamma:
         kernel.layer_norm(context.blocks[model.num_blocks - 1].output, model.final_norm.gamma,
                           model.final_norm.beta, EPSILON, context.normed, context.mean,
                           context.inv_std, rows, dim)
-    if model.rounded:
-        kernel.round_rows(context.normed, rows, dim)
+    if model.int8_activations:
+        kernel.fake_quantize_rows(context.normed, rows, dim)
     kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
                   workspace)
 
@@ -273,7 +273,7 @@ def padding_mask(tokens, pad_token):
     return None if allowed.all() else allowed.astype(np.uint8)
 
 
-def as_starts(starts, batch, time):
+def document_starts(starts, batch, time):
     """Return the first positions that those of each row may see: int32[B, T].
 
     Where a row holds several documents, a position's is where its document begins: then no
@@ -336,21 +336,21 @@ cdef const float *_read_pointer(object array) except NULL:
     return &view[0]
 
 
-cdef tuple _fill_extent(Extent *extent, tuple shape, object allowed, object starts):
+cdef tuple _fill_batch_shape(BatchShape *dims, tuple shape, object allowed, object starts):
     """Fill an extent for [B, T] positions; returns the arrays that must stay alive with it."""
     cdef const unsigned char[:, ::1] mask
-    cdef const int[:, ::1] firsts
-    extent.batch, extent.time = shape[0], shape[1]
-    extent.allowed = NULL
+    cdef const int[:, ::1] start_rows
+    dims.batch, dims.time = shape[0], shape[1]
+    dims.allowed = NULL
     if allowed is not None:
         mask = allowed = np.ascontiguousarray(allowed, np.uint8)
         if mask.shape[0] != shape[0] or mask.shape[1] != shape[1]:
             raise ValueError(f"allowed has shape {allowed.shape}, expected {tuple(shape[:2])}")
-        extent.allowed = &mask[0, 0]
-    extent.starts = NULL
+        dims.allowed = &mask[0, 0]
+    dims.starts = NULL
     if starts is not None:
-        firsts = starts = as_starts(starts, shape[0], shape[1])
-        extent.starts = &firsts[0, 0]
+        start_rows = starts = document_starts(starts, shape[0], shape[1])
+        dims.starts = &start_rows[0, 0]
     return allowed, starts
 
 
@@ -435,22 +435,22 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     (departure 6).
     """
     cdef AttentionView *view = &attention.view
-    cdef Extent extent
+    cdef BatchShape dims
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     attention.fill_rotary(time)
-    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
+    allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, None, attention.num_heads,
                            attention.norm is not None, starts)
     out = np.empty(shape, np.float32)
     sequences = sequences.copy()
     cdef float *rows = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
-        attend(view, &extent, rows, &context.view, to, workspace)
+        attend(view, &dims, rows, &context.view, to, workspace)
     return out
 
 
@@ -467,7 +467,7 @@ cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch
     return context
 
 
-cdef class FeedForwardRoom:
+cdef class FeedForwardWorkspace:
     """Room for one feed-forward layer's activations over so many positions."""
 
     def __init__(self, FeedForward ffn, Py_ssize_t rows):
@@ -508,7 +508,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     -----
     C: ``forward.c``, ``forward_feed_forward_batch``.
     """
-    cdef FeedForwardRoom room
+    cdef FeedForwardWorkspace buffers
     sequences, shape = _as_sequences(x, ffn.view.wi.cols, "x")
     cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
     wide = (*shape[:-1], ffn.view.wi.rows)
@@ -517,12 +517,12 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     elif hidden.shape != wide:
         raise ValueError(f"hidden has shape {hidden.shape}, expected {wide}")
     sequences = sequences.copy()
-    room = FeedForwardRoom(ffn, rows)
+    buffers = FeedForwardWorkspace(ffn, rows)
     out = np.empty(shape, np.float32)
-    cdef FeedForwardContext context = room.view
+    cdef FeedForwardContext context = buffers.view
     cdef float *source = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     context.hidden = float_pointer(hidden)
     with nogil:
         feed_forward(&ffn.view, rows, source, &context, to, workspace)
@@ -576,20 +576,20 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     -----
     C: ``forward.c``, ``forward_transformer_block_batch_with_context``.
     """
-    cdef Extent extent
+    cdef BatchShape dims
     cdef AttentionView *view = &block.view.attention
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     block.attention.fill_rotary(time)
-    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
+    allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
                            block.attention.num_heads, block.attention.norm is not None, starts)
     context.input[...] = sequences
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
-        transform(&block.view, &extent, &context.view, workspace)
+        transform(&block.view, &dims, &context.view, workspace)
     return context.output.reshape(shape).copy()
 
 
@@ -619,7 +619,7 @@ def forward_output_layer_batch(output, bias, hidden):
     out = np.empty((*shape[:-1], view.rows), np.float32)
     cdef const float *source = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
         kernels().linear(&view, bias_pointer, source, rows, to, workspace)
     return out
@@ -682,7 +682,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     cdef ForwardJob job
     cdef const int[:, ::1] rows
     cdef const unsigned char[:, ::1] mask
-    cdef const int[:, ::1] firsts
+    cdef const int[:, ::1] start_rows
     cdef ForwardContext context
     cdef float[:, :, ::1] out
     if threads < 1:
@@ -694,8 +694,8 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     allowed = padding_mask(token_rows, model.config.pad_token)
     job.starts = NULL
     if starts is not None:
-        firsts = as_starts(starts, rows.shape[0], rows.shape[1])
-        job.starts = &firsts[0, 0]
+        start_rows = document_starts(starts, rows.shape[0], rows.shape[1])
+        job.starts = &start_rows[0, 0]
     job.tasks = min(threads, rows.shape[0])
     contexts = []
     result = np.empty((rows.shape[0], rows.shape[1], model.config.vocab_size), np.float32)
@@ -745,19 +745,19 @@ cdef void forward_task(void *context, long index) noexcept nogil:
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
     cdef float *workspace = scratch(kernels().workspace_floats)
-    cdef Extent extent
+    cdef BatchShape dims
     if workspace == NULL:
         job.out_of_memory = True
         return
-    extent.batch = last - first
-    extent.time = job.time
-    extent.allowed = NULL
+    dims.batch = last - first
+    dims.time = job.time
+    dims.allowed = NULL
     if job.allowed:
-        extent.allowed = job.allowed + first * job.time
-    extent.starts = NULL
+        dims.allowed = job.allowed + first * job.time
+    dims.starts = NULL
     if job.starts:
-        extent.starts = job.starts + first * job.time
-    run_model(job.model, &extent, job.tokens + first * job.time, &job.contexts[index], workspace)
+        dims.starts = job.starts + first * job.time
+    run_model(job.model, &dims, job.tokens + first * job.time, &job.contexts[index], workspace)
     if job.probabilities:
-        kernels().softmax(job.contexts[index].logits, extent.batch * job.time,
+        kernels().softmax(job.contexts[index].logits, dims.batch * job.time,
                           job.model.output.rows)

@@ -1,17 +1,17 @@
 """Decoding without the GIL."""
 
-from legacy1bit.kernels cimport Rounded
-from legacy1bit.packed cimport PackedModel, PackedModelView, RoundedRows
+from legacy1bit.kernels cimport Int8Rows
+from legacy1bit.packed cimport Int8Buffer, PackedModel, PackedModelView
 from legacy1bit.threads cimport thread_team
 
 cdef struct Member:
     # What a thread of a team has to itself.
     float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
-    Rounded rounded
+    Int8Rows quantized
     float *probs            # [rows, room]
     float *head             # [4, room, D], a head's queries, keys, values and outputs, for a prompt
-    float *chances          # [V], and the order of the likeliest, for sampling
-    int *order
+    float *token_probs      # [V], and the order of the likeliest, for sampling
+    int *candidates
 
 cdef struct Sampling:
     double temperature
@@ -36,15 +36,15 @@ cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
     Py_ssize_t dim, wide, vocab
-    Py_ssize_t room         # the capacity in whole tiles of 16 keys
+    Py_ssize_t cache_rows   # the capacity in whole tiles of 16 keys
     signed char *keys       # [sequences, blocks, H, room / 16, D, 16] in int8
     signed char *values     # [sequences, blocks, H, room, D]
-    float *key_steps        # [sequences, blocks, H, room], a scale for each of them
-    float *value_steps
+    float *key_scales       # [sequences, blocks, H, room], a scale for each of them
+    float *value_scales
     int *history            # [sequences, capacity], the tokens themselves
     float *stream           # [rows, C], the residual stream
     float *normed           # [rows, max(C, F)]
-    Rounded rounded
+    Int8Rows quantized
     float *q                # [rows, C]
     float *k
     float *v
@@ -59,8 +59,8 @@ cdef struct DecoderView:
     Py_ssize_t rows
     bint together           # whether they are neighbours in one sequence, else one each of several
     Wanted wanted
-    int *drawn              # [rows or 1, to_draw], where drawn tokens go
-    Py_ssize_t to_draw
+    int *sampled            # [rows or 1, to_draw], where drawn tokens go
+    Py_ssize_t to_sample
     const double *uniforms  # [rows or 1, to_draw], what decides each draw
     Sampling sampling
     bint out_of_memory
@@ -76,6 +76,6 @@ cdef class Decoder:
     cdef list kept
     cdef bint busy
     cdef DecoderView view
-    cdef float *_room(self, size) except NULL
+    cdef float *_buffer(self, size) except NULL
     cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
                   const double[:, ::1] uniforms) except -1

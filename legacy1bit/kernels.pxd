@@ -29,12 +29,12 @@ cdef struct PackedMatrix:
     Py_ssize_t scale_row      # as in a Matrix
     Py_ssize_t group
 
-cdef struct Rounded:
+cdef struct Int8Rows:
     # Rows of activations as int8: row t is steps[t] times its codes, whose sum is sums[t]. Rows
     # and columns are read in blocks of 32 and 64, so there is room behind them.
     Py_ssize_t stride         # from one row to the next, at least 19 more than the columns: zeros
     signed char *codes
-    float *steps
+    float *scales
     int *sums
 
 cdef struct Scheme:
@@ -53,7 +53,7 @@ cdef struct Attention:
     Py_ssize_t stride
     Py_ssize_t k_key          # in the forward pass key j has dimension i at k[j k_key + i k_dim]
     Py_ssize_t k_dim
-    Py_ssize_t span           # how many keys back a query sees, itself included; 0: all
+    Py_ssize_t window         # how many keys back a query sees, itself included; 0: all
     const unsigned char *allowed    # uint8[keys], 0 where a key is padding; NULL: none is
     const int *starts         # int32[queries], never falling: the first key each sees; NULL: all
     const float *q
@@ -76,12 +76,12 @@ cdef struct CachedHead:
     Py_ssize_t skipped        # keys of the first tile that none of them sees
     Py_ssize_t head_dim
     Py_ssize_t stride
-    Py_ssize_t room           # floats in a row of probs: the tiles of keys
+    Py_ssize_t probs_stride   # floats in a row of probs: the tiles of keys
     const float *q
     const signed char *k      # tiles of 16: [dimension][key]
     const signed char *v      # from here on those of the first key that is seen
-    const float *k_steps
-    const float *v_steps
+    const float *k_scales
+    const float *v_scales
     float *probs              # float32[queries, room], scratch
     float *out
 
@@ -111,7 +111,7 @@ cdef struct KernelTable:
     void (*exp)(float *x, Py_ssize_t n) noexcept nogil
     float (*sum)(const float *x, Py_ssize_t n) noexcept nogil
     float (*largest)(const float *x, Py_ssize_t n) noexcept nogil
-    Py_ssize_t (*select)(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil
+    Py_ssize_t (*select)(const float *x, Py_ssize_t n, float bound, int *indices) noexcept nogil
     float (*dot)(const float *x, const float *y, Py_ssize_t n) noexcept nogil
     double (*sum_of_squares)(const float *x, Py_ssize_t n) noexcept nogil
     void (*column_sums)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
@@ -159,16 +159,16 @@ cdef struct KernelTable:
     void (*attention_backward)(const Attention *head, float *workspace) noexcept nogil
 
     float (*quantize)(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
-                      signed char *codes, float *room) noexcept nogil
-    void (*round_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
-    void (*round_to_int8)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
-                          const Rounded *out) noexcept nogil
-    void (*widen)(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
-                  float *out) noexcept nogil
-    void (*widen_keys)(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
-                       float *out, Py_ssize_t row) noexcept nogil
+                      signed char *codes, float *scratch) noexcept nogil
+    void (*fake_quantize_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+    void (*quantize_rows)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                          const Int8Rows *out) noexcept nogil
+    void (*dequantize_rows)(const signed char *codes, const float *scales, Py_ssize_t rows,
+                            Py_ssize_t cols, float *out) noexcept nogil
+    void (*dequantize_keys)(const signed char *k, const float *scales, Py_ssize_t dim,
+                            Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil
     void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
-                           const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                           const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                            float *out, Py_ssize_t out_row, float *workspace) noexcept nogil
     void (*adamw)(float *weights, float *first, float *second, const float *gradient,
                   Py_ssize_t n, const Update *settings) noexcept nogil

@@ -14,7 +14,7 @@ from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    Attention, CachedHead, KernelTable, Matrix, PackedMatrix, Rounded, Scheme, Update,
+    Attention, CachedHead, Int8Rows, KernelTable, Matrix, PackedMatrix, Scheme, Update,
 )
 
 cdef extern from "simd.h" nogil:
@@ -75,7 +75,7 @@ cdef extern from "simd.h" nogil:
     vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
     void prefetch_tile(const unsigned char *tile)
-    void anew(void *memory)
+    void do_not_optimize(void *memory)
     ctypedef struct amx_operand:
         const float *dense
         long line_stride
@@ -84,7 +84,7 @@ cdef extern from "simd.h" nogil:
         const float *scale
         long scale_row
         long group
-        int turned
+        int transposed
     enum:
         MATRIX_UNIT
         AMX_WORKSPACE
@@ -98,20 +98,20 @@ cdef extern from "simd.h" nogil:
 
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
-    float ordered_squares(const float *x, float centre, long n)
-    void wide_layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
-                         float *out, float *mean, float *inv_std, long n)
+    float ordered_squares(const float *x, float center, long n)
+    void layer_norm_float64(const float *x, const float *gamma, const float *beta, float epsilon,
+                            float *out, float *mean, float *inv_std, long n)
 
 cdef extern from "cache.h" nogil:
     enum:
         CACHED_KEYS
-    void score_alone(const signed char *k, const float *q, long dim, long tiles, float *out)
-    void score_together(const signed char *k, const float *q, long q_row, long dim, long tiles,
-                        float *out, long out_row, long queries)
+    void score_one_query(const signed char *k, const float *q, long dim, long tiles, float *out)
+    void score_queries(const signed char *k, const float *q, long q_row, long dim, long tiles,
+                       float *out, long out_row, long queries)
     void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
                     float *out, long out_row, long queries)
-    void widen_keys(const signed char *k, const float *steps, long dim, long tiles, float *out,
-                    long row)
+    void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
+                         float *out, long row)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -372,7 +372,7 @@ cdef float largest(const float *x, Py_ssize_t n) noexcept nogil:
     return top
 
 
-cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil:
+cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *indices) noexcept nogil:
     # Writes the places of the numbers that are not below the bound, and returns how many there are.
     # It is for few of many: a stretch in which there is none is passed over at once.
     cdef Py_ssize_t start, i, count = 0
@@ -381,7 +381,7 @@ cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *found) no
             continue
         for i in range(start, min(start + 64, n)):
             if x[i] >= bound:
-                found[count] = <int>i
+                indices[count] = <int>i
                 count += 1
     return count
 
@@ -453,28 +453,28 @@ cdef void layer_norm(const float *x, const float *gamma, const float *beta, floa
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef float *to
-    cdef vf32 centre, factor, d
-    cdef float centre_of_row, deviation, spread
+    cdef vf32 center, factor, d
+    cdef float row_mean, deviation, spread
     START_TIMER(TIMER_LAYER_NORM_FORWARD)
     for i in range(rows):
         row = x + i * cols
         to = out + i * cols
-        centre_of_row = sum(row, cols) / cols
-        deviation = sqrtf(ordered_squares(row, centre_of_row, cols) / cols + epsilon)
+        row_mean = sum(row, cols) / cols
+        deviation = sqrtf(ordered_squares(row, row_mean, cols) / cols + epsilon)
         # A mean of up to 1,000 standard deviations is exact enough. NaN fails the comparisons.
-        if not (fabsf(centre_of_row) <= <float>1e3 * deviation and deviation < INFINITY):
-            wide_layer_norm(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
+        if not (fabsf(row_mean) <= <float>1e3 * deviation and deviation < INFINITY):
+            layer_norm_float64(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
             continue
-        centre = vf32_splat(centre_of_row)
+        center = vf32_splat(row_mean)
         spread = 1.0 / deviation
-        mean[i] = centre_of_row
+        mean[i] = row_mean
         inv_std[i] = spread
         factor = vf32_splat(spread)
         for j from 0 <= j < whole by VF32_LANES:
-            d = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            d = vf32_mul(vf32_sub(vf32_load(row + j), center), factor)
             vf32_store(to + j, vf32_add(vf32_mul(d, vf32_load(gamma + j)), vf32_load(beta + j)))
         if left:
-            d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), center), factor)
             d = vf32_mul(d, vf32_load_first(gamma + whole, left))
             vf32_store_first(to + whole, left, vf32_add(d, vf32_load_first(beta + whole, left)))
     STOP_TIMER(TIMER_LAYER_NORM_FORWARD)
@@ -493,23 +493,23 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
     cdef const float *row
     cdef float *dx
     cdef float last[VF32_LANES]
-    cdef vf32 half = vf32_splat(0.5), centre, last_centre = vf32_zero(), factor, wide, hat
+    cdef vf32 half = vf32_splat(0.5), center, last_center = vf32_zero(), factor, wide, hat
     cdef vf32 d, g, sum_g, sum_gx, mean_g, mean_gx
     START_TIMER(TIMER_LAYER_NORM_BACKWARD)
     for i in range(rows):
         dy = d_out + i * cols
         row = x + i * cols
         dx = d_x + i * cols
-        centre = vf32_splat(<float>-0.5 * mean[i])
+        center = vf32_splat(<float>-0.5 * mean[i])
         factor = vf32_splat(inv_std[i])
         wide = vf32_add(factor, factor)
         if left:
-            vf32_store(last, centre)
-            last_centre = vf32_load_first(last, left)
+            vf32_store(last, center)
+            last_center = vf32_load_first(last, left)
         sum_g = vf32_zero()
         sum_gx = vf32_zero()
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
             d = vf32_load(dy + j)
             vf32_store(d_gamma + j, vf32_fmadd(d, hat, vf32_load(d_gamma + j)))
             vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
@@ -518,7 +518,7 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
             sum_gx = vf32_fmadd(g, hat, sum_gx)
         if left:
             # Lanes that are not loaded have d = 0 and x^ = 0, so they add nothing to either sum.
-            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_center), wide)
             d = vf32_load_first(dy + whole, left)
             vf32_store_first(d_gamma + whole, left,
                              vf32_fmadd(d, hat, vf32_load_first(d_gamma + whole, left)))
@@ -530,12 +530,12 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
         mean_g = vf32_splat(vf32_sum(sum_g) / cols)
         mean_gx = vf32_splat(vf32_sum(sum_gx) / cols)
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
             g = vf32_sub(vf32_mul(vf32_load(dy + j), vf32_load(gamma + j)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))
             vf32_store(dx + j, vf32_fmadd(g, factor, vf32_load(dx + j)))
         if left:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_center), wide)
             g = vf32_sub(vf32_mul(vf32_load_first(dy + whole, left),
                                   vf32_load_first(gamma + whole, left)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))
@@ -886,7 +886,7 @@ cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
     if kind != FLOATS:
         right.codes = matrix.codes
         right.scale, right.scale_row, right.group = matrix.scale, matrix.scale_row, matrix.group
-        right.turned = kind == CODES
+        right.transposed = kind == CODES
         right.line_stride = 1 if kind == CODES else matrix.cols
         right.depth_stride = matrix.cols if kind == CODES else 1
         factor = matrix.scale[0] if matrix.scale_row == 0 else 1.0
@@ -1001,7 +1001,7 @@ cdef enum:
     VSUM_BLOCK = 128        # rows of activations whose sums are taken at once
 
 
-cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange) noexcept nogil:
+cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *nonfinite) noexcept nogil:
     # The largest |x|; strange becomes 0, or NaN where an x is no number or infinite: x - x is 0 of
     # every other.
     cdef Py_ssize_t i, whole = n - n % VF32_LANES
@@ -1014,7 +1014,7 @@ cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange
         v = vf32_load_first(x + whole, n - whole)
         most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
         total = vf32_add(total, vf32_sub(v, v))
-    strange[0] = vf32_sum(total)
+    nonfinite[0] = vf32_sum(total)
     return vf32_largest(most)
 
 
@@ -1026,24 +1026,24 @@ cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
     return total
 
 
-cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
-                        const Rounded *out) noexcept nogil:
+cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                        const Int8Rows *out) noexcept nogil:
     # Each row in whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet b1.58,
     # arXiv 2402.17764, section 2). A row that is not finite has a step that is none.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef signed char *codes
     cdef signed char last[VF32_LANES]
-    cdef float top, inverse, strange
+    cdef float top, inverse, nonfinite
     cdef vf32 up
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
         codes = out.codes + i * out.stride
-        top = largest_magnitude(row, cols, &strange)
+        top = largest_magnitude(row, cols, &nonfinite)
         inverse = <float>127.0 / top
-        out.steps[i] = top / <float>127.0 + strange
-        if not (out.steps[i] > 0.0 and inverse < INFINITY):
+        out.scales[i] = top / <float>127.0 + nonfinite
+        if not (out.scales[i] > 0.0 and inverse < INFINITY):
             memset(codes, 0, out.stride)
             out.sums[i] = 0
             continue
@@ -1114,7 +1114,7 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
                 vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
 
 
-cdef inline void some_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+cdef inline void tile_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                            const signed char *x, Py_ssize_t stride, Py_ssize_t rows,
                            int *totals) noexcept nogil:
     # totals[rows][32] of at most VSUM_TILES tiles.
@@ -1137,16 +1137,16 @@ cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
     if MATRIX_UNIT and rows >= AMX_FEW:
         amx_packed_sums(strip, tiles, trits, x, stride, rows, totals, workspace)
         return
-    some_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
+    tile_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
     for done from VSUM_TILES <= done < tiles by VSUM_TILES:
-        some_sums(strip + done * TILE_BYTES, min(tiles - done, VSUM_TILES), trits,
+        tile_sums(strip + done * TILE_BYTES, min(tiles - done, VSUM_TILES), trits,
                   x + done * width, stride, rows, part)
         for i in range(rows * STRIP_ROWS):
             totals[i] += part[i]
 
 
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
-                         const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                         const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                          float *out, Py_ssize_t out_row, float *workspace) noexcept nogil:
     # out[rows, matrix.rows] (+)= x matrix^T + bias, of the strips from first to last.
     cdef int totals[VSUM_BLOCK * STRIP_ROWS]
@@ -1182,7 +1182,7 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                     for i in range(min(matrix.rows - row, STRIP_ROWS)):
                         value = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
                                          + matrix.offset * x_sum)
-                                 * (scales[i * matrix.scale_row] * x.steps[begin + t]))
+                                 * (scales[i * matrix.scale_row] * x.scales[begin + t]))
                         if accumulate or group:
                             to[i] += value
                         else:
@@ -1205,8 +1205,8 @@ cdef enum:
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
     # Never lower than that of the query before it, so that a block's is its first query's.
     cdef Py_ssize_t position = head.keys - head.queries + query, first = 0
-    if head.span and position >= head.span:
-        first = position - head.span + 1
+    if head.window and position >= head.window:
+        first = position - head.window + 1
     if head.starts and head.starts[query] > first:
         first = head.starts[query]
     return first
@@ -1221,34 +1221,35 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
     cdef float *row = head.probs
     START_TIMER(TIMER_ATTENTION_FORWARD)
     if queries == 1:
-        score_alone(head.k, head.q, head.head_dim, tiles, row)
+        score_one_query(head.k, head.q, head.head_dim, tiles, row)
     else:
-        score_together(head.k, head.q, head.stride, head.head_dim, tiles, row, head.room, queries)
+        score_queries(head.k, head.q, head.stride, head.head_dim, tiles, row, head.probs_stride,
+                      queries)
     for i in range(queries):
-        row = head.probs + i * head.room + head.skipped
+        row = head.probs + i * head.probs_stride + head.skipped
         count = head.keys + i
-        multiply(row, head.k_steps, count)
+        multiply(row, head.k_scales, count)
         softmax_row(row, count, factor)
-        multiply(row, head.v_steps, count)
+        multiply(row, head.v_scales, count)
         # What a query does not see adds 0.
         memset(row + count, 0, (most - count) * sizeof(float))
-    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.room, most, head.out,
+    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.probs_stride, most, head.out,
                head.stride, queries)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
 
 
-cdef void widen_cached(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
-                       float *out, Py_ssize_t row) noexcept nogil:
-    widen_keys(k, steps, dim, tiles, out, row)
+cdef void dequantize_cached_keys(const signed char *k, const float *scales, Py_ssize_t dim,
+                                 Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil:
+    dequantize_keys(k, scales, dim, tiles, out, row)
 
 
-cdef void widen(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
-                float *out) noexcept nogil:
+cdef void dequantize_rows(const signed char *codes, const float *scales, Py_ssize_t rows,
+                          Py_ssize_t cols, float *out) noexcept nogil:
     # out[i, j] = steps[i] * codes[i, j]
     cdef Py_ssize_t i
     memset(out, 0, rows * cols * sizeof(float))
     for i in range(rows):
-        add_row(codes + i * cols, cols, steps[i], out + i * cols)
+        add_row(codes + i * cols, cols, scales[i], out + i * cols)
 
 
 cdef void attention(const Attention *head, float *workspace) noexcept nogil:
@@ -1341,7 +1342,7 @@ cdef inline float round_to_float16(float x) noexcept nogil:
 
 
 cdef float quantize(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
-                    signed char *codes, float *room) noexcept nogil:
+                    signed char *codes, float *scratch) noexcept nogil:
     # The codes of n weights that share a scale, and that scale: `fixed`, or, where that is 0, the
     # scheme's. Comparing |w| with threshold * scale is exact, with no division. room has n floats
     # for a median, and is not touched else.
@@ -1352,7 +1353,7 @@ cdef float quantize(const float *weights, Py_ssize_t n, const Scheme *scheme, fl
     START_TIMER(TIMER_QUANTIZE)
     if fixed == 0.0:
         if scheme.median:
-            step = absolute_median(weights, n, room)
+            step = absolute_median(weights, n, scratch)
         else:
             for start from 0 <= start < n by 1024:
                 part = absolute_sum(weights + start, min(n - start, 1024))
@@ -1368,26 +1369,26 @@ cdef float quantize(const float *weights, Py_ssize_t n, const Scheme *scheme, fl
     return step
 
 
-cdef float absolute_median(const float *x, Py_ssize_t n, float *room) noexcept nogil:
+cdef float absolute_median(const float *x, Py_ssize_t n, float *scratch) noexcept nogil:
     # The median of |x|: Hoare's selection (CACM 4(7), 1961, algorithm 65) of the upper middle one
     # and, where n is even, the mean of it and the largest below it.
     cdef Py_ssize_t i, j, low = 0, high = n - 1, middle = n // 2
     cdef float pivot, swap, below
     for i in range(n):
-        room[i] = fabsf(x[i])
+        scratch[i] = fabsf(x[i])
     while low < high:
-        pivot = room[(low + high) // 2]
+        pivot = scratch[(low + high) // 2]
         i = low
         j = high
         while i <= j:
-            while room[i] < pivot:
+            while scratch[i] < pivot:
                 i += 1
-            while pivot < room[j]:
+            while pivot < scratch[j]:
                 j -= 1
             if i <= j:
-                swap = room[i]
-                room[i] = room[j]
-                room[j] = swap
+                swap = scratch[i]
+                scratch[i] = scratch[j]
+                scratch[j] = swap
                 i += 1
                 j -= 1
         if j < middle:
@@ -1395,28 +1396,28 @@ cdef float absolute_median(const float *x, Py_ssize_t n, float *room) noexcept n
         if middle < i:
             high = j
     if n % 2:
-        return room[middle]
-    below = room[0]
+        return scratch[middle]
+    below = scratch[0]
     for i in range(1, middle):
-        below = room[i] if room[i] > below else below
-    return <float>(0.5 * (<double>below + <double>room[middle]))
+        below = scratch[i] if scratch[i] > below else below
+    return <float>(0.5 * (<double>below + <double>scratch[middle]))
 
 
-cdef void round_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+cdef void fake_quantize_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
     # Each row becomes whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet
     # b1.58, arXiv 2402.17764, section 2): what int8 with one scale a token keeps of it. A row
     # whose step float32 does not hold stays as it is, and so does one that is not finite.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef float *row
-    cdef float top, step, inverse, strange
+    cdef float top, step, inverse, nonfinite
     cdef vf32 v, up, down
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
-        top = largest_magnitude(row, cols, &strange)
+        top = largest_magnitude(row, cols, &nonfinite)
         step = top / <float>127.0
         inverse = <float>127.0 / top
-        if not (strange == 0.0 and inverse < INFINITY
+        if not (nonfinite == 0.0 and inverse < INFINITY
                 and <float>127.0 * step < INFINITY):
             continue
         up = vf32_splat(inverse)
@@ -1532,10 +1533,10 @@ cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
     memset(tiles, 0x55, sizeof(tiles))
     memset(x, 1, sizeof(x))
     for _round in range(rounds):
-        anew(tiles)
-        anew(x)
+        do_not_optimize(tiles)
+        do_not_optimize(x)
         strip_sums(tiles, 32, False, x, totals)
-        anew(totals)
+        do_not_optimize(totals)
     return totals[0]
 
 
@@ -1614,10 +1615,10 @@ kernels.attention = attention
 kernels.cached_attention = cached_attention
 kernels.attention_backward = attention_backward
 kernels.quantize = quantize
-kernels.round_rows = round_rows
-kernels.round_to_int8 = round_to_int8
-kernels.widen = widen
-kernels.widen_keys = widen_cached
+kernels.fake_quantize_rows = fake_quantize_rows
+kernels.quantize_rows = quantize_rows
+kernels.dequantize_rows = dequantize_rows
+kernels.dequantize_keys = dequantize_cached_keys
 kernels.packed_product = packed_product
 kernels.adamw = adamw
 kernels.sgd = sgd

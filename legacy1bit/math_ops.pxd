@@ -7,4 +7,4 @@ cdef const KernelTable *kernels() noexcept nogil
 cdef const KernelTable *packed_kernels() noexcept nogil
 
 # The calling thread's room for the products' packing; MemoryError where there is none.
-cdef float *packing_room() except NULL
+cdef float *pack_buffer() except NULL

@@ -26,7 +26,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
 from legacy1bit.kernels cimport KernelTable, Matrix
-from legacy1bit.threads cimport choose, chosen, parallel_for, scratch
+from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
@@ -43,7 +43,7 @@ cdef const KernelTable *packed = NULL
 
 cdef const KernelTable *kernels() noexcept nogil:
     # Those with products in bfloat16 are a thread's own choice.
-    cdef const KernelTable *own = <const KernelTable *>chosen()
+    cdef const KernelTable *own = <const KernelTable *>thread_override()
     return active if own == NULL else own
 
 
@@ -51,11 +51,11 @@ cdef const KernelTable *packed_kernels() noexcept nogil:
     return packed
 
 
-cdef float *packing_room() except NULL:
-    cdef float *room = scratch(packed.workspace_floats)
-    if room == NULL:
+cdef float *pack_buffer() except NULL:
+    cdef float *buffer = scratch(packed.workspace_floats)
+    if buffer == NULL:
         raise MemoryError("no memory for the kernels' packing buffers")
-    return room
+    return buffer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -139,15 +139,15 @@ def product_precision(str name not None):
     """
     if name not in ("float32", "bf16"):
         raise ValueError(f"unknown precision {name!r}: expected float32 or bf16")
-    cdef bint before = chosen() != NULL
+    cdef bint before = thread_override() != NULL
     if name not in product_precisions():
         raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
                          "and its widest instruction set")
-    choose(_table("amx") if name == "bf16" else NULL)
+    set_thread_override(_table("amx") if name == "bf16" else NULL)
     try:
         yield
     finally:
-        choose(_table("amx") if before else NULL)
+        set_thread_override(_table("amx") if before else NULL)
 
 
 def timings() -> dict:
@@ -519,7 +519,7 @@ def quantize_activations(x) -> None:
     """
     cdef float[:, ::1] rows = _rows_of(x)
     with nogil:
-        active.round_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
+        active.fake_quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
 
 
 cdef float[:, ::1] _rows_of(x):

@@ -328,8 +328,8 @@ cdef class MultiHeadAttention:
         Whether what the matrices get is rounded to int8, with one scale a token.
     """
 
-    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, span=0, gamma=None,
-                 beta=None, rounded=False):
+    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, window=0,
+                 gamma=None, beta=None, int8_activations=False):
         cdef Py_ssize_t dim
         cdef const float[:, ::1] table
         cdef AttentionView *view = &self.view
@@ -348,10 +348,10 @@ cdef class MultiHeadAttention:
         view.bo = vector_pointer(bo, dim, "bo")
         if _size("num_heads", num_heads) > dim or dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of {dim}")
-        if span < 0:
-            raise ValueError(f"span is {span}, expected 0 or more")
+        if window < 0:
+            raise ValueError(f"window is {window}, expected 0 or more")
         view.num_heads = num_heads
-        view.span = span
+        view.window = window
         view.cosines = view.sines = NULL
         view.length = 0
         if rotary is not None:
@@ -366,12 +366,12 @@ cdef class MultiHeadAttention:
         self.wq, self.wk, self.wv, self.wo = wq, wk, wv, wo
         self.bq, self.bk, self.bv, self.bo = bq, bk, bv, bo
         self.num_heads = num_heads
-        self.span = span
+        self.window = window
         self.rotary = rotary
         self.norm = _inner_norm(gamma, beta, dim)
         if self.norm is not None:
             view.norm = self.norm.view
-        view.rounded = rounded
+        view.int8_activations = int8_activations
 
     cdef int fill_rotary(self, Py_ssize_t length) except -1:
         # To be called before a pass over so many positions.
@@ -396,7 +396,8 @@ cdef class FeedForward:
         Whether what the matrices get is rounded to int8, with one scale a token.
     """
 
-    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None, rounded=False):
+    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None,
+                 int8_activations=False):
         cdef FeedForwardView *view = &self.view
         if activation not in ("relu2", "relu"):
             raise ValueError(f"activation is {activation!r}, expected relu2 or relu")
@@ -411,7 +412,7 @@ cdef class FeedForward:
         self.norm = _inner_norm(gamma, beta, view.wi.rows)
         if self.norm is not None:
             view.norm = self.norm.view
-        view.rounded = rounded
+        view.int8_activations = int8_activations
 
 
 cdef class TransformerBlock:
@@ -535,7 +536,7 @@ cdef class LegacyLLM:
         scale_shapes = [_scale_shape(config, shape) for _, shape in quantized]
         self.config = config
         self.provenance = Provenance()
-        self.shares = _shares(config)
+        self.quantized_parts = _quantized_parts(config)
         self.quantized_size = sum(int(np.prod(shape)) for _, shape in quantized)
         self.total_size = sum(int(np.prod(shape)) for _, shape, _ in layout)
         levels, inner = (), 0
@@ -564,7 +565,7 @@ cdef class LegacyLLM:
         config = self.config
         rotary = None
         # What is not quantized gets its inputs as they are.
-        rounded = config.int8_activations and isinstance(
+        int8_activations = config.int8_activations and isinstance(
             parameters["blocks.0.attention.wq"], TernaryMatrix)
         if config.positions == "rope":
             rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
@@ -577,10 +578,10 @@ cdef class LegacyLLM:
         for i in range(config.num_blocks):
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, span=config.attention_span,
-                                   rounded=rounded),
+                                   num_heads=config.num_heads, window=config.attention_span,
+                                   int8_activations=int8_activations),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation, rounded=rounded),
+                            activation=config.activation, int8_activations=int8_activations),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
             self.blocks.append(block)
@@ -593,7 +594,7 @@ cdef class LegacyLLM:
         if config.output_bias:
             view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
                                               "output.bias")
-        view.rounded = rounded and config.ternary_embedding
+        view.int8_activations = int8_activations and config.ternary_embedding
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -646,7 +647,7 @@ cdef class LegacyLLM:
         cdef QuantizeJob job
         cdef float[::1] weights, scales
         cdef signed char[::1] codes
-        cdef const Share[::1] shares = self.shares
+        cdef const QuantizedPart[::1] quantized_parts = self.quantized_parts
         cdef int workers = _size("threads", threads)
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
@@ -657,7 +658,7 @@ cdef class LegacyLLM:
         job.weights = &weights[0]
         job.codes = &codes[0]
         job.scales = &scales[0]
-        job.shares = &shares[0]
+        job.quantized_parts = &quantized_parts[0]
         job.scheme.median = scheme.median
         job.scheme.factor = scheme.factor
         job.scheme.threshold = scheme.threshold
@@ -665,7 +666,7 @@ cdef class LegacyLLM:
         job.scheme.outer = scheme.outer
         job.out_of_memory = False
         with nogil:
-            parallel_for(quantize_task, &job, shares.shape[0], workers)
+            parallel_for(quantize_task, &job, quantized_parts.shape[0], workers)
         if job.out_of_memory:
             raise MemoryError("no memory to find the median of a matrix")
 
@@ -687,20 +688,21 @@ cdef class LegacyLLM:
                 f"{self.config.model_dim})")
 
 
-cdef struct Share:
+cdef struct QuantizedPart:
     # A quantized matrix: where its weights and its scales begin, its shape, how many neighbours
     # share a scale, and that scale where it is fixed, else 0.
     Py_ssize_t start, scale, rows, cols, group
     float fixed
 
 
-_SHARE = np.dtype([("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
-                   ("group", np.intp), ("fixed", np.float32)], align=True)
+_QUANTIZED_PART = np.dtype(
+    [("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
+     ("group", np.intp), ("fixed", np.float32)], align=True)
 
 
-def _shares(config):
+def _quantized_parts(config):
     """Return how ``quantize`` goes about the matrices of a model, as ``_SHARE`` records."""
-    shares, start, scale = [], 0, 0
+    quantized_parts, start, scale = [], 0, 0
     for name, shape, kind in parameter_layout(config):
         if kind != "quantized":
             break
@@ -710,39 +712,39 @@ def _shares(config):
         if not SCHEMES[config.scheme].learns and not fixed:
             fixed = float(np.float16(_spread(config, name) * np.sqrt(2.0 / np.pi)))
         if config.scale in ("tensor", "one"):
-            shares.append((start, scale, 1, rows * cols, rows * cols, fixed))
+            quantized_parts.append((start, scale, 1, rows * cols, rows * cols, fixed))
         else:
-            shares.append((start, scale, rows, cols, group, fixed))
+            quantized_parts.append((start, scale, rows, cols, group, fixed))
         start += rows * cols
         scale += int(np.prod(scale_shape))
-    return np.array(shares, _SHARE)
+    return np.array(quantized_parts, _QUANTIZED_PART)
 
 
 cdef struct QuantizeJob:
     const float *weights
     signed char *codes
     float *scales
-    const Share *shares
+    const QuantizedPart *quantized_parts
     Scheme scheme
     bint out_of_memory
 
 
 cdef void quantize_task(void *context, long index) noexcept nogil:
     cdef QuantizeJob *job = <QuantizeJob *>context
-    cdef const Share *share = &job.shares[index]
-    cdef Py_ssize_t _row, first, count, start = share.start
-    cdef float *scale = job.scales + share.scale
-    cdef float *room = NULL
+    cdef const QuantizedPart *part = &job.quantized_parts[index]
+    cdef Py_ssize_t _row, first, count, start = part.start
+    cdef float *scale = job.scales + part.scale
+    cdef float *median_scratch = NULL
     if job.scheme.median:
-        room = scratch(share.group)
-        if room == NULL:
+        median_scratch = scratch(part.group)
+        if median_scratch == NULL:
             job.out_of_memory = True
             return
-    for _row in range(share.rows):
-        for first from 0 <= first < share.cols by share.group:
-            count = min(share.group, share.cols - first)
-            scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, share.fixed,
-                                          job.codes + start, room)
+    for _row in range(part.rows):
+        for first from 0 <= first < part.cols by part.group:
+            count = min(part.group, part.cols - first)
+            scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, part.fixed,
+                                          job.codes + start, median_scratch)
             scale += 1
             start += count
 

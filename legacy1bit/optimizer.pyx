@@ -74,7 +74,7 @@ cdef void update_task(void *context, long index) noexcept nogil:
                         update)
 
 
-cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *room,
+cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *buffer,
                         float *workspace) noexcept nogil:
     # x[rows, cols], rows <= cols, becomes about U V^T of its singular value decomposition U S V^T.
     # Five rounds of X <- a X + (b A + c A^2) X with A = X X^T bring every singular value near 1
@@ -82,7 +82,7 @@ cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *room,
     # rows * (2 rows + cols) floats.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t square = rows * rows, size = rows * cols
-    cdef float *a = room
+    cdef float *a = buffer
     cdef float *b = a + square
     cdef float *y = b + square
     cdef double norm = sqrt(kernel.sum_of_squares(x, size))
@@ -114,8 +114,8 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     cdef Py_ssize_t low = min(rows, cols), high = max(rows, cols)
     cdef float *workspace = scratch(kernel.workspace_floats + 2 * size + low * (2 * low + high))
     cdef float *update = workspace + kernel.workspace_floats
-    cdef float *turned = update + size
-    cdef float *room = turned + size
+    cdef float *transposed = update + size
+    cdef float *buffer = transposed + size
     cdef float *weights = job.weights + span.start
     cdef float *momentum = job.first + span.start
     if workspace == NULL:
@@ -126,11 +126,11 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     memcpy(update, job.gradient + span.start, size * sizeof(float))
     kernel.add_scaled(update, settings.momentum, momentum, size)
     if rows <= cols:
-        orthogonalize(update, rows, cols, room, workspace)
+        orthogonalize(update, rows, cols, buffer, workspace)
     else:
-        transpose(update, rows, cols, turned)
-        orthogonalize(turned, cols, rows, room, workspace)
-        transpose(turned, cols, rows, update)
+        transpose(update, rows, cols, transposed)
+        orthogonalize(transposed, cols, rows, buffer, workspace)
+        transpose(transposed, cols, rows, update)
     kernel.scale(weights, 1.0 - settings.learning_rate * settings.weight_decay, size)
     kernel.add_scaled(weights, -settings.learning_rate * sqrt(fmax(1.0, <double>rows / cols)),
                       update, size)

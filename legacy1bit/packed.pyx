@@ -15,8 +15,8 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport PackedMatrix as PackedView, Rounded
-from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
+from legacy1bit.kernels cimport Int8Rows, PackedMatrix as PackedView
+from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
 from legacy1bit.model import (
@@ -33,9 +33,9 @@ _AT_ONCE = 64   # strips
 
 def _aligned(size):
     """Return uint8[size] that begins on a cache line."""
-    room = np.empty(size + _TILE, np.uint8)
-    start = -room.ctypes.data % _TILE
-    return room[start:start + size]
+    buffer = np.empty(size + _TILE, np.uint8)
+    start = -buffer.ctypes.data % _TILE
+    return buffer[start:start + size]
 
 
 def packed_size(shape, form="2bit") -> int:
@@ -73,14 +73,14 @@ cdef class PackedMatrix:
         If a code is none of the levels, or shapes do not fit, or trits have more scales in a row.
     """
 
-    def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", room=None):
+    def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", buffer=None):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         if not isinstance(values, _TernaryMatrix):
             # It checks codes and scales.
             values = _TernaryMatrix(values, 1.0 if scale is None else scale, group, levels)
         self._describe(values.shape, values.scales, values.group, levels, form)
-        self.tiles = _pack(values.values, self.levels, self.trits, room)
+        self.tiles = _pack(values.values, self.levels, self.trits, buffer)
         self._point()
 
     def _describe(self, shape, scales, group, levels, form):
@@ -146,7 +146,7 @@ cdef class PackedMatrix:
         """
         cdef const float[:, ::1] rows = x
         cdef float[:, ::1] out
-        cdef Rounded rounded
+        cdef Int8Rows quantized
         cdef const float *bias_pointer = NULL
         cdef float *workspace
         if rows is None:
@@ -158,12 +158,12 @@ cdef class PackedMatrix:
             bias_pointer = vector_pointer(bias, self.view.rows, "bias")
         result = np.empty((rows.shape[0], self.view.rows), np.float32)
         out = result
-        room = RoundedRows(rows.shape[0], self.view.cols)
-        rounded = (<RoundedRows>room).view
-        workspace = packing_room()
+        buffer = Int8Buffer(rows.shape[0], self.view.cols)
+        quantized = (<Int8Buffer>buffer).view
+        workspace = pack_buffer()
         with nogil:
-            kernels().round_to_int8(&rows[0, 0], rows.shape[0], rows.shape[1], &rounded)
-            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &rounded,
+            kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &quantized)
+            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &quantized,
                                             rows.shape[0], bias_pointer, False, &out[0, 0],
                                             self.view.rows, workspace)
         return result
@@ -173,7 +173,7 @@ cdef class PackedMatrix:
                 f"{'trits' if self.trits else '2 bits'})")
 
 
-cdef class RoundedRows:
+cdef class Int8Buffer:
     """Room for rows of activations in int8.
 
     Parameters
@@ -184,27 +184,27 @@ cdef class RoundedRows:
 
     def __init__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef unsigned char[::1] codes
-        cdef float[::1] steps
+        cdef float[::1] scales
         cdef int[::1] sums
         # Kernels read tiles of 16 or 20 columns, and blocks of 64 columns and 32 rows.
         self.view.stride = (cols + 19 + 63) // 64 * 64
         self.codes = _aligned(((rows + 31) // 32 * 32 + 1) * self.view.stride)
         self.codes[...] = 0
-        self.steps = np.empty(rows, np.float32)
+        self.scales = np.empty(rows, np.float32)
         self.sums = np.empty(rows, np.int32)
-        codes, steps, sums = self.codes, self.steps, self.sums
+        codes, scales, sums = self.codes, self.scales, self.sums
         self.view.codes = <signed char *>&codes[0]
-        self.view.steps = &steps[0]
+        self.view.scales = &scales[0]
         self.view.sums = &sums[0]
 
 
-def _pack(values, levels, trits, room):
+def _pack(values, levels, trits, buffer):
     """Return the tiles of codes, int8[R, C]."""
     places = np.array([levels.index(code) if code in levels else 255
                        for code in range(-128, 128)], np.uint8)
     strips, width = (values.shape[0] + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
     tiles = (values.shape[1] + width - 1) // width
-    packed = _room_for(strips, tiles, room)
+    packed = _tiles_in(strips, tiles, buffer)
     for strip in range(strips):
         # A strip at a time: the room this takes stays small.
         here = places[values[_STRIP * strip:_STRIP * (strip + 1)].astype(np.int16) + 128]
@@ -215,9 +215,9 @@ def _pack(values, levels, trits, room):
     return packed
 
 
-def _room_for(strips, tiles, room):
-    room = _aligned(strips * tiles * _TILE) if room is None else room
-    return room.reshape(strips, tiles, _TILE)
+def _tiles_in(strips, tiles, buffer):
+    buffer = _aligned(strips * tiles * _TILE) if buffer is None else buffer
+    return buffer.reshape(strips, tiles, _TILE)
 
 
 def _pack_strip(places, trits, out):
@@ -232,7 +232,7 @@ def _pack_strip(places, trits, out):
     out.reshape(tiles, _STRIP, 4)[...] = joined.transpose(1, 0, 2)
 
 
-def _pack_stored(stored, cols, scheme, trits, room):
+def _pack_stored(stored, cols, scheme, trits, buffer):
     """Return the tiles of codes that ``Scheme.pack`` has packed, uint8[R, bytes].
 
     A row of a tile is 16 neighbours in a row, two bits each: in a file by their order, as four
@@ -240,7 +240,7 @@ def _pack_stored(stored, cols, scheme, trits, room):
     """
     rows = len(stored)
     strips, width = (rows + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
-    packed = _room_for(strips, (cols + width - 1) // width, room)
+    packed = _tiles_in(strips, (cols + width - 1) // width, buffer)
     if trits:
         for strip in range(strips):
             codes = scheme.unpack(stored[_STRIP * strip:_STRIP * (strip + 1)], cols)
@@ -296,11 +296,11 @@ cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexc
         out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
 
 
-cdef PackedMatrix _matrix_of(part, scheme, form, room):
+cdef PackedMatrix _matrix_of(part, scheme, form, buffer):
     """Return a matrix out of a file."""
     cdef PackedMatrix matrix = PackedMatrix.__new__(PackedMatrix)
     matrix._describe(part.shape, part.scales, part.group, scheme.levels, form)
-    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, room)
+    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, buffer)
     matrix._point()
     return matrix
 
@@ -364,22 +364,22 @@ cdef class PackedModel:
         sizes = {name: packed_size(shape, form) for name, shape, kind in parameter_layout(config)
                  if kind == "quantized"}
         # One piece of memory: large enough for the system's large pages, and read in order.
-        room = _aligned(sum(sizes.values()))
+        buffer = _aligned(sum(sizes.values()))
         self.config = config
         parameters = {}
         for part in stored:
             size, weights = sizes.get(part.name, 0), part.values
             if part.scales is not None:
-                packed = _matrix_of(part, scheme, form, room[:size])
+                packed = _matrix_of(part, scheme, form, buffer[:size])
             elif size:
                 packed = PackedMatrix(weights.values, weights.scales.copy(), weights.group,
-                                      scheme.levels, form, room[:size])
+                                      scheme.levels, form, buffer[:size])
             elif len(part.shape) == 2:
                 packed = round_to_bfloat16(weights)
             else:
                 packed = weights.copy()
             parameters[part.name] = packed
-            room = room[size:]
+            buffer = buffer[size:]
         self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
         self._projection("output.weight", "output.bias" if config.output_bias else None,
@@ -387,7 +387,7 @@ cdef class PackedModel:
         self._norm("final_norm", &self.view.final_norm)
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads
-        self.view.span = config.attention_span
+        self.view.window = config.attention_span
         self.view.squared = config.activation == "relu2"
         if config.positions == "rope":
             self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)

@@ -9,10 +9,10 @@ from legacy1bit.threads cimport task_function, thread_team
 cdef extern from "threads.h" nogil:
     void pool_prepare()
     void pool_run(task_function task, void *context, long tasks, int threads)
-    void team_run(task_function task, void *context, thread_team *team, int threads)
-    void team_meet(thread_team *team)
+    void team_parallel_region(task_function task, void *context, thread_team *team, int threads)
+    void team_barrier(thread_team *team)
     void *thread_scratch(size_t bytes)
-    const void *thread_choice
+    const void *thread_local_override
 
 pool_prepare()
 
@@ -22,15 +22,15 @@ cdef void parallel_for(task_function task, void *context, long tasks, int thread
     pool_run(task, context, tasks, threads)
 
 
-cdef void run_team(task_function task, void *context, thread_team *team,
-                   int threads) noexcept nogil:
+cdef void parallel_region(task_function task, void *context, thread_team *team,
+                          int threads) noexcept nogil:
     # task(context, 0) ... task(context, team.members - 1), all at the same time.
-    team_run(task, context, team, threads)
+    team_parallel_region(task, context, team, threads)
 
 
-cdef void meet(thread_team *team) noexcept nogil:
+cdef void barrier(thread_team *team) noexcept nogil:
     # Returns when every member of the team has called it.
-    team_meet(team)
+    team_barrier(team)
 
 
 cdef float *scratch(Py_ssize_t floats) noexcept nogil:
@@ -38,14 +38,14 @@ cdef float *scratch(Py_ssize_t floats) noexcept nogil:
     return <float *>thread_scratch(floats * sizeof(float))
 
 
-cdef const void *chosen() noexcept nogil:
+cdef const void *thread_override() noexcept nogil:
     # What the calling thread, or the one it works for, has chosen; NULL: nothing.
-    return thread_choice
+    return thread_local_override
 
 
-cdef void choose(const void *choice) noexcept nogil:
-    global thread_choice
-    thread_choice = choice
+cdef void set_thread_override(const void *override) noexcept nogil:
+    global thread_local_override
+    thread_local_override = override
 
 
 def available_cores() -> int:

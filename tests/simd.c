@@ -22,7 +22,7 @@ static __attribute__((noinline)) void fill_the_stack(void)
 {
     unsigned char room[4096];
     memset(room, 0xa5, sizeof room);
-    anew(room);
+    do_not_optimize(room);
 }
 
 /* Memory of so many bytes, in front of a page that may not be touched. */
@@ -270,7 +270,7 @@ static void packed_products(void)
 static float at(const amx_operand *x, long line, long depth)
 {
     const long place = line * x->line_stride + depth * x->depth_stride;
-    const long row = x->turned ? depth : line, column = x->turned ? line : depth;
+    const long row = x->transposed ? depth : line, column = x->transposed ? line : depth;
     if (!x->codes)
         return x->dense[place];
     return (float)x->codes[place] * x->scale[row * x->scale_row + column / x->group];
@@ -290,10 +290,10 @@ static amx_operand floats(long lines, long depth, long line_stride, long depth_s
 }
 
 /* Codes whose rows lie along the depth, or turned; so many scales a row. */
-static amx_operand codes(long lines, long depth, int turned, int scales, long group)
+static amx_operand codes(long lines, long depth, int transposed, int scales, long group)
 {
     amx_operand x = {0};
-    const long rows = turned ? depth : lines, cols = turned ? lines : depth;
+    const long rows = transposed ? depth : lines, cols = transposed ? lines : depth;
     signed char *p = guarded(rows * cols);
     float *scale = guarded(rows * scales * sizeof *scale);
     for (long i = 0; i < rows * cols; i++)
@@ -304,9 +304,9 @@ static amx_operand codes(long lines, long depth, int turned, int scales, long gr
     x.scale = scale;
     x.scale_row = scales;
     x.group = group;
-    x.turned = turned;
-    x.line_stride = turned ? 1 : cols;
-    x.depth_stride = turned ? cols : 1;
+    x.transposed = transposed;
+    x.line_stride = transposed ? 1 : cols;
+    x.depth_stride = transposed ? cols : 1;
     return x;
 }
 
@@ -340,13 +340,13 @@ static void unit_products(float *workspace)
         const amx_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
         unit_product(m, n, k, &rows, &right_columns, 0, workspace);
         unit_product(m, n, k, &columns, &right, 1, workspace);
-        for (int turned = 0; turned < 2; turned++) {
-            const long cols = turned ? n : k, group = (cols / 2 + 15) / 16 * 16;
-            const amx_operand one = codes(n, k, turned, 1, cols);
-            unit_product(m, n, k, &rows, &one, turned, workspace);
+        for (int transposed = 0; transposed < 2; transposed++) {
+            const long cols = transposed ? n : k, group = (cols / 2 + 15) / 16 * 16;
+            const amx_operand one = codes(n, k, transposed, 1, cols);
+            unit_product(m, n, k, &rows, &one, transposed, workspace);
             if (group > 0 && group < cols) {
-                const amx_operand two = codes(n, k, turned, 2, group);
-                unit_product(m, n, k, &rows, &two, turned, workspace);
+                const amx_operand two = codes(n, k, transposed, 2, group);
+                unit_product(m, n, k, &rows, &two, transposed, workspace);
             }
         }
     }

@@ -22,7 +22,7 @@ NEIGHBOURS = {
     "whole": "half", "half": "whole", "a_row": "a_col", "a_col": "a_row",
     "b_row": "b_col", "b_col": "b_row", "batch": "time", "time": "batch", "i": "j", "j": "i",
     "True": "False", "False": "True", "and": "or", "or": "and", "min": "max", "max": "min",
-    "k_steps": "v_steps", "v_steps": "k_steps", "inner": "outer", "outer": "inner",
+    "k_scales": "v_scales", "v_scales": "k_scales", "inner": "outer", "outer": "inner",
     "tokens": "targets", "targets": "tokens", "d_x": "d_norm", "d_norm": "d_x",
     "activated": "hidden", "hidden": "activated", "normed": "activated",
     "heads": "heads_normed", "heads_normed": "heads", "relu": "relu2", "relu2": "relu",
