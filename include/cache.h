@@ -1,9 +1,9 @@
-/* Attention over cached keys and values in int8, of one query or a few neighbours, in one order: the
- * sums of a score go through a head's dimensions and those of an output through the keys, one by one,
- * and nothing is fused. So all instruction sets agree to the bit.
+/* Attention over an int8 cache of keys and values, for one query or a few consecutive ones, with a
+ * fixed order of summation: a score is summed over the head's dimensions and an output over the
+ * keys, one at a time, without fused multiply-add. So all instruction sets give the same bits.
  *
- * Keys lie in tiles of 16: [dimension][key], so that a vector holds keys of one dimension. Values lie
- * in rows. Up to CACHED_QUERIES queries share what is loaded. */
+ * Keys are stored in tiles of 16, [dimension][key], so that a vector holds one dimension of several
+ * keys. Values are stored in rows. Up to CACHED_QUERIES queries share each load. */
 #ifndef LEGACY1BIT_CACHE_H
 #define LEGACY1BIT_CACHE_H
 
@@ -22,7 +22,8 @@ enum {
 #define CACHE_INLINE static inline __attribute__((always_inline))
 #endif
 
-/* Scores of some tiles of keys for some queries: constants, so that all of it stays in registers. */
+/* Scores of `tiles` tiles of keys for `queries` queries. Both are constants after inlining, so that
+ * the sums stay in registers. */
 CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
                               long out_row, const int queries, const int tiles)
 {
@@ -43,7 +44,7 @@ CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, 
             vf32_store(out + i * out_row + t * VF32_LANES, sums[i * tiles * KEY_VECTORS + t]);
 }
 
-/* out[i, 16 tiles] of so many tiles of keys for one query. */
+/* out[16 * tiles]: the scores of all tiles of keys for one query. */
 static inline void score_one_query(const signed char *k, const float *q, long dim, long tiles,
                                    float *out)
 {
@@ -54,7 +55,7 @@ static inline void score_one_query(const signed char *k, const float *q, long di
         score_tiles(k + t * dim * CACHED_KEYS, q, 0, dim, out + t * CACHED_KEYS, 0, 1, 1);
 }
 
-/* The same for some queries, as many at a time as fit. */
+/* The same for several queries, as many at a time as fit the registers. */
 static inline void score_queries(const signed char *k, const float *q, long q_row, long dim,
                                  long tiles, float *out, long out_row, long queries)
 {
@@ -74,7 +75,7 @@ static inline void score_queries(const signed char *k, const float *q, long q_ro
         score_one_query(k, q + i * q_row, dim, tiles, out + i * out_row);
 }
 
-/* Some vectors of the weighted sums of values; `left` lanes of the last one, or all. */
+/* `vectors` vectors of the weighted sums of values; `left` is the number of valid lanes. */
 CACHE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
                               float *out, long out_row, long left, const int queries,
                               const int vectors)
@@ -113,7 +114,7 @@ CACHE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long 
         mix_vectors(v + i, dim, p, p_row, keys, out + i, out_row, dim - i, queries, 1);
 }
 
-/* out[i, dim] of up to CACHED_QUERIES queries: their weights p[i, keys] times values v[keys, dim]. */
+/* out[i, dim] = p[i, keys] v[keys, dim] for up to CACHED_QUERIES queries i. */
 static inline void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
                               float *out, long out_row, long queries)
 {
@@ -125,7 +126,7 @@ static inline void mix_values(const signed char *v, long dim, const float *p, lo
     }
 }
 
-/* Tiles of keys as floats, [dimension][row]: times their steps. */
+/* Dequantizes tiles of keys to out[dimension][row]: codes times scales. */
 static inline void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
                                    float *out, long row)
 {

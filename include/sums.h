@@ -1,6 +1,7 @@
-/* Sums in one order, so that they are the same to the bit in every instruction set: element i goes
- * to place i % 16, and the places are added up in halves, the upper to the lower, until one is left.
- * Nothing is fused. Vectors of 16 lanes are the places; shorter ones are as many as it takes. */
+/* Sums with a fixed order, so that every instruction set gives the same bits: element i is added to
+ * partial sum i % 16, and the 16 partial sums are reduced pairwise, the upper half to the lower,
+ * without fused multiply-add. One vector of 16 lanes or several shorter ones hold the partial
+ * sums. */
 #ifndef LEGACY1BIT_SUMS_H
 #define LEGACY1BIT_SUMS_H
 
@@ -28,7 +29,7 @@ static inline float partials_sum(partials p)
     return vf32_sum(p.v[0]);
 }
 
-/* The vector of `left` or more elements at p; what is missing is 0. */
+/* The vector at p, of which `left` elements exist; the others are 0. */
 static inline vf32 partials_load(const float *p, long left)
 {
     return left >= VF32_LANES ? vf32_load(p) : left > 0 ? vf32_load_first(p, left) : vf32_zero();
@@ -46,7 +47,7 @@ static inline float ordered_sum(const float *x, long n)
     return partials_sum(p);
 }
 
-/* The sum of (x[i] - centre)^2. */
+/* The sum of (x[i] - center)^2. */
 static inline float ordered_squares(const float *x, float center, long n)
 {
     const vf32 c = vf32_splat(center);
@@ -58,7 +59,7 @@ static inline float ordered_squares(const float *x, float center, long n)
             p.v[j] = vf32_add(p.v[j], vf32_mul(d, d));
         }
     for (; i < n; i++) {
-        /* One at a time: what is missing is not the centre. */
+        /* One at a time: a missing element must add 0, not center^2. */
         float lanes[VF32_LANES] = {0};
         const float d = x[i] - center;
         lanes[i % VF32_LANES] = d * d;
@@ -68,8 +69,8 @@ static inline float ordered_squares(const float *x, float center, long n)
     return partials_sum(p);
 }
 
-/* The layer norm of a row in float64, for what float32 cannot do: squares that overflow, and a mean
- * so large that its rounding would be no longer small beside the standard deviation. */
+/* The layer norm of a row in float64, where float32 fails: squares that overflow, or a mean whose
+ * rounding error is not small compared to the standard deviation. */
 static inline void layer_norm_float64(const float *x, const float *gamma, const float *beta,
                                       float epsilon, float *out, float *mean, float *inv_std,
                                       long n)

@@ -1,20 +1,21 @@
 /* A small thread pool: pool_run calls task(context, i) for every i in [0, tasks) on up to
- * `threads` threads, the caller among them, and returns when all are done.
+ * `threads` threads, including the caller, and returns when all are done.
  *
- * Waiting threads look for some microseconds whether there is work and then sleep: waking one costs
- * as much as a small product, and none keeps its core from another program. A sleeper woken on the
- * waker's own core would stand in line there until the waker is done (schedulers do place it so
- * where cores share no cache), so on Linux it is kept off that core until it runs.
+ * Idle threads spin for some microseconds and then sleep: waking one costs as much as a small
+ * product, but a spinning one keeps its core from other programs. Schedulers may wake a sleeper on
+ * the waker's core where cores share no cache; it would wait there until the waker is done. So on
+ * Linux it is kept off that core until it runs.
  *
  * Task i always runs on thread i % threads, so a task that owns its outputs gives the same bits
- * every time. One job runs at a time: when the pool is taken, by another Python thread or by the
- * caller's own job, the tasks run one after the other in the caller instead. A child made by fork
- * starts without workers and makes its own when it needs them.
+ * every time. One job runs at a time: while the pool is busy, with a job of another Python thread
+ * or of the caller itself, further tasks run sequentially in their caller. A forked child starts
+ * without workers and creates its own when it needs them.
  *
- * team_run calls a task on several threads at once, which meet in it by team_meet.
+ * team_parallel_region runs one task on several threads concurrently, which synchronize with
+ * team_barrier.
  *
- * thread_scratch gives every thread a buffer of its own that lives as long as the thread.
- * thread_choice is a thread's own, too, but those that work for it see what it has chosen.
+ * thread_scratch gives every thread its own buffer, which lives as long as the thread.
+ * thread_local_override is per thread; workers inherit the caller's value for each job.
  */
 #ifndef LEGACY1BIT_THREADS_H
 #define LEGACY1BIT_THREADS_H
@@ -29,7 +30,7 @@
 
 enum {
     POOL_MAX_THREADS = 256,
-    POOL_SPINS = 1000          /* of some 50 ns each, before a thread sleeps */
+    POOL_SPINS = 1000          /* of about 50 ns each, before a thread sleeps */
 };
 
 typedef void (*pool_task)(void *context, long index);
@@ -38,9 +39,9 @@ static __thread const void *thread_local_override;
 
 static struct {
     pthread_t id;
-    int asleep;                /* waiting to be woken, or just made: it could start anywhere */
+    int asleep;                /* waiting, or just created: it may wake on any core */
 #ifdef __linux__
-    int affinity_narrowed;     /* its affinity was narrowed and is to be restored */
+    int affinity_narrowed;     /* and has to be restored */
     cpu_set_t affinity;
 #endif
 } pool_workers[POOL_MAX_THREADS];
@@ -48,10 +49,10 @@ static struct {
 static struct {
     pthread_mutex_t lock;      /* guards everything below */
     pthread_cond_t wake, done;
-    unsigned long job;         /* counts jobs, so that a worker sees a new one */
+    unsigned long job;         /* counter, by which workers notice a new job */
     int busy;                  /* a job is running */
-    int workers;               /* threads made so far, besides callers */
-    int remaining;             /* workers of the present job that have not finished */
+    int workers;               /* threads created so far, not counting callers */
+    int remaining;             /* workers that have not finished the current job */
     pool_task task;
     void *context;
     const void *override;
@@ -67,7 +68,7 @@ static inline void pool_pause(void)
 #endif
 }
 
-/* Takes the lock, without sleeping if it is free soon. */
+/* Takes the lock; spins before it sleeps. */
 static void pool_lock(void)
 {
     for (int i = 0; i < POOL_SPINS; i++) {
@@ -86,8 +87,8 @@ static void pool_run_slice(pool_task task, void *context, long tasks, int thread
 
 #ifdef __linux__
 
-/* Keeps those of the first threads - 1 workers that sleep off the caller's core for their next
- * waking. Called with the lock held. */
+/* Keeps the sleeping ones among the first threads - 1 workers off the caller's core for their next
+ * wake-up. Called with the lock held. */
 static void pool_avoid_callers_core(int threads)
 {
     const int here = sched_getcpu();
@@ -160,7 +161,7 @@ static void pool_after_fork(void)
     pthread_cond_init(&pool.done, NULL);
     pool.busy = pool.workers = pool.remaining = 0;
     pool.threads = 0;
-    memset(pool_workers, 0, sizeof pool_workers);   /* none is to get back what the parent's had */
+    memset(pool_workers, 0, sizeof pool_workers);   /* the parent's affinities do not apply */
 }
 
 static pthread_key_t scratch_key;
@@ -171,8 +172,8 @@ static void pool_prepare(void)
     pthread_key_create(&scratch_key, free);
 }
 
-/* At least `bytes` bytes on a cache line's boundary, whatever they held; NULL without memory.
- * The first cache line of the block keeps its size. */
+/* At least `bytes` uninitialized bytes, aligned to a cache line; NULL if out of memory. The first
+ * cache line of the block stores its size. */
 static void *thread_scratch(size_t bytes)
 {
     char *block = pthread_getspecific(scratch_key);
@@ -191,8 +192,8 @@ static void *thread_scratch(size_t bytes)
     return block ? block + 64 : NULL;
 }
 
-/* Makes workers until there are `wanted`; fewer when the system gives no more. Called with the
- * lock held. Signals stay with the program's own threads. */
+/* Creates workers until there are `wanted`, or as many as the system allows. Called with the lock
+ * held. Workers block all signals. */
 static void pool_grow(int wanted)
 {
     sigset_t all, before;
@@ -210,8 +211,8 @@ static void pool_grow(int wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* How many threads the caller gets: up to `threads`, itself among them; the pool is then its own
- * until pool_go has returned. 1 where it gets no other, and then it has nothing to give back. */
+/* Returns the number of threads that the caller gets: up to `threads`, including itself. If it is
+ * more than 1, the caller owns the pool until pool_dispatch has returned; 1 acquires nothing. */
 static int pool_acquire(int threads)
 {
     if (threads > POOL_MAX_THREADS)
@@ -231,7 +232,7 @@ static int pool_acquire(int threads)
     return threads;
 }
 
-/* Shares the tasks among the threads that were taken, and gives them back. */
+/* Distributes the tasks over the acquired threads, waits for them and releases the pool. */
 static void pool_dispatch(pool_task task, void *context, long tasks, int threads)
 {
     pthread_mutex_lock(&pool.lock);
@@ -265,8 +266,8 @@ static void pool_run(pool_task task, void *context, long tasks, int threads)
         pool_run_slice(task, context, tasks, 0, 1);
 }
 
-/* Calls task(context, i) for every i in [0, team->members) at the same time; there are as many
- * members as the caller gets, up to `threads`. */
+/* Calls task(context, i) concurrently for every i in [0, team->size); the size is the number of
+ * threads that the caller gets, up to `threads`. */
 static void team_parallel_region(pool_task task, void *context, thread_team *team, int threads)
 {
     team->size = pool_acquire(threads);
@@ -278,7 +279,7 @@ static void team_parallel_region(pool_task task, void *context, thread_team *tea
         task(context, 0);
 }
 
-/* Returns when every member has called it; what they wrote before, all can read after. */
+/* Returns when every thread of the team has called it; earlier writes are visible to all. */
 static inline void team_barrier(thread_team *team)
 {
     unsigned int generation;
@@ -294,7 +295,7 @@ static inline void team_barrier(thread_team *team)
         if (spins < POOL_SPINS)
             pool_pause();
         else
-            sched_yield();     /* the one we wait for may be waiting for this core */
+            sched_yield();     /* the missing thread may be waiting for this core */
 }
 
 #endif

@@ -8,7 +8,7 @@ from legacy1bit.model cimport (
 )
 
 cdef struct BackwardWorkspace:
-    # What the blocks' backward passes use in turn; M = B T rows.
+    # Gradients of activations, which all blocks reuse; M = B T rows.
     float *d_x              # [M, C], the gradient on its way down the residual stream
     float *d_norm           # [M, C]
     float *d_heads          # [M, C]
@@ -16,7 +16,7 @@ cdef struct BackwardWorkspace:
     float *d_k
     float *d_v
     float *d_hidden         # [M, F]
-    float *d_hidden_normed  # [M, F], where layers have a norm before wo; else NULL
+    float *d_hidden_normed  # [M, F] if layers have a norm before wo, else NULL
     float *d_probs          # [T, T]
 
 cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,

@@ -1,8 +1,8 @@
 """The backward pass (C: ``backward.c``).
 
-Gradients are named d_<what they are the gradient of>; those of weights add to what is there, as
-in C, so that a batch can come in parts. As in ``forward``, each layer comes as a ``cdef`` function
-that trusts and as the checked function of the C original's name.
+The gradient of x is named d_x. Gradients of weights accumulate, as in C, so that a batch can be
+processed in parts. As in ``forward``, each layer comes as a ``cdef`` function that trusts its
+arguments and as the checked function of the C original's name.
 """
 
 import numpy as np
@@ -28,7 +28,7 @@ from legacy1bit.threads cimport parallel_for, scratch
 
 from legacy1bit.forward import document_starts, as_token_rows, padding_mask
 
-# C clamps the probability of the true token here before it takes the logarithm.
+# C clamps the probability of the target to this before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9
 
 
@@ -38,8 +38,8 @@ _SMALLEST_PROBABILITY = 1e-9
 cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssize_t rows,
                                      Py_ssize_t out_dim, Py_ssize_t in_dim, float *d_weight,
                                      float *d_bias, float *workspace) noexcept nogil:
-    # Of out = x w^T + b: d_weight[out, in] += d_out^T x, d_bias += the sum of d_out's rows, where
-    # there is a bias.
+    # For out = x w^T + b: d_weight[out, in] += d_out^T x, and d_bias += the column sums of d_out
+    # unless d_bias is NULL.
     kernels().matmul(out_dim, in_dim, rows, d_out, 1, out_dim, x, in_dim, 1, NULL, True, d_weight,
                      in_dim, workspace)
     if d_bias:
@@ -51,8 +51,8 @@ cdef inline void backward_wo(const Matrix *wo, const NormView *norm, const float
                              const float *mean, const float *inv_std, float *d_weight,
                              float *d_bias, const NormGradient *d_norm, float *d_normed, float *d_x,
                              float *workspace) noexcept nogil:
-    # Of out = wo norm(x) + bias, where the norm may be missing; room is for that norm's output's
-    # gradient. int8 rounding lets gradients pass straight through.
+    # For out = wo norm(x) + bias, where the norm is optional; d_normed is scratch for the gradient
+    # of its output. Quantization to int8 has a straight-through gradient.
     cdef const KernelTable *kernel = kernels()
     add_weight_gradient(d_out, normed, rows, wo.rows, wo.cols, d_weight, d_bias, workspace)
     if norm.gamma == NULL:
@@ -89,7 +89,7 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
     cdef Py_ssize_t i, j, row, rows = dims.batch * dims.time
     cdef Attention head
-    # d_x has the same room as the heads' gradient, and is not needed until the end.
+    # d_x is free until the end, so it serves as scratch of the same shape.
     backward_wo(&layer.wo, &layer.norm, d_out, rows, context.heads, context.heads_normed,
                 context.heads_mean, context.heads_inv_std, gradient.wo, gradient.bo,
                 &gradient.norm, d_x, buffers.d_heads, workspace)
@@ -120,8 +120,8 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
 cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
                              const BackwardWorkspace *buffers, float *workspace) noexcept nogil:
-    # room.d_x: the gradient of the block's output on the way in, of its input on the way out. The
-    # residual path goes around both norms, so their gradients add to it.
+    # buffers.d_x holds the gradient of the block's output on entry and of its input on return. The
+    # residual path bypasses both norms, so their gradients add to it.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
     backward_ffn(&block.ffn, rows, buffers.d_x, context.norm2, &context.ffn, &gradient.ffn,
@@ -148,8 +148,8 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
                            const int *targets, float gradient_scale, ModelContext *context,
                            ModelGradient *gradient, const BackwardWorkspace *buffers,
                            float *workspace) noexcept nogil:
-    # Forward and backward. Returns the sum of -log p over the targets that are >= 0; gradients are
-    # gradient_scale times those of that sum.
+    # Forward and backward. Returns the sum of -log p over the targets >= 0; gradients are those of
+    # this sum times gradient_scale.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t i, rows = dims.batch * dims.time
     cdef Py_ssize_t dim = model.embedding.cols, vocab = model.output.rows
@@ -178,7 +178,7 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
 
 
 cdef class BackwardContext:
-    """Room for the gradients of activations over [B, T] positions."""
+    """Buffers for the gradients of activations over [B, T] positions."""
 
     cdef object arrays
     cdef BackwardWorkspace view
@@ -206,7 +206,7 @@ cdef class BackwardContext:
 # Loss
 
 def cross_entropy_loss(probabilities, int target) -> float:
-    """Return -log of the probability of the true token, in nats.
+    """Return -log of the probability of the target, in nats.
 
     Parameters
     ----------
@@ -216,17 +216,17 @@ def cross_entropy_loss(probabilities, int target) -> float:
     Returns
     -------
     float
-        The probability counts as 1e-9 at least, so the loss is 20.72 at most.
+        The probability is clamped to at least 1e-9, so the loss is at most 20.72.
 
     Raises
     ------
     IndexError
-        If ``target`` is no token.
+        If ``target`` is not a token.
 
     Notes
     -----
-    C: ``backward.c``, ``cross_entropy_loss``. Training itself takes the logarithm of the softmax
-    from the logits, where no probability is too small.
+    C: ``backward.c``, ``cross_entropy_loss``. Training itself computes the log-softmax from the
+    logits, where no probability underflows.
     """
     cdef const float[::1] p = probabilities
     if not 0 <= target < p.shape[0]:
@@ -235,7 +235,7 @@ def cross_entropy_loss(probabilities, int target) -> float:
 
 
 def d_loss_d_logits(probabilities, int target):
-    """Return the gradient of the loss by the logits: ``probabilities - one_hot(target)``.
+    """Return the gradient of the loss with respect to the logits: ``probabilities - one_hot``.
 
     Parameters
     ----------
@@ -249,7 +249,7 @@ def d_loss_d_logits(probabilities, int target):
     Raises
     ------
     IndexError
-        If ``target`` is no token.
+        If ``target`` is not a token.
 
     Notes
     -----
@@ -267,7 +267,7 @@ def d_loss_d_logits(probabilities, int target):
 # The C original's functions
 
 cdef object _rows(object array, tuple shape, str name):
-    """Return a float32 array's memory as one row of floats, after checking its shape."""
+    """Return a float32 array flattened, after checking its shape."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         raise TypeError(f"{name} is not a float32 array")
     if array.shape != shape:
@@ -287,7 +287,7 @@ cdef tuple _shape_of(object array, Py_ssize_t dim, str name):
 
 
 def backward_output_layer(output, d_logits, hidden, gradients):
-    """Do what ``backward_output_layer_batch`` does for one position: d_logits [V], hidden [C].
+    """As ``backward_output_layer_batch``, for one position: d_logits [V], hidden [C].
 
     C: ``backward.c``, ``backward_output_layer``.
     """
@@ -295,7 +295,7 @@ def backward_output_layer(output, d_logits, hidden, gradients):
 
 
 def backward_output_layer_batch(output, d_logits, hidden, gradients):
-    """Go back through ``logits = hidden @ output.T + bias``.
+    """Backward pass of ``logits = hidden @ output.T + bias``.
 
     Parameters
     ----------
@@ -312,7 +312,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
 
     Notes
     -----
-    C: ``backward.c``, ``backward_output_layer_batch``, which lays the matrix's gradient out as
+    C: ``backward.c``, ``backward_output_layer_batch``, which stores the matrix's gradient as
     [C, V] (departure 5).
     """
     cdef Matrix view
@@ -334,7 +334,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
 
 
 def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradients):
-    """Do what ``backward_feed_forward_batch`` does for one position: d_output and x are [C].
+    """As ``backward_feed_forward_batch``, for one position: d_output and x are [C].
 
     C: ``backward.c``, ``backward_feed_forward``.
     """
@@ -342,7 +342,7 @@ def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradien
 
 
 def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, gradients):
-    """Go back through ``wo act(wi x + bi) + bo``.
+    """Backward pass of ``wo act(wi x + bi) + bo``.
 
     Parameters
     ----------
@@ -351,9 +351,9 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     x : float32[..., C]
         The layer's input.
     hidden : float32[..., F]
-        ``wi x + bi``, from before the activation.
+        ``wi x + bi``, before the activation.
     gradients : dict
-        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` where the layer has them,
+        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` if the layer has them,
         added to: ``gradients.layer("blocks.0.ffn")``.
 
     Returns
@@ -363,8 +363,8 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
 
     Notes
     -----
-    C: ``backward.c``, ``backward_feed_forward_batch``, which takes the gradient of ``wo`` with the
-    values from before the activation (departure 3).
+    C: ``backward.c``, ``backward_feed_forward_batch``, which computes the gradient of ``wo`` from
+    the values before the activation (departure 3).
     """
     cdef FeedForwardGradient gradient
     cdef FeedForwardWorkspace forward_workspace
@@ -413,13 +413,13 @@ cdef int _fill_norm_gradient(NormGradient *gradient, object gradients,
 
 
 def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, d_beta):
-    """Go back through the layer norm of one vector.
+    """Backward pass of the layer norm of one vector.
 
     Parameters
     ----------
     d_output, x, gamma : float32[C]
     mean, inv_std : float
-        What ``layer_norm_forward`` returned.
+        As returned by ``layer_norm_forward``.
     d_gamma, d_beta : float32[C]
         Added to.
 
@@ -438,14 +438,14 @@ def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, 
 
 
 def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta):
-    """Go back through the layer norm of rows.
+    """Backward pass of the layer norm of rows.
 
     Parameters
     ----------
     d_output, x : float32[..., C]
     gamma : float32[C]
     mean, inv_std : float32[...]
-        A number for each row.
+        One number per row.
     d_gamma, d_beta : float32[C]
         Added to.
 
@@ -494,12 +494,12 @@ cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
 
 cdef tuple _fill_batch_shape(BatchShape *dims, object x, const AttentionView *layer, object ffn,
                              TransformerBlockContext context):
-    """Fill an extent for [B, T, C], [B, C] or [C] activations; returns their shape."""
+    """Fill a batch shape for [B, T, C], [B, C] or [C] activations; returns their shape."""
     cdef Py_ssize_t dim = layer.wq.cols
     shape = _shape_of(x, dim, "x")
     dims.batch = shape[0] if len(shape) > 1 else 1
     dims.time = shape[1] if len(shape) > 2 else 1
-    # The forward pass has left probability 0 at padding and in front of documents.
+    # The forward pass has left probability 0 at padding and before documents.
     dims.allowed = NULL
     dims.starts = NULL
     check_context(context, dims.batch, dims.time, dim, ffn, layer.num_heads,
@@ -511,7 +511,7 @@ cdef tuple _fill_batch_shape(BatchShape *dims, object x, const AttentionView *la
 
 def backward_multi_head_attention(MultiHeadAttention attention not None, d_output, x,
                                   TransformerBlockContext context not None, gradients):
-    """Do what ``backward_multi_head_attention_batch`` does for one token: d_output and x are [C].
+    """As ``backward_multi_head_attention_batch``, for one token: d_output and x are [C].
 
     C: ``backward.c``, ``backward_multi_head_attention``.
     """
@@ -520,7 +520,7 @@ def backward_multi_head_attention(MultiHeadAttention attention not None, d_outpu
 
 def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d_output, x,
                                         TransformerBlockContext context not None, gradients):
-    """Go back through causal multi-head attention.
+    """Backward pass of causal multi-head attention.
 
     Parameters
     ----------
@@ -528,9 +528,9 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     d_output, x : float32[B, T, C], [B, C] or [C]
         The gradient of the layer's output, and its input.
     context : TransformerBlockContext
-        As the forward pass of the same ``x`` left it.
+        As filled by the forward pass of the same ``x``.
     gradients : dict
-        ``wq`` to ``bo``, and ``gamma`` and ``beta`` where the layer has them, added to:
+        ``wq`` to ``bo``, and ``gamma`` and ``beta`` if the layer has them, added to:
         ``gradients.layer("blocks.0.attention")``.
 
     Returns
@@ -540,8 +540,8 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
 
     Notes
     -----
-    C: ``backward.c``, ``backward_multi_head_attention_batch``, which has no attention to go back
-    through (departure 6).
+    C: ``backward.c``, ``backward_multi_head_attention_batch``, which has no attention to
+    differentiate (departure 6).
     """
     cdef BatchShape dims
     cdef AttentionGradient gradient
@@ -566,7 +566,7 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
 
 def backward_transformer_block(TransformerBlock block not None, d_output,
                                TransformerBlockContext context not None, gradients):
-    """Do what ``backward_transformer_block_batch`` does for one token: d_output is [C].
+    """As ``backward_transformer_block_batch``, for one token: d_output is [C].
 
     C: ``backward.c``, ``backward_transformer_block``.
     """
@@ -575,14 +575,14 @@ def backward_transformer_block(TransformerBlock block not None, d_output,
 
 def backward_transformer_block_batch(TransformerBlock block not None, d_output,
                                      TransformerBlockContext context not None, gradients):
-    """Go back through a block.
+    """Backward pass of a block.
 
     Parameters
     ----------
     block : TransformerBlock
     d_output : float32[B, T, C], [B, C] or [C]
     context : TransformerBlockContext
-        As the block's forward pass left it.
+        As filled by the block's forward pass.
     gradients : dict
         ``attention.wq`` and so on, added to: ``gradients.layer("blocks.0")``.
 
@@ -593,8 +593,8 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
 
     Notes
     -----
-    C: ``backward.c``, ``backward_transformer_block_batch``, which sends the residual's gradient
-    through the layer norms too (departure 4).
+    C: ``backward.c``, ``backward_transformer_block_batch``, which also passes the residual's
+    gradient through the layer norms (departure 4).
     """
     cdef BatchShape dims
     cdef BlockGradient gradient
@@ -633,7 +633,7 @@ def backward_embedding_batch(tokens, d_output, d_embedding) -> None:
     Parameters
     ----------
     tokens : int[B] or int[B, T]
-        Padding has no row, and is passed over.
+        Padding has no row, and is skipped.
     d_output : float32[B, C] or float32[B, T, C]
     d_embedding : float32[V, C]
         Added to.
@@ -641,7 +641,7 @@ def backward_embedding_batch(tokens, d_output, d_embedding) -> None:
     Raises
     ------
     IndexError
-        If an id is no token's.
+        If an id is not a token.
 
     Notes
     -----
@@ -676,7 +676,7 @@ cdef struct BackwardJob:
     ModelGradient *gradients
     BackwardWorkspace *workspaces
     double *losses
-    float **flat_gradients      # the gradients once more, each as one array of `size` floats
+    float **flat_gradients      # the same gradients, each as one array of `size` floats
     Py_ssize_t size
     const int *tokens
     const int *targets
@@ -692,8 +692,8 @@ cdef Py_ssize_t SUM_BLOCK = 16384
 
 
 cdef void backward_task(void *context, long index) noexcept nogil:
-    # A share of the sequences. The first share adds to the caller's gradients, the others to
-    # gradients of their own, which start from 0.
+    # One slice of the batch. The first adds to the caller's gradients, the others to their own,
+    # which start from 0.
     cdef BackwardJob *job = <BackwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
@@ -719,7 +719,7 @@ cdef void backward_task(void *context, long index) noexcept nogil:
 
 
 cdef void sum_task(void *context, long index) noexcept nogil:
-    # The shares' gradients added up, in the order of the shares, over one stretch of floats.
+    # Sums the gradients of the slices, in order, over one block of floats.
     cdef BackwardJob *job = <BackwardJob *>context
     cdef Py_ssize_t i, start = index * SUM_BLOCK, count = min(job.size - start, SUM_BLOCK)
     for i in range(1, job.tasks):
@@ -727,20 +727,20 @@ cdef void sum_task(void *context, long index) noexcept nogil:
 
 
 cdef class BackwardPass:
-    """Forward and backward over batches, with the room for both made once.
+    """Forward and backward over batches, with the buffers for both allocated once.
 
     Parameters
     ----------
     model : LegacyLLM
     batch_size, time : int
-        B and T of the largest batch. Others may have fewer sequences, or shorter ones and more of
-        them: as many times more as they are shorter.
+        B and T of the largest batch. Others may have fewer sequences, or proportionally more
+        shorter ones.
     threads : int
-        How many threads share the sequences. Gradients are summed share by share, so that their
-        last bits depend on this number, and on nothing else.
+        The number of threads, each of which takes a slice of the batch. Gradients are summed slice
+        by slice, so that their last bits depend on this number, and on nothing else.
     recompute : bool
-        Gradient checkpointing: keep only the blocks' inputs, and work out their other activations
-        once more on the way back. The results are the same to the bit.
+        Gradient checkpointing: keep only the blocks' inputs, and recompute their other activations
+        in the backward pass. The results have the same bits.
     """
 
     cdef readonly LegacyLLM model
@@ -804,24 +804,23 @@ cdef class BackwardPass:
         Parameters
         ----------
         tokens, targets : int[B', T']
-            Positions where either is padding count for nothing.
+            Positions where either is padding are ignored.
         gradients : LegacyLLMGradients
         total : int, optional
-            By how many positions to divide, where the batch is a part of a larger one; its own
-            when not given.
+            The number of positions to divide by, if the batch is a part of a larger one; by
+            default its own.
         starts : int[B, T], optional
-            For each position the first of its row that it may see, as ``forward.as_starts``
-            takes them.
+            For each position the first of its row that it sees; see ``forward.document_starts``.
 
         Returns
         -------
         (float, int)
-            The sum of -log p of the targets in nats, and how many there are.
+            The sum of -log p of the targets in nats, and their number.
 
         Raises
         ------
         IndexError
-            If an id is no token's.
+            If an id is not a token.
         ValueError
             If a shape or a start does not fit.
         """
@@ -872,7 +871,7 @@ cdef class BackwardPass:
         return loss, count
 
     cdef _set_shape(self, tuple shape):
-        # Every share of the batch has to fit the room that was made for one.
+        # Every slice of the batch has to fit the buffers for one.
         batch, time = shape
         tasks = min(self.slices, max(batch, 1))
         fits = (self.batch_size + self.slices - 1) // self.slices * self.time
@@ -885,7 +884,7 @@ cdef class BackwardPass:
 
 def backward_llm(LegacyLLM model not None, token_id, target,
                  LegacyLLMGradients gradients not None) -> float:
-    """Do what ``backward_llm_batch`` does for one token and its successor.
+    """As ``backward_llm_batch``, for one token and its successor.
 
     C: ``backward.c``, ``backward_llm``.
     """
@@ -900,12 +899,11 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
     ----------
     model : LegacyLLM
     tokens, targets : int[B] or int[B, T]
-        Positions where either is padding count for nothing.
+        Positions where either is padding are ignored.
     gradients : LegacyLLMGradients
     threads : int
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``forward.as_starts`` takes
-        them.
+        For each position the first of its row that it sees; see ``forward.document_starts``.
 
     Returns
     -------
@@ -914,12 +912,12 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
 
     Notes
     -----
-    C: ``backward.c``, ``backward_llm_batch``. It works out the forward pass once more and returns
-    nothing; here one pass serves both.
+    C: ``backward.c``, ``backward_llm_batch``. It repeats the forward pass and returns nothing;
+    here one pass does both.
     """
     rows = as_token_rows(tokens)
     if rows.size == 0:
         raise ValueError("tokens is empty")
-    passes = BackwardPass(model, *rows.shape, threads)
-    loss, count = passes.run(rows, targets, gradients, starts=starts)
+    backward_pass = BackwardPass(model, *rows.shape, threads)
+    loss, count = backward_pass.run(rows, targets, gradients, starts=starts)
     return loss / max(count, 1)

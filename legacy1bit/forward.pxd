@@ -7,22 +7,23 @@ from legacy1bit.model cimport (
 from legacy1bit.kernels cimport Attention, Matrix
 
 cdef struct BatchShape:
-    # Which positions a pass is over: `time` tokens of each of `batch` sequences.
+    # The positions of a pass: `time` tokens of each of `batch` sequences.
     Py_ssize_t batch
     Py_ssize_t time
-    const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: there is none
-    const int *starts       # int32[B, T], see as_starts; NULL: a row is one document
+    const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: no padding
+    const int *starts       # int32[B, T], see document_starts; NULL: a row is one document
 
 cdef struct ModelContext:
     BlockContext *blocks
-    bint recomputed         # the blocks keep their inputs alone, and share room for the rest
+    bint recomputed         # gradient checkpointing: only the blocks' inputs are kept
     float *normed           # [M, C] after the final norm; the last block's output without one
     float *mean             # [M] of the final norm
     float *inv_std
     float *logits           # [M, V]
 
 cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
-                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil
+                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
+                    Attention *head) noexcept nogil
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,

@@ -1,8 +1,8 @@
 """The forward pass (C: ``forward.c``).
 
-Each layer comes twice: as a ``cdef`` function that trusts its arguments, holds no GIL and writes
-where it is told, and as the function of the C original's name, which checks, allocates and
-returns arrays. Matrices of weights are [out, in]; activations are rows, ``y = x W^T + b``.
+Each layer comes twice: as a ``cdef`` function that trusts its arguments, runs without the GIL and
+writes to given pointers, and as the function of the C original's name, which checks, allocates and
+returns arrays. Weight matrices are [out, in]; activations are rows, ``y = x W^T + b``.
 """
 
 import numpy as np
@@ -29,7 +29,7 @@ cdef float EPSILON = _EPSILON
 
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil:
-    # Padding, and no other token, lies outside the table; its row is zeros.
+    # Only padding has an id outside the table; its row is zeros.
     cdef Py_ssize_t i, j, dim = embedding.cols
     cdef const signed char *codes
     cdef const float *scales
@@ -46,7 +46,8 @@ cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
 
 
 cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
-                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil:
+                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
+                    Attention *head) noexcept nogil:
     cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
     cdef Py_ssize_t row = sequence * dims.time * dim + index * head_dim
     head.queries = dims.time
@@ -70,8 +71,8 @@ cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
 
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil:
-    # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. x is rounded in
-    # place where the layer asks for it.
+    # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. With int8 activations
+    # x is quantized in place.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
     cdef Py_ssize_t i, j, start, rows = dims.batch * dims.time
@@ -102,7 +103,7 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
 
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil:
-    # From wi's output to wo's input.
+    # From the output of wi to the input of wo.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wi.rows
     if layer.squared:
@@ -118,8 +119,8 @@ cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
 
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
                        FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
-    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. x is rounded in place where the layer
-    # asks for it.
+    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. With int8 activations x is quantized in
+    # place.
     if layer.int8_activations:
         kernels().fake_quantize_rows(x, rows, layer.wi.cols)
     kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
@@ -162,7 +163,7 @@ cdef void run_model(const ModelView *model, const BatchShape *dims, const int *t
 
 
 # ---------------------------------------------------------------------------------------------
-# Room for a pass over a whole model
+# The activations of a pass over a whole model
 
 cdef class ForwardContext:
     """The activations of a whole model over [B, T] tokens.
@@ -173,9 +174,9 @@ cdef class ForwardContext:
     batch_size, time : int
         B and T.
     keep : {"all", "inputs", "none"}
-        Which activations of the blocks stay: all, as the backward pass needs, or the inputs, of
-        which it can work out the rest once more (gradient checkpointing; Chen et al., arXiv
-        1604.06174). Otherwise the blocks take turns in one block's room.
+        Which activations of the blocks are kept: all, as the backward pass needs, or the inputs,
+        from which it can recompute the rest (gradient checkpointing; Chen et al., arXiv
+        1604.06174). With "none" all blocks use the buffers of one.
 
     Attributes
     ----------
@@ -233,7 +234,7 @@ cdef class ForwardContext:
 
 
 cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1:
-    # Token ids and padding only, and no more of them than the model's positions reach.
+    # Token ids and padding only, in sequences no longer than the rotary table.
     cdef Py_ssize_t i, j
     cdef int pad = model.config.pad_token
     if tokens.shape[0] * tokens.shape[1] == 0:
@@ -242,7 +243,7 @@ cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) excep
             tokens.shape[1] > model.view.blocks[0].attention.length:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
                          f"{model.view.blocks[0].attention.length}")
-    # The blocks share their table.
+    # The blocks share one table.
     (<TransformerBlock?>model.blocks[0]).attention.fill_rotary(tokens.shape[1])
     for i in range(tokens.shape[0]):
         for j in range(tokens.shape[1]):
@@ -255,34 +256,35 @@ cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) excep
 def as_token_rows(tokens, str name="tokens"):
     """Return token ids as int32[B, T]: an int or [B] becomes sequences of one.
 
-    Raises ``TypeError`` for anything but whole numbers.
+    Raises ``TypeError`` for anything but integers.
     """
     array = np.asarray(tokens)
     if array.dtype.kind not in "iu" or array.ndim > 2:
         raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, "
                         "[B] or [B, T]")
     if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):
-        raise IndexError(f"{name} holds a number that is no token id")
+        raise IndexError(f"{name} holds a number that is not a token id")
     rows = array.reshape(-1, 1) if array.ndim < 2 else array
     return np.ascontiguousarray(rows, np.int32)
 
 
 def padding_mask(tokens, pad_token):
-    """Return uint8[B, T] with 0 at padding, or None where there is none."""
+    """Return uint8[B, T] with 0 at padding, or None without padding."""
     allowed = tokens != pad_token
     return None if allowed.all() else allowed.astype(np.uint8)
 
 
 def document_starts(starts, batch, time):
-    """Return the first positions that those of each row may see: int32[B, T].
+    """Check the document mask of packed rows: the first position that each sees, int32[B, T].
 
-    Where a row holds several documents, a position's is where its document begins: then no
-    document sees another, and each is answered as it is alone. Spans and padding hold besides.
+    Where a row holds several documents, that is where the document of the position starts: then
+    documents do not attend to each other, and each gives the results that it gives alone. The
+    attention window and padding apply as well.
 
     Parameters
     ----------
     starts : int[B, T]
-        0 to the position itself, and never less than that of the position before it.
+        0 to the position itself, nondecreasing along a row.
     batch, time : int
         B and T.
 
@@ -291,8 +293,8 @@ def document_starts(starts, batch, time):
     TypeError
         For anything but whole numbers.
     ValueError
-        If the shape is another, or a start lies behind its position, before its row or before the
-        start of the position in front of it.
+        If the shape differs, or a start is negative, after its position or less than the start of
+        the previous position.
     """
     array = np.asarray(starts)
     if array.dtype.kind not in "iu":
@@ -318,7 +320,7 @@ def document_starts(starts, batch, time):
 # The C original's functions
 
 cdef tuple _as_sequences(object x, Py_ssize_t dim, str name):
-    """Return x as [B, T, C]: a [C] is one sequence of one, and a [B, C] B of them."""
+    """Return x as [B, T, C]: [C] is one sequence of one token, and [B, C] B of them."""
     if not isinstance(x, np.ndarray) or x.dtype != np.float32:
         raise TypeError(f"{name} is not a float32 array")
     if not 1 <= x.ndim <= 3 or x.shape[-1] != dim or x.size == 0:
@@ -337,7 +339,7 @@ cdef const float *_read_pointer(object array) except NULL:
 
 
 cdef tuple _fill_batch_shape(BatchShape *dims, tuple shape, object allowed, object starts):
-    """Fill an extent for [B, T] positions; returns the arrays that must stay alive with it."""
+    """Fill a batch shape for [B, T] positions; returns the arrays that it points into."""
     cdef const unsigned char[:, ::1] mask
     cdef const int[:, ::1] start_rows
     dims.batch, dims.time = shape[0], shape[1]
@@ -366,7 +368,7 @@ def forward_embedding(embedding, int token_id):
     Raises
     ------
     IndexError
-        If there is no such token.
+        If the id is not a token.
 
     Notes
     -----
@@ -399,7 +401,7 @@ def forward_multi_head_attention(MultiHeadAttention attention not None, x):
     """Return the attention's output for one sequence of one token: float32[C] for float32[C].
 
     C: ``forward.c``, ``forward_multi_head_attention``. Over one token attention is a copy of the
-    values, which is all that C ever computes (departure 6).
+    values, and C computes nothing else (departure 6).
     """
     return forward_multi_head_attention_batch(attention, x)
 
@@ -413,11 +415,11 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     attention : MultiHeadAttention
     x : float32[B, T, C], or [B, C] for sequences of one token
     allowed : uint8[B, T], optional
-        0 where no query may look: padding.
+        0 at padding, which queries do not see.
     context : TransformerBlockContext, optional
-        Where q, k, v, probs and heads are left for the backward pass.
+        Receives q, k, v, probs and heads for the backward pass.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -461,14 +463,14 @@ cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch
                                        sub_norm=sub_norm)
     check_context(context, batch, time, dim, ffn, heads, sub_norm)
     if starts is not None:
-        # Attention leaves what stands in front of a document as it is. A layer's backward pass,
-        # which is not told of documents, has to find zeros there.
+        # Attention does not write the probabilities of earlier documents. The backward pass of a
+        # single layer, which gets no starts, needs zeros there.
         context.probs.fill(0.0)
     return context
 
 
 cdef class FeedForwardWorkspace:
-    """Room for one feed-forward layer's activations over so many positions."""
+    """Buffers for the activations of one feed-forward layer over a number of positions."""
 
     def __init__(self, FeedForward ffn, Py_ssize_t rows):
         wide = rows * ffn.view.wi.rows
@@ -497,7 +499,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     ffn : FeedForward
     x : float32[B, C] or float32[B, T, C]
     hidden : float32[B, F] or float32[B, T, F], optional
-        Where ``wi x + bi`` is left for the backward pass.
+        Receives ``wi x + bi`` for the backward pass.
 
     Returns
     -------
@@ -539,7 +541,7 @@ def forward_transformer_block(TransformerBlock block not None, x):
 
 def forward_transformer_block_with_context(TransformerBlock block not None, x,
                                            TransformerBlockContext context not None):
-    """Do what ``forward_transformer_block`` does and keep the activations in ``context``.
+    """As ``forward_transformer_block``, and keep the activations in ``context``.
 
     C: ``forward.c``, ``forward_transformer_block_with_context``.
     """
@@ -547,7 +549,7 @@ def forward_transformer_block_with_context(TransformerBlock block not None, x,
 
 
 def forward_transformer_block_batch(TransformerBlock block not None, x, allowed=None, starts=None):
-    """Do what ``forward_transformer_block_batch_with_context`` does and keep nothing."""
+    """As ``forward_transformer_block_batch_with_context``, and keep nothing."""
     return forward_transformer_block_batch_with_context(block, x, None, allowed, starts)
 
 
@@ -561,11 +563,11 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     block : TransformerBlock
     x : float32[B, T, C], or [B, C] for sequences of one token
     context : TransformerBlockContext or None
-        Where the activations are left for the backward pass.
+        Receives the activations for the backward pass.
     allowed : uint8[B, T], optional
-        0 where no query may look: padding.
+        0 at padding, which queries do not see.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -632,7 +634,7 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
     ----------
     model : LegacyLLM
     token_id : int, int[B] or int[B, T]
-        One token, or what ``forward_llm_batch`` takes.
+        One token, or the argument of ``forward_llm_batch``.
 
     Returns
     -------
@@ -640,7 +642,7 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
 
     Notes
     -----
-    C: ``forward.c``, ``forward_llm``, whose tokens see no other (departures 6 and 7).
+    C: ``forward.c``, ``forward_llm``, where no token sees another (departures 6 and 7).
     """
     probabilities = forward_llm_batch(model, token_id, threads)
     return probabilities[0] if np.ndim(token_id) == 0 else probabilities
@@ -653,15 +655,15 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     ----------
     model : LegacyLLM
     tokens : int[B] or int[B, T]
-        [B] are B sequences of one token. The id V is padding: no token sees it, and what stands
-        at its own place means nothing.
+        [B] are B sequences of one token. The id V is padding: no token sees it, and the output at
+        its position has no meaning.
     threads : int
-        How many threads may share the sequences. The same number gives the same bits; another
-        may round differently, because few rows are multiplied in another way than many.
+        The number of threads, which split the batch. The same number gives the same bits; another
+        may round differently, because few rows use another product than many.
     logits : bool
-        Return logits instead.
+        Return logits instead of probabilities.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -670,14 +672,14 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     Raises
     ------
     IndexError
-        If an id is no token's.
+        If an id is not a token.
     ValueError
-        If a sequence is longer than the model's positions reach, or a start does not fit.
+        If a sequence is longer than the model's positions, or a start does not fit.
 
     Notes
     -----
-    C: ``forward.c``, ``forward_llm_batch``, which takes at most 8 tokens and works out the output
-    for the first (departure 8).
+    C: ``forward.c``, ``forward_llm_batch``, which takes at most 8 tokens and computes the output
+    of the first (departure 8).
     """
     cdef ForwardJob job
     cdef const int[:, ::1] rows
@@ -740,7 +742,7 @@ cdef struct ForwardJob:
 
 
 cdef void forward_task(void *context, long index) noexcept nogil:
-    # A share of the sequences.
+    # One slice of the batch.
     cdef ForwardJob *job = <ForwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks

@@ -5,24 +5,24 @@ from legacy1bit.packed cimport Int8Buffer, PackedModel, PackedModelView
 from legacy1bit.threads cimport thread_team
 
 cdef struct Member:
-    # What a thread of a team has to itself.
-    float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
+    # The buffers of one thread of the team.
+    float *normed           # [max(C, F)], the input of a product of one token, also in int8
     Int8Rows quantized
-    float *probs            # [rows, room]
-    float *head             # [4, room, D], a head's queries, keys, values and outputs, for a prompt
-    float *token_probs      # [V], and the order of the likeliest, for sampling
-    int *candidates
+    float *probs            # [rows, cache_rows]
+    float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
+    float *token_probs      # [2, V], for sampling, with scratch
+    int *candidates         # [V], token ids by falling probability
 
 cdef struct Sampling:
     double temperature
     double top_p
     double min_p
-    float penalty           # of what is among the last `window` tokens; 0: all
+    float penalty           # of tokens among the last `window`; 0: all
     Py_ssize_t top_k
     Py_ssize_t window
 
 cdef struct Place:
-    # Where a token goes: which sequence, and behind how many others.
+    # The position of a token: its sequence, and the number of tokens before it.
     Py_ssize_t sequence
     Py_ssize_t past
 
@@ -30,18 +30,18 @@ cdef enum Wanted:
     NOTHING
     LAST                    # the logits after the last token
     EVERY                   # the logits after every token
-    STATES                  # what the output layer would get for every token
+    STATES                  # the hidden states after the final norm
 
 cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
     Py_ssize_t dim, wide, vocab
-    Py_ssize_t cache_rows   # the capacity in whole tiles of 16 keys
-    signed char *keys       # [sequences, blocks, H, room / 16, D, 16] in int8
-    signed char *values     # [sequences, blocks, H, room, D]
-    float *key_scales       # [sequences, blocks, H, room], a scale for each of them
+    Py_ssize_t cache_rows   # the capacity, rounded up to tiles of 16 keys
+    signed char *keys       # [sequences, blocks, H, cache_rows / 16, D, 16] in int8
+    signed char *values     # [sequences, blocks, H, cache_rows, D]
+    float *key_scales       # [sequences, blocks, H, cache_rows]
     float *value_scales
-    int *history            # [sequences, capacity], the tokens themselves
+    int *history            # [sequences, capacity], the token ids
     float *stream           # [rows, C], the residual stream
     float *normed           # [rows, max(C, F)]
     Int8Rows quantized
@@ -53,15 +53,15 @@ cdef struct DecoderView:
     float *logits           # [rows or 1, V]
     Member *members
     thread_team team
-    # What there is to do:
-    int *tokens             # [rows], those that pass through
+    # The job:
+    int *tokens             # [rows], the input
     Place *places           # [rows]
     Py_ssize_t rows
-    bint together           # whether they are neighbours in one sequence, else one each of several
+    bint together           # consecutive tokens of one sequence, else one each of several
     Wanted wanted
-    int *sampled            # [rows or 1, to_draw], where drawn tokens go
+    int *sampled            # [rows or 1, to_sample], the sampled tokens
     Py_ssize_t to_sample
-    const double *uniforms  # [rows or 1, to_draw], what decides each draw
+    const double *uniforms  # [rows or 1, to_sample], a random number for each
     Sampling sampling
     bint out_of_memory
     bint damaged            # logits that are not finite

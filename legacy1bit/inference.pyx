@@ -410,7 +410,7 @@ cdef Py_ssize_t find(const float *weights, Py_ssize_t n, double bound) noexcept 
 
 
 cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
-                         float *room) noexcept nogil:
+                         float *heap) noexcept nogil:
     # A bound that at least `count` weights reach, and hardly more do: of stretches of the weights,
     # the largest one of the stretch that is number `count` by that. 0 where there are too few.
     cdef Py_ssize_t stretches = (n + STRETCH - 1) // STRETCH, i, child, at
@@ -422,27 +422,27 @@ cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
         least = kernels().largest(weights + i * STRETCH, min(n - i * STRETCH, STRETCH))
         if i < count:
             at = i
-            while at and room[(at - 1) // 2] > least:
-                room[at] = room[(at - 1) // 2]
+            while at and heap[(at - 1) // 2] > least:
+                heap[at] = heap[(at - 1) // 2]
                 at = (at - 1) // 2
-            room[at] = least
-        elif least > room[0]:
+            heap[at] = least
+        elif least > heap[0]:
             at = 0
             while 2 * at + 1 < count:
                 child = 2 * at + 1
-                if child + 1 < count and room[child + 1] < room[child]:
+                if child + 1 < count and heap[child + 1] < heap[child]:
                     child += 1
-                if room[child] >= least:
+                if heap[child] >= least:
                     break
-                room[at] = room[child]
+                heap[at] = heap[child]
                 at = child
-            room[at] = least
-    return room[0]
+            heap[at] = least
+    return heap[0]
 
 
 cdef int sample(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
                 Py_ssize_t length, double uniform, float *weights, int *candidates) noexcept nogil:
-    # A token, or -1 where logits are not finite. weights have room for 2 n, order for n.
+    # A token, or -1 where logits are not finite. weights holds 2 n floats, candidates n.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t i, likeliest, count, kept
     cdef int token

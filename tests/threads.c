@@ -1,6 +1,6 @@
-/* The thread pool under the eyes of ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs
- * of several sizes and teams run from several threads at once, while others fork; it prints what it
- * has done and returns 0, or says what came out wrong. Whether anything raced, the sanitizer says. */
+/* The thread pool under ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs of several
+ * sizes and parallel regions run from several threads at once, while others fork. It prints the
+ * number of each and returns 0, or prints failures; the sanitizer reports data races. */
 #include <stdio.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,7 +9,7 @@
 
 enum { CALLERS = 4, ROUNDS = 400, LONGEST = 97, SECONDS = 60 };
 
-/* Children made while others work: gcc's sanitizer does not let such a child make threads. */
+/* Forks while other threads work; in gcc's sanitizer such a child cannot create threads. */
 #ifdef __clang__
 enum { FORKS = 20 };
 #else
@@ -26,7 +26,7 @@ static void check(int right, const char *what)
     }
 }
 
-/* A job: every task writes a number of its own, and into its thread's scratch. */
+/* A job: every task writes its own result, and into its thread's scratch. */
 struct job {
     long seed, results[LONGEST];
 };
@@ -51,8 +51,8 @@ static void run_job(long seed)
     __atomic_add_fetch(&jobs, 1, __ATOMIC_RELAXED);
 }
 
-/* A team: in each round every member writes, all meet, and every member reads what the next one
- * wrote. */
+/* A parallel region: in each round every thread writes, all wait at the barrier, and every thread
+ * reads what the next one wrote. */
 struct exchange {
     thread_team team;
     long rounds, wrong, written[2][POOL_MAX_THREADS];
@@ -76,7 +76,7 @@ static void run_region(long seed)
     struct exchange all = {.rounds = 1 + seed % 9};
     team_parallel_region(gather, &all, &all.team, 1 + (int)(seed % 4));
     check(all.team.size >= 1 && all.team.size <= 1 + (int)(seed % 4), "the size of a team");
-    check(all.wrong == 0, "what a team wrote before it met");
+    check(all.wrong == 0, "a value written before the barrier");
     __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
 }
 
