@@ -18,13 +18,9 @@ enum {
     VALUE_VECTORS = VF32_LANES == 16 ? 4 : 2
 };
 
-#ifndef CACHE_INLINE
-#define CACHE_INLINE static inline __attribute__((always_inline))
-#endif
-
 /* Scores of `tiles` tiles of keys for `queries` queries. Both are constants after inlining, so that
  * the sums stay in registers. */
-CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
+FORCE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
                               long out_row, const int queries, const int tiles)
 {
     vf32 sums[SCORE_TILES * KEY_VECTORS];
@@ -76,7 +72,7 @@ static inline void score_queries(const signed char *k, const float *q, long q_ro
 }
 
 /* `vectors` vectors of the weighted sums of values; `left` is the number of valid lanes. */
-CACHE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
+FORCE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
                               float *out, long out_row, long left, const int queries,
                               const int vectors)
 {
@@ -101,7 +97,7 @@ CACHE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, lo
         }
 }
 
-CACHE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long p_row, long keys,
+FORCE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long p_row, long keys,
                            float *out, long out_row, const int queries)
 {
     long i = 0;

@@ -52,6 +52,10 @@
 #include <math.h>
 #include <string.h>
 
+#ifndef FORCE_INLINE
+#define FORCE_INLINE static inline __attribute__((always_inline))
+#endif
+
 #if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
     defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"

@@ -96,6 +96,13 @@ cdef extern from "simd.h" nogil:
     void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
                          long stride, long rows, int *totals, float *workspace)
 
+cdef extern from "elementwise.h" nogil:
+    ctypedef vf32 (*unary_lanes)(vf32 x) noexcept
+    ctypedef vf32 (*binary_lanes)(vf32 x, vf32 y) noexcept
+    void elementwise_unary(float *out, const float *x, long n, unary_lanes f)
+    void elementwise_scalar(float *out, const float *x, float scalar, long n, binary_lanes f)
+    void elementwise_binary(float *out, const float *x, const float *y, long n, binary_lanes f)
+
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
     float ordered_squares(const float *x, float center, long n)
@@ -184,14 +191,8 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
 
 
 cdef void add(float *x, const float *y, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
     START_TIMER(TIMER_VECTOR)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_add(vf32_load(x + i), vf32_load(y + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_add(vf32_load_first(x + whole, n - whole),
-                                  vf32_load_first(y + whole, n - whole)))
+    elementwise_binary(x, x, y, n, vf32_add)
     STOP_TIMER(TIMER_VECTOR)
 
 
@@ -207,51 +208,23 @@ cdef void add_scaled(float *x, float scale, const float *y, Py_ssize_t n) noexce
 
 
 cdef void multiply(float *x, const float *y, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_mul(vf32_load(x + i), vf32_load(y + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_mul(vf32_load_first(x + whole, n - whole),
-                                  vf32_load_first(y + whole, n - whole)))
+    elementwise_binary(x, x, y, n, vf32_mul)
 
 
 cdef void scale(float *x, float factor, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(factor)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_mul(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_mul(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, factor, n, vf32_mul)
 
 
 cdef void shift(float *x, float offset, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(offset)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_add(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_add(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, offset, n, vf32_add)
 
 
 cdef void divide(float *x, float divisor, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(divisor)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_div(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_div(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, divisor, n, vf32_div)
 
 
 cdef void exponential(float *x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, exp_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole, exp_lanes(vf32_load_first(x + whole, n - whole)))
+    elementwise_unary(x, x, n, exp_lanes)
 
 
 cdef float sum(const float *x, Py_ssize_t n) noexcept nogil:
@@ -302,58 +275,37 @@ cdef inline vf32 relu_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, x)
 
 
-cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(out + i, relu_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(out + whole, n - whole, relu_lanes(vf32_load_first(x + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
 cdef inline vf32 relu2_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(x, x))
-
-
-cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(out + i, relu2_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(out + whole, n - whole,
-                         relu2_lanes(vf32_load_first(x + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
-cdef void relu_backward(const float *x, const float *d_out, float *d_x,
-                        Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(d_x + i, vf32_where_positive(vf32_load(x + i), vf32_load(d_out + i)))
-    if whole < n:
-        vf32_store_first(d_x + whole, n - whole,
-                         vf32_where_positive(vf32_load_first(x + whole, n - whole),
-                                             vf32_load_first(d_out + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
 
 
 cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
 
 
+cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_unary(out, x, n, relu_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_unary(out, x, n, relu2_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void relu_backward(const float *x, const float *d_out, float *d_x,
+                        Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_binary(d_x, x, d_out, n, vf32_where_positive)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
 cdef void relu2_backward(const float *x, const float *d_out, float *d_x,
                          Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
     START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(d_x + i, relu2_backward_lanes(vf32_load(x + i), vf32_load(d_out + i)))
-    if whole < n:
-        vf32_store_first(d_x + whole, n - whole,
-                         relu2_backward_lanes(vf32_load_first(x + whole, n - whole),
-                                              vf32_load_first(d_out + whole, n - whole)))
+    elementwise_binary(d_x, x, d_out, n, relu2_backward_lanes)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
