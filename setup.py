@@ -90,7 +90,7 @@ CHECKS = {
     "asan": ([*FRAMES, SANITIZE], {}),
     "fuzz": ([*FRAMES, SANITIZE, "-fsanitize=fuzzer-no-link"], {}),
     "trace": (
-        ["-O1", "-fno-inline", "-DCACHE_INLINE=static", "--coverage", "-fprofile-update=single"],
+        ["-O1", "-fno-inline", "-DFORCE_INLINE=static", "--coverage", "-fprofile-update=single"],
         {},
     ),
 }

@@ -1,22 +1,23 @@
-/* Products on the matrix unit of a CPU (Intel's AMX): of bfloat16 numbers, summed in float32, and of
- * packed codes with int8 activations, summed in int32.
+/* Products on the matrix unit of a CPU (Intel's AMX): of bfloat16 numbers, summed in float32, and
+ * of packed codes with int8 activations, summed in int32.
  *
- * For the first both matrices are rounded to bfloat16 while they are packed into tiles of a kilobyte. A left tile
- * is 16 rows of 32 numbers; a right one holds 32 rows of 16 columns, two rows beside each other:
- * 16 rows of 16 pairs. So either is a 16 x 16 square of pairs that lie beside each other along the
- * depth, and what comes turned over is transposed as such. */
+ * For the bfloat16 product both matrices are rounded while they are packed into tiles of one
+ * kilobyte. A tile of the left matrix is 16 rows of 32 numbers. A tile of the right matrix is 32
+ * rows of 16 columns with two rows interleaved: 16 rows of 16 pairs. Either is a 16 x 16 square of
+ * pairs of neighbors along the depth, and an operand in the other orientation is transposed as such
+ * a square. */
 #ifndef LEGACY1BIT_AMX_H
 #define LEGACY1BIT_AMX_H
 
-/* One operand, by the element at (line, depth): floats, or codes with scales. A line is a row of
- * the left matrix, or a column of the right one. One of the two strides is 1. */
+/* One operand, addressed by (line, depth): floats, or codes with scales. A line is a row of the
+ * left matrix or a column of the right one. One of the two strides is 1. */
 typedef struct {
     const float *dense;
     long line_stride, depth_stride;
     const signed char *codes;       /* instead of dense, with the same strides */
     const float *scale;
-    long scale_row, group;          /* as in a Matrix, whose rows are lines unless turned */
-    int turned;
+    long scale_row, group;          /* as in a Matrix, whose rows are lines unless transposed */
+    int transposed;
 } amx_operand;
 
 #if defined(LEGACY1BIT_TIER_AMX)
@@ -33,17 +34,17 @@ typedef struct {
 
 enum {
     MATRIX_UNIT = 1,
-    AMX_SIDE = 16,              /* rows of a tile, and columns of a result's */
+    AMX_SIDE = 16,              /* rows of a tile, and columns of a result tile */
     AMX_PAIRS = 2 * AMX_SIDE,   /* numbers along the depth of a tile */
     AMX_TILE = AMX_SIDE * AMX_PAIRS,
-    AMX_DEPTH = 1024,           /* what is packed of the right matrix: a megabyte, for the */
-    AMX_COLUMNS = 512,          /* second-level cache */
-    AMX_ROWS = 2 * AMX_SIDE,    /* and of the left one */
+    AMX_DEPTH = 1024,           /* block of the right matrix packed at a time: one megabyte, */
+    AMX_COLUMNS = 512,          /* sized for the L2 cache */
+    AMX_ROWS = 2 * AMX_SIDE,    /* rows of the left matrix packed at a time */
     AMX_WORKSPACE = (AMX_DEPTH * (AMX_COLUMNS + AMX_ROWS)) / 2 + AMX_ROWS * AMX_ROWS + 16,
-    AMX_FEW = 8                 /* rows of activations for which the unit is not worth its while */
+    AMX_MIN_ROWS = 8            /* fewer rows of activations are faster without the unit */
 };
 
-/* Ask the system for the unit; it is granted to all threads or to none. */
+/* Asks the operating system for the unit; the permission holds for all threads. */
 static inline int amx_request(void)
 {
 #ifdef EMULATED_TILES
@@ -68,7 +69,8 @@ static inline void amx_begin(void)
         layout.row_bytes[i] = 64;
         layout.rows[i] = AMX_SIDE;
     }
-    anew(&layout);      /* compilers may take the instruction to read no more than a pointer */
+    /* Compilers may assume that the instruction reads only the pointer. */
+    do_not_optimize(&layout);
     _tile_loadconfig(&layout);
 }
 
@@ -77,17 +79,17 @@ static inline __mmask16 amx_first(long n)
     return n >= AMX_SIDE ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1u);
 }
 
-/* The factor of the code at a line and a depth: scales of a row or of a group of it. One scale for
- * all is left to the end, so that codes stay exact. */
+/* The scale of the code at (line, depth): one per row or per group. A single scale for the whole
+ * matrix is applied after the product instead, so that codes stay exact. */
 static inline float amx_scale(const amx_operand *x, long line, long depth)
 {
-    const long row = x->turned ? depth : line, column = x->turned ? line : depth;
+    const long row = x->transposed ? depth : line, column = x->transposed ? line : depth;
     if (x->scale_row == 0)
         return 1.0f;
     return x->scale[row * x->scale_row + (x->scale_row == 1 ? 0 : column / x->group)];
 }
 
-/* Up to 16 neighbours in memory, beginning at (line, depth). */
+/* Up to 16 contiguous elements, starting at (line, depth). */
 static inline __m512 amx_load(const amx_operand *x, long line, long depth, long count)
 {
     const long at = line * x->line_stride + depth * x->depth_stride;
@@ -99,8 +101,8 @@ static inline __m512 amx_load(const amx_operand *x, long line, long depth, long 
         _mm512_set1_ps(count > 0 ? amx_scale(x, line, depth) : 0.0f));
 }
 
-/* One tile of an operand: `lines` lines of `depth` numbers from (line, first), zeros beyond. As
- * lines of pairs, [16 lines][16 pairs], or else as pairs of lines, [16 pairs][16 lines]. */
+/* Packs one tile of an operand: `lines` lines of `depth` numbers from (line, first), padded with
+ * zeros, as [16 lines][16 pairs] with as_lines, else as [16 pairs][16 lines]. */
 static inline void amx_pack_tile(const amx_operand *x, long line, long first, long lines,
                                  long depth, int as_lines, uint16_t *tile)
 {
@@ -129,7 +131,7 @@ static inline void amx_pack_tile(const amx_operand *x, long line, long first, lo
         _mm512_store_si512((void *)(tile + i * 32), square[i]);
 }
 
-/* Panels of 32 lines: of each 32 numbers of depth, two tiles. */
+/* Packs panels of 32 lines; every 32 numbers along the depth become two tiles. */
 static inline void amx_pack(const amx_operand *x, long line, long first, long lines, long depth,
                             int as_lines, uint16_t *packed)
 {
@@ -145,7 +147,7 @@ static inline void amx_pack(const amx_operand *x, long line, long first, long li
         }
 }
 
-/* sums[32][32] = the product of a left and a right panel; only what both have of it. */
+/* sums[32][32] = the product of a left and a right panel, only the tiles that both have. */
 static inline void amx_multiply(long blocks, const uint16_t *a, const uint16_t *b, int two_rows,
                                 int two_columns, float *sums)
 {
@@ -219,9 +221,9 @@ static void amx_product(long m, long n, long k, const amx_operand *a, const amx_
     _tile_release();
 }
 
-/* `tiles` tiles of a strip of packed codes become bytes, four columns after four, its upper 16 rows
- * apart from its lower: a right tile of each for every 64 columns. What is missing of the last one
- * is zeros. Returns how many. */
+/* Unpacks `tiles` tiles of a strip of packed codes to bytes, in groups of four columns, the upper
+ * 16 rows separately from the lower 16: one right tile of each for every 64 columns, the last
+ * padded with zeros. Returns the number of right tiles. */
 static long amx_unpack(const unsigned char *w, long tiles, int trits, unsigned char *upper,
                        unsigned char *lower)
 {
@@ -251,8 +253,8 @@ static long amx_unpack(const unsigned char *w, long tiles, int trits, unsigned c
     return groups / 16;
 }
 
-/* totals[rows][32] of a strip and rows of int8 activations. The rows are read in sixteens, and to a
- * multiple of 64 columns: there must be room behind them. */
+/* totals[rows][32] of a strip and rows of int8 activations. Reads blocks of 16 rows and of 64
+ * columns, so the activations must be padded to multiples of both. */
 static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
                             const signed char *x, long stride, long rows, int *totals,
                             float *workspace)
@@ -302,8 +304,8 @@ static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
 
 #else
 
-/* Nobody calls these, but the kernels' source names them. */
-enum { MATRIX_UNIT = 0, AMX_WORKSPACE = 0, AMX_FEW = 0 };
+/* Never called, but referenced by the kernels' source. */
+enum { MATRIX_UNIT = 0, AMX_WORKSPACE = 0, AMX_MIN_ROWS = 0 };
 
 static inline int amx_request(void) { return 0; }
 

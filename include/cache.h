@@ -1,9 +1,9 @@
-/* Attention over cached keys and values in int8, of one query or a few neighbours, in one order: the
- * sums of a score go through a head's dimensions and those of an output through the keys, one by one,
- * and nothing is fused. So all instruction sets agree to the bit.
+/* Attention over an int8 cache of keys and values, for one query or a few consecutive ones, with a
+ * fixed order of summation: a score is summed over the head's dimensions and an output over the
+ * keys, one at a time, without fused multiply-add. So all instruction sets give the same bits.
  *
- * Keys lie in tiles of 16: [dimension][key], so that a vector holds keys of one dimension. Values lie
- * in rows. Up to CACHED_QUERIES queries share what is loaded. */
+ * Keys are stored in tiles of 16, [dimension][key], so that a vector holds one dimension of several
+ * keys. Values are stored in rows. Up to CACHED_QUERIES queries share each load. */
 #ifndef LEGACY1BIT_CACHE_H
 #define LEGACY1BIT_CACHE_H
 
@@ -18,12 +18,9 @@ enum {
     VALUE_VECTORS = VF32_LANES == 16 ? 4 : 2
 };
 
-#ifndef CACHE_INLINE
-#define CACHE_INLINE static inline __attribute__((always_inline))
-#endif
-
-/* Scores of some tiles of keys for some queries: constants, so that all of it stays in registers. */
-CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
+/* Scores of `tiles` tiles of keys for `queries` queries. Both are constants after inlining, so that
+ * the sums stay in registers. */
+FORCE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
                               long out_row, const int queries, const int tiles)
 {
     vf32 sums[SCORE_TILES * KEY_VECTORS];
@@ -43,8 +40,9 @@ CACHE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, 
             vf32_store(out + i * out_row + t * VF32_LANES, sums[i * tiles * KEY_VECTORS + t]);
 }
 
-/* out[i, 16 tiles] of so many tiles of keys for one query. */
-static inline void score_alone(const signed char *k, const float *q, long dim, long tiles, float *out)
+/* out[16 * tiles]: the scores of all tiles of keys for one query. */
+static inline void score_one_query(const signed char *k, const float *q, long dim, long tiles,
+                                   float *out)
 {
     long t = 0;
     for (; t + SCORE_TILES <= tiles; t += SCORE_TILES)
@@ -53,9 +51,9 @@ static inline void score_alone(const signed char *k, const float *q, long dim, l
         score_tiles(k + t * dim * CACHED_KEYS, q, 0, dim, out + t * CACHED_KEYS, 0, 1, 1);
 }
 
-/* The same for some queries, as many at a time as fit. */
-static inline void score_together(const signed char *k, const float *q, long q_row, long dim,
-                                  long tiles, float *out, long out_row, long queries)
+/* The same for several queries, as many at a time as fit the registers. */
+static inline void score_queries(const signed char *k, const float *q, long q_row, long dim,
+                                 long tiles, float *out, long out_row, long queries)
 {
     enum { FEW = SCORE_TILES < CACHED_QUERIES ? SCORE_TILES : CACHED_QUERIES,
            AT_ONCE = SCORE_TILES / FEW };
@@ -70,11 +68,11 @@ static inline void score_together(const signed char *k, const float *q, long q_r
                         out + i * out_row + t * CACHED_KEYS, out_row, FEW, 1);
     }
     for (; i < queries; i++)
-        score_alone(k, q + i * q_row, dim, tiles, out + i * out_row);
+        score_one_query(k, q + i * q_row, dim, tiles, out + i * out_row);
 }
 
-/* Some vectors of the weighted sums of values; `left` lanes of the last one, or all. */
-CACHE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
+/* `vectors` vectors of the weighted sums of values; `left` is the number of valid lanes. */
+FORCE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
                               float *out, long out_row, long left, const int queries,
                               const int vectors)
 {
@@ -99,7 +97,7 @@ CACHE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, lo
         }
 }
 
-CACHE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long p_row, long keys,
+FORCE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long p_row, long keys,
                            float *out, long out_row, const int queries)
 {
     long i = 0;
@@ -112,7 +110,7 @@ CACHE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long 
         mix_vectors(v + i, dim, p, p_row, keys, out + i, out_row, dim - i, queries, 1);
 }
 
-/* out[i, dim] of up to CACHED_QUERIES queries: their weights p[i, keys] times values v[keys, dim]. */
+/* out[i, dim] = p[i, keys] v[keys, dim] for up to CACHED_QUERIES queries i. */
 static inline void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
                               float *out, long out_row, long queries)
 {
@@ -124,15 +122,15 @@ static inline void mix_values(const signed char *v, long dim, const float *p, lo
     }
 }
 
-/* Tiles of keys as floats, [dimension][row]: times their steps. */
-static inline void widen_keys(const signed char *k, const float *steps, long dim, long tiles,
-                              float *out, long row)
+/* Dequantizes tiles of keys to out[dimension][row]: codes times scales. */
+static inline void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
+                                   float *out, long row)
 {
     for (long t = 0; t < tiles; t++)
         for (long d = 0; d < dim; d++)
             for (int j = 0; j < KEY_VECTORS; j++)
                 vf32_store(out + d * row + t * CACHED_KEYS + j * VF32_LANES,
-                           vf32_mul(vf32_load(steps + t * CACHED_KEYS + j * VF32_LANES),
+                           vf32_mul(vf32_load(scales + t * CACHED_KEYS + j * VF32_LANES),
                                     vf32_load_i8(k + (t * dim + d) * CACHED_KEYS +
                                                  j * VF32_LANES)));
 }

@@ -1,6 +1,6 @@
-/* What the CPU and the operating system can run, as a ladder from the narrowest tier to the
- * widest. A vector unit counts only when the operating system saves its registers (XGETBV),
- * whatever cpuid says. */
+/* Detects the widest instruction set that CPU and operating system support, as a ladder from the
+ * narrowest tier to the widest. A vector unit counts only when the operating system saves its
+ * registers (XGETBV), regardless of cpuid. */
 #ifndef LEGACY1BIT_CPU_H
 #define LEGACY1BIT_CPU_H
 
@@ -51,8 +51,8 @@ static inline int cpu_widest_tier(void)
     return ecx & vnni ? CPU_AVX512VNNI : CPU_AVX512;
 }
 
-/* Whether there is a matrix unit for bfloat16 and int8, and the system saves its tiles. Where the
- * tiles are emulated, as in builds that look for mistakes, it is enough that numbers are rounded. */
+/* Whether there is a matrix unit for bfloat16 and int8 and the system saves its tiles. With
+ * emulated tiles, as in checked builds, conversion to bfloat16 is enough. */
 static inline int cpu_has_amx(void)
 {
 #ifdef EMULATED_TILES

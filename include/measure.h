@@ -1,8 +1,8 @@
 /* Timers for the kernels. Built with MEASURE_PERFORMANCE=1, every kernel counts its calls and
- * nanoseconds; without it START_TIMER and STOP_TIMER are nothing, and cost nothing.
+ * nanoseconds; otherwise START_TIMER and STOP_TIMER expand to nothing.
  *
- * The C original's macros of the same names print a line at every call; here each timer adds
- * to a counter, so that a kernel of a microsecond can be measured without measuring stderr. */
+ * The C original's macros of the same names print a line at every call; here each timer adds to a
+ * counter, so that timing a kernel of one microsecond does not include writing to stderr. */
 #ifndef LEGACY1BIT_MEASURE_H
 #define LEGACY1BIT_MEASURE_H
 
@@ -48,7 +48,7 @@ static inline unsigned long long timer_now(void)
     return (unsigned long long)now.tv_sec * 1000000000ull + (unsigned long long)now.tv_nsec;
 }
 
-/* Kernels run in several threads at once, so the counters are added to atomically. */
+/* Kernels run in several threads at once, so the counters are atomic. */
 #define START_TIMER(timer) const unsigned long long timer_start = timer_now()
 #define STOP_TIMER(timer)                                                                    \
     (__atomic_fetch_add(&timer_counters[timer].nanoseconds, timer_now() - timer_start,       \

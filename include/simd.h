@@ -1,48 +1,48 @@
-/* The vector vocabulary that the kernels are written in.
+/* The portable vector operations that the kernels are written in.
  *
  * legacy1bit/kernels.pyx is compiled once for each instruction set. Each time, exactly one of
- * the macros LEGACY1BIT_TIER_* is defined, and this header takes the definitions that go with
- * it. Every tier header defines the same names:
+ * the macros LEGACY1BIT_TIER_* is defined, and this header includes the definitions for it.
+ * Every tier header defines the same names:
  *
  *   vf32                      a vector of VF32_LANES floats
  *   vf32_zero()               all lanes 0
  *   vf32_splat(x)             all lanes x
- *   vf32_load(p)              VF32_LANES floats from p (no alignment asked)
+ *   vf32_load(p)              VF32_LANES floats from p (unaligned)
  *   vf32_load_first(p, n)     the first n < VF32_LANES floats from p, the other lanes 0;
- *                             memory behind p[n - 1] is not touched
+ *                             memory after p[n - 1] is not touched
  *   vf32_load_i8(p)           VF32_LANES int8 from p, widened to float
  *   vf32_load_i8_first(p, n)  the first n of them
  *   vf32_store(p, v), vf32_store_first(p, n, v)
  *   vf32_add, _sub, _mul, _div, _sqrt
  *   vf32_fmadd(a, b, c)       a * b + c; one rounding where the CPU fuses, two where it cannot
- *   vf32_max(a, b), _min      b where a lane is not a number
+ *   vf32_max(a, b), _min      b where a lane is NaN
  *   vf32_round(v)             to the nearest integer, ties to even; |v| < 2^22
  *   vf32_scale_pow2(v, n)     v * 2^n for integer-valued n in [-250, 250], denormals included;
- *                             v where it is not a number, whatever n is
+ *                             v where it is NaN, for any n
  *   vf32_where_positive(x, y) y where x > 0, else 0
  *   vf32_sum(v), vf32_largest(v)   across the lanes
  *   vf32_transpose(square)    VF32_LANES vectors, the rows of a square, become its columns
- *   i8_round(p, v)            VF32_LANES whole numbers nearest to v, within -127 to 127, as int8
+ *   i8_round(p, v)            VF32_LANES integers nearest to v, within -127 to 127, as int8
  *
- *   simd_prepare()            called once, before all else
+ *   simd_prepare()            called once, before anything else
  *
  * the register tile of the matrix product: TILE_ROWS rows by TILE_VECTORS vectors of accumulators,
  * chosen so that they, TILE_VECTORS vectors of the right-hand matrix and one broadcast fit the
- * register file; and the products of packed codes with int8 activations, in whole numbers:
+ * register file; and the products of packed codes with int8 activations, in integers:
  *
  *   vsum                      sums of VSUM_ROWS rows; vsum_zero(), vsum_store(int *p, s)
- *   vact, vact_load(x)        the 16 activations that meet a tile of codes
- *   vsum_tile(s, w, x)        s and, of each row, its 16 codes at w times those activations
+ *   vact, vact_load(x)        the 16 activations for a tile of codes
+ *   vsum_tile(s, w, x)        s plus, for each row, the product of its 16 codes at w with x
  *   vact3, vact3_load(x), vsum_tile3(s, w, x), vsum3_store(int *p, s)
- *                             the same with a tile of trits: 20 columns
+ *                             the same for a tile of trits: 20 columns
  *
  * A tile is two cache lines, 32 rows of four bytes. Byte j of a row holds columns j, 4 + j, 8 + j
  * and 12 + j of the tile's 16 in its bits 0-1, 2-3, 4-5 and 6-7, as unsigned numbers; or columns
  * j, 4 + j ... 16 + j of 20 as five trits t, the fraction (81 t0 + 27 t1 + 9 t2 + 3 t3 + t4) / 243
- * in 256ths, rounded up: three times it is t0 and the fraction of the others. So four bytes of a
- * row meet four neighbouring activations in every field, whatever the width of a vector. Sums hold
- * VSUM_TILES tiles; more are added up in parts. VSUM_AT_ONCE rows of activations share the unpacking
- * of a tile where vectors are wide enough for it to pay.
+ * in 256ths, rounded up: three times the fraction is t0 plus the fraction of the others. So in
+ * every field the four bytes of a row multiply four consecutive activations, for any vector width.
+ * A sum does not overflow within VSUM_TILES tiles; longer rows are summed in parts. VSUM_AT_ONCE
+ * rows of activations share the unpacking of a tile where vectors are wide enough for it to pay.
  *
  * To add a tier: one header like these, one row in TIERS of setup.py and one step in cpu.h.
  */
@@ -51,6 +51,10 @@
 
 #include <math.h>
 #include <string.h>
+
+#ifndef FORCE_INLINE
+#define FORCE_INLINE static inline __attribute__((always_inline))
+#endif
 
 #if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
     defined(LEGACY1BIT_TIER_AVX512)
@@ -67,7 +71,7 @@
 #endif
 
 /* The matrix product packs PACK_DEPTH x PACK_COLUMNS of the right-hand matrix (half a megabyte,
- * for the second-level cache) and PACK_ROWS x PACK_DEPTH of the left-hand one. */
+ * sized for the L2 cache) and PACK_ROWS x PACK_DEPTH of the left-hand one. */
 enum {
     TILE_COLUMNS = TILE_VECTORS * VF32_LANES,
     PACK_DEPTH = 256,
@@ -75,8 +79,8 @@ enum {
     PACK_ROWS = 112 / TILE_ROWS * TILE_ROWS
 };
 
-/* The packed codes. While a tile is worked on, the memory PREFETCH_BYTES further on is fetched: with
- * pages of 4096 bytes, and a strip often less, the CPU does not look ahead far enough by itself. */
+/* The packed codes. Each tile prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
+ * stops at pages of 4096 bytes, and a strip is often shorter. */
 enum {
     STRIP_ROWS = 32,
     TILE_CODES = 16,
@@ -92,8 +96,11 @@ static inline void prefetch_tile(const unsigned char *tile)
     __builtin_prefetch(tile + PREFETCH_BYTES + 64);
 }
 
-/* Keeps the compiler from knowing what is in memory, so that it works it out again. */
-static inline void anew(void *memory) { __asm__ volatile("" : : "r"(memory) : "memory"); }
+/* Hides the contents of memory from the compiler, so that it cannot optimize computations away. */
+static inline void do_not_optimize(void *memory)
+{
+    __asm__ volatile("" : : "r"(memory) : "memory");
+}
 
 #include "amx.h"
 

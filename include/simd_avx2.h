@@ -1,5 +1,4 @@
-/* The vector vocabulary for AVX2 with FMA (Haswell and later): eight lanes. See simd.h for
- * the meanings. */
+/* The vector operations of simd.h for AVX2 with FMA (Haswell and later): eight lanes. */
 #ifndef LEGACY1BIT_SIMD_AVX2_H
 #define LEGACY1BIT_SIMD_AVX2_H
 
@@ -104,7 +103,7 @@ static inline void vf32_transpose(vf32 *square)
         square[i] = t[i];
 }
 
-/* Whole numbers nearest to v, all within -127 to 127, as bytes. */
+/* The integers nearest to v, all within -127 to 127, as bytes. */
 static inline void i8_round(signed char *p, vf32 v)
 {
     const __m256i whole = _mm256_cvtps_epi32(v);
@@ -167,8 +166,8 @@ static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
     const __m256i three = _mm256_set1_epi8(3), zero = _mm256_setzero_si256();
     __m256i v = _mm256_loadu_si256((const __m256i *)w), pairs = zero;
     for (int i = 0; i < 5; i++) {
-        /* Two averages make 3/4 of the byte, whose top two bits are the trit; they round up, and
-         * the 1 taken off before makes them round down. */
+        /* Two averages give 3/4 of the byte, whose top two bits are the trit. Averages round up;
+         * subtracting 1 first makes them round down. */
         const __m256i less = _mm256_subs_epu8(v, _mm256_set1_epi8(1));
         const __m256i top = _mm256_avg_epu8(less, _mm256_avg_epu8(less, zero));
         pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(

@@ -1,6 +1,5 @@
-/* The vector vocabulary for AVX-512 (F, BW, DQ, VL; Skylake server and later), and with VNNI
- * (Cascade Lake, Ice Lake, Zen 4 and later): sixteen lanes, tails by mask. See simd.h for the
- * meanings. */
+/* The vector operations of simd.h for AVX-512 (F, BW, DQ, VL; Skylake server and later), and with
+ * VNNI (Cascade Lake, Ice Lake, Zen 4 and later): sixteen lanes, masked tails. */
 #ifndef LEGACY1BIT_SIMD_AVX512_H
 #define LEGACY1BIT_SIMD_AVX512_H
 
@@ -92,7 +91,7 @@ static inline void avx512_transpose(__m512i *square)
 
 static inline void vf32_transpose(vf32 *square) { avx512_transpose((__m512i *)square); }
 
-/* Whole numbers nearest to v, all within -127 to 127, as bytes. */
+/* The integers nearest to v, all within -127 to 127, as bytes. */
 static inline void i8_round(signed char *p, vf32 v)
 {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
@@ -122,8 +121,8 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
-/* The next trit of every byte: two averages make 3/4 of it, whose top two bits are the trit; they
- * round up, and the 1 taken off before makes them round down. */
+/* The next trit of every byte: two averages give 3/4 of the byte, whose top two bits are the trit.
+ * Averages round up; subtracting 1 first makes them round down. */
 static inline __m512i avx512_trit(__m512i *v)
 {
     const __m512i less = _mm512_subs_epu8(*v, _mm512_set1_epi8(1));
@@ -134,8 +133,8 @@ static inline __m512i avx512_trit(__m512i *v)
 
 #ifdef __AVX512VNNI__
 
-/* Fields are masked where they stand, and each has sums of its own, which count 1, 4, 16 and 64:
- * no shifts, and four chains of additions that need not wait for each other. */
+/* Fields are masked in place, and each has its own sums, weighted 1, 4, 16 and 64: no shifts, and
+ * four independent chains of additions. */
 typedef struct { __m512i field[4]; } vsum;
 
 static inline vsum vsum_zero(void)
@@ -163,9 +162,9 @@ static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     return s;
 }
 
-/* A fraction f in 256ths has the trit t = (3 f - g) / 256, where g, the fraction of the others, is
- * 3 f in 8 bits. So trits need not be taken out: fractions are multiplied instead, and 256 times
- * the sum of t x is 3 sum(f x) - sum(g x), whatever has overflowed on the way. */
+/* A fraction f in 256ths has the trit t = (3 f - g) / 256, where g, the fraction of the other
+ * trits, is 3 f modulo 256. So trits need not be extracted: fractions are multiplied instead, and
+ * 256 times the sum of t x is 3 sum(f x) - sum(g x), even if intermediate sums wrap around. */
 static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
 {
     __m512i f = _mm512_loadu_si512(w);

@@ -1,5 +1,5 @@
-/* The vector vocabulary in plain C: one lane. It is the reference the other tiers are held
- * against, and what runs where there is no vector unit. See simd.h for the meanings. */
+/* The vector operations of simd.h in plain C: one lane. It is the reference for the other tiers,
+ * and the fallback where there is no vector unit. */
 #ifndef LEGACY1BIT_SIMD_SCALAR_H
 #define LEGACY1BIT_SIMD_SCALAR_H
 
@@ -41,7 +41,7 @@ static inline float scalar_pow2(int n)
     return power;
 }
 
-/* What C leaves open for NaN is 0 here. */
+/* NaN, whose conversion is undefined in C, becomes 0. */
 static inline int scalar_int(float v) { return v == v ? (int)v : 0; }
 
 static inline vf32 vf32_scale_pow2(vf32 v, vf32 n)

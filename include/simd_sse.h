@@ -1,6 +1,5 @@
-/* The vector vocabulary for SSE (Pentium III and later): four lanes of floats, and no integer
- * vectors. What SSE2 and its successors share of it is here, too: simd_sse2.h takes this file and
- * does better what they can do better. See simd.h for the meanings. */
+/* The vector operations of simd.h for SSE (Pentium III and later): four lanes of floats, and no
+ * integer vectors. simd_sse2.h includes this file for the operations that are the same in SSE2. */
 #ifndef LEGACY1BIT_SIMD_SSE_H
 #define LEGACY1BIT_SIMD_SSE_H
 
@@ -66,8 +65,8 @@ static inline float vf32_largest(vf32 v)
 
 #define TIER_NAME "sse"
 
-/* Without integer vectors, whole numbers come out of tables: a float for each byte, and four for
- * the four codes, or the first four of the five trits, in a byte. */
+/* Without integer vectors, conversions use tables: one float for each byte, and four floats for the
+ * four codes, or the first four of the five trits, in a byte. */
 static float sse_of_i8[256], sse_fifth[256];
 static _Alignas(16) float sse_codes[256][4], sse_trits[256][4];
 
@@ -92,17 +91,17 @@ static inline vf32 vf32_load_i8(const signed char *p)
                        sse_of_i8[byte[3]]);
 }
 
-/* 1.5 * 2^23 leaves no room for a fraction, so adding it rounds, and taking it off is exact. */
+/* At 1.5 * 2^23 float32 has no fraction bits, so adding it rounds, and subtracting it is exact. */
 static inline vf32 vf32_round(vf32 v)
 {
     const vf32 magic = _mm_set1_ps(12582912.0f);
     return _mm_sub_ps(_mm_add_ps(v, magic), magic);
 }
 
-/* What C leaves open for NaN is 0 here. */
+/* NaN, whose conversion is undefined in C, becomes 0. */
 static inline int sse_int(float v) { return v == v ? (int)v : 0; }
 
-/* 2^n for whole n from -126 to 127: the number is its exponent's bits. */
+/* 2^n for integer n from -126 to 127, by its exponent bits. */
 static inline vf32 sse_pow2(vf32 n)
 {
     float lanes[4];
@@ -116,7 +115,7 @@ static inline vf32 sse_pow2(vf32 n)
 
 static inline vf32 vf32_scale_pow2(vf32 v, vf32 n)
 {
-    /* Half of an odd number rounds to one of the two beside it. */
+    /* Half of an odd number rounds to an adjacent integer; the rest makes up for it. */
     vf32 half = vf32_round(_mm_mul_ps(n, _mm_set1_ps(0.5f)));
     return _mm_mul_ps(_mm_mul_ps(v, sse_pow2(half)), sse_pow2(_mm_sub_ps(n, half)));
 }
@@ -129,7 +128,7 @@ static inline void i8_round(signed char *p, vf32 v)
         p[i] = (signed char)lanes[i];
 }
 
-/* Sums stay whole numbers in floats: no lane passes 2^24 before 176,000 columns. */
+/* Sums are exact integers in floats: no lane exceeds 2^24 below 176,000 columns. */
 enum { VSUM_ROWS = 1, VSUM_AT_ONCE = 1 };
 typedef __m128 vsum;
 typedef struct { vf32 byte[4]; } vact;

@@ -1,6 +1,5 @@
-/* The vector vocabulary for SSE2, which every x86-64 CPU has, and for SSSE3 (Core 2) and SSE4.1
- * (Penryn), which do some of it in fewer steps: four lanes, no fused multiply-add. See simd.h for
- * the meanings. */
+/* The vector operations of simd.h for SSE2, which every x86-64 CPU has, and for SSSE3 (Core 2) and
+ * SSE4.1 (Penryn), which need fewer instructions: four lanes, no fused multiply-add. */
 #ifndef LEGACY1BIT_SIMD_SSE2_H
 #define LEGACY1BIT_SIMD_SSE2_H
 
@@ -33,8 +32,8 @@ static inline vf32 vf32_load_i8(const signed char *p)
 #ifdef __SSE4_1__
     return _mm_cvtepi32_ps(_mm_cvtepi8_epi32(v));
 #else
-    /* Bytes doubled to 16 and then to 32 bits leave each in the top byte of its lane; the
-     * arithmetic shift brings it down with its sign. */
+    /* Duplicating bytes to 16 and then to 32 bits leaves each in the top byte of its lane; the
+     * arithmetic shift moves it down and extends its sign. */
     v = _mm_unpacklo_epi8(v, v);
     v = _mm_unpacklo_epi16(v, v);
     return _mm_cvtepi32_ps(_mm_srai_epi32(v, 24));
@@ -123,8 +122,8 @@ static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
     const __m128i three = _mm_set1_epi8(3);
     __m128i v = _mm_loadu_si128((const __m128i *)w), pairs = _mm_setzero_si128();
     for (int i = 0; i < 5; i++) {
-        /* Two averages make 3/4 of the byte, whose top two bits are the trit; they round up, and
-         * the 1 taken off before makes them round down. */
+        /* Two averages give 3/4 of the byte, whose top two bits are the trit. Averages round up;
+         * subtracting 1 first makes them round down. */
         const __m128i less = _mm_subs_epu8(v, _mm_set1_epi8(1));
         const __m128i top = _mm_avg_epu8(less, _mm_avg_epu8(less, _mm_setzero_si128()));
         pairs = _mm_add_epi16(pairs, _mm_maddubs_epi16(
@@ -136,9 +135,9 @@ static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
 
 #else
 
-/* 16-bit words hold an even column's byte and an odd one's above it. Fields are masked where they
- * stand, so they count 1, 4, 16 and 64, and the activations 64, 16, 4 and 1 instead: the sums are
- * 64 times what they should be, and fit 32 bits up to 88,000 columns. */
+/* 16-bit words hold the byte of an even column and above it that of an odd column. Fields are
+ * masked in place, so they are weighted 1, 4, 16 and 64, and the activations 64, 16, 4 and 1: every
+ * product is scaled by 64, and sums fit 32 bits up to 88,000 columns. */
 typedef struct { __m128i even[4], odd[4]; } vact;
 typedef struct { __m128i even[5], odd[5]; } vact3;
 

@@ -1,12 +1,12 @@
-/* A team: threads that run one task side by side and wait for each other in it; see threads.h. */
+/* A team: threads that run one parallel region and synchronize at barriers; see threads.h. */
 #ifndef LEGACY1BIT_TEAM_H
 #define LEGACY1BIT_TEAM_H
 
 typedef struct {
-    int members;
+    int size;
     int arrived;
-    char apart[64];            /* those who wait look at a line that those who come leave alone */
-    unsigned int meetings;
+    char padding[64];           /* waiting threads poll another cache line than `arrived` */
+    unsigned int generation;
 } thread_team;
 
 #endif

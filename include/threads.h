@@ -1,20 +1,21 @@
 /* A small thread pool: pool_run calls task(context, i) for every i in [0, tasks) on up to
- * `threads` threads, the caller among them, and returns when all are done.
+ * `threads` threads, including the caller, and returns when all are done.
  *
- * Waiting threads look for some microseconds whether there is work and then sleep: waking one costs
- * as much as a small product, and none keeps its core from another program. A sleeper woken on the
- * waker's own core would stand in line there until the waker is done (schedulers do place it so
- * where cores share no cache), so on Linux it is kept off that core until it runs.
+ * Idle threads spin for some microseconds and then sleep: waking one costs as much as a small
+ * product, but a spinning one keeps its core from other programs. Schedulers may wake a sleeper on
+ * the waker's core where cores share no cache; it would wait there until the waker is done. So on
+ * Linux it is kept off that core until it runs.
  *
  * Task i always runs on thread i % threads, so a task that owns its outputs gives the same bits
- * every time. One job runs at a time: when the pool is taken, by another Python thread or by the
- * caller's own job, the tasks run one after the other in the caller instead. A child made by fork
- * starts without workers and makes its own when it needs them.
+ * every time. One job runs at a time: while the pool is busy, with a job of another Python thread
+ * or of the caller itself, further tasks run sequentially in their caller. A forked child starts
+ * without workers and creates its own when it needs them.
  *
- * team_run calls a task on several threads at once, which meet in it by team_meet.
+ * team_parallel_region runs one task on several threads concurrently, which synchronize with
+ * team_barrier.
  *
- * thread_scratch gives every thread a buffer of its own that lives as long as the thread.
- * thread_choice is a thread's own, too, but those that work for it see what it has chosen.
+ * thread_scratch gives every thread its own buffer, which lives as long as the thread.
+ * thread_local_override is per thread; workers inherit the caller's value for each job.
  */
 #ifndef LEGACY1BIT_THREADS_H
 #define LEGACY1BIT_THREADS_H
@@ -29,18 +30,18 @@
 
 enum {
     POOL_MAX_THREADS = 256,
-    POOL_LOOKS = 1000          /* of some 50 ns each, before a thread sleeps */
+    POOL_SPINS = 1000          /* of about 50 ns each, before a thread sleeps */
 };
 
 typedef void (*pool_task)(void *context, long index);
 
-static __thread const void *thread_choice;
+static __thread const void *thread_local_override;
 
 static struct {
     pthread_t id;
-    int asleep;                /* waiting to be woken, or just made: it could start anywhere */
+    int asleep;                /* waiting, or just created: it may wake on any core */
 #ifdef __linux__
-    int moved;                 /* its affinity was narrowed and is to be restored */
+    int affinity_narrowed;     /* and has to be restored */
     cpu_set_t affinity;
 #endif
 } pool_workers[POOL_MAX_THREADS];
@@ -48,13 +49,13 @@ static struct {
 static struct {
     pthread_mutex_t lock;      /* guards everything below */
     pthread_cond_t wake, done;
-    unsigned long job;         /* counts jobs, so that a worker sees a new one */
+    unsigned long job;         /* counter, by which workers notice a new job */
     int busy;                  /* a job is running */
-    int workers;               /* threads made so far, besides callers */
-    int remaining;             /* workers of the present job that have not finished */
+    int workers;               /* threads created so far, not counting callers */
+    int remaining;             /* workers that have not finished the current job */
     pool_task task;
     void *context;
-    const void *choice;
+    const void *override;
     long tasks;
     int threads;
 } pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
@@ -67,10 +68,10 @@ static inline void pool_pause(void)
 #endif
 }
 
-/* Takes the lock, without sleeping if it is free soon. */
+/* Takes the lock; spins before it sleeps. */
 static void pool_lock(void)
 {
-    for (int i = 0; i < POOL_LOOKS; i++) {
+    for (int i = 0; i < POOL_SPINS; i++) {
         if (!pthread_mutex_trylock(&pool.lock))
             return;
         pool_pause();
@@ -78,7 +79,7 @@ static void pool_lock(void)
     pthread_mutex_lock(&pool.lock);
 }
 
-static void pool_share(pool_task task, void *context, long tasks, int thread, int threads)
+static void pool_run_slice(pool_task task, void *context, long tasks, int thread, int threads)
 {
     for (long i = thread; i < tasks; i += threads)
         task(context, i);
@@ -86,9 +87,9 @@ static void pool_share(pool_task task, void *context, long tasks, int thread, in
 
 #ifdef __linux__
 
-/* Keeps those of the first threads - 1 workers that sleep off the caller's core for their next
- * waking. Called with the lock held. */
-static void pool_spread(int threads)
+/* Keeps the sleeping ones among the first threads - 1 workers off the caller's core for their next
+ * wake-up. Called with the lock held. */
+static void pool_avoid_callers_core(int threads)
 {
     const int here = sched_getcpu();
 
@@ -101,23 +102,23 @@ static void pool_spread(int threads)
         pool_workers[i].affinity = others;
         CPU_CLR(here, &others);
         if (CPU_COUNT(&others) > 0)
-            pool_workers[i].moved = !pthread_setaffinity_np(pool_workers[i].id, sizeof others,
-                                                            &others);
+            pool_workers[i].affinity_narrowed =
+                !pthread_setaffinity_np(pool_workers[i].id, sizeof others, &others);
     }
 }
 
-static void pool_awake(int thread)
+static void pool_restore_affinity(int thread)
 {
-    if (pool_workers[thread].moved) {
+    if (pool_workers[thread].affinity_narrowed) {
         pthread_setaffinity_np(pthread_self(), sizeof(cpu_set_t), &pool_workers[thread].affinity);
-        pool_workers[thread].moved = 0;
+        pool_workers[thread].affinity_narrowed = 0;
     }
 }
 
 #else
 
-static void pool_spread(int threads) { (void)threads; }
-static void pool_awake(int thread) { (void)thread; }
+static void pool_avoid_callers_core(int threads) { (void)threads; }
+static void pool_restore_affinity(int thread) { (void)thread; }
 
 #endif
 
@@ -127,7 +128,7 @@ static void *pool_worker(void *argument)
     unsigned long seen = 0;
 
     for (;;) {
-        for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.job, __ATOMIC_RELAXED) == seen; i++)
+        for (int i = 0; i < POOL_SPINS && __atomic_load_n(&pool.job, __ATOMIC_RELAXED) == seen; i++)
             pool_pause();
         pool_lock();
         while (pool.job == seen || thread >= pool.threads) {
@@ -137,14 +138,14 @@ static void *pool_worker(void *argument)
         }
         seen = pool.job;
         pool_workers[thread].asleep = 0;
-        pool_awake(thread);
+        pool_restore_affinity(thread);
         const pool_task task = pool.task;
         void *const context = pool.context;
         const long tasks = pool.tasks;
         const int threads = pool.threads;
-        thread_choice = pool.choice;
+        thread_local_override = pool.override;
         pthread_mutex_unlock(&pool.lock);
-        pool_share(task, context, tasks, thread, threads);
+        pool_run_slice(task, context, tasks, thread, threads);
         pool_lock();
         if (__atomic_sub_fetch(&pool.remaining, 1, __ATOMIC_RELAXED) == 0)
             pthread_cond_signal(&pool.done);
@@ -160,7 +161,7 @@ static void pool_after_fork(void)
     pthread_cond_init(&pool.done, NULL);
     pool.busy = pool.workers = pool.remaining = 0;
     pool.threads = 0;
-    memset(pool_workers, 0, sizeof pool_workers);   /* none is to get back what the parent's had */
+    memset(pool_workers, 0, sizeof pool_workers);   /* the parent's affinities do not apply */
 }
 
 static pthread_key_t scratch_key;
@@ -171,8 +172,8 @@ static void pool_prepare(void)
     pthread_key_create(&scratch_key, free);
 }
 
-/* At least `bytes` bytes on a cache line's boundary, whatever they held; NULL without memory.
- * The first cache line of the block keeps its size. */
+/* At least `bytes` uninitialized bytes, aligned to a cache line; NULL if out of memory. The first
+ * cache line of the block stores its size. */
 static void *thread_scratch(size_t bytes)
 {
     char *block = pthread_getspecific(scratch_key);
@@ -191,8 +192,8 @@ static void *thread_scratch(size_t bytes)
     return block ? block + 64 : NULL;
 }
 
-/* Makes workers until there are `wanted`; fewer when the system gives no more. Called with the
- * lock held. Signals stay with the program's own threads. */
+/* Creates workers until there are `wanted`, or as many as the system allows. Called with the lock
+ * held. Workers block all signals. */
 static void pool_grow(int wanted)
 {
     sigset_t all, before;
@@ -210,9 +211,9 @@ static void pool_grow(int wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-/* How many threads the caller gets: up to `threads`, itself among them; the pool is then its own
- * until pool_go has returned. 1 where it gets no other, and then it has nothing to give back. */
-static int pool_take(int threads)
+/* Returns the number of threads that the caller gets: up to `threads`, including itself. If it is
+ * more than 1, the caller owns the pool until pool_dispatch has returned; 1 acquires nothing. */
+static int pool_acquire(int threads)
 {
     if (threads > POOL_MAX_THREADS)
         threads = POOL_MAX_THREADS;
@@ -231,22 +232,22 @@ static int pool_take(int threads)
     return threads;
 }
 
-/* Shares the tasks among the threads that were taken, and gives them back. */
-static void pool_go(pool_task task, void *context, long tasks, int threads)
+/* Distributes the tasks over the acquired threads, waits for them and releases the pool. */
+static void pool_dispatch(pool_task task, void *context, long tasks, int threads)
 {
     pthread_mutex_lock(&pool.lock);
     pool.task = task;
     pool.context = context;
-    pool.choice = thread_choice;
+    pool.override = thread_local_override;
     pool.tasks = tasks;
     pool.threads = threads;
     pool.remaining = threads - 1;
-    pool_spread(threads);
+    pool_avoid_callers_core(threads);
     __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    pool_share(task, context, tasks, 0, threads);
-    for (int i = 0; i < POOL_LOOKS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
+    pool_run_slice(task, context, tasks, 0, threads);
+    for (int i = 0; i < POOL_SPINS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
         pool_pause();
     pool_lock();
     while (pool.remaining)
@@ -258,43 +259,43 @@ static void pool_go(pool_task task, void *context, long tasks, int threads)
 
 static void pool_run(pool_task task, void *context, long tasks, int threads)
 {
-    threads = pool_take(threads < tasks ? threads : (int)tasks);
+    threads = pool_acquire(threads < tasks ? threads : (int)tasks);
     if (threads > 1)
-        pool_go(task, context, tasks, threads);
+        pool_dispatch(task, context, tasks, threads);
     else
-        pool_share(task, context, tasks, 0, 1);
+        pool_run_slice(task, context, tasks, 0, 1);
 }
 
-/* Calls task(context, i) for every i in [0, team->members) at the same time; there are as many
- * members as the caller gets, up to `threads`. */
-static void team_run(pool_task task, void *context, thread_team *team, int threads)
+/* Calls task(context, i) concurrently for every i in [0, team->size); the size is the number of
+ * threads that the caller gets, up to `threads`. */
+static void team_parallel_region(pool_task task, void *context, thread_team *team, int threads)
 {
-    team->members = pool_take(threads);
+    team->size = pool_acquire(threads);
     team->arrived = 0;
-    team->meetings = 0;
-    if (team->members > 1)
-        pool_go(task, context, team->members, team->members);
+    team->generation = 0;
+    if (team->size > 1)
+        pool_dispatch(task, context, team->size, team->size);
     else
         task(context, 0);
 }
 
-/* Returns when every member has called it; what they wrote before, all can read after. */
-static inline void team_meet(thread_team *team)
+/* Returns when every thread of the team has called it; earlier writes are visible to all. */
+static inline void team_barrier(thread_team *team)
 {
-    unsigned int meeting;
-    if (team->members == 1)
+    unsigned int generation;
+    if (team->size == 1)
         return;
-    meeting = __atomic_load_n(&team->meetings, __ATOMIC_RELAXED);
-    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->members) {
+    generation = __atomic_load_n(&team->generation, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&team->arrived, 1, __ATOMIC_ACQ_REL) == team->size) {
         __atomic_store_n(&team->arrived, 0, __ATOMIC_RELAXED);
-        __atomic_store_n(&team->meetings, meeting + 1, __ATOMIC_RELEASE);
+        __atomic_store_n(&team->generation, generation + 1, __ATOMIC_RELEASE);
         return;
     }
-    for (int looks = 0; __atomic_load_n(&team->meetings, __ATOMIC_ACQUIRE) == meeting; looks++)
-        if (looks < POOL_LOOKS)
+    for (int spins = 0; __atomic_load_n(&team->generation, __ATOMIC_ACQUIRE) == generation; spins++)
+        if (spins < POOL_SPINS)
             pool_pause();
         else
-            sched_yield();     /* the one we wait for may be waiting for this core */
+            sched_yield();     /* the missing thread may be waiting for this core */
 }
 
 #endif

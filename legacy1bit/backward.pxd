@@ -1,14 +1,14 @@
 """The backward pass without the GIL. Gradients of weights accumulate; gradients of activations
 are overwritten unless a comment says otherwise."""
 
-from legacy1bit.forward cimport Extent, ModelContext
+from legacy1bit.forward cimport BatchShape, ModelContext
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForwardContext,
     FeedForwardGradient, FeedForwardView, ModelGradient, ModelView,
 )
 
-cdef struct BackwardRoom:
-    # What the blocks' backward passes use in turn; M = B T rows.
+cdef struct BackwardWorkspace:
+    # Gradients of activations, which all blocks reuse; M = B T rows.
     float *d_x              # [M, C], the gradient on its way down the residual stream
     float *d_norm           # [M, C]
     float *d_heads          # [M, C]
@@ -16,21 +16,21 @@ cdef struct BackwardRoom:
     float *d_k
     float *d_v
     float *d_hidden         # [M, F]
-    float *d_wide           # [M, F], where layers have a norm before wo; else NULL
+    float *d_hidden_normed  # [M, F] if layers have a norm before wo, else NULL
     float *d_probs          # [T, T]
 
-cdef void backward_attend(const AttentionView *layer, const Extent *extent, const float *d_out,
+cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
                           const float *x, const BlockContext *context,
-                          AttentionGradient *gradient, const BackwardRoom *room, float *d_x,
-                          float *workspace) noexcept nogil
+                          AttentionGradient *gradient, const BackwardWorkspace *buffers,
+                          float *d_x, float *workspace) noexcept nogil
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
                        const float *x, const FeedForwardContext *context,
-                       FeedForwardGradient *gradient, const BackwardRoom *room, float *d_x,
+                       FeedForwardGradient *gradient, const BackwardWorkspace *buffers, float *d_x,
                        float *workspace) noexcept nogil
-cdef void backward_transform(const BlockView *block, const Extent *extent,
+cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardRoom *room, float *workspace) noexcept nogil
-cdef double backward_model(const ModelView *model, const Extent *extent, const int *tokens,
+                             const BackwardWorkspace *buffers, float *workspace) noexcept nogil
+cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                            const int *targets, float gradient_scale, ModelContext *context,
-                           ModelGradient *gradient, const BackwardRoom *room,
+                           ModelGradient *gradient, const BackwardWorkspace *buffers,
                            float *workspace) noexcept nogil

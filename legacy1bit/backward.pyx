@@ -1,8 +1,8 @@
 """The backward pass (C: ``backward.c``).
 
-Gradients are named d_<what they are the gradient of>; those of weights add to what is there, as
-in C, so that a batch can come in parts. As in ``forward``, each layer comes as a ``cdef`` function
-that trusts and as the checked function of the C original's name.
+The gradient of x is named d_x. Gradients of weights accumulate, as in C, so that a batch can be
+processed in parts. As in ``forward``, each layer comes as a ``cdef`` function that trusts its
+arguments and as the checked function of the C original's name.
 """
 
 import numpy as np
@@ -12,11 +12,11 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
 from legacy1bit.forward cimport (
-    Extent, FeedForwardRoom, ForwardContext, ModelContext, activate, check_tokens, fill_head,
-    run_model, transform,
+    BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
+    fill_head, run_model, transform,
 )
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels, packing_room
+from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
@@ -26,9 +26,9 @@ from legacy1bit.model cimport (
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.forward import as_starts, as_token_rows, padding_mask
+from legacy1bit.forward import document_starts, as_token_rows, padding_mask
 
-# C clamps the probability of the true token here before it takes the logarithm.
+# C clamps the probability of the target to this before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9
 
 
@@ -38,8 +38,8 @@ _SMALLEST_PROBABILITY = 1e-9
 cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssize_t rows,
                                      Py_ssize_t out_dim, Py_ssize_t in_dim, float *d_weight,
                                      float *d_bias, float *workspace) noexcept nogil:
-    # Of out = x w^T + b: d_weight[out, in] += d_out^T x, d_bias += the sum of d_out's rows, where
-    # there is a bias.
+    # For out = x w^T + b: d_weight[out, in] += d_out^T x, and d_bias += the column sums of d_out
+    # unless d_bias is NULL.
     kernels().matmul(out_dim, in_dim, rows, d_out, 1, out_dim, x, in_dim, 1, NULL, True, d_weight,
                      in_dim, workspace)
     if d_bias:
@@ -49,90 +49,90 @@ cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssiz
 cdef inline void backward_wo(const Matrix *wo, const NormView *norm, const float *d_out,
                              Py_ssize_t rows, const float *x, const float *normed,
                              const float *mean, const float *inv_std, float *d_weight,
-                             float *d_bias, const NormGradient *d_norm, float *room, float *d_x,
+                             float *d_bias, const NormGradient *d_norm, float *d_normed, float *d_x,
                              float *workspace) noexcept nogil:
-    # Of out = wo norm(x) + bias, where the norm may be missing; room is for that norm's output's
-    # gradient. int8 rounding lets gradients pass straight through.
+    # For out = wo norm(x) + bias, where the norm is optional; d_normed is scratch for the gradient
+    # of its output. Quantization to int8 has a straight-through gradient.
     cdef const KernelTable *kernel = kernels()
     add_weight_gradient(d_out, normed, rows, wo.rows, wo.cols, d_weight, d_bias, workspace)
     if norm.gamma == NULL:
         kernel.linear_backward(wo, d_out, rows, False, d_x, workspace)
         return
-    kernel.linear_backward(wo, d_out, rows, False, room, workspace)
+    kernel.linear_backward(wo, d_out, rows, False, d_normed, workspace)
     memset(d_x, 0, rows * wo.cols * sizeof(float))
-    kernel.layer_norm_backward(room, x, norm.gamma, mean, inv_std, d_x, d_norm.gamma, d_norm.beta,
-                               rows, wo.cols)
+    kernel.layer_norm_backward(d_normed, x, norm.gamma, mean, inv_std, d_x, d_norm.gamma,
+                               d_norm.beta, rows, wo.cols)
 
 
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
                        const float *x, const FeedForwardContext *context,
-                       FeedForwardGradient *gradient, const BackwardRoom *room, float *d_x,
+                       FeedForwardGradient *gradient, const BackwardWorkspace *buffers, float *d_x,
                        float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
     backward_wo(&layer.wo, &layer.norm, d_out, rows, context.activated, context.normed,
                 context.mean, context.inv_std, gradient.wo, gradient.bo, &gradient.norm,
-                room.d_wide, room.d_hidden, workspace)
+                buffers.d_hidden_normed, buffers.d_hidden, workspace)
     if layer.squared:
-        kernel.relu2_backward(context.hidden, room.d_hidden, room.d_hidden, rows * wide)
+        kernel.relu2_backward(context.hidden, buffers.d_hidden, buffers.d_hidden, rows * wide)
     else:
-        kernel.relu_backward(context.hidden, room.d_hidden, room.d_hidden, rows * wide)
-    add_weight_gradient(room.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
-    kernel.linear_backward(&layer.wi, room.d_hidden, rows, False, d_x, workspace)
+        kernel.relu_backward(context.hidden, buffers.d_hidden, buffers.d_hidden, rows * wide)
+    add_weight_gradient(buffers.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
+    kernel.linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
 
 
-cdef void backward_attend(const AttentionView *layer, const Extent *extent, const float *d_out,
+cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
                           const float *x, const BlockContext *context,
-                          AttentionGradient *gradient, const BackwardRoom *room, float *d_x,
-                          float *workspace) noexcept nogil:
+                          AttentionGradient *gradient, const BackwardWorkspace *buffers,
+                          float *d_x, float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
-    cdef Py_ssize_t i, j, row, rows = extent.batch * extent.time
+    cdef Py_ssize_t i, j, row, rows = dims.batch * dims.time
     cdef Attention head
-    # d_x has the same room as the heads' gradient, and is not needed until the end.
+    # d_x is free until the end, so it serves as scratch of the same shape.
     backward_wo(&layer.wo, &layer.norm, d_out, rows, context.heads, context.heads_normed,
                 context.heads_mean, context.heads_inv_std, gradient.wo, gradient.bo,
-                &gradient.norm, d_x, room.d_heads, workspace)
-    head.d_probs = room.d_probs
-    for i in range(extent.batch):
+                &gradient.norm, d_x, buffers.d_heads, workspace)
+    head.d_probs = buffers.d_probs
+    for i in range(dims.batch):
         for j in range(layer.num_heads):
-            fill_head(layer, extent, context, i, j, &head)
-            row = i * extent.time * dim + j * head.head_dim
-            head.d_out = room.d_heads + row
-            head.d_q = room.d_q + row
-            head.d_k = room.d_k + row
-            head.d_v = room.d_v + row
+            fill_head(layer, dims, context, i, j, &head)
+            row = i * dims.time * dim + j * head.head_dim
+            head.d_out = buffers.d_heads + row
+            head.d_q = buffers.d_q + row
+            head.d_k = buffers.d_k + row
+            head.d_v = buffers.d_v + row
             kernel.attention_backward(&head, workspace)
         if layer.cosines:
-            row = i * extent.time * dim
-            kernel.rotary(room.d_q + row, layer.cosines, layer.sines, -1.0, extent.time, dim,
+            row = i * dims.time * dim
+            kernel.rotary(buffers.d_q + row, layer.cosines, layer.sines, -1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
-            kernel.rotary(room.d_k + row, layer.cosines, layer.sines, -1.0, extent.time, dim,
+            kernel.rotary(buffers.d_k + row, layer.cosines, layer.sines, -1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
-    add_weight_gradient(room.d_q, x, rows, dim, dim, gradient.wq, gradient.bq, workspace)
-    add_weight_gradient(room.d_k, x, rows, dim, dim, gradient.wk, gradient.bk, workspace)
-    add_weight_gradient(room.d_v, x, rows, dim, dim, gradient.wv, gradient.bv, workspace)
-    kernel.linear_backward(&layer.wq, room.d_q, rows, False, d_x, workspace)
-    kernel.linear_backward(&layer.wk, room.d_k, rows, True, d_x, workspace)
-    kernel.linear_backward(&layer.wv, room.d_v, rows, True, d_x, workspace)
+    add_weight_gradient(buffers.d_q, x, rows, dim, dim, gradient.wq, gradient.bq, workspace)
+    add_weight_gradient(buffers.d_k, x, rows, dim, dim, gradient.wk, gradient.bk, workspace)
+    add_weight_gradient(buffers.d_v, x, rows, dim, dim, gradient.wv, gradient.bv, workspace)
+    kernel.linear_backward(&layer.wq, buffers.d_q, rows, False, d_x, workspace)
+    kernel.linear_backward(&layer.wk, buffers.d_k, rows, True, d_x, workspace)
+    kernel.linear_backward(&layer.wv, buffers.d_v, rows, True, d_x, workspace)
 
 
-cdef void backward_transform(const BlockView *block, const Extent *extent,
+cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardRoom *room, float *workspace) noexcept nogil:
-    # room.d_x: the gradient of the block's output on the way in, of its input on the way out. The
-    # residual path goes around both norms, so their gradients add to it.
+                             const BackwardWorkspace *buffers, float *workspace) noexcept nogil:
+    # buffers.d_x holds the gradient of the block's output on entry and of its input on return. The
+    # residual path bypasses both norms, so their gradients add to it.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
-    backward_ffn(&block.ffn, rows, room.d_x, context.norm2, &context.ffn, &gradient.ffn, room,
-                 room.d_norm, workspace)
-    kernel.layer_norm_backward(room.d_norm, context.residual, block.norm2.gamma, context.mean2,
-                               context.inv_std2, room.d_x, gradient.norm2.gamma,
+    cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
+    backward_ffn(&block.ffn, rows, buffers.d_x, context.norm2, &context.ffn, &gradient.ffn,
+                 buffers, buffers.d_norm, workspace)
+    kernel.layer_norm_backward(buffers.d_norm, context.residual, block.norm2.gamma, context.mean2,
+                               context.inv_std2, buffers.d_x, gradient.norm2.gamma,
                                gradient.norm2.beta, rows, dim)
-    backward_attend(&block.attention, extent, room.d_x, context.norm1, context,
-                    &gradient.attention, room, room.d_norm, workspace)
-    kernel.layer_norm_backward(room.d_norm, context.input, block.norm1.gamma, context.mean1,
-                               context.inv_std1, room.d_x, gradient.norm1.gamma,
+    backward_attend(&block.attention, dims, buffers.d_x, context.norm1, context,
+                    &gradient.attention, buffers, buffers.d_norm, workspace)
+    kernel.layer_norm_backward(buffers.d_norm, context.input, block.norm1.gamma, context.mean1,
+                               context.inv_std1, buffers.d_x, gradient.norm1.gamma,
                                gradient.norm1.beta, rows, dim)
 
 
@@ -144,42 +144,44 @@ cdef void backward_embed(const int *tokens, Py_ssize_t rows, Py_ssize_t vocab, P
             kernels().add(d_embedding + tokens[i] * dim, d_out + i * dim, dim)
 
 
-cdef double backward_model(const ModelView *model, const Extent *extent, const int *tokens,
+cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                            const int *targets, float gradient_scale, ModelContext *context,
-                           ModelGradient *gradient, const BackwardRoom *room,
+                           ModelGradient *gradient, const BackwardWorkspace *buffers,
                            float *workspace) noexcept nogil:
-    # Forward and backward. Returns the sum of -log p over the targets that are >= 0; gradients are
-    # gradient_scale times those of that sum.
+    # Forward and backward. Returns the sum of -log p over the targets >= 0; gradients are those of
+    # this sum times gradient_scale.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t i, rows = extent.batch * extent.time
+    cdef Py_ssize_t i, rows = dims.batch * dims.time
     cdef Py_ssize_t dim = model.embedding.cols, vocab = model.output.rows
     cdef double loss
-    run_model(model, extent, tokens, context, workspace)
+    run_model(model, dims, tokens, context, workspace)
     loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
     add_weight_gradient(context.logits, context.normed, rows, vocab, dim, gradient.output,
                         gradient.output_bias, workspace)
     if model.final_norm.gamma:
-        kernel.linear_backward(&model.output, context.logits, rows, False, room.d_norm, workspace)
-        memset(room.d_x, 0, rows * dim * sizeof(float))
-        kernel.layer_norm_backward(room.d_norm, context.blocks[model.num_blocks - 1].output,
-                                   model.final_norm.gamma, context.mean, context.inv_std, room.d_x,
-                                   gradient.final_norm.gamma, gradient.final_norm.beta, rows, dim)
+        kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
+                               workspace)
+        memset(buffers.d_x, 0, rows * dim * sizeof(float))
+        kernel.layer_norm_backward(buffers.d_norm, context.blocks[model.num_blocks - 1].output,
+                                   model.final_norm.gamma, context.mean, context.inv_std,
+                                   buffers.d_x, gradient.final_norm.gamma,
+                                   gradient.final_norm.beta, rows, dim)
     else:
-        kernel.linear_backward(&model.output, context.logits, rows, False, room.d_x, workspace)
+        kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_x, workspace)
     for i in range(model.num_blocks - 1, -1, -1):
         if context.recomputed and i < model.num_blocks - 1:
-            transform(&model.blocks[i], extent, &context.blocks[i], workspace)
-        backward_transform(&model.blocks[i], extent, &context.blocks[i], &gradient.blocks[i],
-                           room, workspace)
-    backward_embed(tokens, rows, vocab, dim, room.d_x, gradient.embedding)
+            transform(&model.blocks[i], dims, &context.blocks[i], workspace)
+        backward_transform(&model.blocks[i], dims, &context.blocks[i], &gradient.blocks[i],
+                           buffers, workspace)
+    backward_embed(tokens, rows, vocab, dim, buffers.d_x, gradient.embedding)
     return loss
 
 
 cdef class BackwardContext:
-    """Room for the gradients of activations over [B, T] positions."""
+    """Buffers for the gradients of activations over [B, T] positions."""
 
     cdef object arrays
-    cdef BackwardRoom view
+    cdef BackwardWorkspace view
 
     def __init__(self, model_dim, ffn_dim, batch_size, time, sub_norm=False):
         rows = batch_size * time
@@ -194,10 +196,10 @@ cdef class BackwardContext:
         self.view.d_v = float_pointer(self.arrays[5])
         self.view.d_hidden = float_pointer(self.arrays[6])
         self.view.d_probs = float_pointer(self.arrays[7])
-        self.view.d_wide = NULL
+        self.view.d_hidden_normed = NULL
         if sub_norm:
             self.arrays.append(np.empty(rows * ffn_dim, np.float32))
-            self.view.d_wide = float_pointer(self.arrays[8])
+            self.view.d_hidden_normed = float_pointer(self.arrays[8])
 
     def __reduce__(self):
         raise TypeError("a BackwardContext cannot be copied or pickled: make another one")
@@ -207,7 +209,7 @@ cdef class BackwardContext:
 # Loss
 
 def cross_entropy_loss(probabilities, int target) -> float:
-    """Return -log of the probability of the true token, in nats.
+    """Return -log of the probability of the target, in nats.
 
     Parameters
     ----------
@@ -217,17 +219,17 @@ def cross_entropy_loss(probabilities, int target) -> float:
     Returns
     -------
     float
-        The probability counts as 1e-9 at least, so the loss is 20.72 at most.
+        The probability is clamped to at least 1e-9, so the loss is at most 20.72.
 
     Raises
     ------
     IndexError
-        If ``target`` is no token.
+        If ``target`` is not a token.
 
     Notes
     -----
-    C: ``backward.c``, ``cross_entropy_loss``. Training itself takes the logarithm of the softmax
-    from the logits, where no probability is too small.
+    C: ``backward.c``, ``cross_entropy_loss``. Training itself computes the log-softmax from the
+    logits, where no probability underflows.
     """
     cdef const float[::1] p = probabilities
     if not 0 <= target < p.shape[0]:
@@ -236,7 +238,7 @@ def cross_entropy_loss(probabilities, int target) -> float:
 
 
 def d_loss_d_logits(probabilities, int target):
-    """Return the gradient of the loss by the logits: ``probabilities - one_hot(target)``.
+    """Return the gradient of the loss with respect to the logits: ``probabilities - one_hot``.
 
     Parameters
     ----------
@@ -250,7 +252,7 @@ def d_loss_d_logits(probabilities, int target):
     Raises
     ------
     IndexError
-        If ``target`` is no token.
+        If ``target`` is not a token.
 
     Notes
     -----
@@ -268,7 +270,7 @@ def d_loss_d_logits(probabilities, int target):
 # The C original's functions
 
 cdef object _rows(object array, tuple shape, str name):
-    """Return a float32 array's memory as one row of floats, after checking its shape."""
+    """Return a float32 array flattened, after checking its shape."""
     if not isinstance(array, np.ndarray) or array.dtype != np.float32:
         raise TypeError(f"{name} is not a float32 array")
     if array.shape != shape:
@@ -288,7 +290,7 @@ cdef tuple _shape_of(object array, Py_ssize_t dim, str name):
 
 
 def backward_output_layer(output, d_logits, hidden, gradients):
-    """Do what ``backward_output_layer_batch`` does for one position: d_logits [V], hidden [C].
+    """As ``backward_output_layer_batch``, for one position: d_logits [V], hidden [C].
 
     C: ``backward.c``, ``backward_output_layer``.
     """
@@ -296,7 +298,7 @@ def backward_output_layer(output, d_logits, hidden, gradients):
 
 
 def backward_output_layer_batch(output, d_logits, hidden, gradients):
-    """Go back through ``logits = hidden @ output.T + bias``.
+    """Backward pass of ``logits = hidden @ output.T + bias``.
 
     Parameters
     ----------
@@ -313,7 +315,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
 
     Notes
     -----
-    C: ``backward.c``, ``backward_output_layer_batch``, which lays the matrix's gradient out as
+    C: ``backward.c``, ``backward_output_layer_batch``, which stores the matrix's gradient as
     [C, V] (departure 5).
     """
     cdef Matrix view
@@ -323,7 +325,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
     cdef const float[::1] x = _rows(hidden, shape, "hidden")
     cdef float *d_weight = gradient_pointer(gradients["weight"], (view.rows, view.cols), "weight")
     cdef float *d_bias = gradient_pointer(gradients["bias"], (view.rows,), "bias")
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     cdef Py_ssize_t rows = x.shape[0] // view.cols
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
@@ -335,7 +337,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
 
 
 def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradients):
-    """Do what ``backward_feed_forward_batch`` does for one position: d_output and x are [C].
+    """As ``backward_feed_forward_batch``, for one position: d_output and x are [C].
 
     C: ``backward.c``, ``backward_feed_forward``.
     """
@@ -343,7 +345,7 @@ def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradien
 
 
 def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, gradients):
-    """Go back through ``wo act(wi x + bi) + bo``.
+    """Backward pass of ``wo act(wi x + bi) + bo``.
 
     Parameters
     ----------
@@ -352,9 +354,9 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     x : float32[..., C]
         The layer's input.
     hidden : float32[..., F]
-        ``wi x + bi``, from before the activation.
+        ``wi x + bi``, before the activation.
     gradients : dict
-        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` where the layer has them,
+        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` if the layer has them,
         added to: ``gradients.layer("blocks.0.ffn")``.
 
     Returns
@@ -364,11 +366,11 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
 
     Notes
     -----
-    C: ``backward.c``, ``backward_feed_forward_batch``, which takes the gradient of ``wo`` with the
-    values from before the activation (departure 3).
+    C: ``backward.c``, ``backward_feed_forward_batch``, which computes the gradient of ``wo`` from
+    the values before the activation (departure 3).
     """
     cdef FeedForwardGradient gradient
-    cdef FeedForwardRoom forward_room
+    cdef FeedForwardWorkspace forward_workspace
     cdef FeedForwardContext context
     cdef Py_ssize_t dim = ffn.view.wi.cols, wide = ffn.view.wi.rows
     shape = _shape_of(x, dim, "x")
@@ -377,19 +379,19 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     before = _rows(hidden, (*shape[:-1], wide), "hidden").copy()
     cdef float *source = float_pointer(inputs)
     cdef Py_ssize_t rows = inputs.size // dim
-    cdef float *workspace = packing_room()
-    cdef BackwardContext room = BackwardContext(dim, wide, rows, 1, ffn.norm is not None)
-    forward_room = FeedForwardRoom(ffn, rows)
-    context = forward_room.view
+    cdef float *workspace = pack_buffer()
+    cdef BackwardContext buffers = BackwardContext(dim, wide, rows, 1, ffn.norm is not None)
+    forward_workspace = FeedForwardWorkspace(ffn, rows)
+    context = forward_workspace.view
     context.hidden = float_pointer(before)
     _fill_ffn_gradient(&gradient, gradients, &ffn.view)
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        if ffn.view.rounded:
-            kernels().round_rows(source, rows, dim)
+        if ffn.view.int8_activations:
+            kernels().fake_quantize_rows(source, rows, dim)
         activate(&ffn.view, rows, &context)
-        backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient, &room.view, to,
+        backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient, &buffers.view, to,
                      workspace)
     return d_x
 
@@ -414,13 +416,13 @@ cdef int _fill_norm_gradient(NormGradient *gradient, object gradients,
 
 
 def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, d_beta):
-    """Go back through the layer norm of one vector.
+    """Backward pass of the layer norm of one vector.
 
     Parameters
     ----------
     d_output, x, gamma : float32[C]
     mean, inv_std : float
-        What ``layer_norm_forward`` returned.
+        As returned by ``layer_norm_forward``.
     d_gamma, d_beta : float32[C]
         Added to.
 
@@ -439,14 +441,14 @@ def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, 
 
 
 def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta):
-    """Go back through the layer norm of rows.
+    """Backward pass of the layer norm of rows.
 
     Parameters
     ----------
     d_output, x : float32[..., C]
     gamma : float32[C]
     mean, inv_std : float32[...]
-        A number for each row.
+        One number per row.
     d_gamma, d_beta : float32[C]
         Added to.
 
@@ -465,14 +467,14 @@ def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     cdef const float[::1] source = _rows(x, shape, "x")
     cdef Py_ssize_t rows = source.shape[0] // dim
-    cdef const float *centres = vector_pointer(mean.reshape(-1), rows, "mean")
+    cdef const float *centers = vector_pointer(mean.reshape(-1), rows, "mean")
     cdef const float *spreads = vector_pointer(inv_std.reshape(-1), rows, "inv_std")
     cdef float *to_gamma = gradient_pointer(d_gamma, (dim,), "d_gamma")
     cdef float *to_beta = gradient_pointer(d_beta, (dim,), "d_beta")
     d_x = np.zeros(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        kernels().layer_norm_backward(&d_out[0], &source[0], factor, centres, spreads, to,
+        kernels().layer_norm_backward(&d_out[0], &source[0], factor, centers, spreads, to,
                                       to_gamma, to_beta, rows, dim)
     return d_x
 
@@ -493,26 +495,26 @@ cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
     return 0
 
 
-cdef tuple _fill_extent(Extent *extent, object x, const AttentionView *layer, object ffn,
-                        TransformerBlockContext context):
-    """Fill an extent for [B, T, C], [B, C] or [C] activations; returns their shape."""
+cdef tuple _fill_batch_shape(BatchShape *dims, object x, const AttentionView *layer, object ffn,
+                             TransformerBlockContext context):
+    """Fill a batch shape for [B, T, C], [B, C] or [C] activations; returns their shape."""
     cdef Py_ssize_t dim = layer.wq.cols
     shape = _shape_of(x, dim, "x")
-    extent.batch = shape[0] if len(shape) > 1 else 1
-    extent.time = shape[1] if len(shape) > 2 else 1
-    # The forward pass has left probability 0 at padding and in front of documents.
-    extent.allowed = NULL
-    extent.starts = NULL
-    check_context(context, extent.batch, extent.time, dim, ffn, layer.num_heads,
+    dims.batch = shape[0] if len(shape) > 1 else 1
+    dims.time = shape[1] if len(shape) > 2 else 1
+    # The forward pass has left probability 0 at padding and before documents.
+    dims.allowed = NULL
+    dims.starts = NULL
+    check_context(context, dims.batch, dims.time, dim, ffn, layer.num_heads,
                   layer.norm.gamma != NULL)
-    if layer.cosines != NULL and extent.time > layer.length:
-        raise ValueError(f"x has {extent.time} positions, expected at most {layer.length}")
+    if layer.cosines != NULL and dims.time > layer.length:
+        raise ValueError(f"x has {dims.time} positions, expected at most {layer.length}")
     return shape
 
 
 def backward_multi_head_attention(MultiHeadAttention attention not None, d_output, x,
                                   TransformerBlockContext context not None, gradients):
-    """Do what ``backward_multi_head_attention_batch`` does for one token: d_output and x are [C].
+    """As ``backward_multi_head_attention_batch``, for one token: d_output and x are [C].
 
     C: ``backward.c``, ``backward_multi_head_attention``.
     """
@@ -521,7 +523,7 @@ def backward_multi_head_attention(MultiHeadAttention attention not None, d_outpu
 
 def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d_output, x,
                                         TransformerBlockContext context not None, gradients):
-    """Go back through causal multi-head attention.
+    """Backward pass of causal multi-head attention.
 
     Parameters
     ----------
@@ -529,9 +531,9 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     d_output, x : float32[B, T, C], [B, C] or [C]
         The gradient of the layer's output, and its input.
     context : TransformerBlockContext
-        As the forward pass of the same ``x`` left it.
+        As filled by the forward pass of the same ``x``.
     gradients : dict
-        ``wq`` to ``bo``, and ``gamma`` and ``beta`` where the layer has them, added to:
+        ``wq`` to ``bo``, and ``gamma`` and ``beta`` if the layer has them, added to:
         ``gradients.layer("blocks.0.attention")``.
 
     Returns
@@ -541,33 +543,33 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
 
     Notes
     -----
-    C: ``backward.c``, ``backward_multi_head_attention_batch``, which has no attention to go back
-    through (departure 6).
+    C: ``backward.c``, ``backward_multi_head_attention_batch``, which has no attention to
+    differentiate (departure 6).
     """
-    cdef Extent extent
+    cdef BatchShape dims
     cdef AttentionGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
-    shape = _fill_extent(&extent, x, &attention.view, None, context)
-    attention.fill_rotary(extent.time)
+    shape = _fill_batch_shape(&dims, x, &attention.view, None, context)
+    attention.fill_rotary(dims.time)
     _fill_attention_gradient(&gradient, gradients, &attention.view)
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     inputs = _rows(x, shape, "x").copy()
     cdef float *source = float_pointer(inputs)
-    cdef BackwardContext room = BackwardContext(dim, 1, extent.batch, extent.time)
-    cdef float *workspace = packing_room()
+    cdef BackwardContext buffers = BackwardContext(dim, 1, dims.batch, dims.time)
+    cdef float *workspace = pack_buffer()
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        if attention.view.rounded:
-            kernels().round_rows(source, extent.batch * extent.time, dim)
-        backward_attend(&attention.view, &extent, &d_out[0], source, &context.view, &gradient,
-                        &room.view, to, workspace)
+        if attention.view.int8_activations:
+            kernels().fake_quantize_rows(source, dims.batch * dims.time, dim)
+        backward_attend(&attention.view, &dims, &d_out[0], source, &context.view, &gradient,
+                        &buffers.view, to, workspace)
     return d_x
 
 
 def backward_transformer_block(TransformerBlock block not None, d_output,
                                TransformerBlockContext context not None, gradients):
-    """Do what ``backward_transformer_block_batch`` does for one token: d_output is [C].
+    """As ``backward_transformer_block_batch``, for one token: d_output is [C].
 
     C: ``backward.c``, ``backward_transformer_block``.
     """
@@ -576,14 +578,14 @@ def backward_transformer_block(TransformerBlock block not None, d_output,
 
 def backward_transformer_block_batch(TransformerBlock block not None, d_output,
                                      TransformerBlockContext context not None, gradients):
-    """Go back through a block.
+    """Backward pass of a block.
 
     Parameters
     ----------
     block : TransformerBlock
     d_output : float32[B, T, C], [B, C] or [C]
     context : TransformerBlockContext
-        As the block's forward pass left it.
+        As filled by the block's forward pass.
     gradients : dict
         ``attention.wq`` and so on, added to: ``gradients.layer("blocks.0")``.
 
@@ -594,14 +596,14 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
 
     Notes
     -----
-    C: ``backward.c``, ``backward_transformer_block_batch``, which sends the residual's gradient
-    through the layer norms too (departure 4).
+    C: ``backward.c``, ``backward_transformer_block_batch``, which also passes the residual's
+    gradient through the layer norms (departure 4).
     """
-    cdef Extent extent
+    cdef BatchShape dims
     cdef BlockGradient gradient
     cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
-    shape = _fill_extent(&extent, d_output, &block.view.attention, wide, context)
-    block.attention.fill_rotary(extent.time)
+    shape = _fill_batch_shape(&dims, d_output, &block.view.attention, wide, context)
+    block.attention.fill_rotary(dims.time)
     parts = {}
     for name, array in gradients.items():
         layer, _, part = name.partition(".")
@@ -611,13 +613,13 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     _fill_norm_gradient(&gradient.norm1, parts["norm1"], dim)
     _fill_norm_gradient(&gradient.norm2, parts["norm2"], dim)
     rows = _rows(d_output, shape, "d_output")
-    cdef BackwardContext room = BackwardContext(dim, wide, extent.batch, extent.time,
-                                                block.view.ffn.norm.gamma != NULL)
-    cdef float *workspace = packing_room()
-    room.arrays[0][...] = rows
+    cdef BackwardContext buffers = BackwardContext(dim, wide, dims.batch, dims.time,
+                                                   block.view.ffn.norm.gamma != NULL)
+    cdef float *workspace = pack_buffer()
+    buffers.arrays[0][...] = rows
     with nogil:
-        backward_transform(&block.view, &extent, &context.view, &gradient, &room.view, workspace)
-    return room.arrays[0].reshape(shape)
+        backward_transform(&block.view, &dims, &context.view, &gradient, &buffers.view, workspace)
+    return buffers.arrays[0].reshape(shape)
 
 
 def backward_embedding(token_id, d_output, d_embedding) -> None:
@@ -634,7 +636,7 @@ def backward_embedding_batch(tokens, d_output, d_embedding) -> None:
     Parameters
     ----------
     tokens : int[B] or int[B, T]
-        Padding has no row, and is passed over.
+        Padding has no row, and is skipped.
     d_output : float32[B, C] or float32[B, T, C]
     d_embedding : float32[V, C]
         Added to.
@@ -642,7 +644,7 @@ def backward_embedding_batch(tokens, d_output, d_embedding) -> None:
     Raises
     ------
     IndexError
-        If an id is no token's.
+        If an id is not a token.
 
     Notes
     -----
@@ -675,9 +677,9 @@ cdef struct BackwardJob:
     const ModelView *model
     ModelContext *contexts
     ModelGradient *gradients
-    BackwardRoom *rooms
+    BackwardWorkspace *workspaces
     double *losses
-    float **flats               # the gradients once more, each as one array of `size` floats
+    float **flat_gradients      # the same gradients, each as one array of `size` floats
     Py_ssize_t size
     const int *tokens
     const int *targets
@@ -693,61 +695,61 @@ cdef Py_ssize_t SUM_BLOCK = 16384
 
 
 cdef void backward_task(void *context, long index) noexcept nogil:
-    # A share of the sequences. The first share adds to the caller's gradients, the others to
-    # gradients of their own, which start from 0.
+    # One slice of the batch. The first adds to the caller's gradients, the others to their own,
+    # which start from 0.
     cdef BackwardJob *job = <BackwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
     cdef float *workspace = scratch(kernels().workspace_floats)
-    cdef Extent extent
+    cdef BatchShape dims
     if workspace == NULL:
         job.out_of_memory = True
         return
     if index:
-        memset(job.flats[index], 0, job.size * sizeof(float))
-    extent.batch = last - first
-    extent.time = job.time
-    extent.allowed = NULL
+        memset(job.flat_gradients[index], 0, job.size * sizeof(float))
+    dims.batch = last - first
+    dims.time = job.time
+    dims.allowed = NULL
     if job.allowed:
-        extent.allowed = job.allowed + first * job.time
-    extent.starts = NULL
+        dims.allowed = job.allowed + first * job.time
+    dims.starts = NULL
     if job.starts:
-        extent.starts = job.starts + first * job.time
+        dims.starts = job.starts + first * job.time
     job.losses[index] = backward_model(
-        job.model, &extent, job.tokens + first * job.time, job.targets + first * job.time,
-        job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.rooms[index],
+        job.model, &dims, job.tokens + first * job.time, job.targets + first * job.time,
+        job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.workspaces[index],
         workspace)
 
 
 cdef void sum_task(void *context, long index) noexcept nogil:
-    # The shares' gradients added up, in the order of the shares, over one stretch of floats.
+    # Sums the gradients of the slices, in order, over one block of floats.
     cdef BackwardJob *job = <BackwardJob *>context
     cdef Py_ssize_t i, start = index * SUM_BLOCK, count = min(job.size - start, SUM_BLOCK)
     for i in range(1, job.tasks):
-        kernels().add(job.flats[0] + start, job.flats[i] + start, count)
+        kernels().add(job.flat_gradients[0] + start, job.flat_gradients[i] + start, count)
 
 
 cdef class BackwardPass:
-    """Forward and backward over batches, with the room for both made once.
+    """Forward and backward over batches, with the buffers for both allocated once.
 
     Parameters
     ----------
     model : LegacyLLM
     batch_size, time : int
-        B and T of the largest batch. Others may have fewer sequences, or shorter ones and more of
-        them: as many times more as they are shorter.
+        B and T of the largest batch. Others may have fewer sequences, or proportionally more
+        shorter ones.
     threads : int
-        How many threads share the sequences. Gradients are summed share by share, so that their
-        last bits depend on this number, and on nothing else.
+        The number of threads, each of which takes a slice of the batch. Gradients are summed slice
+        by slice, so that their last bits depend on this number, and on nothing else.
     recompute : bool
-        Gradient checkpointing: keep only the blocks' inputs, and work out their other activations
-        once more on the way back. The results are the same to the bit.
+        Gradient checkpointing: keep only the blocks' inputs, and recompute their other activations
+        in the backward pass. The results have the same bits.
     """
 
     cdef readonly LegacyLLM model
     cdef readonly Py_ssize_t batch_size, time, threads
-    cdef Py_ssize_t shares
-    cdef list contexts, rooms, gradients
+    cdef Py_ssize_t slices
+    cdef list contexts, workspaces, gradients
     cdef BackwardJob job
 
     def __cinit__(self):
@@ -755,7 +757,7 @@ cdef class BackwardPass:
 
     def __init__(self, LegacyLLM model not None, batch_size, time, threads=1, recompute=False):
         cdef ForwardContext context
-        cdef BackwardContext room
+        cdef BackwardContext buffers
         cdef LegacyLLMGradients gradients
         cdef BackwardJob *job = &self.job
         for name, size in (("batch_size", batch_size), ("time", time), ("threads", threads)):
@@ -767,35 +769,36 @@ cdef class BackwardPass:
         largest = (batch_size + tasks - 1) // tasks
         self.model = model
         self.batch_size, self.time, self.threads = batch_size, time, threads
-        self.shares = tasks
+        self.slices = tasks
         job.contexts = <ModelContext *>calloc(tasks, sizeof(ModelContext))
-        job.rooms = <BackwardRoom *>calloc(tasks, sizeof(BackwardRoom))
+        job.workspaces = <BackwardWorkspace *>calloc(tasks, sizeof(BackwardWorkspace))
         job.gradients = <ModelGradient *>calloc(tasks, sizeof(ModelGradient))
         job.losses = <double *>calloc(tasks, sizeof(double))
-        job.flats = <float **>calloc(tasks, sizeof(float *))
-        if not (job.contexts and job.rooms and job.gradients and job.losses and job.flats):
+        job.flat_gradients = <float **>calloc(tasks, sizeof(float *))
+        if not (job.contexts and job.workspaces and job.gradients and job.losses
+                and job.flat_gradients):
             raise MemoryError("no memory for the pass")
-        self.contexts, self.rooms, self.gradients = [], [], []
+        self.contexts, self.workspaces, self.gradients = [], [], []
         for i in range(tasks):
             context = ForwardContext(config, largest, time, "inputs" if recompute else "all")
-            room = BackwardContext(config.model_dim, config.ffn_dim, largest, time,
-                                   config.sub_norm)
+            buffers = BackwardContext(config.model_dim, config.ffn_dim, largest, time,
+                                      config.sub_norm)
             self.contexts.append(context)
-            self.rooms.append(room)
+            self.workspaces.append(buffers)
             job.contexts[i] = context.view
-            job.rooms[i] = room.view
+            job.workspaces[i] = buffers.view
             if i:
                 gradients = LegacyLLMGradients(config)
                 self.gradients.append(gradients)
                 job.gradients[i] = gradients.view
-                job.flats[i] = float_pointer(gradients.flat)
+                job.flat_gradients[i] = float_pointer(gradients.flat)
 
     def __dealloc__(self):
         free(self.job.contexts)
-        free(self.job.rooms)
+        free(self.job.workspaces)
         free(self.job.gradients)
         free(self.job.losses)
-        free(self.job.flats)
+        free(self.job.flat_gradients)
 
     def __reduce__(self):
         raise TypeError("a BackwardPass cannot be copied or pickled: make another one of its model")
@@ -807,31 +810,30 @@ cdef class BackwardPass:
         Parameters
         ----------
         tokens, targets : int[B', T']
-            Positions where either is padding count for nothing.
+            Positions where either is padding are ignored.
         gradients : LegacyLLMGradients
         total : int, optional
-            By how many positions to divide, where the batch is a part of a larger one; its own
-            when not given.
+            The number of positions to divide by, if the batch is a part of a larger one; by
+            default its own.
         starts : int[B, T], optional
-            For each position the first of its row that it may see, as ``forward.as_starts``
-            takes them.
+            For each position the first of its row that it sees; see ``forward.document_starts``.
 
         Returns
         -------
         (float, int)
-            The sum of -log p of the targets in nats, and how many there are.
+            The sum of -log p of the targets in nats, and their number.
 
         Raises
         ------
         IndexError
-            If an id is no token's.
+            If an id is not a token.
         ValueError
             If a shape or a start does not fit.
         """
         cdef BackwardJob *job = &self.job
         cdef const int[:, ::1] token_rows, target_rows
         cdef const unsigned char[:, ::1] mask
-        cdef const int[:, ::1] firsts
+        cdef const int[:, ::1] start_rows
         cdef Py_ssize_t i
         config = self.model.config
         if gradients.config != config:
@@ -856,11 +858,11 @@ cdef class BackwardPass:
             job.allowed = &mask[0, 0]
         job.starts = NULL
         if starts is not None:
-            firsts = as_starts(starts, job.batch, job.time)
-            job.starts = &firsts[0, 0]
+            start_rows = document_starts(starts, job.batch, job.time)
+            job.starts = &start_rows[0, 0]
         job.gradient_scale = 1.0 / max(count if total is None else total, 1)
         job.gradients[0] = gradients.alive()[0]
-        job.flats[0] = float_pointer(gradients.flat)
+        job.flat_gradients[0] = float_pointer(gradients.flat)
         job.size = gradients.flat.size
         job.out_of_memory = False
         with nogil:
@@ -875,11 +877,11 @@ cdef class BackwardPass:
         return loss, count
 
     cdef _set_shape(self, tuple shape):
-        # Every share of the batch has to fit the room that was made for one.
+        # Every slice of the batch has to fit the buffers for one.
         batch, time = shape
-        tasks = min(self.shares, max(batch, 1))
-        room = (self.batch_size + self.shares - 1) // self.shares * self.time
-        if not 1 <= time <= self.time or (batch + tasks - 1) // tasks * time > room or batch < 1:
+        tasks = min(self.slices, max(batch, 1))
+        fits = (self.batch_size + self.slices - 1) // self.slices * self.time
+        if not 1 <= time <= self.time or (batch + tasks - 1) // tasks * time > fits or batch < 1:
             raise ValueError(f"tokens has shape {shape}, expected {(self.batch_size, self.time)}, "
                              "or no more tokens in shorter sequences")
         self.job.tasks = tasks
@@ -888,7 +890,7 @@ cdef class BackwardPass:
 
 def backward_llm(LegacyLLM model not None, token_id, target,
                  LegacyLLMGradients gradients not None) -> float:
-    """Do what ``backward_llm_batch`` does for one token and its successor.
+    """As ``backward_llm_batch``, for one token and its successor.
 
     C: ``backward.c``, ``backward_llm``.
     """
@@ -903,12 +905,11 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
     ----------
     model : LegacyLLM
     tokens, targets : int[B] or int[B, T]
-        Positions where either is padding count for nothing.
+        Positions where either is padding are ignored.
     gradients : LegacyLLMGradients
     threads : int
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``forward.as_starts`` takes
-        them.
+        For each position the first of its row that it sees; see ``forward.document_starts``.
 
     Returns
     -------
@@ -917,10 +918,10 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
 
     Notes
     -----
-    C: ``backward.c``, ``backward_llm_batch``. It works out the forward pass once more and returns
-    nothing; here one pass serves both.
+    C: ``backward.c``, ``backward_llm_batch``. It repeats the forward pass and returns nothing;
+    here one pass does both.
     """
     rows = as_token_rows(tokens)
-    passes = BackwardPass(model, *rows.shape, threads)
-    loss, count = passes.run(rows, targets, gradients, starts=starts)
+    backward_pass = BackwardPass(model, *rows.shape, threads)
+    loss, count = backward_pass.run(rows, targets, gradients, starts=starts)
     return loss / max(count, 1)

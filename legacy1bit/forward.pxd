@@ -6,34 +6,35 @@ from legacy1bit.model cimport (
 )
 from legacy1bit.kernels cimport Attention, Matrix
 
-cdef struct Extent:
-    # Which positions a pass is over: `time` tokens of each of `batch` sequences.
+cdef struct BatchShape:
+    # The positions of a pass: `time` tokens of each of `batch` sequences.
     Py_ssize_t batch
     Py_ssize_t time
-    const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: there is none
-    const int *starts       # int32[B, T], see as_starts; NULL: a row is one document
+    const unsigned char *allowed        # uint8[B, T], 0 at padding; NULL: no padding
+    const int *starts       # int32[B, T], see document_starts; NULL: a row is one document
 
 cdef struct ModelContext:
     BlockContext *blocks
-    bint recomputed         # the blocks keep their inputs alone, and share room for the rest
+    bint recomputed         # gradient checkpointing: only the blocks' inputs are kept
     float *normed           # [M, C] after the final norm; the last block's output without one
     float *mean             # [M] of the final norm
     float *inv_std
     float *logits           # [M, V]
 
-cdef void fill_head(const AttentionView *layer, const Extent *extent, const BlockContext *context,
-                    Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil
+cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
+                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
+                    Attention *head) noexcept nogil
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil
-cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
+cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
                        FeedForwardContext *context, float *out, float *workspace) noexcept nogil
-cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
+cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
                     float *workspace) noexcept nogil
-cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
+cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                     ModelContext *context, float *workspace) noexcept nogil
 
 
@@ -46,7 +47,7 @@ cdef class ForwardContext:
     cdef ModelContext view
 
 
-cdef class FeedForwardRoom:
+cdef class FeedForwardWorkspace:
     cdef list arrays
     cdef FeedForwardContext view
 

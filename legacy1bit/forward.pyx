@@ -1,8 +1,8 @@
 """The forward pass (C: ``forward.c``).
 
-Each layer comes twice: as a ``cdef`` function that trusts its arguments, holds no GIL and writes
-where it is told, and as the function of the C original's name, which checks, allocates and
-returns arrays. Matrices of weights are [out, in]; activations are rows, ``y = x W^T + b``.
+Each layer comes twice: as a ``cdef`` function that trusts its arguments, runs without the GIL and
+writes to given pointers, and as the function of the C original's name, which checks, allocates and
+returns arrays. Weight matrices are [out, in]; activations are rows, ``y = x W^T + b``.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels, packing_room
+from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
     LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext,
@@ -29,7 +29,7 @@ cdef float EPSILON = _EPSILON
 
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil:
-    # Padding, and no other token, lies outside the table; its row is zeros.
+    # Only padding has an id outside the table; its row is zeros.
     cdef Py_ssize_t i, j, dim = embedding.cols
     cdef const signed char *codes
     cdef const float *scales
@@ -45,22 +45,23 @@ cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
             memcpy(out + i * dim, embedding.dense + tokens[i] * dim, dim * sizeof(float))
 
 
-cdef void fill_head(const AttentionView *layer, const Extent *extent, const BlockContext *context,
-                    Py_ssize_t sequence, Py_ssize_t index, Attention *head) noexcept nogil:
+cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
+                    const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
+                    Attention *head) noexcept nogil:
     cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
-    cdef Py_ssize_t row = sequence * extent.time * dim + index * head_dim
-    head.queries = extent.time
-    head.keys = extent.time
+    cdef Py_ssize_t row = sequence * dims.time * dim + index * head_dim
+    head.queries = dims.time
+    head.keys = dims.time
     head.head_dim = head_dim
     head.stride = head.k_key = dim
     head.k_dim = 1
-    head.span = layer.span
+    head.window = layer.window
     head.allowed = NULL
-    if extent.allowed:
-        head.allowed = extent.allowed + sequence * head.keys
+    if dims.allowed:
+        head.allowed = dims.allowed + sequence * head.keys
     head.starts = NULL
-    if extent.starts:
-        head.starts = extent.starts + sequence * head.queries
+    if dims.starts:
+        head.starts = dims.starts + sequence * head.queries
     head.q = context.q + row
     head.k = context.k + row
     head.v = context.v + row
@@ -68,41 +69,41 @@ cdef void fill_head(const AttentionView *layer, const Extent *extent, const Bloc
     head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
 
 
-cdef void attend(const AttentionView *layer, const Extent *extent, float *x,
+cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
                  BlockContext *context, float *out, float *workspace) noexcept nogil:
-    # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. x is rounded in
-    # place where the layer asks for it.
+    # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. With int8 activations
+    # x is quantized in place.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
-    cdef Py_ssize_t i, j, start, rows = extent.batch * extent.time
+    cdef Py_ssize_t i, j, start, rows = dims.batch * dims.time
     cdef Attention head
-    if layer.rounded:
-        kernel.round_rows(x, rows, dim)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(x, rows, dim)
     kernel.linear(&layer.wq, layer.bq, x, rows, context.q, workspace)
     kernel.linear(&layer.wk, layer.bk, x, rows, context.k, workspace)
     kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
-    for i in range(extent.batch):
+    for i in range(dims.batch):
         if layer.cosines:
-            start = i * extent.time * dim
-            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
+            start = i * dims.time * dim
+            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
-            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, extent.time, dim,
+            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
                           layer.num_heads, 2 * half)
         for j in range(layer.num_heads):
-            fill_head(layer, extent, context, i, j, &head)
+            fill_head(layer, dims, context, i, j, &head)
             kernel.attention(&head, workspace)
     if layer.norm.gamma:
         kernel.layer_norm(context.heads, layer.norm.gamma, layer.norm.beta, EPSILON,
                           context.heads_normed, context.heads_mean, context.heads_inv_std, rows,
                           dim)
-    if layer.rounded:
-        kernel.round_rows(context.heads_normed, rows, dim)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(context.heads_normed, rows, dim)
     kernel.linear(&layer.wo, layer.bo, context.heads_normed, rows, out, workspace)
 
 
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil:
-    # From wi's output to wo's input.
+    # From the output of wi to the input of wo.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wi.rows
     if layer.squared:
@@ -112,30 +113,30 @@ cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
     if layer.norm.gamma:
         kernel.layer_norm(context.activated, layer.norm.gamma, layer.norm.beta, EPSILON,
                           context.normed, context.mean, context.inv_std, rows, wide)
-    if layer.rounded:
-        kernel.round_rows(context.normed, rows, wide)
+    if layer.int8_activations:
+        kernel.fake_quantize_rows(context.normed, rows, wide)
 
 
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
                        FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
-    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. x is rounded in place where the layer
-    # asks for it.
-    if layer.rounded:
-        kernels().round_rows(x, rows, layer.wi.cols)
+    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. With int8 activations x is quantized in
+    # place.
+    if layer.int8_activations:
+        kernels().fake_quantize_rows(x, rows, layer.wi.cols)
     kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
     activate(layer, rows, context)
     kernels().linear(&layer.wo, layer.bo, context.normed, rows, out, workspace)
 
 
-cdef void transform(const BlockView *block, const Extent *extent, BlockContext *context,
+cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
                     float *workspace) noexcept nogil:
     # residual = input + attention(norm1(input)); output = residual + ffn(norm2(residual)). Input
     # and output may be the same memory.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = block.attention.wq.rows, rows = extent.batch * extent.time
+    cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
     kernel.layer_norm(context.input, block.norm1.gamma, block.norm1.beta, EPSILON, context.norm1,
                       context.mean1, context.inv_std1, rows, dim)
-    attend(&block.attention, extent, context.norm1, context, context.residual, workspace)
+    attend(&block.attention, dims, context.norm1, context, context.residual, workspace)
     kernel.add(context.residual, context.input, rows * dim)
     kernel.layer_norm(context.residual, block.norm2.gamma, block.norm2.beta, EPSILON,
                       context.norm2, context.mean2, context.inv_std2, rows, dim)
@@ -143,26 +144,26 @@ cdef void transform(const BlockView *block, const Extent *extent, BlockContext *
     kernel.add(context.output, context.residual, rows * dim)
 
 
-cdef void run_model(const ModelView *model, const Extent *extent, const int *tokens,
+cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                     ModelContext *context, float *workspace) noexcept nogil:
     # Tokens to logits. Each block's output is the next one's input.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t i, rows = extent.batch * extent.time, dim = model.embedding.cols
+    cdef Py_ssize_t i, rows = dims.batch * dims.time, dim = model.embedding.cols
     embed(&model.embedding, tokens, rows, context.blocks[0].input)
     for i in range(model.num_blocks):
-        transform(&model.blocks[i], extent, &context.blocks[i], workspace)
+        transform(&model.blocks[i], dims, &context.blocks[i], workspace)
     if model.final_norm.gamma:
         kernel.layer_norm(context.blocks[model.num_blocks - 1].output, model.final_norm.gamma,
                           model.final_norm.beta, EPSILON, context.normed, context.mean,
                           context.inv_std, rows, dim)
-    if model.rounded:
-        kernel.round_rows(context.normed, rows, dim)
+    if model.int8_activations:
+        kernel.fake_quantize_rows(context.normed, rows, dim)
     kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
                   workspace)
 
 
 # ---------------------------------------------------------------------------------------------
-# Room for a pass over a whole model
+# The activations of a pass over a whole model
 
 cdef class ForwardContext:
     """The activations of a whole model over [B, T] tokens.
@@ -173,9 +174,9 @@ cdef class ForwardContext:
     batch_size, time : int
         B and T.
     keep : {"all", "inputs", "none"}
-        Which activations of the blocks stay: all, as the backward pass needs, or the inputs, of
-        which it can work out the rest once more (gradient checkpointing; Chen et al., arXiv
-        1604.06174). Otherwise the blocks take turns in one block's room.
+        Which activations of the blocks are kept: all, as the backward pass needs, or the inputs,
+        from which it can recompute the rest (gradient checkpointing; Chen et al., arXiv
+        1604.06174). With "none" all blocks use the buffers of one.
 
     Attributes
     ----------
@@ -236,14 +237,14 @@ cdef class ForwardContext:
 
 
 cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1:
-    # Token ids and padding only, and no more of them than the model's positions reach.
+    # Token ids and padding only, in sequences no longer than the rotary table.
     cdef Py_ssize_t i, j
     cdef int pad = model.config.pad_token
     if model.view.blocks[0].attention.cosines and \
             tokens.shape[1] > model.view.blocks[0].attention.length:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
                          f"{model.view.blocks[0].attention.length}")
-    # The blocks share their table.
+    # The blocks share one table.
     (<TransformerBlock?>model.blocks[0]).attention.fill_rotary(tokens.shape[1])
     for i in range(tokens.shape[0]):
         for j in range(tokens.shape[1]):
@@ -259,9 +260,9 @@ def as_token_rows(tokens, str name="tokens"):
     Raises
     ------
     ValueError
-        If there is none.
+        If there are none.
     TypeError
-        For anything but whole numbers.
+        For anything but integers.
     IndexError
         If a number is too large for a token id.
     """
@@ -272,27 +273,28 @@ def as_token_rows(tokens, str name="tokens"):
         raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, "
                         "[B] or [B, T]")
     if array.min() < -(1 << 31) or array.max() >= 1 << 31:
-        raise IndexError(f"{name} holds a number that is no token id")
+        raise IndexError(f"{name} holds a number that is not a token id")
     rows = array.reshape(-1, 1) if array.ndim < 2 else array
     return np.ascontiguousarray(rows, np.int32)
 
 
 def padding_mask(tokens, pad_token):
-    """Return uint8[B, T] with 0 at padding, or None where there is none."""
+    """Return uint8[B, T] with 0 at padding, or None without padding."""
     allowed = tokens != pad_token
     return None if allowed.all() else allowed.astype(np.uint8)
 
 
-def as_starts(starts, batch, time):
-    """Return the first positions that those of each row may see: int32[B, T].
+def document_starts(starts, batch, time):
+    """Check the document mask of packed rows: the first position that each sees, int32[B, T].
 
-    Where a row holds several documents, a position's is where its document begins: then no
-    document sees another, and each is answered as it is alone. Spans and padding hold besides.
+    Where a row holds several documents, that is where the document of the position starts: then
+    documents do not attend to each other, and each gives the results that it gives alone. The
+    attention window and padding apply as well.
 
     Parameters
     ----------
     starts : int[B, T]
-        0 to the position itself, and never less than that of the position before it.
+        0 to the position itself, nondecreasing along a row.
     batch, time : int
         B and T.
 
@@ -301,8 +303,8 @@ def as_starts(starts, batch, time):
     TypeError
         For anything but whole numbers.
     ValueError
-        If the shape is another, or a start lies behind its position, before its row or before the
-        start of the position in front of it.
+        If the shape differs, or a start is negative, after its position or less than the start of
+        the previous position.
     """
     array = np.asarray(starts)
     if array.dtype.kind not in "iu":
@@ -328,7 +330,7 @@ def as_starts(starts, batch, time):
 # The C original's functions
 
 cdef tuple _as_sequences(object x, Py_ssize_t dim, str name):
-    """Return x as [B, T, C]: a [C] is one sequence of one, and a [B, C] B of them."""
+    """Return x as [B, T, C]: [C] is one sequence of one token, and [B, C] B of them."""
     if not isinstance(x, np.ndarray) or x.dtype != np.float32:
         raise TypeError(f"{name} is not a float32 array")
     if not 1 <= x.ndim <= 3 or x.shape[-1] != dim or x.size == 0:
@@ -346,21 +348,21 @@ cdef const float *_read_pointer(object array) except NULL:
     return &view[0]
 
 
-cdef tuple _fill_extent(Extent *extent, tuple shape, object allowed, object starts):
-    """Fill an extent for [B, T] positions; returns the arrays that must stay alive with it."""
+cdef tuple _fill_batch_shape(BatchShape *dims, tuple shape, object allowed, object starts):
+    """Fill a batch shape for [B, T] positions; returns the arrays that it points into."""
     cdef const unsigned char[:, ::1] mask
-    cdef const int[:, ::1] firsts
-    extent.batch, extent.time = shape[0], shape[1]
-    extent.allowed = NULL
+    cdef const int[:, ::1] start_rows
+    dims.batch, dims.time = shape[0], shape[1]
+    dims.allowed = NULL
     if allowed is not None:
         mask = allowed = np.ascontiguousarray(allowed, np.uint8)
         if mask.shape[0] != shape[0] or mask.shape[1] != shape[1]:
             raise ValueError(f"allowed has shape {allowed.shape}, expected {tuple(shape[:2])}")
-        extent.allowed = &mask[0, 0]
-    extent.starts = NULL
+        dims.allowed = &mask[0, 0]
+    dims.starts = NULL
     if starts is not None:
-        firsts = starts = as_starts(starts, shape[0], shape[1])
-        extent.starts = &firsts[0, 0]
+        start_rows = starts = document_starts(starts, shape[0], shape[1])
+        dims.starts = &start_rows[0, 0]
     return allowed, starts
 
 
@@ -376,7 +378,7 @@ def forward_embedding(embedding, int token_id):
     Raises
     ------
     IndexError
-        If there is no such token.
+        If the id is not a token.
 
     Notes
     -----
@@ -408,7 +410,7 @@ def forward_multi_head_attention(MultiHeadAttention attention not None, x):
     """Return the attention's output for one sequence of one token: float32[C] for float32[C].
 
     C: ``forward.c``, ``forward_multi_head_attention``. Over one token attention is a copy of the
-    values, which is all that C ever computes (departure 6).
+    values, and C computes nothing else (departure 6).
     """
     return forward_multi_head_attention_batch(attention, x)
 
@@ -422,11 +424,11 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     attention : MultiHeadAttention
     x : float32[B, T, C], or [B, C] for sequences of one token
     allowed : uint8[B, T], optional
-        0 where no query may look: padding.
+        0 at padding, which queries do not see.
     context : TransformerBlockContext, optional
-        Where q, k, v, probs and heads are left for the backward pass.
+        Receives q, k, v, probs and heads for the backward pass.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -444,22 +446,22 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     (departure 6).
     """
     cdef AttentionView *view = &attention.view
-    cdef Extent extent
+    cdef BatchShape dims
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     attention.fill_rotary(time)
-    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
+    allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, None, attention.num_heads,
                            attention.norm is not None, starts)
     out = np.empty(shape, np.float32)
     sequences = sequences.copy()
     cdef float *rows = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
-        attend(view, &extent, rows, &context.view, to, workspace)
+        attend(view, &dims, rows, &context.view, to, workspace)
     return out
 
 
@@ -470,14 +472,14 @@ cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch
                                        sub_norm=sub_norm)
     check_context(context, batch, time, dim, ffn, heads, sub_norm)
     if starts is not None:
-        # Attention leaves what stands in front of a document as it is. A layer's backward pass,
-        # which is not told of documents, has to find zeros there.
+        # Attention does not write the probabilities of earlier documents. The backward pass of a
+        # single layer, which gets no starts, needs zeros there.
         context.probs.fill(0.0)
     return context
 
 
-cdef class FeedForwardRoom:
-    """Room for one feed-forward layer's activations over so many positions."""
+cdef class FeedForwardWorkspace:
+    """Buffers for the activations of one feed-forward layer over a number of positions."""
 
     def __init__(self, FeedForward ffn, Py_ssize_t rows):
         wide = rows * ffn.view.wi.rows
@@ -509,7 +511,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     ffn : FeedForward
     x : float32[B, C] or float32[B, T, C]
     hidden : float32[B, F] or float32[B, T, F], optional
-        Where ``wi x + bi`` is left for the backward pass.
+        Receives ``wi x + bi`` for the backward pass.
 
     Returns
     -------
@@ -520,7 +522,7 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     -----
     C: ``forward.c``, ``forward_feed_forward_batch``.
     """
-    cdef FeedForwardRoom room
+    cdef FeedForwardWorkspace buffers
     sequences, shape = _as_sequences(x, ffn.view.wi.cols, "x")
     cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
     wide = (*shape[:-1], ffn.view.wi.rows)
@@ -529,12 +531,12 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     elif hidden.shape != wide:
         raise ValueError(f"hidden has shape {hidden.shape}, expected {wide}")
     sequences = sequences.copy()
-    room = FeedForwardRoom(ffn, rows)
+    buffers = FeedForwardWorkspace(ffn, rows)
     out = np.empty(shape, np.float32)
-    cdef FeedForwardContext context = room.view
+    cdef FeedForwardContext context = buffers.view
     cdef float *source = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     context.hidden = float_pointer(hidden)
     with nogil:
         feed_forward(&ffn.view, rows, source, &context, to, workspace)
@@ -551,7 +553,7 @@ def forward_transformer_block(TransformerBlock block not None, x):
 
 def forward_transformer_block_with_context(TransformerBlock block not None, x,
                                            TransformerBlockContext context not None):
-    """Do what ``forward_transformer_block`` does and keep the activations in ``context``.
+    """As ``forward_transformer_block``, and keep the activations in ``context``.
 
     C: ``forward.c``, ``forward_transformer_block_with_context``.
     """
@@ -559,7 +561,7 @@ def forward_transformer_block_with_context(TransformerBlock block not None, x,
 
 
 def forward_transformer_block_batch(TransformerBlock block not None, x, allowed=None, starts=None):
-    """Do what ``forward_transformer_block_batch_with_context`` does and keep nothing."""
+    """As ``forward_transformer_block_batch_with_context``, and keep nothing."""
     return forward_transformer_block_batch_with_context(block, x, None, allowed, starts)
 
 
@@ -573,11 +575,11 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     block : TransformerBlock
     x : float32[B, T, C], or [B, C] for sequences of one token
     context : TransformerBlockContext or None
-        Where the activations are left for the backward pass.
+        Receives the activations for the backward pass.
     allowed : uint8[B, T], optional
-        0 where no query may look: padding.
+        0 at padding, which queries do not see.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -588,20 +590,20 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     -----
     C: ``forward.c``, ``forward_transformer_block_batch_with_context``.
     """
-    cdef Extent extent
+    cdef BatchShape dims
     cdef AttentionView *view = &block.view.attention
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, dim = sequences.shape
     if view.cosines != NULL and time > view.length:
         raise ValueError(f"x has {time} positions, expected at most {view.length}")
     block.attention.fill_rotary(time)
-    allowed, starts = _fill_extent(&extent, sequences.shape, allowed, starts)
+    allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
                            block.attention.num_heads, block.attention.norm is not None, starts)
     context.input[...] = sequences
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
-        transform(&block.view, &extent, &context.view, workspace)
+        transform(&block.view, &dims, &context.view, workspace)
     return context.output.reshape(shape).copy()
 
 
@@ -631,7 +633,7 @@ def forward_output_layer_batch(output, bias, hidden):
     out = np.empty((*shape[:-1], view.rows), np.float32)
     cdef const float *source = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = packing_room()
+    cdef float *workspace = pack_buffer()
     with nogil:
         kernels().linear(&view, bias_pointer, source, rows, to, workspace)
     return out
@@ -644,7 +646,7 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
     ----------
     model : LegacyLLM
     token_id : int, int[B] or int[B, T]
-        One token, or what ``forward_llm_batch`` takes.
+        One token, or the argument of ``forward_llm_batch``.
 
     Returns
     -------
@@ -652,7 +654,7 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
 
     Notes
     -----
-    C: ``forward.c``, ``forward_llm``, whose tokens see no other (departures 6 and 7).
+    C: ``forward.c``, ``forward_llm``, where no token sees another (departures 6 and 7).
     """
     probabilities = forward_llm_batch(model, token_id, threads)
     return probabilities[0] if np.ndim(token_id) == 0 else probabilities
@@ -665,15 +667,15 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     ----------
     model : LegacyLLM
     tokens : int[B] or int[B, T]
-        [B] are B sequences of one token. The id V is padding: no token sees it, and what stands
-        at its own place means nothing.
+        [B] are B sequences of one token. The id V is padding: no token sees it, and the output at
+        its position has no meaning.
     threads : int
-        How many threads may share the sequences. The same number gives the same bits; another
-        may round differently, because few rows are multiplied in another way than many.
+        The number of threads, which split the batch. The same number gives the same bits; another
+        may round differently, because few rows use another product than many.
     logits : bool
-        Return logits instead.
+        Return logits instead of probabilities.
     starts : int[B, T], optional
-        For each position the first of its row that it may see, as ``as_starts`` takes them.
+        For each position the first of its row that it sees; see ``document_starts``.
 
     Returns
     -------
@@ -682,19 +684,19 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     Raises
     ------
     IndexError
-        If an id is no token's.
+        If an id is not a token.
     ValueError
-        If a sequence is longer than the model's positions reach, or a start does not fit.
+        If a sequence is longer than the model's positions, or a start does not fit.
 
     Notes
     -----
-    C: ``forward.c``, ``forward_llm_batch``, which takes at most 8 tokens and works out the output
-    for the first (departure 8).
+    C: ``forward.c``, ``forward_llm_batch``, which takes at most 8 tokens and computes the output
+    of the first (departure 8).
     """
     cdef ForwardJob job
     cdef const int[:, ::1] rows
     cdef const unsigned char[:, ::1] mask
-    cdef const int[:, ::1] firsts
+    cdef const int[:, ::1] start_rows
     cdef ForwardContext context
     cdef float[:, :, ::1] out
     if threads < 1:
@@ -706,8 +708,8 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     allowed = padding_mask(token_rows, model.config.pad_token)
     job.starts = NULL
     if starts is not None:
-        firsts = as_starts(starts, rows.shape[0], rows.shape[1])
-        job.starts = &firsts[0, 0]
+        start_rows = document_starts(starts, rows.shape[0], rows.shape[1])
+        job.starts = &start_rows[0, 0]
     job.tasks = min(threads, rows.shape[0])
     contexts = []
     result = np.empty((rows.shape[0], rows.shape[1], model.config.vocab_size), np.float32)
@@ -752,24 +754,24 @@ cdef struct ForwardJob:
 
 
 cdef void forward_task(void *context, long index) noexcept nogil:
-    # A share of the sequences.
+    # One slice of the batch.
     cdef ForwardJob *job = <ForwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
     cdef float *workspace = scratch(kernels().workspace_floats)
-    cdef Extent extent
+    cdef BatchShape dims
     if workspace == NULL:
         job.out_of_memory = True
         return
-    extent.batch = last - first
-    extent.time = job.time
-    extent.allowed = NULL
+    dims.batch = last - first
+    dims.time = job.time
+    dims.allowed = NULL
     if job.allowed:
-        extent.allowed = job.allowed + first * job.time
-    extent.starts = NULL
+        dims.allowed = job.allowed + first * job.time
+    dims.starts = NULL
     if job.starts:
-        extent.starts = job.starts + first * job.time
-    run_model(job.model, &extent, job.tokens + first * job.time, &job.contexts[index], workspace)
+        dims.starts = job.starts + first * job.time
+    run_model(job.model, &dims, job.tokens + first * job.time, &job.contexts[index], workspace)
     if job.probabilities:
-        kernels().softmax(job.contexts[index].logits, extent.batch * job.time,
+        kernels().softmax(job.contexts[index].logits, dims.batch * job.time,
                           job.model.output.rows)

@@ -1,28 +1,28 @@
 """Decoding without the GIL."""
 
-from legacy1bit.kernels cimport Rounded
-from legacy1bit.packed cimport PackedModel, PackedModelView, RoundedRows
+from legacy1bit.kernels cimport Int8Rows
+from legacy1bit.packed cimport Int8Buffer, PackedModel, PackedModelView
 from legacy1bit.threads cimport thread_team
 
 cdef struct Member:
-    # What a thread of a team has to itself.
-    float *normed           # [max(C, F)], the input of a product of one token, and the same in int8
-    Rounded rounded
-    float *probs            # [rows, room]
-    float *head             # [4, room, D], a head's queries, keys, values and outputs, for a prompt
-    float *chances          # [V], and the order of the likeliest, for sampling
-    int *order
+    # The buffers of one thread of the team.
+    float *normed           # [max(C, F)], the input of a product of one token, also in int8
+    Int8Rows quantized
+    float *probs            # [rows, cache_rows]
+    float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
+    float *token_probs      # [2, V], for sampling, with scratch
+    int *candidates         # [V], token ids by falling probability
 
 cdef struct Sampling:
     double temperature
     double top_p
     double min_p
-    float penalty           # of what is among the last `window` tokens; 0: all
+    float penalty           # of tokens among the last `window`; 0: all
     Py_ssize_t top_k
     Py_ssize_t window
 
 cdef struct Place:
-    # Where a token goes: which sequence, and behind how many others.
+    # The position of a token: its sequence, and the number of tokens before it.
     Py_ssize_t sequence
     Py_ssize_t past
 
@@ -30,21 +30,21 @@ cdef enum Wanted:
     NOTHING
     LAST                    # the logits after the last token
     EVERY                   # the logits after every token
-    STATES                  # what the output layer would get for every token
+    STATES                  # the hidden states after the final norm
 
 cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
     Py_ssize_t dim, wide, vocab
-    Py_ssize_t room         # the capacity in whole tiles of 16 keys
-    signed char *keys       # [sequences, blocks, H, room / 16, D, 16] in int8
-    signed char *values     # [sequences, blocks, H, room, D]
-    float *key_steps        # [sequences, blocks, H, room], a scale for each of them
-    float *value_steps
-    int *history            # [sequences, capacity], the tokens themselves
+    Py_ssize_t cache_rows   # the capacity, rounded up to tiles of 16 keys
+    signed char *keys       # [sequences, blocks, H, cache_rows / 16, D, 16] in int8
+    signed char *values     # [sequences, blocks, H, cache_rows, D]
+    float *key_scales       # [sequences, blocks, H, cache_rows]
+    float *value_scales
+    int *history            # [sequences, capacity], the token ids
     float *stream           # [rows, C], the residual stream
     float *normed           # [rows, max(C, F)]
-    Rounded rounded
+    Int8Rows quantized
     float *q                # [rows, C]
     float *k
     float *v
@@ -53,15 +53,15 @@ cdef struct DecoderView:
     float *logits           # [rows or 1, V]
     Member *members
     thread_team team
-    # What there is to do:
-    int *tokens             # [rows], those that pass through
+    # The job:
+    int *tokens             # [rows], the input
     Place *places           # [rows]
     Py_ssize_t rows
-    bint together           # whether they are neighbours in one sequence, else one each of several
+    bint together           # consecutive tokens of one sequence, else one each of several
     Wanted wanted
-    int *drawn              # [rows or 1, to_draw], where drawn tokens go
-    Py_ssize_t to_draw
-    const double *uniforms  # [rows or 1, to_draw], what decides each draw
+    int *sampled            # [rows or 1, to_sample], the sampled tokens
+    Py_ssize_t to_sample
+    const double *uniforms  # [rows or 1, to_sample], a random number for each
     Sampling sampling
     bint out_of_memory
     bint damaged            # logits that are not finite
@@ -76,6 +76,6 @@ cdef class Decoder:
     cdef list kept
     cdef bint busy
     cdef DecoderView view
-    cdef float *_room(self, size) except NULL
+    cdef float *_buffer(self, size) except NULL
     cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
                   const double[:, ::1] uniforms) except -1

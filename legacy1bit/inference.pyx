@@ -13,13 +13,13 @@ from libc.math cimport INFINITY
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport Attention, CachedHead, KernelTable, Matrix, Rounded
+from legacy1bit.kernels cimport Attention, CachedHead, Int8Rows, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels, packed_kernels
 from legacy1bit.model cimport NormView, float_pointer
 from legacy1bit.packed cimport (
-    PackedBlock, PackedModel, PackedModelView, Projection, RoundedRows, unpack_row,
+    Int8Buffer, PackedBlock, PackedModel, PackedModelView, Projection, unpack_row,
 )
-from legacy1bit.threads cimport meet, run_team, scratch
+from legacy1bit.threads cimport barrier, parallel_region, scratch
 
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
@@ -31,7 +31,7 @@ _SAMPLING = SamplingConfig()
 cdef enum:
     PROMPT_BLOCK = 128
     IN_ORDER = 256          # keys, up to which sums of attention have one order
-    DRAWN_AT_ONCE = 64      # tokens, between two looks whether the user has pressed Ctrl-C
+    SAMPLED_AT_ONCE = 64    # tokens, between two looks whether the user has pressed Ctrl-C
     STRIP = 32
     KEY_TILE = 16           # as in cache.h
     FEW = 4                 # queries that share the keys they load
@@ -42,49 +42,49 @@ cdef enum:
 # ---------------------------------------------------------------------------------------------
 # What the members of a team do
 
-cdef inline Py_ssize_t share(Py_ssize_t count, Py_ssize_t member,
-                             Py_ssize_t members) noexcept nogil:
+cdef inline Py_ssize_t slice_start(Py_ssize_t count, Py_ssize_t member,
+                                   Py_ssize_t members) noexcept nogil:
     # Where the member's share of so many things begins; the next one's share begins at its end.
     return count * member // members
 
 
-cdef const Rounded *prepare(DecoderView *d, Py_ssize_t index, const float *source, Py_ssize_t cols,
-                            Py_ssize_t rows, const NormView *norm, const Projection *reader,
-                            const float **dense) noexcept nogil:
+cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t index, const float *source,
+                             Py_ssize_t cols, Py_ssize_t rows, const NormView *norm,
+                             const Projection *reader, const float **dense) noexcept nogil:
     # The input of the next products: normalised where there is a norm, and in the form they read.
     # One token every member prepares for itself; of more, each prepares some, and they meet.
     cdef const KernelTable *kernel = kernels()
     cdef Member *member = &d.members[index]
-    cdef Rounded rounded = member.rounded if rows == 1 else d.rounded
+    cdef Int8Rows quantized = member.quantized if rows == 1 else d.quantized
     cdef float *normed = member.normed if rows == 1 else d.normed
     cdef float mean[PROMPT_BLOCK]
     cdef float inv_std[PROMPT_BLOCK]
     cdef Py_ssize_t first = 0, count = rows
     if rows > 1:
-        first = share(rows, index, d.team.members)
-        count = share(rows, index + 1, d.team.members) - first
+        first = slice_start(rows, index, d.team.size)
+        count = slice_start(rows, index + 1, d.team.size) - first
     if norm.gamma:
         kernel.layer_norm(source + first * cols, norm.gamma, norm.beta, EPSILON,
                           normed + first * cols, mean, inv_std, count, cols)
         source = normed
     if reader.packed.tiles:
-        rounded.codes += first * rounded.stride
-        rounded.steps += first
-        rounded.sums += first
-        kernel.round_to_int8(source + first * cols, count, cols, &rounded)
+        quantized.codes += first * quantized.stride
+        quantized.scales += first
+        quantized.sums += first
+        kernel.quantize_rows(source + first * cols, count, cols, &quantized)
     if rows > 1:
-        meet(&d.team)
+        barrier(&d.team)
     dense[0] = source
-    return &member.rounded if rows == 1 else &d.rounded
+    return &member.quantized if rows == 1 else &d.quantized
 
 
 cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection,
-                  const Rounded *rounded, const float *dense, Py_ssize_t rows, bint accumulate,
+                  const Int8Rows *quantized, const float *dense, Py_ssize_t rows, bint accumulate,
                   float *out, float *workspace) noexcept nogil:
     # This member's strips of out[rows, projection.rows] (+)= the product + bias.
     cdef Py_ssize_t strips = (projection.rows + STRIP - 1) // STRIP
-    cdef Py_ssize_t first = share(strips, index, d.team.members)
-    cdef Py_ssize_t last = share(strips, index + 1, d.team.members)
+    cdef Py_ssize_t first = slice_start(strips, index, d.team.size)
+    cdef Py_ssize_t last = slice_start(strips, index + 1, d.team.size)
     cdef Py_ssize_t low = first * STRIP, count = min(projection.rows, last * STRIP) - low, t
     cdef const float *bias = projection.bias
     cdef const float *start = NULL
@@ -92,7 +92,7 @@ cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection
     if count <= 0:
         return
     if projection.packed.tiles:
-        packed_kernels().packed_product(&projection.packed, first, last, rounded, rows, bias,
+        packed_kernels().packed_product(&projection.packed, first, last, quantized, rows, bias,
                                         accumulate, out, projection.rows, workspace)
         return
     if rows == 1:
@@ -136,8 +136,8 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
     cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
-    cdef Py_ssize_t first = share(heads, index, d.team.members)
-    cdef Py_ssize_t last = share(heads, index + 1, d.team.members)
+    cdef Py_ssize_t first = slice_start(heads, index, d.team.size)
+    cdef Py_ssize_t last = slice_start(heads, index + 1, d.team.size)
     cdef float *q = d.q + row * d.dim
     cdef float *k = d.k + row * d.dim
     cdef float *v = d.v + row * d.dim
@@ -147,11 +147,11 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
         kernel.rotary(k + first * dim, model.cosines + past * half, model.sines + past * half,
                       1.0, rows, d.dim, last - first, dim)
     for head in range(first, last):
-        at = ((sequence * model.num_blocks + layer) * heads + head) * d.room
-        store_keys(k + head * dim, d.dim, rows, dim, d.keys + at * dim, past, d.key_steps + at,
+        at = ((sequence * model.num_blocks + layer) * heads + head) * d.cache_rows
+        store_keys(k + head * dim, d.dim, rows, dim, d.keys + at * dim, past, d.key_scales + at,
                    <signed char *>d.members[index].head)
         store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
-              d.value_steps + at + past)
+              d.value_scales + at + past)
         if past + rows <= IN_ORDER or rows == 1:
             attend_in_order(d, index, head, at, past, row, rows)
         else:
@@ -159,26 +159,26 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
 
 
 cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
-                signed char *codes, float *steps) noexcept nogil:
+                signed char *codes, float *scales) noexcept nogil:
     # Rows of values into the cache.
-    cdef Rounded rounded
+    cdef Int8Rows quantized
     cdef int total
     cdef Py_ssize_t t
-    rounded.stride = dim
-    rounded.sums = &total
+    quantized.stride = dim
+    quantized.sums = &total
     for t in range(rows):
-        rounded.codes = codes + t * dim
-        rounded.steps = steps + t
-        kernels().round_to_int8(x + t * stride, 1, dim, &rounded)
+        quantized.codes = codes + t * dim
+        quantized.scales = scales + t
+        kernels().quantize_rows(x + t * stride, 1, dim, &quantized)
 
 
 cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
-                     signed char *tiles, Py_ssize_t past, float *steps,
+                     signed char *tiles, Py_ssize_t past, float *scales,
                      signed char *codes) noexcept nogil:
     # Rows of keys into their tiles; codes has room for them.
     cdef Py_ssize_t t, i
     cdef signed char *to
-    store(x, stride, rows, dim, codes, steps + past)
+    store(x, stride, rows, dim, codes, scales + past)
     for t in range(rows):
         to = tiles + (past + t) // KEY_TILE * KEY_TILE * dim + (past + t) % KEY_TILE
         for i in range(dim):
@@ -189,22 +189,22 @@ cdef void attend_in_order(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
                           Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows) noexcept nogil:
     # Rows of neighbouring tokens, whose cache begins at `at`.
     cdef CachedHead view
-    cdef Py_ssize_t dim = d.dim // d.model.num_heads, span = d.model.span, t = 0, low
+    cdef Py_ssize_t dim = d.dim // d.model.num_heads, window = d.model.window, t = 0, low
     view.head_dim = dim
     view.stride = d.dim
-    view.room = d.room
+    view.probs_stride = d.cache_rows
     view.probs = d.members[index].probs
     while t < rows:
         # With a span each of them has a first key of its own.
-        view.queries = 1 if span else min(rows - t, FEW)
-        low = past + t + 1 - span if span and span < past + t + 1 else 0
+        view.queries = 1 if window else min(rows - t, FEW)
+        low = past + t + 1 - window if window and window < past + t + 1 else 0
         view.keys = past + t + 1 - low
         view.skipped = low % KEY_TILE
         view.q = d.q + (row + t) * d.dim + head * dim
         view.k = d.keys + (at + low - view.skipped) * dim
         view.v = d.values + (at + low) * dim
-        view.k_steps = d.key_steps + at + low
-        view.v_steps = d.value_steps + at + low
+        view.k_scales = d.key_scales + at + low
+        view.v_scales = d.value_scales + at + low
         view.out = d.heads + (row + t) * d.dim + head * dim
         kernels().cached_attention(&view)
         t += view.queries
@@ -222,20 +222,20 @@ cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
     view.head_dim = dim
     view.stride = dim
     view.k_key = 1
-    view.k_dim = d.room
-    view.span = d.model.span
+    view.k_dim = d.cache_rows
+    view.window = d.model.window
     view.probs = member.probs
     view.q = member.head
-    view.k = member.head + d.room * dim
-    view.v = member.head + 2 * d.room * dim
-    view.out = member.head + 3 * d.room * dim
+    view.k = member.head + d.cache_rows * dim
+    view.v = member.head + 2 * d.cache_rows * dim
+    view.out = member.head + 3 * d.cache_rows * dim
     for t in range(rows):
         memcpy(member.head + t * dim, d.q + t * d.dim + head * dim, dim * sizeof(float))
-    kernels().widen_keys(d.keys + at * dim, d.key_steps + at, dim,
-                         (view.keys + KEY_TILE - 1) // KEY_TILE, member.head + d.room * dim,
-                         d.room)
-    kernels().widen(d.values + at * dim, d.value_steps + at, view.keys, dim,
-                    member.head + 2 * d.room * dim)
+    kernels().dequantize_keys(d.keys + at * dim, d.key_scales + at, dim,
+                              (view.keys + KEY_TILE - 1) // KEY_TILE,
+                              member.head + d.cache_rows * dim, d.cache_rows)
+    kernels().dequantize_rows(d.values + at * dim, d.value_scales + at, view.keys, dim,
+                              member.head + 2 * d.cache_rows * dim)
     kernels().attention(&view, workspace)
     for t in range(rows):
         memcpy(d.heads + t * d.dim + head * dim, view.out + t * dim, dim * sizeof(float))
@@ -244,8 +244,8 @@ cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
 cdef void activate(DecoderView *d, Py_ssize_t index, Py_ssize_t rows) noexcept nogil:
     # The activation of this member's strips of the hidden layer, in place.
     cdef Py_ssize_t strips = (d.wide + STRIP - 1) // STRIP, t
-    cdef Py_ssize_t low = share(strips, index, d.team.members) * STRIP
-    cdef Py_ssize_t count = min(d.wide, share(strips, index + 1, d.team.members) * STRIP) - low
+    cdef Py_ssize_t low = slice_start(strips, index, d.team.size) * STRIP
+    cdef Py_ssize_t count = min(d.wide, slice_start(strips, index + 1, d.team.size) * STRIP) - low
     cdef float *row
     if count <= 0:
         return
@@ -262,24 +262,25 @@ cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, const Pl
     # One block: stream += attention(norm1(stream)); stream += ffn(norm2(stream)).
     cdef const PackedBlock *block = &d.model.blocks[layer]
     cdef const float *dense = NULL
-    cdef const Rounded *rounded = prepare(d, index, d.stream, d.dim, rows, &block.norm1,
-                                          &block.wq, &dense)
-    project(d, index, &block.wq, rounded, dense, rows, False, d.q, workspace)
-    project(d, index, &block.wk, rounded, dense, rows, False, d.k, workspace)
-    project(d, index, &block.wv, rounded, dense, rows, False, d.v, workspace)
-    meet(&d.team)
+    cdef const Int8Rows *quantized = prepare(d, index, d.stream, d.dim, rows, &block.norm1,
+                                             &block.wq, &dense)
+    project(d, index, &block.wq, quantized, dense, rows, False, d.q, workspace)
+    project(d, index, &block.wk, quantized, dense, rows, False, d.k, workspace)
+    project(d, index, &block.wv, quantized, dense, rows, False, d.v, workspace)
+    barrier(&d.team)
     attend(d, index, layer, places, rows, step, workspace)
-    meet(&d.team)
-    rounded = prepare(d, index, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
-    project(d, index, &block.wo, rounded, dense, rows, True, d.stream, workspace)
-    meet(&d.team)
-    rounded = prepare(d, index, d.stream, d.dim, rows, &block.norm2, &block.wi, &dense)
-    project(d, index, &block.wi, rounded, dense, rows, False, d.hidden, workspace)
+    barrier(&d.team)
+    quantized = prepare(d, index, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
+    project(d, index, &block.wo, quantized, dense, rows, True, d.stream, workspace)
+    barrier(&d.team)
+    quantized = prepare(d, index, d.stream, d.dim, rows, &block.norm2, &block.wi, &dense)
+    project(d, index, &block.wi, quantized, dense, rows, False, d.hidden, workspace)
     activate(d, index, rows)
-    meet(&d.team)
-    rounded = prepare(d, index, d.hidden, d.wide, rows, &block.hidden_norm, &block.wo_ffn, &dense)
-    project(d, index, &block.wo_ffn, rounded, dense, rows, True, d.stream, workspace)
-    meet(&d.team)
+    barrier(&d.team)
+    quantized = prepare(d, index, d.hidden, d.wide, rows, &block.hidden_norm, &block.wo_ffn,
+                        &dense)
+    project(d, index, &block.wo_ffn, quantized, dense, rows, True, d.stream, workspace)
+    barrier(&d.team)
 
 
 cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py_ssize_t rows,
@@ -288,11 +289,11 @@ cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py
     cdef const Projection *embedding = &d.model.embedding
     cdef const NormView *norm = &d.model.final_norm
     cdef const float *dense = NULL
-    cdef const Rounded *rounded
+    cdef const Int8Rows *quantized
     cdef float mean[PROMPT_BLOCK]
     cdef float inv_std[PROMPT_BLOCK]
-    cdef Py_ssize_t t, layer, first = share(rows, index, d.team.members)
-    cdef Py_ssize_t last = share(rows, index + 1, d.team.members)
+    cdef Py_ssize_t t, layer, first = slice_start(rows, index, d.team.size)
+    cdef Py_ssize_t last = slice_start(rows, index + 1, d.team.size)
     cdef float *stream = d.stream
     for t in range(first, last):
         d.history[places[t].sequence * d.capacity + places[t].past + step] = d.tokens[t]
@@ -301,7 +302,7 @@ cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py
         else:
             memcpy(d.stream + t * d.dim, embedding.dense.dense + d.tokens[t] * d.dim,
                    d.dim * sizeof(float))
-    meet(&d.team)
+    barrier(&d.team)
     for layer in range(d.model.num_blocks):
         transform(d, index, layer, places, rows, step, workspace)
     if wanted == STATES:
@@ -315,9 +316,9 @@ cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py
         if wanted == LAST:
             stream += (rows - 1) * d.dim
             rows = 1
-        rounded = prepare(d, index, stream, d.dim, rows, norm, &d.model.output, &dense)
-        project(d, index, &d.model.output, rounded, dense, rows, False, d.logits, workspace)
-        meet(&d.team)
+        quantized = prepare(d, index, stream, d.dim, rows, norm, &d.model.output, &dense)
+        project(d, index, &d.model.output, quantized, dense, rows, False, d.logits, workspace)
+        barrier(&d.team)
 
 
 cdef void decode(void *context, long index) noexcept nogil:
@@ -331,28 +332,29 @@ cdef void decode(void *context, long index) noexcept nogil:
     cdef float *workspace = scratch(packed_kernels().workspace_floats)
     if workspace == NULL:
         d.out_of_memory = True
-    meet(&d.team)
+    barrier(&d.team)
     if d.out_of_memory:
         return
     pass_through(d, index, places, rows, 0, d.wanted, workspace)
     if d.together:
         places += rows - 1
         rows = 1
-    for i in range(d.to_draw):
-        for row in range(share(rows, index, d.team.members),
-                         share(rows, index + 1, d.team.members)):
+    for i in range(d.to_sample):
+        for row in range(slice_start(rows, index, d.team.size),
+                         slice_start(rows, index + 1, d.team.size)):
             history = d.history + places[row].sequence * d.capacity
             length = places[row].past + i + 1
-            d.tokens[row] = draw(d.logits + row * d.vocab, d.vocab, &d.sampling, history, length,
-                                 d.uniforms[row * d.to_draw + i], member.chances, member.order)
-            d.drawn[row * d.to_draw + i] = d.tokens[row]
+            d.tokens[row] = sample(d.logits + row * d.vocab, d.vocab, &d.sampling, history, length,
+                                   d.uniforms[row * d.to_sample + i], member.token_probs,
+                                   member.candidates)
+            d.sampled[row * d.to_sample + i] = d.tokens[row]
             if d.tokens[row] < 0:
                 d.damaged = True
-        meet(&d.team)
+        barrier(&d.team)
         if d.damaged:
             return
         # The last one's place in the cache stays open: nobody has asked what follows it.
-        if i + 1 < d.to_draw:
+        if i + 1 < d.to_sample:
             pass_through(d, index, places, rows, i + 1, EVERY, workspace)
 
 
@@ -408,7 +410,7 @@ cdef Py_ssize_t find(const float *weights, Py_ssize_t n, double bound) noexcept 
 
 
 cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
-                         float *room) noexcept nogil:
+                         float *heap) noexcept nogil:
     # A bound that at least `count` weights reach, and hardly more do: of stretches of the weights,
     # the largest one of the stretch that is number `count` by that. 0 where there are too few.
     cdef Py_ssize_t stretches = (n + STRETCH - 1) // STRETCH, i, child, at
@@ -420,27 +422,27 @@ cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
         least = kernels().largest(weights + i * STRETCH, min(n - i * STRETCH, STRETCH))
         if i < count:
             at = i
-            while at and room[(at - 1) // 2] > least:
-                room[at] = room[(at - 1) // 2]
+            while at and heap[(at - 1) // 2] > least:
+                heap[at] = heap[(at - 1) // 2]
                 at = (at - 1) // 2
-            room[at] = least
-        elif least > room[0]:
+            heap[at] = least
+        elif least > heap[0]:
             at = 0
             while 2 * at + 1 < count:
                 child = 2 * at + 1
-                if child + 1 < count and room[child + 1] < room[child]:
+                if child + 1 < count and heap[child + 1] < heap[child]:
                     child += 1
-                if room[child] >= least:
+                if heap[child] >= least:
                     break
-                room[at] = room[child]
+                heap[at] = heap[child]
                 at = child
-            room[at] = least
-    return room[0]
+            heap[at] = least
+    return heap[0]
 
 
-cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
-              Py_ssize_t length, double uniform, float *weights, int *order) noexcept nogil:
-    # A token, or -1 where logits are not finite. weights have room for 2 n, order for n.
+cdef int sample(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
+                Py_ssize_t length, double uniform, float *weights, int *candidates) noexcept nogil:
+    # A token, or -1 where logits are not finite. weights holds 2 n floats, candidates n.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t i, likeliest, count, kept
     cdef int token
@@ -456,9 +458,9 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, const
             else:
                 weights[token] = logits[token] * sampling.penalty
     best = kernel.largest(weights, n)
-    if kernel.select(weights, n, best, order) == 0:
+    if kernel.select(weights, n, best, candidates) == 0:
         return -1
-    likeliest = order[0]
+    likeliest = candidates[0]
     kernel.shift(weights, -best, n)
     if temperature >= 1e-30:
         kernel.divide(weights, temperature, n)
@@ -480,19 +482,19 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, const
         floor = 0.99 * (1.0 - sampling.top_p) * total / n
     else:
         floor = sampling.min_p
-    count = kept = kernel.select(weights, n, floor, order)
+    count = kept = kernel.select(weights, n, floor, candidates)
     if sampling.top_k or sampling.top_p < 1.0:
         # They come off a heap, the likeliest first, and end up behind one another from the back.
         for i in range(count // 2 - 1, -1, -1):
-            sift(weights, logits, order, count, i)
+            sift(weights, logits, candidates, count, i)
         if sampling.top_k:
             kept = min(kept, sampling.top_k)
         bound = INFINITY if sampling.top_k else sampling.top_p * total
         for i in range(kept):
-            token = order[0]
-            order[0] = order[count - 1 - i]
-            order[count - 1 - i] = token
-            sift(weights, logits, order, count - 1 - i, 0)
+            token = candidates[0]
+            candidates[0] = candidates[count - 1 - i]
+            candidates[count - 1 - i] = token
+            sift(weights, logits, candidates, count - 1 - i, 0)
             passed += weights[token]
             if passed >= bound:
                 kept = i + 1
@@ -501,18 +503,18 @@ cdef int draw(const float *logits, Py_ssize_t n, const Sampling *sampling, const
             bound = sampling.top_p * passed
             passed = 0.0
             for i in range(kept):
-                passed += weights[order[count - 1 - i]]
+                passed += weights[candidates[count - 1 - i]]
                 if passed >= bound:
                     kept = i + 1
                     break
     total = 0.0
     for i in range(kept):
-        if weights[order[count - 1 - i]] >= sampling.min_p:
-            total += weights[order[count - 1 - i]]
+        if weights[candidates[count - 1 - i]] >= sampling.min_p:
+            total += weights[candidates[count - 1 - i]]
     passed = 0.0
     bound = uniform * total
     for i in range(kept):
-        token = order[count - 1 - i]
+        token = candidates[count - 1 - i]
         if weights[token] >= sampling.min_p:
             passed += weights[token]
             if passed > bound:
@@ -550,19 +552,19 @@ def sample_token(logits, rng, sampling=_SAMPLING, history=()) -> int:
     """
     cdef const float[::1] given = logits
     cdef float[::1] weights
-    cdef int[::1] order
+    cdef int[::1] candidates
     cdef const int[::1] before
     cdef Sampling view
     if given.shape[0] == 0:
         raise ValueError("logits is empty")
     weights = np.empty(2 * given.shape[0], np.float32)
-    order = np.empty(given.shape[0], np.int32)
+    candidates = np.empty(given.shape[0], np.int32)
     before = check_tokens(history if len(history) else [0], given.shape[0], "history")
     fill_sampling(&view, sampling, given.shape[0])
     # The likeliest is no matter of chance.
     uniform = rng.random() if view.temperature else 0.0
-    token = draw(&given[0], given.shape[0], &view, &before[0], len(history), uniform, &weights[0],
-                 &order[0])
+    token = sample(&given[0], given.shape[0], &view, &before[0], len(history), uniform,
+                   &weights[0], &candidates[0])
     if token < 0:
         raise ValueError("the model's logits are not finite: its weights are damaged")
     return token
@@ -639,7 +641,7 @@ cdef class Decoder:
 
     def __init__(self, PackedModel model not None, threads=1, capacity=None, sequences=1):
         cdef DecoderView *view = &self.view
-        cdef RoundedRows rows
+        cdef Int8Buffer rows
         cdef Py_ssize_t i
         cdef int[::1] numbers
         cdef signed char[::1] keys, values
@@ -660,46 +662,47 @@ cdef class Decoder:
         view.capacity = capacity
         view.dim, view.wide, view.vocab = config.model_dim, config.ffn_dim, config.vocab_size
         widest = max(view.dim, view.wide)
-        view.room = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
-        cached = sequences * config.num_blocks * config.num_heads * view.room
+        view.cache_rows = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
+        cached = sequences * config.num_blocks * config.num_heads * view.cache_rows
         # Tiles are read as a whole, before all their keys are there.
         keys = np.zeros(cached * config.head_dim, np.int8)
         values = np.empty(cached * config.head_dim, np.int8)
         view.keys, view.values = &keys[0], &values[0]
-        view.key_steps = self._room(cached)
-        memset(view.key_steps, 0, cached * sizeof(float))
-        view.value_steps = self._room(cached)
+        view.key_scales = self._buffer(cached)
+        memset(view.key_scales, 0, cached * sizeof(float))
+        view.value_scales = self._buffer(cached)
         numbers = np.empty(sequences * capacity, np.int32)
         view.history = &numbers[0]
         self.kept += [keys, values, numbers]
         self.tokens = np.empty(self.most, np.int32)
         numbers = self.tokens
         view.tokens = &numbers[0]
-        view.stream = self._room(self.most * view.dim)
-        view.q = self._room(self.most * view.dim)
-        view.k = self._room(self.most * view.dim)
-        view.v = self._room(self.most * view.dim)
-        view.heads = self._room(self.most * view.dim)
-        view.hidden = self._room(self.most * view.wide)
-        view.normed = self._room(self.most * widest)
+        view.stream = self._buffer(self.most * view.dim)
+        view.q = self._buffer(self.most * view.dim)
+        view.k = self._buffer(self.most * view.dim)
+        view.v = self._buffer(self.most * view.dim)
+        view.heads = self._buffer(self.most * view.dim)
+        view.hidden = self._buffer(self.most * view.wide)
+        view.normed = self._buffer(self.most * widest)
         self.logits = np.empty(sequences * view.vocab, np.float32)
         view.logits = float_pointer(self.logits)
-        rows = RoundedRows(self.most, widest)
-        view.rounded = rows.view
+        rows = Int8Buffer(self.most, widest)
+        view.quantized = rows.view
         self.kept.append(rows)
         view.places = <Place *>calloc(self.most, sizeof(Place))
         view.members = <Member *>calloc(threads, sizeof(Member))
         if view.members == NULL or view.places == NULL:
             raise MemoryError("no memory for the threads' buffers")
         for i in range(threads):
-            rows = RoundedRows(1, widest)
+            rows = Int8Buffer(1, widest)
             numbers = np.empty(view.vocab, np.int32)
-            view.members[i].rounded = rows.view
-            view.members[i].normed = self._room(widest)
-            view.members[i].probs = self._room(max(min(capacity, PROMPT_BLOCK), FEW) * view.room)
-            view.members[i].head = self._room(4 * view.room * config.head_dim)
-            view.members[i].chances = self._room(2 * view.vocab)
-            view.members[i].order = &numbers[0]
+            view.members[i].quantized = rows.view
+            view.members[i].normed = self._buffer(widest)
+            view.members[i].probs = self._buffer(
+                max(min(capacity, PROMPT_BLOCK), FEW) * view.cache_rows)
+            view.members[i].head = self._buffer(4 * view.cache_rows * config.head_dim)
+            view.members[i].token_probs = self._buffer(2 * view.vocab)
+            view.members[i].candidates = &numbers[0]
             self.kept += [rows, numbers]
 
     def __dealloc__(self):
@@ -721,7 +724,7 @@ cdef class Decoder:
     def __exit__(self, *error):
         self.close()
 
-    cdef float *_room(self, size) except NULL:
+    cdef float *_buffer(self, size) except NULL:
         self.kept.append(np.empty(size, np.float32))
         return float_pointer(self.kept[-1])
 
@@ -853,10 +856,10 @@ cdef class Decoder:
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)
         drawn = np.empty(numbers.size, np.int32)
         prompt = self._begin(self._checked(tokens, drawn.size - 1, sequence), sequence)
-        for start in range(0, drawn.size, DRAWN_AT_ONCE):
-            here = drawn[start:start + DRAWN_AT_ONCE]
+        for start in range(0, drawn.size, SAMPLED_AT_ONCE):
+            here = drawn[start:start + SAMPLED_AT_ONCE]
             self._run_alone(prompt, sequence, LAST, here[None],
-                            numbers[None, start:start + DRAWN_AT_ONCE])
+                            numbers[None, start:start + SAMPLED_AT_ONCE])
             prompt = here[-1:]
         return drawn
 
@@ -887,27 +890,27 @@ cdef class Decoder:
         cdef Place *places = self.view.places
         self._check_open()
         numbers = _checked_uniforms(uniforms, 2)
-        chosen = list(range(self.sequences) if sequences is None else sequences)
+        selected = list(range(self.sequences) if sequences is None else sequences)
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)
         given = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
-        if len(set(chosen)) != len(chosen):
+        if len(set(selected)) != len(selected):
             raise ValueError("a sequence is named twice")
-        if not len(chosen) == given.size == len(numbers):
-            raise ValueError(f"there are {len(chosen)} sequences, {given.size} tokens and "
+        if not len(selected) == given.size == len(numbers):
+            raise ValueError(f"there are {len(selected)} sequences, {given.size} tokens and "
                              f"{len(numbers)} rows of uniforms, expected as many of each")
-        for sequence in chosen:
-            self._check_room(sequence, numbers.shape[1])
+        for sequence in selected:
+            self._check_capacity(sequence, numbers.shape[1])
         drawn = np.empty(numbers.shape, np.int32)
-        at_once = max(DRAWN_AT_ONCE // len(chosen), 1)
+        at_once = max(SAMPLED_AT_ONCE // len(selected), 1)
         for start in range(0, drawn.shape[1], at_once):
-            here = np.empty((len(chosen), min(at_once, drawn.shape[1] - start)), np.int32)
+            here = np.empty((len(selected), min(at_once, drawn.shape[1] - start)), np.int32)
             self.tokens[:given.size] = given
-            for i, sequence in enumerate(chosen):
+            for i, sequence in enumerate(selected):
                 places[i].sequence, places[i].past = sequence, self.lengths[sequence]
-            self.view.rows, self.view.together = len(chosen), False
+            self.view.rows, self.view.together = len(selected), False
             self._run(EVERY, here, np.ascontiguousarray(numbers[:, start:start + at_once]))
-            for sequence in chosen:
+            for sequence in selected:
                 self.lengths[sequence] += here.shape[1]
             drawn[:, start:start + at_once] = here
             given = here[:, -1]
@@ -918,10 +921,10 @@ cdef class Decoder:
         self._check_sequence(sequence)
         prompt = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
-        self._check_room(sequence, prompt.size + more)
+        self._check_capacity(sequence, prompt.size + more)
         return prompt
 
-    def _check_room(self, sequence, more):
+    def _check_capacity(self, sequence, more):
         self._check_sequence(sequence)
         if self.lengths[sequence] + more > self.capacity:
             raise ValueError(f"{self.lengths[sequence]} tokens and {more} more do not fit a "
@@ -955,15 +958,15 @@ cdef class Decoder:
         PyErr_CheckSignals()
         self._check_idle()
         view.wanted = wanted
-        view.to_draw = 0
+        view.to_sample = 0
         if drawn is not None:
-            view.drawn = &drawn[0, 0]
+            view.sampled = &drawn[0, 0]
             view.uniforms = &uniforms[0, 0]
-            view.to_draw = drawn.shape[1]
+            view.to_sample = drawn.shape[1]
         view.out_of_memory = view.damaged = False
         self.busy = True
         with nogil:
-            run_team(decode, view, &view.team, threads)
+            parallel_region(decode, view, &view.team, threads)
         self.busy = False
         if view.out_of_memory:
             raise MemoryError("no memory for the kernels' packing buffers")

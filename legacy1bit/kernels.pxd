@@ -1,44 +1,44 @@
 """The table of kernels that every instruction set fills in.
 
-``kernels.pyx`` is compiled once for each instruction set; each of those modules hands out one
-``KernelTable``. ``math_ops`` picks the table at import, and everything above it calls through
-``math_ops.kernels()``. Nothing in a table checks its arguments or takes the GIL.
+``kernels.pyx`` is compiled once for each instruction set; each of those modules exports one
+``KernelTable``. ``math_ops`` selects the table at import, and everything above it calls through
+``math_ops.kernels()``. Kernels do not check their arguments and do not need the GIL.
 """
 
 cdef struct Matrix:
     # The weights of one linear map, [rows, cols] row-major: int8 codes times scales, or, where
-    # codes is NULL, dense float32. The code at (i, j) counts scale[i * scale_row + j / group].
+    # codes is NULL, dense float32. The scale of code (i, j) is scale[i * scale_row + j / group].
     Py_ssize_t rows
     Py_ssize_t cols
     const signed char *codes
     const float *scale
-    Py_ssize_t scale_row      # scales a row has; 0 where all rows share one
-    Py_ssize_t group          # neighbouring weights of a row that share a scale
+    Py_ssize_t scale_row      # scales per row; 0 with one scale for all rows
+    Py_ssize_t group          # consecutive weights of a row that share a scale
     const float *dense
 
 cdef struct PackedMatrix:
-    # The same for decoding: codes in tiles (see simd.h), strips of 32 rows one
-    # after the other. A code u stands for factor * u + offset, times its scale.
+    # The same for decoding: codes in tiles (see simd.h), in consecutive strips of 32 rows. A code u
+    # stands for factor * u + offset, times its scale.
     Py_ssize_t rows
     Py_ssize_t cols
     const unsigned char *tiles
-    bint trits                # tiles of 20 columns in base 3; then all of a row share a scale
+    bint trits                # tiles of 20 columns in base 3, with at most one scale per row
     int factor
     int offset
     const float *scale
     Py_ssize_t scale_row      # as in a Matrix
     Py_ssize_t group
 
-cdef struct Rounded:
-    # Rows of activations as int8: row t is steps[t] times its codes, whose sum is sums[t]. Rows
-    # and columns are read in blocks of 32 and 64, so there is room behind them.
-    Py_ssize_t stride         # from one row to the next, at least 19 more than the columns: zeros
+cdef struct Int8Rows:
+    # Rows of int8 activations: row t is scales[t] times its codes, whose sum is sums[t]. They are
+    # padded, because rows are read in blocks of 32 and columns in blocks of 64.
+    Py_ssize_t stride         # from row to row; at least 19 zeros follow the columns
     signed char *codes
-    float *steps
+    float *scales
     int *sums
 
 cdef struct Scheme:
-    # How weights become codes; see schemes.py.
+    # The rule by which weights become codes; see schemes.py.
     bint median
     float factor
     float threshold
@@ -48,14 +48,14 @@ cdef struct Scheme:
 cdef struct Attention:
     # One head of one sequence. Rows of q, k, v and the outputs are `stride` floats apart.
     Py_ssize_t queries        # rows of q
-    Py_ssize_t keys           # rows of k and v; the last `queries` of them are the queries' own
+    Py_ssize_t keys           # rows of k and v; the last `queries` of them belong to the queries
     Py_ssize_t head_dim
     Py_ssize_t stride
-    Py_ssize_t k_key          # in the forward pass key j has dimension i at k[j k_key + i k_dim]
+    Py_ssize_t k_key          # in the forward pass dimension i of key j is k[j k_key + i k_dim]
     Py_ssize_t k_dim
-    Py_ssize_t span           # how many keys back a query sees, itself included; 0: all
-    const unsigned char *allowed    # uint8[keys], 0 where a key is padding; NULL: none is
-    const int *starts         # int32[queries], never falling: the first key each sees; NULL: all
+    Py_ssize_t window         # attention window: keys that a query sees, itself included; 0: all
+    const unsigned char *allowed    # uint8[keys], 0 at padding; NULL: no padding
+    const int *starts         # int32[queries], nondecreasing: the first key of each; NULL: all 0
     const float *q
     const float *k
     const float *v
@@ -69,20 +69,20 @@ cdef struct Attention:
     float *d_probs            # scratch, float32[queries, keys]
 
 cdef struct CachedHead:
-    # Neighbouring queries of one head, and the keys and values they see, in int8 with a step each.
-    # Rows of q and out are `stride` floats apart.
+    # Consecutive queries of one head, and the cached int8 keys and values that they see. Rows of q
+    # and out are `stride` floats apart.
     Py_ssize_t queries        # at most CACHED_QUERIES
-    Py_ssize_t keys           # that the first of them sees; each sees one more than that before it
-    Py_ssize_t skipped        # keys of the first tile that none of them sees
+    Py_ssize_t keys           # of the first query; each query sees one more than the previous one
+    Py_ssize_t skipped        # keys at the front of the first tile that no query sees
     Py_ssize_t head_dim
     Py_ssize_t stride
-    Py_ssize_t room           # floats in a row of probs: the tiles of keys
+    Py_ssize_t probs_stride   # floats in a row of probs, a multiple of the tiles of keys
     const float *q
     const signed char *k      # tiles of 16: [dimension][key]
-    const signed char *v      # from here on those of the first key that is seen
-    const float *k_steps
-    const float *v_steps
-    float *probs              # float32[queries, room], scratch
+    const signed char *v      # rows, from the first visible key on
+    const float *k_scales
+    const float *v_scales
+    float *probs              # float32[queries, probs_stride], scratch
     float *out
 
 cdef struct Update:
@@ -95,12 +95,12 @@ cdef struct Update:
     float correction1         # 1 - beta1^step
     float correction2         # 1 - beta2^step
     float gradient_scale      # multiplies every gradient first (clipping)
-    float momentum            # of SGD, which needs neither beta
+    float momentum            # for SGD, which uses neither beta
 
 cdef struct KernelTable:
     const char *name
-    Py_ssize_t peak_floats          # floats that a round of peak_fused multiplies and adds
-    Py_ssize_t workspace_floats     # scratch a thread needs for matmul and the attention
+    Py_ssize_t peak_floats          # fused multiply-adds in a round of peak_fused
+    Py_ssize_t workspace_floats     # scratch that a thread needs for matmul and attention
 
     void (*add)(float *x, const float *y, Py_ssize_t n) noexcept nogil
     void (*add_scaled)(float *x, float scale, const float *y, Py_ssize_t n) noexcept nogil
@@ -111,7 +111,7 @@ cdef struct KernelTable:
     void (*exp)(float *x, Py_ssize_t n) noexcept nogil
     float (*sum)(const float *x, Py_ssize_t n) noexcept nogil
     float (*largest)(const float *x, Py_ssize_t n) noexcept nogil
-    Py_ssize_t (*select)(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil
+    Py_ssize_t (*select)(const float *x, Py_ssize_t n, float bound, int *indices) noexcept nogil
     float (*dot)(const float *x, const float *y, Py_ssize_t n) noexcept nogil
     double (*sum_of_squares)(const float *x, Py_ssize_t n) noexcept nogil
     void (*column_sums)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
@@ -159,16 +159,16 @@ cdef struct KernelTable:
     void (*attention_backward)(const Attention *head, float *workspace) noexcept nogil
 
     float (*quantize)(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
-                      signed char *codes, float *room) noexcept nogil
-    void (*round_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
-    void (*round_to_int8)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
-                          const Rounded *out) noexcept nogil
-    void (*widen)(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
-                  float *out) noexcept nogil
-    void (*widen_keys)(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
-                       float *out, Py_ssize_t row) noexcept nogil
+                      signed char *codes, float *scratch) noexcept nogil
+    void (*fake_quantize_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
+    void (*quantize_rows)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                          const Int8Rows *out) noexcept nogil
+    void (*dequantize_rows)(const signed char *codes, const float *scales, Py_ssize_t rows,
+                            Py_ssize_t cols, float *out) noexcept nogil
+    void (*dequantize_keys)(const signed char *k, const float *scales, Py_ssize_t dim,
+                            Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil
     void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
-                           const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                           const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                            float *out, Py_ssize_t out_row, float *workspace) noexcept nogil
     void (*adamw)(float *weights, float *first, float *second, const float *gradient,
                   Py_ssize_t n, const Update *settings) noexcept nogil

@@ -1,12 +1,12 @@
 # cython: wraparound=False
-"""Every numerical kernel, written once against the vector vocabulary of ``include/simd.h``.
+"""All numerical kernels, written once with the vector operations of ``include/simd.h``.
 
 This file is not a module of its own: ``setup.py`` compiles it once for each instruction set, as
 ``_kernels_scalar``, ``_kernels_sse2`` and so on, each with its own flags. All arrays are float32
 and row-major unless a comment says otherwise; the callers in ``math_ops``, ``forward`` and
-``backward`` have checked every size. Loops run over whole vectors first and then once over the
-lanes that are left. They are written ``for i from 0 <= i < n by step`` because Cython makes a C
-loop of ``range`` only where it can see the sign of the step.
+``backward`` have checked every size. Loops process whole vectors first and then the remaining
+lanes once. They are written ``for i from 0 <= i < n by step`` because Cython turns ``range`` into a
+C loop only if the sign of the step is known at compile time.
 """
 
 from cpython.pycapsule cimport PyCapsule_New
@@ -14,7 +14,7 @@ from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    Attention, CachedHead, KernelTable, Matrix, PackedMatrix, Rounded, Scheme, Update,
+    Attention, CachedHead, Int8Rows, KernelTable, Matrix, PackedMatrix, Scheme, Update,
 )
 
 cdef extern from "simd.h" nogil:
@@ -75,7 +75,7 @@ cdef extern from "simd.h" nogil:
     vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
     void prefetch_tile(const unsigned char *tile)
-    void anew(void *memory)
+    void do_not_optimize(void *memory)
     ctypedef struct amx_operand:
         const float *dense
         long line_stride
@@ -84,11 +84,11 @@ cdef extern from "simd.h" nogil:
         const float *scale
         long scale_row
         long group
-        int turned
+        int transposed
     enum:
         MATRIX_UNIT
         AMX_WORKSPACE
-        AMX_FEW
+        AMX_MIN_ROWS
     int amx_request()
     void amx_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
                      float factor, const float *bias, int accumulate, float *c, long c_row,
@@ -96,22 +96,29 @@ cdef extern from "simd.h" nogil:
     void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
                          long stride, long rows, int *totals, float *workspace)
 
+cdef extern from "elementwise.h" nogil:
+    ctypedef vf32 (*unary_lanes)(vf32 x) noexcept
+    ctypedef vf32 (*binary_lanes)(vf32 x, vf32 y) noexcept
+    void elementwise_unary(float *out, const float *x, long n, unary_lanes f)
+    void elementwise_scalar(float *out, const float *x, float scalar, long n, binary_lanes f)
+    void elementwise_binary(float *out, const float *x, const float *y, long n, binary_lanes f)
+
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
-    float ordered_squares(const float *x, float centre, long n)
-    void wide_layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
-                         float *out, float *mean, float *inv_std, long n)
+    float ordered_squares(const float *x, float center, long n)
+    void layer_norm_float64(const float *x, const float *gamma, const float *beta, float epsilon,
+                            float *out, float *mean, float *inv_std, long n)
 
 cdef extern from "cache.h" nogil:
     enum:
         CACHED_KEYS
-    void score_alone(const signed char *k, const float *q, long dim, long tiles, float *out)
-    void score_together(const signed char *k, const float *q, long q_row, long dim, long tiles,
-                        float *out, long out_row, long queries)
+    void score_one_query(const signed char *k, const float *q, long dim, long tiles, float *out)
+    void score_queries(const signed char *k, const float *q, long q_row, long dim, long tiles,
+                       float *out, long out_row, long queries)
     void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
                     float *out, long out_row, long queries)
-    void widen_keys(const signed char *k, const float *steps, long dim, long tiles, float *out,
-                    long row)
+    void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
+                         float *out, long row)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -162,11 +169,11 @@ cdef inline vf32 load_first_weights(const weight *p, Py_ssize_t n) noexcept nogi
 
 
 cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
-    # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is taken off in two parts,
-    # the first short enough that n times it is exact. The Taylor series stops after r^7: what it
-    # leaves out is below 0.35^8 / 8! = 6e-9 of the result, a tenth of a float32 rounding. Below
-    # -104 the result rounds to 0, above 89 to infinity; NaN passes through the comparisons. Nothing
-    # is fused, so that all instruction sets agree.
+    # exp(x) = 2^n exp(r), n = round(x / ln 2), |r| <= ln(2) / 2. ln 2 is subtracted in two parts,
+    # the first short enough that n times it is exact. The Taylor series stops after r^7: its
+    # truncation error is below 0.35^8 / 8! = 6e-9 of the result, a tenth of a float32 rounding.
+    # Below -104 the result rounds to 0, above 89 to infinity; NaN passes through the comparisons.
+    # There is no fused multiply-add, so that all instruction sets agree.
     cdef vf32 n, r, p
     x = vf32_min(vf32_splat(89.0), vf32_max(vf32_splat(-104.0), x))
     n = vf32_round(vf32_mul(x, vf32_splat(1.44269504)))
@@ -184,14 +191,8 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
 
 
 cdef void add(float *x, const float *y, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
     START_TIMER(TIMER_VECTOR)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_add(vf32_load(x + i), vf32_load(y + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_add(vf32_load_first(x + whole, n - whole),
-                                  vf32_load_first(y + whole, n - whole)))
+    elementwise_binary(x, x, y, n, vf32_add)
     STOP_TIMER(TIMER_VECTOR)
 
 
@@ -207,51 +208,23 @@ cdef void add_scaled(float *x, float scale, const float *y, Py_ssize_t n) noexce
 
 
 cdef void multiply(float *x, const float *y, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_mul(vf32_load(x + i), vf32_load(y + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_mul(vf32_load_first(x + whole, n - whole),
-                                  vf32_load_first(y + whole, n - whole)))
+    elementwise_binary(x, x, y, n, vf32_mul)
 
 
 cdef void scale(float *x, float factor, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(factor)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_mul(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_mul(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, factor, n, vf32_mul)
 
 
 cdef void shift(float *x, float offset, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(offset)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_add(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_add(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, offset, n, vf32_add)
 
 
 cdef void divide(float *x, float divisor, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 s = vf32_splat(divisor)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, vf32_div(vf32_load(x + i), s))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole,
-                         vf32_div(vf32_load_first(x + whole, n - whole), s))
+    elementwise_scalar(x, x, divisor, n, vf32_div)
 
 
 cdef void exponential(float *x, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(x + i, exp_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(x + whole, n - whole, exp_lanes(vf32_load_first(x + whole, n - whole)))
+    elementwise_unary(x, x, n, exp_lanes)
 
 
 cdef float sum(const float *x, Py_ssize_t n) noexcept nogil:
@@ -259,7 +232,7 @@ cdef float sum(const float *x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline float weighted_sum(const weight *w, const float *x, Py_ssize_t n) noexcept nogil:
-    # Two accumulators, so that one addition need not wait for the other.
+    # Two accumulators, so that additions do not wait for each other.
     cdef Py_ssize_t i = 0, whole = n - n % VF32_LANES
     cdef vf32 even = vf32_zero(), odd = vf32_zero()
     while i + 2 * VF32_LANES <= n:
@@ -279,7 +252,7 @@ cdef float dot(const float *x, const float *y, Py_ssize_t n) noexcept nogil:
 
 
 cdef double sum_of_squares(const float *x, Py_ssize_t n) noexcept nogil:
-    # In float64 from every 1,024 elements on: gradients are summed by the million.
+    # Blocks of 1,024 elements are summed in float64: gradients have millions of elements.
     cdef Py_ssize_t start
     cdef double total = 0.0
     for start from 0 <= start < n by 1024:
@@ -302,58 +275,37 @@ cdef inline vf32 relu_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, x)
 
 
-cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(out + i, relu_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(out + whole, n - whole, relu_lanes(vf32_load_first(x + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
 cdef inline vf32 relu2_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(x, x))
-
-
-cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(out + i, relu2_lanes(vf32_load(x + i)))
-    if whole < n:
-        vf32_store_first(out + whole, n - whole,
-                         relu2_lanes(vf32_load_first(x + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
-cdef void relu_backward(const float *x, const float *d_out, float *d_x,
-                        Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(d_x + i, vf32_where_positive(vf32_load(x + i), vf32_load(d_out + i)))
-    if whole < n:
-        vf32_store_first(d_x + whole, n - whole,
-                         vf32_where_positive(vf32_load_first(x + whole, n - whole),
-                                             vf32_load_first(d_out + whole, n - whole)))
-    STOP_TIMER(TIMER_ACTIVATION)
 
 
 cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
 
 
+cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_unary(out, x, n, relu_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_unary(out, x, n, relu2_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void relu_backward(const float *x, const float *d_out, float *d_x,
+                        Py_ssize_t n) noexcept nogil:
+    START_TIMER(TIMER_ACTIVATION)
+    elementwise_binary(d_x, x, d_out, n, vf32_where_positive)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
 cdef void relu2_backward(const float *x, const float *d_out, float *d_x,
                          Py_ssize_t n) noexcept nogil:
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
     START_TIMER(TIMER_ACTIVATION)
-    for i from 0 <= i < whole by VF32_LANES:
-        vf32_store(d_x + i, relu2_backward_lanes(vf32_load(x + i), vf32_load(d_out + i)))
-    if whole < n:
-        vf32_store_first(d_x + whole, n - whole,
-                         relu2_backward_lanes(vf32_load_first(x + whole, n - whole),
-                                              vf32_load_first(d_out + whole, n - whole)))
+    elementwise_binary(d_x, x, d_out, n, relu2_backward_lanes)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
@@ -372,16 +324,16 @@ cdef float largest(const float *x, Py_ssize_t n) noexcept nogil:
     return top
 
 
-cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *found) noexcept nogil:
-    # Writes the places of the numbers that are not below the bound, and returns how many there are.
-    # It is for few of many: a stretch in which there is none is passed over at once.
+cdef Py_ssize_t select(const float *x, Py_ssize_t n, float bound, int *indices) noexcept nogil:
+    # Writes the indices of the elements that are not below the bound, and returns their number.
+    # Fast if there are few: blocks without any are skipped at once.
     cdef Py_ssize_t start, i, count = 0
     for start from 0 <= start < n by 64:
         if largest(x + start, min(n - start, 64)) < bound:
             continue
         for i in range(start, min(start + 64, n)):
             if x[i] >= bound:
-                found[count] = <int>i
+                indices[count] = <int>i
                 count += 1
     return count
 
@@ -400,7 +352,7 @@ cdef inline float exponentials(float *x, Py_ssize_t n, float top, float factor) 
 
 
 cdef inline void softmax_row(float *x, Py_ssize_t n, float factor) noexcept nogil:
-    # softmax(factor * x), factor > 0. A row of nothing but -infinity has no distribution: zeros.
+    # softmax(factor * x), factor > 0. A row of only -infinity has no distribution: zeros.
     cdef float top = largest(x, n), total
     cdef Py_ssize_t i
     if top == -INFINITY:
@@ -444,7 +396,7 @@ cdef double cross_entropy(float *logits, const int *targets, Py_ssize_t rows, Py
 
 
 # ---------------------------------------------------------------------------------------------
-# Layer normalisation (Ba, Kiros & Hinton, arXiv 1607.06450, equation 4)
+# Layer normalization (Ba, Kiros & Hinton, arXiv 1607.06450, equation 4)
 
 cdef void layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
                      float *out, float *mean, float *inv_std,
@@ -453,28 +405,28 @@ cdef void layer_norm(const float *x, const float *gamma, const float *beta, floa
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef float *to
-    cdef vf32 centre, factor, d
-    cdef float centre_of_row, deviation, spread
+    cdef vf32 center, factor, d
+    cdef float row_mean, deviation, spread
     START_TIMER(TIMER_LAYER_NORM_FORWARD)
     for i in range(rows):
         row = x + i * cols
         to = out + i * cols
-        centre_of_row = sum(row, cols) / cols
-        deviation = sqrtf(ordered_squares(row, centre_of_row, cols) / cols + epsilon)
+        row_mean = sum(row, cols) / cols
+        deviation = sqrtf(ordered_squares(row, row_mean, cols) / cols + epsilon)
         # A mean of up to 1,000 standard deviations is exact enough. NaN fails the comparisons.
-        if not (fabsf(centre_of_row) <= <float>1e3 * deviation and deviation < INFINITY):
-            wide_layer_norm(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
+        if not (fabsf(row_mean) <= <float>1e3 * deviation and deviation < INFINITY):
+            layer_norm_float64(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
             continue
-        centre = vf32_splat(centre_of_row)
+        center = vf32_splat(row_mean)
         spread = 1.0 / deviation
-        mean[i] = centre_of_row
+        mean[i] = row_mean
         inv_std[i] = spread
         factor = vf32_splat(spread)
         for j from 0 <= j < whole by VF32_LANES:
-            d = vf32_mul(vf32_sub(vf32_load(row + j), centre), factor)
+            d = vf32_mul(vf32_sub(vf32_load(row + j), center), factor)
             vf32_store(to + j, vf32_add(vf32_mul(d, vf32_load(gamma + j)), vf32_load(beta + j)))
         if left:
-            d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), centre), factor)
+            d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), center), factor)
             d = vf32_mul(d, vf32_load_first(gamma + whole, left))
             vf32_store_first(to + whole, left, vf32_add(d, vf32_load_first(beta + whole, left)))
     STOP_TIMER(TIMER_LAYER_NORM_FORWARD)
@@ -487,29 +439,29 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
     # With x^ = (x - mean) * inv_std and g = d_out * gamma:
     #   d_x     += inv_std * (g - mean(g) - x^ * mean(g * x^))
     #   d_gamma += d_out * x^,  d_beta += d_out
-    # x^ is made as (x / 2 - mean / 2) * (2 inv_std): half a difference cannot overflow.
+    # x^ is computed as (x / 2 - mean / 2) * (2 inv_std): half a difference cannot overflow.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *dy
     cdef const float *row
     cdef float *dx
     cdef float last[VF32_LANES]
-    cdef vf32 half = vf32_splat(0.5), centre, last_centre = vf32_zero(), factor, wide, hat
+    cdef vf32 half = vf32_splat(0.5), center, last_center = vf32_zero(), factor, wide, hat
     cdef vf32 d, g, sum_g, sum_gx, mean_g, mean_gx
     START_TIMER(TIMER_LAYER_NORM_BACKWARD)
     for i in range(rows):
         dy = d_out + i * cols
         row = x + i * cols
         dx = d_x + i * cols
-        centre = vf32_splat(<float>-0.5 * mean[i])
+        center = vf32_splat(<float>-0.5 * mean[i])
         factor = vf32_splat(inv_std[i])
         wide = vf32_add(factor, factor)
         if left:
-            vf32_store(last, centre)
-            last_centre = vf32_load_first(last, left)
+            vf32_store(last, center)
+            last_center = vf32_load_first(last, left)
         sum_g = vf32_zero()
         sum_gx = vf32_zero()
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
             d = vf32_load(dy + j)
             vf32_store(d_gamma + j, vf32_fmadd(d, hat, vf32_load(d_gamma + j)))
             vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
@@ -518,7 +470,7 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
             sum_gx = vf32_fmadd(g, hat, sum_gx)
         if left:
             # Lanes that are not loaded have d = 0 and x^ = 0, so they add nothing to either sum.
-            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_center), wide)
             d = vf32_load_first(dy + whole, left)
             vf32_store_first(d_gamma + whole, left,
                              vf32_fmadd(d, hat, vf32_load_first(d_gamma + whole, left)))
@@ -530,12 +482,12 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
         mean_g = vf32_splat(vf32_sum(sum_g) / cols)
         mean_gx = vf32_splat(vf32_sum(sum_gx) / cols)
         for j from 0 <= j < whole by VF32_LANES:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
             g = vf32_sub(vf32_mul(vf32_load(dy + j), vf32_load(gamma + j)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))
             vf32_store(dx + j, vf32_fmadd(g, factor, vf32_load(dx + j)))
         if left:
-            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_centre), wide)
+            hat = vf32_mul(vf32_fmadd(half, vf32_load_first(row + whole, left), last_center), wide)
             g = vf32_sub(vf32_mul(vf32_load_first(dy + whole, left),
                                   vf32_load_first(gamma + whole, left)), mean_g)
             g = vf32_sub(g, vf32_mul(hat, mean_gx))
@@ -550,8 +502,8 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
 cdef void rotary(float *x, const float *cosines, const float *sines, float direction,
                  Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t heads,
                  Py_ssize_t head_dim) noexcept nogil:
-    # Turns each pair of row t by direction * (the angle whose cosine is cosines[t, i]); direction
-    # is 1 for the forward pass and -1 for the way back.
+    # Rotates each pair of row t by direction * (the angle whose cosine is cosines[t, i]); direction
+    # is 1 in the forward pass and -1 in the backward pass.
     cdef Py_ssize_t t, h, i, half = head_dim // 2, whole = half - half % VF32_LANES
     cdef Py_ssize_t left = half - whole
     cdef float *low
@@ -593,8 +545,8 @@ cdef inline float scale_at(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col)
 
 cdef inline void rows_times_vector(const weight *w, const Matrix *matrix, Py_ssize_t first,
                                    Py_ssize_t count, const float *x, float *out) noexcept nogil:
-    # out[rows] += the product of columns first to first + count, which share their scales, with
-    # x. Four rows share every load of x.
+    # out[rows] += matrix[:, first:first + count] x[first:first + count], columns with the same
+    # scales. Four rows share every load of x.
     cdef Py_ssize_t i = 0, j, cols = matrix.cols, whole = count - count % VF32_LANES
     cdef Py_ssize_t left = count - whole
     cdef const weight *r
@@ -655,7 +607,7 @@ cdef inline void add_row(const signed char *w, Py_ssize_t cols, float factor,
 
 cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
                                   float *out) noexcept nogil:
-    # out[cols] = matrix[rows, cols]^T x[rows], of codes.
+    # out[cols] = matrix[rows, cols]^T x[rows], for a matrix of codes.
     cdef Py_ssize_t i, first
     START_TIMER(TIMER_MATRIX_VECTOR)
     memset(out, 0, matrix.cols * sizeof(float))
@@ -670,14 +622,14 @@ cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
 # ---------------------------------------------------------------------------------------------
 # Matrix times matrix
 #
-# The scheme of Goto & van de Geijn (ACM TOMS 34(3), 2008): panels of both matrices are packed so
-# that the inner loop reads straight through memory, and a tile of the result stays in registers.
+# The algorithm of Goto & van de Geijn (ACM TOMS 34(3), 2008): panels of both matrices are packed so
+# that the inner loop reads memory sequentially, and a tile of the result stays in registers.
 
 cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
                                const float *start, float *c, Py_ssize_t c_row) noexcept nogil:
-    # c[TILE_ROWS, TILE_COLUMNS] = start + a b, where every row starts from `start`, or from what
-    # c holds where start is NULL. a is packed [depth, TILE_ROWS], b [depth, TILE_COLUMNS]. The
-    # trip counts are constants: the compiler unrolls the tile and keeps it in registers.
+    # c[TILE_ROWS, TILE_COLUMNS] = start + a b, where every row starts from `start`, or from c
+    # itself if start is NULL. a is packed [depth, TILE_ROWS], b [depth, TILE_COLUMNS]. The trip
+    # counts are constants: the compiler unrolls the tile and keeps it in registers.
     cdef vf32 total[TILE_ROWS][TILE_VECTORS]
     cdef vf32 right[TILE_VECTORS]
     cdef vf32 left
@@ -715,7 +667,7 @@ cdef inline void copy_block(const float *source, Py_ssize_t source_row, float *t
 cdef inline void multiply_edge(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth,
                                const float *a, const float *b, const float *start, float *c,
                                Py_ssize_t c_row) noexcept nogil:
-    # A tile that hangs over the edge of c is worked out aside; its overhang is thrown away.
+    # A tile that extends past the edge of c is computed in a buffer and copied without the excess.
     cdef float tile[TILE_ROWS * TILE_COLUMNS]
     memset(tile, 0, sizeof(tile))
     if not start:
@@ -726,8 +678,8 @@ cdef inline void multiply_edge(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dept
 
 cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, Py_ssize_t rows,
                            Py_ssize_t depth, float *packed) noexcept nogil:
-    # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros. No tile has
-    # more rows than a vector lanes, where there are vectors.
+    # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros. Except in the
+    # scalar tier, TILE_ROWS <= VF32_LANES.
     cdef Py_ssize_t i, k, tile, here, whole = depth - depth % VF32_LANES
     cdef vf32 square[VF32_LANES]
     for tile from 0 <= tile < rows by TILE_ROWS:
@@ -788,7 +740,7 @@ cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
                 for k in range(whole, depth):
                     packed[k * TILE_COLUMNS + j] = b[(panel + j) * b_col + k]
         elif b_row == 1:
-            # A transposition, a few rows of the panel at a time: they stay in the first cache.
+            # Transposes a few rows of the panel at a time, which stay in the L1 cache.
             for block from 0 <= block < depth by TRANSPOSED_ROWS:
                 for j in range(here):
                     for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
@@ -802,8 +754,8 @@ cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
 
 cdef inline void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
                             Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
-    # What pack_right does, of the weights whose corner is at (row, col), widened and scaled.
-    # Panels begin at multiples of a vector, so that a vector has one scale.
+    # As pack_right, for the weights from (row, col) on, dequantized. Panels start at multiples of
+    # the vector length, so that a vector has a single scale.
     cdef const signed char *codes = matrix.codes + row * matrix.cols + col
     cdef Py_ssize_t j, k, panel, here
     cdef vf32 factor
@@ -832,8 +784,8 @@ cdef inline void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col
 cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
                                        Py_ssize_t depth, Py_ssize_t cols,
                                        float *packed) noexcept nogil:
-    # The same of the transposed matrix: its column j is the matrix's row row + j. Blocks begin at
-    # multiples of TRANSPOSED_ROWS, so that each has one scale.
+    # The same for the transposed matrix: its column j is row `row + j` of the matrix. Blocks start
+    # at multiples of TRANSPOSED_ROWS, so that each has a single scale.
     cdef const signed char *codes
     cdef Py_ssize_t i, j, k, panel, here, block
     cdef float factor
@@ -864,9 +816,9 @@ cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_
 
 
 cdef enum Right:
-    FLOATS                    # the right matrix is b
+    FLOATS                    # the right-hand matrix is b
     CODES                     # it is a matrix of codes
-    CODES_TRANSPOSED          # or such a matrix transposed
+    CODES_TRANSPOSED          # it is the transpose of such a matrix
 
 
 cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
@@ -876,7 +828,7 @@ cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                      const float *bias, bint accumulate,
                                      float *c, Py_ssize_t c_row,
                                      float *workspace) noexcept nogil:
-    # What panel_product does, in bfloat16. One scale for all codes stays out of the rounding.
+    # As panel_product, in bfloat16. A single scale is applied after the product, without rounding.
     cdef amx_operand left, right
     cdef float factor = 1.0
     memset(&left, 0, sizeof(left))
@@ -886,7 +838,7 @@ cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
     if kind != FLOATS:
         right.codes = matrix.codes
         right.scale, right.scale_row, right.group = matrix.scale, matrix.scale_row, matrix.group
-        right.turned = kind == CODES
+        right.transposed = kind == CODES
         right.line_stride = 1 if kind == CODES else matrix.cols
         right.depth_stride = matrix.cols if kind == CODES else 1
         factor = matrix.scale[0] if matrix.scale_row == 0 else 1.0
@@ -899,8 +851,8 @@ cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
                                const float *bias, bint accumulate,
                                float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
-    # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... where accumulate is set. Element (i, j) of a
-    # lies at a + i * a_row + j * a_col, and likewise in b; c has rows c_row apart.
+    # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... if accumulate is set. Element (i, j) of a
+    # is at a + i * a_row + j * a_col, and likewise for b; rows of c are c_row apart.
     cdef float *right = workspace
     cdef float *left = right + PACK_DEPTH * PACK_COLUMNS
     cdef float *start = left + PACK_ROWS * PACK_DEPTH
@@ -965,8 +917,8 @@ cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
 
 cdef void linear(const Matrix *matrix, const float *bias, const float *x, Py_ssize_t rows,
                  float *out, float *workspace) noexcept nogil:
-    # out[rows, matrix.rows] = x[rows, matrix.cols] matrix^T + bias. Packing the matrix pays only
-    # when enough rows of x use it.
+    # out[rows, matrix.rows] = x[rows, matrix.cols] matrix^T + bias. Packing the matrix pays only if
+    # enough rows of x use it.
     cdef Py_ssize_t i
     if rows < TILE_ROWS:
         for i in range(rows):
@@ -983,7 +935,7 @@ cdef void linear(const Matrix *matrix, const float *bias, const float *x, Py_ssi
 
 cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t rows,
                           bint accumulate, float *d_x, float *workspace) noexcept nogil:
-    # d_x[rows, matrix.cols] = d_out[rows, matrix.rows] matrix, or += where accumulate is set.
+    # d_x[rows, matrix.cols] = d_out[rows, matrix.rows] matrix, or += if accumulate is set.
     START_TIMER(TIMER_MATMUL)
     panel_product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1,
                   CODES if matrix.codes else FLOATS, matrix, matrix.dense, matrix.cols, 1, NULL,
@@ -992,18 +944,17 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
 
 
 # ---------------------------------------------------------------------------------------------
-# Packed codes times int8 activations: whole numbers, the same in every instruction set. The float
-# arithmetic around them is the same, too: a multiplication and an addition, never fused.
+# Packed codes times int8 activations: integers, the same in every instruction set. The float
+# arithmetic around them is the same, too: multiplications and additions, never fused.
 
 cdef enum:
     STRIP_PARTS = STRIP_ROWS / VSUM_ROWS
     PART_BYTES = TILE_BYTES / STRIP_PARTS
-    VSUM_BLOCK = 128        # rows of activations whose sums are taken at once
+    VSUM_BLOCK = 128        # rows of activations per block of sums
 
 
-cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange) noexcept nogil:
-    # The largest |x|; strange becomes 0, or NaN where an x is no number or infinite: x - x is 0 of
-    # every other.
+cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *nonfinite) noexcept nogil:
+    # The largest |x|; nonfinite is 0 if every x is finite, else NaN: x - x is 0 for finite x only.
     cdef Py_ssize_t i, whole = n - n % VF32_LANES
     cdef vf32 v, most = vf32_zero(), total = vf32_zero()
     for i from 0 <= i < whole by VF32_LANES:
@@ -1014,7 +965,7 @@ cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *strange
         v = vf32_load_first(x + whole, n - whole)
         most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
         total = vf32_add(total, vf32_sub(v, v))
-    strange[0] = vf32_sum(total)
+    nonfinite[0] = vf32_sum(total)
     return vf32_largest(most)
 
 
@@ -1026,24 +977,24 @@ cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
     return total
 
 
-cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
-                        const Rounded *out) noexcept nogil:
-    # Each row in whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet b1.58,
-    # arXiv 2402.17764, section 2). A row that is not finite has a step that is none.
+cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
+                        const Int8Rows *out) noexcept nogil:
+    # Quantizes each row to int8 codes, -127 to 127, with its own scale max |x| / 127 (BitNet b1.58,
+    # arXiv 2402.17764, section 2). The scale of a row that is not finite is NaN.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef signed char *codes
     cdef signed char last[VF32_LANES]
-    cdef float top, inverse, strange
+    cdef float top, inverse, nonfinite
     cdef vf32 up
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
         codes = out.codes + i * out.stride
-        top = largest_magnitude(row, cols, &strange)
+        top = largest_magnitude(row, cols, &nonfinite)
         inverse = <float>127.0 / top
-        out.steps[i] = top / <float>127.0 + strange
-        if not (out.steps[i] > 0.0 and inverse < INFINITY):
+        out.scales[i] = top / <float>127.0 + nonfinite
+        if not (out.scales[i] > 0.0 and inverse < INFINITY):
             memset(codes, 0, out.stride)
             out.sums[i] = 0
             continue
@@ -1060,7 +1011,7 @@ cdef void round_to_int8(const float *x, Py_ssize_t rows, Py_ssize_t cols,
 
 cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                             const signed char *x, int *totals) noexcept nogil:
-    # totals[32]: one row of activations. The parts of the strip share every load of it.
+    # totals[32] for one row of activations; all parts of the strip share each load of it.
     cdef vsum s[STRIP_PARTS]
     cdef vact a
     cdef vact3 a3
@@ -1090,7 +1041,7 @@ cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
 cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                             const signed char *x, Py_ssize_t stride,
                             int *totals) noexcept nogil:
-    # totals[VSUM_AT_ONCE][32]: rows of activations that share the unpacking.
+    # totals[VSUM_AT_ONCE][32] for rows of activations that share the unpacking of codes.
     cdef vsum s[VSUM_AT_ONCE]
     cdef const unsigned char *w
     cdef Py_ssize_t i, j, t
@@ -1114,10 +1065,10 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
                 vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
 
 
-cdef inline void some_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
+cdef inline void tile_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                            const signed char *x, Py_ssize_t stride, Py_ssize_t rows,
                            int *totals) noexcept nogil:
-    # totals[rows][32] of at most VSUM_TILES tiles.
+    # totals[rows][32] for at most VSUM_TILES tiles.
     cdef Py_ssize_t t = 0
     if VSUM_AT_ONCE > 1:
         while t + VSUM_AT_ONCE <= rows:
@@ -1131,24 +1082,24 @@ cdef inline void some_sums(const unsigned char *strip, Py_ssize_t tiles, bint tr
 cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                       const signed char *x, Py_ssize_t stride, Py_ssize_t rows, int *totals,
                       float *workspace) noexcept nogil:
-    # totals[rows][32], rows <= VSUM_BLOCK: the sums of unsigned codes times activations.
+    # totals[rows][32], rows <= VSUM_BLOCK: sums of unsigned codes times activations.
     cdef int part[VSUM_BLOCK * STRIP_ROWS]
     cdef Py_ssize_t i, done, width = TILE_TRITS if trits else TILE_CODES
-    if MATRIX_UNIT and rows >= AMX_FEW:
+    if MATRIX_UNIT and rows >= AMX_MIN_ROWS:
         amx_packed_sums(strip, tiles, trits, x, stride, rows, totals, workspace)
         return
-    some_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
+    tile_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
     for done from VSUM_TILES <= done < tiles by VSUM_TILES:
-        some_sums(strip + done * TILE_BYTES, min(tiles - done, VSUM_TILES), trits,
+        tile_sums(strip + done * TILE_BYTES, min(tiles - done, VSUM_TILES), trits,
                   x + done * width, stride, rows, part)
         for i in range(rows * STRIP_ROWS):
             totals[i] += part[i]
 
 
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
-                         const Rounded *x, Py_ssize_t rows, const float *bias, bint accumulate,
+                         const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                          float *out, Py_ssize_t out_row, float *workspace) noexcept nogil:
-    # out[rows, matrix.rows] (+)= x matrix^T + bias, of the strips from first to last.
+    # out[rows, matrix.rows] (+)= x matrix^T + bias, for the strips first to last - 1.
     cdef int totals[VSUM_BLOCK * STRIP_ROWS]
     cdef Py_ssize_t width = TILE_TRITS if matrix.trits else TILE_CODES
     cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width
@@ -1182,7 +1133,7 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                     for i in range(min(matrix.rows - row, STRIP_ROWS)):
                         value = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
                                          + matrix.offset * x_sum)
-                                 * (scales[i * matrix.scale_row] * x.steps[begin + t]))
+                                 * (scales[i * matrix.scale_row] * x.scales[begin + t]))
                         if accumulate or group:
                             to[i] += value
                         else:
@@ -1195,25 +1146,25 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
 # ---------------------------------------------------------------------------------------------
 # Attention: one head of one sequence (Vaswani et al., arXiv 1706.03762, equation 1)
 #
-# Queries go in blocks; a block sees no key behind its last query, so a causal half of the work
-# is never done, nor is the work in front of a span or of a document.
+# Queries are processed in blocks. A block skips the keys after its last query, so that the masked
+# half of causal attention is never computed, and the keys before its window or its document.
 
 cdef enum:
     QUERY_BLOCK = 64
 
 
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
-    # Never lower than that of the query before it, so that a block's is its first query's.
+    # Nondecreasing in the query, so that the first key of a block is that of its first query.
     cdef Py_ssize_t position = head.keys - head.queries + query, first = 0
-    if head.span and position >= head.span:
-        first = position - head.span + 1
+    if head.window and position >= head.window:
+        first = position - head.window + 1
     if head.starts and head.starts[query] > first:
         first = head.starts[query]
     return first
 
 
 cdef void cached_attention(const CachedHead *head) noexcept nogil:
-    # out = softmax(q k^T / sqrt(D)) v, each query with one key more than the one before it. All
+    # out = softmax(q k^T / sqrt(D)) v; each query sees one key more than the previous one. All
     # instruction sets agree.
     cdef Py_ssize_t queries = head.queries, i, count, most = head.keys + queries - 1
     cdef Py_ssize_t tiles = (head.skipped + most + CACHED_KEYS - 1) // CACHED_KEYS
@@ -1221,38 +1172,39 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
     cdef float *row = head.probs
     START_TIMER(TIMER_ATTENTION_FORWARD)
     if queries == 1:
-        score_alone(head.k, head.q, head.head_dim, tiles, row)
+        score_one_query(head.k, head.q, head.head_dim, tiles, row)
     else:
-        score_together(head.k, head.q, head.stride, head.head_dim, tiles, row, head.room, queries)
+        score_queries(head.k, head.q, head.stride, head.head_dim, tiles, row, head.probs_stride,
+                      queries)
     for i in range(queries):
-        row = head.probs + i * head.room + head.skipped
+        row = head.probs + i * head.probs_stride + head.skipped
         count = head.keys + i
-        multiply(row, head.k_steps, count)
+        multiply(row, head.k_scales, count)
         softmax_row(row, count, factor)
-        multiply(row, head.v_steps, count)
-        # What a query does not see adds 0.
+        multiply(row, head.v_scales, count)
+        # Keys that this query does not see have weight 0.
         memset(row + count, 0, (most - count) * sizeof(float))
-    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.room, most, head.out,
+    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.probs_stride, most, head.out,
                head.stride, queries)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
 
 
-cdef void widen_cached(const signed char *k, const float *steps, Py_ssize_t dim, Py_ssize_t tiles,
-                       float *out, Py_ssize_t row) noexcept nogil:
-    widen_keys(k, steps, dim, tiles, out, row)
+cdef void dequantize_cached_keys(const signed char *k, const float *scales, Py_ssize_t dim,
+                                 Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil:
+    dequantize_keys(k, scales, dim, tiles, out, row)
 
 
-cdef void widen(const signed char *codes, const float *steps, Py_ssize_t rows, Py_ssize_t cols,
-                float *out) noexcept nogil:
-    # out[i, j] = steps[i] * codes[i, j]
+cdef void dequantize_rows(const signed char *codes, const float *scales, Py_ssize_t rows,
+                          Py_ssize_t cols, float *out) noexcept nogil:
+    # out[i, j] = scales[i] * codes[i, j]
     cdef Py_ssize_t i
     memset(out, 0, rows * cols * sizeof(float))
     for i in range(rows):
-        add_row(codes + i * cols, cols, steps[i], out + i * cols)
+        add_row(codes + i * cols, cols, scales[i], out + i * cols)
 
 
 cdef void attention(const Attention *head, float *workspace) noexcept nogil:
-    # probs = softmax(q k^T / sqrt(D)) over the keys a query may see, 0 for the others;
+    # probs = softmax(q k^T / sqrt(D)) over the keys that a query sees, 0 for the others;
     # out = probs v.
     cdef Py_ssize_t past = head.keys - head.queries, keys = head.keys, stride = head.stride
     cdef Py_ssize_t block, rows, i, j, low, first, last
@@ -1325,14 +1277,14 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
 
 cdef inline float round_to_float16(float x) noexcept nogil:
     # For x >= 0: the nearest finite float16, ties to even. Normal numbers lose the 13 low bits of
-    # their mantissa; below 2^-14 float16 counts in steps of 2^-24.
+    # the mantissa; subnormal ones, below 2^-14, are multiples of 2^-24.
     cdef unsigned int bits
-    cdef float steps = x * <float>16777216.0
+    cdef float multiple = x * <float>16777216.0
     if x > <float>65504.0:
         return 65504.0
     if x < <float>6.103515625e-05:
-        steps = steps + <float>12582912.0       # 1.5 * 2^23: no room for a fraction
-        return (steps - <float>12582912.0) / <float>16777216.0
+        multiple = multiple + <float>12582912.0     # 1.5 * 2^23: float32 has no fraction bits here
+        return (multiple - <float>12582912.0) / <float>16777216.0
     memcpy(&bits, &x, 4)
     bits += 0x0FFF + ((bits >> 13) & 1)
     bits &= <unsigned int>0xFFFFE000
@@ -1341,53 +1293,53 @@ cdef inline float round_to_float16(float x) noexcept nogil:
 
 
 cdef float quantize(const float *weights, Py_ssize_t n, const Scheme *scheme, float fixed,
-                    signed char *codes, float *room) noexcept nogil:
-    # The codes of n weights that share a scale, and that scale: `fixed`, or, where that is 0, the
-    # scheme's. Comparing |w| with threshold * scale is exact, with no division. room has n floats
-    # for a median, and is not touched else.
+                    signed char *codes, float *scratch) noexcept nogil:
+    # Quantizes n weights that share a scale and returns the scale: `fixed`, or, if that is 0, the
+    # scheme's. Comparing |w| with threshold * scale needs no division and is exact. scratch holds n
+    # floats; only a median uses it.
     cdef Py_ssize_t i, start
     cdef double total = 0.0
-    cdef float step = fixed, bound, part
+    cdef float weight_scale = fixed, bound, part
     cdef signed char code
     START_TIMER(TIMER_QUANTIZE)
     if fixed == 0.0:
         if scheme.median:
-            step = absolute_median(weights, n, room)
+            weight_scale = absolute_median(weights, n, scratch)
         else:
             for start from 0 <= start < n by 1024:
                 part = absolute_sum(weights + start, min(n - start, 1024))
                 total += part
-            step = <float>(total / n)
-        step = round_to_float16(scheme.factor * step)
-    # A scale that rounds to 0 leaves no weights: then every code is the inner one.
-    bound = scheme.threshold * step if step > 0.0 else <float>INFINITY
+            weight_scale = <float>(total / n)
+        weight_scale = round_to_float16(scheme.factor * weight_scale)
+    # With a scale that rounds to 0 every code is the inner one.
+    bound = scheme.threshold * weight_scale if weight_scale > 0.0 else <float>INFINITY
     for i in range(n):
         code = scheme.outer if fabsf(weights[i]) > bound else scheme.inner
         codes[i] = -code if weights[i] < 0.0 else code
     STOP_TIMER(TIMER_QUANTIZE)
-    return step
+    return weight_scale
 
 
-cdef float absolute_median(const float *x, Py_ssize_t n, float *room) noexcept nogil:
-    # The median of |x|: Hoare's selection (CACM 4(7), 1961, algorithm 65) of the upper middle one
-    # and, where n is even, the mean of it and the largest below it.
+cdef float absolute_median(const float *x, Py_ssize_t n, float *scratch) noexcept nogil:
+    # The median of |x|: Hoare's selection (CACM 4(7), 1961, algorithm 65) of the upper median and,
+    # if n is even, the mean of it and the largest element below it.
     cdef Py_ssize_t i, j, low = 0, high = n - 1, middle = n // 2
     cdef float pivot, swap, below
     for i in range(n):
-        room[i] = fabsf(x[i])
+        scratch[i] = fabsf(x[i])
     while low < high:
-        pivot = room[(low + high) // 2]
+        pivot = scratch[(low + high) // 2]
         i = low
         j = high
         while i <= j:
-            while room[i] < pivot:
+            while scratch[i] < pivot:
                 i += 1
-            while pivot < room[j]:
+            while pivot < scratch[j]:
                 j -= 1
             if i <= j:
-                swap = room[i]
-                room[i] = room[j]
-                room[j] = swap
+                swap = scratch[i]
+                scratch[i] = scratch[j]
+                scratch[j] = swap
                 i += 1
                 j -= 1
         if j < middle:
@@ -1395,32 +1347,32 @@ cdef float absolute_median(const float *x, Py_ssize_t n, float *room) noexcept n
         if middle < i:
             high = j
     if n % 2:
-        return room[middle]
-    below = room[0]
+        return scratch[middle]
+    below = scratch[0]
     for i in range(1, middle):
-        below = room[i] if room[i] > below else below
-    return <float>(0.5 * (<double>below + <double>room[middle]))
+        below = scratch[i] if scratch[i] > below else below
+    return <float>(0.5 * (<double>below + <double>scratch[middle]))
 
 
-cdef void round_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
-    # Each row becomes whole multiples, -127 to 127, of a step of its own, max |x| / 127 (BitNet
-    # b1.58, arXiv 2402.17764, section 2): what int8 with one scale a token keeps of it. A row
-    # whose step float32 does not hold stays as it is, and so does one that is not finite.
+cdef void fake_quantize_rows(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    # Replaces each row by its int8 quantization, dequantized: multiples, -127 to 127, of its own
+    # scale max |x| / 127 (BitNet b1.58, arXiv 2402.17764, section 2). A row whose scale float32
+    # cannot represent is left unchanged, and so is a row that is not finite.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef float *row
-    cdef float top, step, inverse, strange
+    cdef float top, row_scale, inverse, nonfinite
     cdef vf32 v, up, down
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
-        top = largest_magnitude(row, cols, &strange)
-        step = top / <float>127.0
+        top = largest_magnitude(row, cols, &nonfinite)
+        row_scale = top / <float>127.0
         inverse = <float>127.0 / top
-        if not (strange == 0.0 and inverse < INFINITY
-                and <float>127.0 * step < INFINITY):
+        if not (nonfinite == 0.0 and inverse < INFINITY
+                and <float>127.0 * row_scale < INFINITY):
             continue
         up = vf32_splat(inverse)
-        down = vf32_splat(step)
+        down = vf32_splat(row_scale)
         for j from 0 <= j < whole by VF32_LANES:
             vf32_store(row + j, vf32_mul(down, vf32_round(vf32_mul(up, vf32_load(row + j)))))
         if left:
@@ -1502,14 +1454,14 @@ cdef void sgd(float *weights, float *momentum, const float *gradient, Py_ssize_t
 
 
 # ---------------------------------------------------------------------------------------------
-# What the CPU can do at best, to hold the others against
+# The peak performance of the CPU, to compare kernels with
 
 cdef enum:
-    CHAINS = 12             # additions that need not wait for each other
+    CHAINS = 12             # independent chains of additions
 
 
 cdef float peak_fused(Py_ssize_t rounds) noexcept nogil:
-    # rounds * CHAINS vector multiplications and additions of floats, on registers alone.
+    # rounds * CHAINS fused multiply-adds of vectors, in registers only.
     cdef vf32 total[CHAINS]
     cdef vf32 a = vf32_splat(0.999), b = vf32_splat(1e-3)
     cdef Py_ssize_t _round, i
@@ -1524,7 +1476,7 @@ cdef float peak_fused(Py_ssize_t rounds) noexcept nogil:
 
 
 cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
-    # rounds times a row of activations and a strip of 16,384 codes, which stay in the first cache.
+    # `rounds` products of a row of activations and a strip of 16,384 codes, in the L1 cache.
     cdef unsigned char tiles[32 * TILE_BYTES]
     cdef signed char x[32 * TILE_CODES]
     cdef int totals[STRIP_ROWS]
@@ -1532,10 +1484,10 @@ cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
     memset(tiles, 0x55, sizeof(tiles))
     memset(x, 1, sizeof(x))
     for _round in range(rounds):
-        anew(tiles)
-        anew(x)
+        do_not_optimize(tiles)
+        do_not_optimize(x)
         strip_sums(tiles, 32, False, x, totals)
-        anew(totals)
+        do_not_optimize(totals)
     return totals[0]
 
 
@@ -1614,10 +1566,10 @@ kernels.attention = attention
 kernels.cached_attention = cached_attention
 kernels.attention_backward = attention_backward
 kernels.quantize = quantize
-kernels.round_rows = round_rows
-kernels.round_to_int8 = round_to_int8
-kernels.widen = widen
-kernels.widen_keys = widen_cached
+kernels.fake_quantize_rows = fake_quantize_rows
+kernels.quantize_rows = quantize_rows
+kernels.dequantize_rows = dequantize_rows
+kernels.dequantize_keys = dequantize_cached_keys
 kernels.packed_product = packed_product
 kernels.adamw = adamw
 kernels.sgd = sgd

@@ -6,5 +6,5 @@ cdef const KernelTable *kernels() noexcept nogil
 # The same, or the one whose packed products are the fastest: their bits are the same.
 cdef const KernelTable *packed_kernels() noexcept nogil
 
-# The calling thread's room for the products' packing; MemoryError where there is none.
-cdef float *packing_room() except NULL
+# The calling thread's buffer for packing in products; MemoryError if out of memory.
+cdef float *pack_buffer() except NULL

@@ -1,17 +1,17 @@
 """Vector and matrix operations (C: ``math_ops.c``), and the choice of instruction set.
 
-The numerical loops live in ``kernels.pyx``, compiled once for each instruction set. When this
-module is imported it asks the CPU what it can run and takes the widest set; the environment
-variable ``LEGACY1BIT_SIMD`` names another. Public functions here check their arguments, release
-the GIL and call the kernel; Cython code calls ``kernels()`` directly.
+The numerical loops are in ``kernels.pyx``, compiled once for each instruction set. On import this
+module detects the CPU and selects the widest set; the environment variable ``LEGACY1BIT_SIMD``
+selects another. Public functions here check their arguments, release the GIL and call the kernel;
+Cython code calls ``kernels()`` directly.
 
 Arrays are NumPy arrays or anything else with the buffer protocol: float32 (int8 for ternary
 matrices), C-contiguous. Another dtype is a ``ValueError``, never a silent copy.
 
-What is made of one element is the exact result, rounded; denormals count. Sums and products of
-vectors and matrices are added up in float32: they are right wherever the magnitudes of what is
-added have a sum below 3.4e38, and beyond it may be infinite or NaN. Softmax and layer norm are
-right for every finite input.
+Elementwise results are correctly rounded, including subnormal numbers. Sums and products of vectors
+and matrices are accumulated in float32: they are valid if the sum of the terms' magnitudes is below
+3.4e38, and otherwise may be infinite or NaN. Softmax and layer norm are valid for every finite
+input.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
 from legacy1bit.kernels cimport KernelTable, Matrix
-from legacy1bit.threads cimport choose, chosen, parallel_for, scratch
+from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
@@ -34,7 +34,7 @@ cdef extern from "cpu.h" nogil:
 
 _TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avx512", "avx512vnni")
 
-# Asked once: in a virtual machine the question is slow, and every training step has it.
+# Detected once: in a virtual machine cpuid is slow, and every training step needs the result.
 _HAS_AMX = cpu_has_amx()
 
 cdef const KernelTable *active = NULL
@@ -42,8 +42,8 @@ cdef const KernelTable *packed = NULL
 
 
 cdef const KernelTable *kernels() noexcept nogil:
-    # Those with products in bfloat16 are a thread's own choice.
-    cdef const KernelTable *own = <const KernelTable *>chosen()
+    # A thread can override the table, for products in bfloat16.
+    cdef const KernelTable *own = <const KernelTable *>thread_override()
     return active if own == NULL else own
 
 
@@ -51,11 +51,11 @@ cdef const KernelTable *packed_kernels() noexcept nogil:
     return packed
 
 
-cdef float *packing_room() except NULL:
-    cdef float *room = scratch(packed.workspace_floats)
-    if room == NULL:
+cdef float *pack_buffer() except NULL:
+    cdef float *buffer = scratch(packed.workspace_floats)
+    if buffer == NULL:
         raise MemoryError("no memory for the kernels' packing buffers")
-    return room
+    return buffer
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ cdef float *packing_room() except NULL:
 def simd_levels() -> list:
     """Return the names of the instruction sets this CPU and this build can run, narrowest first.
 
-    The last of them is the one taken by default.
+    The last of them is the default.
     """
     levels = []
     for name in _TIERS[:cpu_widest_tier() + 1]:
@@ -97,7 +97,7 @@ def set_simd_level(str name not None) -> None:
     _use(name)
 
 
-# The kernels of each instruction set that was used.
+# The loaded kernels by instruction set.
 _loaded = {}
 
 
@@ -111,47 +111,47 @@ def _use(str name):
     global active, packed
     active = packed = _table(name)
     if name == _TIERS[-1] and _HAS_AMX:
-        # The compiler may not have known the unit, and the system may refuse it.
+        # The compiler may not support the unit, and the system may refuse it.
         with contextlib.suppress(ImportError):
             packed = _table("amx")
 
 
 def product_precisions() -> list:
-    """Return the precisions in which matrices can be multiplied: float32, and bf16 perhaps.
+    """Return the precisions of matrix products: float32, and possibly bf16.
 
-    That needs a CPU with AMX, and its widest instruction set in use.
+    bf16 needs a CPU with AMX, and its widest instruction set in use.
     """
     return ["float32", "bf16"] if packed.name == b"amx" else ["float32"]
 
 
 @contextlib.contextmanager
 def product_precision(str name not None):
-    """Multiply matrices in a precision while the context lasts, in the calling thread.
+    """Context manager that sets the precision of matrix products in the calling thread.
 
     With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
-    float32 on the CPU's matrix unit; all else is as with ``avx512vnni``. Results are no longer
-    within the bounds of float32.
+    float32 on the CPU's matrix unit; everything else is as with ``avx512vnni``. The error bounds of
+    float32 no longer hold.
 
     Raises
     ------
     ValueError
-        If this CPU, this build or the chosen instruction set has no such products.
+        If this CPU, this build or the instruction set in use does not support the precision.
     """
     if name not in ("float32", "bf16"):
         raise ValueError(f"unknown precision {name!r}: expected float32 or bf16")
-    cdef bint before = chosen() != NULL
+    cdef bint before = thread_override() != NULL
     if name not in product_precisions():
         raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
                          "and its widest instruction set")
-    choose(_table("amx") if name == "bf16" else NULL)
+    set_thread_override(_table("amx") if name == "bf16" else NULL)
     try:
         yield
     finally:
-        choose(_table("amx") if before else NULL)
+        set_thread_override(_table("amx") if before else NULL)
 
 
 def timings() -> dict:
-    """Return what the kernels' timers have counted.
+    """Return the counters of the kernels' timers.
 
     Returns
     -------
@@ -197,15 +197,15 @@ _choose()
 
 
 # ---------------------------------------------------------------------------------------------
-# What the CPU can do at best
+# The peak performance of the CPU
 
 def peak_fused(Py_ssize_t rounds) -> int:
-    """Multiply and add floats on registers alone, in the instruction set in use.
+    """Multiply and add floats in registers only, with the instruction set in use.
 
     Returns
     -------
     int
-        How many multiplications and additions that were, to divide by the time they took.
+        The number of multiplications and additions, to divide by the time they took.
     """
     with nogil:
         active.peak_fused(rounds)
@@ -213,12 +213,12 @@ def peak_fused(Py_ssize_t rounds) -> int:
 
 
 def peak_packed(Py_ssize_t rounds) -> int:
-    """Multiply packed codes by int8 activations that lie in the first cache.
+    """Multiply packed codes by int8 activations in the L1 cache.
 
     Returns
     -------
     int
-        How many multiplications that were.
+        The number of multiplications.
     """
     with nogil:
         active.peak_packed(rounds)
@@ -226,7 +226,7 @@ def peak_packed(Py_ssize_t rounds) -> int:
 
 
 def peak_read(const float[::1] x not None) -> int:
-    """Read float32[N] once, and return how many bytes that were."""
+    """Read float32[N] once, and return the number of bytes."""
     check_not_empty("x", x.shape[0])
     with nogil:
         active.peak_read(&x[0], x.shape[0])
@@ -283,7 +283,7 @@ cdef object ternary_product(object matrix, object vector, object output, object 
     view.rows = rows
     view.cols = cols
     view.codes = &codes[0, 0]
-    # A matrix with scales of its own brings them along.
+    # A TernaryMatrix has its own scales.
     if scale is None and hasattr(matrix, "scales"):
         scales, view.group = matrix.scales, matrix.group
     else:
@@ -306,10 +306,10 @@ def ternary_matrix_vector_mul(matrix, vector, output=None, scale=None):
     Parameters
     ----------
     matrix : int8[R, C] or TernaryMatrix
-        The weights -1, 0 and 1. A ``TernaryMatrix`` brings its scale along.
+        The weights -1, 0 and 1. A ``TernaryMatrix`` has its own scale.
     vector : float32[C]
     output : float32[R], optional
-        Where to write the result; made when not given.
+        Receives the result; allocated by default.
     scale : float, optional
         Multiplies the product; by default the matrix's own scale, or 1.
 
@@ -400,7 +400,10 @@ def scalar_mul_vector_inplace(float[::1] x not None, float scalar) -> None:
 
 
 def vector_sub_scalar_inplace(float[::1] x not None, float scalar) -> None:
-    """Take ``scalar`` from every element of ``x``, float32[N]. C: ``vector_sub_scalar_inplace``."""
+    """Subtract ``scalar`` from every element of ``x``, float32[N].
+
+    C: ``vector_sub_scalar_inplace``.
+    """
     check_not_empty("x", x.shape[0])
     with nogil:
         active.shift(&x[0], -scalar, x.shape[0])
@@ -460,7 +463,7 @@ def outer_product_add_inplace(float[:, ::1] matrix not None, const float[::1] x 
 
     Notes
     -----
-    C: ``outer_product_add_inplace``, which gathers the gradient of a linear map.
+    C: ``outer_product_add_inplace``, which accumulates the gradient of a linear map.
     """
     cdef Py_ssize_t i
     check_not_empty("matrix", matrix.shape[0] * matrix.shape[1])
@@ -502,8 +505,8 @@ def relu2(float[::1] x not None) -> None:
 def softmax(x) -> None:
     """Replace ``x``, float32[N] or the rows of float32[R, N], by its softmax.
 
-    The largest element is taken off first, so that no exponential overflows. A row that holds
-    nothing but minus infinity becomes zeros. C: ``softmax``.
+    The largest element is subtracted first, so that no exponential overflows. A row of only minus
+    infinity becomes zeros. C: ``softmax``.
     """
     cdef float[:, ::1] rows = _rows_of(x)
     with nogil:
@@ -511,19 +514,19 @@ def softmax(x) -> None:
 
 
 def quantize_activations(x) -> None:
-    """Round ``x``, float32[N] or the rows of float32[R, N], to what int8 with one scale keeps.
+    """Fake-quantize ``x``, float32[N] or the rows of float32[R, N], to int8 with one scale per row.
 
-    A row becomes whole multiples, -127 to 127, of a step of its own: max |x| / 127 (BitNet b1.58,
-    arXiv 2402.17764, section 2). A row whose step float32 does not hold (one of zeros, say) stays
-    as it is, and so does one that is not finite. The C original has nothing of the kind.
+    A row becomes multiples, -127 to 127, of its scale max |x| / 127 (BitNet b1.58, arXiv
+    2402.17764, section 2). A row whose scale float32 cannot represent (such as one of zeros) is
+    left unchanged, and so is a row that is not finite. The C original has float activations only.
     """
     cdef float[:, ::1] rows = _rows_of(x)
     with nogil:
-        active.round_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
+        active.fake_quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1])
 
 
 cdef float[:, ::1] _rows_of(x):
-    """Return float32[R, N] as it is, and float32[N] as the one row of a matrix."""
+    """Return float32[R, N] unchanged, and float32[N] as a matrix of one row."""
     cdef float[::1] row
     cdef float[:, ::1] rows
     if getattr(check_not_none("x", x), "ndim", 1) == 1:
@@ -537,7 +540,7 @@ cdef float[:, ::1] _rows_of(x):
 
 def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
                        const float[::1] beta not None, float epsilon=1e-5):
-    """Normalise a vector in place: ``gamma * (x - mean) / sqrt(variance + epsilon) + beta``.
+    """Normalize a vector in place: ``gamma * (x - mean) / sqrt(variance + epsilon) + beta``.
 
     Parameters
     ----------
@@ -556,8 +559,8 @@ def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
 
     Notes
     -----
-    Right for all that is finite: where the squares overflow, or the mean is more than 1,000
-    standard deviations, the row is worked out in float64.
+    Valid for every finite input: if the squares overflow, or the mean exceeds 1,000 standard
+    deviations, the row is computed in float64.
     C: ``layer_norm_forward``. Its SSE form estimates the second value to 12 bits; this one is
     exact in every instruction set (departure 9).
     """
@@ -573,7 +576,7 @@ def layer_norm_forward(float[::1] x not None, const float[::1] gamma not None,
 
 def layer_norm(float[::1] x not None, const float[::1] gamma not None,
                const float[::1] beta not None, float epsilon=1e-5) -> None:
-    """Do what ``layer_norm_forward`` does, and return nothing. C: ``layer_norm``."""
+    """As ``layer_norm_forward``, without a return value. C: ``layer_norm``."""
     layer_norm_forward(x, gamma, beta, epsilon)
 
 
@@ -593,7 +596,7 @@ cdef struct MatmulJob:
 
 
 cdef void matmul_task(void *context, long index) noexcept nogil:
-    # A share of the rows, or of the columns where there are more of them.
+    # One slice of the rows, or of the columns if there are more of them.
     cdef MatmulJob *job = <MatmulJob *>context
     cdef const KernelTable *kernel = kernels()
     cdef float *workspace = scratch(kernel.workspace_floats)
@@ -623,11 +626,11 @@ def matmul(const float[:, ::1] a not None, const float[:, ::1] b not None, outpu
     b : float32[K, N]
         Or float32[N, K] with ``transpose_b``.
     output : float32[M, N], optional
-        Where to write the product; made when not given. It must not overlap ``a`` or ``b``.
+        Receives the product; allocated by default. It must not overlap ``a`` or ``b``.
     accumulate : bool
-        Add to ``output`` instead of replacing what it holds.
+        Add to ``output`` instead of overwriting it.
     threads : int
-        How many threads to use at most. The result has the same bits for any number.
+        The maximum number of threads. The result has the same bits for any number.
 
     Returns
     -------
@@ -640,7 +643,7 @@ def matmul(const float[:, ::1] a not None, const float[:, ::1] b not None, outpu
         If a shape or dtype does not fit, or ``threads`` is below 1, or ``accumulate`` is set
         without an ``output``.
     MemoryError
-        If there is no room for the packing buffers.
+        If there is no memory for the packing buffers.
     """
     cdef MatmulJob job
     cdef float[:, ::1] c

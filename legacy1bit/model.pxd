@@ -7,7 +7,7 @@ a gradient struct of the same shape.
 from legacy1bit.kernels cimport Matrix
 
 cdef struct NormView:
-    const float *gamma      # [C]; NULL where there is no norm
+    const float *gamma      # [C]; NULL without a norm
     const float *beta       # [C]
 
 cdef struct AttentionView:
@@ -17,12 +17,12 @@ cdef struct AttentionView:
     const float *bv
     const float *bo
     Py_ssize_t num_heads
-    Py_ssize_t span         # how many tokens back a token sees, itself included; 0: all
+    Py_ssize_t window       # how many tokens back a token sees, itself included; 0: all
     const float *cosines    # [length, D / 2]; NULL without rotary positions
     const float *sines
     Py_ssize_t length       # rows of those tables
     NormView norm           # before wo
-    bint rounded            # inputs of its matrices are rounded to int8
+    bint int8_activations   # inputs of its matrices are quantized to int8
 
 cdef struct FeedForwardView:
     Matrix wi               # [F, C]
@@ -31,7 +31,7 @@ cdef struct FeedForwardView:
     const float *bo         # [C]
     bint squared            # ReLU squared rather than ReLU
     NormView norm           # before wo
-    bint rounded            # inputs of its matrices are rounded to int8
+    bint int8_activations   # inputs of its matrices are quantized to int8
 
 cdef struct BlockView:
     AttentionView attention
@@ -44,8 +44,8 @@ cdef struct ModelView:
     Py_ssize_t num_blocks
     NormView final_norm
     Matrix output           # [V, C]
-    const float *output_bias    # [V]; NULL where there is none
-    bint rounded            # inputs of the output matrix are rounded to int8
+    const float *output_bias    # [V]; NULL without a bias
+    bint int8_activations   # inputs of the output matrix are quantized to int8
 
 cdef struct NormGradient:
     float *gamma
@@ -85,7 +85,7 @@ cdef struct FeedForwardContext:
     # The activations of a feed-forward layer, M = B T rows each.
     float *hidden           # [M, F] before the activation
     float *activated        # [M, F] after it
-    float *normed           # [M, F], what wo gets; `activated` itself where there is no norm
+    float *normed           # [M, F], the input of wo; `activated` itself without a norm
     float *mean
     float *inv_std
 
@@ -101,7 +101,7 @@ cdef struct BlockContext:
     float *v
     float *probs            # [B, H, T, keys]
     float *heads
-    float *heads_normed     # [M, C], what wo gets; `heads` itself where there is no norm
+    float *heads_normed     # [M, C], the input of wo; `heads` itself without a norm
     float *heads_mean
     float *heads_inv_std
     float *residual
@@ -126,7 +126,7 @@ cdef class LayerNorm:
 
 cdef class MultiHeadAttention:
     cdef readonly object wq, wk, wv, wo, bq, bk, bv, bo, rotary
-    cdef readonly Py_ssize_t num_heads, span
+    cdef readonly Py_ssize_t num_heads, window
     cdef readonly LayerNorm norm
     cdef AttentionView view
     cdef int fill_rotary(self, Py_ssize_t length) except -1
@@ -153,7 +153,7 @@ cdef class LegacyLLM:
     cdef readonly LayerNorm final_norm
     cdef readonly bint full_precision
     cdef public object provenance
-    cdef object codes, scales, weights, shares
+    cdef object codes, scales, weights, quantized_parts
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
     cdef ModelView *alive(self) except NULL

@@ -70,10 +70,10 @@ class MultiHeadAttention:
         bo: _Floats,
         num_heads: int,
         rotary: RotaryTable | None = None,
-        span: int = 0,
+        window: int = 0,
         gamma: _Floats | None = None,
         beta: _Floats | None = None,
-        rounded: bool = False,
+        int8_activations: bool = False,
     ) -> None: ...
     @property
     def wq(self) -> _Matrix: ...
@@ -96,7 +96,7 @@ class MultiHeadAttention:
     @property
     def num_heads(self) -> int: ...
     @property
-    def span(self) -> int: ...
+    def window(self) -> int: ...
     @property
     def norm(self) -> LayerNorm | None: ...
 
@@ -110,7 +110,7 @@ class FeedForward:
         activation: Literal["relu2", "relu"] = "relu2",
         gamma: _Floats | None = None,
         beta: _Floats | None = None,
-        rounded: bool = False,
+        int8_activations: bool = False,
     ) -> None: ...
     @property
     def wi(self) -> _Matrix: ...

@@ -1,13 +1,13 @@
-"""The model: its weights, their gradients, and the files they live in (C: ``model.c``).
+"""The model: its weights, their gradients, and model files (C: ``model.c``).
 
-A model keeps its weights in three flat arrays: the int8 codes of all quantized matrices, their
-scales, and the float32 parameters. A model that is to be trained has latent float weights for the
-quantized matrices too, in front of the other floats, so that one array holds everything that
-learns; gradients and optimizer states have the same layout. All names are views into these:
+A model stores its weights in three flat arrays: the int8 codes of all quantized matrices, their
+scales, and the float32 parameters. A trainable model also has latent float weights for the
+quantized matrices, before the other floats, so that one array holds all trainable values; gradients
+and optimizer states have the same layout. All parameters are views into these:
 
     [ latent weights of quantized matrices | float matrices | vectors ]
 
-Weight decay goes to the first two parts, and the third is small.
+Weight decay applies to the first two parts; the third is small.
 """
 
 import json
@@ -49,11 +49,11 @@ _V1_VERSION = 1
 
 
 class ModelFileError(ValueError):
-    """A file that is not a whole, sound model of a known format."""
+    """A file that is not a complete, valid model of a known format."""
 
 
 # ---------------------------------------------------------------------------------------------
-# Pointers out of arrays
+# Pointers into arrays
 
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL:
     cdef const float[::1] view
@@ -76,7 +76,7 @@ cdef float *gradient_pointer(object array, tuple shape, str name) except NULL:
 
 
 cdef float *float_pointer(object array) except NULL:
-    # Of a float32 array of any number of axes that is C-contiguous and writable.
+    # Into a C-contiguous, writable float32 array with any number of axes.
     cdef float[::1] view
     if not array.flags.c_contiguous:
         raise ValueError("an array to write to is not C-contiguous")
@@ -121,10 +121,10 @@ cdef class TernaryMatrix:
     values : int8[R, C]
         The codes; kept, not copied.
     scale : float, float32[1, 1] or float32[R, G]
-        Multiplies every code, or those of G groups of neighbours in each row. An array is kept,
-        so that two owners can share it. The C original has no scale (departure 10).
+        One scale for all codes, or one for each of G groups of consecutive columns in every row.
+        An array is kept, not copied. The C original has no scale (departure 10).
     group : int
-        How many neighbours share a scale, a multiple of 16; 0 means the whole row.
+        The number of consecutive columns that share a scale, a multiple of 16; 0 means the row.
     levels : tuple of int
         The codes that are allowed.
 
@@ -132,7 +132,7 @@ cdef class TernaryMatrix:
     ------
     ValueError
         If ``values`` is empty, not two-dimensional or of another dtype, or holds another number,
-        or a scale is not finite, or the scales are not as many as the groups.
+        or a scale is not finite, or the shape of the scales does not fit the groups.
     """
 
     def __init__(self, values, scale=1.0, group=0, levels=(-1, 0, 1)):
@@ -176,7 +176,7 @@ cdef class TernaryMatrix:
 
     @property
     def scale(self) -> float:
-        """The number that multiplies every code; of several scales their mean."""
+        """The scale of every code; the mean if there are several."""
         return float(self.scales.mean(dtype=np.float64))
 
     @property
@@ -235,9 +235,9 @@ def create_ternary_matrix(rows, cols, seed) -> TernaryMatrix:
 
 
 def free_ternary_matrix(TernaryMatrix matrix not None) -> None:
-    """Give a matrix up; using it afterwards raises ``ValueError``.
+    """Mark a matrix as freed; using it afterwards raises ``ValueError``.
 
-    Its memory goes with the last layer that refers to it, so this is never needed.
+    Its memory is released with the last layer that refers to it, so this is never needed.
     C: ``free_ternary_matrix``.
     """
     matrix.freed = True
@@ -246,8 +246,8 @@ def free_ternary_matrix(TernaryMatrix matrix not None) -> None:
 def create_float_array(size, seed):
     """Return float32[size] of uniform random numbers between -0.01 and 0.01.
 
-    C: ``model.c``, ``create_float_array``, from which the original also takes its layer norms'
-    gamma (departure 10: here gamma starts at 1 and beta at 0).
+    C: ``model.c``, ``create_float_array``, which also initializes the gamma of layer norms in C
+    (departure 10: here gamma starts at 1 and beta at 0).
     """
     rng = np.random.default_rng(seed)
     return rng.uniform(-0.01, 0.01, _size("size", size)).astype(np.float32)
@@ -267,26 +267,26 @@ class RotaryTable:
     Attributes
     ----------
     cosines, sines : float32[T, D / 2]
-        Of the angle ``t * base ** (-2 i / D)`` by which row t turns the pair (i, i + D / 2), in the
-        rows that ``fill`` was asked for; others may be 0.
+        Of the angle ``t * base ** (-2 i / D)`` by which position t rotates the pair (i, i + D / 2);
+        rows beyond those that ``fill`` has computed are 0.
     """
 
     def __init__(self, head_dim, length, base=10000.0):
         if head_dim % 2:
             raise ValueError(f"head_dim is {head_dim}, expected an even number")
         self._rates = float(base) ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
-        # A small file may promise a long context. Zeros take no memory before they are written.
+        # A small file may declare a long context. Zeros take no memory before they are written.
         self.cosines = np.zeros((length, head_dim // 2), np.float32)
         self.sines = np.zeros((length, head_dim // 2), np.float32)
         self._filled = 0
 
     def fill(self, length) -> None:
-        """Work out the first rows, so many or all, as far as they are not there yet.
+        """Compute the first ``length`` rows, unless they are there already.
 
-        Threads that do so at the same time write the same numbers.
+        Concurrent threads write the same numbers.
         """
         start = self._filled
-        # At least twice as many as before, so that growing a row at a time costs no more.
+        # At least twice as many as before, so that growing row by row has amortized constant cost.
         stop = min(max(length, 2 * start), len(self.cosines))
         if length > start and stop > start:
             angles = np.arange(start, stop)[:, None] * self._rates
@@ -308,7 +308,7 @@ cdef class LayerNorm:
 
 
 cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size):
-    """Return the norm inside a layer, or None where it has none."""
+    """Return the norm inside a layer, or None if it has none."""
     if gamma is None and beta is None:
         return None
     vector_pointer(gamma, size, "gamma")
@@ -326,17 +326,17 @@ cdef class MultiHeadAttention:
     num_heads : int
         Divides C.
     rotary : RotaryTable, optional
-        Turns queries and keys by their positions; without it attention knows none.
-    span : int
-        How many tokens back a token sees, itself included; 0 means all.
+        Rotates queries and keys by their positions; without it attention ignores positions.
+    window : int
+        The number of tokens that a token sees, itself included; 0 means all.
     gamma, beta : float32[C], optional
         Of a layer norm before ``wo`` (SubLN).
-    rounded : bool
-        Whether what the matrices get is rounded to int8, with one scale a token.
+    int8_activations : bool
+        Whether the inputs of the matrices are quantized to int8, with one scale per token.
     """
 
-    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, span=0, gamma=None,
-                 beta=None, rounded=False):
+    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, window=0,
+                 gamma=None, beta=None, int8_activations=False):
         cdef Py_ssize_t dim
         cdef const float[:, ::1] table
         cdef AttentionView *view = &self.view
@@ -355,10 +355,10 @@ cdef class MultiHeadAttention:
         view.bo = vector_pointer(bo, dim, "bo")
         if _size("num_heads", num_heads) > dim or dim % num_heads:
             raise ValueError(f"num_heads is {num_heads}, expected a divisor of {dim}")
-        if span < 0:
-            raise ValueError(f"span is {span}, expected 0 or more")
+        if window < 0:
+            raise ValueError(f"window is {window}, expected 0 or more")
         view.num_heads = num_heads
-        view.span = span
+        view.window = window
         view.cosines = view.sines = NULL
         view.length = 0
         if rotary is not None:
@@ -373,15 +373,15 @@ cdef class MultiHeadAttention:
         self.wq, self.wk, self.wv, self.wo = wq, wk, wv, wo
         self.bq, self.bk, self.bv, self.bo = bq, bk, bv, bo
         self.num_heads = num_heads
-        self.span = span
+        self.window = window
         self.rotary = rotary
         self.norm = _inner_norm(gamma, beta, dim)
         if self.norm is not None:
             view.norm = self.norm.view
-        view.rounded = rounded
+        view.int8_activations = int8_activations
 
     cdef int fill_rotary(self, Py_ssize_t length) except -1:
-        # To be called before a pass over so many positions.
+        # Call this before a pass over `length` positions.
         if self.rotary is not None:
             self.rotary.fill(length)
         return 0
@@ -402,11 +402,12 @@ cdef class FeedForward:
     activation : {"relu2", "relu"}
     gamma, beta : float32[F], optional
         Of a layer norm before ``wo`` (SubLN).
-    rounded : bool
-        Whether what the matrices get is rounded to int8, with one scale a token.
+    int8_activations : bool
+        Whether the inputs of the matrices are quantized to int8, with one scale per token.
     """
 
-    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None, rounded=False):
+    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None,
+                 int8_activations=False):
         cdef FeedForwardView *view = &self.view
         if activation not in ("relu2", "relu"):
             raise ValueError(f"activation is {activation!r}, expected relu2 or relu")
@@ -421,7 +422,7 @@ cdef class FeedForward:
         self.norm = _inner_norm(gamma, beta, view.wi.rows)
         if self.norm is not None:
             view.norm = self.norm.view
-        view.rounded = rounded
+        view.int8_activations = int8_activations
 
     def __reduce__(self):
         raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
@@ -454,13 +455,13 @@ cdef class TransformerBlock:
 # The layout of a model's parameters
 
 def parameter_layout(config) -> list:
-    """Return what a model of these settings consists of, in the order it lies in memory.
+    """Return the parameters of a model of these settings, in their order in memory.
 
     Returns
     -------
     list of (str, tuple of int, str)
         Name, shape and kind of each parameter: "quantized" (latent weights with codes), "matrix"
-        (float32, decays) or "vector" (float32, does not).
+        (float32, with weight decay) or "vector" (float32, without).
     """
     dim, hidden, vocab = config.model_dim, config.ffn_dim, config.vocab_size
     block_kind = "matrix" if config.scheme == FLOAT else "quantized"
@@ -490,7 +491,7 @@ def parameter_layout(config) -> list:
 
 
 def _scale_shape(config, shape):
-    """Return the shape of a quantized matrix's scales, and how many neighbours share one."""
+    """Return the shape of a quantized matrix's scales, and the number of columns that share one."""
     rows, cols = shape
     if config.scale in ("tensor", "one"):
         return (1, 1), cols
@@ -499,7 +500,7 @@ def _scale_shape(config, shape):
 
 
 def _spread(config, name):
-    """Return the standard deviation of a matrix's first weights."""
+    """Return the standard deviation of a matrix's initial weights."""
     if config.scale == "one" and config.scheme != FLOAT:
         return 0.6
     return 0.02 / np.sqrt(2.0 * config.num_blocks) if name.endswith(".wo") else 0.02
@@ -516,7 +517,7 @@ def _views(flat, layout):
 
 
 def _layer(parameters, prefix):
-    """Return the parameters whose name starts with ``prefix``, named by what follows."""
+    """Return the parameters whose name starts with ``prefix``, by the rest of their names."""
     return {name[len(prefix):]: value for name, value in parameters.items()
             if name.startswith(prefix)}
 
@@ -539,7 +540,7 @@ cdef class LegacyLLM:
     full_precision : bool
         Whether the forward pass uses the latent weights in place of the codes.
     provenance : Provenance
-        Where the weights come from; files carry it along.
+        Where the weights come from; model files record it.
     """
 
     def __cinit__(self):
@@ -551,7 +552,7 @@ cdef class LegacyLLM:
         scale_shapes = [_scale_shape(config, shape) for _, shape in quantized]
         self.config = config
         self.provenance = Provenance()
-        self.shares = _shares(config)
+        self.quantized_parts = _quantized_parts(config)
         self.quantized_size = sum(int(np.prod(shape)) for _, shape in quantized)
         self.total_size = sum(int(np.prod(shape)) for _, shape, _ in layout)
         levels, inner = (), 0
@@ -574,13 +575,13 @@ cdef class LegacyLLM:
         self._connect(values)
 
     def _connect(self, parameters):
-        """Make the layers of parameters, and the structs that point at them."""
+        """Create the layers of these parameters, and the structs that point at them."""
         cdef ModelView *view = &self.view
         cdef TransformerBlock block
         config = self.config
         rotary = None
-        # What is not quantized gets its inputs as they are.
-        rounded = config.int8_activations and isinstance(
+        # Matrices that are not quantized get float inputs.
+        int8_activations = config.int8_activations and isinstance(
             parameters["blocks.0.attention.wq"], TernaryMatrix)
         if config.positions == "rope":
             rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
@@ -593,10 +594,10 @@ cdef class LegacyLLM:
         for i in range(config.num_blocks):
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, span=config.attention_span,
-                                   rounded=rounded),
+                                   num_heads=config.num_heads, window=config.attention_span,
+                                   int8_activations=int8_activations),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation, rounded=rounded),
+                            activation=config.activation, int8_activations=int8_activations),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
             self.blocks.append(block)
@@ -609,7 +610,7 @@ cdef class LegacyLLM:
         if config.output_bias:
             view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
                                               "output.bias")
-        view.rounded = rounded and config.ternary_embedding
+        view.int8_activations = int8_activations and config.ternary_embedding
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -635,18 +636,18 @@ cdef class LegacyLLM:
 
     @property
     def latent(self) -> dict:
-        """The arrays that learn, by name: float32 views, latent weights for quantized matrices.
+        """The trainable arrays by name: float32 views, latent weights for quantized matrices.
 
-        Raises ``ValueError`` if the model was made or loaded without latent weights.
+        Raises ``ValueError`` if the model was created or loaded without latent weights.
         """
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
         return _views(self.weights, parameter_layout(self.config))
 
     def use_full_precision(self, wanted) -> None:
-        """Let the forward pass use the latent weights in place of the codes, or the codes again.
+        """Let the forward pass use the latent weights instead of the codes, or the codes again.
 
-        Codes and scales follow the latent weights either way, and they are what is saved.
+        Either way codes and scales follow the latent weights, and files contain the codes.
         """
         self.alive()
         if bool(wanted) != self.full_precision:
@@ -654,15 +655,15 @@ cdef class LegacyLLM:
             self.full_precision = wanted
 
     def quantize(self, threads=1) -> None:
-        """Take codes and scales anew from the latent weights, by the rule of ``schemes``.
+        """Compute codes and scales from the latent weights, by the rule of ``schemes``.
 
-        Scales are 1 where the settings say so. The scheme ``sign`` has codes for latent weights,
-        and a scale that stays: the mean |w| of weights as other schemes begin with.
+        Scales are 1 if the settings say so. In the scheme ``sign`` latent weights are codes, and
+        the scale is fixed: the mean |w| of the initial weights of other schemes.
         """
         cdef QuantizeJob job
         cdef float[::1] weights, scales
         cdef signed char[::1] codes
-        cdef const Share[::1] shares = self.shares
+        cdef const QuantizedPart[::1] quantized_parts = self.quantized_parts
         cdef int workers = _size("threads", threads)
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
@@ -673,7 +674,7 @@ cdef class LegacyLLM:
         job.weights = &weights[0]
         job.codes = &codes[0]
         job.scales = &scales[0]
-        job.shares = &shares[0]
+        job.quantized_parts = &quantized_parts[0]
         job.scheme.median = scheme.median
         job.scheme.factor = scheme.factor
         job.scheme.threshold = scheme.threshold
@@ -681,7 +682,7 @@ cdef class LegacyLLM:
         job.scheme.outer = scheme.outer
         job.out_of_memory = False
         with nogil:
-            parallel_for(quantize_task, &job, shares.shape[0], workers)
+            parallel_for(quantize_task, &job, quantized_parts.shape[0], workers)
         if job.out_of_memory:
             raise MemoryError("no memory to find the median of a matrix")
 
@@ -703,20 +704,21 @@ cdef class LegacyLLM:
                 f"{self.config.model_dim})")
 
 
-cdef struct Share:
-    # A quantized matrix: where its weights and its scales begin, its shape, how many neighbours
-    # share a scale, and that scale where it is fixed, else 0.
+cdef struct QuantizedPart:
+    # A quantized matrix: the offsets of its weights and scales, its shape, the number of columns
+    # that share a scale, and that scale if it is fixed, else 0.
     Py_ssize_t start, scale, rows, cols, group
     float fixed
 
 
-_SHARE = np.dtype([("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
-                   ("group", np.intp), ("fixed", np.float32)], align=True)
+_QUANTIZED_PART = np.dtype(
+    [("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
+     ("group", np.intp), ("fixed", np.float32)], align=True)
 
 
-def _shares(config):
-    """Return how ``quantize`` goes about the matrices of a model, as ``_SHARE`` records."""
-    shares, start, scale = [], 0, 0
+def _quantized_parts(config):
+    """Return the quantized matrices of a model as ``_QUANTIZED_PART`` records."""
+    quantized_parts, start, scale = [], 0, 0
     for name, shape, kind in parameter_layout(config):
         if kind != "quantized":
             break
@@ -726,50 +728,50 @@ def _shares(config):
         if not SCHEMES[config.scheme].learns and not fixed:
             fixed = float(np.float16(_spread(config, name) * np.sqrt(2.0 / np.pi)))
         if config.scale in ("tensor", "one"):
-            shares.append((start, scale, 1, rows * cols, rows * cols, fixed))
+            quantized_parts.append((start, scale, 1, rows * cols, rows * cols, fixed))
         else:
-            shares.append((start, scale, rows, cols, group, fixed))
+            quantized_parts.append((start, scale, rows, cols, group, fixed))
         start += rows * cols
         scale += int(np.prod(scale_shape))
-    return np.array(shares, _SHARE)
+    return np.array(quantized_parts, _QUANTIZED_PART)
 
 
 cdef struct QuantizeJob:
     const float *weights
     signed char *codes
     float *scales
-    const Share *shares
+    const QuantizedPart *quantized_parts
     Scheme scheme
     bint out_of_memory
 
 
 cdef void quantize_task(void *context, long index) noexcept nogil:
     cdef QuantizeJob *job = <QuantizeJob *>context
-    cdef const Share *share = &job.shares[index]
-    cdef Py_ssize_t _row, first, count, start = share.start
-    cdef float *scale = job.scales + share.scale
-    cdef float *room = NULL
+    cdef const QuantizedPart *part = &job.quantized_parts[index]
+    cdef Py_ssize_t _row, first, count, start = part.start
+    cdef float *scale = job.scales + part.scale
+    cdef float *median_scratch = NULL
     if job.scheme.median:
-        room = scratch(share.group)
-        if room == NULL:
+        median_scratch = scratch(part.group)
+        if median_scratch == NULL:
             job.out_of_memory = True
             return
-    for _row in range(share.rows):
-        for first from 0 <= first < share.cols by share.group:
-            count = min(share.group, share.cols - first)
-            scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, share.fixed,
-                                          job.codes + start, room)
+    for _row in range(part.rows):
+        for first from 0 <= first < part.cols by part.group:
+            count = min(part.group, part.cols - first)
+            scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, part.fixed,
+                                          job.codes + start, median_scratch)
             scale += 1
             start += count
 
 
 def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
-    """Return a model with fresh weights.
+    """Return a model with random initial weights.
 
-    Matrices start from N(0, 0.02), those that write into the residual stream divided by
-    sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), which makes
-    three codes in five 0; without latent weights from codes that are equally likely, as in C.
-    Biases and beta start at 0, gamma at 1.
+    Matrices are initialized from N(0, 0.02), those that write into the residual stream divided by
+    sqrt(2 blocks) (Radford et al. 2019, section 2.3); with scale 1 from N(0, 0.6), so that three
+    codes in five are 0; with the scheme ``sign`` from equally likely codes, as in C. Biases and
+    beta start at 0, gamma at 1.
 
     Parameters
     ----------
@@ -777,17 +779,17 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
     seed : int or numpy.random.Generator
         The same seed gives the same weights; C seeds from the clock (departure 14).
     trainable : bool
-        Whether to keep the latent weights that training needs.
+        Whether to keep the latent weights, which training needs.
 
     Raises
     ------
     MemoryError
-        If there is no room for the weights (departure 13).
+        If there is no memory for the weights (departure 13).
 
     Notes
     -----
-    C: ``model.c``, ``create_legacy_llm``, whose gamma starts near 0 and whose ternary matrices
-    have no scale (departure 10).
+    C: ``model.c``, ``create_legacy_llm``, where gamma starts near 0 and ternary matrices have no
+    scale (departure 10).
     """
     rng = np.random.default_rng(seed)
     model = LegacyLLM(config, trainable=True)
@@ -805,7 +807,7 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
 
 
 def _without_latent(LegacyLLM model):
-    """Return a copy of a model that has no latent weights."""
+    """Return a copy of a model without latent weights."""
     cdef LegacyLLM copy = LegacyLLM(model.config)
     copy.provenance = model.provenance
     copy.codes[...] = model.codes
@@ -815,9 +817,9 @@ def _without_latent(LegacyLLM model):
 
 
 def free_legacy_llm(LegacyLLM model not None) -> None:
-    """Let go of a model's weights; using it afterwards raises ``ValueError``.
+    """Release a model's weights; using it afterwards raises ``ValueError``.
 
-    Python frees what nobody refers to, so this is rarely needed. C: ``free_legacy_llm``.
+    Python frees unreferenced objects, so this is rarely needed. C: ``free_legacy_llm``.
     """
     model.parameters = None
     model.blocks = None
@@ -837,7 +839,7 @@ cdef class LegacyLLMGradients:
         All of them, in the order of ``parameter_layout``.
     parameters : dict of str to float32 array
         Views into ``flat``, by name; for quantized matrices the gradient of the effective weight,
-        which passes straight through to the latent one.
+        which is the straight-through gradient of the latent weight.
     """
 
     def __cinit__(self):
@@ -910,7 +912,7 @@ def create_legacy_llm_gradients(config) -> LegacyLLMGradients:
 
 
 def free_legacy_llm_gradients(LegacyLLMGradients gradients not None) -> None:
-    """Let go of the gradients' memory; using them afterwards raises ``ValueError``.
+    """Release the gradients' memory; using them afterwards raises ``ValueError``.
 
     C: ``free_legacy_llm_gradients``.
     """
@@ -929,18 +931,18 @@ def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gr
     """Update a model by the C original's rule: signs for ternary matrices, SGD for the rest.
 
     Wherever its gradient is not 0, a ternary weight becomes minus the gradient's sign; float
-    parameters move by ``-learning_rate * gradient``. There are no latent weights in this rule; the
+    parameters change by ``-learning_rate * gradient``. This rule has no latent weights; the
     optimizers have a better one.
 
     Parameters
     ----------
     model : LegacyLLM
-        Changed in place; its latent weights, if any, are left as they are.
+        Changed in place, except for its latent weights, if any.
     gradients : LegacyLLMGradients
     learning_rate : float
     direction : {"descend", "ascend"}
-        "ascend" gives ternary weights the gradient's own sign, as C does: that climbs the loss
-        (departure 1).
+        "ascend" sets ternary weights to the gradient's own sign, as C does: that increases the
+        loss (departure 1).
 
     Notes
     -----
@@ -964,33 +966,33 @@ def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gr
 
 
 # ---------------------------------------------------------------------------------------------
-# What a block remembers of its forward pass
+# The activations of a block's forward pass
 
 cdef class TransformerBlockContext:
     """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
 
-    The C original keeps the block's input and the statistics of its norms, and computes the rest
-    again; here all of it stays. Attributes are float32 arrays.
+    The C original keeps the block's input and the statistics of its norms, and recomputes the
+    rest; here all activations are kept. Attributes are float32 arrays.
 
     Attributes
     ----------
     input, output : [B, T, C]
     norm1, norm2 : [B, T, C]
-        The normalised inputs of attention and feed-forward layer.
+        The normalized inputs of attention and feed-forward layer.
     mean1, inv_std1, mean2, inv_std2 : [B, T]
     q, k, v : [B, T, C]
         Queries and keys after their rotation.
     probs : [B, H, T, T]
     heads : [B, T, C]
-        The heads' outputs, side by side.
+        The heads' outputs, concatenated.
     heads_normed, heads_mean, heads_inv_std : [B, T, C], [B, T], [B, T]
-        After the norm before ``wo``; None where there is none.
+        After the norm before ``wo``; None without that norm.
     residual : [B, T, C]
         The input plus the attention's output.
     hidden, activated : [B, T, F]
         The feed-forward network's hidden layer before and after its activation.
     activated_normed, activated_mean, activated_inv_std : [B, T, F], [B, T], [B, T]
-        After the norm before ``wo``; None where there is none.
+        After the norm before ``wo``; None without that norm.
     """
 
     def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, sub_norm=False):
@@ -1054,22 +1056,23 @@ cdef class TransformerBlockContext:
 
 cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
                        sub_norm) except -1:
-    # Whether a context has room for a layer's pass; ffn is None for attention alone.
+    # Checks that a context fits a layer's pass; ffn is None for attention alone.
     if bool(sub_norm) != (context.heads_normed is not None):
         raise ValueError(f"the context was made {'without' if sub_norm else 'with'} sub_norm, "
                          "unlike the layer")
-    found = (*context.input.shape, context.probs.shape[1], context.probs.shape[3])
-    wanted = (batch, time, dim, heads, time)
+    actual = (*context.input.shape, context.probs.shape[1], context.probs.shape[3])
+    expected = (batch, time, dim, heads, time)
     if ffn is not None:
-        found, wanted = (*found, context.hidden.shape[2]), (*wanted, ffn)
-    if found != wanted:
-        raise ValueError(f"the context is for (B, T, C, H, keys, F) = {found}, expected {wanted}")
+        actual, expected = (*actual, context.hidden.shape[2]), (*expected, ffn)
+    if actual != expected:
+        raise ValueError(f"the context is for (B, T, C, H, keys, F) = {actual}, expected "
+                         f"{expected}")
     return 0
 
 
 def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time,
                                      sub_norm=False):
-    """Return room for one block's activations. C: ``create_transformer_block_context``."""
+    """Return buffers for one block's activations. C: ``create_transformer_block_context``."""
     return TransformerBlockContext(model_dim, ffn_dim, num_heads, batch_size, time,
                                    sub_norm=sub_norm)
 
@@ -1085,22 +1088,22 @@ def free_transformer_block_context(TransformerBlockContext context not None) -> 
 # Files
 
 def save_model(LegacyLLM model not None, path, format="legacy1bit") -> None:
-    """Write a model, as a whole or not at all.
+    """Save a model atomically.
 
     Parameters
     ----------
     model : LegacyLLM
     path : path-like
-        A folder, made if need be, for ``model.safetensors`` and ``config.json``; or with
-        ``format="c-v1"`` the one file of the C original, which has no room for provenance.
+        A folder, created if necessary, for ``model.safetensors`` and ``config.json``; or with
+        ``format="c-v1"`` the single file of the C original, which cannot store provenance.
     format : {"legacy1bit", "c-v1"}
 
     Raises
     ------
     ValueError
-        If the format is unknown, a weight is not finite, or the C original has no such models.
+        If the format is unknown, a weight is not finite, or the C original has no such model.
     OSError
-        If a file cannot be written; what was there before is untouched (departure 12).
+        If a file cannot be written; existing files are untouched (departure 12).
 
     Notes
     -----
@@ -1121,7 +1124,7 @@ def _check_finite(name, value, error=ValueError):
 
 
 def _as_float16(name, scales):
-    """Return scales as float16, which all that ``quantize`` finds are already."""
+    """Return scales as float16; those that ``quantize`` computes are exact."""
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16)
     if (halves != scales).any():
@@ -1145,8 +1148,8 @@ def _save_folder(model, path):
         else:
             tensors[name] = value
     config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
-    # The weights carry their settings, too: then a crash between the two files cannot pair the
-    # weights of one model with the settings of another.
+    # The weights file has the settings, too: a crash between the two files cannot pair the weights
+    # of one model with the settings of another.
     header = {"config": json.dumps(config), "provenance": json.dumps(model.provenance.to_dict())}
     path.mkdir(parents=True, exist_ok=True)
     atomic_write_all({
@@ -1201,7 +1204,7 @@ def _steps_of(folder):
 
 
 def load_model(path) -> LegacyLLM:
-    """Read a model: a folder that ``save_model`` wrote, or a file of the C original.
+    """Load a model: a folder that ``save_model`` wrote, or a file of the C original.
 
     Parameters
     ----------
@@ -1211,20 +1214,20 @@ def load_model(path) -> LegacyLLM:
     Returns
     -------
     LegacyLLM
-        Ready for the forward pass; it has no latent weights.
+        Ready for the forward pass, without latent weights.
 
     Raises
     ------
     ModelFileError
-        If what is there is not a whole, sound model. Every size is checked before it is used
+        If the files are not a complete, valid model. Every size is checked before it is used
         (departure 11).
     OSError
         If it cannot be read.
 
     Notes
     -----
-    C: ``model.c``, ``load_model``. A C file has no number of heads, and its tokens see only
-    themselves, so that it does not matter.
+    C: ``model.c``, ``load_model``. A C file does not store the number of heads, which does not
+    matter because its tokens see only themselves.
     """
     path = Path(path)
     if path.is_dir():
@@ -1258,18 +1261,18 @@ def _load_folder(path):
 
 
 class StoredParameter(NamedTuple):
-    """A parameter as a file holds it.
+    """A parameter as stored in a file.
 
     Attributes
     ----------
     name : str
     shape : tuple of int
     values : float32 array or uint8[R, bytes]
-        Numbers, or packed codes as ``Scheme.pack`` makes them.
+        Numbers, or packed codes as ``Scheme.pack`` returns them.
     scales : float32[1, 1] or float32[R, G] or None
-        Those of codes.
+        The scales of codes.
     group : int
-        How many neighbours share a scale.
+        The number of columns that share a scale.
     """
 
     name: str
@@ -1280,7 +1283,7 @@ class StoredParameter(NamedTuple):
 
 
 def read_folder(path):
-    """Read a model folder piece by piece, without a model to put the pieces into.
+    """Read a model folder one parameter at a time, without creating a model.
 
     Parameters
     ----------
@@ -1296,8 +1299,8 @@ def read_folder(path):
     Raises
     ------
     ModelFileError
-        If a file is damaged or the two do not belong together; of a tensor's content, when it is
-        its turn.
+        If a file is damaged or the two do not belong together; errors in the content of a tensor
+        are raised when it is reached.
     OSError
         If a file cannot be read.
     """
@@ -1311,11 +1314,12 @@ def read_folder(path):
     file = path / WEIGHTS_FILE
     check_regular(file)
     try:
-        # The library maps the file into memory and checks its head; tensors are read one by one.
+        # The library maps the file into memory and checks its header; tensors are read one by one.
         opened = safe_open(file, framework="numpy")
         header = opened.metadata() or {}
-        found = {name: opened.get_slice(name) for name in opened.keys()}
-        found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
+        tensors = {name: opened.get_slice(name) for name in opened.keys()}
+        tensors = {name: (part.get_dtype(), tuple(part.get_shape()))
+                   for name, part in tensors.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         known = mistaken_file(file)
         raise ModelFileError(f"{file} is not a safetensors file: {known or one_line(error)}") \
@@ -1328,12 +1332,12 @@ def read_folder(path):
         provenance = Provenance.from_json(header.get("provenance", "{}"))
     except ValueError as error:
         raise ModelFileError(f"{file}: {error}") from None
-    _check_stored(config, found, file)
+    _check_stored(config, tensors, file)
     return config, provenance, _stored(config, opened, file)
 
 
 def _parsed(text):
-    """Return what JSON text says, or None where it is none."""
+    """Return the value of a JSON text, or None if it is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -1341,7 +1345,7 @@ def _parsed(text):
 
 
 def _config_of(settings, file):
-    """Return the settings of a model folder's ``config.json``, which must name all there are."""
+    """Return the settings of a model folder's ``config.json``, which must be complete."""
     kind, version = settings.pop("format", None), settings.pop("format_version", None)
     if kind != _FORMAT or type(version) is not int or version != _FORMAT_VERSION:
         raise ModelFileError(f"{file} has format {kind!r} version {version!r}, expected "
@@ -1355,10 +1359,10 @@ def _config_of(settings, file):
         raise ModelFileError(f"{file}: {error}") from None
 
 
-def _check_stored(config, found, file):
-    """Compare what a file holds, dtypes and shapes, with what a model of these settings needs.
+def _check_stored(config, tensors, file):
+    """Compare the dtypes and shapes in a file with those of a model of these settings.
 
-    The settings may promise more than memory holds, so that this comes before anything is made.
+    The settings may declare more than fits memory, so this comes before any allocation.
     """
     expected = {}
     for name, shape, kind in parameter_layout(config):
@@ -1369,20 +1373,20 @@ def _check_stored(config, found, file):
         else:
             expected[name] = "F32", shape
     for name, (dtype, shape) in expected.items():
-        if name not in found:
+        if name not in tensors:
             raise ModelFileError(f"{file} has no tensor {name}")
-        if found[name][1] != shape:
-            raise ModelFileError(f"{file}: {name} has shape {list(found[name][1])}, expected "
+        if tensors[name][1] != shape:
+            raise ModelFileError(f"{file}: {name} has shape {list(tensors[name][1])}, expected "
                                  f"{list(shape)}")
-        if found[name][0] != dtype:
-            raise ModelFileError(f"{file}: {name} is {found[name][0]}, expected {dtype}")
-    unknown = sorted(set(found) - set(expected))
+        if tensors[name][0] != dtype:
+            raise ModelFileError(f"{file}: {name} is {tensors[name][0]}, expected {dtype}")
+    unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise ModelFileError(f"{file} has an unknown tensor {unknown[0]!r}")
 
 
 def _stored(config, opened, file):
-    """Yield what ``read_folder`` promises."""
+    """Yield the parameters for ``read_folder``."""
     for name, shape, kind in parameter_layout(config):
         if kind != "quantized":
             part = StoredParameter(name, shape, opened.get_tensor(name))
@@ -1402,7 +1406,7 @@ def _stored(config, opened, file):
         yield part
 
 
-# The v1 file: five numbers, then matrices (rows, cols, codes) and arrays (size, floats).
+# The v1 file: five integers, then matrices (rows, cols, codes) and arrays (size, floats).
 
 def _v1_order(config):
     """Return the parameters of a C model in the order of its file."""
@@ -1416,7 +1420,7 @@ def _v1_order(config):
 
 
 def serialize_c_v1(LegacyLLM model not None) -> bytes:
-    """Return the one file of the C original; errors are those of ``save_model``."""
+    """Return the content of a C original's file; errors are those of ``save_model``."""
     _check_all_finite(model)
     config = model.config
     if not config.is_c_original:

@@ -1,7 +1,8 @@
-"""What turns gradients into better weights.
+"""Optimizers.
 
-An optimizer changes a model's latent weights in place, in spans that threads share. Each span has
-its rule, and belongs to one thread, so that the result has the same bits for any number of them.
+An optimizer updates a model's latent weights in place, in spans that are distributed over threads.
+Each span has its rule and is processed by one thread, so that the result has the same bits for any
+number of threads.
 """
 
 import numpy as np
@@ -17,14 +18,14 @@ from legacy1bit.threads cimport parallel_for, scratch
 from legacy1bit.model import parameter_layout
 from legacy1bit.schemes import SCHEMES
 
-# The longest span, so that threads have enough of them to share.
+# The longest span, short enough to balance the load of threads.
 _LONGEST = 16384
 
 cdef enum Rule:
     BY_ADAMW
     BY_SGD
     BY_SIGN
-    BY_MUON         # whose spans are whole matrices
+    BY_MUON         # its spans are whole matrices
 
 
 cdef struct Span:
@@ -63,7 +64,7 @@ cdef void update_task(void *context, long index) noexcept nogil:
     if span.rule == BY_MUON:
         muon(job, span)
     elif span.rule == BY_SIGN:
-        # The C program's rule: a weight is the sign of its gradient, times a direction.
+        # The C program's rule: a weight is the sign of its gradient times a direction.
         for i in range(size):
             if gradient[i] != 0.0:
                 weights[i] = job.direction if gradient[i] > 0.0 else -job.direction
@@ -74,15 +75,15 @@ cdef void update_task(void *context, long index) noexcept nogil:
                         update)
 
 
-cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *room,
+cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *buffer,
                         float *workspace) noexcept nogil:
-    # x[rows, cols], rows <= cols, becomes about U V^T of its singular value decomposition U S V^T.
-    # Five rounds of X <- a X + (b A + c A^2) X with A = X X^T bring every singular value near 1
-    # (Jordan et al. 2024, "Muon: an optimizer for hidden layers", with their a, b and c). room has
-    # rows * (2 rows + cols) floats.
+    # Replaces x[rows, cols], rows <= cols, by about U V^T of its singular value decomposition
+    # U S V^T. Five Newton-Schulz iterations X <- a X + (b A + c A^2) X with A = X X^T bring every
+    # singular value near 1 (Jordan et al. 2024, "Muon: an optimizer for hidden layers", with their
+    # a, b and c). buffer holds rows * (2 rows + cols) floats.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t square = rows * rows, size = rows * cols
-    cdef float *a = room
+    cdef float *a = buffer
     cdef float *b = a + square
     cdef float *y = b + square
     cdef double norm = sqrt(kernel.sum_of_squares(x, size))
@@ -114,8 +115,8 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     cdef Py_ssize_t low = min(rows, cols), high = max(rows, cols)
     cdef float *workspace = scratch(kernel.workspace_floats + 2 * size + low * (2 * low + high))
     cdef float *update = workspace + kernel.workspace_floats
-    cdef float *turned = update + size
-    cdef float *room = turned + size
+    cdef float *transposed = update + size
+    cdef float *buffer = transposed + size
     cdef float *weights = job.weights + span.start
     cdef float *momentum = job.first + span.start
     if workspace == NULL:
@@ -126,18 +127,18 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     memcpy(update, job.gradient + span.start, size * sizeof(float))
     kernel.add_scaled(update, settings.momentum, momentum, size)
     if rows <= cols:
-        orthogonalize(update, rows, cols, room, workspace)
+        orthogonalize(update, rows, cols, buffer, workspace)
     else:
-        transpose(update, rows, cols, turned)
-        orthogonalize(turned, cols, rows, room, workspace)
-        transpose(turned, cols, rows, update)
+        transpose(update, rows, cols, transposed)
+        orthogonalize(transposed, cols, rows, buffer, workspace)
+        transpose(transposed, cols, rows, update)
     kernel.scale(weights, 1.0 - settings.learning_rate * settings.weight_decay, size)
     kernel.add_scaled(weights, -settings.learning_rate * sqrt(fmax(1.0, <double>rows / cols)),
                       update, size)
 
 
 def _check(**settings):
-    """Raise ``ValueError`` for settings under which no step makes sense."""
+    """Raise ``ValueError`` for settings out of range."""
     for name, value in settings.items():
         if not 0.0 <= value < (np.inf if name == "weight_decay" else 1.0):
             raise ValueError(f"{name} is {value}, expected 0 or more"
@@ -145,7 +146,7 @@ def _check(**settings):
 
 
 def _spans(config, rule_of):
-    """Return the spans of a model's parameters, whole matrices first: they take longest."""
+    """Return the spans of a model's parameters, whole matrices first, as they take longest."""
     whole, cut, start = [], [], 0
     for name, shape, kind in parameter_layout(config):
         stop = start + int(np.prod(shape))
@@ -160,25 +161,25 @@ def _spans(config, rule_of):
 
 
 cdef class Optimizer:
-    """What the optimizers share: moments, clipping and the scheme ``sign``.
+    """The base class: moments, clipping and the scheme ``sign``.
 
     Parameters
     ----------
     model : LegacyLLM
-        Made with latent weights. Where its scheme is ``sign``, the quantized matrices follow the
-        C program's rule, whatever the optimizer.
+        With latent weights. If its scheme is ``sign``, the quantized matrices follow the C
+        program's rule in every optimizer.
     weight_decay : float
-        Decoupled; on matrices, not on biases and norms.
+        Decoupled; applies to matrices, not to biases and norms.
     sign_direction : {"descend", "ascend"}
-        "ascend" gives the weights of the scheme ``sign`` their gradient's own sign, as C does:
-        that climbs the loss (departure 1).
+        "ascend" sets the weights of the scheme ``sign`` to their gradient's own sign, as C does:
+        that increases the loss (departure 1).
 
     Attributes
     ----------
     steps : int
         Steps taken.
     first, second : float32[N]
-        The moments, in the order of ``parameter_layout``. Momentum is a first one.
+        The moments, in the order of ``parameter_layout``. Momentum is a first moment.
     weight_decay : float
         May change between steps.
     """
@@ -220,7 +221,7 @@ cdef class Optimizer:
 
     def step(self, LegacyLLMGradients gradients not None, float learning_rate, float clip=0.0,
              int threads=1) -> float:
-        """Take one step, and quantize the model anew.
+        """Take one step, and quantize the model.
 
         Parameters
         ----------
@@ -234,9 +235,9 @@ cdef class Optimizer:
         Returns
         -------
         float
-            The norm of all gradients before clipping. Where it is not finite, nothing was changed;
-            it is infinite, too, where squares overflow, which may be from 5e17 on, and one of
-            less than 1e-23 has no square.
+            The norm of all gradients before clipping. If it is not finite, nothing was changed. It
+            is also infinite if squares overflow, possibly from 5e17 on; gradients below 1e-23 have
+            squares that underflow to 0.
         """
         cdef UpdateJob job
         cdef float[::1] weights = self.model.weights, first = self.first, second = self.second
@@ -293,9 +294,9 @@ cdef class AdamW(Optimizer):
     ----------
     model : LegacyLLM
     beta1, beta2 : float
-        How much of the gradient's mean and mean square a step keeps.
+        Decay rates of the first and the second moment.
     epsilon : float
-        Below 1e-20 it no longer makes up for gradients that have no square in float32.
+        Below 1e-20 it no longer compensates for gradients whose squares underflow in float32.
     weight_decay, sign_direction
         See ``Optimizer``.
     """
@@ -316,7 +317,8 @@ cdef class Muon(AdamW):
 
     Muon replaces the momentum of a matrix's gradient by the nearest orthogonal matrix, so that
     every direction moves by the same amount (Jordan et al. 2024, "Muon: an optimizer for hidden
-    layers in neural networks"). Clipping has no say in it: the size of a gradient does not matter.
+    layers in neural networks"). Clipping has no effect on it, because the norm of a gradient does
+    not matter.
 
     Parameters
     ----------
@@ -325,7 +327,7 @@ cdef class Muon(AdamW):
     matrix_ratio : float
         Muon's learning rate over that of AdamW.
     momentum : float
-        How much of the gradients' sum a step keeps.
+        Decay rate of the momentum.
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
@@ -346,7 +348,7 @@ cdef class SGD(Optimizer):
     ----------
     model : LegacyLLM
     momentum : float
-        How much of the gradients' sum a step keeps.
+        Decay rate of the momentum.
     weight_decay, sign_direction
         See ``Optimizer``.
     """

@@ -1,10 +1,10 @@
 """Models for decoding, for code that runs without the GIL."""
 
-from legacy1bit.kernels cimport Matrix, PackedMatrix as PackedView, Rounded
+from legacy1bit.kernels cimport Int8Rows, Matrix, PackedMatrix as PackedView
 from legacy1bit.model cimport NormView
 
 cdef struct Projection:
-    # One linear map: packed codes, or, where they have no tiles, a dense float matrix.
+    # One linear map: packed codes, or, if packed.tiles is NULL, a dense float matrix.
     PackedView packed
     Matrix dense
     Py_ssize_t rows
@@ -20,7 +20,7 @@ cdef struct PackedModelView:
     PackedBlock *blocks
     Py_ssize_t num_blocks
     Py_ssize_t num_heads
-    Py_ssize_t span         # how many tokens back a token sees, itself included; 0: all
+    Py_ssize_t window       # attention window: tokens that a token sees, itself included; 0: all
     bint squared            # ReLU squared rather than ReLU
     const float *cosines    # [T, D / 2]; NULL without rotary positions
     const float *sines
@@ -46,8 +46,8 @@ cdef class PackedModel:
     cdef int _norm(self, str name, NormView *view) except -1
 
 
-cdef class RoundedRows:
-    cdef object codes, steps, sums
-    cdef Rounded view
+cdef class Int8Buffer:
+    cdef object codes, scales, sums
+    cdef Int8Rows view
 
 cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil

@@ -1,10 +1,10 @@
 """Weights packed for decoding, two bits each or five trits to a byte.
 
-A packed matrix is laid out for the kernels, in the tiles that ``include/simd.h`` describes: 32 rows
-by 16 columns in 128 bytes, or 32 by 20 in base 3. So a product reads its weights
-once, straight through memory, and every instruction set reads the same ones. Its other factor are
-activations rounded to int8, with one scale a token (BitNet b1.58, arXiv 2402.17764, section 2), and
-its sums are whole numbers.
+A packed matrix is stored for the kernels, in the tiles that ``include/simd.h`` describes: 32 rows
+by 16 columns in 128 bytes, or 32 by 20 in base 3. So a product reads its weights once,
+sequentially, and every instruction set uses the same layout. The other factor are activations
+quantized to int8, with one scale per token (BitNet b1.58, arXiv 2402.17764, section 2), and sums
+are integers.
 """
 
 from pathlib import Path
@@ -15,8 +15,8 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport PackedMatrix as PackedView, Rounded
-from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
+from legacy1bit.kernels cimport Int8Rows, PackedMatrix as PackedView
+from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
 from legacy1bit.model import (
@@ -32,14 +32,14 @@ _AT_ONCE = 64   # strips
 
 
 def _aligned(size):
-    """Return uint8[size] that begins on a cache line."""
-    room = np.empty(size + _TILE, np.uint8)
-    start = -room.ctypes.data % _TILE
-    return room[start:start + size]
+    """Return uint8[size], aligned to two cache lines."""
+    buffer = np.empty(size + _TILE, np.uint8)
+    start = -buffer.ctypes.data % _TILE
+    return buffer[start:start + size]
 
 
 def packed_size(shape, form="2bit") -> int:
-    """Return how many bytes a packed matrix of this shape has, without its scales."""
+    """Return the number of bytes of a packed matrix of this shape, without its scales."""
     width = _TRITS if form == "trits" else _CODES
     return ((shape[0] + _STRIP - 1) // _STRIP) * ((shape[1] + width - 1) // width) * _TILE
 
@@ -50,17 +50,17 @@ cdef class PackedMatrix:
     Parameters
     ----------
     values : int8[R, C] or TernaryMatrix
-        The codes. A ``TernaryMatrix`` brings its scales along.
+        The codes; a ``TernaryMatrix`` has its own scales.
     scale : float32[1, 1] or float32[R, G], optional
         As in a ``TernaryMatrix``; 1 when not given.
     group : int
-        How many neighbours share a scale, a multiple of 16; 0 means the whole row.
+        The number of consecutive columns that share a scale, a multiple of 16; 0 means the row.
     levels : tuple of int
-        The codes there are, evenly spaced and rising, at most four; three for ``"trits"``.
+        The possible codes, evenly spaced and increasing, at most four; three for ``"trits"``.
     form : {"2bit", "trits"}
-        Two bits a weight, or five weights a byte.
-    room : uint8[N], optional
-        Where the tiles go, 64-byte aligned; made when not given.
+        Two bits per weight, or five weights per byte.
+    buffer : uint8[N], optional
+        Receives the tiles, 64-byte aligned; allocated by default.
 
     Attributes
     ----------
@@ -70,25 +70,26 @@ cdef class PackedMatrix:
     Raises
     ------
     ValueError
-        If a code is none of the levels, or shapes do not fit, or trits have more scales in a row.
+        If a code is not one of the levels, or shapes do not fit, or trits have several scales per
+        row.
     """
 
-    def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", room=None):
+    def __init__(self, values, scale=None, group=0, levels=(-1, 0, 1), form="2bit", buffer=None):
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         if not isinstance(values, _TernaryMatrix):
-            # It checks codes and scales.
+            # Checks codes and scales.
             values = _TernaryMatrix(values, 1.0 if scale is None else scale, group, levels)
         self._describe(values.shape, values.scales, values.group, levels, form)
-        self.tiles = _pack(values.values, self.levels, self.trits, room)
+        self.tiles = _pack(values.values, self.levels, self.trits, buffer)
         self._point()
 
     def _describe(self, shape, scales, group, levels, form):
-        """Take in all but the codes, checked."""
+        """Check and set everything but the codes."""
         steps = set(np.diff(levels))
         if not 2 <= len(levels) <= 4 or len(steps) != 1 or min(steps) < 1:
             raise ValueError(f"levels is {levels}, expected two to four that rise evenly")
-        # Sums, and what they are made of, must fit 32 bits.
+        # Sums and their terms must fit 32 bits.
         reach = max(abs(levels[0]), abs(levels[-1]), levels[-1] - levels[0])
         if 127 * int(reach) * shape[1] >= 1 << 31:
             raise ValueError(f"{shape[1]} columns of levels {levels} are too many for sums of 32 "
@@ -101,7 +102,7 @@ cdef class PackedMatrix:
                              f"{len(levels)} and {self.scales.shape[1]}")
 
     cdef int _point(self) except -1:
-        """Let the struct that kernels read point at the arrays."""
+        """Point the struct for the kernels at the arrays."""
         cdef const unsigned char[:, :, ::1] tiles = self.tiles
         cdef const float[:, ::1] scales = self.scales
         self.view.rows, self.view.cols = self.shape
@@ -117,8 +118,8 @@ cdef class PackedMatrix:
     @property
     def values(self):
         """The codes, int8[R, C], unpacked."""
-        places = _unpack(self.tiles, self.trits)[:self.shape[0], :self.shape[1]]
-        return np.array(self.levels, np.int8)[places]
+        indices = _unpack(self.tiles, self.trits)[:self.shape[0], :self.shape[1]]
+        return np.array(self.levels, np.int8)[indices]
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +127,7 @@ cdef class PackedMatrix:
         return self.tiles.nbytes
 
     def multiply(self, x, bias=None):
-        """Return ``x @ matrix.T + bias``, with each row of ``x`` rounded to int8.
+        """Return ``x @ matrix.T + bias``, with each row of ``x`` quantized to int8.
 
         Parameters
         ----------
@@ -136,7 +137,7 @@ cdef class PackedMatrix:
         Returns
         -------
         float32[B, R]
-            Whole-number sums of codes and int8 activations, times scales: the same bits in every
+            Integer sums of codes times int8 activations, times scales: the same bits in every
             instruction set. A row that is not finite gives NaN.
 
         Raises
@@ -146,7 +147,7 @@ cdef class PackedMatrix:
         """
         cdef const float[:, ::1] rows = x
         cdef float[:, ::1] out
-        cdef Rounded rounded
+        cdef Int8Rows quantized
         cdef const float *bias_pointer = NULL
         cdef float *workspace
         if rows is None:
@@ -158,12 +159,12 @@ cdef class PackedMatrix:
             bias_pointer = vector_pointer(bias, self.view.rows, "bias")
         result = np.empty((rows.shape[0], self.view.rows), np.float32)
         out = result
-        room = RoundedRows(rows.shape[0], self.view.cols)
-        rounded = (<RoundedRows>room).view
-        workspace = packing_room()
+        buffer = Int8Buffer(rows.shape[0], self.view.cols)
+        quantized = (<Int8Buffer>buffer).view
+        workspace = pack_buffer()
         with nogil:
-            kernels().round_to_int8(&rows[0, 0], rows.shape[0], rows.shape[1], &rounded)
-            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &rounded,
+            kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &quantized)
+            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &quantized,
                                             rows.shape[0], bias_pointer, False, &out[0, 0],
                                             self.view.rows, workspace)
         return result
@@ -176,44 +177,44 @@ cdef class PackedMatrix:
                 f"{'trits' if self.trits else '2 bits'})")
 
 
-cdef class RoundedRows:
-    """Room for rows of activations in int8.
+cdef class Int8Buffer:
+    """Buffers for rows of int8 activations.
 
     Parameters
     ----------
     rows, cols : int
-        The most there will be.
+        The maximum sizes.
     """
 
     def __init__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef unsigned char[::1] codes
-        cdef float[::1] steps
+        cdef float[::1] scales
         cdef int[::1] sums
         # Kernels read tiles of 16 or 20 columns, and blocks of 64 columns and 32 rows.
         self.view.stride = (cols + 19 + 63) // 64 * 64
         self.codes = _aligned(((rows + 31) // 32 * 32 + 1) * self.view.stride)
         self.codes[...] = 0
-        self.steps = np.empty(rows, np.float32)
+        self.scales = np.empty(rows, np.float32)
         self.sums = np.empty(rows, np.int32)
-        codes, steps, sums = self.codes, self.steps, self.sums
+        codes, scales, sums = self.codes, self.scales, self.sums
         self.view.codes = <signed char *>&codes[0]
-        self.view.steps = &steps[0]
+        self.view.scales = &scales[0]
         self.view.sums = &sums[0]
 
     def __reduce__(self):
         raise TypeError("RoundedRows cannot be copied or pickled: make others")
 
 
-def _pack(values, levels, trits, room):
+def _pack(values, levels, trits, buffer):
     """Return the tiles of codes, int8[R, C]."""
-    places = np.array([levels.index(code) if code in levels else 255
+    indices = np.array([levels.index(code) if code in levels else 255
                        for code in range(-128, 128)], np.uint8)
     strips, width = (values.shape[0] + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
     tiles = (values.shape[1] + width - 1) // width
-    packed = _room_for(strips, tiles, room)
+    packed = _tiles_in(strips, tiles, buffer)
     for strip in range(strips):
-        # A strip at a time: the room this takes stays small.
-        here = places[values[_STRIP * strip:_STRIP * (strip + 1)].astype(np.int16) + 128]
+        # One strip at a time, to keep temporary arrays small.
+        here = indices[values[_STRIP * strip:_STRIP * (strip + 1)].astype(np.int16) + 128]
         if here.max() == 255:
             raise ValueError("values holds a number other than "
                              f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
@@ -221,32 +222,32 @@ def _pack(values, levels, trits, room):
     return packed
 
 
-def _room_for(strips, tiles, room):
-    room = _aligned(strips * tiles * _TILE) if room is None else room
-    return room.reshape(strips, tiles, _TILE)
+def _tiles_in(strips, tiles, buffer):
+    buffer = _aligned(strips * tiles * _TILE) if buffer is None else buffer
+    return buffer.reshape(strips, tiles, _TILE)
 
 
-def _pack_strip(places, trits, out):
-    """Write the tiles of at most 32 rows of codes' places among the levels, uint8[R, C]."""
+def _pack_strip(indices, trits, out):
+    """Write the tiles of at most 32 rows of level indices, uint8[R, C]."""
     fields, tiles = 5 if trits else 4, len(out)
     weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
     codes = np.zeros((_STRIP, tiles * 4 * fields), np.uint8)
-    codes[:len(places), :places.shape[1]] = places
+    codes[:len(indices), :indices.shape[1]] = indices
     joined = (codes.reshape(_STRIP, tiles, fields, 4) * weights[:, None]).sum(2, dtype=np.uint16)
     if trits:
         joined = (joined * 256 + 242) // 243
     out.reshape(tiles, _STRIP, 4)[...] = joined.transpose(1, 0, 2)
 
 
-def _pack_stored(stored, cols, scheme, trits, room):
-    """Return the tiles of codes that ``Scheme.pack`` has packed, uint8[R, bytes].
+def _pack_stored(stored, cols, scheme, trits, buffer):
+    """Return the tiles of codes packed by ``Scheme.pack``, uint8[R, bytes].
 
-    A row of a tile is 16 neighbours in a row, two bits each: in a file by their order, as four
-    bytes of four, and in the tile as the four columns of that square.
+    A row of a tile is 16 consecutive codes of two bits: in a file four bytes of four codes in
+    order, and in the tile the transpose of that square.
     """
     rows = len(stored)
     strips, width = (rows + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
-    packed = _room_for(strips, (cols + width - 1) // width, room)
+    packed = _tiles_in(strips, (cols + width - 1) // width, buffer)
     if trits:
         for strip in range(strips):
             codes = scheme.unpack(stored[_STRIP * strip:_STRIP * (strip + 1)], cols)
@@ -273,19 +274,19 @@ def _pack_stored(stored, cols, scheme, trits, room):
 
 
 def _unpack(tiles, trits):
-    """Undo ``_pack``: the places of the codes among the levels, uint8[R, C] with the padding."""
+    """Invert ``_pack``: the level indices, uint8[R, C] with the padding."""
     strips, count, _ = tiles.shape
     parts, rest = [], tiles.reshape(strips, count, _STRIP, 4).astype(np.uint16)
     for _ in range(5 if trits else 4):
         rest = 3 * (rest & 255) if trits else rest
         parts.append(rest >> 8 if trits else rest & 3)
         rest = rest if trits else rest >> 2
-    places = np.stack(parts, axis=3).astype(np.uint8)
-    return places.transpose(0, 2, 1, 3, 4).reshape(_STRIP * strips, -1)
+    indices = np.stack(parts, axis=3).astype(np.uint8)
+    return indices.transpose(0, 2, 1, 3, 4).reshape(_STRIP * strips, -1)
 
 
 cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil:
-    # One row of the matrix as floats, a lookup in an embedding.
+    # Dequantizes one row of the matrix, for embeddings.
     cdef Py_ssize_t fields = 5 if matrix.trits else 4, width = 4 * fields
     cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width, col
     cdef const unsigned char *strip = matrix.tiles + row // 32 * tiles * 128 + row % 32 * 4
@@ -302,11 +303,11 @@ cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexc
         out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
 
 
-cdef PackedMatrix _matrix_of(part, scheme, form, room):
-    """Return a matrix out of a file."""
+cdef PackedMatrix _matrix_of(part, scheme, form, buffer):
+    """Return a matrix from a ``StoredParameter``."""
     cdef PackedMatrix matrix = PackedMatrix.__new__(PackedMatrix)
     matrix._describe(part.shape, part.scales, part.group, scheme.levels, form)
-    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, room)
+    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, buffer)
     matrix._point()
     return matrix
 
@@ -315,9 +316,9 @@ cdef PackedMatrix _matrix_of(part, scheme, form, room):
 # Whole models
 
 def round_to_bfloat16(values):
-    """Return float32 numbers rounded to the nearest that bfloat16 holds, ties to even.
+    """Return float32 numbers rounded to the nearest bfloat16, ties to even.
 
-    The largest are rounded towards zero, so that none becomes infinite.
+    The largest are rounded toward zero, so that none becomes infinite.
     """
     bits = values.view(np.uint32)
     rounded = (bits + (0x7FFF + (bits >> 16 & 1))) & np.uint32(0xFFFF0000)
@@ -326,30 +327,30 @@ def round_to_bfloat16(values):
 
 
 cdef class PackedModel:
-    """The weights of a model as decoding needs them: codes packed, no latent weights.
+    """The weights of a model for decoding: packed codes, no latent weights.
 
-    Float matrices, the embedding above all, are rounded to bfloat16, which is how exports keep
-    them; vectors stay float32.
+    Float matrices, such as the embedding, are rounded to bfloat16, as in exports; vectors stay
+    float32.
 
     Parameters
     ----------
     model : LegacyLLM
-        What it writes with: its codes, even while it is trained in full precision. Nothing of it
-        is kept, so that it can be let go.
+        Its codes are used, even while it is trained in full precision. They are copied, so that
+        the model can be freed.
     form : {"2bit", "trits"}
-        How codes are packed. Two bits are faster where the model fits the cache, trits smaller;
-        schemes of four levels, and those with several scales in a row, have no trits.
+        How codes are packed. Two bits are faster if the model fits the cache, trits are smaller.
+        Trits cannot store schemes of four levels or with several scales per row.
 
     Attributes
     ----------
     config : ModelConfig
     parameters : dict of str to PackedMatrix or float32 array
-        By the names that ``LegacyLLM.parameters`` has.
+        By the names of ``LegacyLLM.parameters``.
 
     Raises
     ------
     ValueError
-        If the form cannot hold the model's codes.
+        If the form cannot store the model's codes.
     """
 
     def __cinit__(self):
@@ -361,7 +362,7 @@ cdef class PackedModel:
                                   for name, weights in model.parameters.items()), form)
 
     def _fill(self, config, stored, form):
-        """Pack parameters as they come: out of a file, or with a TernaryMatrix for values."""
+        """Pack parameters, from a file or with a TernaryMatrix for values."""
         cdef PackedBlock *block
         cdef const float[:, ::1] table
         if form not in FORMS:
@@ -369,23 +370,23 @@ cdef class PackedModel:
         scheme = SCHEMES.get(config.scheme)
         sizes = {name: packed_size(shape, form) for name, shape, kind in parameter_layout(config)
                  if kind == "quantized"}
-        # One piece of memory: large enough for the system's large pages, and read in order.
-        room = _aligned(sum(sizes.values()))
+        # One contiguous buffer, read in order: large enough for huge pages.
+        buffer = _aligned(sum(sizes.values()))
         self.config = config
         parameters = {}
         for part in stored:
             size, weights = sizes.get(part.name, 0), part.values
             if part.scales is not None:
-                packed = _matrix_of(part, scheme, form, room[:size])
+                packed = _matrix_of(part, scheme, form, buffer[:size])
             elif size:
                 packed = PackedMatrix(weights.values, weights.scales.copy(), weights.group,
-                                      scheme.levels, form, room[:size])
+                                      scheme.levels, form, buffer[:size])
             elif len(part.shape) == 2:
                 packed = round_to_bfloat16(weights)
             else:
                 packed = weights.copy()
             parameters[part.name] = packed
-            room = room[size:]
+            buffer = buffer[size:]
         self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
         self._projection("output.weight", "output.bias" if config.output_bias else None,
@@ -393,7 +394,7 @@ cdef class PackedModel:
         self._norm("final_norm", &self.view.final_norm)
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads
-        self.view.span = config.attention_span
+        self.view.window = config.attention_span
         self.view.squared = config.activation == "relu2"
         if config.positions == "rope":
             self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
@@ -423,10 +424,10 @@ cdef class PackedModel:
 
     @staticmethod
     def load(path, form="2bit"):
-        """Read a model that ``save_model`` wrote, straight into packed form.
+        """Load a model that ``save_model`` wrote, directly in packed form.
 
-        The file is mapped into memory and packed a matrix at a time: there never is a float for a
-        weight. It is copied, not used in place: memory of its own gets the system's large pages.
+        The file is mapped into memory and packed matrix by matrix, without float weights. It is
+        copied, not used in place, because only private memory gets huge pages.
 
         Parameters
         ----------
@@ -441,11 +442,11 @@ cdef class PackedModel:
         Raises
         ------
         ModelFileError
-            If what is there is not a whole, sound model.
+            If the files are not a complete, valid model.
         OSError
             If it cannot be read.
         ValueError
-            If the form cannot hold the model's codes.
+            If the form cannot store the model's codes.
         """
         cdef PackedModel model
         path = Path(path)

@@ -1,4 +1,4 @@
-"""The one thread pool of the package, and how many cores it may use."""
+"""The thread pool of the package, and the number of cores that it may use."""
 
 import os
 
@@ -9,50 +9,50 @@ from legacy1bit.threads cimport task_function, thread_team
 cdef extern from "threads.h" nogil:
     void pool_prepare()
     void pool_run(task_function task, void *context, long tasks, int threads)
-    void team_run(task_function task, void *context, thread_team *team, int threads)
-    void team_meet(thread_team *team)
+    void team_parallel_region(task_function task, void *context, thread_team *team, int threads)
+    void team_barrier(thread_team *team)
     void *thread_scratch(size_t bytes)
-    const void *thread_choice
+    const void *thread_local_override
 
 pool_prepare()
 
 
 cdef void parallel_for(task_function task, void *context, long tasks, int threads) noexcept nogil:
-    # task(context, 0) ... task(context, tasks - 1); task i always on thread i % threads.
+    # Runs task(context, 0) ... task(context, tasks - 1); task i always on thread i % threads.
     pool_run(task, context, tasks, threads)
 
 
-cdef void run_team(task_function task, void *context, thread_team *team,
-                   int threads) noexcept nogil:
-    # task(context, 0) ... task(context, team.members - 1), all at the same time.
-    team_run(task, context, team, threads)
+cdef void parallel_region(task_function task, void *context, thread_team *team,
+                          int threads) noexcept nogil:
+    # Runs task(context, 0) ... task(context, team.size - 1) concurrently.
+    team_parallel_region(task, context, team, threads)
 
 
-cdef void meet(thread_team *team) noexcept nogil:
-    # Returns when every member of the team has called it.
-    team_meet(team)
+cdef void barrier(thread_team *team) noexcept nogil:
+    # Returns when every thread of the team has called it.
+    team_barrier(team)
 
 
 cdef float *scratch(Py_ssize_t floats) noexcept nogil:
-    # A buffer of the calling thread's own, aligned for any vector; NULL when memory is short.
+    # The calling thread's own buffer, aligned for any vector; NULL if out of memory.
     return <float *>thread_scratch(floats * sizeof(float))
 
 
-cdef const void *chosen() noexcept nogil:
-    # What the calling thread, or the one it works for, has chosen; NULL: nothing.
-    return thread_choice
+cdef const void *thread_override() noexcept nogil:
+    # The override of the calling thread, which its workers inherit; NULL if there is none.
+    return thread_local_override
 
 
-cdef void choose(const void *choice) noexcept nogil:
-    global thread_choice
-    thread_choice = choice
+cdef void set_thread_override(const void *override) noexcept nogil:
+    global thread_local_override
+    thread_local_override = override
 
 
 def available_cores() -> int:
     """Return the number of cores this process may use: at least 1.
 
-    That is its CPU affinity where it is known, and no more than the quota that its control group
-    gives it, rounded up (Linux, versions 1 and 2).
+    That is its CPU affinity where it is known, limited by the quota of its control group, rounded
+    up (Linux, versions 1 and 2).
     """
     if hasattr(os, "sched_getaffinity"):
         cores = len(os.sched_getaffinity(0))
@@ -62,9 +62,9 @@ def available_cores() -> int:
 
 
 def default_threads() -> int:
-    """Return how many threads to use where nobody has said: LEGACY1BIT_THREADS, or all cores.
+    """Return the default number of threads: LEGACY1BIT_THREADS, or all cores.
 
-    Never more than ``available_cores()``. Raises ``ValueError`` where the variable is no number
+    Never more than ``available_cores()``. Raises ``ValueError`` if the variable is not a number
     from 1 on.
     """
     wanted = os.environ.get("LEGACY1BIT_THREADS", "")

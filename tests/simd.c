@@ -1,6 +1,6 @@
-/* Every word of the vector vocabulary against what include/simd.h says of it, and products on the
- * matrix unit, in one instruction set. tests/test_simd.py compiles this for each; undefined
- * behaviour is a trap. Arrays end at a page that nobody may touch. */
+/* Checks every vector operation against its definition in include/simd.h, and products on the
+ * matrix unit, in one instruction set. tests/test_simd.py compiles this for each; undefined behavior
+ * traps. Arrays end at an inaccessible page. */
 #include "simd.h"
 
 #include <stdio.h>
@@ -17,23 +17,23 @@ static void need(int right, const char *what, int line)
 
 #define NEED(what) need(what, #what, __LINE__)
 
-/* Calls to this keep what was on the stack before from being zeros. */
+/* Fills the stack, so that uninitialized variables are not zeros by chance. */
 static __attribute__((noinline)) void fill_the_stack(void)
 {
-    unsigned char room[4096];
-    memset(room, 0xa5, sizeof room);
-    anew(room);
+    unsigned char bytes[4096];
+    memset(bytes, 0xa5, sizeof bytes);
+    do_not_optimize(bytes);
 }
 
-/* Memory of so many bytes, in front of a page that may not be touched. */
+/* Memory that ends at an inaccessible page. */
 static void *guarded(size_t bytes)
 {
     enum { PAGE = 65536 };
-    const size_t room = (bytes + PAGE - 1) / PAGE * PAGE;
-    char *memory = mmap(NULL, room + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory + room, PAGE, PROT_NONE) != 0)
+    const size_t pages = (bytes + PAGE - 1) / PAGE * PAGE;
+    char *memory = mmap(NULL, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
+    if (memory == MAP_FAILED || mprotect(memory + pages, PAGE, PROT_NONE) != 0)
         exit(2);
-    return memory + room - bytes;
+    return memory + pages - bytes;
 }
 
 static unsigned int state = 1;
@@ -105,7 +105,7 @@ static void loads_and_stores(void)
     }
 }
 
-/* Every number with every other one, in every lane. */
+/* Every pair of numbers, in every lane. */
 static void arithmetic(void)
 {
     for (int r = 0; r < NUMBERS; r++)
@@ -166,7 +166,7 @@ static void powers_of_two(void)
     for (int power = -250; power <= 250; power++)
         for (int k = 0; k < 10; k++) {
             for (int i = 0; i < N; i++) {
-                /* Neighbours have other powers. What is small is not made smaller. */
+                /* Adjacent lanes have other powers. Small numbers are not made smaller. */
                 const int here = power + 3 * i > 250 ? power - 3 * i : power + 3 * i;
                 n[i] = (float)here;
                 v[i] = here >= 0 && k < 4 ? small[k] : large[k % 6];
@@ -201,7 +201,7 @@ static void across_lanes(void)
         EACH(square[j], (float)(N * i + j));
 }
 
-/* --- Whole numbers --------------------------------------------------------------------------- */
+/* --- Integers -------------------------------------------------------------------------------- */
 
 static int code_at(const unsigned char *row, int column)
 {
@@ -216,7 +216,7 @@ static int trit_at(const unsigned char *row, int column)
     return number % 3;
 }
 
-/* What a byte of five trits may be. */
+/* The byte of five trits. */
 static unsigned char trits(int number) { return (unsigned char)((256 * number + 242) / 243); }
 
 static void packed_products(void)
@@ -232,7 +232,7 @@ static void packed_products(void)
                 w[i] = round % 4 == 0 ? 255 : (unsigned char)below(256);
             for (int i = 0; i < 16; i++)
                 x16[i] = (signed char)(round == 0 ? 127 : round == 4 ? -127 : below(255) - 127);
-            /* Fours of -1 are all ones. */
+            /* Four times -1 is a word of ones. */
             if (round % 2)
                 memset(x16 + 4 * below(4), -1, 4);
             s = vsum_tile(s, w, vact_load(x16));
@@ -270,7 +270,7 @@ static void packed_products(void)
 static float at(const amx_operand *x, long line, long depth)
 {
     const long place = line * x->line_stride + depth * x->depth_stride;
-    const long row = x->turned ? depth : line, column = x->turned ? line : depth;
+    const long row = x->transposed ? depth : line, column = x->transposed ? line : depth;
     if (!x->codes)
         return x->dense[place];
     return (float)x->codes[place] * x->scale[row * x->scale_row + column / x->group];
@@ -289,11 +289,11 @@ static amx_operand floats(long lines, long depth, long line_stride, long depth_s
     return x;
 }
 
-/* Codes whose rows lie along the depth, or turned; so many scales a row. */
-static amx_operand codes(long lines, long depth, int turned, int scales, long group)
+/* Codes whose rows run along the depth, or transposed, with `scales` scales per row. */
+static amx_operand codes(long lines, long depth, int transposed, int scales, long group)
 {
     amx_operand x = {0};
-    const long rows = turned ? depth : lines, cols = turned ? lines : depth;
+    const long rows = transposed ? depth : lines, cols = transposed ? lines : depth;
     signed char *p = guarded(rows * cols);
     float *scale = guarded(rows * scales * sizeof *scale);
     for (long i = 0; i < rows * cols; i++)
@@ -304,13 +304,13 @@ static amx_operand codes(long lines, long depth, int turned, int scales, long gr
     x.scale = scale;
     x.scale_row = scales;
     x.group = group;
-    x.turned = turned;
-    x.line_stride = turned ? 1 : cols;
-    x.depth_stride = turned ? cols : 1;
+    x.transposed = transposed;
+    x.line_stride = transposed ? 1 : cols;
+    x.depth_stride = transposed ? cols : 1;
     return x;
 }
 
-/* Whole numbers, so that nothing is rounded. */
+/* Integers, so that nothing is rounded. */
 static void unit_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
                          int accumulate, float *workspace)
 {
@@ -340,29 +340,29 @@ static void unit_products(float *workspace)
         const amx_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
         unit_product(m, n, k, &rows, &right_columns, 0, workspace);
         unit_product(m, n, k, &columns, &right, 1, workspace);
-        for (int turned = 0; turned < 2; turned++) {
-            const long cols = turned ? n : k, group = (cols / 2 + 15) / 16 * 16;
-            const amx_operand one = codes(n, k, turned, 1, cols);
-            unit_product(m, n, k, &rows, &one, turned, workspace);
+        for (int transposed = 0; transposed < 2; transposed++) {
+            const long cols = transposed ? n : k, group = (cols / 2 + 15) / 16 * 16;
+            const amx_operand one = codes(n, k, transposed, 1, cols);
+            unit_product(m, n, k, &rows, &one, transposed, workspace);
             if (group > 0 && group < cols) {
-                const amx_operand two = codes(n, k, turned, 2, group);
-                unit_product(m, n, k, &rows, &two, turned, workspace);
+                const amx_operand two = codes(n, k, transposed, 2, group);
+                unit_product(m, n, k, &rows, &two, transposed, workspace);
             }
         }
     }
 }
 
-/* What is behind the columns of a tile, and in the workspace, must not count. There is room for
- * rows in sixteens. */
+/* The padding of tiles and the contents of the workspace must have no effect. Rows are padded to a
+ * multiple of 16. */
 static void unit_sums(long rows, int form, long count, float *workspace)
 {
     enum { STRIDE = (300 * TILE_TRITS + 64 + 63) / 64 * 64 };
     const int width = form ? TILE_TRITS : TILE_CODES;
-    const long room = (rows + 15) / 16 * 16 * STRIDE;
+    const long padded = (rows + 15) / 16 * 16 * STRIDE;
     unsigned char *strip = guarded(count * TILE_BYTES);
-    signed char *x = guarded(room);
+    signed char *x = guarded(padded);
     int *totals = guarded((rows + 31) / 32 * 32 * STRIP_ROWS * sizeof *totals);
-    for (long i = 0; i < room; i++)
+    for (long i = 0; i < padded; i++)
         x[i] = (signed char)(below(255) - 127);
     for (long i = 0; i < count * TILE_BYTES; i++)
         strip[i] = form ? trits(below(243)) : (unsigned char)below(256);

@@ -23,7 +23,7 @@ from legacy1bit import stories
 from legacy1bit.backward import BackwardPass
 from legacy1bit.corpus import story_corpus, text_corpus
 from legacy1bit.dataset import Prefetcher, TokenDataset, pack, shuffled
-from legacy1bit.forward import as_starts
+from legacy1bit.forward import document_starts
 from legacy1bit.model import create_legacy_llm_gradients
 from legacy1bit.shards import TokenStore
 
@@ -649,7 +649,7 @@ def test_apart_rows_tell_where_documents_begin(order, length):
     inside = 0
     for tokens, _, starts in read(dataset.reader(5, 1), 40):
         assert starts.dtype == np.int32
-        assert_same_bits(as_starts(starts, *tokens.shape), starts)
+        assert_same_bits(document_starts(starts, *tokens.shape), starts)
         kept = tokens != BLANK
         assert (starts == expected_starts(dataset, tokens))[kept].all()
         inside += int((starts[kept] > 0).sum())
@@ -660,7 +660,7 @@ def test_apart_rows_tell_where_documents_begin(order, length):
 def test_apart_sweep_tells_where_documents_begin():
     dataset = mixed("windows")
     for tokens, _, starts in dataset.sweep(4):
-        as_starts(starts, *tokens.shape)
+        document_starts(starts, *tokens.shape)
         assert (starts == expected_starts(dataset, tokens))[tokens != BLANK].all()
 
 

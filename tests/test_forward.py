@@ -42,7 +42,7 @@ from models import (
 
 from legacy1bit.forward import (
     ForwardContext,
-    as_starts,
+    document_starts,
     forward_embedding,
     forward_embedding_batch,
     forward_feed_forward,
@@ -570,7 +570,7 @@ def test_layers_reject_other_shapes_of_allowed(shape):
 def test_layers_reject_starts_that_do_not_fit(starts, error, message):
     block, x = model_of(make_config()).blocks[0], rows(2, 5, 12)
     for call in (
-        lambda: as_starts(starts, 2, 5),
+        lambda: document_starts(starts, 2, 5),
         lambda: forward_multi_head_attention_batch(block.attention, x, starts=starts),
         lambda: forward_transformer_block_batch(block, x, starts=starts),
         lambda: forward_transformer_block_batch_with_context(block, x, None, None, starts),

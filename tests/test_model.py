@@ -492,7 +492,7 @@ LAYER_ERRORS = [
       for which in "qkvo"],
     *[(MultiHeadAttention, ATTENTION, {"num_heads": value}, "num_heads")
       for value in (0, -1, 4, 5, 12)],
-    (MultiHeadAttention, ATTENTION, {"span": -1}, "span"),
+    (MultiHeadAttention, ATTENTION, {"window": -1}, "window"),
     (MultiHeadAttention, ATTENTION, {"rotary": RotaryTable(4, 8)}, "rotary"),
     (FeedForward, FFN, {"wi": floats(9, 5)}, "wo"),
     (FeedForward, FFN, {"wo": floats(9, 6)}, "wo"),

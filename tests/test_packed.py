@@ -153,13 +153,13 @@ def test_packed_matrix_takes_the_scales_of_a_ternary_matrix():
     assert repr(PackedMatrix(codes, form="trits")) == "PackedMatrix(3 x 40, trits)"
 
 
-def test_packed_matrix_goes_into_room_that_is_given():
+def test_packed_matrix_goes_into_the_buffer_given():
     codes = random_codes((33, 17), (-1, 0, 1))
     whole = np.zeros(packed_size((33, 17)) + 256, np.uint8)
     start = -whole.ctypes.data % 64
-    room = whole[start : start + packed_size((33, 17))]
-    matrix = PackedMatrix(codes, room=room)
-    assert np.shares_memory(matrix.tiles, room)
+    buffer = whole[start : start + packed_size((33, 17))]
+    matrix = PackedMatrix(codes, buffer=buffer)
+    assert np.shares_memory(matrix.tiles, buffer)
     assert_same_bits(matrix.tiles, oracle.tiles(codes + 1, "2bit"))
     assert_same_bits(matrix.values, codes)
 
@@ -500,7 +500,7 @@ BAD_MATRICES = {
     "nothing": (lambda: PackedMatrix(np.zeros((0, 3), np.int8)), "values is empty"),
     "float codes": (lambda: PackedMatrix(np.ones((2, 3))), "dtype"),
     "a row": (lambda: PackedMatrix(np.ones(3, np.int8)), "dimensions"),
-    "room": (lambda: PackedMatrix(ONE, room=np.zeros(7, np.uint8)), "size 7"),
+    "buffer": (lambda: PackedMatrix(ONE, buffer=np.zeros(7, np.uint8)), "size 7"),
     "x of another width": (
         lambda: PackedMatrix(ONE).multiply(normal(3, 41)),
         r"x has shape \(3, 41\), expected \(B, 40\)",

@@ -1,6 +1,6 @@
-/* The thread pool under the eyes of ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs
- * of several sizes and teams run from several threads at once, while others fork; it prints what it
- * has done and returns 0, or says what came out wrong. Whether anything raced, the sanitizer says. */
+/* The thread pool under ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs of several
+ * sizes and parallel regions run from several threads at once, while others fork. It prints the
+ * number of each and returns 0, or prints failures; the sanitizer reports data races. */
 #include <stdio.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -9,7 +9,7 @@
 
 enum { CALLERS = 4, ROUNDS = 400, LONGEST = 97, SECONDS = 60 };
 
-/* Children made while others work: gcc's sanitizer does not let such a child make threads. */
+/* Forks while other threads work; in gcc's sanitizer such a child cannot create threads. */
 #ifdef __clang__
 enum { FORKS = 20 };
 #else
@@ -26,18 +26,18 @@ static void check(int right, const char *what)
     }
 }
 
-/* A job: every task writes a number of its own, and into its thread's scratch. */
+/* A job: every task writes its own result, and into its thread's scratch. */
 struct job {
-    long seed, found[LONGEST];
+    long seed, results[LONGEST];
 };
 
 static void work(void *context, long index)
 {
     struct job *job = context;
-    long *room = thread_scratch((size_t)(64 + index % 7 * 512));
-    if (room != NULL) {
-        room[0] = job->seed + index;
-        job->found[index] = room[0];
+    long *scratch = thread_scratch((size_t)(64 + index % 7 * 512));
+    if (scratch != NULL) {
+        scratch[0] = job->seed + index;
+        job->results[index] = scratch[0];
     }
 }
 
@@ -47,36 +47,36 @@ static void run_job(long seed)
     const long tasks = 1 + seed % LONGEST;
     pool_run(work, &job, tasks, 1 + (int)(seed % 5));
     for (long i = 0; i < tasks; i++)
-        check(job.found[i] == seed + i, "a task of a job");
+        check(job.results[i] == seed + i, "a task of a job");
     __atomic_add_fetch(&jobs, 1, __ATOMIC_RELAXED);
 }
 
-/* A team: in each round every member writes, all meet, and every member reads what the next one
- * wrote. */
-struct gathering {
+/* A parallel region: in each round every thread writes, all wait at the barrier, and every thread
+ * reads what the next one wrote. */
+struct exchange {
     thread_team team;
     long rounds, wrong, written[2][POOL_MAX_THREADS];
 };
 
 static void gather(void *context, long index)
 {
-    struct gathering *all = context;
+    struct exchange *all = context;
     for (long round = 0; round < all->rounds; round++) {
         long *written = all->written[round % 2];
         written[index] = round + index;
-        team_meet(&all->team);
-        const long next = (index + 1) % all->team.members;
+        team_barrier(&all->team);
+        const long next = (index + 1) % all->team.size;
         if (written[next] != round + next)
             __atomic_add_fetch(&all->wrong, 1, __ATOMIC_RELAXED);
     }
 }
 
-static void run_team(long seed)
+static void run_region(long seed)
 {
-    struct gathering all = {.rounds = 1 + seed % 9};
-    team_run(gather, &all, &all.team, 1 + (int)(seed % 4));
-    check(all.team.members >= 1 && all.team.members <= 1 + (int)(seed % 4), "the size of a team");
-    check(all.wrong == 0, "what a team wrote before it met");
+    struct exchange all = {.rounds = 1 + seed % 9};
+    team_parallel_region(gather, &all, &all.team, 1 + (int)(seed % 4));
+    check(all.team.size >= 1 && all.team.size <= 1 + (int)(seed % 4), "the size of a team");
+    check(all.wrong == 0, "a value written before the barrier");
     __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
 }
 
@@ -86,7 +86,7 @@ static void *call(void *argument)
         if ((i + (long)argument) % 3)
             run_job(i * CALLERS + (long)argument);
         else
-            run_team(i * CALLERS + (long)argument);
+            run_region(i * CALLERS + (long)argument);
     return NULL;
 }
 
@@ -99,7 +99,7 @@ static void fork_and_work(void)
         failures = 0;
         for (long i = 0; i < 20; i++) {
             run_job(i);
-            run_team(i);
+            run_region(i);
         }
         _exit(failures != 0);
     }
@@ -116,7 +116,7 @@ int main(void)
     fork_and_work();
     for (long i = 0; i < 50; i++) {
         run_job(i);
-        run_team(i);
+        run_region(i);
     }
     fork_and_work();
     for (long i = 0; i < CALLERS; i++)

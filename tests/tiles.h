@@ -1,7 +1,7 @@
-/* The matrix unit in C, for builds that look for mistakes: sanitizers and gcov see what is read and
- * written, and a CPU with AVX-512, VNNI and bfloat16 needs no unit of its own. After TILECONFIG,
- * TILELOADD, TDPBF16PS and TDPBSUD in Intel's manual (volume 2), but that products of bfloat16 are
- * summed in the order of VDPBF16PS. */
+/* Emulates the matrix unit in C, for checked builds: sanitizers and gcov see all memory accesses,
+ * and a CPU with AVX-512, VNNI and bfloat16 suffices. Follows TILECONFIG, TILELOADD, TDPBF16PS and
+ * TDPBSUD in Intel's manual (volume 2), except that bfloat16 products are summed in the order of
+ * VDPBF16PS. */
 #ifndef LEGACY1BIT_TESTS_TILES_H
 #define LEGACY1BIT_TESTS_TILES_H
 
@@ -20,7 +20,7 @@ static __thread struct {
 static inline void tiles_need(int sound)
 {
     if (!sound)
-        abort();        /* where the unit would raise an exception */
+        abort();        /* the unit would raise an exception */
 }
 
 static inline void tiles_begin(const void *layout)
@@ -29,7 +29,7 @@ static inline void tiles_begin(const void *layout)
     int i;
     memset(&tiles, 0, sizeof tiles);
     tiles_need(bytes[0] == 1);
-    /* Where no row or tile is told of, there must be zeros. */
+    /* Reserved bytes must be zeros. */
     for (i = 1; i < 64; i++)
         tiles_need(bytes[i] == 0 || (i >= 16 && i < 32) || (i >= 48 && i < 56));
     memcpy(tiles.row_bytes, bytes + 16, sizeof tiles.row_bytes);
@@ -68,8 +68,8 @@ static inline void tiles_store(int tile, void *to, long stride)
         memcpy((char *)to + i * stride, tiles.data[tile][i], tiles.row_bytes[tile]);
 }
 
-/* Rows of the sums and of the left tile; columns of the sums and of the right one; pairs or fours
- * along the depth. */
+/* Checks shapes: the rows of the sums and the left tile, the columns of the sums and the right
+ * tile, and the pairs or fours along the depth. */
 static inline void tiles_fit(int sums, int left, int right)
 {
     tiles_need(sums != left && sums != right && left != right);
@@ -79,7 +79,7 @@ static inline void tiles_fit(int sums, int left, int right)
     tiles_need(tiles.row_bytes[left] == 4 * tiles.rows[right]);
 }
 
-/* Beyond a tile's rows and columns its data is zeros. */
+/* Data outside a tile's rows and columns is zeros. */
 static inline void tiles_multiply(int sums, int left, int right, int bf16)
 {
     int i, k;

@@ -50,7 +50,7 @@ TESTS = [
 FAULTS = 12
 # Each copy has a frame of its own, and knows when it writes beyond one of its arrays.
 FLAGS = ["-w", "-fno-inline", "-fstack-protector-all"]
-HEADERS = ["sums", "cache", "amx"]
+HEADERS = ["sums", "cache", "elementwise", "amx"]
 VOCABULARIES = ["scalar", "sse", "sse2", "avx2", "avx512"]
 PATHS = [f"include/{name}.h" for name in HEADERS]
 PATHS += [f"include/simd_{name}.h" for name in VOCABULARIES]
@@ -182,7 +182,7 @@ def misfits(output, faults):
         file = TREE / path if (TREE / path).exists() else TREE / "legacy1bit" / path
         lines = file.read_text().split("\n")[: int(line)]
         for text in reversed(lines):
-            if re.match(r" *(cdef|def) [^=]*\(|(static|CACHE_INLINE|__attribute__)\b.*\(", text):
+            if re.match(r" *(cdef|def) [^=]*\(|(static|FORCE_INLINE|__attribute__)\b.*\(", text):
                 copy = re.match(r" *(?:cdef |def |__attribute__)[^;]*?\bmutant(\d+)_", text)
                 numbers.update([int(copy[1])] if copy else [])
                 break
@@ -193,7 +193,7 @@ def misfits(output, faults):
 def compile_headers():
     """Try the headers in each instruction set; returns the compiler's errors."""
     trial = TREE / "trial.c"
-    trial.write_text('#include "sums.h"\n#include "cache.h"\n')
+    trial.write_text('#include "sums.h"\n#include "cache.h"\n#include "elementwise.h"\n')
     output = ""
     for tier, flags in tiers().items():
         command = [

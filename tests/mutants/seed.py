@@ -22,7 +22,7 @@ NEIGHBOURS = {
     "whole": "half", "half": "whole", "a_row": "a_col", "a_col": "a_row",
     "b_row": "b_col", "b_col": "b_row", "batch": "time", "time": "batch", "i": "j", "j": "i",
     "True": "False", "False": "True", "and": "or", "or": "and", "min": "max", "max": "min",
-    "k_steps": "v_steps", "v_steps": "k_steps", "inner": "outer", "outer": "inner",
+    "k_scales": "v_scales", "v_scales": "k_scales", "inner": "outer", "outer": "inner",
     "tokens": "targets", "targets": "tokens", "d_x": "d_norm", "d_norm": "d_x",
     "activated": "hidden", "hidden": "activated", "normed": "activated",
     "heads": "heads_normed", "heads_normed": "heads", "relu": "relu2", "relu2": "relu",
@@ -57,10 +57,10 @@ OPERATORS = [
     ("assignment", r" \+= ", " = "),
     ("assignment", r" -= ", " += "),
     ("sign", r"(?<=[(,=] )-(?=[\w(])|(?<=[(\[])-(?=[\w(])", ""),
-    ("operator", r"\bvf32_add(?=\()", "vf32_sub"),
+    ("operator", r"\bvf32_add(?=[()])", "vf32_sub"),
     ("operator", r"\bvf32_sub(?=\()", "vf32_add"),
-    ("operator", r"\bvf32_mul(?=\()", "vf32_add"),
-    ("operator", r"\bvf32_div(?=\()", "vf32_mul"),
+    ("operator", r"\bvf32_mul(?=[()])", "vf32_add"),
+    ("operator", r"\bvf32_div(?=[()])", "vf32_mul"),
     ("operator", r"\bvf32_max(?=\()", "vf32_min"),
     ("operator", r"\bvf32_min(?=\()", "vf32_max"),
     ("operator", r"(?<=_)add(?=s?_(?:ps|ss|epi|epu))", "sub"),
@@ -228,7 +228,7 @@ def arguments(text):
 def c_functions(path, source):
     """The functions of a header."""
     code, found, seen = blank(source, True), [], {}
-    for match in re.finditer(r"^(?:static|CACHE_INLINE)\b[^;{}=]*?\b(\w+)(\()", code, re.M):
+    for match in re.finditer(r"^(?:static|FORCE_INLINE)\b[^;{}=]*?\b(\w+)(\()", code, re.M):
         if "__attribute__" in match.group(0):
             continue
         close = closing(code, match.start(2))
@@ -445,7 +445,7 @@ def renamed(fault):
         return head + body + ("" if body.endswith("\n") else "\n")
     head = re.sub(rf"\b{function.name}\(", f"{name}(", head, count=1)
     head = re.sub(
-        r"^(static inline|CACHE_INLINE|static)",
+        r"^(static inline|FORCE_INLINE|static)",
         "__attribute__((noinline, cold, unused)) static",
         head,
     )
@@ -458,7 +458,7 @@ def with_switch(function, index):
     first = faults[0].number
     here = f"mutant_here({first}, {len(faults)}, {index})"
     if function.path.endswith(".h"):
-        void = re.match(r"(?:static inline|static|CACHE_INLINE) void \w", function.text)
+        void = re.match(r"(?:static inline|static|FORCE_INLINE) void \w", function.text)
         calls = " ".join(
             f"case {fault.number}: " + (f"{call}; return;" if void else f"return {call};")
             for fault in faults
