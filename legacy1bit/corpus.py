@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from legacy1bit import stories
+from legacy1bit.cache import mark_used, text_of, trim
 from legacy1bit.data_utils import Tokens, tokenize_text
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
@@ -170,9 +171,13 @@ def tokens_of(
     folder = cache / cache_key(known)
 
     def write(folder: Path) -> Index:
-        return tokenize_source(source, tokenizer, folder, share, on_progress)
+        index = tokenize_source(source, tokenizer, folder, share, on_progress)
+        trim(cache, folder)
+        return index
 
-    return folder, cached(folder, write, fingerprint, tokenizer.sha256)
+    index = cached(folder, write, fingerprint, tokenizer.sha256)
+    mark_used(folder, text_of(source.files))
+    return folder, index
 
 
 def source_corpus(

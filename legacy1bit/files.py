@@ -328,6 +328,53 @@ def held(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def shared(path: Path) -> int:
+    """Return a handle of a file or folder; while it is open, ``remove_unused`` leaves that alone.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    with contextlib.suppress(OSError):
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    return handle
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file or folder unless a process has it ``shared``; return whether it is gone.
+
+    Nobody finds half of it meanwhile.
+
+    Raises
+    ------
+    OSError
+        If it may not be removed.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        return False
+    except OSError:
+        # Some file systems have no locks; what is open stays readable.
+        pass
+    gone = temporary_of(path)
+    try:
+        os.rename(path, gone)
+    except FileNotFoundError:
+        return True
+    finally:
+        os.close(handle)
+    remove(gone)
+    return not gone.exists()
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file to be read that has come with others.
 

@@ -25,6 +25,7 @@ COMMANDS = {
     "generate": ("generate", "let a model write"),
     "tune": ("tune", "find the best settings within a time and a size"),
     "data": ("data", "look at a text, make tokens or a tokenizer of it"),
+    "cache": ("cache", "show what is kept of texts, or clear it"),
     "evaluate": ("evaluate", "measure a model on a text"),
     "info": ("info", "tell what a model is made of"),
     "plot": ("plot", "draw curves, weights or attention of runs"),

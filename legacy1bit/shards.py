@@ -33,6 +33,7 @@ from legacy1bit.files import (
     read_regular,
     remove,
     remove_left_behind,
+    shared,
     temporary_of,
 )
 
@@ -435,12 +436,14 @@ class ShardWriter:
         self._dtype = token_dtype(vocab_size)
         self._shard_tokens = max(shard_bytes // self._dtype.itemsize, 1)
         self._temporary = temporary_of(folder)
+        self._release: Callable[[], Any] = lambda: None
         self._parts: dict[str, _PartWriter] = {}
         try:
             with self._named():
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 remove_left_behind(folder.parent)
                 self._temporary.mkdir()
+                self._release = weakref.finalize(self, os.close, shared(self._temporary))
                 give_access(self._temporary, access_of(folder))
                 for name in parts:
                     self._parts[name] = _PartWriter(
@@ -514,10 +517,11 @@ class ShardWriter:
             raise OSError(error.errno, error.strerror, path) from None
 
     def abandon(self) -> None:
-        """Remove what was written."""
+        """Remove what was written, unless it is in its place."""
         for writer in self._parts.values():
             writer.abandon()
         shutil.rmtree(self._temporary, ignore_errors=True)
+        self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -617,7 +621,7 @@ def _blocks(path: Path, size: int) -> Iterator[bytes]:
 
 
 def open_store(folder: Path, index: Index, part: str) -> TokenStore:
-    """Return a part of a folder of shards.
+    """Return a part of a folder of shards, which is in use as long as the part is.
 
     Raises
     ------
@@ -630,6 +634,8 @@ def open_store(folder: Path, index: Index, part: str) -> TokenStore:
         raise ShardError(f"{folder} has the parts {', '.join(index.parts)}, expected {part}")
     parts = [IntegerFile(folder / name, index.dtype) for name in _shard_names(index, part)]
     documents = IntegerFile(folder / f"{part}.documents", "<i8")
+    # All windows of the tokens have it.
+    weakref.finalize(documents, os.close, shared(folder))
     # The last token is the first of a document that is not there.
     return TokenStore(parts, documents, max(index.parts[part].tokens - 1, 0))
 

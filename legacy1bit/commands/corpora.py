@@ -6,16 +6,18 @@ import filecmp
 import hashlib
 import os
 import stat
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from legacy1bit.cache import STREAMS, mark_used, text_of, trim
 from legacy1bit.commands.common import add_settings, path_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
 from legacy1bit.errors import SettingError
-from legacy1bit.files import remove_left_behind, temporary_of
+from legacy1bit.files import remove_left_behind, shared, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
 from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, check_there, path_entry, paths_of
 from legacy1bit.shards import INDEX_FILE, cache_key, default_cache
@@ -213,7 +215,7 @@ def _keep_stream(cache: Path, data: str) -> str:
 
 
 def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
-    folder = cache / "standard-input"
+    folder = cache / STREAMS
     temporary = temporary_of(folder / "stream")
     digest = hashlib.sha256()
     try:
@@ -221,7 +223,7 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             remove_left_behind(folder)
             file = open(temporary, "xb")  # noqa: SIM115
-        with file:
+        with file, _in_use(temporary):
             while block := stream.read(1 << 20):
                 digest.update(block)
                 with _named(cache):
@@ -240,6 +242,16 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return str(path)
+
+
+@contextlib.contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Keep a file that is written from being taken for one that was left behind."""
+    handle = shared(path)
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
@@ -349,7 +361,7 @@ def _text_corpus(
     if tokenizer is None:
         tokenizer = tokenizer_for(source, data, cache)
     with progress_of_bytes("tokens", source.nbytes) as on_progress:
-        return source_corpus(
+        corpus = source_corpus(
             source,
             tokenizer,
             data,
@@ -359,6 +371,11 @@ def _text_corpus(
             validation,
             on_progress,
         )
+    # As long as the corpus is in use, so is what a stream has carried.
+    for path in source.files:
+        if path.parent == (cache / STREAMS).resolve():
+            weakref.finalize(corpus, os.close, shared(path))
+    return corpus
 
 
 def is_token_folder(path: str) -> bool:
@@ -422,8 +439,11 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
     fingerprint = source.fingerprint()
     known = {"source": fingerprint, "kind": data.tokenizer, "size": size}
     folder = cache / f"tokenizer-{cache_key(known)}"
+    text = text_of(source.files)
     with contextlib.suppress(OSError, ValueError):
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+        mark_used(folder, text)
+        return tokenizer
     total = min(source.nbytes, _LEARNED_BYTES)
     with progress_of_bytes("vocabulary", total) as on_progress:
         pieces = _beginning(source, on_progress)
@@ -437,6 +457,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
     # What is there is damaged, or another process has just written the same.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)
+    mark_used(folder, text)
+    trim(cache, folder)
     return tokenizer
 
 
