@@ -322,6 +322,12 @@ class Trainer:
         self.config = config
         self.corpus = corpus
         self.tokenizer = fit_tokenizer(corpus.tokenizer, model_config.vocab_size)
+        for dataset in (corpus.training, corpus.validation):
+            if dataset.pad_token != model_config.pad_token:
+                raise ValueError(
+                    f"the corpus has {dataset.pad_token} tokens, and the model "
+                    f"{model_config.vocab_size}: expected as many"
+                )
         self.source = source
         self.data = DataConfig() if data is None else data
         self.model = create_legacy_llm(model_config, config.seed)

@@ -776,6 +776,16 @@ def test_trainer_refuses_a_source_that_it_could_not_save(tmp_path, source, messa
         Trainer(run.folder, run.model.config, run.config, run.corpus, source)
 
 
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_trainer_refuses_a_corpus_of_other_tokens_than_the_models(tmp_path, which):
+    """The validation set would be found out at the first look."""
+    run = make(tmp_path / "run")
+    dataset = replace(getattr(run.corpus, which), pad_token=300)
+    corpus = replace(run.corpus, **{which: dataset})
+    with pytest.raises(ValueError, match="has 300 tokens, and the model 256"):
+        Trainer(run.folder, run.model.config, run.config, corpus, run.source)
+
+
 @pytest.mark.parametrize("what", ["tokenizer", "file", "small", "unknown size", "goes on"])
 def test_train_tries_whether_it_can_save_before_it_begins(tmp_path, monkeypatch, what):
     run = make(tmp_path / "run")
