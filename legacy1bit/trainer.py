@@ -1,10 +1,12 @@
 """The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
 
 import contextlib
+import errno
 import json
 import math
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,7 +32,14 @@ from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
 from legacy1bit.errors import SettingError
-from legacy1bit.files import atomic_copies, atomic_write, mistaken_file, read_regular
+from legacy1bit.files import (
+    atomic_copies,
+    atomic_write,
+    mistaken_file,
+    read_regular,
+    remove,
+    temporary_of,
+)
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
     MOST_STEPS,
@@ -59,7 +68,7 @@ from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.places import located
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
-from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
+from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say.
@@ -267,14 +276,23 @@ class Trainer:
     Parameters
     ----------
     folder : Path
-        The run: where model, checkpoint and metrics go.
+        The run: where model, checkpoint and metrics go; made if need be.
     model_config : ModelConfig
     config : TrainingConfig
     corpus : Corpus
     source : dict
-        Where the corpus came from, kept with the run.
+        Where the corpus came from, kept with the run as JSON: its ``name``, and whatever else is to
+        be kept. ``--resume`` finds a text by its ``path``, bundled stories by ``stories`` and
+        ``seed``.
     data : DataConfig, optional
         What becomes of its text; kept, too.
+
+    Raises
+    ------
+    ValueError
+        If the settings do not go together, or the source has no name or is not JSON.
+    MemoryError
+        If the training does not fit into memory.
 
     Attributes
     ----------
@@ -305,6 +323,7 @@ class Trainer:
                 f"{model_config.scheme} has no codes that follow float weights",
                 "float_steps",
             )
+        _check_source(source)
         check_memory(model_config, config)
         self.folder = folder
         if config.precision == "auto":
@@ -319,6 +338,12 @@ class Trainer:
         self.config = config
         self.corpus = corpus
         self.tokenizer = fit_tokenizer(corpus.tokenizer, model_config.vocab_size)
+        for dataset in (corpus.training, corpus.validation):
+            if dataset.pad_token != model_config.pad_token:
+                raise ValueError(
+                    f"the corpus has {dataset.pad_token} tokens, and the model "
+                    f"{model_config.vocab_size}: expected as many"
+                )
         self.source = source
         self.data = DataConfig() if data is None else data
         self.model = create_legacy_llm(model_config, config.seed)
@@ -338,6 +363,9 @@ class Trainer:
             self.data, self.tokenizer, model_config.pad_token, config.seed
         )
         self._prefetcher: Prefetcher | None = None
+        # The step that a batch was last taken for, and the position before it.
+        self._taken: tuple[int, tuple[int, ...]] = (-1, ())
+        self._saved = 0
         self._places_seen = self._padding_seen = 0
         self.step = 0
         self.seconds = 0.0
@@ -378,7 +406,29 @@ class Trainer:
         ------
         TrainingDiverged
             If the loss or a gradient is not finite; what was saved before stays as it was.
+        OSError
+            If the run cannot be saved in its folder, which is found out before the first step, or
+            no longer.
+        KeyboardInterrupt
+            If it is interrupted, as in a notebook. The last whole step is saved before, but not
+            measured; unless ``stop`` says by then that it was told to stop.
         """
+        self._check_saving()
+        try:
+            return self._train(logger, on_step, on_report, stop, on_look)
+        except KeyboardInterrupt:
+            if not stop():
+                self._save_interrupted()
+            raise
+
+    def _train(
+        self,
+        logger: MetricsLogger,
+        on_step: Callable[[float, float], None],
+        on_report: Callable[[dict[str, Any]], None],
+        stop: Callable[[], bool],
+        on_look: Callable[[], None],
+    ) -> bool:
         with contextlib.closing(self):
             config = self.config
             if best_is_behind(self.folder, self.fixed_settings, self.best, self.step):
@@ -509,6 +559,9 @@ class Trainer:
 
     def _next_batch(self) -> Batch:
         """Return what the next step learns from; from the first on, more are made meanwhile."""
+        if self._taken[0] == self.step:
+            self.close()
+        self._taken = (self.step, self.position)
         if self._prefetcher is None:
             change = self._augmentation if self._augmentation.active else None
             self._prefetcher = Prefetcher(self.reader, change)
@@ -542,14 +595,18 @@ class Trainer:
     @property
     def position(self) -> tuple[int, ...]:
         """Where in the data the next batch begins."""
+        step, before = self._taken
+        if step == self.optimizer.steps:
+            # Something came between this batch and its update.
+            return before
         return self.reader.position if self._prefetcher is None else self._prefetcher.position
 
     def close(self) -> None:
         """Stop making batches; those that were not learned from are made again if need be."""
         if self._prefetcher is not None:
             self._prefetcher.close()
-            self.reader.position = self._prefetcher.position
-            self._prefetcher = None
+        self.reader.position = self.position
+        self._prefetcher = None
 
     def save(self) -> None:
         """Write tokenizer, model, checkpoint and settings, each as a whole or not at all.
@@ -568,6 +625,36 @@ class Trainer:
         )
         write_checkpoint(self.folder, checkpoint, self.fixed_settings)
         self._save_settings()
+        self._saved = self.step
+
+    def _save_interrupted(self) -> None:
+        """Save the last whole step, wherever Python has interrupted what followed."""
+        # The optimizer counts before it changes a weight, and comes back when all are changed.
+        self.step = self.optimizer.steps
+        if self.step > self._saved:
+            self._check_weights()
+            self.metrics = None
+            self.save()
+
+    def _check_saving(self) -> None:
+        """Raise ``OSError`` where the run could not be saved, before there is something to save."""
+        trial = temporary_of(self.folder / TOKENIZER_FILE)
+        try:
+            trial.mkdir(parents=True)
+            self.tokenizer.save(trial)
+        except OSError as error:
+            error.filename = str(self.folder)
+            raise
+        finally:
+            remove(trial)
+        if not (self.folder / CHECKPOINT_FILE).exists():
+            # Weights and two moments, beside the model.
+            needed = 12 * self.model.num_parameters + self.model.stored_bytes()
+            total, _, free = shutil.disk_usage(self.folder)
+            # Some file systems do not know their size.
+            if needed > free and total:
+                message = f"a checkpoint takes {needed:,} bytes, and {free:,} are free"
+                raise OSError(errno.ENOSPC, message, str(self.folder))
 
     def _save_model(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -616,6 +703,7 @@ class Trainer:
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
         make_newest(self.folder, checkpoint)
+        self._taken = (-1, ())
         start = 0
         for weights in self.model.latent.values():
             part = checkpoint.weights[start : start + weights.size]
@@ -624,10 +712,25 @@ class Trainer:
         self.model.quantize(self.config.threads)
         self.optimizer.first[...] = checkpoint.first
         self.optimizer.second[...] = checkpoint.second
-        self.optimizer.steps = self.step = checkpoint.step
+        self.optimizer.steps = self.step = self._saved = checkpoint.step
         self.seconds = checkpoint.seconds
         self.best = checkpoint.best
         self.reader.position = checkpoint.position
+
+
+def _check_source(source: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` unless the files of a run can keep where its corpus came from."""
+    name = source.get("name")
+    if type(name) is not str:
+        raise ValueError(
+            f"the source's name is {name!r}, expected a text, as in {{'name': 'my text'}}"
+        )
+    try:
+        kept = json.loads(json.dumps(source))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"the source cannot be kept as JSON: {error}") from None
+    if kept != source:
+        raise ValueError(f"the source would come back as {kept}: expected what JSON has")
 
 
 def keep_best(folder: Path) -> None:
@@ -669,7 +772,7 @@ def steps_within(
     TrainingDiverged
         If it does not get that far.
     """
-    probe = Trainer(Path(), model_config, config, corpus, {}, data)
+    probe = Trainer(Path(), model_config, config, corpus, {"name": corpus.name}, data)
     shortest, longest = _PROBE_SECONDS
     least = min(max(_PROBE_SHARE * seconds, shortest), longest, seconds)
     with contextlib.closing(probe):

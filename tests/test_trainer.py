@@ -7,11 +7,14 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
+import signal
 import stat
 import struct
 import threading
 from dataclasses import fields, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,7 +41,7 @@ from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.shards import TokenStore
-from legacy1bit.tokenizer import ByteTokenizer, train_bpe
+from legacy1bit.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
 from legacy1bit.trainer import (
     SETTINGS_FILE,
     Metrics,
@@ -635,6 +638,193 @@ def test_restored_run_goes_on_counting_seconds(tmp_path):
     assert again.seconds == run.seconds > 0
     _, _, records = train(again)
     assert records[0]["elapsed_seconds"] > run.seconds
+
+
+class Other:
+    """An object, some of whose methods are others."""
+
+    def __init__(self, whole, **methods):
+        self.__dict__.update(methods, _whole=whole)
+
+    def __getattr__(self, name):
+        return getattr(self._whole, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._whole, name, value)
+
+
+def interrupt(run, monkeypatch, where):
+    """Have a training on its way to step 8, or at its look after step 5 or 12, interrupted once."""
+    left = [1]
+
+    def strike():
+        if left:
+            left.pop()
+            if where == "the signal":
+                os.kill(os.getpid(), signal.SIGINT)
+            else:
+                raise KeyboardInterrupt
+
+    def at(step, call, first=True):
+        def run_it(*arguments, **options):
+            if first and run.step == step:
+                strike()
+            done = call(*arguments, **options)
+            if not first and run.step == step:
+                strike()
+            return done
+
+        return run_it
+
+    if where in ("the pass", "the signal"):
+        run.passes = Other(run.passes, run=at(7, run.passes.run))
+    elif where in ("before the update", "behind the update"):
+        first = where == "before the update"
+        run.optimizer = Other(run.optimizer, step=at(7, run.optimizer.step, first))
+    elif where == "the batch":
+        monkeypatch.setattr(run, "_next_batch", at(7, run._next_batch, False))
+    elif where == "the step":
+        monkeypatch.setattr(run, "train_step", at(7, run.train_step))
+    elif where in ("the look", "the last look"):
+        step = STEPS if where == "the last look" else 5
+        monkeypatch.setattr(trainer, "evaluate", at(step, evaluate))
+    else:
+        monkeypatch.setattr(trainer, "write_checkpoint", at(5, trainer.write_checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("where", "step"),
+    [
+        ("the step", 7),
+        ("the batch", 7),
+        ("the pass", 7),
+        ("the signal", 7),
+        ("before the update", 7),
+        ("behind the update", 8),
+        ("the look", 5),
+        ("the save", 5),
+        ("the last look", 12),
+    ],
+)
+@pytest.mark.parametrize("order", ["windows", "passes"])
+def test_interrupted_training_saves_its_last_whole_step(tmp_path, monkeypatch, order, where, step):
+    """As in a notebook; and it can go on from there, in the same process or in another."""
+    data = DataConfig(order=order, case_noise=0.5)
+    whole = make(tmp_path / "whole", data=data)
+    train(whole)
+    runs = [make(tmp_path / name, data=data) for name in ("here", "there")]
+    for run in runs:
+        with monkeypatch.context() as patch:
+            interrupt(run, patch, where)
+            with pytest.raises(KeyboardInterrupt):
+                train(run)
+        saved = newest(run)
+        assert saved.step == run.step == step
+        assert saved.position == run.position
+        assert read_settings(run.folder)[1] == run.config
+        assert not list(run.folder.glob(".*"))
+    again = make(tmp_path / "there", data=data)
+    again.restore(newest(again))
+    for run in (runs[0], again):
+        train(run)
+        assert_same_state(state_of(run), state_of(whole))
+        assert run.position == whole.position
+
+
+def test_training_that_is_interrupted_when_it_was_told_to_stop_ends_at_once(tmp_path, monkeypatch):
+    """As by a second Ctrl-C where the first was taken for a request."""
+    run, requested = make(tmp_path / "run"), []
+
+    def train_step():
+        if run.step == 7:
+            requested.append(True)
+            raise KeyboardInterrupt
+        return step()
+
+    step = run.train_step
+    monkeypatch.setattr(run, "train_step", train_step)
+    run.folder.mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        run.train(
+            MetricsLogger(run.folder), lambda *_: None, lambda _: None, lambda: bool(requested)
+        )
+    assert newest(run).step == 5
+
+
+def test_training_that_is_interrupted_before_its_first_step_saves_nothing(tmp_path, monkeypatch):
+    run = make(tmp_path / "run")
+
+    def train_step():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "train_step", train_step)
+    with pytest.raises(KeyboardInterrupt):
+        train(run)
+    assert {path.name for path in run.folder.iterdir()} == {METRICS_FILE}
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({}, "the source's name is None, expected a text, as in {'name': 'my text'}"),
+        ({"name": 3}, "the source's name is 3, expected"),
+        ({"name": "x", "path": Path("x")}, "cannot be kept as JSON: .*PosixPath"),
+        ({"name": "x", "parts": (1, 2)}, r"would come back as .*\[1, 2\]"),
+        ({"name": "x", 1: 2}, "would come back as"),
+        ({"name": "x", "share": math.nan}, "would come back as"),
+    ],
+)
+def test_trainer_refuses_a_source_that_it_could_not_save(tmp_path, source, message):
+    run = make(tmp_path / "run")
+    with pytest.raises(ValueError, match=message):
+        Trainer(run.folder, run.model.config, run.config, run.corpus, source)
+
+
+@pytest.mark.parametrize("which", ["training", "validation"])
+def test_trainer_refuses_a_corpus_of_other_tokens_than_the_models(tmp_path, which):
+    """The validation set would be found out at the first look."""
+    run = make(tmp_path / "run")
+    dataset = replace(getattr(run.corpus, which), pad_token=300)
+    corpus = replace(run.corpus, **{which: dataset})
+    with pytest.raises(ValueError, match="has 300 tokens, and the model 256"):
+        Trainer(run.folder, run.model.config, run.config, corpus, run.source)
+
+
+@pytest.mark.parametrize("what", ["tokenizer", "file", "small", "unknown size", "goes on"])
+def test_train_tries_whether_it_can_save_before_it_begins(tmp_path, monkeypatch, what):
+    run = make(tmp_path / "run")
+    monkeypatch.setattr(run, "_train", lambda *_: "it begins")
+    sizes = (0, 0, 0) if what == "unknown size" else (10**6, 10**6, 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: sizes)
+    expected = None
+    if what == "goes on":
+        run.save()
+    elif what == "tokenizer":
+        run.tokenizer = UnknownTokenizer(PAD)
+        monkeypatch.setattr(run.tokenizer, "save", run.tokenizer.encode, raising=False)
+        expected = ValueError
+    elif what == "file":
+        run.folder.write_text("not a folder")
+        expected = NotADirectoryError
+    elif what == "small":
+        expected = OSError
+    arguments = (None, lambda *_: None, lambda _: None, lambda: False)
+    if expected is None:
+        assert run.train(*arguments) == "it begins"
+    else:
+        with pytest.raises(expected) as failure:
+            run.train(*arguments)
+        if what != "tokenizer":
+            assert failure.value.filename == str(run.folder)
+        if what == "small":
+            least = 12 * run.model.num_parameters
+            assert failure.value.errno == errno.ENOSPC
+            assert (
+                int(re.search("takes ([0-9,]+) bytes", str(failure.value))[1].replace(",", ""))
+                > least
+            )
+    if what != "file":
+        assert not list(run.folder.glob(".*"))
 
 
 RUN_FILES = {
@@ -1696,8 +1886,9 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     train(whole)
     run = make(tmp_path / "run")
     with monkeypatch.context() as patch:
-        # The logger's new file, the record and the save at step 5, and a part of those at step 10.
-        fill_disk(patch, 1 + 1 + FILES_OF_A_SAVE + 1 + writes)
+        # The logger's new file, the trial of the folder, the record and the save at step 5, and a
+        # part of those at step 10.
+        fill_disk(patch, 1 + 1 + 1 + FILES_OF_A_SAVE + 1 + writes)
         with pytest.raises(OSError, match="No space left"):
             train(run)
     assert run.step == 10
