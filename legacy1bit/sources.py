@@ -547,10 +547,10 @@ def standard_input() -> BinaryIO:
     """
     if sys.stdin is None:
         raise ValueError("standard input is closed")
-    found: BinaryIO | None = getattr(sys.stdin, "buffer", None)
-    if found is None:
-        found = io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
-    return found
+    stream: BinaryIO | None = getattr(sys.stdin, "buffer", None)
+    if stream is None:
+        stream = io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
+    return stream
 
 
 def _is_regular(path: Path) -> bool:

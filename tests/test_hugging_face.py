@@ -303,9 +303,9 @@ def test_training_takes_the_tokenizer_of_an_export(tmp_path, say, fail, kind):
     save_model(exportable(vocab_size=tokenizer.vocab_size), model)
     tokenizer.save(model)
     say("export", "--model", model, "--format", "safetensors", "--out", export)
-    found = load_tokenizer(export)
-    assert (found.kind, found.sha256) == (kind, tokenizer.sha256)
-    assert_same_bits(found.encode(text.read_bytes()), tokenizer.encode(text.read_bytes()))
+    taken = load_tokenizer(export)
+    assert (taken.kind, taken.sha256) == (kind, tokenizer.sha256)
+    assert_same_bits(taken.encode(text.read_bytes()), tokenizer.encode(text.read_bytes()))
     for folder in (model, export):
         say("train", "--data", text, "--tokenizer-from", folder, "--steps=2", "--model-dim=8",
             "--blocks=1", "--heads=1", "--sequence-length=8", "--batch-size=2", "--threads=1",

@@ -1405,8 +1405,8 @@ def stillborn(say, fail, monkeypatch):
 
 
 def test_run_that_was_never_saved_is_not_the_latest(say, stillborn):
-    found = say("generate", "--seed=1").out
-    assert found == say("generate", "--seed=1", "--model", "runs/good").out
+    output = say("generate", "--seed=1").out
+    assert output == say("generate", "--seed=1", "--model", "runs/good").out
 
 
 def test_run_that_was_never_saved_can_be_started_again(say, stillborn):
@@ -1506,13 +1506,13 @@ def test_generate_without_a_seed_writes_another_text_and_tells_its_seed(say, wil
         texts = set()
         for _ in range(4):
             output, errors = say(*arguments, *more)
-            found = re.search(rb"^seed (\d+) \(--seed \1 repeats it\)$", errors, re.M)
+            line = re.search(rb"^seed (\d+) \(--seed \1 repeats it\)$", errors, re.M)
             assert errors.count(b"repeats it") == 1
-            again = say(*arguments, *more, "--seed", int(found[1]))
+            again = say(*arguments, *more, "--seed", int(line[1]))
             assert again.out == output
             assert b"repeats it" not in again.err
             if more == ("--json",):
-                assert json.loads(output)["seed"] == int(found[1])
+                assert json.loads(output)["seed"] == int(line[1])
             texts.add(output)
         assert len(texts) == 4
     # Where nothing is left to chance there is nothing to repeat.
@@ -1573,8 +1573,8 @@ def test_generate_drops_the_mark_of_a_prompts_file(say, fail, wild, monkeypatch,
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
         assert say(*arguments, "--prompt-file=-").out == expected
     Path("prompt").write_bytes(b"\xff\xfea\0\0\xd8")
-    told = "--prompt-file prompt: byte 0x00 at offset 4 is not utf-16"
-    assert told in fail(*arguments, "--prompt-file", "prompt")
+    message = "--prompt-file prompt: byte 0x00 at offset 4 is not utf-16"
+    assert message in fail(*arguments, "--prompt-file", "prompt")
 
 
 def test_generate_writes_text_where_standard_output_is_no_file(wild, monkeypatch):
@@ -1852,8 +1852,8 @@ def test_latest_run_is_the_one_saved_last(say, fail):
     for now, name in enumerate("cab", 2_000_000_000):
         os.utime(f"runs/{name}/training.json", (now, now))
         assert say("info").out == say("info", "--model", f"runs/{name}").out
-        found = say("generate", "--seed=1").out
-        assert found == say("generate", "--seed=1", "--model", f"runs/{name}").out
+        output = say("generate", "--seed=1").out
+        assert output == say("generate", "--seed=1", "--model", f"runs/{name}").out
         assert say("evaluate").out == say("evaluate", "--model", f"runs/{name}").out
 
 
@@ -2361,7 +2361,7 @@ NO_MODELS = {
 
 @pytest.mark.parametrize("name", NO_MODELS)
 def test_commands_say_what_is_taken_for_a_model(fail, name):
-    content, told = NO_MODELS[name]
+    content, message = NO_MODELS[name]
     Path("run").mkdir()
     Path(name).write_bytes(content)
     for command in (
@@ -2372,23 +2372,23 @@ def test_commands_say_what_is_taken_for_a_model(fail, name):
         ("train", "--resume", name),
         *([] if name == "x.gguf" else [("import", "--out", "new", "--model", name)]),
     ):
-        assert told in fail(*command)
+        assert message in fail(*command)
     if find_spec("matplotlib"):
-        assert told in fail("plot", "--out", "a.png", name)
-        assert told in fail("plot", "--kind", "weights", "--out", "a.png", name)
-        assert told in fail("report", "--out", "a.html", name)
+        assert message in fail("plot", "--out", "a.png", name)
+        assert message in fail("plot", "--kind", "weights", "--out", "a.png", name)
+        assert message in fail("report", "--out", "a.html", name)
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_commands_say_which_file_of_a_model_is_a_pointer(fail, run, name):
     (run / name).write_bytes(LFS_POINTER)
     for command in ("generate", "evaluate"):
-        told = fail(command, "--model", run)
-        assert f"{name} is not " in told
-        assert "it is a Git LFS pointer" in told
+        message = fail(command, "--model", run)
+        assert f"{name} is not " in message
+        assert "it is a Git LFS pointer" in message
     (run / "training.json").write_bytes(LFS_POINTER)
-    told = fail("train", "--resume", run)
-    assert "training.json is not a run's settings: it is a Git LFS pointer" in told
+    message = fail("train", "--resume", run)
+    assert "training.json is not a run's settings: it is a Git LFS pointer" in message
 
 
 # --- Programs that call this one ------------------------------------------------------------------

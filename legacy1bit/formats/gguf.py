@@ -456,7 +456,7 @@ class _Reader:
         if magic != _MAGIC:
             raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
         version = self.number(4)
-        if version >= 1 << 24:
+        if version in (_VERSION << 24, _VERSION - 1 << 24):
             raise ValueError(
                 "its numbers are big-endian, expected little-endian ones, as "
                 "gguf-convert-endian of the package gguf writes them"
