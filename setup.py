@@ -18,6 +18,7 @@ import Cython
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 # The instruction sets and what the compiler needs to hear for each; cpu.h asks for the same
 # features at run time. Where there are others, the scalar one is the reference, so the compiler
@@ -46,6 +47,7 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 
 # These check and call; what takes time is in the kernels, and alone is worth -O3.
 MODULES = [
+    "cpu",
     "threads",
     "math_ops",
     "model",
@@ -164,6 +166,18 @@ class BuildExt(build_ext):
         note.write_text(flags)
 
 
+class BuildPy(build_py):
+    """Install the C headers with the package; one that is linked to its source has ``include/``."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            folder = Path(self.build_lib, "legacy1bit", "include")
+            folder.mkdir(parents=True, exist_ok=True)
+            for header in sorted(Path("include").glob("*.h")):
+                self.copy_file(str(header), str(folder))
+
+
 def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
     if "-mamx-tile" not in flags:
@@ -187,5 +201,5 @@ def check_tools(compiler):
 
 setup(
     ext_modules=KERNELS + [extension(name, name, ["-O2"]) for name in MODULES],
-    cmdclass={"build_ext": BuildExt},
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

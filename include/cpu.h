@@ -72,10 +72,25 @@ static inline int cpu_has_amx(void)
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bf16);
 }
 
+/* Whether the CPU has all of x86-64-v2, which other packages are compiled for. */
+static inline int cpu_has_x86_64_v2(void)
+{
+    const unsigned int sse3 = 1u << 0, ssse3 = 1u << 9, cx16 = 1u << 13;        /* leaf 1, ecx */
+    const unsigned int sse41 = 1u << 19, sse42 = 1u << 20, popcnt = 1u << 23;   /* leaf 1, ecx */
+    const unsigned int lahf = 1u << 0;                               /* leaf 0x80000001, ecx */
+    const unsigned int all = sse3 | ssse3 | cx16 | sse41 | sse42 | popcnt;
+    unsigned int eax, ebx, ecx, edx;
+
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || (ecx & all) != all)
+        return 0;
+    return __get_cpuid(0x80000001, &eax, &ebx, &ecx, &edx) && (ecx & lahf);
+}
+
 #else
 
 static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
 static inline int cpu_has_amx(void) { return 0; }
+static inline int cpu_has_x86_64_v2(void) { return 1; }
 
 #endif
 #endif

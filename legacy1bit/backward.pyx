@@ -199,6 +199,9 @@ cdef class BackwardContext:
             self.arrays.append(np.empty(rows * ffn_dim, np.float32))
             self.view.d_wide = float_pointer(self.arrays[8])
 
+    def __reduce__(self):
+        raise TypeError("a BackwardContext cannot be copied or pickled: make another one")
+
 
 # ---------------------------------------------------------------------------------------------
 # Loss
@@ -794,6 +797,9 @@ cdef class BackwardPass:
         free(self.job.losses)
         free(self.job.flats)
 
+    def __reduce__(self):
+        raise TypeError("a BackwardPass cannot be copied or pickled: make another one of its model")
+
     def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
             starts=None):
         """Add the gradient of a batch's mean loss to ``gradients``.
@@ -915,8 +921,6 @@ def backward_llm_batch(LegacyLLM model not None, tokens, targets,
     nothing; here one pass serves both.
     """
     rows = as_token_rows(tokens)
-    if rows.size == 0:
-        raise ValueError("tokens is empty")
     passes = BackwardPass(model, *rows.shape, threads)
     loss, count = passes.run(rows, targets, gradients, starts=starts)
     return loss / max(count, 1)

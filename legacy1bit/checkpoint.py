@@ -28,12 +28,17 @@ from legacy1bit.hyperparams import (
     TrainingConfig,
 )
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
-from legacy1bit.model import CONFIG_FILE, WEIGHTS_FILE, ModelFileError
+from legacy1bit.model import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+)
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH
 from legacy1bit.tokenizer import TOKENIZER_FILE
 
-CHECKPOINT_FILE = "checkpoint.safetensors"
 EARLIER_FILE = "earlier.safetensors"
-BEST_FOLDER = "best"
 
 # The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
 RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
@@ -41,9 +46,6 @@ RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOIN
 WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES))
 
 _TENSORS = ("weights", "first", "second")
-
-# Where a text lies; which it is, its name and its hash tell.
-_PLACES = ("path", "validation")
 
 # What is fixed for the whole of a run, by its table in the file of settings.
 FixedSettings = Mapping[str, Mapping[str, Any]]
@@ -104,7 +106,8 @@ def fixed_settings(
     chosen, text = training.to_dict(), dict(source)
     for name in CHANGEABLE:
         del chosen[name]
-    for name in _PLACES:
+    # Where a text lies; which it is, its name and its hash tell.
+    for name in (TEXT_PATH, VALIDATION_PATH):
         text.pop(name, None)
     return {"model": model.to_dict(), "training": chosen, "data": data.to_dict(), "source": text}
 

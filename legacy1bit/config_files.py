@@ -27,6 +27,7 @@ from legacy1bit.hyperparams import (
     ModelConfig,
     TrainingConfig,
     check_setting,
+    default_warmup,
 )
 from legacy1bit.model import CONFIG_FILE
 from legacy1bit.trainer import read_settings
@@ -300,6 +301,9 @@ def _read_run(folder: Path) -> dict[str, Any]:
     if config.learning_rate == DEFAULT_RATES[config.optimizer]:
         # Another optimizer on the command line brings its own.
         del training["learning_rate"]
+    if config.warmup_steps == default_warmup(config.steps):
+        # As another number of steps does.
+        del training["warmup_steps"]
     return {
         "model": model.to_dict(),
         "training": training,

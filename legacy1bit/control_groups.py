@@ -1,8 +1,10 @@
-"""What the control groups around this process allow it (Linux, versions 1 and 2)."""
+"""What the system allows this process: the control groups around it (Linux, versions 1 and 2), and
+threads."""
 
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +29,7 @@ def core_quotas(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
     quotas = []
     for group in _groups("cpu", table, folder):
         # A group that is not there, or "max": no limit.
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, OverflowError):
             if (group / "cpu.max").exists():
                 quota, period = map(float, (group / "cpu.max").read_text().split())
             else:
@@ -50,6 +52,24 @@ def free_memory(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
     return found
 
 
+def can_start_threads(count: int = 1) -> bool:
+    """Return whether the system gives this process another ``count`` threads at the same time."""
+    end = threading.Event()
+    started: list[threading.Thread] = []
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=end.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    except RuntimeError:
+        return False
+    finally:
+        end.set()
+        for thread in started:
+            thread.join()
+    return True
+
+
 def _told(path: Path, names: tuple[str, ...]) -> int:
     """Return the sum of some of the numbers in a file of names and numbers; 0 without it."""
     total = 0
@@ -63,12 +83,16 @@ def _told(path: Path, names: tuple[str, ...]) -> int:
 
 def _groups(controller: str, table: _Path, folder: _Path) -> Iterator[Path]:
     """Yield where the groups tell of something, from the outermost to the process's own."""
+    # A group's name is bytes, of which some end a line elsewhere.
     try:
-        lines = Path(table).read_text().splitlines()
+        lines = os.fsdecode(Path(table).read_bytes()).split("\n")
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        number, _, rest = line.partition(":")
+        controllers, colon, path = rest.partition(":")
+        if not (number and colon):
+            continue
         if controllers and controller not in controllers.split(","):
             continue
         # The limits of all groups above hold, too; inside a container the path may not be visible.

@@ -55,6 +55,8 @@ class Corpus:
     sha256 : str
         Of the text of both sets, in hexadecimal digits; of one file of UTF-8, that of the file.
     tokenizer : Tokenizer
+    remarks : tuple of str
+        Lines about the text that its user should read.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Corpus:
     stories: tuple[str, ...] = ()
     sha256: str = ""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
+    remarks: tuple[str, ...] = ()
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -209,12 +212,13 @@ def source_corpus(
     )
     share = data.validation_share if by_documents else 0.0
     folder, index = tokens_of(source, tokenizer, cache, share, on_progress)
-    sha256 = index.sha256
+    sha256, remarks = index.sha256, _remarks(source, index)
     if validation is not None:
         learned = open_store(folder, index, TEXT)
         kept_folder, kept_index = tokens_of(validation, tokenizer, cache)
         kept = open_store(kept_folder, kept_index, TEXT)
         sha256 = _sha256_of_both(sha256, kept_index.sha256)
+        remarks += _remarks(validation, kept_index)
     elif by_documents:
         small = min(index.parts.values(), key=lambda part: part.tokens)
         if data.split == "auto" and small.tokens <= sequence_length:
@@ -240,7 +244,13 @@ def source_corpus(
         *_datasets(learned, kept, data, sequence_length, pad_token),
         sha256=sha256,
         tokenizer=tokenizer,
+        remarks=remarks,
     )
+
+
+def _remarks(source: Source, index: Index) -> tuple[str, ...]:
+    warning = source.warning(sum(part.documents for part in index.parts.values()))
+    return () if warning is None else (warning,)
 
 
 def shard_corpus(
@@ -285,6 +295,7 @@ def token_corpus(
     data: DataConfig,
     sequence_length: int,
     validation: Integers | None = None,
+    most: int = _MOST_TOKENS,
 ) -> Corpus:
     """Return a corpus of tokens that another program has made: what they stand for is not known.
 
@@ -296,6 +307,8 @@ def token_corpus(
     data : DataConfig
     sequence_length : int
     validation : uint16[N] or uint32[N], optional
+    most : int
+        The largest vocabulary that need not be named.
 
     Raises
     ------
@@ -318,11 +331,19 @@ def token_corpus(
         raise ValueError(f"{where} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
     if highest >= size:
         raise ValueError(f"{where} has token {highest}, expected 0 to {size - 1}: see --vocab-size")
+    if data.vocabulary is None and size > most:
+        raise ValueError(
+            f"{where} has no header and numbers up to {highest:,}, which are hardly tokens: "
+            f"expected less than {most:,}; --vocab-size {size} takes them for tokens"
+        )
+    named = "" if data.vocabulary else ", as the highest token says; --vocab-size names another"
+    remark = f"{name}: {learned.size + kept.size:,} tokens of a vocabulary of {size:,}{named}"
     return Corpus(
         name,
         *_datasets(learned, kept, data, sequence_length, size),
         sha256=sha256,
         tokenizer=UnknownTokenizer(size),
+        remarks=(remark,),
     )
 
 

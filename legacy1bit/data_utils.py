@@ -41,6 +41,11 @@ def load_text_from_file(path: str | os.PathLike[str]) -> bytes:
     return text
 
 
+def with_line_breaks(text: str) -> str:
+    """Return what a user has typed with line breaks for the ``\\n`` and ``\\r`` that spell them."""
+    return text.replace("\\r", "\r").replace("\\n", "\n")
+
+
 def tokenize_text(text: str | bytes, vocab_size: int = 256) -> Tokens:
     """Return a text's bytes (UTF-8 for ``str``) as int32[N] token ids.
 

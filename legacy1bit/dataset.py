@@ -8,9 +8,10 @@ import bisect
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -519,8 +520,14 @@ class BucketReader(PackedReader):
         return batches
 
 
+_Change = Callable[[Batch, tuple[int, ...]], Batch]
+_Ready = queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException]
+
+
 class Prefetcher:
     """Has a reader's next batches made while the last one is learned from.
+
+    Where the system gives no more threads, a batch is made when it is asked for.
 
     Attributes
     ----------
@@ -528,20 +535,32 @@ class Prefetcher:
         That of the reader after the batches that were taken.
     """
 
-    def __init__(
-        self, reader: Reader, change: Callable[[Batch, tuple[int, ...]], Batch] | None = None
-    ) -> None:
+    def __init__(self, reader: Reader, change: _Change | None = None) -> None:
         self.position = reader.position
-        self._reader, self._change = reader, change
-        self._ready: queue.Queue[tuple[Batch, tuple[int, ...]] | BaseException] = queue.Queue(
-            _AHEAD
-        )
+        self._ready: _Ready = queue.Queue(_AHEAD)
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="batches", daemon=True)
-        self._thread.start()
+        # The thread does not hold this object: one that is dropped without an end has its own.
+        self._thread: threading.Thread | None = threading.Thread(
+            target=_read_ahead,
+            args=(reader, change, self._ready, self._ended),
+            name="batches",
+            daemon=True,
+        )
+        try:
+            self._thread.start()
+        except RuntimeError:
+            self._thread = None
+        self._reader, self._change = reader, change
+        weakref.finalize(self, _end, self._ready, self._ended)
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a Prefetcher cannot be copied or pickled: copy its reader")
 
     def next_batch(self) -> Batch:
         """Return a batch and move on; raise what the reader has raised."""
+        if self._thread is None:
+            batch, self.position = _make_batch(self._reader, self._change)
+            return batch
         found = self._ready.get()
         if isinstance(found, BaseException):
             self._ready.put(found)
@@ -549,22 +568,34 @@ class Prefetcher:
         batch, self.position = found
         return batch
 
-    def _run(self) -> None:
-        try:
-            while not self._ended.is_set():
-                before = self._reader.position
-                batch = self._reader.next_batch()
-                if self._change is not None:
-                    batch = self._change(batch, before)
-                self._ready.put((batch, self._reader.position))
-        except BaseException as error:  # it is raised where the batch is asked for
-            self._ready.put(error)
-
     def close(self) -> None:
         """End the thread."""
-        self._ended.set()
-        # It may wait for room; it puts one more at most.
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._ready.get_nowait()
-        self._thread.join()
+        _end(self._ready, self._ended)
+        if self._thread is not None:
+            self._thread.join()
+
+
+def _make_batch(reader: Reader, change: _Change | None) -> tuple[Batch, tuple[int, ...]]:
+    """Return the next batch and where the reader is after it."""
+    before = reader.position
+    batch = reader.next_batch()
+    return batch if change is None else change(batch, before), reader.position
+
+
+def _read_ahead(
+    reader: Reader, change: _Change | None, ready: _Ready, ended: threading.Event
+) -> None:
+    try:
+        while not ended.is_set():
+            ready.put(_make_batch(reader, change))
+    except BaseException as error:  # it is raised where the batch is asked for
+        ready.put(error)
+
+
+def _end(ready: _Ready, ended: threading.Event) -> None:
+    """Have the thread that fills a queue end with what it is at."""
+    ended.set()
+    # It may wait for a free place; it puts one more at most.
+    with contextlib.suppress(queue.Empty):
+        while True:
+            ready.get_nowait()

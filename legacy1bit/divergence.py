@@ -132,7 +132,7 @@ def remedy(model: LegacyLLM, config: TrainingConfig) -> str:
     hints = [f"a lower --learning-rate than {rate:g}, such as {rate / 3:.2g}"]
     if config.clip == 0 or config.clip > 10:
         hints.append("a --clip of 1")
-    if config.warmup_steps < 10:
+    if config.warmup < 10:
         hints.append("more --warmup-steps")
     if config.weight_decay > 1:
         hints.append("a lower --weight-decay")

@@ -1,7 +1,8 @@
 """What a command that fails says, and the status it ends with."""
 
+import os
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 # The status of a command that Ctrl-C has ended.
 INTERRUPTED = 130
@@ -21,6 +22,15 @@ def describe(error: Exception) -> str:
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 2 :]}"
     return text
+
+
+def refuse_import(message: str) -> NoReturn:
+    """Raise ``ImportError``; where the package is the program, end it with one line instead."""
+    # `python -m legacy1bit.main` imports the package before it sets the name of the program.
+    if sys.argv[0] == "-m" or os.path.basename(sys.argv[0]) == "legacy1bit":
+        print(f"legacy1bit: error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    raise ImportError(message)
 
 
 def one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,17 @@ import numpy.typing as npt
 Buffer = bytes | memoryview
 Content = bytes | str | list[Buffer]
 
+# The permissions of a file or folder, its user and its group.
+Access = tuple[int, int, int]
+
 # Of settings, tokenizers and indexes; the largest tokenizers there are have some tens of megabytes.
 _MOST_BYTES = 1 << 28
 
-# What temporary files and folders are called, and what they would have become.
-_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp")
+# What temporary files and folders are called, and what they would have become: of a longer name its
+# first characters, so that every name that a file system takes can be written to. None of a run's
+# own files has as many.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
+NAME_CHARACTERS = 24
 
 # What says that something did not get onto the disk; others, that a folder cannot be put there.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
@@ -36,6 +42,88 @@ _LEFT_BEHIND_SECONDS = 24 * 3600
 
 # What safetensors calls the types that are stored here.
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
+
+
+class FileKind(NamedTuple):
+    """A kind of file.
+
+    Attributes
+    ----------
+    name : str
+        With its article, as in "a GGUF model".
+    remedy : str
+        What to do with such a file, where text or a model folder is expected.
+    """
+
+    name: str
+    remedy: str
+
+
+HTML_PAGE = FileKind("an HTML page", "download the file that it shows or links to")
+GIT_LFS_POINTER = FileKind("a Git LFS pointer", "git lfs pull fetches what it points to")
+
+_PYTORCH = FileKind(
+    "a PyTorch checkpoint or another pickle", "convert it with the program that made it"
+)
+_UNPACK = "unpack it first"
+
+# How many bytes a file is known by.
+HEAD_BYTES = 512
+
+# How the files of each kind begin; the first that matches counts.
+_KINDS = (
+    (rb"version https://git-lfs\.github\.com/spec/", GIT_LFS_POINTER),
+    (
+        rb"(?i)(?:\xef\xbb\xbf)?\s*(?:<\?xml[^>]*>\s*)?<(?:!doctype\s+html|html)[\s>]",
+        HTML_PAGE,
+    ),
+    (
+        # The version, in either order of bytes.
+        rb"GGUF(?:[\1-\x0f]\0\0\0|\0\0\0[\1-\x0f])",
+        FileKind("a GGUF model", "legacy1bit import --model FILE --out DIR makes a folder of it"),
+    ),
+    (
+        # The header's length, and its first name.
+        rb".{4}\0{4}\{\"",
+        FileKind("a safetensors file of weights", "--model takes the folder that it lies in"),
+    ),
+    (rb"PK\x03\x04.{26}[^\0]{0,200}data\.pkl", _PYTORCH),
+    # A protocol of pickle, and what its first object can be; PyTorch's older number.
+    (rb"\x80[\x02\x03](?:[\]}]q\0|c[a-z_]+[.\n]|\x8a\nl\xfc\x9cF)", _PYTORCH),
+    (rb"\x80[\x04\x05]\x95.{5}\0{3}", _PYTORCH),
+    (
+        rb"PK\x03\x04.{26}(?:\[Content_Types\]|_rels/|mimetypeapplication/)",
+        FileKind("an office document or an e-book", "save it as plain text"),
+    ),
+    (rb"PK\x03\x04.{26}[^\0]{0,200}\.npy", FileKind("a NumPy archive", "write its text to a file")),
+    (rb"PK(?:\x03\x04|\x05\x06)", FileKind("a ZIP archive", _UNPACK)),
+    (rb".{257}ustar[\0 ]", FileKind("a tar archive", _UNPACK)),
+    (rb"7z\xbc\xaf\x27\x1c", FileKind("a 7z archive", _UNPACK)),
+    (rb"Rar!\x1a\x07", FileKind("a RAR archive", _UNPACK)),
+    (rb"\x1f\x8b\x08", FileKind("a gzip file", "gzip -d unpacks it")),
+    (rb"\x28\xb5\x2f\xfd", FileKind("a Zstandard file", "zstd -d unpacks it")),
+    (rb"\xfd7zXZ\0", FileKind("an xz file", "xz -d unpacks it")),
+    (rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)", FileKind("a bzip2 file", "bzip2 -d unpacks it")),
+    (rb"%PDF-", FileKind("a PDF document", "pdftotext FILE makes text of it")),
+    (rb"PAR1\x15", FileKind("a Parquet file", "let its name end in .parquet")),
+    (rb"ARROW1\0\0", FileKind("an Arrow file", "write it as Parquet or as JSON lines")),
+    (rb"\x93NUMPY", FileKind("a NumPy array", "write its text to a file")),
+    (rb"\x89HDF\r\n\x1a\n", FileKind("an HDF5 file", "write its text to a file")),
+)
+
+
+def kind_of_file(head: bytes) -> FileKind | None:
+    """Return which of the kinds that are easily mistaken for a text or a model a file is.
+
+    Parameters
+    ----------
+    head : bytes
+        Its first ``HEAD_BYTES``, or all of it.
+    """
+    for pattern, kind in _KINDS:
+        if re.match(pattern, head, re.DOTALL):
+            return kind
+    return None
 
 
 def serialize_tensors(
@@ -82,7 +170,8 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
     Each content goes to a temporary file beside its target and onto the disk; only when all are
     there do they take the old files' places. So at every moment each file is the old or the new
     one, complete, and where one cannot be written none is changed. Only between two renames, a
-    crash or an error can leave some files new and others old.
+    crash or an error can leave some files new and others old. A file that takes another's place has
+    its permissions, and its owner where the system allows that.
 
     Parameters
     ----------
@@ -123,9 +212,13 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = _target(Path(path))
     temporary = temporary_of(target)
+    access = access_of(target)
     try:
+        if access is not None:
+            _create(temporary, access).close()
         yield temporary
         with open(temporary, "r+b") as file:
+            give_access(file.fileno(), access)
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
@@ -167,14 +260,22 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
 
 
 def atomic_copy(source: Path, target: Path) -> None:
-    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``."""
+    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``.
+
+    Nobody may read it who may not read the file, or what it replaces.
+    """
     temporary = temporary_of(target)
+    access, replaced = access_of(source), access_of(target)
+    if access is not None and replaced is not None:
+        access = replaced[0] & access[0], *replaced[1:]
     try:
         try:
+            if access != access_of(source):
+                raise OSError(errno.EPERM, "A second name would have other permissions")
             # What a link leads to: the next content takes that one's name.
             os.link(os.path.realpath(source), temporary)
         except OSError:
-            temporary = _write_beside(target, source.read_bytes())
+            temporary = _write_beside(target, source.read_bytes(), access)
         os.replace(temporary, target)
     finally:
         # Two names of one content are not renamed into each other: then this one is left.
@@ -263,11 +364,14 @@ def _target(path: Path) -> Path:
 
 def temporary_of(path: Path) -> Path:
     """Return where to write a file or folder until it is complete: beside it, under a new name."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{uuid.uuid4().hex}.tmp")
 
 
 def temporaries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what is temporary in a folder, and the name that each would have taken."""
+    """Yield what is temporary in a folder, and the name that each would have taken.
+
+    Of a name of ``NAME_CHARACTERS`` or more, its beginning.
+    """
     for path in folder.glob(".*.tmp"):
         if known := _TEMPORARY.fullmatch(path.name):
             yield path, known["name"]
@@ -289,16 +393,52 @@ def remove(path: Path) -> None:
         path.unlink()
 
 
-def _write_beside(path: Path, content: Content) -> Path:
-    """Write content to a new file in the folder of ``path``, onto the disk."""
+def access_of(path: Path) -> Access | None:
+    """Return who may do what with a file or folder, or None if there is none.
+
+    A right to run a program as its owner is not among it.
+    """
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return stat.S_IMODE(status.st_mode) & 0o777, status.st_uid, status.st_gid
+
+
+def give_access(place: int | Path, access: Access | None) -> None:
+    """Give a file or folder what ``access_of`` has returned, as far as the system allows."""
+    if access is None:
+        return
+    mode, user, group = access
+    with contextlib.suppress(OSError):
+        os.chmod(place, mode)
+    for owner in (user, -1):
+        with contextlib.suppress(OSError):
+            os.chown(place, owner, group)
+            return
+
+
+def _create(path: Path, access: Access | None) -> BinaryIO:
+    """Make a new file; one that is to be given access to is nobody else's until then."""
+    mode = 0o666 if access is None else 0o600
+    return open(path, "xb", opener=lambda name, how: os.open(name, how, mode))
+
+
+def _write_beside(path: Path, content: Content, access: Access | None = None) -> Path:
+    """Write content to a new file in the folder of ``path``, onto the disk.
+
+    It is accessible as ``access`` says, or else as what is at ``path``.
+    """
+    access = access or access_of(path)
     whole = content.encode("utf-8") if isinstance(content, str) else content
     parts = whole if isinstance(whole, list) else [whole]
     temporary = temporary_of(path)
     try:
-        with open(temporary, "xb") as file:
+        with _create(temporary, access) as file:
             for part in parts:
                 file.write(part)
             file.flush()
+            give_access(file.fileno(), access)
             os.fsync(file.fileno())
     except BaseException as error:
         with contextlib.suppress(OSError):

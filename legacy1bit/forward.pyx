@@ -231,13 +231,14 @@ cdef class ForwardContext:
     def __dealloc__(self):
         free(self.view.blocks)
 
+    def __reduce__(self):
+        raise TypeError("a ForwardContext cannot be copied or pickled: make another one")
+
 
 cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1:
     # Token ids and padding only, and no more of them than the model's positions reach.
     cdef Py_ssize_t i, j
     cdef int pad = model.config.pad_token
-    if tokens.shape[0] * tokens.shape[1] == 0:
-        raise ValueError(f"{name} is empty")
     if model.view.blocks[0].attention.cosines and \
             tokens.shape[1] > model.view.blocks[0].attention.length:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
@@ -255,13 +256,22 @@ cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) excep
 def as_token_rows(tokens, str name="tokens"):
     """Return token ids as int32[B, T]: an int or [B] becomes sequences of one.
 
-    Raises ``TypeError`` for anything but whole numbers.
+    Raises
+    ------
+    ValueError
+        If there is none.
+    TypeError
+        For anything but whole numbers.
+    IndexError
+        If a number is too large for a token id.
     """
     array = np.asarray(tokens)
+    if array.size == 0:
+        raise ValueError(f"{name} is empty, expected at least one token")
     if array.dtype.kind not in "iu" or array.ndim > 2:
         raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, "
                         "[B] or [B, T]")
-    if array.size and (array.min() < -(1 << 31) or array.max() >= 1 << 31):
+    if array.min() < -(1 << 31) or array.max() >= 1 << 31:
         raise IndexError(f"{name} holds a number that is no token id")
     rows = array.reshape(-1, 1) if array.ndim < 2 else array
     return np.ascontiguousarray(rows, np.int32)
@@ -390,8 +400,7 @@ def forward_embedding_batch(embedding, tokens):
                 raise IndexError(f"token id {rows[i, j]}, expected 0 to {view.rows - 1}, or "
                                  f"{view.rows} for padding")
     out = np.empty((*np.shape(tokens), view.cols), np.float32)
-    if out.size:
-        embed(&view, &rows[0, 0], rows.shape[0] * rows.shape[1], float_pointer(out))
+    embed(&view, &rows[0, 0], rows.shape[0] * rows.shape[1], float_pointer(out))
     return out
 
 
@@ -479,6 +488,9 @@ cdef class FeedForwardRoom:
             self.view.normed = float_pointer(self.arrays[1])
         self.view.mean = float_pointer(self.arrays[2])
         self.view.inv_std = float_pointer(self.arrays[3])
+
+    def __reduce__(self):
+        raise TypeError("a FeedForwardRoom cannot be copied or pickled: make another one")
 
 
 def forward_feed_forward(FeedForward ffn not None, x):

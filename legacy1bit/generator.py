@@ -2,10 +2,12 @@
 
 import codecs
 import os
+import secrets
 import time
+from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +32,9 @@ _TOGETHER = 32
 
 _SAMPLING = SamplingConfig()
 
+# Tokens that are drawn when they are asked for.
+_Drawn = abc.Generator[int, None, None]
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -43,6 +48,7 @@ class Completion:
     tokens : int
         How many were drawn.
     seed : int
+        What it was drawn with.
     stopped : bool
         Whether a stop string or the token for the end of texts ended it, rather than the number
         of tokens.
@@ -66,6 +72,7 @@ class TextStream:
     ----------
     tokenizer : Tokenizer
     stop : sequence of str
+        A line break in one is that of Windows, too.
     errors : str
         What becomes of bytes that are no UTF-8, as in ``bytes.decode``.
     """
@@ -76,7 +83,8 @@ class TextStream:
         if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop is {stop!r}, expected strings, none of them empty")
         self._tokenizer = tokenizer
-        self._stop = tuple(stop)
+        # A model of a text from Windows writes line breaks of two characters.
+        self._stop = (*stop, *(one.replace("\n", "\r\n") for one in stop if "\n" in one))
         self._decode = codecs.getincrementaldecoder("utf-8")(errors).decode
         self._held = ""
         self.stopped = False
@@ -115,16 +123,37 @@ def _overlap(text: str, stop: str) -> int:
 class Stream:
     """A text while it is written: an iterator of its pieces.
 
+    What it needs to write goes when the text ends, with the last reference to it, at ``close``, or
+    at the end of a ``with``.
+
     Attributes
     ----------
     tokens : int
         How many were drawn so far.
+    seed : int
+        What the text is drawn with.
     """
 
-    def __init__(self, text: TextStream, drawn: Iterator[int]) -> None:
+    def __init__(self, text: TextStream, drawn: _Drawn, seed: int) -> None:
         self.tokens = 0
+        self.seed = seed
         self._text = text
-        self._pieces = self._run(drawn)
+        self._drawn = drawn
+        self._closed = False
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a text cannot be copied or pickled while it is written")
+
+    def close(self) -> None:
+        """Write no more."""
+        self._closed = True
+        self._drawn.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     @property
     def stopped(self) -> bool:
@@ -135,19 +164,18 @@ class Stream:
         return self
 
     def __next__(self) -> str:
-        return next(self._pieces)
-
-    def _run(self, drawn: Iterator[int]) -> Iterator[str]:
-        for token in drawn:
+        # A generator here would hold this object as this object holds it, and the model's cache
+        # with both, until cycles are collected.
+        if self._closed:
+            raise ValueError("the stream is closed")
+        while not self.stopped and (token := next(self._drawn, None)) is not None:
             self.tokens += 1
-            piece = self._text.feed(token)
-            if piece:
-                yield piece
-            if self.stopped:
-                return
-        rest = self._text.finish()
-        if rest:
-            yield rest
+            if piece := self._text.feed(token):
+                return piece
+        self._drawn.close()
+        if rest := self._text.finish():
+            return rest
+        raise StopIteration
 
 
 class Generator:
@@ -169,6 +197,9 @@ class Generator:
     tokens count.
 
     The whole prompt is context; in C it is the last character alone (departure 7).
+
+    ``close``, or the end of a ``with``, lets go of the model; texts that are being written keep it
+    until they end.
     """
 
     def __init__(
@@ -177,7 +208,9 @@ class Generator:
         tokenizer: Tokenizer | None = None,
         threads: int | None = None,
     ) -> None:
-        self.model = model if isinstance(model, PackedModel) else PackedModel(model)
+        self._model: PackedModel | None = (
+            model if isinstance(model, PackedModel) else PackedModel(model)
+        )
         vocab_size = self.model.config.vocab_size
         self.tokenizer: Tokenizer = ByteTokenizer(vocab_size) if tokenizer is None else tokenizer
         if threads is None:
@@ -207,6 +240,23 @@ class Generator:
         model = PackedModel.load(path, form)
         return cls(model, tokenizer_of(path, model.config.vocab_size), threads)
 
+    @property
+    def model(self) -> PackedModel:
+        """What writes. Raises ``ValueError`` once the generator was closed."""
+        if self._model is None:
+            raise ValueError("the generator is closed")
+        return self._model
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     # What a model is given
 
     def encode(self, prompt: str | bytes) -> npt.NDArray[np.int32]:
@@ -234,8 +284,8 @@ class Generator:
         prompt: npt.ArrayLike,
         max_tokens: int = 250,
         sampling: SamplingConfig = _SAMPLING,
-        seed: int = 0,
-    ) -> Iterator[int]:
+        seed: int | None = None,
+    ) -> _Drawn:
         """Continue tokens with tokens.
 
         Parameters
@@ -244,7 +294,8 @@ class Generator:
             At least one token.
         max_tokens : int
         sampling : SamplingConfig
-        seed : int
+        seed : int, optional
+            Another one each time when not given.
 
         Yields
         ------
@@ -257,7 +308,7 @@ class Generator:
         IndexError
             If the prompt holds what is no token.
         """
-        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_count("seed", seed)
+        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_seed(seed)
         given = check_tokens(prompt, self.model.config.vocab_size, "the prompt")
         rng = np.random.default_rng(seed)
         decoder = Decoder(self.model, self.threads)
@@ -271,7 +322,7 @@ class Generator:
         left: int,
         sampling: SamplingConfig,
         rng: np.random.Generator,
-    ) -> Iterator[int]:
+    ) -> _Drawn:
         fresh, at_once = text[:], 1
         while left:
             if decoder.length + len(fresh) > decoder.capacity:
@@ -293,7 +344,7 @@ class Generator:
         prompt: str | bytes,
         max_tokens: int = 250,
         sampling: SamplingConfig = _SAMPLING,
-        seed: int = 0,
+        seed: int | None = None,
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> "Stream":
@@ -304,7 +355,8 @@ class Generator:
         prompt : str or bytes
         max_tokens : int
         sampling : SamplingConfig
-        seed : int
+        seed : int, optional
+            Another one each time when not given.
         stop : sequence of str
             The text ends before the first of these.
         errors : str
@@ -322,16 +374,16 @@ class Generator:
         IndexError
             If a byte of the prompt is no token of the model's.
         """
-        text = TextStream(self.tokenizer, stop, errors)
+        text, seed = TextStream(self.tokenizer, stop, errors), _check_seed(seed)
         drawn = self.tokens(self.encode(prompt), max_tokens, sampling, seed)
-        return Stream(text, drawn)
+        return Stream(text, drawn, seed)
 
     def complete(
         self,
         prompt: str | bytes,
         max_tokens: int = 250,
         sampling: SamplingConfig = _SAMPLING,
-        seed: int = 0,
+        seed: int | None = None,
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> Completion:
@@ -343,7 +395,7 @@ class Generator:
         prompts: Sequence[str | bytes],
         max_tokens: int = 250,
         sampling: SamplingConfig = _SAMPLING,
-        seed: int = 0,
+        seed: int | None = None,
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> list[Completion]:
@@ -353,7 +405,7 @@ class Generator:
         prompt gives alone: sums may be rounded differently. The other parameters and the errors
         are those of ``stream``.
         """
-        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_count("seed", seed)
+        max_tokens, seed = _check_count("max_tokens", max_tokens), _check_seed(seed)
         if isinstance(prompts, (str, bytes)):
             raise TypeError("prompts is one text, expected several")
         encoded = [self.encode(prompt) for prompt in prompts]
@@ -473,6 +525,15 @@ class Generator:
                 f"the text has {tokens.size} tokens, expected at most {decoder.capacity}"
             )
         return decoder.extend_states(tokens)[int(given) :]
+
+
+def new_seed() -> int:
+    """Return a seed like no other: what is drawn with it is another text each time."""
+    return secrets.randbits(32)
+
+
+def _check_seed(seed: int | None) -> int:
+    return new_seed() if seed is None else _check_count("seed", seed)
 
 
 def _check_count(name: str, value: int) -> int:

@@ -19,7 +19,7 @@ SETTINGS_FILE = "training.json"
 MOST_STEPS = 1 << 40
 
 # What a run that goes on may be told anew.
-CHANGEABLE = ("steps", "threads", "precision")
+CHANGEABLE = ("steps", "threads", "precision", "patience")
 
 SCALES = ("tensor", "row", "128", "256", "one")
 OPTIMIZERS = ("muon", "adamw", "sgd")
@@ -317,7 +317,12 @@ class TrainingConfig(_Record):
     )
     clip: float = _number(1.0, 0.0, 1e9, "the largest norm of the whole gradient; 0: no limit")
     schedule: str = _choice("linear", SCHEDULES, "how the learning rate falls")
-    warmup_steps: int = _integer(100, 0, 1 << 40, "steps in which the learning rate rises")
+    warmup_steps: int | None = _integer(
+        None,
+        0,
+        1 << 40,
+        "steps in which the learning rate rises; default: a tenth of the steps, at most 100",
+    )
     decay_share: float = _number(0.75, 0.0, 1.0, "the share of the steps in which it falls")
     final_learning_rate: float = _number(
         0.0, 0.0, 1.0, "its end over its peak, for cosine and linear"
@@ -346,6 +351,9 @@ class TrainingConfig(_Record):
     evaluate_every: int = _integer(
         250, 1, 1 << 40, "steps between two looks at the validation set, each with a checkpoint"
     )
+    patience: int = _integer(
+        0, 0, 1 << 40, "evaluations without a lower validation loss that end a run early; 0: none"
+    )
     validation_tokens: int = _integer(
         1 << 20,
         0,
@@ -359,11 +367,16 @@ class TrainingConfig(_Record):
             object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.optimizer])
         super().__post_init__()
 
+    @property
+    def warmup(self) -> int:
+        """``warmup_steps``, or what they are by default in a run of this length."""
+        return default_warmup(self.steps) if self.warmup_steps is None else self.warmup_steps
+
     def learning_rate_at(self, step: int) -> float:
         """Return the learning rate of update ``step``, counted from 0."""
-        peak = self.learning_rate or 0.0
-        warmed = lr_scheduler_warmup(step, self.warmup_steps, peak)
-        begin = max(self.steps - round(self.steps * self.decay_share), self.warmup_steps)
+        peak, warmup = self.learning_rate or 0.0, self.warmup
+        warmed = lr_scheduler_warmup(step, warmup, peak)
+        begin = max(self.steps - round(self.steps * self.decay_share), warmup)
         falling, decay_steps = step - begin, self.steps - begin
         if falling < 0 or self.schedule == "constant":
             return warmed
@@ -373,9 +386,22 @@ class TrainingConfig(_Record):
         fall = lr_scheduler_cosine if self.schedule == "cosine" else lr_scheduler_linear
         return fall(falling, decay_steps, peak, lowest)
 
+    def patience_ends(self, step: int, best_step: int) -> bool:
+        """Return whether a run ends early after ``step``, where ``best_step`` was its best.
+
+        Models of a warm start are not compared, so that what follows counts from its end.
+        """
+        since = max(best_step, self.float_steps) // self.evaluate_every
+        return 0 < self.patience <= step // self.evaluate_every - since
+
     def weight_decay_at(self, step: int) -> float:
         """Return the weight decay of update ``step``, counted from 0."""
         return self.weight_decay if step < round(self.steps * self.weight_decay_until) else 0.0
+
+
+def default_warmup(steps: int) -> int:
+    """Return the warm-up steps of a run that names none."""
+    return min(100, steps // 10)
 
 
 def lr_scheduler_warmup(step: int, warmup_steps: int, initial_lr: float) -> float:

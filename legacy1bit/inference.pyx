@@ -596,7 +596,7 @@ def check_tokens(tokens, vocab, name):
         If there is none, one is no whole number, or none of the vocabulary's.
     """
     array = np.asarray(tokens)
-    if array.ndim == 1 and array.size == 0:
+    if array.size == 0:
         raise ValueError(f"{name} is empty, expected at least one token")
     if array.dtype.kind not in "iu" or array.ndim != 1:
         raise TypeError(f"{name} is {array.dtype}{list(array.shape)}, expected whole numbers, [T]")
@@ -626,7 +626,8 @@ cdef class Decoder:
 
     Notes
     -----
-    A decoder is for one thread of Python at a time; several can share a model.
+    A decoder is for one thread of Python at a time; several can share a model. Its memory goes with
+    the last reference to it, or at ``close``, or at the end of a ``with``.
 
     Activations are rounded to int8 before every product with codes, whether or not the model was
     trained so (``int8_activations``), and so are keys and values, with one scale a token and head:
@@ -705,6 +706,21 @@ cdef class Decoder:
         free(self.view.members)
         free(self.view.places)
 
+    def __reduce__(self):
+        raise TypeError("a decoder cannot be copied or pickled: make another one of its model")
+
+    def close(self) -> None:
+        """Let go of the model, and of all that is remembered; nothing can be asked any more."""
+        self._check_busy()
+        self.model = self.kept = self.lengths = self.tokens = self.logits = None
+
+    def __enter__(self):
+        self._check_open()
+        return self
+
+    def __exit__(self, *error):
+        self.close()
+
     cdef float *_room(self, size) except NULL:
         self.kept.append(np.empty(size, np.float32))
         return float_pointer(self.kept[-1])
@@ -712,6 +728,7 @@ cdef class Decoder:
     @property
     def length(self) -> int:
         """The number of tokens so far, of the first sequence."""
+        self._check_open()
         return self.lengths[0]
 
     def length_of(self, sequence) -> int:
@@ -738,11 +755,20 @@ cdef class Decoder:
             raise ValueError(f"length is {length}, expected 0 to {self.lengths[sequence]}")
         self.lengths[sequence] = length
 
+    def _check_open(self):
+        if self.kept is None:
+            raise ValueError("the decoder is closed")
+
     def _check_idle(self):
+        self._check_open()
+        self._check_busy()
+
+    def _check_busy(self):
         if self.busy:
             raise RuntimeError("the decoder is at work in another thread: each needs its own")
 
     def _check_sequence(self, sequence):
+        self._check_open()
         if not 0 <= sequence < self.sequences:
             raise IndexError(f"sequence is {sequence}, expected 0 to {self.sequences - 1}")
 
@@ -859,6 +885,7 @@ cdef class Decoder:
             If an id is no token's, or a sequence is none.
         """
         cdef Place *places = self.view.places
+        self._check_open()
         numbers = _checked_uniforms(uniforms, 2)
         chosen = list(range(self.sequences) if sequences is None else sequences)
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)

@@ -1,6 +1,7 @@
 """What a computer is that trains or measures."""
 
 import json
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.threads import available_cores
 
 
-def cpu_name() -> str:
+def cpu_name(table: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
     """Return what the CPU calls itself."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        # Virtual machines may give it any name.
+        text = Path(table).read_text(encoding="utf-8", errors="replace")
+        for line in text.splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:

@@ -46,10 +46,8 @@ class _Parser(argparse.ArgumentParser):
 def _fail(message: str) -> NoReturn:
     """End the program with one line on standard error and status 2."""
     line = " ".join(str(message).split())
-    try:
+    with contextlib.suppress(OSError):
         print(f"legacy1bit: error: {line}", file=sys.stderr, flush=True)
-    except OSError:
-        _silence(sys.stderr)
     raise SystemExit(2)
 
 
@@ -74,16 +72,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
     Whatever the user can set right, wrong options, files and texts, ends in one line on standard
-    error and status 2.
+    error and status 2. The streams of the program that calls this are left as they were.
     """
+    with _any_character():
+        return _run(argv)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
     if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
         arguments = ["train", *arguments]
-    if sys.stderr is None:
-        # print would take a closed one for standard output.
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parsed = parser_of(arguments[0]).parse_args(arguments)
         parsed.words = arguments
@@ -93,7 +91,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has had enough. A training that lost its reader is not done.
-        _silence(sys.stdout, sys.stderr)
         return 1 if arguments[0] == "train" else 0
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -103,8 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _fail(str(error))
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
-        if isinstance(error, OSError):
-            _silence(sys.stdout)
         _fail(describe(error))
     return status
 
@@ -115,7 +110,34 @@ def program() -> NoReturn:
     # Ctrl-C with a traceback.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    sys.exit(main())
+    # NumPy's BLAS, which nothing here uses, interrupts a program that cannot start its threads.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    try:
+        sys.exit(main())
+    finally:
+        _flush(sys.stdout, sys.stderr)
+
+
+@contextlib.contextmanager
+def _any_character() -> Iterator[None]:
+    """Have standard output take characters that its encoding lacks, and standard error be there."""
+    output, missing = sys.stdout, sys.stderr is None
+    before = output.errors if isinstance(output, io.TextIOWrapper) else None
+    try:
+        if missing:
+            # print would take a closed one for standard output.
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
+        yield
+    finally:
+        if isinstance(output, io.TextIOWrapper):
+            # It is flushed, too, which fails where nobody reads any more.
+            with contextlib.suppress(OSError, ValueError):
+                output.reconfigure(errors=before)
+        if missing:
+            sys.stderr.close()
+            sys.stderr = None
 
 
 @contextlib.contextmanager
@@ -140,11 +162,16 @@ def _tidy_end() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _silence(*streams: TextIO | None) -> None:
-    """Let what streams still hold go nowhere, so that Python does not fail on it at exit."""
+def _flush(*streams: TextIO | None) -> None:
+    """Write what streams still hold; where that fails, let it go nowhere, so that Python does not
+    fail on it at exit."""
     for stream in streams:
-        with contextlib.suppress(OSError, ValueError, AttributeError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # type: ignore[union-attr]
+        if stream is not None:
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                with contextlib.suppress(OSError, ValueError):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

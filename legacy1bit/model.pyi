@@ -19,6 +19,8 @@ _Seed = int | np.random.Generator
 LAYER_NORM_EPSILON: float
 WEIGHTS_FILE: str
 CONFIG_FILE: str
+CHECKPOINT_FILE: str
+BEST_FOLDER: str
 
 class ModelFileError(ValueError): ...
 
@@ -278,4 +280,5 @@ class StoredParameter(NamedTuple):
     group: int = 0
 
 def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredParameter]]: ...
+def model_folder(run: _Path) -> Path: ...
 def load_model(path: _Path) -> LegacyLLM: ...

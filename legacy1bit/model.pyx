@@ -13,13 +13,14 @@ Weight decay goes to the first two parts, and the third is small.
 import json
 import os
 import struct
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from legacy1bit.errors import one_line
+from legacy1bit.errors import describe, one_line
 from legacy1bit.files import (atomic_write, atomic_write_all, check_regular, open_regular,
                               read_regular, serialize_tensors)
 from legacy1bit.hyperparams import ModelConfig
@@ -37,6 +38,9 @@ LAYER_NORM_EPSILON = 1e-5
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# Of a run: what it goes on from, and the folder of its best model.
+CHECKPOINT_FILE = "checkpoint.safetensors"
+BEST_FOLDER = "best"
 _FORMAT = "legacy1bit"
 _FORMAT_VERSION = 2
 
@@ -299,6 +303,9 @@ cdef class LayerNorm:
         self.view.beta = vector_pointer(beta, len(gamma), "beta")
         self.gamma, self.beta = gamma, beta
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size):
     """Return the norm inside a layer, or None where it has none."""
@@ -379,6 +386,9 @@ cdef class MultiHeadAttention:
             self.rotary.fill(length)
         return 0
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef class FeedForward:
     """The weights of one feed-forward layer, ``wo act(wi x + bi) + bo`` (C: ``FeedForwardLayer``).
@@ -413,6 +423,9 @@ cdef class FeedForward:
             view.norm = self.norm.view
         view.rounded = rounded
 
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
 
 cdef class TransformerBlock:
     """One pre-norm block, ``x + attention(norm1(x))`` and then ``x + ffn(norm2(x))``."""
@@ -432,6 +445,9 @@ cdef class TransformerBlock:
         self.view.ffn = ffn.view
         self.view.norm1 = norm1.view
         self.view.norm2 = norm2.view
+
+    def __reduce__(self):
+        raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -604,7 +620,7 @@ cdef class LegacyLLM:
         return &self.view
 
     def __reduce__(self):
-        raise TypeError("a model cannot be pickled: use save_model and load_model")
+        raise TypeError("a model cannot be copied or pickled: use save_model and load_model")
 
     @property
     def trainable(self) -> bool:
@@ -885,7 +901,7 @@ cdef class LegacyLLMGradients:
         return _layer(self.parameters, f"{prefix}.")
 
     def __reduce__(self):
-        raise TypeError("gradients cannot be pickled: copy their flat array")
+        raise TypeError("gradients cannot be copied or pickled: copy their flat array")
 
 
 def create_legacy_llm_gradients(config) -> LegacyLLMGradients:
@@ -1032,6 +1048,9 @@ cdef class TransformerBlockContext:
             view.ffn.mean = float_pointer(self.activated_mean)
             view.ffn.inv_std = float_pointer(self.activated_inv_std)
 
+    def __reduce__(self):
+        raise TypeError("a TransformerBlockContext cannot be copied or pickled: make another one")
+
 
 cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
                        sub_norm) except -1:
@@ -1136,12 +1155,58 @@ def _save_folder(model, path):
     })
 
 
+def model_folder(run) -> Path:
+    """Return where the model of a run lies: the folder ``best`` in it, or the run's own.
+
+    A run's model is its best one, if the whole of it can be read; where it cannot, a line on
+    standard error says so.
+
+    Parameters
+    ----------
+    run : path-like
+        A folder. One that is not a run's, or whose last model is the best, is returned as it is.
+    """
+    run = Path(run)
+    best = run / BEST_FOLDER
+    if not (run / WEIGHTS_FILE).is_file():
+        return run
+    last, best_step = _steps_of(run)
+    kept = _steps_of(best)[0]
+    if not last:
+        # Nothing here knows what the best was, besides the best itself.
+        best_step = kept
+    if best_step in (0, last):
+        return run
+    try:
+        # Its checkpoint is copied last.
+        if kept != best_step:
+            raise ModelFileError(f"{best} does not hold the model of step {best_step}")
+        for _ in read_folder(best)[2]:
+            pass
+    except (ModelFileError, OSError) as error:
+        print(f"{describe(error)}: using the last model instead of the best", file=sys.stderr)
+        return run
+    return best
+
+
+def _steps_of(folder):
+    """Return the step of a folder's checkpoint and that of the best before it; 0 where unknown."""
+    file = folder / CHECKPOINT_FILE
+    try:
+        check_regular(file)
+        header = safe_open(file, framework="numpy").metadata() or {}
+        return int(header["step"]), int(json.loads(header["best"])[1])
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        return 0, 0
+
+
 def load_model(path) -> LegacyLLM:
     """Read a model: a folder that ``save_model`` wrote, or a file of the C original.
 
     Parameters
     ----------
     path : path-like
+        Of a run, its best model is read; see ``model_folder``.
 
     Returns
     -------
@@ -1163,7 +1228,7 @@ def load_model(path) -> LegacyLLM:
     """
     path = Path(path)
     if path.is_dir():
-        return _load_folder(path)
+        return _load_folder(model_folder(path))
     return _from_c_v1(path)
 
 

@@ -214,6 +214,10 @@ cdef class Optimizer:
     def _rule(self, name, kind):
         raise TypeError("make an AdamW, a Muon or an SGD")
 
+    def __reduce__(self):
+        raise TypeError("an optimizer cannot be copied or pickled: copy its moments into another "
+                        "one")
+
     def step(self, LegacyLLMGradients gradients not None, float learning_rate, float clip=0.0,
              int threads=1) -> float:
         """Take one step, and quantize the model anew.

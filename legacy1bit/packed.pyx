@@ -20,8 +20,8 @@ from legacy1bit.math_ops cimport kernels, packed_kernels, packing_room
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
 from legacy1bit.model import (
-    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, parameter_layout,
-    read_folder,
+    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, model_folder,
+    parameter_layout, read_folder,
 )
 from legacy1bit.schemes import SCHEMES
 
@@ -168,6 +168,9 @@ cdef class PackedMatrix:
                                             self.view.rows, workspace)
         return result
 
+    def __reduce__(self):
+        raise TypeError("a PackedMatrix cannot be copied or pickled: pack its values and scales")
+
     def __repr__(self):
         return (f"PackedMatrix({self.shape[0]} x {self.shape[1]}, "
                 f"{'trits' if self.trits else '2 bits'})")
@@ -196,6 +199,9 @@ cdef class RoundedRows:
         self.view.codes = <signed char *>&codes[0]
         self.view.steps = &steps[0]
         self.view.sums = &sums[0]
+
+    def __reduce__(self):
+        raise TypeError("RoundedRows cannot be copied or pickled: make others")
 
 
 def _pack(values, levels, trits, room):
@@ -425,7 +431,7 @@ cdef class PackedModel:
         Parameters
         ----------
         path : path-like
-            A model folder or a file of the C original.
+            A model folder or a file of the C original; of a run, its best model is read.
         form : {"2bit", "trits"}
 
         Returns
@@ -446,7 +452,7 @@ cdef class PackedModel:
         if not path.is_dir():
             return PackedModel(load_model(path), form)
         model = PackedModel.__new__(PackedModel)
-        config, _, stored = read_folder(path)
+        config, _, stored = read_folder(model_folder(path))
         model._fill(config, stored, form)
         return model
 
@@ -476,7 +482,7 @@ cdef class PackedModel:
         return 0
 
     def __reduce__(self):
-        raise TypeError("a model cannot be pickled: use save_model and load_model")
+        raise TypeError("a model cannot be copied or pickled: use save_model and load_model")
 
     def __repr__(self):
         return (f"PackedModel({self.config.num_blocks} blocks of {self.config.model_dim}, "

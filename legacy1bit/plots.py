@@ -163,6 +163,11 @@ class Run:
         """Return the steps of the records."""
         return self.column("step")
 
+    def place_of(self, step: int) -> int:
+        """Return which record is that of a step; the last, where none is."""
+        steps = [record.get("step") for record in self.records]
+        return steps.index(step) if step in steps else len(steps) - 1
+
     def column(self, key: str) -> list[float]:
         """Return a number of every record, NaN where there is none or it was not finite.
 
@@ -447,16 +452,21 @@ def panels_of(runs: Sequence[Run], kind: str) -> list[Panel]:
     return CURVES[kind](runs)
 
 
-def size_panel(runs: Sequence[Run], sizes: Sequence[int]) -> Panel:
-    """Return the panel of what runs have come to, over the bytes of their weights.
+def size_panel(runs: Sequence[Run], models: Sequence[LegacyLLM]) -> Panel:
+    """Return the panel of what the models of runs have come to, over the bytes of their weights.
 
     Losses of different tokens compare by the bytes that these stand for.
     """
     series = [
-        Series(name, [size], run.column("bits_per_byte")[-1:] or [math.nan], i, 0, i, joined=False)
-        for i, (run, name, size) in enumerate(zip(runs, _names(runs), sizes, strict=True))
+        Series(name, [model.stored_bytes()], [_bits_of(run, model)], i, 0, i, joined=False)
+        for i, (run, name, model) in enumerate(zip(runs, _names(runs), models, strict=True))
     ]
     return Panel("Loss against size", "bytes of weights", "bits a byte", series)
+
+
+def _bits_of(run: Run, model: LegacyLLM) -> float:
+    bits = run.column("bits_per_byte")
+    return bits[run.place_of(model.provenance.steps)] if bits else math.nan
 
 
 # --- Figures --------------------------------------------------------------------------------------

@@ -10,11 +10,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.checkpoint import CHECKPOINT_FILE
-from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    DEFAULT_RATES,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    default_warmup,
+)
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.machine import read_machine
-from legacy1bit.model import WEIGHTS_FILE, load_model
+from legacy1bit.model import CHECKPOINT_FILE, WEIGHTS_FILE, LegacyLLM, load_model
 from legacy1bit.plots import Panel, Run, draw, inline_svg, minus, panels_of, printable
 from legacy1bit.trainer import read_settings
 from legacy1bit.version import __version__
@@ -194,6 +199,12 @@ class _Told:
     source: dict[str, Any]
     machine: dict[str, Any]
     samples: list[dict[str, Any]]
+    weights: LegacyLLM | None
+
+    @property
+    def place(self) -> int:
+        """Which record is that of the run's model."""
+        return -1 if self.weights is None else self.run.place_of(self.weights.provenance.steps)
 
 
 def report(run: Run, command: str) -> str:
@@ -213,9 +224,10 @@ def report(run: Run, command: str) -> str:
         If one is damaged, the run was never saved, or matplotlib is missing.
     """
     folder = run.folder
-    told = _Told(run, *read_settings(folder), read_machine(folder), _read_samples(folder))
+    weights = load_model(folder) if (folder / WEIGHTS_FILE).exists() else None
+    told = _Told(run, *read_settings(folder), read_machine(folder), _read_samples(folder), weights)
     sections = [
-        tiles(_numbers(run)),
+        tiles(_numbers(told)),
         section("Curves", _curves(run)),
         section("What it wrote on the way", *_samples(told)),
         section("Measurements", _measurements(run)),
@@ -248,9 +260,11 @@ def _lead(told: _Told) -> str:
     steps = run.records[-1]["step"] if run.records else 0
     name = source.get("name", "unknown data")
     of = f"{source['stories']:,} {name}" if isinstance(source.get("stories"), int) else f"{name}"
+    best = run.records[told.place]["step"] if run.records else 0
+    which = "" if best == steps else f" The model is the best one, of step {best:,}."
     return (
         f"A model of {model.num_blocks} blocks, {model.model_dim} wide, {model.scheme}, after "
-        f"{steps:,} of {told.training.steps:,} steps on {of}."
+        f"{steps:,} of {told.training.steps:,} steps on {of}.{which}"
     )
 
 
@@ -258,22 +272,23 @@ def _show(value: float, form: str) -> str:
     return "\u2013" if value != value else minus(format(value, form))
 
 
-def _numbers(run: Run) -> dict[str, str]:
-    """Return the numbers that matter most, as the last look found them."""
+def _numbers(told: _Told) -> dict[str, str]:
+    """Return the numbers that matter most: of the model, and of the whole training."""
+    run = told.run
 
-    def last(key: str) -> float:
-        return (run.column(key) or [float("nan")])[-1]
+    def number(key: str, place: int = told.place) -> float:
+        return (run.column(key) or [float("nan")])[place]
 
-    numbers = {"validation loss": _show(last("val_loss"), ".4f")}
+    numbers = {"validation loss": _show(number("val_loss"), ".4f")}
     if run.floor is not None:
         numbers["entropy floor"] = f"{run.floor:.4f}"
-        numbers["above the floor"] = _show(last("val_loss") / run.floor - 1, ".1%")
+        numbers["above the floor"] = _show(number("val_loss") / run.floor - 1, ".1%")
     return numbers | {
-        "perplexity": _show(last("perplexity"), ".4f"),
-        "bits a byte": _show(last("bits_per_byte"), ".4f"),
-        "right at once": _show(last("top1"), ".1%"),
-        "training": f"{_show(last('elapsed_seconds'), ',.0f')} s",
-        "tokens a second": _show(last("tokens_per_second"), ",.0f"),
+        "perplexity": _show(number("perplexity"), ".4f"),
+        "bits a byte": _show(number("bits_per_byte"), ".4f"),
+        "right at once": _show(number("top1"), ".1%"),
+        "training": f"{_show(number('elapsed_seconds', -1), ',.0f')} s",
+        "tokens a second": _show(number("tokens_per_second", -1), ",.0f"),
     }
 
 
@@ -328,6 +343,8 @@ def _measurements(run: Run) -> str:
 def _shown(value: Any) -> str:
     if value is None:
         return "\u2013"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
@@ -357,19 +374,20 @@ def _settings(told: _Told) -> list[str]:
 def defaults_of(record: Any) -> Any:
     """Return the record of settings that nobody has changed."""
     if isinstance(record, TrainingConfig):
-        # The learning rate's default is its optimizer's.
-        return replace(TrainingConfig(), learning_rate=DEFAULT_RATES[record.optimizer])
+        # The learning rate's default is its optimizer's, and a run's warm-up goes by its steps.
+        warmup = None if record.warmup_steps is None else default_warmup(record.steps)
+        rate = DEFAULT_RATES[record.optimizer]
+        return replace(TrainingConfig(), learning_rate=rate, warmup_steps=warmup)
     return type(record)()
 
 
 def _weights(told: _Told) -> list[str]:
     run, folder = told.run, told.run.folder
     parts = []
-    if (folder / WEIGHTS_FILE).exists():
-        model = load_model(folder)
+    if told.weights is not None:
         sizes = [
-            ["parameters", f"{model.num_parameters:,}"],
-            ["bytes of weights", f"{model.stored_bytes():,}"],
+            ["parameters", f"{told.weights.num_parameters:,}"],
+            ["bytes of weights", f"{told.weights.stored_bytes():,}"],
         ]
         for name in (WEIGHTS_FILE, CHECKPOINT_FILE, METRICS_FILE):
             if (folder / name).exists():
@@ -379,7 +397,10 @@ def _weights(told: _Told) -> list[str]:
     if not matrices:
         return [*parts, paragraph("No matrix is quantized, or none was looked at yet.")]
     rows = [
-        [matrix, *(_show(run.share(matrix, code)[-1], ".2%") for code in (*codes, "flipped"))]
+        [
+            matrix,
+            *(_show(run.share(matrix, code)[told.place], ".2%") for code in (*codes, "flipped")),
+        ]
         for matrix in matrices
     ]
     head = ["matrix", *map(minus, codes), "changed"]
@@ -389,7 +410,7 @@ def _weights(told: _Told) -> list[str]:
         *parts,
         side_by_side(
             [
-                table("Codes at the last look, and those changed since the one before", head, rows),
+                table("Codes of the model, and those changed since the look before", head, rows),
                 figure(panels, "weights", title),
             ]
         ),

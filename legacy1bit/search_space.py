@@ -13,7 +13,10 @@ from legacy1bit.errors import shown
 from legacy1bit.hyperparams import DEFAULT_RATES, ModelConfig, TrainingConfig, check_setting
 
 # The vocabulary is the tokenizer's, and these are no question of what is best.
-_NOT_SEARCHED = ("vocab_size", "steps", "seed", "threads", "evaluate_every", "validation_tokens")
+_NOT_SEARCHED = (
+    *("vocab_size", "steps", "seed", "threads"),
+    *("evaluate_every", "patience", "validation_tokens"),
+)
 
 
 @dataclass(frozen=True)

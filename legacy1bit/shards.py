@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Protocol, Self
+from typing import Any, BinaryIO, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ import numpy.typing as npt
 from legacy1bit.data_utils import Tokens
 from legacy1bit.errors import one_line
 from legacy1bit.files import (
+    access_of,
+    give_access,
     open_regular,
     read_regular,
     remove,
@@ -105,6 +107,10 @@ class IntegerFile:
         if size is None:
             size = (os.fstat(self._file).st_size - offset) // self.dtype.itemsize
         self.size = size
+
+    def __reduce__(self) -> NoReturn:
+        # The number of an open file is another file's elsewhere, or after this one is closed.
+        raise TypeError(f"{self.path} is open, and cannot be copied or pickled: open it once more")
 
     def __getitem__(self, places: slice, /) -> npt.NDArray[Any]:
         """Return a slice without a step, read-only.
@@ -435,6 +441,7 @@ class ShardWriter:
                 folder.parent.mkdir(parents=True, exist_ok=True)
                 remove_left_behind(folder.parent)
                 self._temporary.mkdir()
+                give_access(self._temporary, access_of(folder))
                 for name in parts:
                     self._parts[name] = _PartWriter(
                         self._temporary, name, self._dtype, self._shard_tokens

@@ -13,12 +13,15 @@ import gzip
 import hashlib
 import importlib
 import io
+import itertools
 import json
 import os
+import re
+import shlex
 import stat
 import sys
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +30,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from legacy1bit.data_utils import with_line_breaks
+from legacy1bit.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
+from legacy1bit.old_cpus import runs_here
 from legacy1bit.shards import IntegerFile
 
 STANDARD_INPUT = "-"
@@ -48,18 +54,29 @@ MOST_LINE_BYTES = 256 << 20
 CHECKED_BYTES = 1 << 16
 # Places to cut at are looked for from the end, so many bytes at once.
 WINDOW_BYTES = 1 << 12
+# A text whose name tells nothing is JSON lines if its first line is, and is no longer than this.
+FIRST_LINE_BYTES = 16 << 20
+# What a decompressor may take: the windows of zstd -19 and xz -9 are half of that or less.
+MOST_WINDOW_BYTES = 1 << 27
 # Four bytes of Zstandard can hold a block of 128 KiB: no more than 4 MiB come out of this many.
 ZSTD_BYTES = 128
 # Rows of Parquet read at once; texts of some pages make it a mebibyte.
 BATCH_ROWS = 64
 
-_COMPRESSED = (".gz", ".zst")
+# Of several paths, the names that are part of the text's.
+_MOST_NAMES = 3
+
+# How compressed files begin, and what follows that in no text.
+_COMPRESSED = {
+    ".gz": (b"\x1f\x8b\x08", b""),
+    ".zst": (b"\x28\xb5\x2f\xfd", b""),
+    ".xz": (b"\xfd7zXZ\0", b""),
+    ".bz2": (b"BZh", rb"[1-9](?:1AY&SY|\x17rE8P\x90)"),
+}
 _JSON_LINES = (".jsonl", ".ndjson")
 _PLAIN = (".txt", ".md", ".text")
 _PARQUET = ".parquet"
-
-_GZIP_MAGIC = b"\x1f\x8b\x08"
-_ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+_HTML = (".html", ".htm", ".xhtml")
 
 _UTF8_MARK = codecs.BOM_UTF8
 # UTF-32's in little-endian order begins with UTF-16's.
@@ -122,8 +139,8 @@ class Source:
     Attributes
     ----------
     files : tuple of Path
-        Absolute and sorted; none for standard input. A link keeps its own name, which tells what
-        kind of file it is.
+        Absolute, and sorted if one path means them all; none for standard input. A link keeps its
+        own name, which tells what kind of file it is.
     name : str
         What to call it in front of people: a file's name, or "data/*.txt (12 files)".
     field : str
@@ -131,7 +148,8 @@ class Source:
     encoding : str
         As ``codecs`` spells it.
     separator : str or None
-        What lies between the documents of a plain text; each file is one where None.
+        What lies between the documents of a plain text, line breaks as ``\\n``; each file is one
+        where None.
     """
 
     files: tuple[Path, ...]
@@ -142,6 +160,11 @@ class Source:
     _stream: _Stream = dataclasses.field(
         default_factory=_Stream, init=False, repr=False, compare=False
     )
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._is_stream():
+            raise TypeError(f"{self.name} is a stream, and cannot be copied or pickled")
+        return self.__dict__
 
     def pieces(self) -> Iterator[Piece]:
         """Go through the text once.
@@ -178,7 +201,9 @@ class Source:
     def fingerprint(self) -> str:
         """Return a SHA-256 in hexadecimal digits that changes when a file or an option does.
 
-        It knows files by path, size and time of change, and reads none. A stream's is like no
+        It knows files by path and by what the system knows of them, and reads none: a file that
+        takes another's place, with the same size and time, has another inode, and one that is
+        written over has another time of change, which no program can set. A stream's is like no
         other's, as nobody knows what it will carry.
 
         Raises
@@ -187,9 +212,9 @@ class Source:
             If a file is not there any more.
         """
         is_stream = self._is_stream()
-        files = [] if is_stream else [(str(path), os.stat(path)) for path in self.files]
+        files = () if is_stream else self.files
         known = {
-            "files": [(path, found.st_size, found.st_mtime_ns) for path, found in files],
+            "files": [(str(path), *_state(os.stat(path))) for path in files],
             "field": self.field,
             "encoding": self.encoding,
             "separator": self.separator,
@@ -204,11 +229,40 @@ class Source:
 
     @property
     def has_documents(self) -> bool:
-        """Whether there may be more than one document."""
+        """Whether there may be more than one document.
+
+        Raises
+        ------
+        OSError, ValueError
+            If the text's name does not tell, and its beginning cannot be read.
+        """
+        if len(self.files) > 1 or self.separator is not None:
+            return True
+        if self._is_stream():
+            return any(_holds_rows(path.name) for path in self.files)
+        (path,) = self.files
+        if _holds_rows(path.name) or not _may_hold_rows(path.name) or not self.nbytes:
+            return _holds_rows(path.name)
+        with open(path, "rb") as file:
+            return self._rows_or_text(_Input(file), str(path), path.name)[0]
+
+    def warning(self, documents: int) -> str | None:
+        """Return what a user should know who has named a separator, if it parts nothing.
+
+        Parameters
+        ----------
+        documents : int
+            How many there are.
+        """
+        if self.separator is None:
+            return None
+        if self.files and all(_holds_rows(path.name) for path in self.files):
+            return f"warning: the separator is for plain text, and {self.name} has none"
+        if documents > max(len(self.files), 1):
+            return None
+        count = "1 document" if documents == 1 else f"{documents:,} documents"
         return (
-            len(self.files) > 1
-            or self.separator is not None
-            or any(_holds_rows(path.name.lower()) for path in self.files)
+            f"warning: the separator {self.separator!r} separates nothing in {self.name}: {count}"
         )
 
     def _is_stream(self) -> bool:
@@ -217,52 +271,128 @@ class Source:
 
     def _read(self) -> Iterator[Piece]:
         if not self.files:
-            if sys.stdin is None:
-                raise ValueError("there is no standard input")
-            yield from _cut(self._documents(_Input(sys.stdin.buffer), self.name, ""))
+            yield from _cut(self._documents(_Input(standard_input()), self.name, ""))
         for path in self.files:
             with _opened(path) as file:
                 if path.suffix.lower() == _PARQUET:
                     yield from _cut(_parquet_documents(file, path, self.field))
                 else:
-                    yield from _cut(self._documents(file, str(path), path.name.lower()))
+                    yield from _cut(self._documents(file, str(path), path.name))
 
     def _documents(self, file: "_Input", path: str, name: str) -> Iterator[_Part]:
-        stem, last = os.path.splitext(name)
-        compression = last if last in _COMPRESSED else ""
-        blocks = _in_utf8(_decompressed(file, path, compression), path, self.encoding)
-        if (stem if compression else name).endswith(_JSON_LINES):
+        has_rows, blocks = self._rows_or_text(file, path, name)
+        if has_rows:
             return _json_documents(blocks, path, self.field)
+        if self.field != DEFAULT_FIELD and not any(_holds_rows(path.name) for path in self.files):
+            raise _no_fields(path, self.field)
         if self.separator is None:
             return _one_document(blocks)
         return _separated(blocks, self.separator.encode())
 
+    def _rows_or_text(self, file: "_Input", path: str, name: str) -> tuple[bool, Iterator[bytes]]:
+        """Return whether a file has JSON lines, and what is in it, as UTF-8."""
+        stem, compression = _parted(name)
+        blocks = _decompressed(file, path, compression)
+        head, blocks = _peek(blocks, lambda head: len(head) >= HEAD_BYTES)
+        if kind := kind_of_file(head):
+            # One page among many texts may be meant; the only one is what came for a text.
+            meant = stem.endswith(_HTML) or (len(self.files) > 1 and not stem.endswith(_JSON_LINES))
+            if kind is not HTML_PAGE or not meant:
+                hint = "; .html at its name's end means the page itself" * (kind is HTML_PAGE)
+                raise ValueError(f"{path} holds {kind.name}, expected text: {kind.remedy}{hint}")
+        blocks = _in_utf8(blocks, path, self.encoding)
+        if stem.endswith(_PLAIN):
+            return False, blocks
+        head, blocks = _peek(blocks, _has_first_line)
+        if re.match(rb'\s*\[\s*\{\s*"', head):
+            raise ValueError(
+                f"{path} holds one JSON list, expected an object on each line: "
+                f"jq -c '.[]' {shlex.quote(path)} > lines.jsonl; .txt at its name's end means "
+                "the list as text"
+            )
+        return stem.endswith(_JSON_LINES) or _begins_with_object(head), blocks
+
+
+def _parted(name: str) -> tuple[str, str]:
+    """Return a file's name without the suffix that says how it is compressed, and that suffix."""
+    stem, last = os.path.splitext(name.lower())
+    return (stem, last) if last in _COMPRESSED else (name.lower(), "")
+
 
 def _holds_rows(name: str) -> bool:
     """Whether a file has a document a line or row, by its name."""
-    stem, last = os.path.splitext(name)
-    return (stem if last in _COMPRESSED else name).endswith((*_JSON_LINES, _PARQUET))
+    return _parted(name)[0].endswith((*_JSON_LINES, _PARQUET))
+
+
+def _may_hold_rows(name: str) -> bool:
+    """Whether a file's name leaves that open, or says so."""
+    return not _parted(name)[0].endswith(_PLAIN)
+
+
+def _no_fields(name: str, field: str) -> ValueError:
+    return ValueError(f"{name} has no fields, and no {field!r}: expected JSON lines or Parquet")
+
+
+def _peek(
+    blocks: Iterator[bytes], enough: Callable[[bytes], bool]
+) -> tuple[bytes, Iterator[bytes]]:
+    """Return what blocks begin with, up to the first that makes it enough, and all of them."""
+    held: list[bytes] = []
+    head = b""
+    for block in blocks:
+        held.append(block)
+        head += block
+        if enough(head):
+            break
+    return head, itertools.chain(held, blocks)
+
+
+def _has_first_line(head: bytes) -> bool:
+    """Whether this much of a text tells whether it begins with an object or a list of JSON."""
+    text = head.lstrip()
+    if len(head) > FIRST_LINE_BYTES:
+        return True
+    if text.startswith(b"{"):
+        return b"\n" in text
+    # A list of objects has the first one's first name soon.
+    return bool(text) and (not text.startswith(b"[") or len(text) >= 64)
+
+
+def _begins_with_object(head: bytes) -> bool:
+    line = head.lstrip().partition(b"\n")[0]
+    if not line.startswith(b"{") or len(line) > FIRST_LINE_BYTES:
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def open_source(
-    data: str, field: str = DEFAULT_FIELD, encoding: str = "utf-8", separator: str | None = None
+    data: str | Sequence[str],
+    field: str = DEFAULT_FIELD,
+    encoding: str = "utf-8",
+    separator: str | None = None,
 ) -> Source:
     """Find the text that a user points at.
 
     Parameters
     ----------
-    data : str
+    data : str or sequence of str
         A file; a folder, for all files below it with a known suffix (.txt, .md, .text, .jsonl,
-        .ndjson, each also with .gz or .zst behind it; .parquet), leaving out hidden ones and runs;
-        a pattern such as "data/**/*.txt", for all files that match; "-" for standard input. Any
-        other file that is named, or matches, is plain text. What is there goes before a pattern.
+        .ndjson, each also with .gz, .zst, .xz or .bz2 behind it; .parquet), leaving out hidden ones
+        and runs; a pattern such as "data/**/*.txt", for all files that match; "-" for standard
+        input. Any other file that is named, or matches, is JSON lines if it begins with an object
+        on a line, and plain text otherwise. What is there goes before a pattern.
+        Several of these, but no pipes, are read one after the other, and no file twice.
     field : str, optional
         Which field of a JSON line, or column of a Parquet file, has the text.
     encoding : str, optional
         Of plain text and JSON lines. A byte order mark is dropped.
     separator : str, optional
         What lies between the documents of a plain text, and belongs to none; ``\\n`` in it is a
-        line break. Empty documents are dropped. Without one, each file is a document.
+        line break, of Windows (``\\r\\n``), too. Empty documents are dropped. Without one, each
+        file is a document.
 
     Raises
     ------
@@ -271,20 +401,19 @@ def open_source(
     OSError
         If a folder cannot be read.
     ValueError
-        If the encoding is unknown, the separator empty, or a library is missing.
+        If the encoding is unknown, the separator empty, or a library is missing; if a pipe or
+        tokens are among several paths.
     """
     encoding = _known_encoding(encoding)
     if separator is not None:
-        separator = separator.replace("\\n", "\n")
+        separator = with_line_breaks(separator).replace("\r\n", "\n")
         _check_separator(separator)
-    files, name = ((), "standard input") if data == STANDARD_INPUT else _find(data)
+    files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
-        if path.suffix.lower() == _PARQUET:
-            _parquet_library()
-        elif path.suffix.lower() == ".zst":
-            _zstd_library()
-    if field != DEFAULT_FIELD and not any(_has_fields(path.name) for path in files):
-        raise ValueError(f"{name} has no fields, and no {field!r}: expected JSON lines or Parquet")
+        if library := _LIBRARIES.get(path.suffix.lower()):
+            library()
+    if field != DEFAULT_FIELD and files and not any(_may_hold_rows(path.name) for path in files):
+        raise _no_fields(name, field)
     return Source(files, name, field, encoding, separator)
 
 
@@ -316,6 +445,8 @@ def _check_separator(separator: str) -> None:
 
 def _find(data: str) -> tuple[tuple[Path, ...], str]:
     """Return the files that are meant, and what to call them."""
+    if data == STANDARD_INPUT:
+        return (), "standard input"
     try:
         mode = os.stat(data).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -337,6 +468,27 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
     if len(files) == 1:
         return (files[0],), files[0].name
     return tuple(files), f"{data} ({len(files):,} files)"
+
+
+def _find_several(paths: Sequence[str]) -> tuple[tuple[Path, ...], str]:
+    """Return the files that are meant by several paths, in their order."""
+    if len(paths) == 1:
+        return _find(paths[0])
+    if not paths:
+        raise ValueError("data names no path, expected one or more")
+    found = []
+    for path in paths:
+        if is_token_file(path):
+            raise ValueError(f"{path} holds tokens, expected texts only where there are several")
+        files, name = _find(path)
+        if not files or not all(map(_is_regular, files)):
+            raise ValueError(f"{path} is a stream, expected files where there are several paths")
+        found.append((files, name))
+    every = tuple(dict.fromkeys(path for files, _ in found for path in files))
+    names = [name for _, name in found]
+    if len(names) > _MOST_NAMES:
+        return every, f"{' + '.join(names[:_MOST_NAMES])} + ... ({len(every):,} files)"
+    return every, " + ".join(names)
 
 
 def _absolute(path: Path) -> Path:
@@ -370,18 +522,31 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _is_known(name: str) -> bool:
-    stem, last = os.path.splitext(name.lower())
-    if last in _COMPRESSED:
-        last = os.path.splitext(stem)[1]
-        return last in _PLAIN or last in _JSON_LINES
-    return last in _PLAIN or last in _JSON_LINES or last == _PARQUET
+    return _parted(name)[0].endswith((*_PLAIN, *_JSON_LINES)) or name.lower().endswith(_PARQUET)
 
 
-def _has_fields(name: str) -> bool:
-    stem, last = os.path.splitext(name.lower())
-    if last in _COMPRESSED:
-        last = os.path.splitext(stem)[1]
-    return last in _JSON_LINES or last == _PARQUET
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    """Return what changes with a file's content, whatever its size and its time are set to."""
+    return (
+        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
+        *(found.st_dev, found.st_ino),
+    )
+
+
+def standard_input() -> BinaryIO:
+    """Return the bytes of standard input, or of the text that stands in for it.
+
+    Raises
+    ------
+    ValueError
+        If it is closed.
+    """
+    if sys.stdin is None:
+        raise ValueError("standard input is closed")
+    found: BinaryIO | None = getattr(sys.stdin, "buffer", None)
+    if found is None:
+        found = io.BytesIO(sys.stdin.read().encode("utf-8", "surrogateescape"))
+    return found
 
 
 def _is_regular(path: Path) -> bool:
@@ -436,7 +601,7 @@ def _opened(path: Path) -> Iterator[_Input]:
             # A file that is written meanwhile looks damaged: then that is what to say.
             error = found
         after = os.fstat(raw.fileno())
-    changed = (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns)
+    changed = _state(before) != _state(after)
     # A Parquet file is not read from its beginning to its end, nor through this object.
     short = error is None and 0 < file.taken < before.st_size
     if stat.S_ISREG(before.st_mode) and (changed or short):
@@ -451,17 +616,17 @@ def _blocks(file: io.BufferedIOBase) -> Iterator[bytes]:
 
 
 def _decompressed(file: _Input, path: str, compression: str) -> Iterator[bytes]:
-    """Return what is in a file, as its suffix or its first bytes say."""
-    head = file.peek(len(_ZSTD_MAGIC))
-    if compression == ".gz" or head.startswith(_GZIP_MAGIC):
-        inside, magic = _gunzipped(file, path), _GZIP_MAGIC
-    elif compression == ".zst" or head.startswith(_ZSTD_MAGIC):
-        inside, magic = _zstd_decompressed(file, path), _ZSTD_MAGIC
-    else:
+    """Return what is in a file, as its first bytes or its suffix say."""
+    head = file.peek(16)
+    for suffix, (magic, more) in _COMPRESSED.items():
+        if re.match(re.escape(magic) + more, head):
+            compression = suffix
+    if not compression:
         return _blocks(file)
+    magic, _ = _COMPRESSED[compression]
     if len(head) < len(magic) and magic.startswith(head):
         raise _cut_off(path)
-    return inside
+    return _READERS[compression](file, path)
 
 
 def _cut_off(path: str) -> ValueError:
@@ -489,7 +654,16 @@ def _zstd_decompressed(file: _Input, path: str) -> Iterator[bytes]:
     except EOFError:
         raise _cut_off(path) from None
     except library.ZstdError as error:
+        if "too much memory" in str(error):
+            raise _needs_memory(path, "zstd -dc --long=31") from None
         raise ValueError(f"{path} is damaged, or not of Zstandard: {error}") from None
+
+
+def _needs_memory(path: str, command: str) -> ValueError:
+    return ValueError(
+        f"{path} needs more than {MOST_WINDOW_BYTES >> 20} MiB of memory to be decompressed: "
+        f"{command} {shlex.quote(path)} | legacy1bit train --data -"
+    )
 
 
 def _zstd_frames(library: ModuleType, file: _Input, path: str) -> Iterator[bytes]:
@@ -508,6 +682,60 @@ def _zstd_frames(library: ModuleType, file: _Input, path: str) -> Iterator[bytes
                     frame = None
     if frame is not None:
         raise _cut_off(path)
+
+
+def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
+    library = _lzma_library()
+
+    def begin() -> Any:
+        return library.LZMADecompressor(library.FORMAT_XZ, MOST_WINDOW_BYTES)
+
+    try:
+        # Its streams may be padded.
+        yield from _of_about(BLOCK_BYTES, _streams(begin, b"\0", file, path))
+    except library.LZMAError as error:
+        if "limit" in str(error):
+            raise _needs_memory(path, "xz -dc") from None
+        raise ValueError(f"{path} is damaged, or not of xz: {error}") from None
+
+
+def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
+    try:
+        yield from _of_about(BLOCK_BYTES, _streams(_bz2_library().BZ2Decompressor, b"", file, path))
+    except OSError as error:
+        # The library's own have no number.
+        if error.errno is not None:
+            raise
+        raise ValueError(f"{path} is damaged, or not of bzip2: {error}") from None
+
+
+def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) -> Iterator[bytes]:
+    """Return what is in compressed streams that follow each other.
+
+    The libraries' own readers take what follows the first stream and is none for its end.
+    """
+    stream, ended = begin(), False
+    for block in _blocks(file):
+        while block:
+            if ended:
+                block = block.lstrip(padding)
+                if not block:
+                    break
+                stream, ended = begin(), False
+            yield stream.decompress(block, BLOCK_BYTES)
+            while not (stream.eof or stream.needs_input):
+                yield stream.decompress(b"", BLOCK_BYTES)
+            ended, block = stream.eof, stream.unused_data
+    if not ended:
+        raise _cut_off(path)
+
+
+_READERS: dict[str, Callable[[_Input, str], Iterator[bytes]]] = {
+    ".gz": _gunzipped,
+    ".zst": _zstd_decompressed,
+    ".xz": _xz_decompressed,
+    ".bz2": _bz2_decompressed,
+}
 
 
 def _of_about(size: int, chunks: Iterable[bytes]) -> Iterator[bytes]:
@@ -535,12 +763,42 @@ def _zstd_library() -> ModuleType:
 
 
 def _parquet_library() -> ModuleType:
+    if not runs_here("pyarrow"):
+        raise ValueError(
+            "Parquet files need pyarrow, which needs instructions that this CPU lacks: "
+            "make JSON lines of them on another computer"
+        )
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
         raise ValueError(
             "Parquet files need pyarrow, which is not installed: pip install pyarrow"
         ) from None
+
+
+def _lzma_library() -> ModuleType:
+    return _own_library("lzma", "xz")
+
+
+def _bz2_library() -> ModuleType:
+    return _own_library("bz2", "bzip2")
+
+
+def _own_library(name: str, files: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise ValueError(
+            f"{files} files need Python's module {name}, which this Python was built without"
+        ) from None
+
+
+_LIBRARIES = {
+    _PARQUET: _parquet_library,
+    ".zst": _zstd_library,
+    ".xz": _lzma_library,
+    ".bz2": _bz2_library,
+}
 
 
 # --- Characters -----------------------------------------------------------------------------------
@@ -551,6 +809,32 @@ def _in_utf8(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[byte
     texts = _checked(blocks, path) if encoding == "utf-8" else _recoded(blocks, path, encoding)
     yield next(texts, b"").removeprefix(_UTF8_MARK)
     yield from texts
+
+
+def decode_text(data: bytes, name: str) -> bytes:
+    """Return a text in memory as UTF-8, by its byte order mark; without one, as it is.
+
+    Parameters
+    ----------
+    data : bytes
+    name : str
+        What to call the text in an error.
+
+    Raises
+    ------
+    ValueError
+        If it is not in the encoding that its mark names.
+    """
+    for mark, encoding in _OTHER_MARKS.items():
+        if data.startswith(mark):
+            try:
+                return data.decode(encoding).encode()
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not "
+                    f"{encoding}, which its byte order mark names"
+                ) from None
+    return data.removeprefix(_UTF8_MARK)
 
 
 def _checked(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
@@ -638,15 +922,19 @@ def _one_document(blocks: Iterator[bytes]) -> Iterator[_Part]:
 
 def _separated(blocks: Iterator[bytes], separator: bytes) -> Iterator[_Part]:
     """Return what lies between separators, which may lie across blocks."""
+    lines = separator.split(b"\n")
+    pattern = re.compile(rb"\r?\n".join(map(re.escape, lines)))
+    longest = len(separator) + len(lines) - 1
     begins = True
     held = b""  # what may be the beginning of a separator
     for block in blocks:
-        *ended, last = (held + block).split(separator)
-        for text in ended:
-            if text:
-                yield begins, text
+        text = held + block
+        *ended, last = pattern.split(text) if b"\r\n" in text else text.split(separator)
+        for document in ended:
+            if document:
+                yield begins, document
             begins = True
-        size = max(len(last) - len(separator) + 1, 0)
+        size = max(len(last) - longest + 1, 0)
         if size:
             yield begins, last[:size]
             begins = False
@@ -720,9 +1008,10 @@ def _parquet_documents(file: _Input, path: Path, field: str) -> Iterator[_Part]:
         raise ValueError(f"{path} is a stream, expected a file: Parquet is not read in order")
     row = 0
     try:
-        # Without the buffer, the column is read for a whole group of rows, however large.
+        # Without the buffer, the column is read for a whole group of rows, however large; ahead of
+        # it another thread would read, which the system may not give.
         table = library.ParquetFile(
-            file.file, buffer_size=BLOCK_BYTES, page_checksum_verification=True
+            file.file, buffer_size=BLOCK_BYTES, pre_buffer=False, page_checksum_verification=True
         )
         names = table.schema_arrow.names
         if field not in names:
@@ -834,6 +1123,10 @@ _LLM_C = {20240520: (1, "uint16"), 20240801: (7, "uint32")}
 # That program's models, their activations, and its multiple-choice questions.
 _LLM_C_OTHERS = (20240326, 20240327, 20240522)
 
+# GPT-2's vocabulary, the largest of what nanoGPT writes: in a file without a header, a token beyond
+# it says that these are other numbers, unless somebody says that they are not.
+NANOGPT_TOKENS = 50257
+
 
 @dataclass(frozen=True)
 class TokenFileInfo:
@@ -866,14 +1159,14 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     """Return what a file of token ids holds.
 
     Known are llm.c's, of 16 bits a token for GPT-2 and 32 for Llama 3, and nanoGPT's, which are
-    tokens of 16 bits and nothing else.
+    tokens of 16 bits and nothing else: so a file of another kind, or of text, is refused.
 
     Raises
     ------
     OSError
         If it cannot be read.
     ValueError
-        If its header and its size do not fit together, or it holds no tokens.
+        If its header and its size do not fit together, or it holds something else than tokens.
     """
     with open(path, "rb") as file:
         found = os.fstat(file.fileno())
@@ -886,6 +1179,10 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     if magic in _LLM_C_OTHERS:
         raise ValueError(f"{path} is a file of llm.c that holds no tokens: its number is {magic}")
     if magic not in _LLM_C:
+        if kind := kind_of_file(head):
+            raise ValueError(f"{path} holds {kind.name}, expected tokens: {kind.remedy}")
+        if _is_readable(head):
+            raise ValueError(f"{path} holds text, expected tokens: let its name end in .txt")
         if size == 0 or size % 2:
             raise ValueError(
                 f"{path} has {size:,} bytes, expected llm.c's header or tokens of 2 bytes each"
@@ -907,6 +1204,15 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
             f"but has {size:,}"
         )
     return TokenFileInfo("llm.c", dtype, 4 * _HEADER_WORDS, count)
+
+
+def _is_readable(head: bytes) -> bool:
+    """Whether the beginning of a file is UTF-8 without control characters."""
+    try:
+        text, _ = codecs.utf_8_decode(head, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return bool(text) and all(character >= " " or character in "\t\n\r\f" for character in text)
 
 
 def read_token_file(path: str | os.PathLike[str]) -> IntegerFile:

@@ -23,9 +23,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.control_groups import can_start_threads
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
 from legacy1bit.extras import load_extra
 from legacy1bit.files import atomic_write, read_regular
+from legacy1bit.threads import available_cores
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -132,11 +134,15 @@ def visible_bytes() -> list[str]:
 def load_tokenizers() -> Any:
     """Return Hugging Face's package of tokenizers.
 
+    It panics where it cannot start its threads, a core each; there it does without.
+
     Raises
     ------
     ValueError
         If it is not installed.
     """
+    if not can_start_threads(available_cores()):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
     return load_extra("tokenizers other than bytes need", "tokenizers")
 
 
@@ -349,6 +355,10 @@ class SubwordTokenizer:
         self._library = load_tokenizers().Tokenizer.from_str(_file(self.description()))
         # A special token's name in a text is text like any other.
         self._library.encode_special_tokens = True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Copies of the library's object forget the line above.
+        return type(self), (self.merges,)
 
     @functools.cached_property
     def sha256(self) -> str:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +16,6 @@ from legacy1bit import stories
 from legacy1bit.augment import Augmentation
 from legacy1bit.backward import BackwardPass, ignore_padding
 from legacy1bit.checkpoint import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
     DAMAGE,
     RUN_FILES,
     Checkpoint,
@@ -45,15 +43,19 @@ from legacy1bit.machine import machine
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.memory import EVALUATION_TOKENS, check_memory
 from legacy1bit.model import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
     LegacyLLM,
     ModelFileError,
     TernaryMatrix,
     create_legacy_llm,
     create_legacy_llm_gradients,
+    load_model,
     save_model,
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.places import located
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
@@ -280,7 +282,7 @@ class Trainer:
     step : int
         Updates done so far.
     metrics : Metrics or None
-        The last measurement; after the last step that of the whole validation set.
+        The last measurement; at the end of the run that of the whole validation set.
     best : (float, int)
         The lowest loss so far of the part of the validation set that every look is at, and the
         step it was measured after. What was saved then lies in the folder ``best`` of the run.
@@ -305,6 +307,8 @@ class Trainer:
         self.folder = folder
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
+        # A number from here on, which a run that gets more steps later keeps.
+        config = replace(config, warmup_steps=config.warmup)
         with product_precision(config.precision):
             pass  # a precision that is not there is refused before anything is made
         self.config = config
@@ -335,6 +339,9 @@ class Trainer:
         self.metrics: Metrics | None = None
         self.best = (math.inf, 0)
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a trainer cannot be copied or pickled: save the run, and restore another")
+
     def train(
         self,
         logger: MetricsLogger,
@@ -360,7 +367,7 @@ class Trainer:
         Returns
         -------
         bool
-            Whether the last step was reached. Either way the run is saved.
+            Whether the run has ended: by its last step, or by its patience. Either way it is saved.
 
         Raises
         ------
@@ -389,10 +396,10 @@ class Trainer:
                 self.seconds = time.perf_counter() - begin
                 speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
                 on_step(loss, speed)
-                last = self.step == config.steps
+                last, ended = self.step == config.steps, False
                 stopped = stop()
                 if last or stopped or self.step % config.evaluate_every == 0:
-                    self._look(last, stop)
+                    ended = self._look(last, stop)
                     assert self.metrics is not None
                     record = {
                         "step": self.step,
@@ -418,20 +425,24 @@ class Trainer:
                     codes = _codes(self.model, copied=True)
                     # Measuring is not training: it counts for nothing in the speed.
                     begin = time.perf_counter() - self.seconds
-                if stopped and not last:
+                if ended:
+                    return True
+                if stopped:
                     return False
             return True
 
-    def _look(self, last: bool, stop: Callable[[], bool] = lambda: False) -> None:
-        """Measure the model, and note whether it is the best so far."""
+    def _look(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Measure the model and note whether it is the best so far; return whether the run ends."""
         self._check_weights()
         # What a run ends with are its codes.
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = self._measure(_QUICK_TOKENS)
         if self.metrics.loss < self.best[0] and not self.model.full_precision:
             self.best = (self.metrics.loss, self.step)
-        if last:
+        ended = last or self.config.patience_ends(self.step, self.best[1])
+        if ended:
             self.metrics = self._measure(self.config.validation_tokens, stop)
+        return ended
 
     def _check_weights(self) -> None:
         """Raise ``TrainingDiverged`` where a checkpoint would hold what is not finite."""
@@ -497,6 +508,26 @@ class Trainer:
             change = self._augmentation if self._augmentation.active else None
             self._prefetcher = Prefetcher(self.reader, change)
         return self._prefetcher.next_batch()
+
+    def best_model(self) -> tuple[LegacyLLM, Metrics]:
+        """Return the model of a run that has ended, its best, and how well it predicts.
+
+        That is measured on the whole validation set, as far as the settings say.
+        """
+        model, metrics = self.model, self.metrics
+        if 0 < self.best[1] < self.step:
+            kept = load_model(self.folder)
+            if kept.provenance.steps != self.step:
+                model, metrics = kept, None
+        if metrics is None:
+            metrics = evaluate(
+                model,
+                self.corpus.validation,
+                self.config.threads,
+                self.config.validation_tokens,
+                self.tokenizer,
+            )
+        return model, metrics
 
     @property
     def fixed_settings(self) -> FixedSettings:
@@ -674,7 +705,7 @@ def read_settings(
         model = ModelConfig.from_dict(settings["model"])
         training = TrainingConfig.from_dict(settings["training"])
         data = DataConfig.from_dict(settings.get("data", {}))
-        source = dict(settings["source"])
+        source = located(settings["source"], folder)
     except KeyError as error:
         raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
     except DAMAGE as error:

@@ -28,7 +28,8 @@ from legacy1bit.files import atomic_write, read_regular
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
-from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, save_model
+from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, model_folder, save_model
+from legacy1bit.places import located
 from legacy1bit.search_space import Dimension, GridSearch, apply
 from legacy1bit.trainer import Trainer, steps_within
 
@@ -227,7 +228,7 @@ class StudyRecord:
             )
             if not fits:
                 raise ValueError("a value is of another kind")
-            return cls(**told)
+            return cls(**{**told, "source": located(told["source"], folder)})
         except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
@@ -467,7 +468,8 @@ class TrialResult:
     model, training : dict
         All settings; empty where they do not go together.
     loss : float or None
-        Of a complete trial, on the validation set, in nats a token; else of its last look.
+        Of a complete trial its best model's, on the validation set, in nats a token; else that of
+        its last look.
     bytes : int or None
         The size of the model's file.
     speed : float or None
@@ -688,7 +690,7 @@ class Tuner:
         except (TrainingDiverged, MemoryError) as error:
             trial.set_user_attr("reason", str(error) or "not enough memory")
             raise self._optuna.TrialPruned from None
-        size = (self._folder_of(trial.number) / WEIGHTS_FILE).stat().st_size
+        size = (model_folder(self._folder_of(trial.number)) / WEIGHTS_FILE).stat().st_size
         trial.set_user_attr("loss", loss)
         trial.set_user_attr("bytes", size)
         trial.set_user_attr("seconds", seconds)
@@ -753,8 +755,7 @@ class Tuner:
 
         if not trainer.train(MetricsLogger(path), lambda *_: None, look, self._stop):
             raise _Stopped(trial.number)
-        assert trainer.metrics is not None
-        return trainer.metrics.loss, trainer.seconds
+        return trainer.best_model()[1].loss, trainer.seconds
 
     def _ended(self, study: Any, trial: Any) -> None:
         """Tell how a trial has ended, and keep the weights of the best alone."""
@@ -788,7 +789,7 @@ def _strip(path: Path) -> None:
 def _writing(generator: Generator) -> float:
     """Return how many tokens a second a model writes."""
     begin = time.perf_counter()
-    for _ in generator.tokens([0], _PROBE_TOKENS):
+    for _ in generator.tokens([0], _PROBE_TOKENS, seed=0):
         pass
     return _PROBE_TOKENS / (time.perf_counter() - begin)
 

@@ -4,14 +4,21 @@ import contextlib
 import os
 import re
 import signal
+import sys
+import threading
 
 import pytest
 
 try:
     from legacy1bit import math_ops
+    from legacy1bit.old_cpus import runs_here
 except ImportError:
     # The oracle's own tests need no package; a test that needs it imports it, and fails.
     math_ops = None
+else:
+    # Tests that need it are skipped where importing it would end them all.
+    if not runs_here("pyarrow"):
+        sys.modules["pyarrow"] = None
 
 
 # The same examples every time; whoever asks for more of them gets others, too.
@@ -50,6 +57,16 @@ def _signals_as_at_a_terminal():
     for number, handler in usual.items():
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """The system gives this process no more threads."""
+
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
 
 
 @pytest.fixture

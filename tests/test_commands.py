@@ -184,6 +184,31 @@ def test_export_replaces_an_earlier_one(say, name):
             assert again[path.replace("new", "it", 1)] == data
 
 
+@formats
+def test_export_takes_any_name(say, name):
+    model, out = saved(name), "\u6a21" * 84
+    say(*export(name, out))
+    assert Path(out).exists()
+    if name == "c-v1":
+        assert import_c_v1(out).provenance == model.provenance
+        say(*export(name, "\u578b" * 84))
+        assert len(list(Path().glob("*.json"))) == 2
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_export_keeps_the_permissions_of_an_earlier_one(say, name):
+    saved(name)
+    former = os.umask(0o022)
+    try:
+        say(*export(name, "it"))
+        assert Path("it").stat().st_mode & 0o777 == 0o644
+        Path("it").chmod(0o600)
+        say(*export(name, "it"))
+        assert Path("it").stat().st_mode & 0o777 == 0o600
+    finally:
+        os.umask(former)
+
+
 @needs_gguf
 @pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "f16", "f32", None])
 def test_export_takes_a_type_for_gguf(say, kind):

@@ -305,7 +305,13 @@ def test_write_config_shows_every_setting_and_its_meaning():
         assert [key.removeprefix("#").removesuffix(" =") for key in keys if key] == names
         unset = {key.removeprefix("#").removesuffix(" =") for key in keys if key[:1] == "#"}
         assert set(tables[table]) == set(names) - unset
-        assert unset <= {"vocab_size", "learning_rate", "vocabulary", "separator"}
+        assert unset <= {
+            "vocab_size",
+            "learning_rate",
+            "warmup_steps",
+            "vocabulary",
+            "separator",
+        }
     assert "\n# updates of the weights (1 to 1099511627776)\nsteps = 1500\n" in text
     assert "\n# how the learning rate falls (cosine, linear, step, constant)\n" in text
     assert max(map(len, text.split("\n"))) <= 100
@@ -491,6 +497,17 @@ def test_train_repeats_a_run_with_another_text_or_tokenizer(base, say):
     assert read_settings(Path("stories"))[3]["stories"] == 30
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_train_says_that_weights_are_new(base, say, other):
+    more = ("--data", base / "other.txt") if other else ()
+    for path in (base / "text", base / "text/training.json"):
+        errors = say("train", "--config", path, *more, "--out", f"again{path.name}").err.decode()
+        (line,) = [line for line in errors.splitlines() if line.startswith("new weights, ")]
+        assert f"the settings of {base / 'text'};" in line
+        assert line.endswith(f": --resume {base / 'text'}")
+    assert b"new weights" not in say("train", "--config", base / "tiny.toml", "--out", "new").err
+
+
 def test_train_takes_another_optimizer_with_its_own_rate(base, say):
     say("train", "--config", base / "stories", "--optimizer", "sgd", "--out", "again")
     assert read_settings(Path("again"))[1].learning_rate == DEFAULT_RATES["sgd"]
@@ -548,10 +565,14 @@ def test_train_goes_on_without_a_config(base, fail):
 
 
 def test_print_config_prints_all_settings(base, say):
+    model, training, data = read_settings(base / "bpe")[:3]
+    assert training.warmup_steps == 0
+    # What follows from the steps is left to them.
+    training = dataclasses.replace(training, warmup_steps=None)
     for options, expected in (
         ((), DEFAULTS),
         (("--steps", 5), (DEFAULTS[0], TrainingConfig(steps=5), DEFAULTS[2])),
-        (("--config", base / "bpe"), read_settings(base / "bpe")[:3]),
+        (("--config", base / "bpe"), (model, training, data)),
     ):
         output, errors = say("train", *options, "--print-config")
         assert errors == b""

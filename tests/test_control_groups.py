@@ -1,8 +1,12 @@
 """What control groups allow, as their files tell it."""
 
+import os
+import sys
+import threading
+
 import pytest
 
-from legacy1bit.control_groups import core_quotas, free_memory
+from legacy1bit.control_groups import can_start_threads, core_quotas, free_memory
 
 
 def told(groups, files, folder):
@@ -39,10 +43,52 @@ def told(groups, files, folder):
             [],
         ),
         ("0::/", {"cpu.max": "nonsense\n"}, []),
+        ("0::/", {"cpu.max": "inf 100000\n"}, []),
+        ("\nnonsense\n4\n5:cpu", {"cpu.max": "100000 100000\n"}, []),
     ],
 )
 def test_quotas_of_control_groups(groups, files, cores, tmp_path):
     assert core_quotas(told(groups, files, tmp_path), tmp_path) == cores
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of other systems are characters")
+@pytest.mark.parametrize("name", [b"\xff", b"a\x0bb", b"a\x85b", "a\u2028b".encode(), b"a:b"])
+def test_groups_of_any_name_are_read(name, tmp_path):
+    group = os.fsdecode(name)
+    files = {f"{group}/cpu.max": "150000 100000\n"} | version_2(f"{group}/", 100, 40)
+    table = told("", files, tmp_path)
+    table.write_bytes(b"0::/" + name + b"\n")
+    assert core_quotas(table, tmp_path) == [2]
+    assert free_memory(table, tmp_path) == [60]
+
+
+def test_numbers_that_are_not_text_set_no_limit(tmp_path):
+    files = {"cpu.max": "", **version_2("", 100, 40)}
+    table = told("0::/", files, tmp_path)
+    (tmp_path / "cpu.max").write_bytes(b"\xff 100000\n")
+    (tmp_path / "memory.current").write_bytes(b"\xff\n")
+    assert core_quotas(table, tmp_path) == []
+    assert free_memory(table, tmp_path) == []
+
+
+def test_can_start_threads_leaves_none_behind():
+    before = threading.active_count()
+    assert can_start_threads()
+    assert can_start_threads(5)
+    assert threading.active_count() == before
+
+
+def test_can_start_threads_counts_those_at_the_same_time(monkeypatch):
+    start = threading.Thread.start
+
+    def limited(thread):
+        if threading.active_count() >= most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    most = threading.active_count() + 2
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert [can_start_threads(count) for count in (1, 2, 3)] == [True, True, False]
 
 
 def test_nothing_is_told_where_there_are_no_control_groups(tmp_path):

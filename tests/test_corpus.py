@@ -415,6 +415,20 @@ def test_whatever_changes_is_tokenized_anew(tmp_path, cache, counted):
     assert changes() == 1
 
 
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_tokens_of_are_those_of_a_text_that_took_anothers_place(tmp_path, cache, kind):
+    """The tar files that both come out of may say the same time."""
+    path, new = tmp_path / "text.txt", tmp_path / "new.txt"
+    for text in (STORY * 9, (STORY * 9)[::-1]):
+        new.write_bytes(text.encode())
+        os.utime(new, ns=(1, 1))
+        os.replace(new, path)
+        folder, index = tokens_of(open_source(str(path)), TOKENIZERS[kind], cache)
+        assert index.sha256 == hashlib.sha256(text.encode()).hexdigest()
+        tokens = open_store(folder, index, TEXT).read(1, 1 << 20)[:-1]
+        assert TOKENIZERS[kind].decode(tokens) == text.encode()
+
+
 def test_damaged_tokens_are_made_anew(tmp_path, cache, counted):
     path = file_of(tmp_path, [STORY * 9])
     before = made(path, cache)

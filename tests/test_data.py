@@ -153,6 +153,17 @@ def test_tokenize_leaves_what_is_not_its_own(say, text):
     assert Path(".notes.tmp").read_text() == "mine"
 
 
+def test_tokenize_takes_any_name_and_keeps_permissions(say, text):
+    folder = Path("\u8a9e" * 85)
+    folder.mkdir()
+    folder.chmod(0o700)
+    say("data", "tokenize", text, "--out", folder)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert read_index(folder).parts["text"].bytes == Path(text).stat().st_size
+    say("data", "train-tokenizer", text, "--tokenizer", "bpe", "--out", "\u8a5e" * 85)
+    assert Path("\u8a5e" * 85, "tokenizer.json").is_file()
+
+
 def test_tokenize_does_not_replace_what_came_meanwhile(fail, text, monkeypatch):
     def appear(*arguments, **options):
         Path("tokens").mkdir()
@@ -189,6 +200,30 @@ def test_words_that_are_none_do_not_hold_a_vocabulary_up(say):
     Path("long.txt").write_text("x" * 300_000 + "\n" * 2000)
     found = say("data", "inspect", "long.txt", "--tokenizer=bpe", "--vocab-size=300", "--json").out
     assert json.loads(found)["bytes"] == 302_000
+
+
+def test_inspect_parts_a_text_of_windows_at_its_empty_lines(say):
+    Path("text.txt").write_bytes(b"\r\n\r\n".join(b"line %d\r\nmore" % i for i in range(400)))
+    for separator in (r"\n\n", r"\r\n\r\n", "\n\n"):
+        output, errors = say("data", "inspect", "text.txt", "--json", "--separator", separator)
+        assert json.loads(output)["documents"] == 400
+        assert errors == b""
+
+
+def test_commands_warn_of_a_separator_that_separates_nothing(say, text):
+    commands = (
+        ("train", "--data", text, *TINY, "--out", "run"),
+        ("data", "inspect", text),
+        ("data", "tokenize", text, "--out", "tokens"),
+        ("evaluate", "--model", "run", "--data", text),
+    )
+    warning = b"warning: the separator '<|end|>' separates nothing in text.txt: 1 document\n"
+    for command in commands:
+        assert warning in say(*command, "--separator", "<|end|>").err
+    # Tokens that are in the cache give it, too.
+    say("train", "--data", text, *TINY, "--out", "more", "--separator", "<|end|>")
+    assert warning in say(*commands[0][:-1], "third", "--separator", "<|end|>").err
+    assert b"warning" not in say("data", "inspect", text, "--separator", "word1 ").err
 
 
 def test_standard_input_is_inspected_with_bpe(say, text, monkeypatch):

@@ -1,7 +1,11 @@
 """Batches and sweeps: which tokens they hold, and that nothing but seed and position decides."""
 
+import copy
+import gc
 import math
+import pickle
 import re
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
@@ -708,6 +712,16 @@ def prefetched():
 
 
 @orders
+@pytest.mark.usefixtures("no_threads")
+def test_prefetcher_without_a_thread_gives_what_the_reader_does(order, prefetched):
+    reader, ahead = mixed(order).reader(3, 1), prefetched(mixed(order).reader(3, 1))
+    for _ in range(20):
+        assert ahead.position == reader.position
+        assert_same_batches([ahead.next_batch()], [reader.next_batch()])
+    assert ahead.position == reader.position
+
+
+@orders
 def test_prefetcher_gives_what_the_reader_does(order, prefetched):
     reader, ahead = mixed(order).reader(3, 1), prefetched(mixed(order).reader(3, 1))
     for _ in range(20):
@@ -764,6 +778,22 @@ class Failing:
         return batch
 
 
+@pytest.mark.usefixtures("no_threads")
+def test_prefetcher_without_a_thread_changes_batches_and_raises(prefetched):
+    def change(batch, position):
+        if position == (6,):
+            raise ValueError(f"no change at {position}")
+        return batch._replace(tokens=batch.tokens + 1)
+
+    reader = mixed("passes", apart=False).reader(3, 1)
+    ahead = prefetched(mixed("passes", apart=False).reader(3, 1), change)
+    for _ in range(2):
+        assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
+    with pytest.raises(ValueError, match=r"no change at \(6,\)"):
+        ahead.next_batch()
+    assert ahead.position == (6,)
+
+
 @pytest.mark.parametrize("batches", [0, 1, 3, 4, 5, 9])
 def test_prefetcher_raises_what_the_reader_raises(batches, prefetched):
     ahead = prefetched(Failing(mixed("passes").reader(2, 1), batches))
@@ -797,3 +827,41 @@ def test_prefetcher_closes_at_once(full):
         ahead.close()
     # A tenth of a second each would be noticed.
     assert time.perf_counter() - begun < 2.5
+
+
+COPIES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+
+
+@pytest.mark.parametrize("copied", COPIES)
+@pytest.mark.parametrize("order", ["windows", "passes", "packed", "buckets"])
+def test_reader_copies_go_on_alike(order, copied):
+    store = TokenStore([np.arange(200, dtype=np.int32)], np.arange(0, 200, 9), 199)
+    reader = TokenDataset(store, 8, 256, order=order).reader(3, 5)
+    reader.next_batch()
+    twin = copied(reader)
+    for _ in range(40):
+        for one, other in zip(reader.next_batch()[:2], twin.next_batch()[:2], strict=True):
+            assert_same_bits(one, other)
+    assert twin.position == reader.position
+
+
+def test_prefetcher_refuses_to_be_copied():
+    prefetcher = Prefetcher(counting(50, 8).reader(2, 0))
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="Prefetcher cannot be copied or pickled"):
+            copied(prefetcher)
+    prefetcher.close()
+
+
+def test_prefetcher_that_is_dropped_ends_its_thread():
+    gc.disable()
+    try:
+        before = set(threading.enumerate())
+        prefetcher = Prefetcher(counting(50, 8).reader(2, 0))
+        prefetcher.next_batch()
+        (thread,) = set(threading.enumerate()) - before
+        del prefetcher
+        thread.join(20)
+        assert not thread.is_alive()
+    finally:
+        gc.enable()

@@ -1,12 +1,19 @@
 """Writing files whole or not at all (departure 12)."""
 
+import bz2
 import errno
+import gzip
+import io
+import lzma
 import os
+import pickle
 import shutil
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
+import zipfile
 
 import numpy as np
 import pytest
@@ -15,12 +22,18 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
 from legacy1bit import files
+from legacy1bit.checkpoint import WRITTEN_FILES
 from legacy1bit.files import (
+    NAME_CHARACTERS,
     atomic_copies,
+    atomic_copy,
     atomic_path,
     atomic_write,
     atomic_write_all,
+    kind_of_file,
     read_regular,
+    temporaries,
+    temporary_of,
 )
 
 OLD, NEW = b"the old content", b"the new content, longer"
@@ -70,13 +83,13 @@ def fail_at(patch, function, failing=0, error=ERRORS["OSError"]):
     calls = iter(range(1000))
     real = open if function in ("open", "write") else getattr(os, function)
 
-    def call(*args):
+    def call(*args, **options):
         if function == "fsync" and stat.S_ISDIR(os.fstat(args[0]).st_mode):
             return real(*args)
         if next(calls) != failing:
-            return real(*args)
+            return real(*args, **options)
         if function == "write":
-            return FullFile(real(*args), error())
+            return FullFile(real(*args, **options), error())
         if function == "replace":
             raise error(str(args[0]), None, str(args[1]))
         raise error(*(str(args[0]),) if function == "open" else ())
@@ -256,6 +269,142 @@ def test_atomic_write_from_several_threads_leaves_one_content_whole(tmp_path):
         thread.join()
     assert path.read_bytes() in contents
     assert names(tmp_path) == ["file"]
+
+
+# --- Names and permissions ------------------------------------------------------------------------
+
+
+def write_through_path(path, content):
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_copy(path, content):
+    source = path.with_name("source")
+    source.write_bytes(content)
+    atomic_copy(source, path)
+    source.unlink()
+
+
+WRITERS = pytest.mark.parametrize(
+    "write", [atomic_write, write_through_path, write_copy], ids=["write", "path", "copy"]
+)
+
+
+@WRITERS
+@pytest.mark.parametrize(
+    "name", ["n" * 218, "n" * 255, "\u6587" * 80, "\U0001f600" * 63], ids=[218, 255, 240, 252]
+)
+def test_atomic_write_takes_every_name_that_the_system_takes(tmp_path, write, name):
+    for content in (OLD, NEW):
+        write(tmp_path / name, content)
+        assert (tmp_path / name).read_bytes() == content
+    assert names(tmp_path) == [name]
+
+
+def test_temporaries_tells_what_the_files_of_a_run_were_to_become(tmp_path):
+    assert max(map(len, WRITTEN_FILES)) < NAME_CHARACTERS
+    wanted = {temporary_of(tmp_path / name): name for name in WRITTEN_FILES}
+    longer = temporary_of(tmp_path / "checkpoint.safetensors and more")
+    for path in (*wanted, longer):
+        path.touch()
+    found = dict(temporaries(tmp_path))
+    assert found.pop(longer) not in WRITTEN_FILES
+    assert found == wanted
+
+
+@pytest.fixture
+def _usual_umask():
+    former = os.umask(0o022)
+    yield
+    os.umask(former)
+
+
+def mode_of(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@WRITERS
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o400, 0o444])
+@pytest.mark.usefixtures("_usual_umask")
+def test_atomic_write_keeps_the_permissions_of_what_it_replaces(old_file, write, mode):
+    old_file.chmod(mode)
+    write(old_file, NEW)
+    assert old_file.read_bytes() == NEW
+    assert mode_of(old_file) == mode
+
+
+@pytest.mark.usefixtures("_usual_umask")
+def test_atomic_write_keeps_wider_permissions_for_all_but_copies(old_file):
+    old_file.chmod(0o666)
+    atomic_write(old_file, OLD)
+    assert mode_of(old_file) == 0o666
+    write_copy(old_file, NEW)
+    assert mode_of(old_file) == 0o644
+
+
+@pytest.mark.usefixtures("_usual_umask")
+def test_atomic_write_is_private_before_it_is_complete(old_file, monkeypatch):
+    old_file.chmod(0o640)
+    seen = []
+
+    class Watched(FullFile):
+        def write(self, data):
+            seen.append(stat.S_IMODE(os.fstat(self.file.fileno()).st_mode))
+            self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    real = open
+    opened = lambda *names, **options: Watched(real(*names, **options), None)  # noqa: E731
+    monkeypatch.setattr(files, "open", opened, raising=False)
+    atomic_write(old_file, NEW)
+    monkeypatch.undo()
+    with atomic_path(old_file) as temporary:
+        temporary.write_bytes(NEW)
+        seen.append(mode_of(temporary))
+    assert seen == [0o600, 0o600]
+    assert mode_of(old_file) == 0o640
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+@WRITERS
+def test_atomic_write_keeps_the_owner_of_what_it_replaces(old_file, write):
+    os.chown(old_file, 12345, 23456)
+    write(old_file, NEW)
+    assert (old_file.stat().st_uid, old_file.stat().st_gid) == (12345, 23456)
+
+
+@WRITERS
+def test_atomic_write_does_without_an_owner_it_may_not_give(old_file, write, monkeypatch):
+    def refuse(*names):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    write(old_file, NEW)
+    assert old_file.read_bytes() == NEW
+
+
+@pytest.mark.parametrize("others", [0o644, None])
+@pytest.mark.usefixtures("_usual_umask")
+def test_atomic_copy_is_never_more_open_than_its_source(tmp_path, monkeypatch, others):
+    source, target = tmp_path / "source", tmp_path / "target"
+
+    def refuse(*names):
+        raise OSError(errno.EPERM, "Operation not permitted", *map(str, names))
+
+    for link in (os.link, refuse):
+        monkeypatch.setattr(os, "link", link)
+        source.write_bytes(NEW)
+        source.chmod(0o600)
+        target.unlink(missing_ok=True)
+        if others is not None:
+            target.write_bytes(OLD)
+            target.chmod(others)
+        atomic_copy(source, target)
+        assert (target.read_bytes(), mode_of(target), mode_of(source)) == (NEW, 0o600, 0o600)
 
 
 # --- Files that belong together -------------------------------------------------------------------
@@ -668,3 +817,88 @@ def test_only_regular_files_are_read(tmp_path, old_file):
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "none")
     assert len(os.listdir("/dev/fd")) == before
+
+
+# --- Kinds of files -------------------------------------------------------------------------------
+
+
+def zipped(name, content=b"abc"):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+def tarred():
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a.txt"))
+    return file.getvalue()
+
+
+def saved(write, *values):
+    file = io.BytesIO()
+    write(file, *values)
+    return file.getvalue()
+
+
+PICKLED = "a PyTorch checkpoint or another pickle"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (POINTER, "a Git LFS pointer"),
+        (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        (b"\xef\xbb\xbf\r\n<HTML lang='en'>", "an HTML page"),
+        (b'<?xml version="1.0"?>\n<html xmlns="http://www.w3.org/1999/xhtml">', "an HTML page"),
+        (b"GGUF\3\0\0\0", "a GGUF model"),
+        (b"GGUF\0\0\0\3", "a GGUF model"),
+        (save({"a": np.zeros(3)}), "a safetensors file of weights"),
+        (zipped("model/data.pkl"), PICKLED),
+        (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.", PICKLED),
+        *((pickle.dumps({"a": 1}, n), PICKLED) for n in range(2, 6)),
+        (pickle.dumps(np.zeros(3), 2), PICKLED),
+        (zipped("[Content_Types].xml"), "an office document or an e-book"),
+        (zipped("mimetype", b"application/epub+zip"), "an office document or an e-book"),
+        (saved(np.savez, np.zeros(3)), "a NumPy archive"),
+        (saved(np.save, np.zeros(3)), "a NumPy array"),
+        (zipped("a.txt"), "a ZIP archive"),
+        (saved(lambda file: zipfile.ZipFile(file, "w").close()), "a ZIP archive"),
+        (tarred(), "a tar archive"),
+        (gzip.compress(b"a"), "a gzip file"),
+        (lzma.compress(b"a"), "an xz file"),
+        (bz2.compress(b"a"), "a bzip2 file"),
+        (bz2.compress(b""), "a bzip2 file"),
+        (b"\x28\xb5\x2f\xfd", "a Zstandard file"),
+        (b"%PDF-1.7\n", "a PDF document"),
+        (b"PAR1\x15\x04", "a Parquet file"),
+        (b"ARROW1\0\0", "an Arrow file"),
+    ],
+)  # fmt: skip
+def test_kind_of_file_knows_what_is_mistaken_for_text(head, name):
+    kind = kind_of_file(head[: files.HEAD_BYTES])
+    assert kind.name == name
+    assert kind.remedy
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"",
+        b"a text",
+        b"<html5 is a word>",
+        b"<p>A part of a page</p>",
+        b"versions of https://git-lfs.github.com/spec/v1",
+        b'{"text": "GGUF"}',
+        b"# README\n<!doctype html>",
+        b"BZh9 is how a bzip2 file begins",
+        b"\x80\x02\x00\x01",  # tokens 640 and 256
+        b"PK is short for peak",
+        b"GGUF is a file format",
+        b"PAR1S is one, too",
+    ],
+)
+def test_kind_of_file_leaves_texts_and_tokens_alone(head):
+    assert kind_of_file(head) is None

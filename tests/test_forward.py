@@ -1033,10 +1033,18 @@ def test_forward_llm_rejects_other_kinds_of_tokens(tokens):
             call()
 
 
-@pytest.mark.parametrize("shape", [(0,), (0, 3), (3, 0)])
-def test_forward_llm_batch_rejects_empty_batches(shape):
-    with pytest.raises(ValueError, match="tokens is empty"):
-        forward_llm_batch(model_of(make_config()), np.zeros(shape, np.int32))
+@pytest.mark.parametrize(
+    "tokens", [[], [[]], (), *(np.zeros(shape, np.int32) for shape in ((0,), (0, 3), (3, 0)))]
+)
+def test_forward_llm_rejects_empty_batches(tokens):
+    model = model_of(make_config())
+    for call in (
+        lambda: forward_llm(model, tokens),
+        lambda: forward_llm_batch(model, tokens),
+        lambda: forward_embedding_batch(model.parameters["embedding.weight"], tokens),
+    ):
+        with pytest.raises(ValueError, match="tokens is empty, expected at least one token"):
+            call()
 
 
 def test_forward_llm_batch_rejects_sequences_beyond_its_positions():

@@ -6,9 +6,12 @@ text is cut up. Most tests have such models, and compare exactly.
 """
 
 import codecs
+import copy
 import functools
+import gc
 import json
 import os
+import pickle
 import tracemalloc
 from dataclasses import FrozenInstanceError
 
@@ -157,6 +160,9 @@ def test_text_stream_holds_an_incomplete_character_to_the_end(data, errors):
         ("wxyz", ["wxyz", "x"], "w"),
         ("wxyz", ["zz", "xy", "y"], "w"),
         ("a\nb\n\nc", ["\n\n"], "a\nb"),
+        ("a\r\nb\r\n\r\nc", ["\n\n"], "a\r\nb"),
+        ("a\rb\r\n", ["\n"], "a\rb"),
+        ("a\n", ["\r\n"], None),
         ("d\u00e9j\u00e0 vu", ["\u00e0"], "d\u00e9j"),
         ("d\u00e9j\u00e0 vu", ["\u00e9j\u00e0 "], "d"),
         # The same first byte, another character.
@@ -314,7 +320,7 @@ def test_tokens_are_the_same_however_many_come_at_once(monkeypatch, context, mos
 
 def test_tokens_come_before_all_are_drawn(monkeypatch, generator):
     monkeypatch.setattr(module, "_MOST_AT_ONCE", 4)
-    found = generator.tokens([1, 2], 1 << 60)
+    found = generator.tokens([1, 2], 1 << 60, seed=0)
     expected = step_by_step(generator.model, [1, 2], 40)
     assert [next(found) for _ in range(40)] == expected
 
@@ -323,9 +329,21 @@ def test_tokens_repeat_by_seed(generator):
     texts = [tuple(generator.tokens([72], 50, seed=seed)) for seed in (1, 1, 0, 2, 1 << 70)]
     assert texts[0] == texts[1]
     assert len(set(texts)) == 4
-    assert list(generator.tokens([72], 50)) == list(texts[2])
     # A shorter text is the beginning of a longer one.
     assert texts[0][:21] == tuple(generator.tokens([72], 21, seed=1))
+
+
+def test_texts_without_a_seed_are_others_and_tell_theirs(generator):
+    drawn = {tuple(generator.tokens([72], 40)) for _ in range(8)}
+    assert len(drawn) == 8
+    for many in ([generator.complete("a", 40) for _ in range(8)], generator.batch(["a"] * 8, 40)):
+        assert len({one.text for one in many}) == 8
+        for one in many:
+            assert generator.complete("a", 40, seed=one.seed) == one
+    streams = [generator.stream("a", 40) for _ in range(8)]
+    texts = ["".join(stream) for stream in streams]
+    assert len(set(texts)) == 8
+    assert texts == [generator.complete("a", 40, seed=stream.seed).text for stream in streams]
 
 
 def test_tokens_of_nothing(generator):
@@ -347,7 +365,7 @@ def test_tokens_takes_whole_numbers_of_any_kind(generator, kind):
 @pytest.mark.parametrize(
     ("value", "error"),
     [(-1, ValueError), (np.int64(-1), ValueError), (-(1 << 70), ValueError), (True, TypeError),
-     (np.True_, TypeError), (1.0, TypeError), ("1", TypeError), (None, TypeError)],
+     (np.True_, TypeError), (1.0, TypeError), ("1", TypeError)],
     ids=repr,
 )  # fmt: skip
 @pytest.mark.parametrize("name", ["max_tokens", "seed"])
@@ -361,6 +379,8 @@ def test_counts_are_checked_at_the_call(generator, name, value, error):
     ):
         with pytest.raises(error, match=rf"{name} is .* expected (0 or more|a whole number)"):
             call(given, **{name: value})
+    with pytest.raises(TypeError, match="max_tokens is None, expected a whole number"):
+        generator.tokens([1], None)
 
 
 @pytest.mark.parametrize("prompt", [[], (), np.zeros(0, np.int32), range(0)], ids=repr)
@@ -504,7 +524,7 @@ def test_batch_of_any_context(context):
 def test_batch_is_the_same_however_many_come_at_once(monkeypatch, generator, most):
     expected = singles(generator, PROMPTS, 40)
     monkeypatch.setattr(module, "_MOST_AT_ONCE", most)
-    found = generator.batch(PROMPTS, 40)
+    found = generator.batch(PROMPTS, 40, seed=0)
     assert [(one.text, one.stopped, one.tokens) for one in found] == expected
 
 
@@ -583,10 +603,98 @@ def test_batch_counts_seeds_beyond_their_kind(generator, kind):
 
 
 def test_completion_is_frozen(generator):
-    found = generator.complete("a", 1)
+    found = generator.complete("a", 1, seed=0)
     with pytest.raises(FrozenInstanceError):
         found.text = "b"
-    assert found == generator.complete("a", 1)
+    assert found == generator.complete("a", 1, seed=0)
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def decoders():
+    """How many decoders there are."""
+    return sum(type(one) is Decoder for one in gc.get_objects())
+
+
+@pytest.fixture
+def _no_collector():
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("_no_collector")
+@pytest.mark.parametrize("end", ["drop", "close", "with", "stop", "exhaust"])
+def test_stream_lets_go_of_its_decoder_at_once(generator, end):
+    before = decoders()
+    text = generator.complete("a", 30, SAMPLINGS["greedy"]).text
+    stream = generator.stream(
+        "a", 30, SAMPLINGS["greedy"], stop=[text[9:12] if end == "stop" else "nowhere in it"]
+    )
+    assert isinstance(next(stream), str)
+    assert decoders() == before + 1
+    if end == "drop":
+        del stream
+    elif end == "close":
+        stream.close()
+    elif end == "with":
+        with stream as same:
+            assert same is stream
+    else:
+        assert "".join(stream)
+        assert stream.stopped == (end == "stop")
+    assert decoders() == before
+
+
+@pytest.mark.usefixtures("_no_collector")
+def test_tokens_let_go_of_their_decoder_at_once(generator):
+    before = decoders()
+    for end in (lambda drawn: None, lambda drawn: drawn.close(), list):
+        drawn = generator.tokens([72], 30)
+        next(drawn)
+        assert decoders() == before + 1
+        end(drawn)
+        del drawn
+        assert decoders() == before
+
+
+def test_stream_that_is_closed_says_so(generator):
+    stream = generator.stream("a", 30)
+    next(stream)
+    stream.close()
+    stream.close()
+    with pytest.raises(ValueError, match="the stream is closed"):
+        next(stream)
+
+
+def test_generator_that_is_closed_says_so():
+    generator = Generator(exact_model())
+    stream = generator.stream("a", 30, seed=1)
+    with generator as same:
+        assert same is generator
+        expected = generator.complete("a", 30, seed=1).text
+    generator.close()
+    for call in (lambda: generator.tokens([1]), lambda: generator.stream("a"),
+                 lambda: generator.complete("a"), lambda: generator.batch(["a"]),
+                 lambda: generator.log_probabilities("a"), lambda: generator.embed("a"),
+                 lambda: generator.model):  # fmt: skip
+        with pytest.raises(ValueError, match="the generator is closed"):
+            call()
+    # What is being written ends.
+    assert "".join(stream) == expected
+
+
+def test_generator_copies_write_alike_and_streams_have_none(generator):
+    twin = copy.copy(generator)
+    assert twin.complete("a", 30, seed=1) == generator.complete("a", 30, seed=1)
+    for one in (copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a model cannot be copied or pickled: use save_model"):
+            one(generator)
+    for one in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a text cannot be copied or pickled while it is"):
+            one(generator.stream("a", 30))
 
 
 # --- Models that know few bytes -------------------------------------------------------------------
@@ -632,7 +740,7 @@ def test_models_of_more_tokens_than_bytes_need_a_tokenizer():
     with pytest.raises(ValueError, match="300 tokens, expected 1 to 256"):
         Generator(packed)
     generator = Generator(packed, ByteTokenizer())
-    found = list(generator.tokens([1, 299], 40))
+    found = list(generator.tokens([1, 299], 40, seed=0))
     assert found == step_by_step(packed, [1, 299], 40)
     assert max(found) > 255
 
@@ -644,7 +752,8 @@ def test_generator_packs_a_model():
     model = wild_model(ternary_embedding=True)
     generator = Generator(model)
     assert isinstance(generator.model, PackedModel)
-    assert list(generator.tokens([1], 30)) == list(Generator(exact_model()).tokens([1], 30))
+    expected = list(Generator(exact_model()).tokens([1], 30, seed=0))
+    assert list(generator.tokens([1], 30, seed=0)) == expected
     packed = exact_model()
     assert Generator(packed).model is packed
 
@@ -676,8 +785,8 @@ def answers(name):
 
 def answers_of(generator):
     return (
-        [one.text for one in generator.batch(PROMPTS[:9:2], 12, errors="surrogateescape")],
-        list(generator.tokens([1, 2, 3], 30, SAMPLINGS["all"])),
+        [one.text for one in generator.batch(PROMPTS[:9:2], 12, seed=0, errors="surrogateescape")],
+        list(generator.tokens([1, 2, 3], 30, SAMPLINGS["all"], seed=0)),
         "".join(generator.stream("The cat", 20, SAMPLINGS["greedy"])),
         generator.log_probabilities(PROMPTS[8]).tobytes(),
         generator.embed(PROMPTS[3]).tobytes(),

@@ -65,7 +65,8 @@ TRAINING_FIELDS = {
     "decay_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
     "final_learning_rate": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "decay_share": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
-    "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    # None is the default for the steps.
+    "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS[1:]),
     "beta1": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "beta2": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "epsilon": ((1e-20, 1), (0.0, 9e-21, -1e-8, 1.1, NAN, INF), NOT_NUMBERS),
@@ -81,6 +82,7 @@ TRAINING_FIELDS = {
     "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
     "threads": ((1, 256), (0, -1, 257), NOT_INTEGERS),
     "evaluate_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
+    "patience": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
     "validation_tokens": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
 }
 RECORDS = ((ModelConfig, MODEL_FIELDS), (TrainingConfig, TRAINING_FIELDS))
@@ -370,6 +372,22 @@ def test_learning_rate_at_rises_to_its_peak_before_it_falls(schedule):
     assert falling == pytest.approx(expected, **FLOAT64)
 
 
+@pytest.mark.parametrize(
+    ("steps", "warmup"),
+    [(1, 0), (9, 0), (10, 1), (60, 6), (98, 9), (999, 99), (1000, 100), (1500, 100), (10**6, 100)],
+)
+def test_learning_rate_at_warms_up_for_a_tenth_of_a_short_run(steps, warmup):
+    config = TrainingConfig(steps=steps, learning_rate=1.0, schedule="constant")
+    assert config.warmup == warmup
+    assert [config.learning_rate_at(step) for step in range(warmup)] == pytest.approx(
+        [(step + 1) / warmup for step in range(warmup)], **FLOAT64
+    )
+    assert config.learning_rate_at(warmup) == 1.0
+    # One that is named stays, whatever else changes.
+    assert TrainingConfig(steps=steps, warmup_steps=100).warmup == 100
+    assert dataclasses.replace(config, steps=2000).warmup == 100
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 def test_learning_rate_at_stays_at_the_end(schedule):
     config = TrainingConfig(
@@ -393,6 +411,19 @@ def test_weight_decay_at_stops_where_it_is_told(until, decayed):
 def test_weight_decay_at_is_the_weight_decay_by_default():
     config = TrainingConfig(steps=3)
     assert [config.weight_decay_at(step) for step in range(3)] == [config.weight_decay] * 3
+
+
+@pytest.mark.parametrize(
+    ("patience", "warm", "best", "ends"),
+    [(0, 0, 10, None), (1, 0, 10, 20), (2, 0, 10, 30), (2, 0, 13, 30), (3, 0, 19, 40),
+     (2, 35, 0, 50), (2, 35, 40, 60), (2, 0, 0, 20)],
+)  # fmt: skip
+def test_patience_ends_a_run_after_as_many_evaluations(patience, warm, best, ends):
+    """At a step that is no multiple, where a run was interrupted, none is counted."""
+    config = TrainingConfig(patience=patience, evaluate_every=10, float_steps=warm)
+    steps = [step for step in range(best, 100) if config.patience_ends(step, best)]
+    assert steps[:1] == ([] if ends is None else [ends])
+    assert steps == list(range(steps[0], 100)) if steps else ends is None
 
 
 def test_lr_scheduler_warmup_rises_by_equal_steps_from_the_first():

@@ -9,6 +9,7 @@ its own roundings, whatever the instruction set, and the bounds are `rounding_ef
 import contextlib
 import signal
 import threading
+import tracemalloc
 import warnings
 from types import SimpleNamespace
 
@@ -816,6 +817,8 @@ NO_TOKENS = {
     "one token": (3, TypeError, r"tokens is int64\[\], expected whole numbers, \[T\]"),
     "sequences": ([[1, 2]], TypeError, r"tokens is int64\[1, 2\], expected whole numbers, \[T\]"),
     "nothing": (np.zeros(0, np.int32), ValueError, "tokens is empty"),
+    "an empty list": ([], ValueError, "tokens is empty, expected at least one token"),
+    "an empty sequence": ([[]], ValueError, "tokens is empty, expected at least one token"),
     "too much": ([1] * 15, ValueError, "2 tokens and 15 more do not fit a sequence of 16"),
 }
 
@@ -841,6 +844,42 @@ def test_decoder_of_the_c_original_answers_each_token_alone():
     for token in range(8):
         assert_same_bits(decoder.extend([token]), Decoder(packed).extend([token]))
     check_pieces(config, 8, (3, 1, 4))
+
+
+def test_decoder_that_is_closed_says_so():
+    model = packed_model()
+    decoder = Decoder(model)
+    with decoder as same:
+        assert same is decoder
+        decoder.extend([1, 2])
+    decoder.close()
+    assert decoder.model is None
+    for call in (
+        lambda: decoder.length,
+        lambda: decoder.length_of(0),
+        decoder.clear,
+        lambda: decoder.truncate(0),
+        lambda: decoder.extend([1]),
+        lambda: decoder.extend_all([1]),
+        lambda: decoder.extend_states([1]),
+        lambda: decoder.write([1], [0.5]),
+        lambda: decoder.write_together([1], [[0.5]]),
+        decoder.__enter__,
+    ):
+        with pytest.raises(ValueError, match="the decoder is closed"):
+            call()
+
+
+def test_decoder_lets_go_of_its_memory_when_closed():
+    model, decoders = packed_model(), []
+    tracemalloc.start()
+    for _ in range(3):
+        decoders.append(Decoder(model, sequences=64))
+        size, _ = tracemalloc.get_traced_memory()
+        decoders[-1].close()
+        left, _ = tracemalloc.get_traced_memory()
+        assert left < size / 2
+    tracemalloc.stop()
 
 
 # --- Writing --------------------------------------------------------------------------------------

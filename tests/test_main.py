@@ -23,13 +23,16 @@ import numpy as np
 import pytest
 from compare import assert_same_bits
 from models import make_config, random_model
+from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_logger import expected_events, set_apart, shown, without_tensorboardx
 from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
 from legacy1bit import main as program
 from legacy1bit import stories, trainer
-from legacy1bit.commands import common, corpora, train
+from legacy1bit.commands import common, corpora, progress, train
+from legacy1bit.commands import generate as generate_command
+from legacy1bit.commands.training import Interrupts
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -293,9 +296,10 @@ SETTINGS = {
     "seed": 77,
     "threads": 2,
     "evaluate_every": 3,
+    "patience": 5,
     "validation_tokens": 500,
 }
-CHANGEABLE = ("steps", "threads", "precision")
+CHANGEABLE = ("steps", "threads", "precision", "patience")
 RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}
 BOTH = [*fields(ModelConfig), *fields(TrainingConfig)]
 FLAGS = [setting.name for setting in BOTH if setting.metadata["kind"] is bool]
@@ -417,8 +421,8 @@ def test_train_says_what_to_type_next(say, out):
     python, dash, module, *arguments = shlex.split(line)
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     folder = Path(out) if out else next(Path("runs").iterdir())
-    expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a")
-    assert say(*arguments).out == expected
+    expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a", "--seed", 0)
+    assert say(*arguments, "--seed=0").out == expected
 
 
 # --- Stopping and going on ------------------------------------------------------------------------
@@ -593,6 +597,64 @@ def test_signal_in_a_long_step_is_answered_before_its_end(number):
     stopped_in_a_step(number, "parts")
 
 
+@pytest.mark.usefixtures("no_threads")
+def test_train_without_threads_learns_the_same(say, finished):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    say(*tiny(out="run"))
+    assert_same_files(Path("run"), finished)
+    assert before == {number: signal.getsignal(number) for number in before}
+
+
+@pytest.mark.usefixtures("no_threads")
+def test_interrupts_without_a_thread_are_answered(monkeypatch):
+    answers = []
+    with Interrupts(lambda: answers.append("stopping")) as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        assert (interrupts.requested, answers) == (True, ["stopping"])
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert answers == ["stopping"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_program_starts_no_threads_that_it_does_not_use():
+    script = (
+        "import atexit, os, sys\n"
+        "from legacy1bit.main import program\n"
+        "sys.argv = ['legacy1bit', 'info', '--help']\n"
+        "atexit.register(lambda: print(len(os.listdir('/proc/self/task')), file=sys.stderr))\n"
+        "program()"
+    )
+    environment = {name: value for name, value in os.environ.items() if "_THREADS" not in name}
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ran.stderr.split() == ["1"]
+
+
+def test_train_draws_no_bar_in_a_file(text):
+    """Whatever asks for colors."""
+    options = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"}
+    ran = shell(*tiny(out="run", stories=None, data=text), env=options)
+    assert b"training " in ran.stderr
+    assert b"\x1b" not in ran.stderr + ran.stdout
+
+
+@pytest.mark.parametrize("threads", [True, False])
+def test_bars_need_a_terminal_and_a_thread(request, monkeypatch, threads):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    if not threads:
+        request.getfixturevalue("no_threads")
+    for file, seen in ((Terminal(), threads), (io.StringIO(), False)):
+        console = Console(file=file, force_terminal=True, force_interactive=True)
+        monkeypatch.setattr(progress, "console", console)
+        with progress.progress_of_bytes("text", 10) as on_progress:
+            on_progress(5)
+        assert ("\x1b" in file.getvalue()) == seen
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signal_in_a_long_step_is_answered_within_200_milliseconds(number):
@@ -679,6 +741,36 @@ def test_train_takes_about_its_time(say, text):
     assert last["step"] == steps
     # A busy machine may take far longer than it seemed.
     assert 0.03 < last["elapsed_seconds"] < 10
+
+
+def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
+    """However its length is given; one that goes on with more steps keeps its number."""
+
+    def warmup_of(folder):
+        _, training, *_ = read_settings(Path(folder))
+        rates = [record["learning_rate"] for record in read_metrics(f"{folder}/metrics.jsonl")]
+        assert rates == [training.learning_rate_at(step) for step in range(training.steps)]
+        return training.warmup_steps
+
+    short = {"evaluate_every": 1, "schedule": "constant"}
+    say(*tiny(out="steps", **short | {"steps": 20}))
+    assert warmup_of("steps") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "steps_within", lambda *arguments: 30)
+        say(*tiny("--minutes", 1, out="minutes", **short | {"steps": None}))
+    assert warmup_of("minutes") == 3
+    say("train", "--config", "steps", "--steps", 40, "--out", "again")
+    assert warmup_of("again") == 4
+    say("train", "--resume", "steps", "--steps", 40)
+    assert warmup_of("steps") == 2
+    Path("mine.toml").write_text("[training]\nwarmup_steps = 12\n")
+    say(*tiny("--config", "mine.toml", out="file", **short))
+    assert warmup_of("file") == 12
+    say(*tiny("--config", "mine.toml", out="named", **short | {"steps": 20, "warmup_steps": 0}))
+    assert warmup_of("named") == 0
+    assert b"\n#warmup_steps =\n" in say("train", "--print-config", "--steps", 60).out
+    say("train", "--config", "named", "--steps", 40, "--out", "kept")
+    assert warmup_of("kept") == 0
 
 
 def test_train_refuses_bad_minutes(fail, run, text):
@@ -966,14 +1058,79 @@ def test_best_model_can_be_used_like_any_other(say, worse):
     outputs = {}
     for command in (["generate", "--prompt", "Kim", "--temperature", 0], ["evaluate"], ["info"]):
         outputs[command[0]] = [say(*command, "--model", folder).out for folder in (worse, best)]
-    assert outputs["evaluate"][0] != outputs["evaluate"][1]
+    # Whoever names the run means its best model.
+    assert outputs["generate"][0] == outputs["generate"][1]
+    assert outputs["evaluate"][0] == outputs["evaluate"][1]
     assert outputs["info"][1].startswith(b"model             run/best\n")
+    assert outputs["info"][0] == outputs["info"][1].replace(b"run/best", b"run", 1)
     model = load_model(best)
     expected = b"Kim" + bytes(generate(model, list(b"\nKim"), 250, temperature=0.0))
     assert outputs["generate"][1] == expected
     loss = read_metrics("four/metrics.jsonl")[1]["val_loss"]
     report = report_of(outputs["evaluate"][1])
     assert report["validation loss"].startswith(f"{loss:.4f} ")
+
+
+def test_best_model_is_what_others_get_of_a_run(say, worse):
+    for kind in ("gguf", "c", "safetensors"):
+        say("export", "--model", worse, "--format", kind, "--out", f"run.{kind}")
+        say("export", "--model", worse / "best", "--format", kind, "--out", f"best.{kind}")
+        if kind == "safetensors":
+            assert content_of(Path("run.safetensors")) == content_of(Path("best.safetensors"))
+        else:
+            assert Path(f"run.{kind}").read_bytes() == Path(f"best.{kind}").read_bytes()
+    best = Generator.load(worse / "best").complete("Kim")
+    assert Generator.load(worse).complete("Kim") == best
+    (worse / "best/config.json").unlink()
+    output, errors = say("info", "--model", worse)
+    assert report_of(output)["steps"] == "6"
+    assert errors.count(b"\n") == 1
+    assert errors.endswith(b"it has no config.json: using the last model instead of the best\n")
+
+
+def test_train_ends_with_what_the_best_model_is(say, monkeypatch):
+    with monkeypatch.context() as patch:
+        with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
+        options = {"out": "run", "steps": 6, "evaluate_every": 2, "learning_rate": 0.05}
+        output, errors = say(*tiny(**options))
+        told = report_of(output)
+        assert told["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
+    again = report_of(say("evaluate", "--model", "run/best").out)
+    assert {name: told[name] for name in again} == again
+    assert report_of(say("info", "--model", "run").out)["steps"] == "4"
+    longest = Generator.load("run/best").complete("", 16, stop=["\n"]).text
+    assert output.decode().split("\nsample:\n  ")[1].startswith(longest)
+    assert b"best at step" not in say(*tiny(out="other")).out
+
+
+def test_train_ends_after_its_patience_and_goes_on_with_more(say, fail, monkeypatch):
+    losses = {step: 1.0 + step for step in range(2, 21, 2)}
+    with_losses(monkeypatch, losses)
+    output, errors = say(*tiny(out="run", steps=20, evaluate_every=2, patience=2))
+    assert b"ended at step 6 of 20: 2 evaluations without a lower validation loss" in errors
+    assert b"2 of 6; the last step's validation loss was 7.0000" in output
+    assert json.loads(Path("run/training.json").read_text())["training"]["patience"] == 2
+    for more in ((), ("--patience", 1), ("--steps", 30)):
+        message = fail("train", "--resume", "run", *more)
+        assert "best step at 2 and ended at 6" in message
+        assert "give a higher one, or 0, to go on" in message
+    errors = say("train", "--resume", "run", "--patience", 4).err
+    assert b"ended at step 10 of 20: 4 evaluations" in errors
+    say("train", "--resume", "run", "--patience", 0)
+    assert read_metrics("run/metrics.jsonl")[-1]["step"] == 20
+    assert read_settings(Path("run"))[1].patience == 0
+
+
+def test_train_says_how_often_it_goes_through_the_text(say, text):
+    shape = {"stories": None, "data": text, "sequence_length": 16, "batch_size": 2}
+    for steps in (3, 900):
+        # Nine tenths are learned from, as far as the whole of documents or sequences allows.
+        epochs = steps * 32 / (0.9 * len(TEXT.encode()))
+        _, errors = say(*tiny(out=f"run{steps}", steps=steps, **shape))
+        (shown,) = re.findall(r", (\d+\.\d) epochs\n", errors.decode())
+        assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
+        hint = f"{epochs:.0f} times through the text may be too often: give more text"
+        assert (hint in errors.decode()) == (steps == 900)
 
 
 def test_best_model_can_be_trained_on(say, worse):
@@ -988,6 +1145,60 @@ def test_best_model_is_not_the_latest_run(say):
     assert Path("runs/one/best/training.json").exists()
     os.utime("runs/one/training.json", (1, 1))
     assert say("info").out == say("info", "--model", "runs/one").out
+
+
+# --- Progress -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_steps(monkeypatch):
+    """Each step takes two seconds of a clock that nothing else moves."""
+    step, now = trainer.Trainer.train_step, [100.0]
+
+    def train_step(self):
+        now[0] += 2.0
+        return step(self)
+
+    monkeypatch.setattr(trainer.Trainer, "train_step", train_step)
+    monkeypatch.setattr(progress, "clock", lambda: now[0])
+    return now
+
+
+def lines_of_progress(errors):
+    return [line for line in errors.decode().splitlines() if line.endswith(" left")]
+
+
+def test_train_tells_how_far_it_is_where_no_bar_is_seen(say, slow_steps):
+    """The first line comes after five seconds, each further one after twice as many."""
+    lines = lines_of_progress(say(*tiny(out="run", steps=40, evaluate_every=40)).err)
+    assert [line.split()[:2] for line in lines] == [
+        ["step", "3"],
+        ["step", "8"],
+        ["step", "18"],
+        ["step", "38"],
+    ]
+    pattern = r"step +3 +8%  loss \d\.\d{3}  [\d,]+ tokens/s  0:01:14 left"
+    assert re.fullmatch(pattern, lines[0])
+    # What remains of a run that goes on is reckoned from where it does.
+    lines = lines_of_progress(say("train", "--resume", "run", "--steps", 60).err)
+    assert lines[0].startswith("step     43 ")
+    assert lines[0].endswith("  0:00:34 left")
+
+
+def test_train_has_no_further_lines_beside_those_of_evaluations(say, slow_steps):
+    errors = say(*tiny(out="run", steps=20, evaluate_every=2)).err
+    assert not lines_of_progress(errors)
+    assert errors.count(b"validation loss") == 10
+
+
+def test_progress_of_bytes_tells_how_far_it_is_where_no_bar_is_seen(capsys, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress, "clock", lambda: now[0])
+    with progress.progress_of_bytes("tokens", 8_000_000) as on_progress:
+        for second in range(1, 8):
+            now[0] += 1.0
+            on_progress(second * 1_000_000)
+    assert capsys.readouterr().err == "tokens  5.0/8.0 MB  1.0 MB/s  0:00:03 left\n"
 
 
 # --- TensorBoard ----------------------------------------------------------------------------------
@@ -1135,7 +1346,8 @@ def stillborn(say, fail, monkeypatch):
 
 
 def test_run_that_was_never_saved_is_not_the_latest(say, stillborn):
-    assert say("generate").out == say("generate", "--model", "runs/good").out
+    found = say("generate", "--seed=1").out
+    assert found == say("generate", "--seed=1", "--model", "runs/good").out
 
 
 def test_run_that_was_never_saved_can_be_started_again(say, stillborn):
@@ -1160,7 +1372,8 @@ SPEED = rb"[\d,]+ tokens in \d+\.\d\d s: [\d,]+ tokens/s\n"
 
 def test_generate_writes_the_prompt_and_its_continuation(say, wild):
     for prompt in ("Once ", "\u00e9t\u00e9 \U0001f600", "line\nline\r\n\t", "-", "a" * 16):
-        output, errors = say("generate", "--model", wild, f"--prompt={prompt}", "--max-tokens", 20)
+        arguments = ("generate", "--model", wild, f"--prompt={prompt}", "--max-tokens", 20)
+        output, errors = say(*arguments, "--seed=0")
         expected = prompt.encode()
         tokens = generate(load_model(wild), [10, *expected], 20, temperature=0.8)
         assert output == expected + bytes(tokens)
@@ -1169,9 +1382,10 @@ def test_generate_writes_the_prompt_and_its_continuation(say, wild):
 
 def test_generate_takes_bytes_that_are_no_text(say, wild):
     prompt = b"\xff\xfe\x80 caf\xe9 \xc3\xa9"
-    output, _ = say("generate", "--model", wild, "--prompt", os.fsdecode(prompt), "--max-tokens", 5)
+    arguments = ("generate", "--model", wild, "--max-tokens", 5, "--seed", 0, "--prompt")
+    output, _ = say(*arguments, os.fsdecode(prompt))
     assert output == prompt + bytes(generate(load_model(wild), [10, *prompt], 5, temperature=0.8))
-    done = shell(b"generate", b"--model", os.fsencode(wild), b"--prompt", prompt, b"--max-tokens=5")
+    done = shell(*(os.fsencode(str(one)) for one in arguments), prompt)
     assert done.stdout == output
     assert re.fullmatch(SPEED, done.stderr)
 
@@ -1186,6 +1400,7 @@ def test_generate_writes_bytes_whatever_the_terminal_speaks(wild, encoding):
         "\u00e9",
         "--max-tokens",
         "30",
+        "--seed=0",
         env={"PYTHONIOENCODING": encoding},
     )
     prompt = "\u00e9".encode()
@@ -1226,6 +1441,25 @@ def test_generate_takes_its_options(say, wild):
     assert say(*arguments, "--seed", 4).out != say(*arguments).out
 
 
+def test_generate_without_a_seed_writes_another_text_and_tells_its_seed(say, wild):
+    arguments = ("generate", "--model", wild, "--prompt", "The ", "--max-tokens", 60)
+    for more in ((), ("--json",), ("--count", 3)):
+        texts = set()
+        for _ in range(4):
+            output, errors = say(*arguments, *more)
+            found = re.search(rb"^seed (\d+) \(--seed \1 repeats it\)$", errors, re.M)
+            assert errors.count(b"repeats it") == 1
+            again = say(*arguments, *more, "--seed", int(found[1]))
+            assert again.out == output
+            assert b"repeats it" not in again.err
+            if more == ("--json",):
+                assert json.loads(output)["seed"] == int(found[1])
+            texts.add(output)
+        assert len(texts) == 4
+    # Where nothing is left to chance there is nothing to repeat.
+    assert b"seed" not in say(*arguments, "--temperature", 0).err
+
+
 def test_generate_uses_the_whole_prompt(say, wild):
     tails = set()
     for first in "ABCDEFGH":
@@ -1248,7 +1482,7 @@ def test_generate_says_that_a_prompt_is_longer_than_the_context(say, wild):
 
 def test_generate_without_a_prompt_begins_as_after_a_line_break(say, wild):
     expected = bytes(generate(load_model(wild), [10], 30, temperature=0.8))
-    assert say("generate", "--model", wild, "--max-tokens", 30).out == expected
+    assert say("generate", "--model", wild, "--max-tokens", 30, "--seed", 0).out == expected
 
 
 def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
@@ -1260,12 +1494,50 @@ def test_generate_takes_prompts_from_files(say, wild, monkeypatch):
         (b"\n", b"\n"),
     ):
         Path("prompt").write_bytes(prompt + rest)
-        arguments = ("generate", "--model", wild, "--max-tokens", 9)
+        arguments = ("generate", "--model", wild, "--max-tokens", 9, "--seed", 0)
         expected = say(*arguments, "--prompt", prompt.decode()).out
         assert say(*arguments, "--prompt-file", "prompt").out == expected
         with monkeypatch.context() as patch, open("prompt", "rb") as file:
             patch.setattr(sys, "stdin", io.TextIOWrapper(file))
             assert say(*arguments, "--prompt-file=-").out == expected
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be", "utf-32-le"])
+def test_generate_drops_the_mark_of_a_prompts_file(say, fail, wild, monkeypatch, encoding):
+    """As Notepad and PowerShell write it, or send it through a pipe."""
+    marked = "\ufeffd\u00e9j\u00e0 ".removeprefix("\ufeff" * (encoding == "utf-8-sig"))
+    Path("prompt").write_bytes((marked + "\r\n").encode(encoding))
+    arguments = ("generate", "--model", wild, "--max-tokens", 9, "--seed", 0)
+    expected = say(*arguments, "--prompt", "d\u00e9j\u00e0 ").out
+    assert say(*arguments, "--prompt-file", "prompt").out == expected
+    with open("prompt", "rb") as file:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(file))
+        assert say(*arguments, "--prompt-file=-").out == expected
+    Path("prompt").write_bytes(b"\xff\xfea\0\0\xd8")
+    told = "--prompt-file prompt: byte 0x00 at offset 4 is not utf-16"
+    assert told in fail(*arguments, "--prompt-file", "prompt")
+
+
+def test_generate_writes_text_where_standard_output_is_no_file(wild, monkeypatch):
+    """A notebook's output, or contextlib.redirect_stdout's, takes text alone."""
+    arguments = ["generate", "--model", str(wild), "--max-tokens=30", "--seed=0"]
+
+    def written(*more):
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown):
+            assert main([*arguments, *more]) == 0
+        return shown.getvalue()
+
+    text = generate(load_model(wild), [10, *"d\u00e9".encode()], 30, temperature=0.8)
+    expected = "d\u00e9" + bytes(text).decode("utf-8", "replace")
+    assert written("--prompt", "d\u00e9") == expected
+    assert written("--prompt", "d\u00e9", "--count=2").startswith(expected + "\nd\u00e9")
+    assert json.loads(written("--prompt", "d\u00e9", "--json"))["text"] == expected[2:]
+    # And where input comes from may be no file, either.
+    monkeypatch.setattr(sys, "stdin", io.StringIO("d\u00e9\n"))
+    assert written("--prompt-file=-") == expected
+    monkeypatch.setattr(sys, "stdin", io.StringIO("d\u00e9\n"))
+    assert written("--interactive") == expected + "\n"
 
 
 def test_generate_refuses_a_prompt_without_end(fail, wild, monkeypatch):
@@ -1325,10 +1597,17 @@ def test_generate_stops(say, wild):
     assert found["tokens"] < 200
 
 
+def test_generate_stops_at_line_breaks_in_letters():
+    arguments = program.parser_of("generate").parse_args(
+        ["generate", "--stop", r"a\n", r"--stop=\r\n"]
+    )
+    assert arguments.stop == ["a\n", "\r\n"]
+
+
 def test_generate_asks_for_prompts(wild):
     def interact(typed):
         arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens", "8")
-        return shell(*arguments, input=typed)
+        return shell(*arguments, "--seed", "0", input=typed)
 
     done = interact(b"The \nOnce\n\n")
     first, second, third = (
@@ -1384,6 +1663,25 @@ def test_generate_without_one_of_the_streams(wild, more, status, output, error):
     assert b"Traceback" not in done.stderr
 
 
+def test_generate_keeps_no_history_without_a_home(monkeypatch, capsys):
+    """Of a user that the system does not know."""
+    readline = pytest.importorskip("readline", reason="this Python has no readline")
+    pwd = pytest.importorskip("pwd", reason="this system has no users")
+
+    def unknown(number):
+        raise KeyError(number)
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setattr(readline, "write_history_file", lambda file: pytest.fail("it is kept"))
+    with generate_command._history():
+        assert capsys.readouterr().err == "there is no home folder to keep a history in\n"
+    assert capsys.readouterr().err == ""
+    assert list(Path().iterdir()) == []
+
+
 @pytest.mark.skipif(not hasattr(os, "openpty"), reason="needs a terminal of its own")
 def test_generate_remembers_prompts(wild, tmp_path):
     """In a terminal, an earlier prompt comes back by the arrow key, in a later session, too."""
@@ -1426,7 +1724,8 @@ def test_generate_remembers_prompts(wild, tmp_path):
 ENDLESS = """
 import sys
 from legacy1bit import main
-sys.exit(main.main(["generate", "--model", sys.argv[1], "--prompt", "The ", *sys.argv[2:]]))
+options = ["--model", sys.argv[1], "--prompt", "The ", "--seed", "0", *sys.argv[2:]]
+sys.exit(main.main(["generate", *options]))
 """
 
 
@@ -1456,7 +1755,7 @@ def test_ctrl_c_ends_a_text(wild, more):
 def test_generate_writes_with_a_file_of_the_c_original(say, fail, tmp_path):
     model = create_legacy_llm(ModelConfig.c_original(256, 256, 1), 1)
     save_model(model, tmp_path / "model.bin", format="c-v1")
-    arguments = ("generate", "--model", "model.bin", "--prompt", "ab", "--max-tokens", 5)
+    arguments = ("generate", "--model", "model.bin", "--prompt", "ab", "--max-tokens=5", "--seed=0")
     expected = bytes(generate(model, list(b"\nab"), 5, temperature=0.8))
     assert say(*arguments).out == b"ab" + expected
     assert f"{model.num_parameters:,}".encode() in say("info", "--model", "model.bin").out
@@ -1484,7 +1783,8 @@ def test_latest_run_is_the_one_saved_last(say, fail):
     for now, name in enumerate("cab", 2_000_000_000):
         os.utime(f"runs/{name}/training.json", (now, now))
         assert say("info").out == say("info", "--model", f"runs/{name}").out
-        assert say("generate").out == say("generate", "--model", f"runs/{name}").out
+        found = say("generate", "--seed=1").out
+        assert found == say("generate", "--seed=1", "--model", f"runs/{name}").out
         assert say("evaluate").out == say("evaluate", "--model", f"runs/{name}").out
 
 
@@ -1925,6 +2225,39 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
         assert last == 600
     else:
         say("train", "--resume", "run")
+
+
+# --- Programs that call this one ------------------------------------------------------------------
+
+
+CALLER = """
+import contextlib, os, sys
+from legacy1bit.main import main
+path = sys.argv[1]
+def kept(*arguments):
+    before = sys.stdout, sys.stderr, sys.stdout.errors, os.fstat(1).st_ino, os.fstat(2).st_ino
+    with contextlib.suppress(SystemExit):
+        main([*arguments])
+    after = sys.stdout, sys.stderr, sys.stdout.errors, os.fstat(1).st_ino, os.fstat(2).st_ino
+    assert before == after, (arguments, before, after)
+kept("info", "--model", path)
+kept("info", "--model", "nowhere")
+kept("--help")
+sys.stderr, held = None, sys.stderr
+main(["info", "--model", path])
+assert sys.stderr is None
+sys.stderr = held
+print("still heard")
+"""
+
+
+def test_main_leaves_the_streams_of_its_caller_as_they_were(wild):
+    done = subprocess.run(
+        [sys.executable, "-c", CALLER, str(wild)], capture_output=True, text=True, timeout=60,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii:strict"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("still heard\n")
 
 
 # --- Refusals that keep what there is -------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The model's parts: making and freeing them, quantization, and the files (departures 10 to 14)."""
 
 import contextlib
+import copy
 import dataclasses
 import errno
 import functools
@@ -9,6 +10,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import stat
 import struct
 import time
@@ -35,8 +37,18 @@ from models import (
 )
 
 from legacy1bit import math_ops
-from legacy1bit.backward import BackwardPass, backward_llm, backward_llm_batch
-from legacy1bit.forward import forward_embedding, forward_llm, forward_llm_batch
+from legacy1bit.backward import (
+    BackwardContext,
+    BackwardPass,
+    backward_llm,
+    backward_llm_batch,
+)
+from legacy1bit.forward import (
+    ForwardContext,
+    forward_embedding,
+    forward_llm,
+    forward_llm_batch,
+)
 from legacy1bit.hyperparams import SCALES, ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.model import (
@@ -60,12 +72,13 @@ from legacy1bit.model import (
     free_ternary_matrix,
     free_transformer_block_context,
     load_model,
+    model_folder,
     parameter_layout,
     save_model,
     zero_legacy_llm_gradients,
 )
-from legacy1bit.optimizer import AdamW
-from legacy1bit.packed import PackedModel
+from legacy1bit.optimizer import SGD, AdamW, Muon
+from legacy1bit.packed import PackedMatrix, PackedModel, RoundedRows
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import SCHEMES
 
@@ -718,12 +731,37 @@ def test_zero_legacy_llm_gradients_zeroes_all():
     assert_same_bits(gradients.flat, np.zeros_like(gradients.flat))
 
 
-def test_models_and_gradients_refuse_to_be_pickled():
+def native_objects():
+    """One of everything that points into arrays of its own."""
     config = make_config()
-    with pytest.raises(TypeError, match="save_model"):
-        pickle.dumps(create_legacy_llm(config, 1))
-    with pytest.raises(TypeError, match="pickled"):
-        pickle.dumps(create_legacy_llm_gradients(config))
+    model = random_model(config)
+    packed, block = PackedModel(model), model.blocks[0]
+    return [
+        model, create_legacy_llm_gradients(config), block, block.attention, block.ffn, block.norm1,
+        create_transformer_block_context(8, 8, 2, 1, 4), ForwardContext(config, 1, 4),
+        BackwardContext(8, 8, 1, 4), BackwardPass(model, 1, 4), packed, Decoder(packed),
+        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), RoundedRows(1, 4),
+        *(make(model) for make in (AdamW, Muon, SGD)),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_native_objects_refuse_to_be_copied_in_one_line(copied):
+    for one in native_objects():
+        with pytest.raises(TypeError, match=r"^[^\n]+ cannot be copied or pickled: [^\n]+$"):
+            copied(one)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_ternary_matrix_copies_hold_the_same(copied):
+    matrix = TernaryMatrix(np.eye(3, 32, dtype=np.int8), np.full((3, 2), 0.5, np.float32), 16)
+    twin = copied(matrix)
+    assert_same_bits(twin.values, matrix.values)
+    assert_same_bits(twin.scales, matrix.scales)
+    assert_same_bits(twin.dense(), matrix.dense())
+    assert twin.group == 16
 
 
 # --- Fresh models ---------------------------------------------------------------------------------
@@ -1353,6 +1391,129 @@ def test_save_model_makes_folders_and_keeps_provenance(tmp_path):
     save_model(model, str(path))
     assert_same_model(load_model(str(path)), model)
     assert load_model(path).provenance == model.provenance
+
+
+# --- The model of a run
+
+
+def save_at(model, folder, step, best):
+    """A model as a run has it after a step."""
+    save_model(model, folder)
+    header = {"step": str(step), "best": json.dumps([1.0, best])}
+    empty = {"weights": np.zeros(1, np.float32)}
+    safetensors.numpy.save_file(empty, folder / "checkpoint.safetensors", header)
+
+
+@pytest.fixture
+def models_of_run(tmp_path):
+    """A run whose best model was that of step 6 of 9, and both models."""
+    best, last = (random_model(make_config(), seed) for seed in (1, 2))
+    save_at(last, tmp_path / "run", 9, 6)
+    save_at(best, tmp_path / "run/best", 6, 6)
+    return tmp_path / "run", best, last
+
+
+def loaded_from(folder, capsys):
+    """The model that is read, and what standard error says about it."""
+    capsys.readouterr()
+    model = load_model(folder)
+    lines = capsys.readouterr().err.splitlines()
+    packed = PackedModel.load(folder)
+    assert capsys.readouterr().err.splitlines() == lines
+    tokens, logits = [1, 2, 3], [Decoder(each, 4) for each in (packed, PackedModel(model))]
+    assert_same_bits(*(np.array(each.extend(tokens)) for each in logits))
+    return model, lines
+
+
+def test_load_model_reads_the_best_of_a_run(models_of_run, capsys):
+    run, best, last = models_of_run
+    for folder in (run, str(run), run / "best"):
+        model, lines = loaded_from(folder, capsys)
+        assert_same_model(model, best)
+        assert lines == []
+    assert model_folder(run) == model_folder(run / "best") == run / "best"
+    # The last one is the best, or none was measured, or the best was not copied yet.
+    for step, its_best in ((9, 9), (9, 0)):
+        save_at(last, run, step, its_best)
+        model, lines = loaded_from(run, capsys)
+        assert_same_model(model, last)
+        assert lines == []
+    # What the run goes on from has been lost, or was removed to save space.
+    (run / "checkpoint.safetensors").write_bytes(b"damaged")
+    assert_same_model(loaded_from(run, capsys)[0], best)
+    (run / "checkpoint.safetensors").unlink()
+    assert_same_model(loaded_from(run, capsys)[0], best)
+    (run / "best/checkpoint.safetensors").unlink()
+    assert_same_model(loaded_from(run, capsys)[0], last)
+
+
+def cut(name, count):
+    def change(best):
+        data = (best / name).read_bytes()
+        (best / name).write_bytes(data[:count])
+
+    return change
+
+
+HALF_WRITTEN = {
+    "no folder": (shutil.rmtree, "best does not hold the model of step 6"),
+    "no checkpoint": (
+        lambda best: (best / "checkpoint.safetensors").unlink(),
+        "best does not hold the model of step 6",
+    ),
+    "half a checkpoint": (cut("checkpoint.safetensors", 20), "does not hold the model of step 6"),
+    "an older one": (
+        lambda best: save_at(random_model(make_config()), best, 3, 3),
+        "best does not hold the model of step 6",
+    ),
+    "no settings": (lambda best: (best / "config.json").unlink(), "it has no config.json"),
+    "half the settings": (cut("config.json", 20), "config.json is not JSON"),
+    "half the weights": (cut("model.safetensors", -9), "model.safetensors is not a safetensors"),
+    "other settings": (
+        lambda best: (
+            save_model(random_model(make_config(num_blocks=1)), best.parent / "other")
+            or shutil.copy(best.parent / "other/config.json", best)
+        ),
+        "config.json is not the one that model.safetensors was saved with",
+    ),
+    "a folder": (
+        lambda best: (best / "config.json").unlink() or (best / "config.json").mkdir(),
+        "it has no config.json",
+    ),
+    "not finite": (
+        lambda best: _spoil(best / "model.safetensors"),
+        "holds a number that is not finite",
+    ),
+}
+
+
+def _spoil(path):
+    tensors = safetensors.numpy.load_file(path)
+    with safetensors.safe_open(path, "np") as file:
+        header = file.metadata()
+    tensors["final_norm.gamma"][0] = np.nan
+    safetensors.numpy.save_file(tensors, path, header)
+
+
+@pytest.mark.parametrize("damage", HALF_WRITTEN)
+def test_load_model_reads_the_last_where_the_best_is_damaged(models_of_run, capsys, damage):
+    run, _, last = models_of_run
+    change, message = HALF_WRITTEN[damage]
+    change(run / "best")
+    model, lines = loaded_from(run, capsys)
+    assert_same_model(model, last)
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert lines[0].endswith(": using the last model instead of the best")
+    assert model_folder(run) == run
+
+
+def test_model_folder_is_that_of_anything_but_a_run(folder, tmp_path):
+    """A folder of runs, one of which is called best, is not a run."""
+    assert model_folder(folder) == folder
+    assert model_folder(tmp_path / "nowhere") == tmp_path / "nowhere"
+    save_at(random_model(make_config()), tmp_path / "runs/best", 6, 6)
+    assert model_folder(tmp_path / "runs") == tmp_path / "runs"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """The package on CPUs that this machine is not: under QEMU's user-mode emulation, which stops at
 the first instruction that the emulated CPU lacks.
 
-``make test-old-cpus`` runs the whole suite that way.
+``make test-old-cpus`` runs the whole suite that way, and there nothing here is skipped.
 """
 
+import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import sys
 import numpy as np
 import pytest
 
+from legacy1bit import cpu as this_cpu
+from legacy1bit import old_cpus
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import create_legacy_llm, save_model
 from legacy1bit.tokenizer import ByteTokenizer
@@ -18,21 +22,27 @@ from legacy1bit.tokenizer import ByteTokenizer
 QEMU = shutil.which("qemu-x86_64")
 CPUS = {"core2duo": "ssse3", "Nehalem": "sse41", "Haswell": "avx2"}
 
+unable = pytest.fail if os.environ.get("LEGACY1BIT_OLD_CPUS") else pytest.skip
+
+
+@pytest.fixture(scope="module")
+def qemu():
+    if QEMU is None:
+        unable("qemu-x86_64 is not installed")
+    if subprocess.run([QEMU, "-version"], capture_output=True).returncode:
+        unable("qemu-x86_64 does not run here")
+    newest = subprocess.run([QEMU, "-cpu", "max", sys.executable, "-c", ""], capture_output=True)
+    if newest.returncode:
+        unable("qemu-x86_64 does not run this Python")
+
 
 @pytest.fixture(
     scope="module",
     params=["core2duo", "Nehalem", pytest.param("Haswell", marks=pytest.mark.slow)],
 )
-def cpu(request):
-    if QEMU is None:
-        pytest.skip("qemu-x86_64 is not installed")
-    if subprocess.run([QEMU, "-version"], capture_output=True).returncode:
-        pytest.skip("qemu-x86_64 does not run here")
-    newest = subprocess.run([QEMU, "-cpu", "max", sys.executable, "-c", ""], capture_output=True)
-    if newest.returncode:
-        pytest.skip("qemu-x86_64 does not run this Python")
+def cpu(request, qemu):
     if emulated(request.param, "-c", "import numpy").returncode:
-        pytest.skip(f"NumPy {np.__version__} itself does not run on a {request.param}")
+        unable(f"NumPy {np.__version__} itself does not run on a {request.param}")
     return request.param
 
 
@@ -56,3 +66,98 @@ def test_a_model_writes(cpu, tmp_path):
     assert ran.returncode == 0, ran.stderr.decode()
     assert ran.stdout.startswith(b"abc")
     assert len(ran.stdout) >= 103
+
+
+@pytest.mark.parametrize(
+    ("name", "has_it"), [("Opteron_G1", False), ("core2duo", False), ("Nehalem", True)]
+)
+def test_has_x86_64_v2_is_true_from_nehalem_on(name, has_it, qemu):
+    # Without the package's own __init__, which may refuse NumPy.
+    script = f"""
+import importlib.machinery, importlib.util
+loader = importlib.machinery.ExtensionFileLoader("legacy1bit.cpu", {this_cpu.__file__!r})
+cpu = importlib.util.module_from_spec(importlib.util.spec_from_loader("legacy1bit.cpu", loader))
+loader.exec_module(cpu)
+print(cpu.has_x86_64_v2())
+"""
+    ran = emulated(name, "-c", script)
+    assert ran.stdout.decode().strip() == str(has_it), ran.stderr.decode()
+
+
+@pytest.mark.parametrize("name", ["Opteron_G1", "core2duo"])
+def test_check_numpy_says_what_to_install(name, qemu):
+    runs = emulated(name, "-c", "import numpy").returncode == 0
+    library = emulated(name, "-c", "import legacy1bit.model")
+    program = emulated(name, "-m", "legacy1bit.main", "info", "--help")
+    if runs:
+        assert (library.returncode, program.returncode) == (0, 0), program.stderr.decode()
+        return
+    said = last_words(np.__version__)
+    assert library.returncode == 1
+    assert library.stderr.decode().splitlines()[-1] == f"ImportError: {said}"
+    # The emulator tells of the child process that found out.
+    errors = [line for line in program.stderr.decode().splitlines() if "qemu:" not in line]
+    assert (program.returncode, errors) == (2, [f"legacy1bit: error: {said}"])
+
+
+def last_words(version):
+    return (
+        f"NumPy {version} needs instructions that this CPU lacks (x86-64-v2, with SSE4.2): "
+        "pip install 'numpy<2.4'"
+    )
+
+
+@pytest.fixture
+def old_cpu(monkeypatch):
+    monkeypatch.setattr(old_cpus, "has_x86_64_v2", lambda: False)
+
+
+@pytest.mark.usefixtures("old_cpu")
+def test_runs_here_is_false_where_an_import_ends_the_process(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    ends = "import faulthandler, os, signal; faulthandler.disable(); os.kill(os.getpid(), {})"
+    (tmp_path / "needs_more.py").write_text(ends.format("signal.SIGILL"))
+    (tmp_path / "needs_others.py").write_text("import missing")
+    (tmp_path / "needs_nothing.py").write_text("")
+    assert not old_cpus.runs_here("needs_more")
+    assert old_cpus.runs_here("needs_others")
+    assert old_cpus.runs_here("needs_nothing")
+    assert old_cpus.runs_here("missing")
+    assert not {"needs_more", "needs_nothing"} & sys.modules.keys()
+
+
+@pytest.mark.usefixtures("old_cpu")
+@pytest.mark.parametrize(
+    ("version", "runs", "refused"),
+    [
+        ("1.26.4", False, False),
+        ("2.3.5", False, False),
+        ("2.4.0rc1", False, True),
+        ("2.10.0", False, True),
+        ("3.0", False, True),
+        ("2.4.0", True, False),
+    ],
+)
+def test_check_numpy_refuses_what_does_not_run(version, runs, refused, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    monkeypatch.setattr(old_cpus, "runs_here", lambda _: runs)
+    if not refused:
+        old_cpus.check_numpy()
+        return
+    with pytest.raises(ImportError) as error:
+        old_cpus.check_numpy()
+    assert str(error.value) == last_words(version)
+    for program in ("-m", "/usr/bin/legacy1bit"):
+        monkeypatch.setattr(sys, "argv", [program, "info"])
+        with pytest.raises(SystemExit) as end:
+            old_cpus.check_numpy()
+        assert end.value.code == 2
+        assert capsys.readouterr().err == f"legacy1bit: error: {last_words(version)}\n"
+
+
+def test_check_numpy_costs_nothing_on_other_cpus(monkeypatch):
+    monkeypatch.setattr(old_cpus, "has_x86_64_v2", lambda: True)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: pytest.fail("was asked"))
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("a process was made"))
+    old_cpus.check_numpy()
+    assert old_cpus.runs_here("missing")

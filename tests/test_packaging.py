@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import io
+import re
 import subprocess
 import sys
 import tarfile
@@ -51,6 +52,93 @@ def test_cython_declarations_are_installed():
     assert declared >= {"kernels", "threads", "math_ops", "model", "forward", "backward"}
 
 
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The package's folder as a wheel has it, without what is compiled if the source is here."""
+    if not (ROOT / "setup.py").exists():
+        return PACKAGE
+    if not all(importlib.util.find_spec(name) for name in ("setuptools", "Cython")):
+        pytest.skip("a wheel needs setuptools and Cython")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    return folder / "legacy1bit"
+
+
+def test_wheel_has_every_header_that_a_declaration_names(installed):
+    sources = [path.read_text("utf-8") for path in installed.glob("*.pxd")]
+    named = set(re.findall(r'cdef extern from "(.+?)"', "\n".join(sources)))
+    assert named >= {"team.h"}
+    assert named <= {path.name for path in (installed / "include").glob("*.h")}
+
+
+def test_get_include_has_every_header_of_the_wheel(installed):
+    headers = {path.name for path in (installed / "include").glob("*.h")}
+    assert headers == {path.name for path in Path(legacy1bit.get_include()).glob("*.h")}
+
+
+OTHER_MODULE = """
+from legacy1bit.inference cimport Decoder
+from legacy1bit.threads cimport parallel_for
+
+cdef void add(void *context, long index) noexcept nogil:
+    (<long *>context)[0] += index
+
+def total():
+    cdef long total = 0
+    parallel_for(add, &total, 10, 1)
+    return total
+
+def is_decoder(candidate):
+    return isinstance(candidate, Decoder)
+"""
+
+OTHER_SETUP = """
+import sys
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+extension = Extension("other", ["other.pyx"], include_dirs=[sys.argv.pop()])
+extension.extra_compile_args = ["-O0"]
+modules = cythonize([extension], include_path=[sys.argv.pop()], language_level=3)
+setup(name="other", ext_modules=modules)
+"""
+
+
+@pytest.mark.slow
+def test_every_declaration_can_be_cimported(installed, tmp_path):
+    pytest.importorskip("Cython")
+    pytest.importorskip("setuptools")
+    cimports = [f"cimport legacy1bit.{path.stem}\n" for path in sorted(installed.glob("*.pxd"))]
+    (tmp_path / "other.pyx").write_text("".join(cimports) + OTHER_MODULE)
+    (tmp_path / "setup.py").write_text(OTHER_SETUP)
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    command += [installed.parent, installed / "include"]
+    made = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    script = "import other; print(other.total(), other.is_decoder(3))"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True)
+    assert ran.stdout.split() == [b"45", b"False"], ran.stderr
+
+
+def test_source_that_is_not_compiled_says_so(tmp_path):
+    package = tmp_path / "legacy1bit"
+    package.mkdir()
+    for path in PACKAGE.glob("*.py"):
+        (package / path.name).write_bytes(path.read_bytes())
+    said = f"the package in {package} is not compiled: make build, or use the command legacy1bit "
+    said += "of an installed one"
+    for options, status, last in [
+        (["-m", "legacy1bit.main", "info"], 2, f"legacy1bit: error: {said}"),
+        (["-c", "import legacy1bit"], 1, f"ImportError: {said}"),
+    ]:
+        # Without site-packages, where the compiled one is.
+        command = [sys.executable, "-S", *options]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (status, last)
+        assert status == 1 or done.stderr.count("\n") == 1
+
+
 def test_import_brings_in_nothing_else():
     done = subprocess.run(
         [sys.executable, "-c", IMPORTED], capture_output=True, text=True, check=True
@@ -66,7 +154,7 @@ def test_wheel_has_the_package_and_nothing_else():
     info = f"legacy1bit-{legacy1bit.__version__}.dist-info"
     assert {path.parts[0] for path in files} == {"legacy1bit", info}
     kinds = {"".join(path.suffixes) for path in files if path.parts[0] == "legacy1bit"}
-    assert kinds == {".py", ".pyi", ".pxd", ".toml", ".c", EXTENSION_SUFFIXES[0], ".typed"}
+    assert kinds == {".py", ".pyi", ".pxd", ".h", ".toml", ".c", EXTENSION_SUFFIXES[0], ".typed"}
     assert [path.name for path in files if path.suffix == ".c"] == ["model.c"]
 
 

@@ -1,5 +1,6 @@
 """Figures hold the numbers of the metrics, whatever these are, and become whole files."""
 
+import dataclasses
 import json
 import math
 import os
@@ -177,10 +178,17 @@ def test_runs_of_one_name_are_told_by_their_paths(finished, tmp_path):
 
 
 def test_size_panel_has_a_point_for_each_run(finished, run):
-    runs = [read_run(finished), read_run(run)]
-    [lines] = lines_of(draw([size_panel(runs, [100, 200])]))
-    last = read_metrics(finished / "metrics.jsonl")[-1]["bits_per_byte"]
-    assert [(x.tolist(), y.tolist()) for x, y in lines] == [([100], [last]), ([200], [last])]
+    runs, models = [read_run(finished), read_run(run)], [load_model(finished), load_model(run)]
+    # The model of one is its best, that of the other a step that has no record.
+    records = runs[0].records
+    steps = (records[0]["step"], 10**6)
+    for model, step in zip(models, steps, strict=True):
+        model.provenance = dataclasses.replace(model.provenance, steps=step)
+    [lines] = lines_of(draw([size_panel(runs, models)]))
+    size = models[0].stored_bytes()
+    losses = [records[place]["bits_per_byte"] for place in (0, -1)]
+    assert losses[0] != losses[1]
+    assert [(x.tolist(), y.tolist()) for x, y in lines] == [([size], [loss]) for loss in losses]
 
 
 # --- Runs that went wrong -------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The page about a run: all that it should tell, in one file that asks for nothing."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from legacy1bit.machine import machine, read_machine
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
 from legacy1bit.report import escape, page, quotation, section, some, table, tiles
-from legacy1bit.trainer import read_settings
+from legacy1bit.trainer import Metrics, Trainer, read_settings
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
@@ -105,6 +106,24 @@ def test_report_tells_everything(run, written):
         assert escape(sample["text"].strip("\n")) in {escape(part) for part in page.text}
     changed, rest = text.index("Other than by default"), text.index("The other settings")
     assert changed < text.index("model_dim") < rest < text.index("rope_base")
+
+
+def test_report_is_about_the_best_model(run, written, monkeypatch):
+    def look(self, limit, stop=None):
+        return Metrics(5.0 + (self.step != 4), 0.25, 0.5, 0.75, 100, 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", look)
+        main([*SHORT, "--out", "worse"])
+    _, page = written(Path("worse"))
+    text = " ".join(page.text)
+    assert "after 6 of 6 steps" in text
+    assert "The model is the best one, of step 4." in text
+    assert text.index("5.0000") < text.index("Curves") < text.index("6.0000")
+    record = read_metrics("worse/metrics.jsonl")[1]
+    weights = text[text.index("Codes of the model") :]
+    assert f"{record['weights']['blocks.1.ffn.wo']['0']:.2%}" in weights
+    assert "The model is the best" not in " ".join(written(run)[1].text)
 
 
 def test_report_has_figures_with_descriptions(run, written):
@@ -224,7 +243,9 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
     begun = beginning_of(parsed)
-    assert (begun.model, begun.training) == (model, training)
+    # The number of warm-up steps follows from that of all.
+    begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
+    assert (begun.model, begun_training) == (model, training)
     say(*arguments, "--out", "again")
     assert read_settings(Path("again")) == (model, training, data, source)
     assert (
@@ -262,7 +283,7 @@ def test_every_look_has_its_sample(run, say):
     steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
     assert [sample["step"] for sample in samples] == steps == [2, 4, 6]
     assert all(sample["prompt"] == "" for sample in samples)
-    assert samples[-1]["text"] == Generator.load(run).complete("", 120).text
+    assert samples[-1]["text"] == Generator.load(run).complete("", 120, seed=0).text
 
 
 def test_samples_change_no_bit_of_the_training(run, say, monkeypatch):
@@ -336,3 +357,6 @@ def test_records_without_options_are_the_defaults():
     slow = TrainingConfig(optimizer="sgd")
     assert defaults_of(slow).learning_rate == slow.learning_rate
     assert defaults_of(slow).optimizer == "muon"
+    # A run's warm-up is a number.
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=6)).warmup_steps == 6
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=0)).warmup_steps == 6

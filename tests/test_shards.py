@@ -1,10 +1,12 @@
 """Tokens on disk: what is read is what was written, whatever happens between."""
 
+import copy
 import errno
 import gc
 import json
 import mmap
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -771,3 +773,22 @@ def test_default_cache_needs_a_home(monkeypatch):
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
     with pytest.raises(ValueError, match="--cache"):
         shards.default_cache()
+
+
+def test_token_store_copies_have_the_same_tokens_or_are_refused(tmp_path):
+    tokens = np.arange(90, dtype=np.uint8)
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(tokens.tobytes())
+    for copied in (copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+        store = TokenStore([tokens], np.array([0, 40])).window(10, 80)
+        twin = copied(store)
+        assert_same_bits(twin.read(0, 70), store.read(0, 70))
+        assert_same_bits(
+            twin.document_begins(np.array([0]), 70), store.document_begins(np.array([0]), 70)
+        )
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        # The number that the system gives an open file would be another's one day.
+        with pytest.raises(TypeError, match=r"tokens\.bin is open, and cannot be copied"):
+            copied(IntegerFile(path, np.uint8))
+    with pytest.raises(TypeError, match="is open, and cannot be copied"):
+        copy.deepcopy(TokenStore([IntegerFile(path, np.uint8)]))

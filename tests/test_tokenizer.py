@@ -1,9 +1,12 @@
 """Tokenizers: their tokens, their files, and Hugging Face's library as a witness."""
 
+import copy
 import functools
 import hashlib
 import json
 import math
+import os
+import pickle
 import random
 import sys
 from importlib.util import find_spec
@@ -29,9 +32,11 @@ from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
     ByteTokenizer,
     SubwordTokenizer,
+    UnknownTokenizer,
     character_tokenizer,
     fit_tokenizer,
     load_tokenizer,
+    load_tokenizers,
     tokenizer_of,
     train_bpe,
 )
@@ -470,6 +475,15 @@ def test_only_bytes_do_without_the_library(monkeypatch, tmp_path):
         assert "\n" not in str(failure.value)
 
 
+@pytest.mark.parametrize("threads", [True, False])
+def test_load_tokenizers_does_without_threads_where_there_are_none(request, monkeypatch, threads):
+    if not threads:
+        request.getfixturevalue("no_threads")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    load_tokenizers()
+    assert os.environ["TOKENIZERS_PARALLELISM"] == ("true" if threads else "false")
+
+
 # --- Made from a text -----------------------------------------------------------------------------
 
 
@@ -685,10 +699,12 @@ def saved(tmp_path, monkeypatch, tokenizer):
 
 
 def test_generate_writes_text(saved, say):
-    output, _ = say("generate", "--model", "model", "--prompt", "Kim was", "--max-tokens", 20)
+    output, _ = say(
+        "generate", "--model", "model", "--prompt", "Kim was", "--max-tokens=20", "--seed=0"
+    )
     generator = Generator.load("model")
     assert generator.tokenizer.sha256 == saved.sha256
-    text = generator.complete("Kim was", 20, errors="surrogateescape").text
+    text = generator.complete("Kim was", 20, seed=0, errors="surrogateescape").text
     assert output == b"Kim was" + text.encode("utf-8", "surrogateescape")
 
 
@@ -797,3 +813,35 @@ def test_models_and_tokenizers_that_do_not_fit_are_refused(saved, fail):
     save_model(random_model(make_config(vocab_size=300, output_bias=False)), "model")
     for command in (("generate",), ("evaluate", "--data", f"model/{TOKENIZER_FILE}")):
         assert "300 tokens" in fail(*command, "--model", "model")
+
+
+NAMED = "a <|endoftext|> b <|padding|> \u00e9"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chars", "bpe", "unknown"])
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
+)
+def test_tokenizer_copies_encode_alike(kind, copied):
+    """The name of a special token in a text is text, for a copy, too."""
+    tokenizer = {
+        "bytes": ByteTokenizer,
+        "chars": lambda: character_tokenizer(["\u00e9\u20ac".encode()]),
+        "bpe": lambda: train_bpe([NAMED.encode() * 9], 270),
+        "unknown": lambda: UnknownTokenizer(300),
+    }[kind]()
+    twin = copied(tokenizer)
+    assert type(twin) is type(tokenizer)
+    assert (twin.kind, twin.vocab_size, twin.bos_token) == (
+        kind,
+        tokenizer.vocab_size,
+        tokenizer.bos_token,
+    )
+    assert_same_bits(twin.byte_lengths, tokenizer.byte_lengths)
+    assert_same_bits(twin.parents, tokenizer.parents)
+    assert twin.sha256 == tokenizer.sha256
+    if kind != "unknown":
+        expected = tokenizer.encode(NAMED)
+        assert tokenizer.eos_token not in expected
+        assert_same_bits(twin.encode(NAMED), expected)
+        assert twin.decode(expected) == NAMED.encode()

@@ -1,11 +1,14 @@
 """``train --data``: texts of many kinds on the command line, and what is told where one is bad."""
 
+import bz2
 import errno
 import gzip
 import io
 import json
+import lzma
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,8 +22,10 @@ from test_trainer import assert_same_files
 
 from legacy1bit import corpus, sources
 from legacy1bit.commands import corpora
+from legacy1bit.commands.report import train_command
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.logger import read_metrics
+from legacy1bit.shards import read_index
 from legacy1bit.trainer import Trainer, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -121,6 +126,34 @@ def test_train_takes_tokens_with_a_validation_of_their_own(say, refuse, text):
         say("train", "--resume", "run", "--steps", 3)
 
 
+def test_token_file_without_a_header_has_to_look_like_tokens(say, refuse, text):
+    noise = np.random.default_rng(0).integers(0, 256, 100_000, np.uint8).tobytes()
+    put("noise.bin", noise)
+    put("floats.bin", np.random.default_rng(0).normal(size=5000).astype("<f4").tobytes())
+    put("llama.bin", np.random.default_rng(0).integers(0, 128_000, 5000, "<u4").tobytes())
+    for name in ("noise", "floats", "llama"):
+        refused = refuse(*tiny(f"{name}.bin"))
+        assert f"{name}.bin has no header and numbers up to 65,5" in refused
+        assert "hardly tokens: expected less than 50,257; --vocab-size 655" in refused
+    put("text.bin", TEXT[:-1] if len(TEXT) % 2 else TEXT)
+    assert "text.bin holds text, expected tokens: let its name" in refuse(*tiny("text.bin"))
+    put("model.bin", gzip.compress(b"abc"))
+    assert "model.bin holds a gzip file, expected tokens: gzip -d" in refuse(*tiny("model.bin"))
+    put("good.bin", np.arange(300, dtype="<u2").tobytes())
+    assert "the validation set has no header" in refuse(*tiny("good.bin", validation="noise.bin"))
+    # Whoever names the vocabulary knows; and that of a header is known.
+    put("high.bin", np.arange(50_000, 50_300, dtype="<u2").tobytes())
+    assert "high.bin has no header and numbers up to 50,299, which" in refuse(*tiny("high.bin"))
+    told = say(*tiny("high.bin", out="run", vocab_size=50_300)).err
+    assert b"high.bin: 300 tokens of a vocabulary of 50,300\n" in told
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+    header = np.zeros(256, "<i4")
+    header[:3] = 20240801, 7, 300
+    put("head.bin", header.tobytes() + np.arange(60_000, 60_300, dtype="<u4").tobytes())
+    told = say(*tiny("head.bin", out="headed")).err
+    assert b"head.bin: 300 tokens of a vocabulary of 60,300, as the highest token says;" in told
+
+
 def test_standard_input_is_kept(say, monkeypatch):
     typed(monkeypatch, TEXT)
     say(*tiny("-", out="run", tokenizer="bpe", vocab_size=280))
@@ -185,7 +218,7 @@ def test_standard_input_that_is_interrupted_leaves_nothing(say, monkeypatch):
         ("text.txt.gz", gzip.compress(TEXT, mtime=0)[:-9], "text.txt.gz ends too early"),
         ("a.jsonl", b'{"text": "one"}\n{"story": "two"}\n', "a.jsonl, line 2: no field 'text'"),
         ("a.jsonl", b'{"text": "one"}\nnone', "a.jsonl, line 2: not JSON"),
-        ("a.bin", b"odd", "a.bin has 3 bytes"),
+        ("a.bin", b"\1\2\3", "a.bin has 3 bytes"),
     ],
 )
 def test_bad_texts_are_refused(refuse, name, content, reason, tokenizer):
@@ -346,6 +379,37 @@ def test_processes_may_make_the_same_tokenizer(text, tmp_path):
         assert len({tokenizer.sha256 for tokenizer in made}) == 1
 
 
+@pytest.mark.parametrize("kind", ["bpe", "chars"])
+def test_tokenizer_for_refuses_a_text_that_changes_meanwhile(text, tmp_path, monkeypatch, kind):
+    """Before its file is opened, too: the vocabulary would be kept as the earlier text's."""
+    source, read = corpora.open_source(text), sources.Source.pieces
+
+    def pieces(source):
+        Path(text).write_bytes(b"other " * 99)
+        return read(source)
+
+    monkeypatch.setattr(sources.Source, "pieces", pieces)
+    with pytest.raises(ValueError, match="has changed while it was read"):
+        corpora.tokenizer_for(source, DataConfig(tokenizer=kind), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_train_takes_json_lines_by_their_content(say, monkeypatch):
+    """The same documents, and the same split, from a file and from a pipe, packed or not."""
+    lines = "".join(json.dumps({"text": f"{i} {STORY}"}) + "\n" for i in range(40)).encode()
+    put("named.jsonl", lines)
+    put("named.json", lines)
+    put("packed.json.xz", lzma.compress(lines))
+    hashes = []
+    for data in ("named.jsonl", "named.json", "packed.json.xz", lines, bz2.compress(lines)):
+        if isinstance(data, bytes):
+            typed(monkeypatch, data)
+            data = "-"
+        say(*tiny(data, out=f"run{len(hashes)}"))
+        hashes.append(read_settings(Path(f"run{len(hashes)}"))[3]["sha256"])
+    assert len(set(hashes)) == 1
+
+
 def test_streams_may_have_json_lines(say, fail, monkeypatch):
     lines = "".join(
         json.dumps({"text": part, "other": "x" * 9}) + "\n" for part in TEXT.decode().split(".")
@@ -414,3 +478,167 @@ def test_resume_refuses_a_damaged_validation(say, fail, text, value):
             found["validation"] = value
     Path("run/training.json").write_text(json.dumps(settings))
     fail("train", "--resume", "run", "--steps", 3)
+
+
+# --- Where texts lie ------------------------------------------------------------------------------
+
+
+def test_resume_takes_a_text_that_has_moved(say, fail, text):
+    valid = put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="run", validation=valid))
+    say(*tiny(text, out="whole", validation=valid, steps=4))
+    for name, place in ((text, "new/learned.txt"), (valid, "new/kept.txt")):
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(name).rename(place)
+    go_on = ("train", "--resume", "run", "--steps", 4, "--cache", "cache")
+    places = ("--data", "new/learned.txt", "--validation", "new/kept.txt")
+    message = fail(*go_on)
+    assert "text.txt: No such file or directory" in message
+    assert "--data or --validation says where the text has moved to" in message
+    assert "valid.txt: No such file" in fail(*go_on, *places[:2])
+    put("other.txt", TEXT.upper())
+    before, settings = Path("run/training.json").read_bytes(), read_settings(Path("run"))
+    wrong = fail(*go_on, "--data", "other.txt", *places[2:])
+    assert settings[3]["sha256"] in wrong
+    swapped = fail(*go_on, "--data", "new/kept.txt", "--validation", "new/learned.txt")
+    for message in (wrong, swapped):
+        assert re.search(
+            "is another text: its SHA-256 .*is [0-9a-f]{64}, expected [0-9a-f]{64}", message
+        )
+    assert Path("run/training.json").read_bytes() == before
+    say(*go_on, *places)
+    # It is known from now on.
+    source = read_settings(Path("run"))[3]
+    assert [source["path"], source["validation"]] == [
+        os.path.abspath(place) for place in ("new/learned.txt", "new/kept.txt")
+    ]
+    assert source["name"] == "text.txt"
+    say("train", "--resume", "run", "--steps", 5, "--cache", "cache")
+
+
+def test_resume_refuses_a_place_of_what_a_run_has_not(say, fail, text):
+    say(*tiny(text, out="run"))
+    go_on = ("train", "--resume", "run", "--steps", 4, "--cache", "cache")
+    assert "--validation cannot change" in fail(*go_on, "--validation", text)
+    settings = json.loads(Path("run/training.json").read_bytes())
+    del settings["source"]["sha256"]
+    Path("run/training.json").write_text(json.dumps(settings))
+    assert "--data cannot be checked" in fail(*go_on, "--data", text)
+
+
+@pytest.mark.parametrize("data", ["texts/text.txt", "texts", "texts/*.txt"])
+def test_run_that_has_moved_finds_the_text_that_moved_with_it(say, fail, monkeypatch, data):
+    Path("old/runs").mkdir(parents=True)
+    put("old/texts/text.txt", TEXT)
+    put("old/texts/text.md", TEXT[:200])
+    cache = os.path.abspath("cache")
+    monkeypatch.chdir("old")
+    say(*tiny(data, "--evaluate-every", "1", out="runs/mine", cache=cache))
+    monkeypatch.chdir("..")
+    measured = say("evaluate", "--model", "old/runs/mine", "--cache", cache).out
+    Path("old").rename("new")
+    for model in ("new/runs/mine", "new/runs/mine/best"):
+        found = say("evaluate", "--model", model, "--cache", cache).out
+        assert model.endswith("best") or found == measured
+    say("train", "--config", "new/runs/mine", "--cache", cache, "--out", "again")
+    say("train", "--resume", "new/runs/mine", "--steps", 3, "--cache", cache)
+    assert read_settings(Path("new/runs/mine"))[3]["path"] == os.path.abspath(f"new/{data}")
+    words = shlex.split(train_command(Path("new/runs/mine")))
+    assert words[words.index("--data") + 1] == os.path.abspath(f"new/{data}")
+
+
+def test_run_finds_the_text_beside_it(say, fail, tmp_path):
+    put("deep/down/text.txt", TEXT)
+    say(*tiny("deep/down/text.txt", out="runs/mine"))
+    Path("there").mkdir()
+    Path("runs/mine").rename("there/mine")
+    Path("deep/down/text.txt").rename("there/text.txt")
+    say("train", "--resume", "there/mine", "--steps", 3, "--cache", "cache")
+    # What has its name and is another is not taken.
+    put("there/text.txt", TEXT.upper())
+    assert "or is another text" in fail("evaluate", "--model", "there/mine", "--cache", "cache")
+
+
+def test_evaluate_is_told_where_the_text_of_a_run_lies(say, fail, text):
+    valid = put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="run", validation=valid))
+    measure = ("evaluate", "--model", "run", "--cache", "cache")
+    expected = say(*measure).out
+    Path(text).rename("learned.txt")
+    Path(valid).rename("kept.txt")
+    assert "(--run-data or --run-validation says where the text has moved to)" in fail(*measure)
+    places = ("--run-data", "learned.txt", "--run-validation", "kept.txt")
+    assert say(*measure, *places).out == expected
+    put("other.txt", TEXT.upper())
+    assert "is another text" in fail(*measure, "--run-data", "other.txt", *places[2:])
+    assert "exclude --data" in fail(*measure, *places, "--data", "other.txt")
+
+
+def test_report_says_where_a_text_lies_now(say, text):
+    say(*tiny(text, out="runs/mine"))
+    command = train_command(Path("runs/mine"))
+    assert f"--data {os.path.abspath(text)} " in command
+    Path("runs/mine").rename("mine")
+    Path("mine/text").mkdir()
+    Path(text).rename("mine/text.txt")
+    assert f"--data {os.path.abspath('mine/text.txt')} " in train_command(Path("mine"))
+
+
+# --- Several texts --------------------------------------------------------------------------------
+
+
+def test_train_takes_several_texts(say, fail):
+    parts = (STORY * 10).encode(), (STORY * 10).upper().encode()
+    for name, content in zip(("a.txt", "b.txt", "c.txt"), (*parts, TEXT[:200]), strict=True):
+        put(name, content)
+    put("both.jsonl", "\n".join(json.dumps({"text": part.decode()}) for part in parts).encode())
+    options = tiny("a.txt", out="run")
+    options[3:3] = ["b.txt"]
+    say(*options)
+    say(*tiny("both.jsonl", out="lines"))
+    source, as_lines = (read_settings(Path(name))[3] for name in ("run", "lines"))
+    assert source["path"] == [os.path.abspath(name) for name in ("a.txt", "b.txt")]
+    assert source["name"] == "a.txt + b.txt"
+    assert source["sha256"] == as_lines["sha256"]
+    go_on = ("train", "--resume", "run", "--cache", "cache", "--steps")
+    say(*go_on, 3)
+    say("evaluate", "--model", "run", "--cache", "cache")
+    words = shlex.split(train_command(Path("run")))
+    assert words[words.index("--data") + 1 :][:2] == source["path"]
+    # Twice named is as named together, in that order.
+    say(*tiny("a.txt", "--data", "b.txt", "--validation", "a.txt", "c.txt", out="again"))
+    again = read_settings(Path("again"))[3]
+    assert again["path"] == source["path"]
+    assert again["validation"] == [os.path.abspath(name) for name in ("a.txt", "c.txt")]
+    assert "is another text" in fail(*go_on, 4, "--data", "b.txt", "a.txt")
+    assert "is another text" in fail(*go_on, 4, "--data", "a.txt")
+    Path("b.txt").rename("moved.txt")
+    assert "b.txt: No such file" in fail(*go_on, 4)
+    say(*go_on, 4, "--data", "a.txt", "moved.txt")
+
+
+def test_commands_take_several_texts(say, fail, text):
+    put("b.txt", b"more of it")
+    found = json.loads(say("data", "inspect", text, "b.txt", "--json").out)
+    assert (found["files"], found["bytes"]) == (2, len(TEXT) + 10)
+    say("data", "tokenize", text, "b.txt", "--out", "tokens")
+    assert read_index(Path("tokens")).parts["text"].documents == 2
+    say(*tiny(text, out="run"))
+    alone, both = (
+        say("evaluate", "--model", "run", "--cache", "cache", "--data", *paths).out
+        for paths in ([text], [text, "b.txt"])
+    )
+    assert alone != both
+
+
+def test_several_texts_that_cannot_be_taken(refuse, text):
+    put("train.bin", np.arange(300, dtype="<u2").tobytes())
+    put("val.bin", np.arange(300, dtype="<u2").tobytes())
+    for more, reason in (
+        (("train.bin",), "train.bin holds tokens"),
+        (("none.txt",), "none.txt: No such file"),
+        (("",), "--data is empty"),
+    ):
+        assert reason in refuse(*tiny(text, "--data", *more))
+    assert "holds tokens" in refuse(*tiny("train.bin", "--data", "val.bin"))
+    assert "holds tokens" in refuse(*tiny("train.bin", "--validation", "val.bin", "train.bin"))

@@ -1,9 +1,12 @@
 """The training loop: what it measures, that it repeats to the bit, that no crash loses a run."""
 
+import copy
 import errno
+import gc
 import json
 import math
 import os
+import pickle
 import shutil
 import stat
 import struct
@@ -28,10 +31,11 @@ from legacy1bit.corpus import Corpus, story_corpus, text_corpus
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.forward import forward_llm_batch
+from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
-from legacy1bit.model import ModelFileError, create_legacy_llm, load_model
+from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.shards import TokenStore
 from legacy1bit.tokenizer import ByteTokenizer, train_bpe
@@ -725,6 +729,15 @@ def test_run_goes_on_where_it_was_in_the_data(tmp_path, name):
     assert run.best == whole.best
 
 
+def test_trainer_keeps_the_warm_up_that_it_began_with(tmp_path):
+    run = make(tmp_path / "run", steps=20, warmup_steps=None)
+    assert run.config.warmup_steps == 2
+    run.save()
+    _, training, _, _ = read_settings(run.folder)
+    assert training.warmup_steps == 2
+    assert replace(training, steps=2000).learning_rate_at(1) == training.learning_rate
+
+
 @every_data
 def test_record_tells_how_much_is_padding(tmp_path, name):
     run = make(tmp_path / "run", data=DataConfig(**DATA[name]), gradient_accumulation=2)
@@ -1360,7 +1373,7 @@ def with_losses(monkeypatch, losses, whole=None):
 
 def step_of(folder):
     """The step that a run's files are of; every one must be of the same."""
-    steps = load_model(folder).provenance.steps
+    steps = json.loads(header_of(folder / WEIGHTS_FILE)["provenance"])["steps"]
     assert header_of(folder / CHECKPOINT_FILE)["step"] == str(steps)
     return steps
 
@@ -1410,6 +1423,73 @@ def test_best_folder_holds_the_run_as_it_was_at_its_best(tmp_path, monkeypatch, 
     assert contents(run.folder / BEST_FOLDER) == then
     assert step_of(run.folder / BEST_FOLDER) == best
     assert step_of(run.folder) == STEPS
+
+
+@pytest.mark.parametrize("name", RISES_AND_FALLS)
+def test_best_model_is_that_of_the_run(tmp_path, monkeypatch, name):
+    losses, best = RISES_AND_FALLS[name]
+    with_losses(monkeypatch, losses)
+    run = make(tmp_path / "run", learning_rate=0.05)
+    train(run)
+    model, metrics = run.best_model()
+    assert model.provenance.steps == best
+    if best == STEPS:
+        assert model is run.model
+        assert metrics is run.metrics
+        return
+    assert_same_state(
+        {name: _numbers(value) for name, value in model.parameters.items()},
+        {
+            name: _numbers(value)
+            for name, value in load_model(run.folder / BEST_FOLDER).parameters.items()
+        },
+    )
+    assert metrics == evaluate(model, run.corpus.validation)
+    # Without what was kept, the last one is what there is.
+    shutil.rmtree(run.folder / BEST_FOLDER)
+    assert run.best_model() == (run.model, run.metrics)
+
+
+def _numbers(value):
+    return getattr(value, "values", value)
+
+
+PATIENCE = {
+    "ends": ({2: 3.0, 4: 1.0, 6: 2.0, 8: 1.0, 10: 0.5}, 2, 8),
+    "begins anew": ({2: 1.0, 4: 3.0, 6: 0.5, 8: 3.0, 10: 2.0}, 2, 10),
+    "lasts": ({2: 1.0, 4: 3.0, 6: 3.0, 8: 3.0, 10: 0.5, 12: 2.0}, 4, 12),
+    "none": ({2: 1.0, 4: 2.0, 6: 2.0, 8: 2.0, 10: 2.0, 12: 2.0}, 0, 12),
+}
+
+
+@pytest.mark.parametrize("name", PATIENCE)
+def test_train_ends_after_its_patience(tmp_path, monkeypatch, name):
+    losses, patience, end = PATIENCE[name]
+    with_losses(monkeypatch, losses, whole=7.0)
+    run = make(tmp_path / "run", evaluate_every=2, patience=patience)
+    done, _, records = train(run)
+    assert done
+    assert run.step == records[-1]["step"] == newest(run).step == end
+    # The end is measured as any other.
+    assert records[-1]["val_loss"] == run.metrics.loss == 7.0
+
+
+@pytest.mark.parametrize("stop", [2, 4, 5, 6, 7])
+def test_patience_counts_what_came_before_a_run_went_on(tmp_path, monkeypatch, stop):
+    with_losses(monkeypatch, {2: 3.0, 4: 1.0, 5: 2.0, 6: 2.0, 7: 2.0, 8: 1.0, 10: 0.5})
+    settings = {"evaluate_every": 2, "patience": 2}
+    assert train(make(tmp_path / "run", **settings), stop_at=stop)[0] is False
+    run = resumed(tmp_path / "run", **settings)
+    assert train(run)[0] is True
+    assert run.step == 8
+
+
+def test_patience_begins_with_the_end_of_a_warm_start(tmp_path, monkeypatch):
+    with_losses(monkeypatch, dict.fromkeys(range(13), 1.0))
+    run = make(tmp_path / "run", evaluate_every=2, patience=2, float_steps=5)
+    train(run)
+    assert run.best[1] == 6
+    assert run.step == 10
 
 
 def test_best_is_found_by_what_every_look_is_at(tmp_path, monkeypatch):
@@ -2015,3 +2095,48 @@ def test_checkpoint_header_is_checked(tmp_path, key, value):
     save_file(load_file(path), path, header)
     with pytest.raises(ModelFileError, match=r"not a checkpoint: its .* expected 0 to"):
         restored(tmp_path / "run")
+
+
+def test_trainer_refuses_to_be_copied(tmp_path):
+    run = make(tmp_path / "run")
+    for copied in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(TypeError, match="a trainer cannot be copied or pickled: save the run"):
+            copied(run)
+
+
+NATIVE = {
+    "AdamW", "BackwardContext", "BackwardPass", "Decoder", "ForwardContext", "LegacyLLM",
+    "LegacyLLMGradients", "Muon", "PackedModel", "SGD", "Trainer",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_training_leaves_no_native_memory_to_the_collector(tmp_path, ended):
+    """What a trainer and its models hold goes with the last reference to them."""
+
+    def native():
+        return sorted(type(one).__name__ for one in gc.get_objects()
+                      if type(one).__name__ in NATIVE)  # fmt: skip
+
+    gc.collect()
+    gc.disable()
+    try:
+        before = native()
+        run = make(tmp_path / "run")
+        if ended:
+            train(run)
+        else:
+            run.train_step()
+            # The thread that makes batches holds none of it.
+        assert len(native()) > len(before) + 4
+        del run
+        assert native() == before
+        generator = Generator.load(tmp_path / "run") if ended else None
+        if generator is not None:
+            generator.complete("a", 5)
+            generator.embed("a")
+            generator.log_probabilities("ab")
+        del generator
+        assert native() == before
+    finally:
+        gc.enable()

@@ -25,6 +25,7 @@ from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.search_space import (
     default_space,
 )
+from legacy1bit.trainer import read_settings
 from legacy1bit.tune import TrialResult, best_of, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,8 +34,16 @@ POSTGRES = os.environ.get("LEGACY1BIT_POSTGRES")
 
 few = settings(max_examples=60, deadline=None)
 
-TINY = ("--blocks", "1", "--heads", "2", "--sequence-length", "16", "--batch-size", "2",
-        "--threads", "1", "--seed", "3")  # fmt: skip
+# What the command line names is not searched, a file's settings are.
+TINY = """
+[model]
+num_blocks = 1
+num_heads = 2
+sequence_length = 16
+[training]
+batch_size = 2
+seed = 3
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -44,12 +53,14 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     digest = tune._digest
     monkeypatch.setattr(tune, "_digest", lambda values: digest(values[:2]))
     Path("space.toml").write_text(SPACE)
+    Path("tiny.toml").write_text(TINY)
     Path("text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)))
 
 
 def search(out, *options):
     """Options of a quick search."""
-    arguments = ["tune", "--data", "text.txt", "--space", "space.toml", "--out", out, *TINY]
+    arguments = ["tune", "--data", "text.txt", "--space", "space.toml", "--config", "tiny.toml"]
+    arguments += ["--threads", "1", "--out", out]
     if "--steps" not in options and "--seconds" not in options:
         arguments += ["--steps", "6"]
     return [*arguments, "--cache", "cache", *map(str, options)]
@@ -133,7 +144,8 @@ def test_search_writes_settings_that_train(say):
         assert (folder / WEIGHTS_FILE).exists() == (one.number == best.number)
     read = read_config("study/best.toml")
     assert {**read["model"], "vocab_size": 256} == best.model
-    assert read["training"] == best.training
+    # The warm-up is what it is in a run of so many steps.
+    assert {**read["training"], "warmup_steps": None} == best.training
     say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
         "--out", "again")  # fmt: skip
     again = read_metrics("again/metrics.jsonl")[-1]
@@ -141,6 +153,46 @@ def test_search_writes_settings_that_train(say):
     path = Path(f"study/trials/{best.number:04}")
     assert (path / WEIGHTS_FILE).stat().st_size == best.bytes
     assert load_model(path).config.to_dict() == best.model
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "grid"])
+def test_search_leaves_what_the_command_line_names(say, fail, sampler):
+    """What a file of settings names is only where it begins."""
+    pytest.importorskip("optuna")
+    Path("space.toml").write_text(
+        "[learning_rate]\nchoices = [1e-3, 2e-3]\n[num_heads]\nchoices = [2, 4]\n"
+        "[model_dim]\nchoices = [8, 16]\n[final_norm]\nchoices = [true, false]\n"
+    )
+    named = ("--model-dim", 24, "--learning-rate", 0.001, "--no-final-norm")
+    options = ("--sampler", sampler, "--trials", 2, "--no-prune")
+    errors = say(*search("study", *options, *named)).err.decode()
+    line = "not searched, as the command line sets it: --learning-rate, --model-dim, --final-norm"
+    assert line in errors.splitlines()
+    assert "searching 1 settings" in errors
+    found = results_in("study")
+    assert len(found) == 2
+    for one in found:
+        assert one.chosen.keys() == {"num_heads"}
+        assert (one.model["model_dim"], one.model["final_norm"]) == (24, False)
+        assert one.training["learning_rate"] == 0.001
+    assert found[0].chosen == {"num_heads": 2}
+    # A study that goes on has the space that it began with.
+    say("tune", "--resume", "study", "--trials", 3, "--cache", "cache", "--threads", 1)
+    assert all(one.chosen.keys() == {"num_heads"} for one in results_in("study"))
+    message = fail(*search("none", *options, *named, "--heads", 4))
+    assert "leave out one of --learning-rate, --heads, --model-dim, --final-norm" in message
+    assert not Path("none").exists()
+
+
+@pytest.mark.usefixtures("no_threads")
+@pytest.mark.parametrize(("jobs", "needed"), [(1, 1), (3, 7)])
+def test_search_needs_threads(fail, tmp_path, monkeypatch, jobs, needed):
+    monkeypatch.chdir(tmp_path)
+    assert fail("tune", "--stories", 20, "--jobs", jobs, "--out", "study") == (
+        f"the system does not allow the {needed} threads or processes more that tune needs: lower "
+        "--jobs, or raise the limit (ulimit -u)"
+    )
+    assert not Path("study").exists()
 
 
 def test_search_keeps_to_a_limit_in_bytes(say):
@@ -224,6 +276,17 @@ def test_search_goes_on_where_it_diverges_at_once(say):
         assert "try a lower --learning-rate" in one.reason
 
 
+def test_trials_warm_up_for_a_share_of_their_steps(say, monkeypatch):
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(tune, "steps_within", lambda *arguments: 20)
+    say(*search("study", "--seconds", 1, "--trials", 1))
+    assert read_settings(Path("study/trials/0000"))[1].warmup_steps == 2
+    # The settings that were found have a share, too, whatever the run's length then is.
+    assert "warmup_steps" not in read_config("study/best.toml")["training"]
+    say(*search("named", "--seconds", 1, "--trials", 1, "--warmup-steps", 15))
+    assert read_settings(Path("named/trials/0000"))[1].warmup_steps == 15
+
+
 def test_search_ends_without_a_gain(say, monkeypatch):
     pytest.importorskip("optuna")
     real, count = tune.Tuner._train, itertools.count()
@@ -267,12 +330,23 @@ def test_study_goes_on(say, fail):
         (("--seconds", 3), "--seconds cannot be changed"),
         (("--model-dim", 3), "--model-dim cannot be changed"),
         (("--no-prune",), "--no-prune cannot be changed"),
-        (("--data", "text.txt"), "--data cannot be changed"),
+        (("--validation", "text.txt"), "--validation goes with a run that has such a text"),
     ):
         assert message in fail("tune", "--resume", "study", "--trials", 5, *options)
     assert "holds a study already" in fail(*search("study", "--trials", 3))
+    Path("text.txt").rename("moved.txt")
+    go_on = ("tune", "--resume", "study", "--cache", "cache", "--threads", 1, "--trials")
+    assert "--data or --validation says where" in fail(*go_on, 5)
+    say(*go_on, 5, "--data", "moved.txt")
     Path("text.txt").write_text("other " * 1000)
-    assert "has changed" in fail("tune", "--resume", "study", "--trials", 5, "--cache", "cache")
+    for more in ((), ("--data", "text.txt")):
+        assert "has changed" in fail(*go_on, 6, *more)
+    # Beside a study that has moved its text is known by its name.
+    Path("moved.txt").rename("text.txt")
+    Path("there").mkdir()
+    for name in ("study", "text.txt"):
+        Path(name).rename(Path("there", name))
+    say("tune", "--resume", "there/study", *go_on[3:], 6)
 
 
 def test_search_says_what_is_wrong(fail):

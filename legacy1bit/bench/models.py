@@ -207,7 +207,7 @@ def memory(
         saved = Path(place, "model")
         save_model(create_legacy_llm(config, 1, trainable=False), saved)
         program = ["-m", "legacy1bit.main"]
-        writing = ["generate", "--model", str(saved), "--prompt", "Once", "--max-tokens", "64"]
-        yield "memory: generate, 5 M", peak_memory([*program, *writing])
+        writing = ["generate", "--prompt", "Once", "--max-tokens", "64", "--seed", "0", "--model"]
+        yield "memory: generate, 5 M", peak_memory([*program, *writing, str(saved)])
         options = ["--steps", "2", *training_arguments, "--out", str(Path(place, "run"))]
         yield "memory: default training", peak_memory([*program, "train", *options])

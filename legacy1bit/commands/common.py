@@ -1,6 +1,7 @@
 """What several commands share: options made of settings, and where models lie."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -24,6 +25,8 @@ _OPTIONS = {
     "vocabulary": "vocab-size",
     "num_blocks": "blocks",
     "num_heads": "heads",
+    # A study's, beside that of each training.
+    "trial_patience": "patience",
 }
 
 
@@ -83,8 +86,9 @@ def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= _MOST:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} is {value:.15g}, expected it above 0, up to {_MOST:g}")
+            raise ValueError(
+                f"--{option_of(name)} is {value:.15g}, expected it above 0, up to {_MOST:g}"
+            )
 
 
 def threads_of(arguments: argparse.Namespace) -> int:
@@ -105,6 +109,16 @@ def read_model(path: Path) -> LegacyLLM:
         If it cannot be read.
     """
     return import_c_v1(path) if path.is_file() else load_model(path)
+
+
+def write_bytes(data: bytes) -> None:
+    """Write to standard output, as text where what stands in for it takes nothing else."""
+    output = sys.stdout
+    if hasattr(output, "buffer"):
+        output.buffer.write(data)
+    else:
+        output.write(data.decode("utf-8", "replace"))
+    output.flush()
 
 
 def latest_run() -> Path:

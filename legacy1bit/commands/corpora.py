@@ -4,10 +4,8 @@ import argparse
 import contextlib
 import filecmp
 import hashlib
-import json
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,18 @@ from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
 from legacy1bit.files import remove_left_behind, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, check_there, path_entry, paths_of
 from legacy1bit.shards import INDEX_FILE, cache_key, default_cache
-from legacy1bit.sources import STANDARD_INPUT, Source, is_token_file, open_source, read_token_file
+from legacy1bit.sources import (
+    NANOGPT_TOKENS,
+    STANDARD_INPUT,
+    Source,
+    is_token_file,
+    open_source,
+    read_token_file,
+    standard_input,
+    token_file_info,
+)
 from legacy1bit.tokenizer import (
     TOKENIZER_FILE,
     ByteTokenizer,
@@ -42,8 +50,8 @@ _HELD_OUT_STORIES = 256
 # Tokens of BPE that nobody has asked for in other numbers; the bytes are among them.
 _VOCABULARY = 1024
 
-# A text without a name is JSON lines if its first line is, and is no longer than this.
-_FIRST_LINE = 16 << 20
+# Of several texts, whose names are that of all.
+_MOST_NAMES = 3
 
 # A vocabulary is learned from the beginning of a text, where there is more of it than this: more
 # text hardly changes it.
@@ -55,10 +63,18 @@ def add_data(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--data",
         metavar="PATH",
-        help="a text file, a folder, a pattern or -; .jsonl, .parquet, .gz and .zst, and .bin of "
-        "tokens, too (default: the stories)",
+        nargs="+",
+        action="extend",
+        help="text files, folders, patterns or -; .jsonl, .parquet, .gz, .zst, .xz and .bz2, and "
+        ".bin of tokens, too (default: the stories); with --resume, where the text has moved to",
     )
-    command.add_argument("--validation", metavar="PATH", help="a text of its own to validate on")
+    command.add_argument(
+        "--validation",
+        metavar="PATH",
+        nargs="+",
+        action="extend",
+        help="a text of its own to validate on",
+    )
     command.add_argument(
         "--tokenizer-from",
         metavar="DIR",
@@ -91,17 +107,33 @@ def source_of(arguments: argparse.Namespace, seed: int) -> dict[str, Any]:
         return {"name": STORIES, "stories": count, "seed": seed}
     if count is not None:
         raise ValueError("--stories and --data exclude each other")
-    if "" in (data, arguments.validation):
-        raise ValueError("--data or --validation is empty, expected a path")
-    validation = arguments.validation
-    if validation is not None and _is_stream(validation):
-        raise ValueError(f"--validation is {validation}, which is a stream: expected a file")
-    data = kept(data, arguments.cache)
+    validation = _paths_named(arguments.validation, "validation")
+    data = _paths_named(data, "data", arguments.cache)
     return {
-        "name": Path(data).name,
-        "path": _absolute(data),
-        "validation": None if validation is None else _absolute(validation),
+        "name": _name_of(data),
+        TEXT_PATH: path_entry(data),
+        VALIDATION_PATH: path_entry(validation) if validation else None,
     }
+
+
+def _paths_named(paths: Sequence[str] | None, option: str, cache: Path | None = None) -> list[str]:
+    """Return the absolute paths that an option names, none where it is not given.
+
+    Only --data may name streams.
+    """
+    paths = paths or []
+    for path in paths:
+        if not path:
+            raise ValueError(f"--{option} is empty, expected a path")
+        if option != "data" and _is_stream(path):
+            raise ValueError(f"--{option} is {path}, which is a stream: expected a file")
+    return [_absolute(path) for path in kept(paths, cache)]
+
+
+def _name_of(paths: Sequence[str]) -> str:
+    """Return what a text is called."""
+    names = [Path(path).name for path in paths]
+    return " + ".join(names if len(names) <= _MOST_NAMES else [*names[:_MOST_NAMES], "..."])
 
 
 def _absolute(path: str) -> str:
@@ -111,9 +143,48 @@ def _absolute(path: str) -> str:
         raise ValueError(f"{path} is in the current folder, which has been removed") from None
 
 
-def kept(path: str, cache: Path | None) -> str:
-    """Return a path that can be read more than once: what a stream carries is kept."""
-    return _keep_stream(cache or default_cache(), path) if _is_stream(path) else path
+def moved(
+    source: dict[str, Any],
+    folder: Path,
+    named: dict[str, Sequence[str] | None],
+    cache: Path | None,
+) -> dict[str, Any]:
+    """Return the source that a run or a study has recorded, with its texts where they lie now.
+
+    Parameters
+    ----------
+    source : dict
+    folder : Path
+        Of the run or the study.
+    named : dict of str to list of str or None
+        What two options say of where its text and its validation text have moved to.
+    cache : Path or None
+
+    Raises
+    ------
+    ValueError
+        If there is no such text, or nothing says whether it is the same.
+    OSError
+        If a text is nowhere.
+    """
+    for (option, paths), key in zip(named.items(), (TEXT_PATH, VALIDATION_PATH), strict=True):
+        if paths is None:
+            continue
+        if not paths_of(source, key):
+            raise ValueError(f"--{option} goes with a run that has such a text, unlike {folder}")
+        if "sha256" not in source:
+            raise ValueError(f"--{option} cannot be checked: {folder} tells no SHA-256 of its text")
+        source = {**source, key: path_entry(_paths_named(paths, option, cache))}
+    options = " or ".join(f"--{option}" for option in named)
+    check_there(source, f"{options} says where the text has moved to")
+    return source
+
+
+def kept(paths: Sequence[str], cache: Path | None) -> list[str]:
+    """Return paths that can be read more than once: what a stream carries is kept."""
+    return [
+        _keep_stream(cache or default_cache(), path) if _is_stream(path) else path for path in paths
+    ]
 
 
 def _is_stream(path: str) -> bool:
@@ -137,9 +208,7 @@ def _keep_stream(cache: Path, data: str) -> str:
             if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
                 raise ValueError(f"{data} is a device, expected a file or a pipe")
             return _keep(cache, stream, data)
-    if sys.stdin is None:
-        raise ValueError("standard input is closed")
-    return _keep(cache, sys.stdin.buffer, "standard input")
+    return _keep(cache, standard_input(), "standard input")
 
 
 def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
@@ -161,8 +230,8 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
                 os.fsync(file.fileno())
         if temporary.stat().st_size == 0:
             raise ValueError(f"{name} is empty, expected text")
-        suffix = "jsonl" if _is_json_lines(temporary) else "txt"
-        path = folder / f"{digest.hexdigest()[:16]}.{suffix}"
+        # Without a suffix, its beginning says what it is.
+        path = folder / digest.hexdigest()[:16]
         # The same text keeps its file with its time, and so its tokens.
         if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
             os.replace(temporary, path)
@@ -170,16 +239,6 @@ def _keep(cache: Path, stream: BinaryIO, name: str) -> str:
         with contextlib.suppress(OSError):
             temporary.unlink()
     return str(path)
-
-
-def _is_json_lines(path: Path) -> bool:
-    """Whether a text without a name begins with a JSON object on a line of its own."""
-    with open(path, "rb") as file:
-        line = file.readline(_FIRST_LINE)
-    try:
-        return isinstance(json.loads(line), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 @contextlib.contextmanager
@@ -224,39 +283,47 @@ def corpus_of(
         _refuse(data, _OF_TEXTS, "the stories")
         return _stories(source, config), config
     _check_kind(source, "name", str)
-    _check_place(source, "path")
-    path, other = source["path"], source.get("validation")
-    if other is not None:
-        _check_place(source, "validation")
-    if is_token_file(path) != is_token_file(path if other is None else other):
-        raise ValueError(f"of {path} and {other} one holds tokens, the other one text")
-    if all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE)):
+    paths, others = _places(source, TEXT_PATH), _places(source, VALIDATION_PATH)
+    if not paths:
+        raise ValueError("the run's source has no path, which is damaged")
+    path, other = paths[0], others[0] if others else None
+    for one in others:
+        if is_token_file(one) != is_token_file(path):
+            raise ValueError(f"of {path} and {one} one holds tokens, the other one text")
+    if len(paths) == 1 and is_token_folder(path):
         _refuse(data, (*_OF_READING, "vocabulary"), "a folder of tokens")
-        if other is not None:
+        if others:
             raise ValueError("--validation goes with a text, and not with a folder of tokens")
         found_beside = load_tokenizer(path)
         if tokenizer is not None and tokenizer.sha256 != found_beside.sha256:
             raise ValueError(f"{path} has tokens of its own tokenizer, and not of another")
         corpus = shard_corpus(Path(path), found_beside, data, config.sequence_length)
-    elif is_token_file(path):
+    elif is_token_file(path) and max(len(paths), len(others)) == 1:
         tokens = read_token_file(path)
         _refuse(data, _OF_READING, "a file of tokens")
         if tokenizer is not None and tokenizer.kind in ("chars", "bpe"):
             raise ValueError(f"{path} has tokens of another program, and not of a tokenizer's")
         validation_tokens = None if other is None else read_token_file(other)
+        formats = [token_file_info(file).format for file in (path, other) if file is not None]
+        # A run that goes on has had its vocabulary from the start.
+        most = {"most": NANOGPT_TOKENS} if tokenizer is None and "nanoGPT" in formats else {}
         corpus = token_corpus(
-            tokens, source["name"], data, config.sequence_length, validation_tokens
+            tokens, source["name"], data, config.sequence_length, validation_tokens, **most
         )
     else:
-        found = _open(path, data)
-        validation = None if other is None else _open(other, data)
+        found = _open(paths, data)
+        validation = _open(others, data) if others else None
         cache = cache or default_cache()
         with _named(cache):
             corpus = _text_corpus(found, validation, data, config, cache, tokenizer)
     if data.subword_splitting and (corpus.tokenizer.parents < 0).all():
         raise ValueError("--subword-splitting splits merged tokens: expected --tokenizer bpe")
     if source.setdefault("sha256", corpus.sha256) != corpus.sha256:
-        raise ValueError(f"{path} has changed since the run began")
+        whose = "its SHA-256" + (" with the others'" if len(paths) + len(others) > 1 else "")
+        raise ValueError(
+            f"{path} has changed since the run began, or is another text: {whose} is "
+            f"{corpus.sha256}, expected {source['sha256']}"
+        )
     return corpus, replace(config, vocab_size=corpus.training.pad_token)
 
 
@@ -290,8 +357,13 @@ def _text_corpus(
         )
 
 
-def _open(path: str, data: DataConfig) -> Source:
-    return open_source(path, data.field, data.encoding, data.separator)
+def is_token_folder(path: str) -> bool:
+    """Whether a path is that of a folder that ``data tokenize`` has written."""
+    return all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE))
+
+
+def _open(paths: Sequence[str], data: DataConfig) -> Source:
+    return open_source(paths, data.field, data.encoding, data.separator)
 
 
 def _check_kind(source: dict[str, Any], key: str, kind: type) -> None:
@@ -299,12 +371,13 @@ def _check_kind(source: dict[str, Any], key: str, kind: type) -> None:
         raise ValueError(f"the run's source has {key} {source.get(key)!r}, which is damaged")
 
 
-def _check_place(source: dict[str, Any], key: str) -> None:
-    """Raise ``ValueError`` unless a text lies where it can be read again and again."""
-    _check_kind(source, key, str)
-    path = source[key]
-    if not path or "\0" in path or _is_stream(path):
-        raise ValueError(f"the run's source has {key} {path!r}, expected a file or a folder")
+def _places(source: dict[str, Any], key: str) -> list[str]:
+    """Return the paths of a text, each of which can be read again and again."""
+    paths = paths_of(source, key)
+    for path in paths:
+        if not path or "\0" in path or _is_stream(path):
+            raise ValueError(f"the run's source has {key} {path!r}, expected a file or a folder")
+    return paths
 
 
 def _stories(source: dict[str, Any], config: ModelConfig) -> Corpus:
@@ -338,7 +411,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
     size = data.vocabulary
     if size is None and data.tokenizer == "bpe":
         size = _VOCABULARY
-    known = {"source": source.fingerprint(), "kind": data.tokenizer, "size": size}
+    fingerprint = source.fingerprint()
+    known = {"source": fingerprint, "kind": data.tokenizer, "size": size}
     folder = cache / f"tokenizer-{cache_key(known)}"
     with contextlib.suppress(OSError, ValueError):
         return load_tokenizer(folder)
@@ -350,6 +424,8 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
             tokenizer = train_bpe(pieces, size)
         else:
             tokenizer = character_tokenizer(pieces, size)
+    if source.fingerprint() != fingerprint:
+        raise ValueError(f"{source.name} has changed while it was read")
     # What is there is damaged, or another process has just written the same.
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(folder)

@@ -4,6 +4,7 @@ import argparse
 import array
 import hashlib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -41,7 +42,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         ("train-tokenizer", f"write a {TOKENIZER_FILE}, which train --tokenizer-from takes"),
     ):
         action = actions.add_parser(name, help=meaning, description=meaning)
-        action.add_argument("path", metavar="PATH", help="a file, a folder, a pattern or -")
+        action.add_argument(
+            "paths", metavar="PATH", nargs="+", help="a file, a folder, a pattern or -"
+        )
         add_cache(action)
         add_settings(action, "the data", DataConfig, _READING)
         if name == "inspect":
@@ -55,10 +58,11 @@ def run(arguments: argparse.Namespace) -> int:
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
-    path = kept(arguments.path, cache)
-    if is_token_file(path):
-        raise ValueError(f"{path} holds tokens already, expected text")
-    source = open_source(path, data.field, data.encoding, data.separator)
+    paths = kept(arguments.paths, cache)
+    for path in paths:
+        if is_token_file(path):
+            raise ValueError(f"{path} holds tokens already, expected text")
+    source = open_source(paths, data.field, data.encoding, data.separator)
     actions = {"inspect": _inspect, "tokenize": _tokenize, "train-tokenizer": _train_tokenizer}
     return actions[arguments.action](arguments, source, data, cache)
 
@@ -167,6 +171,7 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     tokenizer = tokenizer_for(source, data, cache)
     found = inspect(source, tokenizer)
+    _warn(source, found.documents)
     if arguments.json:
         print(json.dumps(asdict(found)))
         return 0
@@ -185,6 +190,11 @@ def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, ca
     print("\nthe most frequent tokens")
     _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in found.most_frequent])
     return 0
+
+
+def _warn(source: Source, documents: int) -> None:
+    if warning := source.warning(documents):
+        print(warning, file=sys.stderr)
 
 
 def _print_bars(rows: Sequence[tuple[str, int]]) -> None:
@@ -212,6 +222,7 @@ def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, c
         )
     seconds = time.perf_counter() - begin
     part = index.parts[TEXT]
+    _warn(source, part.documents)
     print(
         f"{arguments.out}: {part.tokens:,} tokens of {part.documents:,} documents, "
         f"{part.bytes / 1e6 / max(seconds, 1e-9):,.0f} MB/s"

@@ -1,6 +1,8 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +17,14 @@ from legacy1bit.commands.common import (
     latest_run,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_cache, corpus_of, kept
+from legacy1bit.commands.corpora import add_cache, corpus_of, is_token_folder, kept, moved
 from legacy1bit.corpus import TEXT
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.shards import INDEX_FILE, TokenStore, open_store, read_index
+from legacy1bit.shards import TokenStore, open_store, read_index
 from legacy1bit.sources import is_token_file, open_source, read_token_file
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of
+from legacy1bit.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
 # Sequences that are cut at their ends leave some tokens out, which need not be told.
@@ -34,8 +36,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_model(command)
     add_cache(command)
     command.add_argument(
-        "--data", metavar="PATH", help="any text, as for train (default: the run's validation set)"
+        "--data",
+        metavar="PATH",
+        nargs="+",
+        action="extend",
+        help="any text, as for train (default: the run's validation set)",
     )
+    for option, text in (("--run-data", "text"), ("--run-validation", "validation text")):
+        command.add_argument(
+            option,
+            metavar="PATH",
+            nargs="+",
+            action="extend",
+            help=f"where the run's own {text} has moved to, to measure its validation set",
+        )
     add_settings(command, "the data", DataConfig, ("field", "encoding", "separator"))
     command.add_argument("--threads", type=int, metavar="N", help=f"default: {ALL_CORES}")
 
@@ -47,8 +61,10 @@ def run(arguments: argparse.Namespace) -> int:
     model = load_model(folder)
     config = model.config
     tokenizer = tokenizer_of(folder, config.vocab_size)
+    places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
     if arguments.data is None:
         _, training, data, source = read_settings(folder)
+        source = moved(source, folder, places, arguments.cache)
         corpus, _ = corpus_of(source, data, config, arguments.cache, tokenizer)
         limit = training.validation_tokens
         metrics = evaluate(model, corpus.validation, threads, limit, tokenizer)
@@ -57,30 +73,36 @@ def run(arguments: argparse.Namespace) -> int:
             print_recall(recall_of_heroes(model, corpus.stories, threads))
         return 0
     given_data = DataConfig(**given(arguments, DataConfig))
-    if not arguments.data:
+    if any(places.values()):
+        raise ValueError("--run-data and --run-validation exclude --data")
+    if "" in arguments.data:
         raise ValueError("--data is empty, expected a path")
     tokens = _tokens_of(kept(arguments.data, arguments.cache), given_data, tokenizer)
     if tokens.size < 2:
-        raise ValueError(f"{arguments.data} has one byte, expected at least two")
+        raise ValueError(f"{' '.join(arguments.data)} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
     dataset = TokenDataset(tokens, length, config.pad_token)
     print_metrics(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
     return 0
 
 
-def _tokens_of(path: str, data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
+def _tokens_of(paths: Sequence[str], data: DataConfig, tokenizer: Tokenizer) -> TokenStore:
     """Return the tokens of a text, of as many documents as it has."""
-    if is_token_file(path):
-        return TokenStore([read_token_file(path)])
-    if all((Path(path) / name).is_file() for name in (INDEX_FILE, TOKENIZER_FILE)):
-        return _shards_of(Path(path), tokenizer)
+    if len(paths) == 1 and is_token_file(paths[0]):
+        return TokenStore([read_token_file(paths[0])])
+    if len(paths) == 1 and is_token_folder(paths[0]):
+        return _shards_of(Path(paths[0]), tokenizer)
     begin = np.array([tokenizer.bos_token or 0], np.int32)
     found: list[npt.NDArray[Any]] = []
-    for piece in open_source(path, data.field, data.encoding, data.separator).pieces():
+    source, documents = open_source(paths, data.field, data.encoding, data.separator), 0
+    for piece in source.pieces():
+        documents += piece.begins
         # What stands before a text of bytes is not known; any other begins as a document does.
         if piece.begins and (found or tokenizer.eos_token is not None):
             found.append(begin)
         found += tokenizer.encode_batch([piece.text])
+    if warning := source.warning(documents):
+        print(warning, file=sys.stderr)
     return TokenStore([np.concatenate(found)])
 
 

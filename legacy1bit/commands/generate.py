@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from legacy1bit.commands.common import (
     ALL_CORES,
@@ -20,11 +21,14 @@ from legacy1bit.commands.common import (
     given,
     latest_run,
     threads_of,
+    write_bytes,
 )
+from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.errors import INTERRUPTED
-from legacy1bit.generator import Completion, Generator
+from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
+from legacy1bit.sources import decode_text, standard_input
 from legacy1bit.tokenizer import tokenizer_of
 
 _MOST_SAMPLES = 1 << 20
@@ -57,13 +61,19 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="ask for prompts, with a history; an empty line goes on with the last text",
     )
     command.add_argument("--max-tokens", type=int, default=250, metavar="N", help="default: 250")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help="repeats a text (default: another one each time, which standard error tells)",
+    )
     command.add_argument(
         "--stop",
         action="append",
         default=[],
         metavar="TEXT",
-        help="end before this text; may be given several times",
+        type=with_line_breaks,
+        help="end before this text, \\n: a line break; may be given several times",
     )
     command.add_argument(
         "--count",
@@ -85,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write what is asked for."""
     sampling = SamplingConfig(**given(arguments, SamplingConfig))
     for name, value, low in (
-        ("seed", arguments.seed, 0),
+        ("seed", 0 if arguments.seed is None else arguments.seed, 0),
         ("max-tokens", arguments.max_tokens, 0),
         ("count", arguments.count, 1),
     ):
@@ -106,21 +116,20 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.model or latest_run()
     model = PackedModel.load(folder)
     generator = Generator(model, tokenizer_of(folder, model.config.vocab_size), threads)
+    seed = new_seed() if arguments.seed is None else arguments.seed
     if arguments.interactive:
-        return _interact(generator, arguments, sampling)
+        return _interact(generator, arguments, sampling, seed)
     _tell_of_length(generator, prompt)
     if arguments.count == 1 and not arguments.json:
-        return _write(generator, prompt, arguments, sampling, arguments.seed)[0]
-    return _write_all(generator, prompt, arguments, sampling)
+        return _write(generator, prompt, arguments, sampling, seed)[0]
+    return _write_all(generator, prompt, arguments, sampling, seed)
 
 
 def _prompt(arguments: argparse.Namespace) -> bytes:
     if arguments.prompt_file is None:
         return os.fsencode(arguments.prompt or "")
     if arguments.prompt_file == "-":
-        if sys.stdin is None:
-            raise ValueError("standard input is closed")
-        text = sys.stdin.buffer.read(_MOST_BYTES + 1)
+        text = standard_input().read(_MOST_BYTES + 1)
     else:
         with open(arguments.prompt_file, "rb") as file:
             text = file.read(_MOST_BYTES + 1)
@@ -129,6 +138,7 @@ def _prompt(arguments: argparse.Namespace) -> bytes:
             f"--prompt-file {arguments.prompt_file} has more than {_MOST_BYTES} bytes, expected a "
             "prompt"
         )
+    text = decode_text(text, f"--prompt-file {arguments.prompt_file}")
     return text.removesuffix(b"\n").removesuffix(b"\r")
 
 
@@ -141,8 +151,13 @@ def _tell_of_length(generator: Generator, prompt: bytes) -> None:
         )
 
 
-def _tell_speed(tokens: int, seconds: float) -> None:
+def _tell_end(
+    arguments: argparse.Namespace, sampling: SamplingConfig, seed: int, tokens: int, seconds: float
+) -> None:
+    """Tell the seed that nobody has chosen, where it counts, and the speed."""
     if tokens:
+        if arguments.seed is None and sampling.temperature > 0:
+            print(f"seed {seed} (--seed {seed} repeats it)", file=sys.stderr)
         rate = tokens / max(seconds, 1e-9)
         print(f"{tokens:,} tokens in {seconds:.2f} s: {rate:,.0f} tokens/s", file=sys.stderr)
 
@@ -155,25 +170,23 @@ def _write(
     seed: int,
 ) -> tuple[int, bytes]:
     """Write a text as it comes; return the status and the whole of it."""
-    output, text, status = sys.stdout.buffer, prompt, 0
+    text, status = prompt, 0
     begin = time.perf_counter()
     stream = generator.stream(
         prompt, arguments.max_tokens, sampling, seed, arguments.stop, errors=_BYTES
     )
     try:
-        output.write(prompt)
-        output.flush()
+        write_bytes(prompt)
         for piece in stream:
             data = piece.encode("utf-8", _BYTES)
             text += data
-            output.write(data)
-            output.flush()
+            write_bytes(data)
     except KeyboardInterrupt:
         status = INTERRUPTED
     seconds = time.perf_counter() - begin
     if sys.stdout.isatty():
         print(file=sys.stderr)
-    _tell_speed(stream.tokens, seconds)
+    _tell_end(arguments, sampling, seed, stream.tokens, seconds)
     return status, text
 
 
@@ -182,6 +195,7 @@ def _write_all(
     prompt: bytes,
     arguments: argparse.Namespace,
     sampling: SamplingConfig,
+    seed: int,
 ) -> int:
     """Write several texts, each when it is done."""
     # What JSON has no way to say is replaced there.
@@ -192,7 +206,7 @@ def _write_all(
             [prompt] * min(_AT_ONCE, arguments.count - first),
             arguments.max_tokens,
             sampling,
-            arguments.seed + first,
+            seed + first,
             arguments.stop,
             errors,
         )
@@ -201,11 +215,10 @@ def _write_all(
             if arguments.json:
                 _print_json(prompt, text)
                 continue
-            number = text.seed - arguments.seed + 1
+            number = text.seed - seed + 1
             print(f"text {number} of {arguments.count}, seed {text.seed}:", file=sys.stderr)
-            sys.stdout.buffer.write(prompt + text.text.encode("utf-8", _BYTES) + b"\n")
-            sys.stdout.buffer.flush()
-    _tell_speed(tokens, time.perf_counter() - begin)
+            write_bytes(prompt + text.text.encode("utf-8", _BYTES) + b"\n")
+    _tell_end(arguments, sampling, seed, tokens, time.perf_counter() - begin)
     return 0
 
 
@@ -220,16 +233,20 @@ def _print_json(prompt: bytes, text: Completion) -> None:
     print(json.dumps(record), flush=True)
 
 
-def _interact(generator: Generator, arguments: argparse.Namespace, sampling: SamplingConfig) -> int:
+def _interact(
+    generator: Generator, arguments: argparse.Namespace, sampling: SamplingConfig, seed: int
+) -> int:
     """Ask for prompts and write what follows them, until there are no more."""
     print(
         "An empty line goes on with the last text. Ctrl-C stops a text, Ctrl-D ends.",
         file=sys.stderr,
     )
-    text, seed = b"", arguments.seed
+    text = b""
+    # What no terminal sends is any bytes.
+    lines = None if sys.stdin.isatty() else standard_input()
     with _history():
         while True:
-            line = _line()
+            line = _line(lines)
             if line is None:
                 return 0
             prompt = line or text
@@ -239,20 +256,18 @@ def _interact(generator: Generator, arguments: argparse.Namespace, sampling: Sam
             except (IndexError, ValueError) as error:
                 print(f"legacy1bit: {error}", file=sys.stderr)
                 continue
-            sys.stdout.buffer.write(b"\n")
-            sys.stdout.buffer.flush()
+            write_bytes(b"\n")
             seed += 1
 
 
-def _line() -> bytes | None:
-    """Return the next line of standard input, or nothing at its end; what no terminal sends is any
-    bytes."""
-    if sys.stdin.isatty():
+def _line(lines: BinaryIO | None) -> bytes | None:
+    """Return the next line, of the terminal where there are no others; nothing at the end."""
+    if lines is None:
         try:
             return os.fsencode(input("> "))
         except EOFError:
             return None
-    line = sys.stdin.buffer.readline()
+    line = lines.readline()
     return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
 
 
@@ -267,7 +282,11 @@ def _history() -> Iterator[None]:
     if not sys.stdin.isatty():
         yield
         return
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    if state.startswith("~"):
+        print("there is no home folder to keep a history in", file=sys.stderr)
+        yield
+        return
     file = Path(state) / "legacy1bit" / "history"
     with contextlib.suppress(OSError):
         readline.read_history_file(file)

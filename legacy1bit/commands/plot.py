@@ -70,8 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
         figure = draw(panels_of([read_run(folder) for folder in folders], kind), _columns(kind))
     elif kind == _BYTES:
         runs = [read_run(folder) for folder in folders]
-        sizes = [load_model(folder).stored_bytes() for folder in folders]
-        figure = draw([size_panel(runs, sizes)])
+        figure = draw([size_panel(runs, [load_model(folder) for folder in folders])])
     elif kind == _WEIGHTS:
         figure = map_weights(load_model(_only(folders, kind)), arguments.layer)
     else:

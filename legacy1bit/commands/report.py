@@ -10,6 +10,7 @@ from legacy1bit.commands.common import latest_run, option_of, path_of
 from legacy1bit.commands.corpora import DEFAULT_STORIES
 from legacy1bit.files import atomic_write
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.plots import check_suffix, load_matplotlib, read_run
 from legacy1bit.report import defaults_of, report
 from legacy1bit.shards import INDEX_FILE
@@ -94,7 +95,9 @@ def train_command(folder: Path) -> str:
         options |= _given(record)
     words = ["python", "-m", "legacy1bit.main", "train"]
     for name, value in options.items():
-        if isinstance(value, bool):
+        if isinstance(value, list):
+            words += [f"--{name}", *value]
+        elif isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif str(value).startswith("-"):
             words.append(f"--{name}={value}")
@@ -115,19 +118,22 @@ def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
 
 
 def _of_source(source: dict[str, Any]) -> dict[str, Any]:
-    if "path" not in source:
+    if TEXT_PATH not in source:
         count = source.get("stories")
         return {} if count in (None, DEFAULT_STORIES) else {"stories": count}
-    validation = source.get("validation")
-    return {"data": source["path"], **({} if validation is None else {"validation": validation})}
+    validation = source.get(VALIDATION_PATH)
+    return {
+        "data": source[TEXT_PATH],
+        **({} if validation is None else {"validation": validation}),
+    }
 
 
 def _of_tokenizer(folder: Path, data: DataConfig, source: dict[str, Any]) -> dict[str, Any]:
     """Return whose tokenizer a text was given, where it was not made as the settings say."""
-    path = source.get("path")
-    if path is None or not (folder / TOKENIZER_FILE).exists():
+    paths = paths_of(source, TEXT_PATH)
+    if not paths or not (folder / TOKENIZER_FILE).exists():
         return {}
-    tokens = is_token_file(path) or (Path(path) / INDEX_FILE).is_file()
+    tokens = any(is_token_file(path) or (Path(path) / INDEX_FILE).is_file() for path in paths)
     if tokens or load_tokenizer(folder).kind == data.tokenizer:
         return {}
     return {"tokenizer-from": folder.resolve()}

@@ -11,7 +11,6 @@ from typing import Any
 
 from legacy1bit import stories
 from legacy1bit.checkpoint import (
-    BEST_FOLDER,
     WRITTEN_FILES,
     fixed_settings,
     make_newest,
@@ -26,7 +25,7 @@ from legacy1bit.commands.common import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_data, corpus_of
+from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
@@ -51,11 +50,12 @@ from legacy1bit.logger import (
     read_metrics,
 )
 from legacy1bit.math_ops import simd_level
+from legacy1bit.model import BEST_FOLDER
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.tokenizer import tokenizer_of
 from legacy1bit.trainer import (
     Trainer,
     best_is_behind,
-    evaluate,
     keep_best,
     read_settings,
     recall_of_heroes,
@@ -64,6 +64,9 @@ from legacy1bit.trainer import (
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
+
+# Most models have learned a text by heart after more than these.
+_MANY_EPOCHS = 20
 
 # What a model writes at every look, the same draws each time, so that only the model differs.
 _SAMPLE_TOKENS = 120
@@ -176,6 +179,12 @@ def _start(
     _check_folder(arguments.out)
     new = beginning_of(arguments)
     training = new.training
+    if new.run is not None:
+        print(
+            f"new weights, with the settings of {new.run}; to train its own further, on its own "
+            f"text: --resume {shlex.quote(str(new.run))}",
+            file=sys.stderr,
+        )
     if arguments.minutes is not None:
         steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
         training = replace(training, steps=steps)
@@ -193,32 +202,46 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
     model_config, config, data, source = read_settings(folder)
-    places = ("config", "data", "out", "minutes", "stories", "validation", "tokenizer_from")
-    named = [name for name in places if getattr(arguments, name) is not None]
+    fixed = ("config", "out", "minutes", "stories", "tokenizer_from")
+    named = [name for name in fixed if getattr(arguments, name) is not None]
+    # Where its text has moved to may be told.
+    named += [
+        name
+        for name, key in (("data", TEXT_PATH), ("validation", VALIDATION_PATH))
+        if getattr(arguments, name) is not None and not paths_of(source, key)
+    ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
     refused = [option_of(name) for name in named if name not in CHANGEABLE]
     if refused:
         raise ValueError(
-            f"--{refused[0]} cannot change in a run that goes on: only --steps, --threads and "
-            "--precision can"
+            f"--{refused[0]} cannot change in a run that goes on: only --steps, --threads, "
+            "--precision and --patience can"
         )
     changes = {name: getattr(arguments, name) for name in named}
     if "threads" in changes:
         changes["threads"] = threads_of(arguments)
     config = replace(config, **changes)
-    fixed = fixed_settings(model_config, config, data, source)
-    checkpoint, wrong = newest_checkpoint(folder, fixed)
+    settings = fixed_settings(model_config, config, data, source)
+    checkpoint, wrong = newest_checkpoint(folder, settings)
     for error in wrong:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
-    done = checkpoint.step
-    if done >= config.steps:
+    done, best_step = checkpoint.step, checkpoint.best[1]
+    waited = config.patience_ends(done, best_step)
+    if waited or done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
         make_newest(folder, checkpoint)
-        if best_is_behind(folder, fixed, checkpoint.best, done):
+        if best_is_behind(folder, settings, checkpoint.best, done):
             keep_best(folder)
+        if waited and done < config.steps:
+            raise ValueError(
+                f"{folder} has had its best step at {best_step} and ended at {done}, by its "
+                f"--patience of {config.patience}: give a higher one, or 0, to go on"
+            )
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
+    places = {"data": arguments.data, "validation": arguments.validation}
+    source = moved(source, folder, places, arguments.cache)
     corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
     trainer = Trainer(folder, model_config, config, corpus, source, data)
     trainer.restore(checkpoint)
@@ -241,9 +264,16 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     print(
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
         f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
-        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}",
+        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
+        f"{_epochs(trainer):.1f} epochs",
         file=sys.stderr,
     )
+    if _epochs(trainer) > _MANY_EPOCHS:
+        print(
+            f"{_epochs(trainer):.0f} times through the text may be too often: give more text or "
+            "fewer --steps, or end in time with --patience 3",
+            file=sys.stderr,
+        )
     samples = None
     if trainer.tokenizer.bos_token is not None:
         samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
@@ -254,14 +284,19 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
 
     with Interrupts(answer) as interrupts, progress:
         task = progress.add_task(
-            "", total=trainer.config.steps, completed=trainer.step, loss=float("nan"), speed=0.0
+            "",
+            total=trainer.config.steps,
+            completed=trainer.step,
+            first=trainer.step,
+            loss=float("nan"),
+            speed=0.0,
         )
 
         def on_step(loss: float, speed: float) -> None:
             progress.update(task, completed=trainer.step, loss=loss, speed=speed)
 
         def on_report(record: dict[str, Any]) -> None:
-            progress.console.print(
+            progress.write(
                 f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
                 f"validation loss {record['val_loss']:.4f}  "
                 f"{record['tokens_per_second']:,.0f} tokens/s"
@@ -269,7 +304,8 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
 
         def on_look() -> None:
             if samples is not None:
-                written = Generator(trainer.model, trainer.tokenizer).complete("", _SAMPLE_TOKENS)
+                generator = Generator(trainer.model, trainer.tokenizer)
+                written = generator.complete("", _SAMPLE_TOKENS, seed=0)
                 samples.log({"step": trainer.step, "prompt": "", "text": written.text})
 
         with contextlib.closing(logger):
@@ -285,12 +321,28 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     return 0
 
 
+def _epochs(trainer: Trainer) -> float:
+    """Return how often a run goes through its text."""
+    config, dataset = trainer.config, trainer.corpus.training
+    a_step = config.batch_size * config.gradient_accumulation * dataset.sequence_length
+    return config.steps * a_step / dataset.tokens.size
+
+
 def _report(trainer: Trainer) -> None:
-    """Print what a finished run has come to."""
-    model, corpus, threads = trainer.model, trainer.corpus, trainer.config.threads
-    tokenizer = trainer.tokenizer
-    limit = trainer.config.validation_tokens
-    metrics = trainer.metrics or evaluate(model, corpus.validation, threads, limit, tokenizer)
+    """Print what a run that has ended has come to."""
+    corpus, threads, tokenizer = trainer.corpus, trainer.config.threads, trainer.tokenizer
+    model, metrics = trainer.best_model()
+    if trainer.step < trainer.config.steps:
+        print(
+            f"ended at step {trainer.step} of {trainer.config.steps}: {trainer.config.patience} "
+            "evaluations without a lower validation loss",
+            file=sys.stderr,
+        )
+    if model is not trainer.model and trainer.metrics is not None:
+        print(
+            f"{'best at step':<18}{model.provenance.steps} of {trainer.step}; the last step's "
+            f"validation loss was {trainer.metrics.loss:.4f}"
+        )
     print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
     if corpus.floor is not None:
         print(
@@ -301,13 +353,13 @@ def _report(trainer: Trainer) -> None:
     if corpus.stories:
         print_recall(recall_of_heroes(model, corpus.stories, threads))
         longest = model.config.sequence_length
-        told = generator.batch([""] * _SAMPLES, longest, stop=["\n"])
+        told = generator.batch([""] * _SAMPLES, longest, seed=0, stop=["\n"])
         written = [story.text for story in told]
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
         print("\nsample:\n  " + "\n  ".join(written[:3]))
     elif tokenizer.kind != "unknown":
-        print("\nsample:\n" + generator.complete("", 300).text)
+        print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
     print(f'  python -m legacy1bit.main generate --model {folder} --prompt "{prompt}"')

@@ -1,11 +1,14 @@
 """What the commands share that train: settings of files and options, and how they are stopped."""
 
 import argparse
+import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.common import given, path_of, threads_of
@@ -13,6 +16,7 @@ from legacy1bit.commands.corpora import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.corpus import Corpus
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.places import check_there
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
 
 
@@ -41,7 +45,7 @@ def told_settings(arguments: argparse.Namespace) -> dict[str, Any]:
             told.get("data", {}).pop(name, None)
     if "run" in told and (other_text or other_tokens):
         # How many tokens there are is no longer what the run says.
-        del told["run"], told["model"]["vocab_size"]
+        del told["model"]["vocab_size"]
     if other_text:
         told.pop("source", None)
     return told | {table: told.get(table, {}) | options[table] for table in TABLES}
@@ -58,8 +62,9 @@ def _tokenizer_of(arguments: argparse.Namespace, told: dict[str, Any]) -> Tokeni
     """Return the tokenizer of the folder that is named, or of the run that is trained again."""
     if arguments.tokenizer_from is not None:
         return load_tokenizer(arguments.tokenizer_from)
-    if "run" in told and (told["run"] / TOKENIZER_FILE).exists():
-        return tokenizer_of(told["run"], told["model"]["vocab_size"])
+    tokens = told["model"].get("vocab_size")
+    if "run" in told and tokens is not None and (told["run"] / TOKENIZER_FILE).exists():
+        return tokenizer_of(told["run"], tokens)
     return None
 
 
@@ -74,6 +79,8 @@ class Beginning:
     source : dict
         Where the corpus comes from.
     corpus : Corpus
+    run : Path or None
+        An earlier run, where the settings are its own.
     """
 
     model: ModelConfig
@@ -81,6 +88,7 @@ class Beginning:
     data: DataConfig
     source: dict[str, Any]
     corpus: Corpus
+    run: Path | None = None
 
 
 def beginning_of(arguments: argparse.Namespace) -> Beginning:
@@ -95,15 +103,21 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
     """
     told = told_settings(arguments)
     model, training, data = _configs(arguments, told)
-    source = told["source"] if "source" in told else source_of(arguments, training.seed)
+    if "source" in told:
+        source = told["source"]
+        check_there(source, "--data says where the text lies")
+    else:
+        source = source_of(arguments, training.seed)
     corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
+    for remark in corpus.remarks:
+        print(remark, file=sys.stderr)
     tokens = told["model"].get("vocab_size")
     if tokens is not None and tokens != corpus.tokenizer.vocab_size:
         raise ValueError(
             f"{arguments.config}: vocab_size is {tokens}, expected "
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
-    return Beginning(model, training, data, source, corpus)
+    return Beginning(model, training, data, source, corpus, told.get("run"))
 
 
 class Interrupts:
@@ -113,12 +127,13 @@ class Interrupts:
     ----------
     answer : callable, optional
         Called when the first comes, from a thread of its own: the main one may be in a kernel, and
-        learns of it only afterwards.
+        learns of it only afterwards. Where the system gives no more threads, it has to do.
     """
 
     def __init__(self, answer: Callable[[], None] = lambda: None) -> None:
         self.requested = False
         self._answer = answer
+        self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "Interrupts":
         self._before = {
@@ -130,8 +145,10 @@ class Interrupts:
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._earlier = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
-        self._watcher.start()
+        watcher = threading.Thread(target=self._watch, name="signals", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            watcher.start()
+            self._watcher = watcher
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -139,7 +156,8 @@ class Interrupts:
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._earlier)
         os.close(self._write)
-        self._watcher.join()
+        if self._watcher is not None:
+            self._watcher.join()
         os.close(self._read)
 
     def _watch(self) -> None:
@@ -153,3 +171,7 @@ class Interrupts:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._watcher is None:
+            # What is being written to the same file at this moment does not let it in.
+            with contextlib.suppress(RuntimeError):
+                self._answer()

@@ -8,21 +8,30 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import add_settings, check_above_zero, given, path_of, threads_of
-from legacy1bit.commands.corpora import add_data, corpus_of
+from legacy1bit.commands.common import (
+    add_settings,
+    check_above_zero,
+    given,
+    option_of,
+    path_of,
+    threads_of,
+)
+from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.progress import progress_of_tuning
 from legacy1bit.commands.training import Interrupts, add_config, beginning_of
 from legacy1bit.config_files import write_config
+from legacy1bit.control_groups import can_start_threads
 from legacy1bit.corpus import Corpus
 from legacy1bit.errors import INTERRUPTED
 from legacy1bit.files import remove
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.machine import machine
+from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.search_space import Dimension, default_space, read_space
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.tune import (
@@ -52,11 +61,11 @@ BEST_FILE = "best.toml"
 
 # What cannot be changed when a study goes on, beside the settings of model, training and data.
 _FIXED = (
-    *("data", "out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
-    *("study", "config", "stories", "validation", "tokenizer_from"),
+    *("out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
+    *("study", "config", "stories", "tokenizer_from"),
 )
 
-_ABOVE_ZERO = ("minutes", "trials", "patience", "seconds", "min_speed", "jobs", "max_bytes")
+_ABOVE_ZERO = ("minutes", "trials", "trial_patience", "seconds", "min_speed", "jobs", "max_bytes")
 
 _SECONDS = 60.0
 _MOST_JOBS = 256
@@ -72,7 +81,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
     command.description = (
         "Search for the settings with which a model becomes the best within a given time, and "
-        "maybe a given size. What is not searched for is set as for train."
+        "maybe a given size. What is not searched for is set as for train: a setting that the "
+        "command line names is fixed, one of a --config is where the search begins."
     )
     add_data(command)
     add_config(command)
@@ -84,7 +94,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     option("--print-space", action="store_true", help="print the default for --space, and end")
     option("--minutes", metavar="X", type=float, help="how long to search (default: 20)")
     option("--trials", metavar="N", type=int, help="how many models to train")
-    option("--patience", metavar="N", type=int, help="end when so many trials were no gain")
+    option(
+        "--patience",
+        metavar="N",
+        type=int,
+        dest="trial_patience",
+        help="end after N trials without a gain",
+    )
     option(
         "--seconds", metavar="X", type=float, help=f"how long a model trains (default: {_SECONDS})"
     )
@@ -102,7 +118,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
     add_settings(command, "the model", ModelConfig)
-    add_settings(command, "the training", TrainingConfig)
+    # Its patience is a file's to set: the option is the study's.
+    names = [setting.name for setting in fields(TrainingConfig) if setting.name != "patience"]
+    add_settings(command, "the training", TrainingConfig, names)
 
 
 def _size(text: str) -> int:
@@ -136,11 +154,18 @@ def run(arguments: argparse.Namespace) -> int:
 def _search(arguments: argparse.Namespace) -> int:
     """Run trials until the budget is spent, or until told to stop."""
     check_above_zero(arguments, *_ABOVE_ZERO)
-    budget = Budget(arguments.minutes, arguments.trials, arguments.patience)
+    budget = Budget(arguments.minutes, arguments.trials, arguments.trial_patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
     if arguments.jobs > _MOST_JOBS:
         raise ValueError(f"--jobs is {arguments.jobs}, expected 1 to {_MOST_JOBS}")
+    # A trial has a thread that says it is alive; processes share a process of their own.
+    needed = 1 if arguments.jobs == 1 else 2 * arguments.jobs + 1
+    if not can_start_threads(needed):
+        raise ValueError(
+            f"the system does not allow the {needed} threads or processes more that tune needs: "
+            "lower --jobs, or raise the limit (ulimit -u)"
+        )
     threads = max(threads_of(arguments) // arguments.jobs, 1)
     work = _begin(arguments, threads, budget)
     # What is wrong with the text is told before anything else.
@@ -225,7 +250,7 @@ class _Work:
                 if result.state == "refused":
                     return
                 best = best_of(results_of(self.study), self.terms.objectives)
-                progress.console.print(_line(result, result in best), soft_wrap=True)
+                progress.write(_line(result, result in best))
                 if best:
                     progress.update(task, best=f"best {best[0].loss:.4f}")
                     if result in best:
@@ -275,8 +300,11 @@ class _Work:
         )
         for result in shown:
             print(_line(result, False))
-        data = self._source.get("path")
-        text = "" if data is None else f" --data {shlex.quote(data)}"
+        text = "".join(
+            f" {option} {shlex.join(paths)}"
+            for option, key in (("--data", TEXT_PATH), ("--validation", VALIDATION_PATH))
+            if (paths := paths_of(self._source, key))
+        )
         config = shlex.quote(str(self.folder / BEST_FILE))
         print(f"\nthe best settings are in {config}; next:")
         print(f"  python -m legacy1bit.main train --config {config}{text}")
@@ -317,7 +345,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
     steps = "steps" in given(arguments, TrainingConfig)
     if steps and arguments.seconds is not None:
         raise ValueError("--seconds and --steps exclude each other")
-    space = _space(arguments)
+    space, fixed = _space(arguments)
     _check_out(arguments.out)
     if arguments.storage is None and arguments.out is not None:
         own_database(arguments.out)
@@ -367,6 +395,8 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         if made:
             remove(folder)
         raise
+    if fixed:
+        print(f"not searched, as the command line sets it: {_options(fixed)}", file=sys.stderr)
     return work
 
 
@@ -377,14 +407,26 @@ def _check_time(terms: Terms, budget: Budget) -> None:
         raise ValueError(f"a trial of {seconds:g} s does not fit into {minutes:g} minutes")
 
 
-def _space(arguments: argparse.Namespace) -> tuple[Dimension, ...]:
-    """Return what is searched."""
+def _space(arguments: argparse.Namespace) -> tuple[tuple[Dimension, ...], list[str]]:
+    """Return what is searched, and what is not, since the command line names it."""
     path = arguments.space or default_space()
     sized = arguments.max_bytes is not None or "bytes" in (arguments.objectives or ())
     space = tuple(one for one in read_space(path) if sized or not one.for_bytes)
     if not space:
         raise ValueError(f"{path} has nothing to search without --max-bytes")
-    return space
+    named = given(arguments, ModelConfig) | given(arguments, TrainingConfig)
+    fixed = [one.name for one in space if one.name in named]
+    space = tuple(one for one in space if one.name not in fixed)
+    if not space:
+        raise ValueError(
+            f"{path} has nothing to search besides what the command line sets: leave out one of "
+            f"{_options(fixed)}"
+        )
+    return space, fixed
+
+
+def _options(names: Sequence[str]) -> str:
+    return ", ".join(f"--{option_of(name)}" for name in names)
 
 
 def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
@@ -398,7 +440,9 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     told = StudyRecord.read(folder)
     url = told.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
-    return _Work(folder, url, told.study, told.source, None, threads, arguments.cache, tokenizer)
+    places = {"data": arguments.data, "validation": arguments.validation}
+    source = moved(told.source, folder, places, arguments.cache)
+    return _Work(folder, url, told.study, source, None, threads, arguments.cache, tokenizer)
 
 
 def _check_out(wanted: Path | None) -> None:

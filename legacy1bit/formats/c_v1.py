@@ -4,18 +4,26 @@ The file itself is of ``model.pyx``, as in C; where the weights come from
 lies in a second file beside it.
 """
 
+import hashlib
 import json
 import os
 from pathlib import Path
 
-from legacy1bit.files import atomic_write_all, read_regular
+from legacy1bit.files import NAME_CHARACTERS, atomic_write_all, read_regular
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
 from legacy1bit.provenance import Provenance
 from legacy1bit.tokenizer import Tokenizer, check_bytes
 
+# What the name of a file may measure, in bytes.
+_LONGEST_NAME = 255
+
 
 def _beside(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
+    name = os.fsencode(f"{path.name}.json")
+    if len(name) > _LONGEST_NAME:
+        short = f"{path.name[:NAME_CHARACTERS]}.{hashlib.sha256(name).hexdigest()[:16]}.json"
+        return path.parent / short
     return path.parent / f"{path.name}.json"
 
 

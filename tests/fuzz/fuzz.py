@@ -15,12 +15,14 @@ line that names the file; all else is a fault, and so is what ``FORBIDDEN``, ``P
 """
 
 import atexit
+import bz2
 import contextlib
 import functools
 import gc
 import gzip
 import io
 import json
+import lzma
 import os
 import random
 import re
@@ -368,7 +370,10 @@ def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
         raise FaultError(f"a loss of a {run.unit}")
 
 
-TEXTS = ("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst")
+TEXTS = (
+    *("a.txt", "a.jsonl", "a.txt.gz", "a.jsonl.gz", "a.txt.zst", "a.jsonl.zst"),
+    *("a.json", "a", "a.txt.xz", "a.json.xz", "a.txt.bz2", "a.json.bz2"),
+)
 ENCODINGS = ("utf-8", "utf-16", "latin-1", "utf-32-be", "shift_jis", "utf-7", "cp1252", "gb18030")
 
 
@@ -384,6 +389,10 @@ def fuzz_documents(folder: Path, parts: list[bytes]) -> None:
         text = gzip.compress(text, 1, mtime=0) + end
     elif name.endswith("zst") and kind < 128:
         text = zstandard().compress(text) + end
+    elif name.endswith("xz") and kind < 128:
+        text = lzma.compress(text, preset=0) + end
+    elif name.endswith("bz2") and kind < 128:
+        text = bz2.compress(text, 1) + end
     put(folder / name, text)
     separator = about[2:].decode(errors="replace") or None
     path = str(folder / name)
@@ -406,12 +415,14 @@ def fuzz_parquet(folder: Path, parts: list[bytes]) -> None:
 
 def use_text(source: sources.Source) -> None:
     """Read a text to its end: pieces of whole characters, the first of which begins a document."""
-    begins = False
+    documents = 0
     for piece in source.pieces():
         piece.text.decode()
-        begins = begins or piece.begins
-        if not begins or len(piece.text) > sources.MOST_PIECE_BYTES:
+        documents += piece.begins
+        if not documents or len(piece.text) > sources.MOST_PIECE_BYTES:
             raise FaultError(f"{source.name}: a piece that is none")
+    if documents > 1 and not source.has_documents:
+        raise FaultError(f"{source.name}: documents where none were expected")
 
 
 def fuzz_study(folder: Path, parts: list[bytes]) -> None:
@@ -777,7 +788,7 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             [
                 [struct.pack("<3i", 20240520, 1, 4), bytes(8)],
                 [struct.pack("<3i", 20240801, 7, 2), bytes(8)],
-                [b"123456"],
+                [b"1\0002\0003\0"],
             ],
         )
 
@@ -803,6 +814,7 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
 
     lines = b'{"text": "a b"}\n{"text": "\\u00e9"}\n'
     texts = {0: "\u00e4b c".encode(), 1: lines, 2: b"a" * 50, 3: lines, 4: b"b" * 50, 5: lines}
+    texts |= {6: lines, 7: b" " + lines, 8: b"c" * 50, 9: lines, 10: b"d" * 50, 11: lines}
     yield (
         "documents",
         [
@@ -811,6 +823,9 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             [b"\0\1", "\u00e4b".encode("utf-16")],
             [b"\x82\0", gzip.compress(b"a b", mtime=0)],
             [b"\x84\0", zstandard().compress(b"a b")],
+            [b"\x84\0", lzma.compress(b"a b") + bytes(4)],
+            [b"\x84\0", bz2.compress(b"a b")],
+            [b"\0\0\n\n", b"one\r\n\r\ntwo\n\nthree"],
         ],
     )
     yield "parquet", [[table] for table in tables()]
