@@ -7,6 +7,7 @@ import numpy as np
 
 from legacy1bit.data_utils import Tokens
 from legacy1bit.dataset import Batch
+from legacy1bit.errors import SettingError
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.tokenizer import SubwordTokenizer, Tokenizer
 
@@ -50,14 +51,16 @@ class Augmentation:
         if config.subword_splitting:
             self._changes.append(self._split)
         if self._changes and (config.order == "packed" or config.apart):
-            raise ValueError(
+            raise SettingError(
                 "case_noise, space_noise and subword_splitting change the lengths of documents: "
-                "expected 0 where they are packed or kept apart"
+                "expected 0 where they are packed or kept apart",
+                *("case_noise", "space_noise", "subword_splitting"),
             )
         if tokenizer.kind == "unknown" and (config.case_noise or config.space_noise):
-            raise ValueError(
+            raise SettingError(
                 "case_noise and space_noise change text, and what the tokens stand for is not "
-                "known: expected 0"
+                "known: expected 0",
+                *("case_noise", "space_noise"),
             )
         self.active = bool(self._changes or config.token_dropout or config.span_masking)
         self._specials = [token for token in (tokenizer.eos_token,) if token is not None]

@@ -18,8 +18,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.errors import shown
-from legacy1bit.files import atomic_write
+from legacy1bit.errors import SettingError, shown
+from legacy1bit.files import HEAD_BYTES, atomic_write, kind_of_file
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     SETTINGS_FILE,
@@ -30,6 +30,7 @@ from legacy1bit.hyperparams import (
     default_warmup,
 )
 from legacy1bit.model import CONFIG_FILE
+from legacy1bit.sources import decode_text
 from legacy1bit.trainer import read_settings
 
 # The tables of a config file, and the record that each fills.
@@ -97,9 +98,13 @@ def _read_text(path: Path) -> str:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"{path} is larger than {_MOST_BYTES} bytes, expected a file of settings")
+    kind = kind_of_file(content[:HEAD_BYTES])
+    if kind is not None:
+        raise ValueError(f"{path} is {kind.name}, expected a file of settings")
+    # Some editors put a mark before UTF-8, and some shells write UTF-16 behind one.
+    content = decode_text(content, str(path))
     try:
-        # Some editors put a mark before UTF-8.
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         byte = content[error.start]
@@ -409,6 +414,9 @@ def records_of(settings: dict[str, Any], path: str | PathLike[str] | None = None
         model, training, data = (
             record.from_dict(settings.get(table, {})) for table, record in TABLES.items()
         )
+    except SettingError as error:
+        error.place = None if path is None else str(path)
+        raise
     except (TypeError, ValueError) as error:
         if path is None:
             raise

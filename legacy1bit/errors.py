@@ -1,7 +1,9 @@
 """What a command that fails says, and the status it ends with."""
 
 import os
+import re
 import sys
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 # The status of a command that Ctrl-C has ended.
@@ -9,6 +11,46 @@ INTERRUPTED = 130
 
 # What is longer is cut in the middle: a file may have a value of a megabyte.
 _LONGEST = 2000
+
+
+class SettingError(ValueError):
+    """A setting has a value that it does not take, or not with another's.
+
+    Parameters
+    ----------
+    message : str
+    names : str
+        The settings in the message, as the records call them; options of a command line may be
+        called otherwise.
+
+    Attributes
+    ----------
+    place : str or None
+        The file that they come from.
+    """
+
+    def __init__(self, message: str, *names: str) -> None:
+        super().__init__(message, *names)
+        self.place: str | None = None
+
+    def __str__(self) -> str:
+        return self.told(lambda _: None)
+
+    def told(self, option_of: Callable[[str], str | None]) -> str:
+        """Return the message with the names of options, and with the file unless all are options.
+
+        Parameters
+        ----------
+        option_of : callable
+            Gets a setting's name and returns its option's, or None for what is to keep its name.
+        """
+        message, *names = self.args
+        options = [option_of(name) for name in names]
+        for name, option in zip(names, options, strict=True):
+            if option is not None:
+                message = re.sub(rf"(?<![\w-]){re.escape(name)}(?![\w-])", option, message, count=1)
+        inside = self.place is not None and None in options
+        return f"{self.place}: {message}" if inside else message
 
 
 def describe(error: Exception) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import stat
 import struct
@@ -124,6 +125,23 @@ def kind_of_file(head: bytes) -> FileKind | None:
         if re.match(pattern, head, re.DOTALL):
             return kind
     return None
+
+
+def mistaken_file(path: str | os.PathLike[str]) -> str | None:
+    """Return what a file is, and what to do with it, as an error tells it; None for other kinds.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read; see ``open_regular``.
+    """
+    with open_regular(path) as file:
+        kind = kind_of_file(file.read(HEAD_BYTES))
+    if kind is None:
+        return None
+    own, folder = (shlex.quote(str(one)) for one in (path, Path(path).parent))
+    remedy = kind.remedy.replace("FILE", own).replace("the folder that it lies in", folder)
+    return f"it is {kind.name} ({remedy})"
 
 
 def serialize_tensors(

@@ -10,7 +10,7 @@ import math
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self
 
-from legacy1bit.errors import shown
+from legacy1bit.errors import SettingError, shown
 from legacy1bit.schemes import FLOAT, SCHEMES
 
 # The file of a run that holds both records.
@@ -78,13 +78,15 @@ def check_setting(setting: Field[Any], value: Any, name: str | None = None) -> N
     if value is None and setting.default is None:
         return
     if kind is str and "choices" not in setting.metadata:
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str):
             raise TypeError(f"{name} is {shown(value)}, expected text")
+        if not value:
+            raise SettingError(f"{name} is '', expected text", name)
         return
     if kind is str:
         if value not in setting.metadata["choices"]:
             expected = ", ".join(setting.metadata["choices"])
-            raise ValueError(f"{name} is {shown(value)}, expected one of {expected}")
+            raise SettingError(f"{name} is {shown(value)}, expected one of {expected}", name)
         return
     fits = isinstance(value, (int, float) if kind is float else kind)
     if not fits or (kind is not bool and isinstance(value, bool)):
@@ -92,7 +94,7 @@ def check_setting(setting: Field[Any], value: Any, name: str | None = None) -> N
     if kind is not bool:
         low, high = setting.metadata["low"], setting.metadata["high"]
         if not low <= value <= high:
-            raise ValueError(f"{name} is {shown(value)}, expected {low} to {high}")
+            raise SettingError(f"{name} is {shown(value)}, expected {low} to {high}", name)
 
 
 class _Record:
@@ -157,14 +159,16 @@ class ModelConfig(_Record):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_dim % self.num_heads:
-            raise ValueError(
+            raise SettingError(
                 f"model_dim is {self.model_dim}, expected a multiple of num_heads "
-                f"({self.num_heads})"
+                f"({self.num_heads})",
+                *("model_dim", "num_heads"),
             )
         if self.positions == "rope" and self.head_dim % 2:
-            raise ValueError(
+            raise SettingError(
                 f"model_dim / num_heads is {self.head_dim}, expected an even number: rotary "
-                "positions turn pairs"
+                "positions turn pairs",
+                *("model_dim", "num_heads"),
             )
 
     @property

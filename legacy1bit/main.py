@@ -6,6 +6,7 @@ the other commands print. Progress and remarks go to standard error.
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import io
 import os
@@ -15,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from legacy1bit.errors import INTERRUPTED, describe
+from legacy1bit.errors import INTERRUPTED, SettingError, describe
 
 # The commands, the module of each, and what they are for. Only that of the command which is called
 # is loaded, so that writing does not wait for what training needs.
@@ -33,11 +34,62 @@ COMMANDS = {
 }
 
 
+# What other programs call options, and what those are called here that come nearest.
+_ELSEWHERE = {
+    **dict.fromkeys(("lr", "max-lr", "rate"), ("learning-rate",)),
+    **dict.fromkeys(("wd", "decay"), ("weight-decay",)),
+    **dict.fromkeys(("epochs", "epoch", "max-iters", "iterations", "max-steps"), ("steps",)),
+    **dict.fromkeys(("time", "max-time"), ("minutes",)),
+    **dict.fromkeys(("batch", "bs"), ("batch-size",)),
+    **dict.fromkeys(("accumulate", "grad-accum"), ("gradient-accumulation",)),
+    **dict.fromkeys(("warmup",), ("warmup-steps",)),
+    **dict.fromkeys(("dim", "width", "n-embd", "d-model", "hidden-size"), ("model-dim",)),
+    **dict.fromkeys(("layers", "n-layer", "num-layers", "depth"), ("blocks",)),
+    **dict.fromkeys(("n-head", "num-attention-heads"), ("heads",)),
+    **dict.fromkeys(
+        ("ctx", "ctx-size", "context", "context-length", "block-size", "seq-len", "max-length"),
+        ("sequence-length", "max-tokens"),
+    ),
+    **dict.fromkeys(("vocab", "vocabulary"), ("vocab-size",)),
+    **dict.fromkeys(("dtype",), ("precision", "type")),
+    **dict.fromkeys(("quantization", "quant"), ("scheme", "type")),
+    **dict.fromkeys(("workers", "cores", "cpus", "num-threads"), ("threads",)),
+    **dict.fromkeys(("input", "file", "text", "dataset", "train", "corpus"), ("data", "prompt")),
+    **dict.fromkeys(("val", "valid", "eval", "test"), ("validation",)),
+    **dict.fromkeys(("o", "output", "save", "name"), ("out",)),
+    **dict.fromkeys(("m", "model", "run", "load", "checkpoint"), ("model", "resume")),
+    **dict.fromkeys(("continue", "restart"), ("resume",)),
+    **dict.fromkeys(("n", "length", "tokens", "n-predict", "max-new-tokens"), ("max-tokens",)),
+    **dict.fromkeys(("temp", "t"), ("temperature",)),
+    **dict.fromkeys(("num-samples", "samples"), ("count",)),
+    **dict.fromkeys(("chat",), ("interactive",)),
+}
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line, and whose options are written out."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuse what is not known where the options are that are known."""
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            near = dict.fromkeys(filter(None, map(self._nearest, unknown)))
+            meant = f"; did you mean {', '.join(near)}?" if near else ""
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return parsed, unknown
+
+    def _nearest(self, word: str) -> str | None:
+        """Return the option that may have been meant."""
+        if not word.startswith("-"):
+            return None
+        name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
+        options = [option[2:] for option in self._option_string_actions if option[:2] == "--"]
+        known = [option for option in _ELSEWHERE.get(name, ()) if option in options]
+        near = known or difflib.get_close_matches(name, options, 1)
+        return f"--{near[0]}" if near else None
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
@@ -99,9 +151,23 @@ def _run(argv: Sequence[str] | None) -> int:
         if "LEGACY1BIT_SIMD" not in str(error):
             raise
         _fail(str(error))
+    except SettingError as error:
+        _fail(error.told(lambda name: _option_typed(parsed, name)))
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         _fail(describe(error))
     return status
+
+
+def _option_typed(parsed: argparse.Namespace, name: str) -> str | None:
+    """Return the option of a setting, unless it comes from a file that the command line names."""
+    # It is loaded: what has failed is a command.
+    from legacy1bit.commands.common import option_of
+
+    option = option_of(name) if hasattr(parsed, name) else None
+    of_file = any(getattr(parsed, source, None) for source in ("config", "resume", "model"))
+    if option is None or (of_file and getattr(parsed, name) is None):
+        return None
+    return f"--{option}"
 
 
 def program() -> NoReturn:
@@ -147,11 +213,12 @@ def _tidy_end() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A program that was told to survive its terminal does.
+    # A program that was told to survive its terminal does. None: a handler that another language
+    # has installed, and Python cannot put back.
     before = {
         number: signal.signal(number, lambda number, _: sys.exit(128 + number))
         for number in (signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN
+        if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.default_int_handler)

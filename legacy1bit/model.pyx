@@ -21,8 +21,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.errors import describe, one_line
-from legacy1bit.files import (atomic_write, atomic_write_all, check_regular, open_regular,
-                              read_regular, serialize_tensors)
+from legacy1bit.files import (atomic_write, atomic_write_all, check_regular, mistaken_file,
+                              open_regular, read_regular, serialize_tensors)
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -1236,7 +1236,8 @@ def _read_json(path):
     try:
         content = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
-        raise ModelFileError(f"{path} is not JSON: {error}") from None
+        known = mistaken_file(path)
+        raise ModelFileError(f"{path} is not JSON: {known or error}") from None
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} holds no JSON object")
     return content
@@ -1304,6 +1305,9 @@ def read_folder(path):
         if not (path / name).is_file():
             raise ModelFileError(f"{path} is not a model folder: it has no {name}")
     settings = _read_json(path / CONFIG_FILE)
+    if "model_type" in settings:
+        raise ModelFileError(f"{path} is a model of transformers, which cannot be read: name a "
+                             "folder that legacy1bit has trained or imported")
     file = path / WEIGHTS_FILE
     check_regular(file)
     try:
@@ -1313,7 +1317,9 @@ def read_folder(path):
         found = {name: opened.get_slice(name) for name in opened.keys()}
         found = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in found.items()}
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ModelFileError(f"{file} is not a safetensors file: {one_line(error)}") from None
+        known = mistaken_file(file)
+        raise ModelFileError(f"{file} is not a safetensors file: {known or one_line(error)}") \
+            from None
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
                              "with; the latter's own settings are in its metadata")
@@ -1438,6 +1444,10 @@ def _from_c_v1(path):
     size = os.stat(path).st_size
     with open_regular(path) as file:
         header = file.read(20)
+        known = mistaken_file(path)
+        if known is not None:
+            raise ModelFileError(f"{path} is neither a model folder nor a file of the C original: "
+                                 f"{known}")
         if len(header) < 20:
             raise ModelFileError(f"{path} has {size} bytes, too few for a model file")
         magic, version, vocab, dim, blocks = struct.unpack("<IIiii", header)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write
+from legacy1bit.files import atomic_write, mistaken_file
 from legacy1bit.forward import (
     forward_embedding_batch,
     forward_transformer_block_batch_with_context,
@@ -251,7 +251,9 @@ def read_run(folder: Path) -> Run:
         If the folder is no run, or its metrics or settings are damaged.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder} is not a training run: expected a run's folder")
+        reason = mistaken_file(folder) if folder.is_file() else None
+        reason = reason or "expected a run's folder"
+        raise ValueError(f"{folder} is not a training run: {reason}")
     if not (folder / METRICS_FILE).is_file():
         raise ValueError(f"{folder} is not a training run: it has no {METRICS_FILE}")
     records = read_metrics(folder / METRICS_FILE)

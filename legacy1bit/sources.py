@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from legacy1bit.data_utils import with_line_breaks
+from legacy1bit.errors import SettingError
 from legacy1bit.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
@@ -425,19 +426,22 @@ def _known_encoding(encoding: str) -> str:
     except (LookupError, ValueError):
         found = None
     if found is None or found.incrementaldecoder is None:
-        raise ValueError(
-            f"encoding is {encoding!r}, which is unknown; expected utf-8, utf-16, latin-1 or such"
+        raise SettingError(
+            f"encoding is {encoding!r}, which is unknown; expected utf-8, utf-16, latin-1 or such",
+            "encoding",
         )
     return "utf-8" if found.name == "utf-8-sig" else found.name
 
 
 def _check_separator(separator: str) -> None:
     if not separator:
-        raise ValueError("separator is empty, expected what lies between two documents")
+        raise SettingError(
+            "separator is empty, expected what lies between two documents", "separator"
+        )
     try:
         separator.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"separator is {separator!r}, which is no text") from None
+        raise SettingError(f"separator is {separator!r}, which is no text", "separator") from None
 
 
 # --- Finding files --------------------------------------------------------------------------------

@@ -23,11 +23,9 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.control_groups import can_start_threads
+from legacy1bit.bpe import learn_merges, load_tokenizers
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
-from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write, read_regular
-from legacy1bit.threads import available_cores
+from legacy1bit.files import atomic_write, mistaken_file, read_regular
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -129,21 +127,6 @@ def visible_bytes() -> list[str]:
     kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     return [chr(byte if byte in kept else next(others)) for byte in range(256)]
-
-
-def load_tokenizers() -> Any:
-    """Return Hugging Face's package of tokenizers.
-
-    It panics where it cannot start its threads, a core each; there it does without.
-
-    Raises
-    ------
-    ValueError
-        If it is not installed.
-    """
-    if not can_start_threads(available_cores()):
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    return load_extra("tokenizers other than bytes need", "tokenizers")
 
 
 def _check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
@@ -526,16 +509,8 @@ def train_bpe(
     Sennrich et al. 2016, algorithm 1, on the words that GPT-2 cuts a text into.
     """
     _check_size(vocab_size)
-    library = load_tokenizers()
-    learner = library.Tokenizer(library.models.BPE())
-    learner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size - len(SPECIAL_TOKENS),
-        show_progress=False,
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-    )
-    learner.train_from_iterator(_valid_text(pieces, on_progress), trainer)
-    return SubwordTokenizer.of_spelled(json.loads(learner.to_str())["model"]["merges"])
+    texts = _valid_text(pieces, on_progress)
+    return SubwordTokenizer.of_spelled(learn_merges(texts, vocab_size - len(SPECIAL_TOKENS)))
 
 
 def _valid_text(
@@ -588,6 +563,30 @@ def character_tokenizer(pieces: Iterable[bytes], vocab_size: int | None = None) 
 # Beside a model
 
 
+def description_in_template(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer's file that puts what texts begin behind before them.
+
+    So Hugging Face's libraries need it. A template does that: as a special token of the tokenizer
+    the line break would be looked for in the text, under the name of another character.
+    """
+    content = tokenizer.description()
+    bos = tokenizer.bos_token
+    if bos is not None:
+        name = visible_bytes()[bos] if tokenizer.eos_token is None else END_OF_TEXT
+        first = {"SpecialToken": {"id": name, "type_id": 0}}
+        content["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [
+                first,
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 1}},
+            ],
+            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
+        }
+    return content
+
+
 def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """Read a folder's ``tokenizer.json``.
 
@@ -603,7 +602,7 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     try:
         found = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+        raise ValueError(f"{path} is not JSON: {mistaken_file(path) or error}") from None
     if isinstance(found, dict) and found.get("added_tokens"):
         # Where it is not installed, that is no fault of the file.
         load_tokenizers()
@@ -616,7 +615,10 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
             tokenizer = ByteTokenizer(len(model["vocab"]))
     except (KeyError, TypeError, ValueError):
         tokenizer = None
-    if tokenizer is None or found != tokenizer.description():
+    if tokenizer is None or found not in (
+        tokenizer.description(),
+        description_in_template(tokenizer),
+    ):
         raise ValueError(f"{path} is no tokenizer that legacy1bit wrote, or it is damaged")
     return tokenizer
 

@@ -29,7 +29,8 @@ from legacy1bit.corpus import Corpus
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
 from legacy1bit.divergence import diverged
-from legacy1bit.files import atomic_copies, atomic_write, read_regular
+from legacy1bit.errors import SettingError
+from legacy1bit.files import atomic_copies, atomic_write, mistaken_file, read_regular
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
     MOST_STEPS,
@@ -299,9 +300,10 @@ class Trainer:
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
         if config.float_steps and not (scheme and scheme.learns):
-            raise ValueError(
+            raise SettingError(
                 f"float_steps is {config.float_steps}, expected 0: the scheme "
-                f"{model_config.scheme} has no codes that follow float weights"
+                f"{model_config.scheme} has no codes that follow float weights",
+                "float_steps",
             )
         check_memory(model_config, config)
         self.folder = folder
@@ -309,8 +311,11 @@ class Trainer:
             config = replace(config, precision=product_precisions()[-1])
         # A number from here on, which a run that gets more steps later keeps.
         config = replace(config, warmup_steps=config.warmup)
-        with product_precision(config.precision):
-            pass  # a precision that is not there is refused before anything is made
+        try:
+            with product_precision(config.precision):
+                pass  # a precision that is not there is refused before anything is made
+        except ValueError as error:
+            raise SettingError(str(error), "precision") from None
         self.config = config
         self.corpus = corpus
         self.tokenizer = fit_tokenizer(corpus.tokenizer, model_config.vocab_size)
@@ -699,7 +704,9 @@ def read_settings(
     """
     path = folder / SETTINGS_FILE
     if not path.is_file():
-        raise ModelFileError(f"{folder} is not a training run: it has no {SETTINGS_FILE}")
+        reason = mistaken_file(folder) if folder.is_file() else None
+        reason = reason or f"it has no {SETTINGS_FILE}"
+        raise ModelFileError(f"{folder} is not a training run: {reason}")
     try:
         settings = json.loads(read_regular(path))
         model = ModelConfig.from_dict(settings["model"])
@@ -709,5 +716,7 @@ def read_settings(
     except KeyError as error:
         raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
     except DAMAGE as error:
-        raise ModelFileError(f"{path} is not a run's settings: {error}") from None
+        raise ModelFileError(
+            f"{path} is not a run's settings: {mistaken_file(path) or error}"
+        ) from None
     return model, training, data, source

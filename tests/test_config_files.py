@@ -586,3 +586,36 @@ def test_print_config_makes_toml_of_a_file_of_c(say):
     output, errors = say("train", "--config", file_of(C_FILE, "c.txt"), "--print-config")
     assert b"passed over num_epochs" in errors
     assert hyperparams_load_from_file(file_of(output)) == hyperparams_load_from_file("c.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_read_toml_takes_files_with_any_mark(tmp_path, encoding):
+    """Such as PowerShell writes where --print-config is sent to a file."""
+    path = tmp_path / "settings.toml"
+    text = "[training]\r\nsteps = 5 # \u00e9\r\nseed = 7\r\n"
+    mark = "\ufeff" if encoding.endswith("be") else ""
+    path.write_bytes((mark + text).encode(encoding))
+    content, lines = read_toml(path)
+    assert content == {"training": {"steps": 5, "seed": 7}}
+    assert lines["training.seed"] == 3
+    path.write_bytes(b"\xff\xfea\0\0\xd8")
+    with pytest.raises(ValueError, match=r"settings\.toml: byte 0x00 at offset 4 is not utf-16"):
+        read_toml(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html>\n<html>", "an HTML page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "a Git LFS pointer",
+        ),
+        (b"GGUF\3\0\0\0" + bytes(16), "a GGUF model"),
+    ],
+)
+def test_read_toml_says_what_a_file_is(tmp_path, content, what):
+    path = tmp_path / "settings.toml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"settings.toml is {what}.*, expected a file of settings"):
+        read_toml(path)

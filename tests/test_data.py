@@ -256,9 +256,9 @@ def test_train_says_what_is_wrong_with_tokenizers(fail, text):
     for more, reason in (
         (("--tokenizer-from", "nowhere"), "nowhere/tokenizer.json: No such file"),
         (("--tokenizer-from", "x", "--tokenizer=bpe"), "--tokenizer-from excludes"),
-        (("--vocab-size", "300"), "vocabulary is 300, expected 256 for bytes"),
-        (("--tokenizer=bpe", "--vocab-size=100"), "vocabulary is 100, expected 256"),
-        (("--order=packed", "--case-noise=0.1"), "case_noise, space_noise and subword_splitting"),
+        (("--vocab-size", "300"), "--vocab-size is 300, expected 256 for bytes"),
+        (("--tokenizer=bpe", "--vocab-size=100"), "--vocab-size is 100, expected 256"),
+        (("--order=packed", "--case-noise=0.1"), "--case-noise, --space-noise and --subword"),
     ):
         assert reason in fail("train", "--data", text, *TINY, *more)
     assert not Path("runs").exists()

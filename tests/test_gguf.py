@@ -434,6 +434,8 @@ def test_what_is_no_gguf_file_is_refused(file, tmp_path):
         assert "expected b'GGUF'" in refusal(file, content)
     assert "it ends too early" in refusal(file, b"")
     assert "it has version 2, expected 3" in refusal(file, b"GGUF" + number(2, 4) + bytes(16))
+    told = "its numbers are big-endian, expected little-endian ones, as gguf-convert-endian"
+    assert told in refusal(file, b"GGUF" + (3).to_bytes(4, "big") + bytes(16))
 
 
 def test_what_cannot_be_opened_is_an_oserror(tmp_path):

@@ -14,8 +14,16 @@ from test_data_utils import TEXTS
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.forward import forward_llm
-from legacy1bit.model import LAYER_NORM_EPSILON, TernaryMatrix, save_model
+from legacy1bit.generator import Generator
+from legacy1bit.model import (
+    LAYER_NORM_EPSILON,
+    ModelFileError,
+    TernaryMatrix,
+    load_model,
+    save_model,
+)
 from legacy1bit.provenance import Provenance
+from legacy1bit.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
@@ -279,3 +287,44 @@ def test_transformers_has_our_tokens(transformers, tmp_path, text):
     assert tokenizer(text)["input_ids"] == [10, *expected]
     assert tokenizer(text, add_special_tokens=False)["input_ids"] == expected
     assert tokenizer.decode(expected) == text
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_training_takes_the_tokenizer_of_an_export(tmp_path, say, fail, kind):
+    """It is the model's own: the same tokens, the same hash, the same training to the bit."""
+    text = tmp_path / "text.txt"
+    text.write_text("the cat <|endoftext|> sat on the m\u00e4t\n" * 40, encoding="utf-8")
+    if kind == "bytes":
+        tokenizer = ByteTokenizer()
+    else:
+        pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+        tokenizer = train_bpe([text.read_bytes()], 270)
+    model, export = tmp_path / "model", tmp_path / "export"
+    save_model(exportable(vocab_size=tokenizer.vocab_size), model)
+    tokenizer.save(model)
+    say("export", "--model", model, "--format", "safetensors", "--out", export)
+    found = load_tokenizer(export)
+    assert (found.kind, found.sha256) == (kind, tokenizer.sha256)
+    assert_same_bits(found.encode(text.read_bytes()), tokenizer.encode(text.read_bytes()))
+    for folder in (model, export):
+        say("train", "--data", text, "--tokenizer-from", folder, "--steps=2", "--model-dim=8",
+            "--blocks=1", "--heads=1", "--sequence-length=8", "--batch-size=2", "--threads=1",
+            "--cache", tmp_path / "cache", "--out", tmp_path / f"run-{folder.name}")  # fmt: skip
+    runs = [tmp_path / f"run-{folder.name}" for folder in (model, export)]
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes()
+    # What puts another token before a text is another program's.
+    content = read(export, "tokenizer.json")
+    content["post_processor"]["single"].reverse()
+    (export / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="no tokenizer that legacy1bit wrote, or it is damaged"):
+        load_tokenizer(export)
+
+
+def test_export_is_refused_as_a_model(tmp_path):
+    export_hugging_face(exportable(), tmp_path)
+    for call in (load_model, Generator.load):
+        with pytest.raises(
+            ModelFileError, match="is a model of transformers, which cannot be read"
+        ):
+            call(tmp_path)

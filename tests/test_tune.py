@@ -1,6 +1,7 @@
 """The search for settings: what it keeps, and that no trial is lost or run twice."""
 
 import collections
+import concurrent.futures
 import contextlib
 import errno
 import itertools
@@ -21,6 +22,7 @@ from legacy1bit import tune
 from legacy1bit.config_files import read_config
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.logger import read_metrics
+from legacy1bit.main import main
 from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.search_space import (
     default_space,
@@ -662,6 +664,15 @@ def test_study_that_could_not_begin_can_be_begun_again(say, fail, monkeypatch):
         assert "No space left" in fail(*search("other", "--trials", 1))
         assert Path("other", "study.db").exists()
     say(*search("study", "--trials", 1))
+
+
+@pytest.mark.parametrize("jobs", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_tune_works_in_any_thread(jobs):
+    pytest.importorskip("optuna")
+    arguments = list(map(str, search("study", "--trials", jobs, "--jobs", jobs)))
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        assert threads.submit(main, arguments).result() == 0
+    assert Path("study/best.toml").exists()
 
 
 def test_jobs_share_the_cores(say):

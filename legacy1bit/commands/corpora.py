@@ -11,9 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from legacy1bit.commands.common import add_settings, option_of, path_of
+from legacy1bit.commands.common import add_settings, path_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.corpus import Corpus, shard_corpus, source_corpus, story_corpus, token_corpus
+from legacy1bit.errors import SettingError
 from legacy1bit.files import remove_left_behind, temporary_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig
 from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, check_there, path_entry, paths_of
@@ -317,7 +318,10 @@ def corpus_of(
         with _named(cache):
             corpus = _text_corpus(found, validation, data, config, cache, tokenizer)
     if data.subword_splitting and (corpus.tokenizer.parents < 0).all():
-        raise ValueError("--subword-splitting splits merged tokens: expected --tokenizer bpe")
+        raise SettingError(
+            "subword_splitting splits merged tokens: expected tokenizer bpe",
+            *("subword_splitting", "tokenizer"),
+        )
     if source.setdefault("sha256", corpus.sha256) != corpus.sha256:
         whose = "its SHA-256" + (" with the others'" if len(paths) + len(others) > 1 else "")
         raise ValueError(
@@ -328,10 +332,10 @@ def corpus_of(
 
 
 def _refuse(data: DataConfig, names: Sequence[str], what: str) -> None:
-    """Raise ``ValueError`` for settings that would be ignored."""
+    """Raise ``SettingError`` for settings that would be ignored."""
     for name in names:
         if getattr(data, name) != getattr(DataConfig(), name):
-            raise ValueError(f"--{option_of(name)} goes with --data of text, and not with {what}")
+            raise SettingError(f"{name} goes with --data of text, and not with {what}", name)
 
 
 def _text_corpus(
@@ -384,7 +388,9 @@ def _stories(source: dict[str, Any], config: ModelConfig) -> Corpus:
     for key in ("stories", "seed"):
         _check_kind(source, key, int)
     if not 1 <= source["stories"] <= _MOST_STORIES:
-        raise ValueError(f"stories is {source['stories']}, expected 1 to {_MOST_STORIES}")
+        raise SettingError(
+            f"stories is {source['stories']}, expected 1 to {_MOST_STORIES}", "stories"
+        )
     return story_corpus(
         source["stories"],
         _HELD_OUT_STORIES,
@@ -406,7 +412,9 @@ def tokenizer_for(source: Source, data: DataConfig, cache: Path) -> Tokenizer:
     """
     if data.tokenizer == "bytes":
         if data.vocabulary not in (None, 256):
-            raise ValueError(f"vocabulary is {data.vocabulary}, expected 256 for bytes")
+            raise SettingError(
+                f"vocabulary is {data.vocabulary}, expected 256 for bytes", "vocabulary"
+            )
         return ByteTokenizer()
     size = data.vocabulary
     if size is None and data.tokenizer == "bpe":

@@ -5,14 +5,16 @@ error.
 """
 
 import argparse
+import codecs
 import contextlib
+import io
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from legacy1bit.commands.common import (
     ALL_CORES,
@@ -242,13 +244,8 @@ def _interact(
         file=sys.stderr,
     )
     text = b""
-    # What no terminal sends is any bytes.
-    lines = None if sys.stdin.isatty() else standard_input()
     with _history():
-        while True:
-            line = _line(lines)
-            if line is None:
-                return 0
+        for line in _lines():
             prompt = line or text
             try:
                 _tell_of_length(generator, prompt)
@@ -258,17 +255,24 @@ def _interact(
                 continue
             write_bytes(b"\n")
             seed += 1
+    return 0
 
 
-def _line(lines: BinaryIO | None) -> bytes | None:
-    """Return the next line, of the terminal where there are no others; nothing at the end."""
-    if lines is None:
-        try:
-            return os.fsencode(input("> "))
-        except EOFError:
-            return None
-    line = lines.readline()
-    return line.removesuffix(b"\n").removesuffix(b"\r") if line else None
+def _lines() -> Iterator[bytes]:
+    """Yield what is typed, line by line; where there is no terminal, it is any bytes."""
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError):
+            while True:
+                yield os.fsencode(input("> "))
+        return
+    stream = standard_input()
+    first = stream.readline()
+    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        # Lines end with other bytes there.
+        stream = io.BytesIO(decode_text(first + stream.read(), "standard input"))
+        first = stream.readline()
+    for line in itertools.chain([first.removeprefix(codecs.BOM_UTF8)] if first else [], stream):
+        yield line.removesuffix(b"\n").removesuffix(b"\r")
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import contextlib
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,20 +101,45 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_settings(command, "the training", TrainingConfig)
 
 
-def _make_folder(wanted: Path | None) -> Path:
-    """Make the folder of a new run: the one wanted, or one named by the time."""
+def _make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
+    """Make the folder of a new run: the one wanted, or one named by the time.
+
+    Returns the folder, and those that were not there before: it, and folders around it.
+    """
     if wanted is not None:
+        missing = _missing(wanted)
         wanted.mkdir(parents=True, exist_ok=True)
-        return wanted
+        return wanted, missing
     name, number = time.strftime("%Y%m%d-%H%M%S"), 1
     while True:
         path = RUNS / (name if number == 1 else f"{name}-{number}")
+        missing = _missing(path)
         try:
             path.mkdir(parents=True)
         except FileExistsError:
             number += 1
         else:
-            return path
+            return path, missing
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Return which of a folder and those around it do not exist, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_unbegun(folder: Path, made: Sequence[Path]) -> None:
+    """Remove what a training has made that ended before its first record."""
+    records = [folder / METRICS_FILE, folder / SAMPLES_FILE]
+    with contextlib.suppress(OSError):
+        others = {*folder.iterdir()} - {*records, folder / EVENTS_FOLDER}
+        if others or any(path.exists() and path.stat().st_size for path in records):
+            return
+        for path in records:
+            remove(path)
+        if made:
+            remove(folder / EVENTS_FOLDER)
+        for path in made:
+            path.rmdir()
 
 
 def _check_folder(wanted: Path | None) -> None:
@@ -191,10 +217,11 @@ def _start(
         print(f"{steps:,} steps in {arguments.minutes:g} minutes", file=sys.stderr)
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
-    trainer.folder = _make_folder(arguments.out)
+    trainer.folder, made = _make_folder(arguments.out)
     _hold(trainer.folder, ends)
     # Somebody may have been faster.
     _check_folder(arguments.out)
+    ends.callback(_remove_unbegun, trainer.folder, made)
     return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
 
 

@@ -15,6 +15,7 @@ from legacy1bit.commands.common import given, path_of, threads_of
 from legacy1bit.commands.corpora import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.corpus import Corpus
+from legacy1bit.errors import SettingError
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.places import check_there
 from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
@@ -108,7 +109,12 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
         check_there(source, "--data says where the text lies")
     else:
         source = source_of(arguments, training.seed)
-    corpus, model = corpus_of(source, data, model, arguments.cache, _tokenizer_of(arguments, told))
+    tokenizer = _tokenizer_of(arguments, told)
+    try:
+        corpus, model = corpus_of(source, data, model, arguments.cache, tokenizer)
+    except SettingError as error:
+        error.place = None if arguments.config is None else str(arguments.config)
+        raise
     for remark in corpus.remarks:
         print(remark, file=sys.stderr)
     tokens = told["model"].get("vocab_size")
@@ -123,6 +129,8 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
 class Interrupts:
     """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once.
 
+    Outside the main thread, where Python handles no signals, nothing is installed.
+
     Parameters
     ----------
     answer : callable, optional
@@ -136,10 +144,14 @@ class Interrupts:
         self._watcher: threading.Thread | None = None
 
     def __enter__(self) -> "Interrupts":
+        self._installed = threading.current_thread() is threading.main_thread()
+        if not self._installed:
+            return self
+        # None: a handler that another language has installed, and Python cannot put back.
         self._before = {
             number: signal.signal(number, self._request)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            if signal.getsignal(number) != signal.SIG_IGN
+            if signal.getsignal(number) not in (signal.SIG_IGN, None)
         }
         # The system's own handler writes a byte there for every signal, whatever Python does.
         self._read, self._write = os.pipe()
@@ -152,6 +164,8 @@ class Interrupts:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if not self._installed:
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._earlier)

@@ -456,6 +456,11 @@ class _Reader:
         if magic != _MAGIC:
             raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
         version = self.number(4)
+        if version >= 1 << 24:
+            raise ValueError(
+                "its numbers are big-endian, expected little-endian ones, as "
+                "gguf-convert-endian of the package gguf writes them"
+            )
         if version != _VERSION:
             raise ValueError(f"it has version {version}, expected {_VERSION}")
         tensors, keys = self.number(8), self.number(8)

@@ -25,8 +25,8 @@ from legacy1bit.tokenizer import (
     PADDING,
     TOKENIZER_FILE,
     Tokenizer,
+    description_in_template,
     fit_tokenizer,
-    visible_bytes,
 )
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
@@ -66,7 +66,7 @@ def export_hugging_face(
     header = {"format": "pt", **{name: json.dumps(value) for name, value in known.items()}}
     contents = {
         CONFIG_FILE: {**_config(model.config, tokenizer), _OURS: known},
-        TOKENIZER_FILE: _tokenizer(tokenizer),
+        TOKENIZER_FILE: description_in_template(tokenizer),
         TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config, tokenizer),
     }
     atomic_write_all(
@@ -121,30 +121,6 @@ def _config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "eos_token_id": tokenizer.eos_token,
         "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
     }
-
-
-def _tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer's file, which puts what texts begin behind before them.
-
-    A template does that. As a special token of the tokenizer the line break would be looked for in
-    the text, under the name of another character.
-    """
-    content = tokenizer.description()
-    bos = tokenizer.bos_token
-    if bos is not None:
-        name = visible_bytes()[bos] if tokenizer.eos_token is None else END_OF_TEXT
-        first = {"SpecialToken": {"id": name, "type_id": 0}}
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
-        }
-    return content
 
 
 def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
