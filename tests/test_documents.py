@@ -62,11 +62,11 @@ def test_readme_is_short():
 
 def anchors_of(text):
     """The anchors that GitHub makes of a document's headings."""
-    found = set()
+    anchors = set()
     for heading in re.findall(r"^#+ (.+)$", prose_of(text), re.M):
         words = re.sub(r"[^\w\- ]", "", heading.lower())
-        found.add(words.replace(" ", "-"))
-    return found
+        anchors.add(words.replace(" ", "-"))
+    return anchors
 
 
 @every_document
@@ -150,8 +150,8 @@ def test_make_targets_exist(document):
 
 
 def test_contributing_lists_every_target():
-    told = targets_of(re.findall(r"@echo '(.*)'", text_of(ROOT / "Makefile")))
-    assert told <= targets_of(spans_of(text_of(ROOT / "CONTRIBUTING.md")))
+    listed = targets_of(re.findall(r"@echo '(.*)'", text_of(ROOT / "Makefile")))
+    assert listed <= targets_of(spans_of(text_of(ROOT / "CONTRIBUTING.md")))
 
 
 # --- Examples -------------------------------------------------------------------------------------
