@@ -96,22 +96,22 @@ run: build
 	$(PYTHON) -m legacy1bit.main $(ARGS)
 
 bench: build
-	$(PYTHON) -m legacy1bit.bench --sse $(or $(SSE),1) \
+	$(PYTHON) -m benchmarks --sse $(or $(SSE),1) \
 	    $(if $(filter 0,$(SSE)),,--instructions) $(ARGS)
 
 bench-compare: build
 	@$(if $(and $(A),$(B)),,$(error Which commits? make bench-compare A=main~1 B=main))
-	$(PYTHON) -m legacy1bit.bench.compare $(A) $(B) $(if $(SSE),--sse $(SSE)) $(ARGS)
+	$(PYTHON) -m benchmarks.compare $(A) $(B) $(if $(SSE),--sse $(SSE)) $(ARGS)
 
 bench-peers: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["bench"])
-	$(PYTHON) -m legacy1bit.bench.peers $(ARGS)
+	$(PYTHON) -m benchmarks.peers $(ARGS)
 
 bench-data: build
-	$(PYTHON) -m legacy1bit.bench.data $(ARGS)
+	$(PYTHON) -m benchmarks.data $(ARGS)
 
 results: build
-	$(PYTHON) -m legacy1bit.results $(if $(DATA),--data $(DATA)) $(ARGS)
+	$(PYTHON) -m benchmarks.results $(if $(DATA),--data $(DATA)) $(ARGS)
 
 # The quick tests run in some processes at once; ARGS="-n 0" is for one, as debuggers need it.
 PROCESSES = -n auto --maxprocesses 4
@@ -131,7 +131,7 @@ test-crash: build
 
 # Faults in kernels and backward functions: does the suite notice? Hours.
 test-mutants: build
-	$(PYTHON) tests/mutants/check.py $(ARGS)
+	$(PYTHON) tools/mutants/check.py $(ARGS)
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
@@ -200,7 +200,7 @@ ELSEWHERE := build/test-wheel
 test-wheel: wheel
 	rm -rf $(ELSEWHERE)
 	$(PYTHON) -m venv $(ELSEWHERE)/venv
-	cp -r tests pyproject.toml $(ELSEWHERE)
+	cp -r tests benchmarks tools pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	cd $(ELSEWHERE) && venv/bin/python -m $(QUICK_TESTS) $(ARGS)
 
@@ -225,7 +225,7 @@ IN_LLAMA_CPP := build/test-gguf
 test-gguf: wheel
 	rm -rf $(IN_LLAMA_CPP)
 	$(PYTHON) -m venv $(IN_LLAMA_CPP)/venv
-	cp -r tests pyproject.toml $(IN_LLAMA_CPP)
+	cp -r tests benchmarks tools pyproject.toml $(IN_LLAMA_CPP)
 	$(IN_LLAMA_CPP)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	$(IN_LLAMA_CPP)/venv/bin/pip install --no-binary llama-cpp-python llama-cpp-python
 	cd $(IN_LLAMA_CPP) && venv/bin/python -m pytest -m 'slow or not slow' \
@@ -241,7 +241,7 @@ test-old-cpus: wheel
 	@command -v qemu-x86_64 > /dev/null || { echo 'qemu-x86_64 is missing: see qemu-user'; exit 1; }
 	rm -rf $(EMULATED)
 	$(PYTHON) -m venv $(EMULATED)/venv
-	cp -r tests pyproject.toml $(EMULATED)
+	cp -r tests benchmarks tools pyproject.toml $(EMULATED)
 	$(EMULATED)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	cd $(EMULATED) && venv/bin/python -m pytest tests/test_old_cpus.py -k check_numpy
 	$(EMULATED)/venv/bin/pip install -q 'numpy<2.4'
@@ -261,7 +261,7 @@ COMPILER_OF_fuzz := CC=clang
 $(CHECKED_BUILDS): checked-%: build
 	MEASURE_PERFORMANCE=0 CHECKED=$* $(COMPILER_OF_$*) $(PYTHON) setup.py -q build \
 	    --build-base build/$* --build-lib build/$*
-	rm -rf build/$*/tests && cp -r tests pyproject.toml build/$*
+	rm -rf build/$*/tests build/$*/benchmarks build/$*/tools && cp -r tests benchmarks tools pyproject.toml build/$*
 
 in = cd build/$(1) && PYTHONPATH="$$PWD"
 CHECKED_TESTS = $(QUICK_TESTS) -p no:cacheprovider $(ARGS)

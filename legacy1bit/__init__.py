@@ -7,13 +7,13 @@ with ``model``, ``forward`` and ``backward``, or type ``python -m legacy1bit.mai
 import os
 from typing import Any
 
-from legacy1bit.errors import refuse_import
+from legacy1bit.system.errors import refuse_import
 from legacy1bit.version import __version__
 
 __all__ = ["__version__", "get_include", "set_simd_level", "simd_level", "simd_levels"]
 
 try:
-    from legacy1bit.old_cpus import check_numpy
+    from legacy1bit.system.old_cpus import check_numpy
 except ModuleNotFoundError:
     # A folder of the source comes before an installed package in the folder above it.
     refuse_import(

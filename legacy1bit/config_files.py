@@ -18,8 +18,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.errors import SettingError, shown
-from legacy1bit.files import HEAD_BYTES, atomic_write, kind_of_file
+from legacy1bit.data.sources import decode_text
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     SETTINGS_FILE,
@@ -30,8 +29,9 @@ from legacy1bit.hyperparams import (
     default_warmup,
 )
 from legacy1bit.model import CONFIG_FILE
-from legacy1bit.sources import decode_text
-from legacy1bit.trainer import read_settings
+from legacy1bit.system.errors import SettingError, shown
+from legacy1bit.system.files import HEAD_BYTES, atomic_write, kind_of_file
+from legacy1bit.training.trainer import read_settings
 
 # The tables of a config file, and the record that each fills.
 TABLES: dict[str, type[Any]] = {

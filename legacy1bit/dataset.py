@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.shards import TokenStore
 from legacy1bit.data_utils import Tokens
 from legacy1bit.hyperparams import BATCH_ORDERS
-from legacy1bit.shards import TokenStore
 
 # Documents that are packed together: of more, rows are fuller; of fewer, memory is smaller and a
 # run that goes on has less to pack again.

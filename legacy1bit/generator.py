@@ -12,12 +12,12 @@ from typing import NoReturn, Self
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder, check_tokens
 from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedModel
 from legacy1bit.threads import default_threads
-from legacy1bit.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
 
 # Below so many bytes of weights a token is written faster than a second thread wakes up.
 _SMALL = 1 << 20

@@ -10,8 +10,8 @@ import math
 from dataclasses import Field, asdict, dataclass, field, fields
 from typing import Any, Self
 
-from legacy1bit.errors import SettingError, shown
 from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.system.errors import SettingError, shown
 
 # The file of a run that holds both records.
 SETTINGS_FILE = "training.json"

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_write, open_regular
+from legacy1bit.system.files import atomic_write, open_regular
+from legacy1bit.system.optional import load_extra
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"

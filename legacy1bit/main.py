@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
-from legacy1bit.errors import INTERRUPTED, SettingError, describe
+from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
 
 # The commands, the module of each, and what they are for. Only that of the command which is called
 # is loaded, so that writing does not wait for what training needs.
@@ -162,7 +162,7 @@ def _run(argv: Sequence[str] | None) -> int:
 def _option_typed(parsed: argparse.Namespace, name: str) -> str | None:
     """Return the option of a setting, unless it comes from a file that the command line names."""
     # It is loaded: what has failed is a command.
-    from legacy1bit.commands.common import option_of
+    from legacy1bit.commands.options import option_of
 
     option = option_of(name) if hasattr(parsed, name) else None
     of_file = any(getattr(parsed, source, None) for source in ("config", "resume", "model"))

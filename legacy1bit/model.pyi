@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple, NoReturn
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT as FLOAT
 from legacy1bit.schemes import SCHEMES as SCHEMES
 

@@ -202,7 +202,7 @@ cdef class Int8Buffer:
         self.view.sums = &sums[0]
 
     def __reduce__(self):
-        raise TypeError("RoundedRows cannot be copied or pickled: make others")
+        raise TypeError("Int8Buffer cannot be copied or pickled: make others")
 
 
 def _pack(values, levels, trits, buffer):

@@ -2,7 +2,7 @@
 
 import os
 
-from legacy1bit.control_groups import core_quotas
+from legacy1bit.system.cgroups import core_quotas
 
 from legacy1bit.threads cimport task_function, thread_team
 

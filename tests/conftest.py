@@ -11,7 +11,7 @@ import pytest
 
 try:
     from legacy1bit import math_ops
-    from legacy1bit.old_cpus import runs_here
+    from legacy1bit.system.old_cpus import runs_here
 except ImportError:
     # The oracle's own tests need no package; a test that needs it imports it, and fails.
     math_ops = None

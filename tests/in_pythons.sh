@@ -53,7 +53,7 @@ for name in "$@"; do
     rm -rf "$place"
     "$python" -m venv "$place/venv"
     pip=("$place/venv/bin/python" -m pip install -q)
-    cp -r tests pyproject.toml "$place"
+    cp -r tests benchmarks tools pyproject.toml "$place"
 
     without=
     if ! mapfile -t packages < <(needs core) || ! "${pip[@]}" "${packages[@]}"; then

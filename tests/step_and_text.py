@@ -10,11 +10,11 @@ from pathlib import Path
 from models import MODELS
 
 from legacy1bit import math_ops
-from legacy1bit.corpus import text_corpus
+from legacy1bit.data.corpus import text_corpus
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.trainer import Trainer
+from legacy1bit.training.trainer import Trainer
 
 TEXT = b"the cat sat on the mat. " * 40
 SHAPE = {"num_blocks": 1, "model_dim": 36, "num_heads": 3, "sequence_length": 24}

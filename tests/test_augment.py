@@ -9,17 +9,17 @@ from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legacy1bit.augment import Augmentation
-from legacy1bit.dataset import Batch, TokenDataset
-from legacy1bit.hyperparams import DataConfig
-from legacy1bit.shards import TokenStore
-from legacy1bit.stories import corpus, generate_stories
-from legacy1bit.tokenizer import (
+from legacy1bit.data.augment import Augmentation
+from legacy1bit.data.shards import TokenStore
+from legacy1bit.data.stories import corpus, generate_stories
+from legacy1bit.data.tokenizer import (
     ByteTokenizer,
     UnknownTokenizer,
     character_tokenizer,
     train_bpe,
 )
+from legacy1bit.dataset import Batch, TokenDataset
+from legacy1bit.hyperparams import DataConfig
 
 TEXT = corpus(generate_stories(120, 3)).replace(".\n", ".\nÄpfel zu 3 €, MIT  Öl\n").encode()
 

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 import legacy1bit
-from legacy1bit import math_ops
-from legacy1bit.bench import (
+from benchmarks import (
     __main__,
     compare,
     instructions,
@@ -23,18 +22,19 @@ from legacy1bit.bench import (
     report,
     torch_twin,
 )
-from legacy1bit.bench.measure import (
+from benchmarks.measure import (
     Benchmark,
     machine_load,
     measure,
     package_environment,
     rate,
 )
-from legacy1bit.bench.report import Result
+from benchmarks.report import Result
+from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
-from legacy1bit.machine import cpu_name
 from legacy1bit.model import create_legacy_llm
+from legacy1bit.system.hardware import cpu_name
 
 LEVELS = math_ops.simd_levels()
 TINY = ModelConfig(model_dim=32, num_blocks=1, sequence_length=16)
@@ -59,7 +59,7 @@ def all_tiny(threads=1):
 def ticks(monkeypatch):
     """A clock that goes on by a second whenever it is looked at."""
     moments = iter(range(1000))
-    monkeypatch.setattr("legacy1bit.bench.measure.time.perf_counter", lambda: float(next(moments)))
+    monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: float(next(moments)))
 
 
 @pytest.mark.usefixtures("ticks")
@@ -184,7 +184,7 @@ def test_memory_tells_what_failed(capfd):
     ("load", "told"), [(0.1, ""), (1.5, "other programs are running (load 1.5)")]
 )
 def test_a_busy_machine_is_told_of(load, told, monkeypatch, capsys):
-    monkeypatch.setattr("legacy1bit.bench.measure.os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("benchmarks.measure.os.getloadavg", lambda: (load, 0.0, 0.0))
     assert machine_load() == load
     assert capsys.readouterr().err.startswith(told)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from legacy1bit import bpe
-from legacy1bit.bpe import learn_merges
-from legacy1bit.tokenizer import train_bpe
+from legacy1bit.data import bpe
+from legacy1bit.data.bpe import learn_merges
+from legacy1bit.data.tokenizer import train_bpe
 
 pytest.importorskip("tokenizers")
 
@@ -70,7 +70,7 @@ def test_learn_merges_without_a_process_learns_here(instead, monkeypatch, starte
     elif how == "missing":
         monkeypatch.setattr(sys, "executable", "/nowhere/python")
     elif how == "another":
-        instead("echo legacy1bit.bpe: ready", name="server")
+        instead("echo legacy1bit.data.bpe: ready", name="server")
     elif how == "ends":
         instead("exit 0")
     elif how == "speaks":
@@ -88,7 +88,7 @@ def test_learn_merges_without_a_process_learns_here(instead, monkeypatch, starte
 @pytest.mark.parametrize("when", ["before it begins", "while it learns"])
 def test_interrupt_ends_the_process_that_learns(instead, started, when):
     """It would learn for ever."""
-    ready = "" if when == "before it begins" else "echo legacy1bit.bpe: ready; "
+    ready = "" if when == "before it begins" else "echo legacy1bit.data.bpe: ready; "
     instead(f"{ready}sleep 0.1; kill -INT $PPID; exec sleep 1000")
     with pytest.raises(KeyboardInterrupt):
         train_bpe([text.encode() for text in TEXTS], 400)
@@ -116,7 +116,7 @@ def test_what_goes_wrong_with_the_text_ends_the_process(started):
     ],
 )
 def test_learn_merges_that_fails_says_why(instead, commands, message):
-    instead(f"echo legacy1bit.bpe: ready; {commands}")
+    instead(f"echo legacy1bit.data.bpe: ready; {commands}")
     with pytest.raises(ValueError, match="the vocabulary could not be learned: ") as failure:
         learn_merges(TEXTS * 5, 400)
     assert str(failure.value).endswith(f": {message}")
@@ -133,7 +133,7 @@ def test_process_gets_the_path_that_modules_are_looked_for_on(instead, monkeypat
 def test_process_outlives_a_terminals_interrupt_and_ends_with_its_parent():
     def begun():
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "legacy1bit.bpe", "300"],
+            [sys.executable, "-P", "-m", "legacy1bit.data.bpe", "300"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from models import MODELS, in_every_tier, make_config, random_model
 
-from legacy1bit.corpus import text_corpus
+from legacy1bit.data.corpus import text_corpus
 from legacy1bit.formats.c_source import export_c
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import ModelConfig, SamplingConfig, TrainingConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.model import create_legacy_llm
 from legacy1bit.packed import PackedModel
-from legacy1bit.provenance import Provenance
-from legacy1bit.trainer import Trainer
+from legacy1bit.training.trainer import Trainer
 
 FLAGS = ["-std=c99", "-O2", "-Wall", "-Wextra", "-Wpedantic", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]

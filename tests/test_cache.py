@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from legacy1bit import cache as caches
-from legacy1bit.cache import LIMIT_VARIABLE, clear, entries, limit_of, text_of, trim
-from legacy1bit.corpus import tokens_of
-from legacy1bit.files import shared
+from legacy1bit.data import cache as caches
+from legacy1bit.data.cache import LIMIT_VARIABLE, clear, entries, limit_of, text_of, trim
+from legacy1bit.data.corpus import tokens_of
+from legacy1bit.data.shards import ShardWriter, open_store
+from legacy1bit.data.sources import open_source
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.main import main
-from legacy1bit.shards import ShardWriter, open_store
-from legacy1bit.sources import open_source
-from legacy1bit.tokenizer import ByteTokenizer
+from legacy1bit.system.files import shared
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model-dim", 8, "--blocks", 1, "--heads", 1, "--sequence-length", 8,
@@ -192,10 +192,10 @@ def test_clear_may_spare_what_was_used_lately(say, fail):
 HOLDS = """
 import sys, time
 from pathlib import Path
-from legacy1bit.corpus import tokens_of
-from legacy1bit.shards import open_store
-from legacy1bit.sources import open_source
-from legacy1bit.tokenizer import ByteTokenizer
+from legacy1bit.data.corpus import tokens_of
+from legacy1bit.data.shards import open_store
+from legacy1bit.data.sources import open_source
+from legacy1bit.data.tokenizer import ByteTokenizer
 folder, index = tokens_of(open_source("busy.txt"), ByteTokenizer(), Path("cache"))
 store = open_store(folder, index, "text").window(3, 900)
 print(folder, flush=True)
@@ -244,7 +244,7 @@ def test_clear_leaves_what_this_process_uses_or_writes():
 
 
 def test_clear_leaves_the_stream_that_a_run_learns(say, monkeypatch):
-    from legacy1bit.trainer import Trainer
+    from legacy1bit.training.trainer import Trainer
 
     seen = []
 

@@ -28,8 +28,12 @@ from test_trainer import (
     train,
 )
 
-from legacy1bit import files
-from legacy1bit.checkpoint import (
+from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
+from legacy1bit.logger import METRICS_FILE, read_metrics
+from legacy1bit.model import ModelFileError
+from legacy1bit.system import files
+from legacy1bit.system.files import held
+from legacy1bit.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     EARLIER_FILE,
@@ -37,11 +41,7 @@ from legacy1bit.checkpoint import (
     newest_checkpoint,
     read_checkpoint,
 )
-from legacy1bit.files import held
-from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.model import ModelFileError
-from legacy1bit.trainer import read_settings
+from legacy1bit.training.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -366,7 +366,8 @@ def test_folder_of_a_file_system_without_locks_is_held_by_anybody(tmp_path, monk
 
 BUSY = """
 import sys, time
-from legacy1bit import main, trainer
+from legacy1bit import main
+from legacy1bit.training import trainer
 def train(self, *arguments):
     print("it begins", file=sys.stderr, flush=True)
     time.sleep(60)

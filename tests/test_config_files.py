@@ -28,7 +28,7 @@ from legacy1bit.config_files import (
 )
 from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.trainer import read_settings
+from legacy1bit.training.trainer import read_settings
 
 DEFAULTS = (ModelConfig(), TrainingConfig(), DataConfig())
 TINY = """

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from legacy1bit.control_groups import can_start_threads, core_quotas, free_memory
+from legacy1bit.system.cgroups import can_start_threads, core_quotas, free_memory
 
 
 def told(groups, files, folder):

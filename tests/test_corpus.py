@@ -14,9 +14,9 @@ from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legacy1bit import corpus as corpora
-from legacy1bit import sources
-from legacy1bit.corpus import (
+from legacy1bit.data import corpus as corpora
+from legacy1bit.data import sources
+from legacy1bit.data.corpus import (
     TEXT,
     TRAINING,
     VALIDATION,
@@ -25,10 +25,15 @@ from legacy1bit.corpus import (
     tokenize_source,
     tokens_of,
 )
+from legacy1bit.data.shards import open_store, read_index
+from legacy1bit.data.sources import Piece, open_source
+from legacy1bit.data.tokenizer import (
+    ByteTokenizer,
+    UnknownTokenizer,
+    character_tokenizer,
+    train_bpe,
+)
 from legacy1bit.hyperparams import DataConfig
-from legacy1bit.shards import open_store, read_index
-from legacy1bit.sources import Piece, open_source
-from legacy1bit.tokenizer import ByteTokenizer, UnknownTokenizer, character_tokenizer, train_bpe
 
 STORY = "The c\u00e4t sat on the m\u00e4t. The d\u00f6g lay by the l\u00f6g, and it sl\u00e8pt. "
 DATA = DataConfig()

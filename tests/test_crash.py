@@ -18,16 +18,16 @@ import pytest
 from test_main import tiny
 from test_trainer import assert_same_files, measured
 
-from legacy1bit.checkpoint import (
+from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
+from legacy1bit.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
     EARLIER_FILE,
     fixed_settings,
     newest_checkpoint,
 )
-from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
-from legacy1bit.trainer import read_settings
+from legacy1bit.training.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -37,7 +37,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # it, as by a loss of power.
 VICTIM = """
 import errno, os, re, signal, sys, time
-from legacy1bit import main, trainer
+from legacy1bit import main
+from legacy1bit.training import trainer
 
 how, left, share, *arguments = sys.argv[1:]
 left, share = 1 << 30 if how == "time" else int(left), float(share)

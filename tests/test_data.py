@@ -14,13 +14,13 @@ from test_model import assert_same_model
 
 from legacy1bit.commands import data
 from legacy1bit.commands.data import inspect
-from legacy1bit.corpus import tokenize_source
+from legacy1bit.data.corpus import tokenize_source
+from legacy1bit.data.shards import open_store, read_index
+from legacy1bit.data.sources import open_source
+from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.main import main
 from legacy1bit.model import load_model
-from legacy1bit.shards import open_store, read_index
-from legacy1bit.sources import open_source
-from legacy1bit.tokenizer import ByteTokenizer, load_tokenizer
 
 DOCUMENTS = ["", "a", "größer\nals das", "a", "x" * 700, "a", "größer\nals das"]
 TINY = ("--model-dim", "8", "--blocks", "1", "--heads", "2", "--sequence-length", "16",

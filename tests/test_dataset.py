@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from models import make_config, random_model
 
 from legacy1bit import dataset as module
-from legacy1bit import stories
 from legacy1bit.backward import BackwardPass
-from legacy1bit.corpus import story_corpus, text_corpus
+from legacy1bit.data import stories
+from legacy1bit.data.corpus import story_corpus, text_corpus
+from legacy1bit.data.shards import TokenStore
 from legacy1bit.dataset import Prefetcher, TokenDataset, pack, shuffled
 from legacy1bit.forward import document_starts
 from legacy1bit.model import create_legacy_llm_gradients
-from legacy1bit.shards import TokenStore
 
 PAD = 256
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from test_trainer import make
 
-from legacy1bit.divergence import (
+from legacy1bit.hyperparams import TrainingConfig
+from legacy1bit.training.divergence import (
     TrainingDiverged,
     bad_activation,
     bad_gradient,
@@ -16,7 +17,6 @@ from legacy1bit.divergence import (
     diverged,
     remedy,
 )
-from legacy1bit.hyperparams import TrainingConfig
 
 NAMES = (
     "blocks.0.attention.wq", "blocks.1.ffn.wo", "embedding.weight", "output.weight",

@@ -249,9 +249,6 @@ def files_of_map(text):
                 yield top + folder + word
 
 
-@pytest.mark.skipif(
-    not (ROOT / "legacy1bit/data").is_dir(), reason="the map is that of the new layout"
-)
 def test_the_map_has_every_file():
     known = {
         str(path.relative_to(ROOT))

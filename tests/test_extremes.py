@@ -46,9 +46,10 @@ from legacy1bit.backward import (
     cross_entropy_loss,
     d_loss_d_logits,
 )
-from legacy1bit.corpus import Corpus
+from legacy1bit.data.corpus import Corpus
+from legacy1bit.data.shards import TokenStore
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.dataset import TokenDataset
-from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.forward import forward_feed_forward_batch, forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.inference import Decoder
@@ -60,9 +61,8 @@ from legacy1bit.model import (
 )
 from legacy1bit.packed import PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
-from legacy1bit.shards import TokenStore
-from legacy1bit.tokenizer import ByteTokenizer
-from legacy1bit.trainer import Trainer
+from legacy1bit.training.divergence import TrainingDiverged
+from legacy1bit.training.trainer import Trainer
 
 EXAMPLES = int(os.environ.get("EXTREMES", "25"))
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), 2.0**-149

@@ -21,9 +21,8 @@ from compare import assert_same_bits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
-from legacy1bit import files
-from legacy1bit.checkpoint import WRITTEN_FILES
-from legacy1bit.files import (
+from legacy1bit.system import files
+from legacy1bit.system.files import (
     NAME_CHARACTERS,
     atomic_copies,
     atomic_copy,
@@ -35,6 +34,7 @@ from legacy1bit.files import (
     temporaries,
     temporary_of,
 )
+from legacy1bit.training.checkpoint import WRITTEN_FILES
 
 OLD, NEW = b"the old content", b"the new content, longer"
 
@@ -564,7 +564,7 @@ def test_atomic_path_leaves_what_was_there_where_it_fails_itself(
 
 LIMITED = """
 import resource, sys, numpy as np
-from legacy1bit.files import atomic_path
+from legacy1bit.system.files import atomic_path
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
 with atomic_path(sys.argv[1]) as path, open(path, "wb") as file:
     np.zeros(1 << 16).tofile(file)

@@ -25,12 +25,12 @@ from test_inference import wild_model
 from test_packed import has_trits
 
 from legacy1bit import generator as module
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.generator import Generator, Stream, TextStream
 from legacy1bit.hyperparams import ModelConfig, SamplingConfig
 from legacy1bit.inference import Decoder, sample_token
 from legacy1bit.model import ModelFileError, create_legacy_llm, load_model, save_model
 from legacy1bit.packed import FORMS, PackedMatrix, PackedModel
-from legacy1bit.tokenizer import ByteTokenizer
 
 CONTEXT = 16
 SAMPLING = SamplingConfig()

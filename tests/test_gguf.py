@@ -11,8 +11,10 @@ import pytest
 from compare import assert_same_bits
 from models import exact_dense, make_config, random_model
 
+from legacy1bit.data.tokenizer import visible_bytes
 from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
 from legacy1bit.formats.nemotron import check_nemotron
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
     LAYER_NORM_EPSILON,
@@ -22,8 +24,6 @@ from legacy1bit.model import (
     free_legacy_llm,
     save_model,
 )
-from legacy1bit.provenance import Provenance
-from legacy1bit.tokenizer import visible_bytes
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 

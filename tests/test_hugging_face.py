@@ -11,8 +11,10 @@ from models import exact_dense, make_config, random_model
 from safetensors import safe_open
 from test_data_utils import TEXTS
 
+from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.forward import forward_llm
 from legacy1bit.generator import Generator
 from legacy1bit.model import (
@@ -22,8 +24,6 @@ from legacy1bit.model import (
     load_model,
     save_model,
 )
-from legacy1bit.provenance import Provenance
-from legacy1bit.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

@@ -13,6 +13,8 @@ import pytest
 from models import make_config, random_model
 from test_data_utils import TEXTS
 
+from legacy1bit.data.stories import corpus, generate_stories
+from legacy1bit.data.tokenizer import character_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.forward import forward_llm
@@ -21,8 +23,6 @@ from legacy1bit.inference import Decoder
 from legacy1bit.main import main
 from legacy1bit.model import load_model
 from legacy1bit.packed import PackedModel
-from legacy1bit.stories import corpus, generate_stories
-from legacy1bit.tokenizer import character_tokenizer, train_bpe
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama_cpp is not installed: make test-gguf builds it"

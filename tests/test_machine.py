@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from legacy1bit.machine import cpu_name, machine
+from legacy1bit.system.hardware import cpu_name, machine
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ from test_logger import expected_events, set_apart, shown, without_tensorboardx
 from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
 from legacy1bit import main as program
-from legacy1bit import stories, trainer
-from legacy1bit.commands import common, corpora, progress, train
 from legacy1bit.commands import generate as generate_command
-from legacy1bit.commands.training import Interrupts
-from legacy1bit.divergence import TrainingDiverged
+from legacy1bit.commands import options as command_options
+from legacy1bit.commands import progress, texts, train
+from legacy1bit.commands.run_settings import Interrupts
+from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -53,7 +53,9 @@ from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model, save_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.threads import available_cores
-from legacy1bit.trainer import read_settings
+from legacy1bit.training import trainer
+from legacy1bit.training.divergence import TrainingDiverged
+from legacy1bit.training.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -191,14 +193,14 @@ def test_train_without_a_folder_makes_one_in_runs(say):
 def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
     """Two runs begun in the same second, the second while the first still makes its stories."""
     monkeypatch.setattr(train, "time", SimpleNamespace(strftime=lambda form: "now"))
-    make, others = corpora.story_corpus, [tiny(seed=2)]
+    make, others = texts.story_corpus, [tiny(seed=2)]
 
     def make_slowly(*arguments):
         if others:
             assert main(others.pop()) == 0
         return make(*arguments)
 
-    monkeypatch.setattr(corpora, "story_corpus", make_slowly)
+    monkeypatch.setattr(texts, "story_corpus", make_slowly)
     say(*tiny(seed=1))
     seeds = [read_settings(folder)[1].seed for folder in Path("runs").iterdir()]
     assert sorted(seeds) == [1, 2]
@@ -242,7 +244,7 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
         raise Stop
 
     monkeypatch.setattr(train, "Trainer", made_with)
-    monkeypatch.setattr(corpora, "story_corpus", lambda *arguments: arguments)
+    monkeypatch.setattr(texts, "story_corpus", lambda *arguments: arguments)
     with pytest.raises(Stop):
         main([])
     ((_, model_config, config, corpus, source),) = made
@@ -342,7 +344,11 @@ def test_an_option_sets_its_setting_alone(setting):
         ["train", *option_of(setting.name, SETTINGS[setting.name])]
     )
     changed = {setting.name: SETTINGS[setting.name]}
-    found = common.given(parsed, ModelConfig) | common.given(parsed, TrainingConfig)
+    found = {}
+    for record in (ModelConfig, TrainingConfig):
+        found |= command_options.given(parsed, record)
+        parsed, TrainingConfig
+    )
     assert found == changed
 
 
@@ -569,7 +575,8 @@ def test_train_that_ends_after_its_first_record_keeps_it(fail, monkeypatch):
 
 SLOW = """
 import sys, time
-from legacy1bit import main, trainer
+from legacy1bit import main
+from legacy1bit.training import trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     if self.step == 3:
@@ -611,7 +618,8 @@ def test_process_saves_when_it_is_told_to_stop(say, number):
 
 LONG = """
 import sys
-from legacy1bit import main, trainer
+from legacy1bit import main
+from legacy1bit.training import trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     print("the step begins", file=sys.stderr, flush=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from test_trainer import make
 
-from legacy1bit import memory
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.memory import check_memory, free_bytes, training_bytes
+from legacy1bit.training import memory
+from legacy1bit.training.memory import check_memory, free_bytes, training_bytes
 
 GIB = 1 << 30
 
@@ -19,10 +19,10 @@ MEASURE = """
 import sys
 from pathlib import Path
 import numpy as np
-from legacy1bit.corpus import text_corpus
+from legacy1bit.data.corpus import text_corpus
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.trainer import Trainer
+from legacy1bit.training.trainer import Trainer
 def peak():
     lines = open("/proc/self/status").read().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])

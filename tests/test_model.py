@@ -43,6 +43,7 @@ from legacy1bit.backward import (
     backward_llm,
     backward_llm_batch,
 )
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.forward import (
     ForwardContext,
     forward_embedding,
@@ -78,8 +79,7 @@ from legacy1bit.model import (
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon
-from legacy1bit.packed import PackedMatrix, PackedModel, RoundedRows
-from legacy1bit.provenance import Provenance
+from legacy1bit.packed import Int8Buffer, PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
@@ -740,7 +740,7 @@ def native_objects():
         model, create_legacy_llm_gradients(config), block, block.attention, block.ffn, block.norm1,
         create_transformer_block_context(8, 8, 2, 1, 4), ForwardContext(config, 1, 4),
         BackwardContext(8, 8, 1, 4), BackwardPass(model, 1, 4), packed, Decoder(packed),
-        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), RoundedRows(1, 4),
+        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), Int8Buffer(1, 4),
         *(make(model) for make in (AdamW, Muon, SGD)),
     ]  # fmt: skip
 

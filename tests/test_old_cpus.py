@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from legacy1bit import cpu as this_cpu
-from legacy1bit import old_cpus
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import create_legacy_llm, save_model
-from legacy1bit.tokenizer import ByteTokenizer
+from legacy1bit.system import old_cpus
 
 QEMU = shutil.which("qemu-x86_64")
 CPUS = {"core2duo": "ssse3", "Nehalem": "sse41", "Haswell": "avx2"}

@@ -18,12 +18,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import make_config, random_model
 
-from legacy1bit import plots
+from legacy1bit.data.stories import entropy_per_character
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model
-from legacy1bit.plots import (
+from legacy1bit.reports import figures as plots
+from legacy1bit.reports.figures import (
     CURVES,
     Panel,
     Run,
@@ -39,8 +41,6 @@ from legacy1bit.plots import (
     save_figure,
     size_panel,
 )
-from legacy1bit.stories import entropy_per_character
-from legacy1bit.tokenizer import ByteTokenizer
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 

@@ -12,14 +12,14 @@ import pytest
 from test_plots import SHORT, STRANGE, with_metrics
 
 from legacy1bit.commands.report import train_command
-from legacy1bit.commands.training import beginning_of
+from legacy1bit.commands.run_settings import beginning_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
-from legacy1bit.machine import machine, read_machine
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
-from legacy1bit.report import escape, page, quotation, section, some, table, tiles
-from legacy1bit.trainer import Metrics, Trainer, read_settings
+from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
+from legacy1bit.system.hardware import machine, read_machine
+from legacy1bit.training.trainer import Metrics, Trainer, read_settings
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
@@ -350,7 +350,7 @@ def test_some_are_even_with_both_ends(count, most):
 
 
 def test_records_without_options_are_the_defaults():
-    from legacy1bit.report import defaults_of
+    from legacy1bit.reports.page import defaults_of
 
     for record in (ModelConfig(), DataConfig(), TrainingConfig()):
         assert defaults_of(record) == record

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from legacy1bit import main, results
-from legacy1bit.commands import training
+from benchmarks import results
+from benchmarks.results import TABLES, Outcome, Variant
+from legacy1bit import main
+from legacy1bit.commands import run_settings
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.results import TABLES, Outcome, Variant
 
 VARIANTS = sorted(
     {variant for table in TABLES.values() for variant in table}, key=lambda one: one.options
@@ -22,7 +23,7 @@ def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
     values = main.parser_of(arguments[2]).parse_args(arguments[2:])
-    return training._configs(values, training.told_settings(values))[:2]
+    return run_settings._configs(values, run_settings.told_settings(values))[:2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
@@ -225,7 +226,7 @@ def test_budgets_are_understood(monkeypatch):
     monkeypatch.chdir(DOCUMENT.parents[1])
     for options in results._BUDGETS.values():
         values = main.parser_of("train").parse_args(["train", *shlex.split(options)])
-        model = training._configs(values, training.told_settings(values))[0]
+        model = run_settings._configs(values, run_settings.told_settings(values))[0]
         assert values.minutes in (1, 10)
         assert model.scheme == "ternary"
 

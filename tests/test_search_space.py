@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.search_space import (
+from legacy1bit.search.space import (
     Dimension,
     GridSearch,
     apply,

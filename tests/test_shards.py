@@ -21,8 +21,8 @@ from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legacy1bit import shards
-from legacy1bit.shards import (
+from legacy1bit.data import shards
+from legacy1bit.data.shards import (
     INDEX_FILE,
     IntegerFile,
     ShardError,
@@ -381,7 +381,7 @@ def test_cache_that_is_no_folder_is_an_error(tmp_path, documents, place):
 DIES = """
 import os, sys, numpy as np
 from pathlib import Path
-from legacy1bit import shards
+from legacy1bit.data import shards
 writer = shards.ShardWriter(Path(sys.argv[1]), ("text",), 256, 64)
 writer.begin_document("text")
 writer.write("text", np.arange(200))
@@ -529,7 +529,7 @@ def test_many_writers_of_one_folder_all_end_well(tmp_path, documents):
 TOGETHER = """
 import sys, numpy as np
 from pathlib import Path
-from legacy1bit.shards import ShardWriter, open_store
+from legacy1bit.data.shards import ShardWriter, open_store
 folder = Path(sys.argv[1])
 with ShardWriter(folder, ("text",), 256, 64) as writer:
     writer.begin_document("text")

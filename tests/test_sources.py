@@ -23,8 +23,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from legacy1bit import sources
-from legacy1bit.sources import (
+from legacy1bit.data import sources
+from legacy1bit.data.sources import (
     Piece,
     decode_text,
     is_token_file,
@@ -576,7 +576,7 @@ def test_pipe_that_is_named_is_read(tmp_path, write):
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdin"), reason="this system has no /dev/stdin")
 def test_device_of_standard_input_is_read():
-    code = "from legacy1bit.sources import *; print(*open_source('/dev/stdin').pieces())"
+    code = "from legacy1bit.data.sources import *; print(*open_source('/dev/stdin').pieces())"
     # The path of the package under test, not of one that is installed.
     run = subprocess.run(
         [sys.executable, "-c", code],
@@ -1083,7 +1083,7 @@ def test_parquet_is_read_without_threads(write_table):
     # In another process: the library keeps its threads.
     script = (
         "import os, pyarrow.parquet\n"
-        "from legacy1bit.sources import open_source\n"
+        "from legacy1bit.data.sources import open_source\n"
         "before = len(os.listdir('/proc/self/task'))\n"
         f"list(open_source({str(path)!r}).pieces())\n"
         "print(len(os.listdir('/proc/self/task')) - before)"

@@ -10,7 +10,7 @@ import statistics
 import numpy as np
 import pytest
 
-from legacy1bit import stories
+from legacy1bit.data import stories
 
 SAMPLE = stories.generate_stories(3000, seed=7)
 FEW = SAMPLE[:40]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from test_report import Parsed
 
-from legacy1bit import study_report
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.main import main
-from legacy1bit.plots import read_run
-from legacy1bit.search_space import Dimension
-from legacy1bit.tune import StudyRecord, Terms, TrialResult, best_of
+from legacy1bit.reports import study_page as study_report
+from legacy1bit.reports.figures import read_run
+from legacy1bit.search.space import Dimension
+from legacy1bit.search.study import StudyRecord, Terms, TrialResult, best_of
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
@@ -74,7 +74,7 @@ def test_page_has_every_trial(study, tmp_path, say):
 
 
 def opened(folder):
-    from legacy1bit.tune import open_storage, open_study, results_of
+    from legacy1bit.search.study import open_storage, open_study, results_of
 
     record = StudyRecord.read(folder)
     found, terms = open_study(open_storage(record.url(folder, None)), record.study, None, 1)

@@ -20,15 +20,11 @@ from hypothesis import strategies as st
 from models import make_config, random_model
 from test_data_utils import EVERY_BYTE, TEXTS, texts
 
-from legacy1bit import tokenizer as module
-from legacy1bit.corpus import Corpus
-from legacy1bit.dataset import TokenDataset
-from legacy1bit.generator import Generator, TextStream
-from legacy1bit.hyperparams import TrainingConfig
-from legacy1bit.model import ModelFileError, save_model
-from legacy1bit.shards import TokenStore
-from legacy1bit.stories import corpus, generate_stories
-from legacy1bit.tokenizer import (
+from legacy1bit.data import tokenizer as module
+from legacy1bit.data.corpus import Corpus
+from legacy1bit.data.shards import TokenStore
+from legacy1bit.data.stories import corpus, generate_stories
+from legacy1bit.data.tokenizer import (
     TOKENIZER_FILE,
     ByteTokenizer,
     SubwordTokenizer,
@@ -40,7 +36,11 @@ from legacy1bit.tokenizer import (
     tokenizer_of,
     train_bpe,
 )
-from legacy1bit.trainer import Metrics, Trainer, evaluate
+from legacy1bit.dataset import TokenDataset
+from legacy1bit.generator import Generator, TextStream
+from legacy1bit.hyperparams import TrainingConfig
+from legacy1bit.model import ModelFileError, save_model
+from legacy1bit.training.trainer import Metrics, Trainer, evaluate
 
 # --- Bytes ----------------------------------------------------------------------------------------
 

@@ -22,17 +22,13 @@ import pytest
 from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from safetensors.numpy import load_file, save_file
 
-from legacy1bit import logger, stories, trainer
+from legacy1bit import logger
 from legacy1bit.backward import ignore_padding
-from legacy1bit.checkpoint import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    EARLIER_FILE,
-    newest_checkpoint,
-)
-from legacy1bit.corpus import Corpus, story_corpus, text_corpus
+from legacy1bit.data import stories
+from legacy1bit.data.corpus import Corpus, story_corpus, text_corpus
+from legacy1bit.data.shards import TokenStore
+from legacy1bit.data.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
 from legacy1bit.dataset import TokenDataset
-from legacy1bit.divergence import TrainingDiverged
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
@@ -40,9 +36,15 @@ from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.shards import TokenStore
-from legacy1bit.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
-from legacy1bit.trainer import (
+from legacy1bit.training import trainer
+from legacy1bit.training.checkpoint import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    EARLIER_FILE,
+    newest_checkpoint,
+)
+from legacy1bit.training.divergence import TrainingDiverged
+from legacy1bit.training.trainer import (
     SETTINGS_FILE,
     Metrics,
     Trainer,

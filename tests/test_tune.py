@@ -18,17 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_search_space import SPACE
 
-from legacy1bit import tune
 from legacy1bit.config_files import read_config
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
 from legacy1bit.model import WEIGHTS_FILE, load_model
-from legacy1bit.search_space import (
+from legacy1bit.search import study as tune
+from legacy1bit.search.space import (
     default_space,
 )
-from legacy1bit.trainer import read_settings
-from legacy1bit.tune import TrialResult, best_of, results_of
+from legacy1bit.search.study import TrialResult, best_of, results_of
+from legacy1bit.training.trainer import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.
@@ -469,7 +469,7 @@ def test_password_is_not_shown(fail):
 
 ASK = """
 import sys
-from legacy1bit.tune import load_optuna, open_storage
+from legacy1bit.search.study import load_optuna, open_storage
 optuna = load_optuna()
 study = optuna.load_study(storage=open_storage(sys.argv[1]), study_name=sys.argv[2])
 for _ in range(25):
@@ -549,7 +549,7 @@ def wait_for(condition, seconds=60.0):
 SLOW = ("--steps", 4000, "--evaluate-every", 10)
 WORK = """
 import sys
-from legacy1bit import tune
+from legacy1bit.search import study as tune
 from legacy1bit.main import main
 tune.DEAD_SECONDS = 2
 tune.open_storage.__defaults__ = (2,)

@@ -5,10 +5,10 @@ import math
 import time
 from pathlib import Path
 
-from legacy1bit.cache import LIMIT_VARIABLE, Entry, clear, entries, limit_of
-from legacy1bit.commands.common import check_above_zero
-from legacy1bit.commands.corpora import add_cache
-from legacy1bit.shards import default_cache
+from legacy1bit.commands.options import check_above_zero
+from legacy1bit.commands.texts import add_cache
+from legacy1bit.data.cache import LIMIT_VARIABLE, Entry, clear, entries, limit_of
+from legacy1bit.data.shards import default_cache
 
 _DAY = 24 * 3600
 

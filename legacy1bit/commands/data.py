@@ -13,14 +13,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.commands.common import add_settings, given, path_of
-from legacy1bit.commands.corpora import add_cache, kept, tokenizer_for
+from legacy1bit.commands.options import add_settings, given, path_of
 from legacy1bit.commands.progress import progress_of_bytes
-from legacy1bit.corpus import TEXT, tokenize_source
+from legacy1bit.commands.texts import add_cache, kept, tokenizer_for
+from legacy1bit.data.corpus import TEXT, tokenize_source
+from legacy1bit.data.shards import default_cache
+from legacy1bit.data.sources import Source, is_token_file, open_source
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.hyperparams import DataConfig
-from legacy1bit.shards import default_cache
-from legacy1bit.sources import Source, is_token_file, open_source
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer
 
 # The settings that say how a text is read and what a token is.
 _READING = ("tokenizer", "vocabulary", "field", "encoding", "separator")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.commands.common import (
+from legacy1bit.commands.options import (
     ALL_CORES,
     add_model,
     add_settings,
@@ -17,15 +17,15 @@ from legacy1bit.commands.common import (
     latest_run,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_cache, corpus_of, is_token_folder, kept, moved
-from legacy1bit.corpus import TEXT
+from legacy1bit.commands.texts import add_cache, corpus_of, is_token_folder, kept, moved
+from legacy1bit.data.corpus import TEXT
+from legacy1bit.data.shards import TokenStore, open_store, read_index
+from legacy1bit.data.sources import is_token_file, open_source, read_token_file
+from legacy1bit.data.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.shards import TokenStore, open_store, read_index
-from legacy1bit.sources import is_token_file, open_source, read_token_file
-from legacy1bit.tokenizer import Tokenizer, tokenizer_of
-from legacy1bit.trainer import Metrics, evaluate, read_settings, recall_of_heroes
+from legacy1bit.training.trainer import Metrics, evaluate, read_settings, recall_of_heroes
 
 # Sequences that are cut at their ends leave some tokens out, which need not be told.
 _NEARLY_ALL = 0.9

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from legacy1bit.checkpoint import WRITTEN_FILES
-from legacy1bit.commands.common import add_model, latest_run, path_of, read_model
+from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.model import BEST_FOLDER, LegacyLLM
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from legacy1bit.training.checkpoint import WRITTEN_FILES
 
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 

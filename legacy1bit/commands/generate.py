@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from legacy1bit.commands.common import (
+from legacy1bit.commands.options import (
     ALL_CORES,
     add_model,
     add_settings,
@@ -25,13 +25,13 @@ from legacy1bit.commands.common import (
     threads_of,
     write_bytes,
 )
+from legacy1bit.data.sources import decode_text, standard_input
+from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.data_utils import with_line_breaks
-from legacy1bit.errors import INTERRUPTED
 from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
-from legacy1bit.sources import decode_text, standard_input
-from legacy1bit.tokenizer import tokenizer_of
+from legacy1bit.system.errors import INTERRUPTED
 
 _MOST_SAMPLES = 1 << 20
 _REMEMBERED_LINES = 1000

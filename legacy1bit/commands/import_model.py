@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
-from legacy1bit.commands.common import path_of
-from legacy1bit.files import open_regular
+from legacy1bit.commands.options import path_of
+from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer
 from legacy1bit.model import LegacyLLM, save_model
-from legacy1bit.tokenizer import Tokenizer, fit_tokenizer
+from legacy1bit.system.files import open_regular
 
 _GGUF_MAGIC = b"GGUF"
 

@@ -2,9 +2,9 @@
 
 import argparse
 
-from legacy1bit.commands.common import add_model, latest_run, read_model
+from legacy1bit.commands.options import add_model, latest_run, read_model
 from legacy1bit.model import TernaryMatrix
-from legacy1bit.trainer import weight_shares
+from legacy1bit.training.trainer import weight_shares
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:

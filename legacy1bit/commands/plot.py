@@ -5,9 +5,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from legacy1bit.commands.common import latest_run, path_of
+from legacy1bit.commands.options import latest_run, path_of
+from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.model import load_model
-from legacy1bit.plots import (
+from legacy1bit.reports.figures import (
     CURVES,
     SUFFIXES,
     check_suffix,
@@ -20,7 +21,6 @@ from legacy1bit.plots import (
     save_figure,
     size_panel,
 )
-from legacy1bit.tokenizer import tokenizer_of
 
 # Kinds that look into models.
 _BYTES, _WEIGHTS, _ATTENTION = "bytes", "weights", "attention"

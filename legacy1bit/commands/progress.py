@@ -20,7 +20,7 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from legacy1bit.control_groups import can_start_threads
+from legacy1bit.system.cgroups import can_start_threads
 
 console = Console(stderr=True, highlight=False)
 

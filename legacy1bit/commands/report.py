@@ -6,19 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import latest_run, option_of, path_of
-from legacy1bit.commands.corpora import DEFAULT_STORIES
-from legacy1bit.files import atomic_write
+from legacy1bit.commands.options import latest_run, option_of, path_of
+from legacy1bit.commands.texts import DEFAULT_STORIES
+from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.shards import INDEX_FILE
+from legacy1bit.data.sources import is_token_file
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
-from legacy1bit.plots import check_suffix, load_matplotlib, read_run
-from legacy1bit.report import defaults_of, report
-from legacy1bit.shards import INDEX_FILE
-from legacy1bit.sources import is_token_file
-from legacy1bit.study_report import study_report
-from legacy1bit.tokenizer import TOKENIZER_FILE, load_tokenizer
-from legacy1bit.trainer import read_settings
-from legacy1bit.tune import (
+from legacy1bit.reports.figures import check_suffix, load_matplotlib, read_run
+from legacy1bit.reports.page import defaults_of, report
+from legacy1bit.reports.study_page import study_report
+from legacy1bit.search.study import (
     STUDY_FILE,
     StudyRecord,
     open_storage,
@@ -26,6 +24,8 @@ from legacy1bit.tune import (
     results_of,
     study_at_hand,
 )
+from legacy1bit.system.files import atomic_write
+from legacy1bit.training.trainer import read_settings
 
 # Settings whose defaults depend on the machine.
 _ALWAYS = ("threads", "precision")

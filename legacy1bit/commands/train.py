@@ -10,14 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit import stories
-from legacy1bit.checkpoint import (
-    WRITTEN_FILES,
-    fixed_settings,
-    make_newest,
-    newest_checkpoint,
-)
-from legacy1bit.commands.common import (
+from legacy1bit.commands.evaluate import print_metrics, print_recall
+from legacy1bit.commands.options import (
     RUNS,
     add_settings,
     check_above_zero,
@@ -26,13 +20,13 @@ from legacy1bit.commands.common import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_data, corpus_of, moved
-from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.progress import progress_of_training
-from legacy1bit.commands.training import Interrupts, add_config, beginning_of, told_settings
+from legacy1bit.commands.run_settings import Interrupts, add_config, beginning_of, told_settings
+from legacy1bit.commands.texts import add_data, corpus_of, moved
 from legacy1bit.config_files import config_text, records_of
-from legacy1bit.errors import INTERRUPTED, describe
-from legacy1bit.files import held, remove, temporaries
+from legacy1bit.data import stories
+from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     CHANGEABLE,
@@ -52,9 +46,15 @@ from legacy1bit.logger import (
 )
 from legacy1bit.math_ops import simd_level
 from legacy1bit.model import BEST_FOLDER
-from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
-from legacy1bit.tokenizer import tokenizer_of
-from legacy1bit.trainer import (
+from legacy1bit.system.errors import INTERRUPTED, describe
+from legacy1bit.system.files import held, remove, temporaries
+from legacy1bit.training.checkpoint import (
+    WRITTEN_FILES,
+    fixed_settings,
+    make_newest,
+    newest_checkpoint,
+)
+from legacy1bit.training.trainer import (
     Trainer,
     best_is_behind,
     keep_best,

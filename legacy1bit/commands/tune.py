@@ -13,7 +13,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.common import (
+from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
     given,
@@ -21,20 +21,16 @@ from legacy1bit.commands.common import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.corpora import add_data, corpus_of, moved
 from legacy1bit.commands.progress import progress_of_tuning
-from legacy1bit.commands.training import Interrupts, add_config, beginning_of
+from legacy1bit.commands.run_settings import Interrupts, add_config, beginning_of
+from legacy1bit.commands.texts import add_data, corpus_of, moved
 from legacy1bit.config_files import write_config
-from legacy1bit.control_groups import can_start_threads
-from legacy1bit.corpus import Corpus
-from legacy1bit.errors import INTERRUPTED
-from legacy1bit.files import remove
+from legacy1bit.data.corpus import Corpus
+from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.machine import machine
-from legacy1bit.places import TEXT_PATH, VALIDATION_PATH, paths_of
-from legacy1bit.search_space import Dimension, default_space, read_space
-from legacy1bit.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from legacy1bit.tune import (
+from legacy1bit.search.space import Dimension, default_space, read_space
+from legacy1bit.search.study import (
     DEAD_SECONDS,
     OBJECTIVES,
     SAMPLERS,
@@ -54,6 +50,10 @@ from legacy1bit.tune import (
     shown,
     study_at_hand,
 )
+from legacy1bit.system.cgroups import can_start_threads
+from legacy1bit.system.errors import INTERRUPTED
+from legacy1bit.system.files import remove
+from legacy1bit.system.hardware import machine
 
 STUDIES = Path("studies")
 # The settings that were found.

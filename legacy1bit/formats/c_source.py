@@ -13,13 +13,13 @@ from string import Template
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.files import atomic_write
+from legacy1bit.data.tokenizer import Tokenizer, check_bytes
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedMatrix, PackedModel
-from legacy1bit.provenance import Provenance
 from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.tokenizer import Tokenizer, check_bytes
+from legacy1bit.system.files import atomic_write
 
 _BYTES = 256
 

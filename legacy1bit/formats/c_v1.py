@@ -9,10 +9,10 @@ import json
 import os
 from pathlib import Path
 
-from legacy1bit.files import NAME_CHARACTERS, atomic_write_all, read_regular
+from legacy1bit.data.tokenizer import Tokenizer, check_bytes
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
-from legacy1bit.provenance import Provenance
-from legacy1bit.tokenizer import Tokenizer, check_bytes
+from legacy1bit.system.files import NAME_CHARACTERS, atomic_write_all, read_regular
 
 # What the name of a file may measure, in bytes.
 _LONGEST_NAME = 255

@@ -18,9 +18,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.extras import load_extra
-from legacy1bit.files import atomic_path, open_regular
+from legacy1bit.data.tokenizer import (
+    SPECIAL_TOKENS,
+    ByteTokenizer,
+    SubwordTokenizer,
+    Tokenizer,
+    fit_tokenizer,
+    visible_bytes,
+)
 from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
     FLOAT,
@@ -31,15 +38,8 @@ from legacy1bit.model import (
     TernaryMatrix,
     parameter_layout,
 )
-from legacy1bit.provenance import Provenance
-from legacy1bit.tokenizer import (
-    SPECIAL_TOKENS,
-    ByteTokenizer,
-    SubwordTokenizer,
-    Tokenizer,
-    fit_tokenizer,
-    visible_bytes,
-)
+from legacy1bit.system.files import atomic_path, open_regular
+from legacy1bit.system.optional import load_extra
 
 _Array = npt.NDArray[Any]
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from legacy1bit.files import atomic_write_all, read_regular, serialize_tensors
+from legacy1bit.data.tokenizer import (
+    END_OF_TEXT,
+    PADDING,
+    TOKENIZER_FILE,
+    Tokenizer,
+    description_in_template,
+    fit_tokenizer,
+)
 from legacy1bit.formats.nemotron import check_model, tensor_names
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -20,14 +27,7 @@ from legacy1bit.model import (
     LegacyLLM,
     TernaryMatrix,
 )
-from legacy1bit.tokenizer import (
-    END_OF_TEXT,
-    PADDING,
-    TOKENIZER_FILE,
-    Tokenizer,
-    description_in_template,
-    fit_tokenizer,
-)
+from legacy1bit.system.files import atomic_write_all, read_regular, serialize_tensors
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 

@@ -53,22 +53,23 @@ else:
 
 with watched:
     import legacy1bit.model
-    from legacy1bit import checkpoint, shards, sources, tokenizer
     from legacy1bit.config_files import read_config, records_of
-    from legacy1bit.errors import describe
+    from legacy1bit.data import shards, sources, tokenizer
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
     from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer, load_gguf
     from legacy1bit.forward import forward_llm_batch
     from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
     from legacy1bit.inference import Decoder
     from legacy1bit.logger import StepLog, read_metrics
-    from legacy1bit.machine import read_machine
     from legacy1bit.model import LegacyLLM, create_legacy_llm, load_model, save_model
     from legacy1bit.packed import PackedModel
-    from legacy1bit.plots import read_run
-    from legacy1bit.search_space import read_space
-    from legacy1bit.trainer import read_settings
-    from legacy1bit.tune import DATABASE_FILE, STUDY_FILE, StudyRecord
+    from legacy1bit.reports.figures import read_run
+    from legacy1bit.search.space import read_space
+    from legacy1bit.search.study import DATABASE_FILE, STUDY_FILE, StudyRecord
+    from legacy1bit.system.errors import describe
+    from legacy1bit.system.hardware import read_machine
+    from legacy1bit.training import checkpoint
+    from legacy1bit.training.trainer import read_settings
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"

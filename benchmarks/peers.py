@@ -1,0 +1,283 @@
+"""The package beside others, in turns: ``make bench-peers``.
+
+Training beside a twin of the model in PyTorch; decoding and taking in a prompt beside llama.cpp,
+once built for this CPU and held against our widest instruction set, and once built without AVX and
+held against our narrower ones.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from benchmarks import llama_cpp, torch_twin
+from benchmarks.measure import machine_load, rate
+from benchmarks.models import (
+    DECODED,
+    LARGE,
+    PROMPT,
+    SMALL,
+    TRAINING,
+    TRAINING_BATCH,
+    decode_call,
+    packed_model,
+    prompt_call,
+    training_step,
+)
+from benchmarks.report import Result, content, markdown, median, number, prepare, publish
+from legacy1bit import math_ops
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.inference import Decoder
+from legacy1bit.threads import available_cores
+
+PARTS = ("torch", "llama")
+PAUSE = 0.2
+# Longer than our own kernels take: what starts threads of its own varies more.
+LEAST_SECONDS = 0.2
+
+# What our instruction sets are held against; the widest is added for the native build.
+NARROW = ("sse2", "ssse3", "sse41")
+
+_PEERS = ("torch", *llama_cpp.BUILDS)
+
+# A turn: the row, the column, and what returns rates.
+Turn = tuple[str, str, Callable[[], Sequence[float]]]
+
+
+def take_turns(turns: Sequence[Turn], rounds: int, pause: float = PAUSE) -> dict[str, Result]:
+    """Run everything in turns; the first warms up.
+
+    All threads of one peer have time to fall asleep before the next one's turn.
+    """
+    results: dict[str, Result] = {}
+    for turn in range(rounds + 1):
+        for name, column, call in turns:
+            time.sleep(pause)
+            values = call()
+            if turn:
+                rates = results.setdefault(name, Result("tokens/s", {})).rates
+                rates.setdefault(column, []).extend(values)
+    return results
+
+
+def training_turns(
+    threads: int,
+    config: ModelConfig = TRAINING,
+    batch: int = TRAINING_BATCH,
+    least: float = LEAST_SECONDS,
+) -> list[Turn]:
+    """Return the turns of training: PyTorch's, ours, and ours with products in bfloat16.
+
+    Raises
+    ------
+    ValueError
+        If PyTorch is not installed.
+    """
+    work = float(batch * config.sequence_length)
+    name = f"training, {_threads(threads)}"
+    twin = torch_twin.twin_step(config, batch, threads)
+    ours = training_step(config, batch, threads)
+
+    def run_ours(precision: str) -> list[float]:
+        with math_ops.product_precision(precision):
+            return [rate(work, ours, least=least)]
+
+    turns: list[Turn] = [
+        (name, "torch", lambda: [rate(work, twin, least=least)]),
+        (name, "float32", lambda: run_ours("float32")),
+    ]
+    if "bf16" in math_ops.product_precisions():
+        turns.append((name, "bf16", lambda: run_ours("bf16")))
+    return turns
+
+
+def decoding_turns(
+    programs: Mapping[str, Path],
+    models: Mapping[str, Path],
+    threads: int,
+    config: ModelConfig = SMALL,
+    label: str = "25 M",
+    prompt: int = PROMPT,
+    decoded: int = DECODED,
+    least: float = LEAST_SECONDS,
+) -> list[Turn]:
+    """Return the turns of decoding and of the prompt: llama.cpp's and ours.
+
+    Parameters
+    ----------
+    programs : mapping of str to Path
+        ``llama-bench`` by the name of its build.
+    models : mapping of str to Path
+        llama.cpp's models by the type of their weights.
+    threads : int
+    config : ModelConfig
+    label : str
+        The model's size, for the names.
+    prompt, decoded : int
+        How many tokens a call takes in, and writes.
+    least : float
+        What a measurement of ours takes at least, in seconds.
+    """
+    turns: list[Turn] = []
+    levels = math_ops.simd_levels()
+    for kind, file in models.items():
+        decoder = Decoder(packed_model(config, llama_cpp.TYPES[kind]), threads)
+        calls = {
+            "prompt": (prompt, prompt_call(decoder, prompt)),
+            "decoding": (decoded, decode_call(decoder, decoded)),
+        }
+        for build, program in programs.items():
+            ours = [levels[-1]] if build == "native" else [one for one in NARROW if one in levels]
+            for what, (count, call) in calls.items():
+                name = f"{what} {label}, {llama_cpp.TYPES[kind]}, {_threads(threads)}, {build}"
+
+                def run_theirs(
+                    program: Path = program, file: Path = file, what: str = what
+                ) -> list[float]:
+                    # A count of 0 leaves the other test out.
+                    counts = {"prompt": prompt, "decoding": decoded}
+                    wanted = {key: counts[key] if key == what else 0 for key in counts}
+                    told = llama_cpp.run_bench(
+                        program, file, threads, 1, wanted["prompt"], wanted["decoding"]
+                    )
+                    return told[what]
+
+                turns.append((name, build, run_theirs))
+                for level in ours:
+
+                    def run_ours(
+                        level: str = level, count: int = count, call: Callable[[], object] = call
+                    ) -> list[float]:
+                        math_ops.set_simd_level(level)
+                        return [rate(float(count), call, least=least)]
+
+                    turns.append((name, level, run_ours))
+    return turns
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' if count > 1 else ''}"
+
+
+def table(results: Mapping[str, Result]) -> list[str]:
+    """Return the lines of a table: every rate, and how much of the peer's it is."""
+    rows = []
+    for name, result in results.items():
+        [peer] = [column for column in result.rates if column in _PEERS]
+        theirs = median(result.rates[peer])
+        for column, values in result.rates.items():
+            middle = median(values)
+            spread = f"{number(min(values))} to {number(max(values))}"
+            ratio = "" if column == peer else f"{middle / theirs:.2f}"
+            rows.append((name, _label(column), number(middle), spread, ratio))
+    return markdown(("what", "who", "tokens/s", "from turn to turn", "x the peer"), rows)
+
+
+def _label(column: str) -> str:
+    if column in llama_cpp.BUILDS:
+        return f"llama.cpp, {column}"
+    return "PyTorch" if column == "torch" else f"ours, {column}"
+
+
+def find_programs(arguments: argparse.Namespace) -> dict[str, Path]:
+    """Return ``llama-bench`` by the name of its build: what was named, and the rest built.
+
+    Raises
+    ------
+    ValueError
+        If one cannot be built.
+    """
+    given = {"native": arguments.llama_bench_native, "noavx": arguments.llama_bench_noavx}
+    programs = {}
+    for name in arguments.builds:
+        program = given[name]
+        if program is None:
+            source = arguments.llama_source or llama_cpp.fetch_source(arguments.folder)
+            program = llama_cpp.build(source, arguments.folder, name)
+        if not program.is_file():
+            raise ValueError(f"{program} is no program")
+        programs[name] = program.resolve()
+    return programs
+
+
+def find_models(folder: Path, config: ModelConfig, label: str) -> dict[str, Path]:
+    """Return llama.cpp's models of a shape by the type of their weights, written unless there.
+
+    Raises
+    ------
+    ValueError
+        If gguf is needed and not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    models = {}
+    for kind in llama_cpp.TYPES:
+        models[kind] = (folder / f"{label}-{kind}.gguf").resolve()
+        if not models[kind].exists():
+            llama_cpp.write_model(config, kind, models[kind])
+    return models
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--threads", type=int, nargs="+", metavar="N", help="default: 1 and 2")
+    parser.add_argument(
+        "--large", action="store_true", help="a model that no cache holds, too: 400 M"
+    )
+    group = parser.add_argument_group("llama.cpp")
+    builds = tuple(llama_cpp.BUILDS)
+    group.add_argument("--builds", nargs="+", choices=builds, default=builds)
+    group.add_argument("--llama-source", type=Path, metavar="DIR", help="llama.cpp's source")
+    group.add_argument("--llama-bench-native", type=Path, metavar="FILE", help="a built one")
+    group.add_argument("--llama-bench-noavx", type=Path, metavar="FILE", help="a built one")
+    parser.add_argument("--folder", type=Path, default=Path("build/peers"), metavar="DIR")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        default=Path("build/peers.json"),
+        metavar="FILE",
+        help="write all rates there, and the table beside it (default: build/peers.json)",
+    )
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        prepare(arguments.json)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    cores = available_cores()
+    counts = arguments.threads or list(range(1, min(cores, 2) + 1))
+    if arguments.rounds < 1 or not all(1 <= count <= cores for count in counts):
+        parser.error(f"expected at least 1 round, and 1 to {cores} threads")
+    load = machine_load()
+    before = math_ops.simd_level()
+    results: dict[str, Result] = {}
+    try:
+        if "torch" in arguments.only:
+            for count in counts:
+                results |= take_turns(training_turns(count), arguments.rounds)
+        if "llama" in arguments.only:
+            programs = find_programs(arguments)
+            shapes = [("25 M", SMALL)] + ([("400 M", LARGE)] if arguments.large else [])
+            for label, config in shapes:
+                models = find_models(arguments.folder, config, label.replace(" ", ""))
+                for count in counts:
+                    turns = decoding_turns(programs, models, count, config, label)
+                    results |= take_turns(turns, arguments.rounds)
+    except ValueError as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    finally:
+        math_ops.set_simd_level(before)
+    report = content(results, math_ops.simd_levels(), counts, arguments.rounds, load)
+    publish(report, table(results), arguments.json)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

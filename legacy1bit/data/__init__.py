@@ -1,0 +1,1 @@
+"""Texts, tokens and the corpora that are made of them."""

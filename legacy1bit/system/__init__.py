@@ -1,0 +1,1 @@
+"""Files, errors, hardware: what the operating system gives."""
