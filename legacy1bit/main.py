@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _fail(str(error))
     except SettingError as error:
-        _fail(error.told(lambda name: _option_typed(parsed, name)))
+        _fail(error.named(lambda name: _option_typed(parsed, name)))
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         if isinstance(error, OSError):
             _silence(sys.stdout)
