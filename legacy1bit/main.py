@@ -153,7 +153,7 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         _fail(str(error))
     except SettingError as error:
-        _fail(error.told(lambda name: _option_typed(parsed, name)))
+        _fail(error.named(lambda name: _option_typed(parsed, name)))
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         _fail(describe(error))
     return status

@@ -35,7 +35,7 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 
 def put(name, size=2000):
-    """A text of so many bytes, like no other's."""
+    """A text of that size, unlike any other."""
     letters = np.random.default_rng(list(name.encode())).integers(97, 123, size, np.uint8)
     Path(name).write_bytes(letters.tobytes())
     return name
@@ -69,8 +69,8 @@ def test_cache_shows_what_there_is_and_of_which_text(say, monkeypatch):
     say("train", "--data", "-", *TINY)
     (stream,) = Path("cache/standard-input").iterdir()
     here = os.path.realpath(".")
-    found = kinds()
-    assert sorted(set(found)) == [
+    shown = kinds()
+    assert sorted(set(shown)) == [
         ("text", f"standard input, {stream.stem}"),
         ("tokenizer", f"{here}/a.txt"),
         ("tokens", f"{here} (2 files)"),
@@ -81,7 +81,7 @@ def test_cache_shows_what_there_is_and_of_which_text(say, monkeypatch):
     total = sum(path.stat().st_size for path in Path("cache").rglob("*") if path.is_file())
     output = say("cache", "--cache", "cache").out.decode()
     assert f"folder            {Path('cache')}\n" in output
-    assert f"total             {len(found)} entries, {total:,} bytes\n" in output
+    assert f"total             {len(shown)} entries, {total:,} bytes\n" in output
     today = re.escape(time.strftime("%Y-%m-"))
     line = rf"^{today}\d\d \d\d:\d\d  tokens +[\d,]+  {re.escape(here)}/b\.txt$"
     assert re.search(line, output, re.MULTILINE)

@@ -302,15 +302,15 @@ def test_atomic_write_takes_every_name_that_the_system_takes(tmp_path, write, na
     assert names(tmp_path) == [name]
 
 
-def test_temporaries_tells_what_the_files_of_a_run_were_to_become(tmp_path):
+def test_temporaries_names_what_the_files_of_a_run_were_to_become(tmp_path):
     assert max(map(len, WRITTEN_FILES)) < NAME_CHARACTERS
     wanted = {temporary_of(tmp_path / name): name for name in WRITTEN_FILES}
     longer = temporary_of(tmp_path / "checkpoint.safetensors and more")
     for path in (*wanted, longer):
         path.touch()
-    found = dict(temporaries(tmp_path))
-    assert found.pop(longer) not in WRITTEN_FILES
-    assert found == wanted
+    left = dict(temporaries(tmp_path))
+    assert left.pop(longer) not in WRITTEN_FILES
+    assert left == wanted
 
 
 @pytest.fixture

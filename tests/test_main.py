@@ -2197,14 +2197,14 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
     }.items(),
     ids=str,
 )
-def test_unknown_options_are_told_with_what_may_have_been_meant(fail, words, meant):
+def test_unknown_options_are_reported_with_what_may_have_been_meant(fail, words, meant):
     message = fail(*words.split())
     assert "unrecognized arguments: " in message
-    found = re.search(
+    guess = re.search(
         r"; did you mean (.*)\? \(see legacy1bit (train|tune|generate|data inspect) --help\)",
         message,
     )
-    assert (found and found[1]) == meant
+    assert (guess and guess[1]) == meant
 
 
 def test_errors_name_options_as_typed_and_settings_of_files_by_their_keys(fail):

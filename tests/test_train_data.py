@@ -538,8 +538,8 @@ def test_run_that_has_moved_finds_the_text_that_moved_with_it(say, fail, monkeyp
     measured = say("evaluate", "--model", "old/runs/mine", "--cache", cache).out
     Path("old").rename("new")
     for model in ("new/runs/mine", "new/runs/mine/best"):
-        found = say("evaluate", "--model", model, "--cache", cache).out
-        assert model.endswith("best") or found == measured
+        again = say("evaluate", "--model", model, "--cache", cache).out
+        assert model.endswith("best") or again == measured
     say("train", "--config", "new/runs/mine", "--cache", cache, "--out", "again")
     say("train", "--resume", "new/runs/mine", "--steps", 3, "--cache", cache)
     assert read_settings(Path("new/runs/mine"))[3]["path"] == os.path.abspath(f"new/{data}")
@@ -559,7 +559,7 @@ def test_run_finds_the_text_beside_it(say, fail, tmp_path):
     assert "or is another text" in fail("evaluate", "--model", "there/mine", "--cache", "cache")
 
 
-def test_evaluate_is_told_where_the_text_of_a_run_lies(say, fail, text):
+def test_evaluate_learns_where_the_text_of_a_run_lies(say, fail, text):
     valid = put("valid.txt", TEXT[:200])
     say(*tiny(text, out="run", validation=valid))
     measure = ("evaluate", "--model", "run", "--cache", "cache")
@@ -619,8 +619,8 @@ def test_train_takes_several_texts(say, fail):
 
 def test_commands_take_several_texts(say, fail, text):
     put("b.txt", b"more of it")
-    found = json.loads(say("data", "inspect", text, "b.txt", "--json").out)
-    assert (found["files"], found["bytes"]) == (2, len(TEXT) + 10)
+    inspection = json.loads(say("data", "inspect", text, "b.txt", "--json").out)
+    assert (inspection["files"], inspection["bytes"]) == (2, len(TEXT) + 10)
     say("data", "tokenize", text, "b.txt", "--out", "tokens")
     assert read_index(Path("tokens")).parts["text"].documents == 2
     say(*tiny(text, out="run"))

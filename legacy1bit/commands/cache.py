@@ -44,15 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.older_than is not None:
         raise ValueError("--older-than goes with clear")
     most = limit_of(cache)
-    found = entries(cache)
+    listed = entries(cache)
     print(f"{'folder':<18}{cache}")
-    if found:
+    if listed:
         print(f"\n{'last used':<18}{'kind':<12}{'bytes':>16}  text")
-    for entry in found:
+    for entry in listed:
         print(_line(entry))
-    if found:
+    if listed:
         print()
-    print(f"{'total':<18}{_sum_of(found)}")
+    print(f"{'total':<18}{_sum_of(listed)}")
     print(
         f"{'limit':<18}{most:,} bytes; beyond it the oldest are removed ({LIMIT_VARIABLE} sets it)"
     )

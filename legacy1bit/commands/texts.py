@@ -166,7 +166,7 @@ def moved(
     Raises
     ------
     ValueError
-        If there is no such text, or nothing says whether it is the same.
+        If the run has no text to be named, or no hash to compare it with.
     OSError
         If a text is nowhere.
     """

@@ -231,7 +231,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     model_config, config, data, source = read_settings(folder)
     fixed = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in fixed if getattr(arguments, name) is not None]
-    # Where its text has moved to may be told.
+    # The new place of its text may be named.
     named += [
         name
         for name, key in (("data", TEXT_PATH), ("validation", VALIDATION_PATH))

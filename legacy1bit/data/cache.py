@@ -79,8 +79,8 @@ def entries(cache: Path) -> list[Entry]:
     OSError
         If it cannot be read.
     """
-    found = [_entry(path, kind) for path, kind in _places(cache)]
-    return sorted((one for one in found if one is not None), key=lambda one: -one.used)
+    present = [_entry(path, kind) for path, kind in _places(cache)]
+    return sorted(filter(None, present), key=lambda entry: -entry.used)
 
 
 def _places(cache: Path) -> Iterator[tuple[Path, str]]:

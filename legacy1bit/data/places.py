@@ -14,7 +14,7 @@ from typing import Any
 # What in a run's source names texts, by a path or by several.
 TEXT_PATH, VALIDATION_PATH = "path", "validation"
 
-# In so many folders above a run its text is looked for: of the best model, the run is one.
+# How many folders above a run are searched for its text: `best` lies one deeper than the run.
 _LEVELS = 3
 
 
@@ -37,29 +37,29 @@ def paths_of(source: Mapping[str, Any], key: str) -> list[str]:
 
 
 def path_entry(paths: list[str]) -> str | list[str]:
-    """Return paths as a source has them: one alone is no list."""
+    """Return paths as a source has them: a single one without a list."""
     return paths[0] if len(paths) == 1 else paths
 
 
 def located(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the source that a run's or a study's folder has recorded, with its texts' places now.
+    """Return the source that the folder of a run or a study has recorded, with paths that exist.
 
-    A path that leads nowhere any more is looked for in the folder and those above it, as much of
-    its end as there is there: of ``/old/data/text.txt`` it is ``../../data/text.txt`` that a run
-    moved with, or ``../text.txt``. What is nowhere stays.
+    The longest end of a missing path that exists in the folder, or in one of those above it, takes
+    its place: ``/old/data/text.txt`` may have become ``/new/data/text.txt``, where the run has
+    moved to ``/new/runs/mine``. A path without such an end stays.
 
     Raises
     ------
     ValueError
         If what is recorded names no paths.
     """
-    found = dict(source)
+    updated = dict(source)
     base = Path(os.path.realpath(folder))
     bases = [base, *list(base.parents)[:_LEVELS]]
     for key in (TEXT_PATH, VALIDATION_PATH):
         if paths := paths_of(source, key):
-            found[key] = path_entry([_moved(path, bases) for path in paths])
-    return found
+            updated[key] = path_entry([_moved(path, bases) for path in paths])
+    return updated
 
 
 def check_there(source: Mapping[str, Any], remedy: str) -> None:

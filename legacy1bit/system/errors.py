@@ -34,9 +34,9 @@ class SettingError(ValueError):
         self.place: str | None = None
 
     def __str__(self) -> str:
-        return self.told(lambda _: None)
+        return self.named(lambda _: None)
 
-    def told(self, option_of: Callable[[str], str | None]) -> str:
+    def named(self, option_of: Callable[[str], str | None]) -> str:
         """Return the message with the names of options, and with the file unless all are options.
 
         Parameters
