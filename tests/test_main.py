@@ -347,8 +347,6 @@ def test_an_option_sets_its_setting_alone(setting):
     found = {}
     for record in (ModelConfig, TrainingConfig):
         found |= command_options.given(parsed, record)
-        parsed, TrainingConfig
-    )
     assert found == changed
 
 

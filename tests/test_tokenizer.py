@@ -11,6 +11,7 @@ import random
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -262,14 +263,14 @@ def library_of(kind):
 
 
 @few
-@given(texts=st.lists(anything, max_size=5), part=st.integers(1, 20), together=st.integers(1, 50))
-def test_texts_have_the_same_tokens_in_batches_and_parts(texts, part, together):
+@given(texts=st.lists(anything, max_size=5), part=st.integers(1, 20), cores=st.integers(1, 3))
+def test_texts_have_the_same_tokens_in_batches_and_parts(texts, part, cores):
     for kind in KINDS:
         tokenizer = tokenizer_of_kind(kind)
         expected = [tokenizer.encode(text) for text in texts]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(module, "_PART", part)
-            patch.setattr(module, "_TOGETHER", together)
+            patch.setattr(module, "available_cores", lambda: cores)
             found = tokenizer.encode_batch(texts)
         assert len(found) == len(texts)
         for one, other in zip(found, expected, strict=True):
@@ -289,6 +290,24 @@ def test_tokens_do_not_reach_over_a_blank_behind_a_printable_character(head, las
     for kind in KINDS:
         encode = tokenizer_of_kind(kind).encode
         assert encode(first + second).tolist() == [*encode(first), *encode(second)]
+
+
+def test_encode_gives_the_library_no_more_than_it_has_done_soon(monkeypatch):
+    """It hears no signal meanwhile."""
+    tokenizer = train_bpe([SAMPLE], 300)
+    library, sizes = tokenizer._library, []
+
+    def encode_batch_fast(texts, **options):
+        sizes.append(sum(len(text.encode()) for text in texts))
+        return library.encode_batch_fast(texts, **options)
+
+    monkeypatch.setattr(tokenizer, "_library", SimpleNamespace(encode_batch_fast=encode_batch_fast))
+    monkeypatch.setattr(module, "available_cores", lambda: 2)
+    text = b"the cat sat. " * 80_000
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert sum(sizes) == len(text)
+    assert max(sizes) < 300_000
 
 
 def test_long_texts_have_the_tokens_that_the_library_gives_them(tokenizer):

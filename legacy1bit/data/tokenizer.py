@@ -26,6 +26,7 @@ import numpy.typing as npt
 from legacy1bit.data.bpe import learn_merges, load_tokenizers
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
 from legacy1bit.system.files import atomic_write, mistaken_file, read_regular
+from legacy1bit.threads import available_cores
 
 TOKENIZER_FILE = "tokenizer.json"
 
@@ -35,10 +36,10 @@ SPECIAL_TOKENS = (END_OF_TEXT, PADDING)
 _LINE_BREAK = 10
 _BYTES = 256
 
-# Text is given to the library in parts of about so many bytes, which is what its threads share,
-# and so many bytes together: what it keeps beside each token is several times the text.
+# Text is given to the library in parts of about this many bytes, which is what its threads share,
+# and this many parts for each core at a time: it hears no signal before all are done.
 _PART = 1 << 15
-_TOGETHER = 1 << 22
+_PARTS_OF_A_CORE = 4
 
 # Behind a printable character no token reaches over a space or a line break: words are cut off
 # there before they are looked at.
@@ -353,34 +354,35 @@ class SubwordTokenizer:
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
         """Return the token ids of several texts, in parallel."""
-        encoded: list[Tokens] = []
-        parts: list[str | bytes] = []
+        ids: list[Tokens] = []
         counts: list[int] = []
-        waiting = 0
+        together: list[str | bytes] = []
+        most, waiting = _PARTS_OF_A_CORE * _PART * available_cores(), 0
         for text in texts:
-            found = list(_parts(text))
-            parts += found
-            counts.append(len(found))
-            waiting += len(text)
-            if waiting >= _TOGETHER:
-                encoded += self._encode(parts, counts)
-                parts, counts, waiting = [], [], 0
-        return encoded + self._encode(parts, counts)
-
-    def _encode(self, parts: list[str | bytes], counts: list[int]) -> list[Tokens]:
-        """Return the token ids of texts that have so many of the parts each."""
-        valid = [part for part in parts if isinstance(part, str)]
-        found = iter(self._library.encode_batch_fast(valid, add_special_tokens=False))
-        ids: list[Tokens] = [
-            np.array(next(found).ids, np.int32) if isinstance(part, str) else tokenize_text(part)
-            for part in parts
-        ]
+            before = len(ids) + len(together)
+            for part in _parts(text):
+                together.append(part)
+                waiting += len(part)
+                if waiting >= most:
+                    ids += self._encode(together)
+                    together, waiting = [], 0
+            counts.append(len(ids) + len(together) - before)
+        ids += self._encode(together)
         encoded, start = [], 0
         for count in counts:
             own = ids[start : start + count]
             start += count
             encoded.append(own[0] if count == 1 else np.concatenate([_NO_TOKENS, *own]))
         return encoded
+
+    def _encode(self, parts: list[str | bytes]) -> list[Tokens]:
+        """Return the token ids of each part, in parallel."""
+        valid = [part for part in parts if isinstance(part, str)]
+        found = iter(self._library.encode_batch_fast(valid, add_special_tokens=False))
+        return [
+            np.array(next(found).ids, np.int32) if isinstance(part, str) else tokenize_text(part)
+            for part in parts
+        ]
 
     def decode(self, tokens: npt.ArrayLike) -> bytes:
         """Return the bytes that token ids stand for; of special ones, none.
