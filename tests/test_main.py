@@ -1031,7 +1031,7 @@ def test_train_ends_with_what_the_best_model_is(say, monkeypatch):
     with monkeypatch.context() as patch:
         with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
         options = {"out": "run", "steps": 6, "evaluate_every": 2, "learning_rate": 0.05}
-        output, errors = say(*tiny(**options))
+        output = say(*tiny(**options)).out
         told = report_of(output)
         assert told["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
     again = report_of(say("evaluate", "--model", "run/best").out)

@@ -25,7 +25,7 @@ from legacy1bit.model import WEIGHTS_FILE, load_model
 from legacy1bit.search_space import (
     default_space,
 )
-from legacy1bit.trainer import read_settings
+from legacy1bit.trainer import Metrics, Trainer, read_settings
 from legacy1bit.tune import TrialResult, best_of, results_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -182,6 +182,32 @@ def test_search_leaves_what_the_command_line_names(say, fail, sampler):
     message = fail(*search("none", *options, *named, "--heads", 4))
     assert "leave out one of --learning-rate, --heads, --model-dim, --final-norm" in message
     assert not Path("none").exists()
+
+
+def test_trial_is_measured_by_its_best_model(say, monkeypatch):
+    pytest.importorskip("optuna")
+    # As it looks while it trains, each look is worse than the one before.
+    losses = {1: 2.0}
+
+    def look(self, limit, stop=None):
+        return Metrics(losses.get(self.step, 1.0 + self.step), 0.25, 0.5, 0.75, 100, 100)
+
+    Path("space.toml").write_text("[activation]\nchoices = ['relu2']\n")
+    monkeypatch.setattr(Trainer, "_measure", look)
+    say(*search("study", "--trials", 1))
+    (one,) = results_in("study")
+    path = Path("study/trials/0000")
+    best = load_model(path / "best")
+    assert best.provenance.steps == 1
+    assert read_metrics(path / "metrics.jsonl")[-1]["val_loss"] == 7.0
+    output = say("evaluate", "--model", path / "best", "--cache", "cache").out.decode()
+    assert output.startswith(f"validation loss   {one.loss:.4f} ")
+    assert one.bytes == (path / "best" / WEIGHTS_FILE).stat().st_size
+    # The option is the study's, a file's is that of each trial.
+    Path("tiny.toml").write_text(TINY + "patience = 2\n")
+    output = say(*search("patient", "--patience", 1, "--trials", 3)).out
+    assert b"1 trials: 1 to their end" in output or b"2 trials" in output
+    assert read_metrics("patient/trials/0000/metrics.jsonl")[-1]["step"] == 3
 
 
 def test_search_keeps_to_a_limit_in_bytes(say):
