@@ -997,7 +997,7 @@ def test_best_model_can_be_used_like_any_other(say, worse):
     outputs = {}
     for command in (["generate", "--prompt", "Kim", "--temperature", 0], ["evaluate"], ["info"]):
         outputs[command[0]] = [say(*command, "--model", folder).out for folder in (worse, best)]
-    # Whoever names the run means its best model.
+    # The run's folder stands for its best model.
     assert outputs["generate"][0] == outputs["generate"][1]
     assert outputs["evaluate"][0] == outputs["evaluate"][1]
     assert outputs["info"][1].startswith(b"model             run/best\n")
@@ -1032,10 +1032,10 @@ def test_train_ends_with_what_the_best_model_is(say, monkeypatch):
         with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
         options = {"out": "run", "steps": 6, "evaluate_every": 2, "learning_rate": 0.05}
         output = say(*tiny(**options)).out
-        told = report_of(output)
-        assert told["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
+        report = report_of(output)
+        assert report["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
     again = report_of(say("evaluate", "--model", "run/best").out)
-    assert {name: told[name] for name in again} == again
+    assert {name: report[name] for name in again} == again
     assert report_of(say("info", "--model", "run").out)["steps"] == "4"
     longest = Generator.load("run/best").complete("", 16, stop=["\n"]).text
     assert output.decode().split("\nsample:\n  ")[1].startswith(longest)

@@ -144,7 +144,7 @@ def test_search_writes_settings_that_train(say):
         assert (folder / WEIGHTS_FILE).exists() == (one.number == best.number)
     read = read_config("study/best.toml")
     assert {**read["model"], "vocab_size": 256} == best.model
-    # The warm-up is what it is in a run of so many steps.
+    # The warm-up is what it is in a run of as many steps.
     assert {**read["training"], "warmup_steps": None} == best.training
     say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
         "--out", "again")  # fmt: skip
@@ -169,13 +169,13 @@ def test_search_leaves_what_the_command_line_names(say, fail, sampler):
     line = "not searched, as the command line sets it: --learning-rate, --model-dim, --final-norm"
     assert line in errors.splitlines()
     assert "searching 1 settings" in errors
-    found = results_in("study")
-    assert len(found) == 2
-    for one in found:
+    trials = results_in("study")
+    assert len(trials) == 2
+    for one in trials:
         assert one.chosen.keys() == {"num_heads"}
         assert (one.model["model_dim"], one.model["final_norm"]) == (24, False)
         assert one.training["learning_rate"] == 0.001
-    assert found[0].chosen == {"num_heads": 2}
+    assert trials[0].chosen == {"num_heads": 2}
     # A study that goes on has the space that it began with.
     say("tune", "--resume", "study", "--trials", 3, "--cache", "cache", "--threads", 1)
     assert all(one.chosen.keys() == {"num_heads"} for one in results_in("study"))
@@ -296,7 +296,7 @@ def test_trials_warm_up_for_a_share_of_their_steps(say, monkeypatch):
     monkeypatch.setattr(tune, "steps_within", lambda *arguments: 20)
     say(*search("study", "--seconds", 1, "--trials", 1))
     assert read_settings(Path("study/trials/0000"))[1].warmup_steps == 2
-    # The settings that were found have a share, too, whatever the run's length then is.
+    # The best settings have a share, too, whatever the run's length then is.
     assert "warmup_steps" not in read_config("study/best.toml")["training"]
     say(*search("named", "--seconds", 1, "--trials", 1, "--warmup-steps", 15))
     assert read_settings(Path("named/trials/0000"))[1].warmup_steps == 15
