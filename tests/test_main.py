@@ -1070,6 +1070,8 @@ def test_train_says_how_often_it_goes_through_the_text(say, text):
         assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
         hint = f"{epochs:.0f} times through the text may be too often: give more text"
         assert (hint in errors.decode()) == (steps == 900)
+    errors = say(*tiny(out="patient", steps=900, **shape | {"patience": 1})).err
+    assert b"may be too often" not in errors
 
 
 def test_best_model_can_be_trained_on(say, worse):
