@@ -1198,8 +1198,11 @@ def _steps_of(folder):
     try:
         check_regular(file)
         header = safe_open(file, framework="numpy").metadata() or {}
-        return int(header["step"]), int(json.loads(header["best"])[1])
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError, RecursionError):
+        # Taken apart, not indexed: nothing checks bounds here.
+        _, best_step = json.loads(header["best"])
+        return int(header["step"]), int(best_step)
+    except (SafetensorError, OSError, KeyError, OverflowError, TypeError, ValueError,
+            RecursionError):
         return 0, 0
 
 

@@ -419,7 +419,7 @@ def test_weight_decay_at_is_the_weight_decay_by_default():
      (2, 35, 0, 50), (2, 35, 40, 60), (2, 0, 0, 20)],
 )  # fmt: skip
 def test_patience_ends_a_run_after_as_many_evaluations(patience, warm, best, ends):
-    """At a step that is no multiple, where a run was interrupted, none is counted."""
+    """A step between two of them, where a run was interrupted, does not count."""
     config = TrainingConfig(patience=patience, evaluate_every=10, float_steps=warm)
     steps = [step for step in range(best, 100) if config.patience_ends(step, best)]
     assert steps[:1] == ([] if ends is None else [ends])

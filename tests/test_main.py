@@ -1123,7 +1123,7 @@ def test_best_model_can_be_used_like_any_other(say, worse):
     outputs = {}
     for command in (["generate", "--prompt", "Kim", "--temperature", 0], ["evaluate"], ["info"]):
         outputs[command[0]] = [say(*command, "--model", folder).out for folder in (worse, best)]
-    # Whoever names the run means its best model.
+    # The run's folder stands for its best model.
     assert outputs["generate"][0] == outputs["generate"][1]
     assert outputs["evaluate"][0] == outputs["evaluate"][1]
     assert outputs["info"][1].startswith(b"model             run/best\n")
@@ -1157,11 +1157,11 @@ def test_train_ends_with_what_the_best_model_is(say, monkeypatch):
     with monkeypatch.context() as patch:
         with_losses(patch, {2: 2.0, 4: 1.0, 6: 3.0})
         options = {"out": "run", "steps": 6, "evaluate_every": 2, "learning_rate": 0.05}
-        output, _ = say(*tiny(**options))
-        told = report_of(output)
-        assert told["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
+        output = say(*tiny(**options)).out
+        report = report_of(output)
+        assert report["best at step"] == "4 of 6; the last step's validation loss was 3.0000"
     again = report_of(say("evaluate", "--model", "run/best").out)
-    assert {name: told[name] for name in again} == again
+    assert {name: report[name] for name in again} == again
     assert report_of(say("info", "--model", "run").out)["steps"] == "4"
     longest = Generator.load("run/best").complete("", 16, stop=["\n"]).text
     assert output.decode().split("\nsample:\n  ")[1].startswith(longest)
@@ -1196,6 +1196,8 @@ def test_train_says_how_often_it_goes_through_the_text(say, text):
         assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
         hint = f"{epochs:.0f} times through the text may be too often: give more text"
         assert (hint in errors.decode()) == (steps == 900)
+    errors = say(*tiny(out="patient", steps=900, **shape | {"patience": 1})).err
+    assert b"may be too often" not in errors
 
 
 def test_best_model_can_be_trained_on(say, worse):

@@ -1438,6 +1438,12 @@ def test_load_model_reads_the_best_of_a_run(models_of_run, capsys):
         model, lines = loaded_from(run, capsys)
         assert_same_model(model, last)
         assert lines == []
+    # Numbers that no step has say nothing.
+    empty = {"weights": np.zeros(1, np.float32)}
+    for its_best in ("[1, Infinity]", "[]", "5", "x", "[" * 100_000):
+        header = {"step": "9", "best": its_best}
+        safetensors.numpy.save_file(empty, run / "checkpoint.safetensors", header)
+        assert_same_model(loaded_from(run, capsys)[0], best)
     # What the run goes on from has been lost, or was removed to save space.
     (run / "checkpoint.safetensors").write_bytes(b"damaged")
     assert_same_model(loaded_from(run, capsys)[0], best)

@@ -28,7 +28,7 @@ from legacy1bit.search.space import (
     default_space,
 )
 from legacy1bit.search.study import TrialResult, best_of, results_of
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.trainer import Metrics, Trainer, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.
@@ -146,7 +146,7 @@ def test_search_writes_settings_that_train(say):
         assert (folder / WEIGHTS_FILE).exists() == (one.number == best.number)
     read = read_config("study/best.toml")
     assert {**read["model"], "vocab_size": 256} == best.model
-    # The warm-up is what it is in a run of so many steps.
+    # The warm-up is what it is in a run of as many steps.
     assert {**read["training"], "warmup_steps": None} == best.training
     say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
         "--out", "again")  # fmt: skip
@@ -171,13 +171,13 @@ def test_search_leaves_what_the_command_line_names(say, fail, sampler):
     line = "not searched, as the command line sets it: --learning-rate, --model-dim, --final-norm"
     assert line in errors.splitlines()
     assert "searching 1 settings" in errors
-    found = results_in("study")
-    assert len(found) == 2
-    for one in found:
+    trials = results_in("study")
+    assert len(trials) == 2
+    for one in trials:
         assert one.chosen.keys() == {"num_heads"}
         assert (one.model["model_dim"], one.model["final_norm"]) == (24, False)
         assert one.training["learning_rate"] == 0.001
-    assert found[0].chosen == {"num_heads": 2}
+    assert trials[0].chosen == {"num_heads": 2}
     # A study that goes on has the space that it began with.
     say("tune", "--resume", "study", "--trials", 3, "--cache", "cache", "--threads", 1)
     assert all(one.chosen.keys() == {"num_heads"} for one in results_in("study"))
@@ -195,6 +195,32 @@ def test_search_needs_threads(fail, tmp_path, monkeypatch, jobs, needed):
         "--jobs, or raise the limit (ulimit -u)"
     )
     assert not Path("study").exists()
+
+
+def test_trial_is_measured_by_its_best_model(say, monkeypatch):
+    pytest.importorskip("optuna")
+    # As it looks while it trains, each look is worse than the one before.
+    losses = {1: 2.0}
+
+    def look(self, limit, stop=None):
+        return Metrics(losses.get(self.step, 1.0 + self.step), 0.25, 0.5, 0.75, 100, 100)
+
+    Path("space.toml").write_text("[activation]\nchoices = ['relu2']\n")
+    monkeypatch.setattr(Trainer, "_measure", look)
+    say(*search("study", "--trials", 1))
+    (one,) = results_in("study")
+    path = Path("study/trials/0000")
+    best = load_model(path / "best")
+    assert best.provenance.steps == 1
+    assert read_metrics(path / "metrics.jsonl")[-1]["val_loss"] == 7.0
+    output = say("evaluate", "--model", path / "best", "--cache", "cache").out.decode()
+    assert output.startswith(f"validation loss   {one.loss:.4f} ")
+    assert one.bytes == (path / "best" / WEIGHTS_FILE).stat().st_size
+    # The option is the study's, a file's is that of each trial.
+    Path("tiny.toml").write_text(TINY + "patience = 2\n")
+    output = say(*search("patient", "--patience", 1, "--trials", 3)).out
+    assert b"1 trials: 1 to their end" in output or b"2 trials" in output
+    assert read_metrics("patient/trials/0000/metrics.jsonl")[-1]["step"] == 3
 
 
 def test_search_keeps_to_a_limit_in_bytes(say):
@@ -283,7 +309,7 @@ def test_trials_warm_up_for_a_share_of_their_steps(say, monkeypatch):
     monkeypatch.setattr(tune, "steps_within", lambda *arguments: 20)
     say(*search("study", "--seconds", 1, "--trials", 1))
     assert read_settings(Path("study/trials/0000"))[1].warmup_steps == 2
-    # The settings that were found have a share, too, whatever the run's length then is.
+    # The best settings have a share, too, whatever the run's length then is.
     assert "warmup_steps" not in read_config("study/best.toml")["training"]
     say(*search("named", "--seconds", 1, "--trials", 1, "--warmup-steps", 15))
     assert read_settings(Path("named/trials/0000"))[1].warmup_steps == 15

@@ -1,4 +1,4 @@
-"""Bars on standard error, for what takes a while, and lines where it is no terminal."""
+"""Bars on standard error, for what takes a while, and lines where it is not a terminal."""
 
 import contextlib
 import time
@@ -41,7 +41,7 @@ def _bars_show() -> bool:
 
 
 class Bar(Progress):
-    """A bar; where there is no terminal, a line in its place when none has come for a while."""
+    """A bar; without a terminal, a line in its place when none has come for a while."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         super().__init__(

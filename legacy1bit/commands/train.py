@@ -295,7 +295,7 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
         f"{_epochs(trainer):.1f} epochs",
         file=sys.stderr,
     )
-    if _epochs(trainer) > _MANY_EPOCHS:
+    if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
         print(
             f"{_epochs(trainer):.0f} times through the text may be too often: give more text or "
             "fewer --steps, or end in time with --patience 3",
