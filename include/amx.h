@@ -227,7 +227,7 @@ static void amx_product(long m, long n, long k, const amx_operand *a, const amx_
 static long amx_unpack(const unsigned char *w, long tiles, int trits, unsigned char *upper,
                        unsigned char *lower)
 {
-    const int fields = trits ? 5 : 4;
+    const int fields = trits ? TRITS_PER_BYTE : CODES_PER_BYTE;
     long groups = tiles * fields, i;
     int field;
     for (i = 0; i < tiles; i++, w += TILE_BYTES) {
@@ -259,7 +259,11 @@ static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
                             const signed char *x, long stride, long rows, int *totals,
                             float *workspace)
 {
-    enum { TILES = 256, BYTES = TILES * 5 * 64 + 1024 };
+    enum {
+        TILES = 256,
+        BYTES = TILES * TRITS_PER_BYTE * 64 + 1024,
+        ROW = STRIP_ROWS * 4    /* bytes of a row of totals */
+    };
     unsigned char *upper = (unsigned char *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     unsigned char *lower = upper + BYTES;
     long done, i, j;
@@ -268,18 +272,18 @@ static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
         const long here = tiles - done < TILES ? tiles - done : TILES;
         const long blocks = amx_unpack(strip + TILE_BYTES * done, here, trits, upper, lower);
         const signed char *from = x + done * (trits ? TILE_TRITS : TILE_CODES);
-        for (i = 0; i < rows; i += 32) {
-            int *to = totals + i * 32;
+        for (i = 0; i < rows; i += AMX_ROWS) {
+            int *to = totals + i * STRIP_ROWS;
             const int more = i + 16 < rows;
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
             _tile_zero(3);
             if (done) {
-                _tile_loadd(0, to, 128);
-                _tile_loadd(1, to + 16, 128);
-                _tile_loadd(2, to + 16 * 32, 128);
-                _tile_loadd(3, to + 16 * 32 + 16, 128);
+                _tile_loadd(0, to, ROW);
+                _tile_loadd(1, to + 16, ROW);
+                _tile_loadd(2, to + 16 * STRIP_ROWS, ROW);
+                _tile_loadd(3, to + 16 * STRIP_ROWS + 16, ROW);
             }
             for (j = 0; j < blocks; j++) {
                 _tile_loadd(4, from + i * stride + 64 * j, stride);
@@ -293,10 +297,10 @@ static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
                     _tile_dpbsud(3, 5, 7);
                 }
             }
-            _tile_stored(0, to, 128);
-            _tile_stored(1, to + 16, 128);
-            _tile_stored(2, to + 16 * 32, 128);
-            _tile_stored(3, to + 16 * 32 + 16, 128);
+            _tile_stored(0, to, ROW);
+            _tile_stored(1, to + 16, ROW);
+            _tile_stored(2, to + 16 * STRIP_ROWS, ROW);
+            _tile_stored(3, to + 16 * STRIP_ROWS + 16, ROW);
         }
     }
     _tile_release();

@@ -2,17 +2,15 @@
  * fixed order of summation: a score is summed over the head's dimensions and an output over the
  * keys, one at a time, without fused multiply-add. So all instruction sets give the same bits.
  *
- * Keys are stored in tiles of 16, [dimension][key], so that a vector holds one dimension of several
- * keys. Values are stored in rows. Up to CACHED_QUERIES queries share each load. */
+ * Keys are stored in tiles of KEY_TILE, [dimension][key], so that a vector holds one dimension of
+ * several keys. Values are stored in rows. Up to CACHED_QUERIES queries share each load. */
 #ifndef LEGACY1BIT_CACHE_H
 #define LEGACY1BIT_CACHE_H
 
 #include "simd.h"
 
 enum {
-    CACHED_KEYS = 16,
-    CACHED_QUERIES = 4,
-    KEY_VECTORS = CACHED_KEYS / VF32_LANES,
+    KEY_VECTORS = KEY_TILE / VF32_LANES,
     /* Tiles of scores that fit the register file. */
     SCORE_TILES = VF32_LANES == 16 ? 8 : VF32_LANES == 8 ? 4 : VF32_LANES == 4 ? 2 : 1,
     VALUE_VECTORS = VF32_LANES == 16 ? 4 : 2
@@ -29,7 +27,7 @@ FORCE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, 
     for (long d = 0; d < dim; d++)
         for (int t = 0; t < tiles; t++)
             for (int j = 0; j < KEY_VECTORS; j++) {
-                const vf32 w = vf32_load_i8(k + (t * dim + d) * CACHED_KEYS + j * VF32_LANES);
+                const vf32 w = vf32_load_i8(k + (t * dim + d) * KEY_TILE + j * VF32_LANES);
                 for (int i = 0; i < queries; i++) {
                     vf32 *sum = &sums[(i * tiles + t) * KEY_VECTORS + j];
                     *sum = vf32_add(*sum, vf32_mul(vf32_splat(q[i * q_row + d]), w));
@@ -40,15 +38,15 @@ FORCE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, 
             vf32_store(out + i * out_row + t * VF32_LANES, sums[i * tiles * KEY_VECTORS + t]);
 }
 
-/* out[16 * tiles]: the scores of all tiles of keys for one query. */
+/* out[KEY_TILE * tiles]: the scores of all tiles of keys for one query. */
 static inline void score_one_query(const signed char *k, const float *q, long dim, long tiles,
                                    float *out)
 {
     long t = 0;
     for (; t + SCORE_TILES <= tiles; t += SCORE_TILES)
-        score_tiles(k + t * dim * CACHED_KEYS, q, 0, dim, out + t * CACHED_KEYS, 0, 1, SCORE_TILES);
+        score_tiles(k + t * dim * KEY_TILE, q, 0, dim, out + t * KEY_TILE, 0, 1, SCORE_TILES);
     for (; t < tiles; t++)
-        score_tiles(k + t * dim * CACHED_KEYS, q, 0, dim, out + t * CACHED_KEYS, 0, 1, 1);
+        score_tiles(k + t * dim * KEY_TILE, q, 0, dim, out + t * KEY_TILE, 0, 1, 1);
 }
 
 /* The same for several queries, as many at a time as fit the registers. */
@@ -61,11 +59,11 @@ static inline void score_queries(const signed char *k, const float *q, long q_ro
     for (; i + FEW <= queries; i += FEW) {
         long t = 0;
         for (; t + AT_ONCE <= tiles; t += AT_ONCE)
-            score_tiles(k + t * dim * CACHED_KEYS, q + i * q_row, q_row, dim,
-                        out + i * out_row + t * CACHED_KEYS, out_row, FEW, AT_ONCE);
+            score_tiles(k + t * dim * KEY_TILE, q + i * q_row, q_row, dim,
+                        out + i * out_row + t * KEY_TILE, out_row, FEW, AT_ONCE);
         for (; t < tiles; t++)
-            score_tiles(k + t * dim * CACHED_KEYS, q + i * q_row, q_row, dim,
-                        out + i * out_row + t * CACHED_KEYS, out_row, FEW, 1);
+            score_tiles(k + t * dim * KEY_TILE, q + i * q_row, q_row, dim,
+                        out + i * out_row + t * KEY_TILE, out_row, FEW, 1);
     }
     for (; i < queries; i++)
         score_one_query(k, q + i * q_row, dim, tiles, out + i * out_row);
@@ -129,10 +127,9 @@ static inline void dequantize_keys(const signed char *k, const float *scales, lo
     for (long t = 0; t < tiles; t++)
         for (long d = 0; d < dim; d++)
             for (int j = 0; j < KEY_VECTORS; j++)
-                vf32_store(out + d * row + t * CACHED_KEYS + j * VF32_LANES,
-                           vf32_mul(vf32_load(scales + t * CACHED_KEYS + j * VF32_LANES),
-                                    vf32_load_i8(k + (t * dim + d) * CACHED_KEYS +
-                                                 j * VF32_LANES)));
+                vf32_store(out + d * row + t * KEY_TILE + j * VF32_LANES,
+                           vf32_mul(vf32_load(scales + t * KEY_TILE + j * VF32_LANES),
+                                    vf32_load_i8(k + (t * dim + d) * KEY_TILE + j * VF32_LANES)));
 }
 
 #endif

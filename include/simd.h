@@ -52,6 +52,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "layout.h"
+
 #ifndef FORCE_INLINE
 #define FORCE_INLINE static inline __attribute__((always_inline))
 #endif
@@ -79,13 +81,9 @@ enum {
     PACK_ROWS = 112 / TILE_ROWS * TILE_ROWS
 };
 
-/* The packed codes. Each tile prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
+/* Each tile of packed codes prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
  * stops at pages of 4096 bytes, and a strip is often shorter. */
 enum {
-    STRIP_ROWS = 32,
-    TILE_CODES = 16,
-    TILE_TRITS = 20,
-    TILE_BYTES = 128,
     VSUM_TILES = 1024,
     PREFETCH_BYTES = 2048
 };

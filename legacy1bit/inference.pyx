@@ -13,7 +13,9 @@ from libc.math cimport INFINITY
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport Attention, CachedHead, Int8Rows, KernelTable, Matrix
+from legacy1bit.kernels cimport (
+    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
+)
 from legacy1bit.math_ops cimport kernels, packed_kernels
 from legacy1bit.model cimport NormView, float_pointer
 from legacy1bit.packed cimport (
@@ -32,9 +34,6 @@ cdef enum:
     PROMPT_BLOCK = 128
     IN_ORDER = 256          # keys, up to which sums of attention have one order
     SAMPLED_AT_ONCE = 64    # tokens, between two looks whether the user has pressed Ctrl-C
-    STRIP = 32
-    KEY_TILE = 16           # as in cache.h
-    FEW = 4                 # queries that share the keys they load
     SUMMED = 1024           # weights that are added up in float32
     STRETCH = 64
 
@@ -82,10 +81,11 @@ cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection
                   const Int8Rows *quantized, const float *dense, Py_ssize_t rows, bint accumulate,
                   float *out, float *workspace) noexcept nogil:
     # This member's strips of out[rows, projection.rows] (+)= the product + bias.
-    cdef Py_ssize_t strips = (projection.rows + STRIP - 1) // STRIP
+    cdef Py_ssize_t strips = (projection.rows + STRIP_ROWS - 1) // STRIP_ROWS
     cdef Py_ssize_t first = slice_start(strips, index, d.team.size)
     cdef Py_ssize_t last = slice_start(strips, index + 1, d.team.size)
-    cdef Py_ssize_t low = first * STRIP, count = min(projection.rows, last * STRIP) - low, t
+    cdef Py_ssize_t low = first * STRIP_ROWS, t
+    cdef Py_ssize_t count = min(projection.rows, last * STRIP_ROWS) - low
     cdef const float *bias = projection.bias
     cdef const float *start = NULL
     cdef Matrix part
@@ -196,7 +196,7 @@ cdef void attend_in_order(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
     view.probs = d.members[index].probs
     while t < rows:
         # With a span each of them has a first key of its own.
-        view.queries = 1 if window else min(rows - t, FEW)
+        view.queries = 1 if window else min(rows - t, CACHED_QUERIES)
         low = past + t + 1 - window if window and window < past + t + 1 else 0
         view.keys = past + t + 1 - low
         view.skipped = low % KEY_TILE
@@ -243,9 +243,10 @@ cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
 
 cdef void activate(DecoderView *d, Py_ssize_t index, Py_ssize_t rows) noexcept nogil:
     # The activation of this member's strips of the hidden layer, in place.
-    cdef Py_ssize_t strips = (d.wide + STRIP - 1) // STRIP, t
-    cdef Py_ssize_t low = slice_start(strips, index, d.team.size) * STRIP
-    cdef Py_ssize_t count = min(d.wide, slice_start(strips, index + 1, d.team.size) * STRIP) - low
+    cdef Py_ssize_t strips = (d.wide + STRIP_ROWS - 1) // STRIP_ROWS, t
+    cdef Py_ssize_t low = slice_start(strips, index, d.team.size) * STRIP_ROWS
+    cdef Py_ssize_t next = slice_start(strips, index + 1, d.team.size) * STRIP_ROWS
+    cdef Py_ssize_t count = min(d.wide, next) - low
     cdef float *row
     if count <= 0:
         return
@@ -699,7 +700,7 @@ cdef class Decoder:
             view.members[i].quantized = rows.view
             view.members[i].normed = self._buffer(widest)
             view.members[i].probs = self._buffer(
-                max(min(capacity, PROMPT_BLOCK), FEW) * view.cache_rows)
+                max(min(capacity, PROMPT_BLOCK), CACHED_QUERIES) * view.cache_rows)
             view.members[i].head = self._buffer(4 * view.cache_rows * config.head_dim)
             view.members[i].token_probs = self._buffer(2 * view.vocab)
             view.members[i].candidates = &numbers[0]

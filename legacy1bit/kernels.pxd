@@ -5,6 +5,20 @@
 ``math_ops.kernels()``. Kernels do not check their arguments and do not need the GIL.
 """
 
+cdef extern from "layout.h":
+    enum:
+        STRIP_ROWS
+        TILE_ROW_BYTES
+        TILE_BYTES
+        CODES_PER_BYTE
+        TRITS_PER_BYTE
+        TILE_CODES
+        TILE_TRITS
+        ACTIVATION_ROWS
+        ACTIVATION_COLUMNS
+        KEY_TILE
+        CACHED_QUERIES
+
 cdef struct Matrix:
     # The weights of one linear map, [rows, cols] row-major: int8 codes times scales, or, where
     # codes is NULL, dense float32. The scale of code (i, j) is scale[i * scale_row + j / group].
@@ -17,12 +31,12 @@ cdef struct Matrix:
     const float *dense
 
 cdef struct PackedMatrix:
-    # The same for decoding: codes in tiles (see simd.h), in consecutive strips of 32 rows. A code u
-    # stands for factor * u + offset, times its scale.
+    # The same for decoding: codes in tiles (see simd.h), in consecutive strips of STRIP_ROWS rows.
+    # A code u stands for factor * u + offset, times its scale.
     Py_ssize_t rows
     Py_ssize_t cols
     const unsigned char *tiles
-    bint trits                # tiles of 20 columns in base 3, with at most one scale per row
+    bint trits                # tiles of TILE_TRITS columns, with at most one scale per row
     int factor
     int offset
     const float *scale
@@ -31,8 +45,8 @@ cdef struct PackedMatrix:
 
 cdef struct Int8Rows:
     # Rows of int8 activations: row t is scales[t] times its codes, whose sum is sums[t]. They are
-    # padded, because rows are read in blocks of 32 and columns in blocks of 64.
-    Py_ssize_t stride         # from row to row; at least 19 zeros follow the columns
+    # padded to ACTIVATION_ROWS and ACTIVATION_COLUMNS.
+    Py_ssize_t stride         # from row to row; at least TILE_TRITS - 1 zeros follow the columns
     signed char *codes
     float *scales
     int *sums
@@ -78,7 +92,7 @@ cdef struct CachedHead:
     Py_ssize_t stride
     Py_ssize_t probs_stride   # floats in a row of probs, a multiple of the tiles of keys
     const float *q
-    const signed char *k      # tiles of 16: [dimension][key]
+    const signed char *k      # tiles of keys, [dimension][KEY_TILE]
     const signed char *v      # rows, from the first visible key on
     const float *k_scales
     const float *v_scales

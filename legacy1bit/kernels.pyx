@@ -14,7 +14,8 @@ from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    Attention, CachedHead, Int8Rows, KernelTable, Matrix, PackedMatrix, Scheme, Update,
+    KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_TRITS, Attention, CachedHead, Int8Rows,
+    KernelTable, Matrix, PackedMatrix, Scheme, Update,
 )
 
 cdef extern from "simd.h" nogil:
@@ -57,10 +58,6 @@ cdef extern from "simd.h" nogil:
         VSUM_ROWS
         VSUM_TILES
         VSUM_AT_ONCE
-        STRIP_ROWS
-        TILE_CODES
-        TILE_TRITS
-        TILE_BYTES
     ctypedef struct vsum:
         pass
     ctypedef struct vact:
@@ -110,8 +107,6 @@ cdef extern from "sums.h" nogil:
                             float *out, float *mean, float *inv_std, long n)
 
 cdef extern from "cache.h" nogil:
-    enum:
-        CACHED_KEYS
     void score_one_query(const signed char *k, const float *q, long dim, long tiles, float *out)
     void score_queries(const signed char *k, const float *q, long q_row, long dim, long tiles,
                        float *out, long out_row, long queries)
@@ -1011,7 +1006,7 @@ cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
 
 cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                             const signed char *x, int *totals) noexcept nogil:
-    # totals[32] for one row of activations; all parts of the strip share each load of it.
+    # totals[STRIP_ROWS] for one row of activations; all parts of the strip share each load of it.
     cdef vsum s[STRIP_PARTS]
     cdef vact a
     cdef vact3 a3
@@ -1041,7 +1036,7 @@ cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
 cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                             const signed char *x, Py_ssize_t stride,
                             int *totals) noexcept nogil:
-    # totals[VSUM_AT_ONCE][32] for rows of activations that share the unpacking of codes.
+    # totals[VSUM_AT_ONCE][STRIP_ROWS] for rows of activations that share the unpacking of codes.
     cdef vsum s[VSUM_AT_ONCE]
     cdef const unsigned char *w
     cdef Py_ssize_t i, j, t
@@ -1068,7 +1063,7 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
 cdef inline void tile_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                            const signed char *x, Py_ssize_t stride, Py_ssize_t rows,
                            int *totals) noexcept nogil:
-    # totals[rows][32] for at most VSUM_TILES tiles.
+    # totals[rows][STRIP_ROWS] for at most VSUM_TILES tiles.
     cdef Py_ssize_t t = 0
     if VSUM_AT_ONCE > 1:
         while t + VSUM_AT_ONCE <= rows:
@@ -1082,7 +1077,7 @@ cdef inline void tile_sums(const unsigned char *strip, Py_ssize_t tiles, bint tr
 cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
                       const signed char *x, Py_ssize_t stride, Py_ssize_t rows, int *totals,
                       float *workspace) noexcept nogil:
-    # totals[rows][32], rows <= VSUM_BLOCK: sums of unsigned codes times activations.
+    # totals[rows][STRIP_ROWS], rows <= VSUM_BLOCK: sums of unsigned codes times activations.
     cdef int part[VSUM_BLOCK * STRIP_ROWS]
     cdef Py_ssize_t i, done, width = TILE_TRITS if trits else TILE_CODES
     if MATRIX_UNIT and rows >= AMX_MIN_ROWS:
@@ -1167,7 +1162,7 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
     # out = softmax(q k^T / sqrt(D)) v; each query sees one key more than the previous one. All
     # instruction sets agree.
     cdef Py_ssize_t queries = head.queries, i, count, most = head.keys + queries - 1
-    cdef Py_ssize_t tiles = (head.skipped + most + CACHED_KEYS - 1) // CACHED_KEYS
+    cdef Py_ssize_t tiles = (head.skipped + most + KEY_TILE - 1) // KEY_TILE
     cdef float factor = 1.0 / sqrtf(head.head_dim)
     cdef float *row = head.probs
     START_TIMER(TIMER_ATTENTION_FORWARD)

@@ -15,7 +15,10 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport Int8Rows, PackedMatrix as PackedView
+from legacy1bit.kernels cimport (
+    ACTIVATION_COLUMNS, ACTIVATION_ROWS, CODES_PER_BYTE, STRIP_ROWS, TILE_BYTES, TILE_CODES,
+    TILE_ROW_BYTES, TILE_TRITS, TRITS_PER_BYTE, Int8Rows, PackedMatrix as PackedView,
+)
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
@@ -27,21 +30,25 @@ from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
 
-_STRIP, _CODES, _TRITS, _TILE = 32, 16, 20, 128
 _AT_ONCE = 64   # strips
+
+
+cdef Py_ssize_t _ceil_div(Py_ssize_t size, Py_ssize_t divisor) noexcept nogil:
+    return (size + divisor - 1) // divisor
 
 
 def _aligned(size):
     """Return uint8[size], aligned to two cache lines."""
-    buffer = np.empty(size + _TILE, np.uint8)
-    start = -buffer.ctypes.data % _TILE
+    buffer = np.empty(size + TILE_BYTES, np.uint8)
+    start = -buffer.ctypes.data % TILE_BYTES
     return buffer[start:start + size]
 
 
 def packed_size(shape, form="2bit") -> int:
     """Return the number of bytes of a packed matrix of this shape, without its scales."""
-    width = _TRITS if form == "trits" else _CODES
-    return ((shape[0] + _STRIP - 1) // _STRIP) * ((shape[1] + width - 1) // width) * _TILE
+    width = TILE_TRITS if form == "trits" else TILE_CODES
+    strips = (shape[0] + STRIP_ROWS - 1) // STRIP_ROWS
+    return strips * ((shape[1] + width - 1) // width) * TILE_BYTES
 
 
 cdef class PackedMatrix:
@@ -164,9 +171,9 @@ cdef class PackedMatrix:
         workspace = pack_buffer()
         with nogil:
             kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &quantized)
-            packed_kernels().packed_product(&self.view, 0, (self.view.rows + 31) // 32, &quantized,
-                                            rows.shape[0], bias_pointer, False, &out[0, 0],
-                                            self.view.rows, workspace)
+            packed_kernels().packed_product(&self.view, 0, _ceil_div(self.view.rows, STRIP_ROWS),
+                                            &quantized, rows.shape[0], bias_pointer, False,
+                                            &out[0, 0], self.view.rows, workspace)
         return result
 
     def __reduce__(self):
@@ -190,9 +197,10 @@ cdef class Int8Buffer:
         cdef unsigned char[::1] codes
         cdef float[::1] scales
         cdef int[::1] sums
-        # Kernels read tiles of 16 or 20 columns, and blocks of 64 columns and 32 rows.
-        self.view.stride = (cols + 19 + 63) // 64 * 64
-        self.codes = _aligned(((rows + 31) // 32 * 32 + 1) * self.view.stride)
+        # Kernels read whole tiles, and blocks of rows and of columns.
+        blocks = _ceil_div(rows, ACTIVATION_ROWS)
+        self.view.stride = _ceil_div(cols + TILE_TRITS - 1, ACTIVATION_COLUMNS) * ACTIVATION_COLUMNS
+        self.codes = _aligned((blocks * ACTIVATION_ROWS + 1) * self.view.stride)
         self.codes[...] = 0
         self.scales = np.empty(rows, np.float32)
         self.sums = np.empty(rows, np.int32)
@@ -209,12 +217,12 @@ def _pack(values, levels, trits, buffer):
     """Return the tiles of codes, int8[R, C]."""
     indices = np.array([levels.index(code) if code in levels else 255
                        for code in range(-128, 128)], np.uint8)
-    strips, width = (values.shape[0] + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
-    tiles = (values.shape[1] + width - 1) // width
+    width = TILE_TRITS if trits else TILE_CODES
+    strips, tiles = _ceil_div(values.shape[0], STRIP_ROWS), _ceil_div(values.shape[1], width)
     packed = _tiles_in(strips, tiles, buffer)
     for strip in range(strips):
         # One strip at a time, to keep temporary arrays small.
-        here = indices[values[_STRIP * strip:_STRIP * (strip + 1)].astype(np.int16) + 128]
+        here = indices[values[STRIP_ROWS * strip:STRIP_ROWS * (strip + 1)].astype(np.int16) + 128]
         if here.max() == 255:
             raise ValueError("values holds a number other than "
                              f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
@@ -223,20 +231,21 @@ def _pack(values, levels, trits, buffer):
 
 
 def _tiles_in(strips, tiles, buffer):
-    buffer = _aligned(strips * tiles * _TILE) if buffer is None else buffer
-    return buffer.reshape(strips, tiles, _TILE)
+    buffer = _aligned(strips * tiles * TILE_BYTES) if buffer is None else buffer
+    return buffer.reshape(strips, tiles, TILE_BYTES)
 
 
 def _pack_strip(indices, trits, out):
     """Write the tiles of at most 32 rows of level indices, uint8[R, C]."""
-    fields, tiles = 5 if trits else 4, len(out)
+    fields, tiles = TRITS_PER_BYTE if trits else CODES_PER_BYTE, len(out)
     weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
-    codes = np.zeros((_STRIP, tiles * 4 * fields), np.uint8)
+    codes = np.zeros((STRIP_ROWS, tiles * TILE_ROW_BYTES * fields), np.uint8)
     codes[:len(indices), :indices.shape[1]] = indices
-    joined = (codes.reshape(_STRIP, tiles, fields, 4) * weights[:, None]).sum(2, dtype=np.uint16)
+    codes = codes.reshape(STRIP_ROWS, tiles, fields, TILE_ROW_BYTES)
+    joined = (codes * weights[:, None]).sum(2, dtype=np.uint16)
     if trits:
         joined = (joined * 256 + 242) // 243
-    out.reshape(tiles, _STRIP, 4)[...] = joined.transpose(1, 0, 2)
+    out.reshape(tiles, STRIP_ROWS, TILE_ROW_BYTES)[...] = joined.transpose(1, 0, 2)
 
 
 def _pack_stored(stored, cols, scheme, trits, buffer):
@@ -245,20 +254,20 @@ def _pack_stored(stored, cols, scheme, trits, buffer):
     A row of a tile is 16 consecutive codes of two bits: in a file four bytes of four codes in
     order, and in the tile the transpose of that square.
     """
-    rows = len(stored)
-    strips, width = (rows + _STRIP - 1) // _STRIP, _TRITS if trits else _CODES
-    packed = _tiles_in(strips, (cols + width - 1) // width, buffer)
+    width = TILE_TRITS if trits else TILE_CODES
+    strips = _ceil_div(len(stored), STRIP_ROWS)
+    packed = _tiles_in(strips, _ceil_div(cols, width), buffer)
     if trits:
         for strip in range(strips):
-            codes = scheme.unpack(stored[_STRIP * strip:_STRIP * (strip + 1)], cols)
+            codes = scheme.unpack(stored[STRIP_ROWS * strip:STRIP_ROWS * (strip + 1)], cols)
             _pack_strip(np.searchsorted(scheme.levels, codes).astype(np.uint8), trits,
                         packed[strip])
         return packed
     kind = np.dtype(f"<u{2 * scheme.bits}")
     for first in range(0, strips, _AT_ONCE):
-        here = stored[_STRIP * first:_STRIP * (first + _AT_ONCE)]
-        count = (len(here) + _STRIP - 1) // _STRIP
-        padded = np.zeros((count * _STRIP, packed.shape[1] * kind.itemsize), np.uint8)
+        here = stored[STRIP_ROWS * first:STRIP_ROWS * (first + _AT_ONCE)]
+        count = _ceil_div(len(here), STRIP_ROWS)
+        padded = np.zeros((count * STRIP_ROWS, packed.shape[1] * kind.itemsize), np.uint8)
         padded[:len(here), :here.shape[1]] = here
         words = padded.view(kind).astype(np.uint32)
         if scheme.bits == 1:
@@ -269,37 +278,39 @@ def _pack_stored(stored, cols, scheme, trits, buffer):
             swapped = (words ^ words >> shift) & np.uint32(mask)
             words ^= swapped ^ swapped << shift
         tiles = packed[first:first + count].view("<u4")
-        tiles[...] = words.reshape(count, _STRIP, -1).transpose(0, 2, 1)
+        tiles[...] = words.reshape(count, STRIP_ROWS, -1).transpose(0, 2, 1)
     return packed
 
 
 def _unpack(tiles, trits):
     """Invert ``_pack``: the level indices, uint8[R, C] with the padding."""
     strips, count, _ = tiles.shape
-    parts, rest = [], tiles.reshape(strips, count, _STRIP, 4).astype(np.uint16)
-    for _ in range(5 if trits else 4):
+    rest = tiles.reshape(strips, count, STRIP_ROWS, TILE_ROW_BYTES).astype(np.uint16)
+    parts = []
+    for _ in range(TRITS_PER_BYTE if trits else CODES_PER_BYTE):
         rest = 3 * (rest & 255) if trits else rest
         parts.append(rest >> 8 if trits else rest & 3)
         rest = rest if trits else rest >> 2
     indices = np.stack(parts, axis=3).astype(np.uint8)
-    return indices.transpose(0, 2, 1, 3, 4).reshape(_STRIP * strips, -1)
+    return indices.transpose(0, 2, 1, 3, 4).reshape(STRIP_ROWS * strips, -1)
 
 
 cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil:
     # Dequantizes one row of the matrix, for embeddings.
-    cdef Py_ssize_t fields = 5 if matrix.trits else 4, width = 4 * fields
+    cdef Py_ssize_t width = TILE_TRITS if matrix.trits else TILE_CODES
     cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width, col
-    cdef const unsigned char *strip = matrix.tiles + row // 32 * tiles * 128 + row % 32 * 4
+    cdef const unsigned char *strip = (matrix.tiles + row // STRIP_ROWS * tiles * TILE_BYTES
+                                       + row % STRIP_ROWS * TILE_ROW_BYTES)
     cdef const float *scales = matrix.scale + row * matrix.scale_row
     cdef unsigned int byte, _field
     for col in range(matrix.cols):
-        byte = strip[col // width * 128 + col % 4]
+        byte = strip[col // width * TILE_BYTES + col % TILE_ROW_BYTES]
         if matrix.trits:
-            for _field in range(col % width // 4):
+            for _field in range(col % width // TILE_ROW_BYTES):
                 byte = 3 * byte & 255
             byte = 3 * byte >> 8
         else:
-            byte = byte >> 2 * (col % width // 4) & 3
+            byte = byte >> 2 * (col % width // TILE_ROW_BYTES) & 3
         out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
 
 
