@@ -126,8 +126,8 @@ def test_process_gets_the_path_that_modules_are_looked_for_on(instead, monkeypat
     instead(f'echo "$PYTHONPATH" > {tmp_path}/path')
     monkeypatch.setattr(sys, "path", ["", "/some where", *sys.path])
     learn_merges(TEXTS, 400)
-    found = tmp_path.joinpath("path").read_text().strip().split(os.pathsep)
-    assert found == [".", *sys.path[1:]]
+    entries = tmp_path.joinpath("path").read_text().strip().split(os.pathsep)
+    assert entries == [".", *sys.path[1:]]
 
 
 def test_process_outlives_a_terminals_interrupt_and_ends_with_its_parent():

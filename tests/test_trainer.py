@@ -733,7 +733,7 @@ def test_interrupted_training_saves_its_last_whole_step(tmp_path, monkeypatch, o
         assert run.position == whole.position
 
 
-def test_training_that_is_interrupted_when_it_was_told_to_stop_ends_at_once(tmp_path, monkeypatch):
+def test_training_that_is_interrupted_when_it_stops_already_ends_at_once(tmp_path, monkeypatch):
     """As by a second Ctrl-C where the first was taken for a request."""
     run, requested = make(tmp_path / "run"), []
 
@@ -784,7 +784,7 @@ def test_trainer_refuses_a_source_that_it_could_not_save(tmp_path, source, messa
 
 @pytest.mark.parametrize("which", ["training", "validation"])
 def test_trainer_refuses_a_corpus_of_other_tokens_than_the_models(tmp_path, which):
-    """The validation set would be found out at the first look."""
+    """The validation set would fail at the first look only."""
     run = make(tmp_path / "run")
     dataset = replace(getattr(run.corpus, which), pad_token=300)
     corpus = replace(run.corpus, **{which: dataset})

@@ -39,7 +39,7 @@ _BYTES = 256
 # Text is given to the library in parts of about this many bytes, which is what its threads share,
 # and this many parts for each core at a time: it hears no signal before all are done.
 _PART = 1 << 15
-_PARTS_OF_A_CORE = 4
+_PARTS_OF_A_CORE = 2
 
 # Behind a printable character no token reaches over a space or a line break: words are cut off
 # there before they are looked at.
@@ -378,9 +378,9 @@ class SubwordTokenizer:
     def _encode(self, parts: list[str | bytes]) -> list[Tokens]:
         """Return the token ids of each part, in parallel."""
         valid = [part for part in parts if isinstance(part, str)]
-        found = iter(self._library.encode_batch_fast(valid, add_special_tokens=False))
+        encoded = iter(self._library.encode_batch_fast(valid, add_special_tokens=False))
         return [
-            np.array(next(found).ids, np.int32) if isinstance(part, str) else tokenize_text(part)
+            np.array(next(encoded).ids, np.int32) if isinstance(part, str) else tokenize_text(part)
             for part in parts
         ]
 

@@ -407,11 +407,10 @@ class Trainer:
         TrainingDiverged
             If the loss or a gradient is not finite; what was saved before stays as it was.
         OSError
-            If the run cannot be saved in its folder, which is found out before the first step, or
-            no longer.
+            If the run cannot be saved in its folder; that is tried before the first step, too.
         KeyboardInterrupt
-            If it is interrupted, as in a notebook. The last whole step is saved before, but not
-            measured; unless ``stop`` says by then that it was told to stop.
+            If it is interrupted, as in a notebook. The last whole step is saved first, without a
+            measurement; where ``stop`` returns True by then, nothing is saved.
         """
         self._check_saving()
         try:
