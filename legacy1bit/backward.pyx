@@ -15,7 +15,7 @@ from legacy1bit.forward cimport (
     BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
     fill_head, run_model, transform,
 )
-from legacy1bit.kernels cimport Attention, KernelTable, Matrix
+from legacy1bit.kernels cimport Attention, KernelTable, Matrix, strided
 from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
@@ -40,28 +40,40 @@ cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssiz
                                      float *d_bias, float *workspace) noexcept nogil:
     # For out = x w^T + b: d_weight[out, in] += d_out^T x, and d_bias += the column sums of d_out
     # unless d_bias is NULL.
-    kernels().matmul(out_dim, in_dim, rows, d_out, 1, out_dim, x, in_dim, 1, NULL, True, d_weight,
-                     in_dim, workspace)
+    kernels().matmul(out_dim, in_dim, rows, strided(d_out, 1, out_dim), strided(x, in_dim, 1),
+                     NULL, True, d_weight, in_dim, workspace)
     if d_bias:
         kernels().column_sums(d_out, rows, out_dim, d_bias)
 
 
-cdef inline void backward_wo(const Matrix *wo, const NormView *norm, const float *d_out,
-                             Py_ssize_t rows, const float *x, const float *normed,
-                             const float *mean, const float *inv_std, float *d_weight,
-                             float *d_bias, const NormGradient *d_norm, float *d_normed, float *d_x,
-                             float *workspace) noexcept nogil:
-    # For out = wo norm(x) + bias, where the norm is optional; d_normed is scratch for the gradient
-    # of its output. Quantization to int8 has a straight-through gradient.
+cdef struct OutputProjection:
+    # What the backward pass of out = wo norm(x) + bias reads and adds to; the norm is optional.
+    const Matrix *wo
+    const NormView *norm
+    const float *x
+    const float *normed
+    const float *mean
+    const float *inv_std
+    float *d_weight
+    float *d_bias
+    const NormGradient *d_norm
+
+
+cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, const float *d_out,
+                             float *d_normed, float *d_x, float *workspace) noexcept nogil:
+    # d_normed is scratch for the gradient of the norm's output. Quantization to int8 has a
+    # straight-through gradient.
     cdef const KernelTable *kernel = kernels()
-    add_weight_gradient(d_out, normed, rows, wo.rows, wo.cols, d_weight, d_bias, workspace)
-    if norm.gamma == NULL:
-        kernel.linear_backward(wo, d_out, rows, False, d_x, workspace)
+    cdef Py_ssize_t cols = layer.wo.cols
+    add_weight_gradient(d_out, layer.normed, rows, layer.wo.rows, cols, layer.d_weight,
+                        layer.d_bias, workspace)
+    if layer.norm.gamma == NULL:
+        kernel.linear_backward(layer.wo, d_out, rows, False, d_x, workspace)
         return
-    kernel.linear_backward(wo, d_out, rows, False, d_normed, workspace)
-    memset(d_x, 0, rows * wo.cols * sizeof(float))
-    kernel.layer_norm_backward(d_normed, x, norm.gamma, mean, inv_std, d_x, d_norm.gamma,
-                               d_norm.beta, rows, wo.cols)
+    kernel.linear_backward(layer.wo, d_out, rows, False, d_normed, workspace)
+    memset(d_x, 0, rows * cols * sizeof(float))
+    kernel.layer_norm_backward(d_normed, layer.x, layer.norm.gamma, layer.mean, layer.inv_std, d_x,
+                               layer.d_norm.gamma, layer.d_norm.beta, rows, cols)
 
 
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
@@ -70,9 +82,12 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
                        float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
-    backward_wo(&layer.wo, &layer.norm, d_out, rows, context.activated, context.normed,
-                context.mean, context.inv_std, gradient.wo, gradient.bo, &gradient.norm,
-                buffers.d_hidden_normed, buffers.d_hidden, workspace)
+    cdef OutputProjection out
+    out.wo, out.norm = &layer.wo, &layer.norm
+    out.x, out.normed = context.activated, context.normed
+    out.mean, out.inv_std = context.mean, context.inv_std
+    out.d_weight, out.d_bias, out.d_norm = gradient.wo, gradient.bo, &gradient.norm
+    backward_wo(&out, rows, d_out, buffers.d_hidden_normed, buffers.d_hidden, workspace)
     if layer.squared:
         kernel.relu2_backward(context.hidden, buffers.d_hidden, buffers.d_hidden, rows * wide)
     else:
@@ -89,10 +104,13 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
     cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
     cdef Py_ssize_t i, j, row, rows = dims.batch * dims.time
     cdef Attention head
+    cdef OutputProjection out
+    out.wo, out.norm = &layer.wo, &layer.norm
+    out.x, out.normed = context.heads, context.heads_normed
+    out.mean, out.inv_std = context.heads_mean, context.heads_inv_std
+    out.d_weight, out.d_bias, out.d_norm = gradient.wo, gradient.bo, &gradient.norm
     # d_x is free until the end, so it serves as scratch of the same shape.
-    backward_wo(&layer.wo, &layer.norm, d_out, rows, context.heads, context.heads_normed,
-                context.heads_mean, context.heads_inv_std, gradient.wo, gradient.bo,
-                &gradient.norm, d_x, buffers.d_heads, workspace)
+    backward_wo(&out, rows, d_out, d_x, buffers.d_heads, workspace)
     head.d_probs = buffers.d_probs
     for i in range(dims.batch):
         for j in range(layer.num_heads):

@@ -15,6 +15,7 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
     CACHED_QUERIES, KEY_TILE, STRIP_ROWS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
+    strided,
 )
 from legacy1bit.math_ops cimport kernels, packed_kernels
 from legacy1bit.model cimport NormView, float_pointer
@@ -109,8 +110,8 @@ cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection
         return
     if bias and not accumulate:
         start = bias + low
-    kernels().matmul(rows, count, projection.cols, dense, projection.cols, 1,
-                     projection.dense.dense + low * projection.cols, 1, projection.cols,
+    kernels().matmul(rows, count, projection.cols, strided(dense, projection.cols, 1),
+                     strided(projection.dense.dense + low * projection.cols, 1, projection.cols),
                      start, accumulate, out + low, projection.rows, workspace)
     if accumulate and bias:
         for t in range(rows):

@@ -30,6 +30,24 @@ cdef struct Matrix:
     Py_ssize_t group          # consecutive weights of a row that share a scale
     const float *dense
 
+cdef struct Operand:
+    # A factor of a matrix product: element (i, j) is data[i * row + j * col], or that weight of a
+    # matrix of codes, which may be transposed.
+    const float *data
+    Py_ssize_t row
+    Py_ssize_t col
+    const Matrix *codes       # NULL: data
+    bint transposed
+
+cdef inline Operand strided(const float *data, Py_ssize_t row, Py_ssize_t col) noexcept nogil:
+    cdef Operand operand
+    operand.data = data
+    operand.row = row
+    operand.col = col
+    operand.codes = NULL
+    operand.transposed = False
+    return operand
+
 cdef struct PackedMatrix:
     # The same for decoding: codes in tiles (see simd.h), in consecutive strips of STRIP_ROWS rows.
     # A code u stands for factor * u + offset, times its scale.
@@ -158,11 +176,9 @@ cdef struct KernelTable:
     void (*matrix_transpose_vector)(const Matrix *matrix, const float *x,
                                     float *out) noexcept nogil
 
-    void (*matmul)(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                   const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                   const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                   const float *bias, bint accumulate,
-                   float *c, Py_ssize_t c_row, float *workspace) noexcept nogil
+    void (*matmul)(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
+                   const float *bias, bint accumulate, float *c, Py_ssize_t c_row,
+                   float *workspace) noexcept nogil
     void (*linear)(const Matrix *matrix, const float *bias, const float *x, Py_ssize_t rows,
                    float *out, float *workspace) noexcept nogil
     void (*linear_backward)(const Matrix *matrix, const float *d_out, Py_ssize_t rows,

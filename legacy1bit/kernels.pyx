@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
     KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_TRITS, Attention, CachedHead, Int8Rows,
-    KernelTable, Matrix, PackedMatrix, Scheme, Update,
+    KernelTable, Matrix, Operand, PackedMatrix, Scheme, Update, strided,
 )
 
 cdef extern from "simd.h" nogil:
@@ -747,8 +747,8 @@ cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
         packed += depth * TILE_COLUMNS
 
 
-cdef inline void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
-                            Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
+cdef void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col, Py_ssize_t depth,
+                     Py_ssize_t cols, float *packed) noexcept nogil:
     # As pack_right, for the weights from (row, col) on, dequantized. Panels start at multiples of
     # the vector length, so that a vector has a single scale.
     cdef const signed char *codes = matrix.codes + row * matrix.cols + col
@@ -776,9 +776,8 @@ cdef inline void pack_codes(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col
         packed += depth * TILE_COLUMNS
 
 
-cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
-                                       Py_ssize_t depth, Py_ssize_t cols,
-                                       float *packed) noexcept nogil:
+cdef void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_ssize_t col,
+                                Py_ssize_t depth, Py_ssize_t cols, float *packed) noexcept nogil:
     # The same for the transposed matrix: its column j is row `row + j` of the matrix. Blocks start
     # at multiples of TRANSPOSED_ROWS, so that each has a single scale.
     cdef const signed char *codes
@@ -810,44 +809,40 @@ cdef inline void pack_codes_transposed(const Matrix *matrix, Py_ssize_t row, Py_
         packed += depth * TILE_COLUMNS
 
 
-cdef enum Right:
-    FLOATS                    # the right-hand matrix is b
-    CODES                     # it is a matrix of codes
-    CODES_TRANSPOSED          # it is the transpose of such a matrix
+cdef inline Operand weights_of(const Matrix *matrix, bint transposed) noexcept nogil:
+    # A linear map's matrix, or its transpose.
+    cdef Operand operand = strided(matrix.dense, matrix.cols, 1)
+    if transposed:
+        operand = strided(matrix.dense, 1, matrix.cols)
+    if matrix.codes:
+        operand.codes = matrix
+    operand.transposed = transposed
+    return operand
 
 
-cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                                     const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                                     Right kind, const Matrix *matrix,
-                                     const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                                     const float *bias, bint accumulate,
-                                     float *c, Py_ssize_t c_row,
-                                     float *workspace) noexcept nogil:
-    # As panel_product, in bfloat16. A single scale is applied after the product, without rounding.
+cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a,
+                                     Operand b, const float *bias, bint accumulate, float *c,
+                                     Py_ssize_t c_row, float *workspace) noexcept nogil:
+    # As product, in bfloat16. A single scale is applied after the product, without rounding.
     cdef amx_operand left, right
     cdef float factor = 1.0
     memset(&left, 0, sizeof(left))
     memset(&right, 0, sizeof(right))
-    left.dense, left.line_stride, left.depth_stride = a, a_row, a_col
-    right.dense, right.line_stride, right.depth_stride = b, b_col, b_row
-    if kind != FLOATS:
-        right.codes = matrix.codes
-        right.scale, right.scale_row, right.group = matrix.scale, matrix.scale_row, matrix.group
-        right.transposed = kind == CODES
-        right.line_stride = 1 if kind == CODES else matrix.cols
-        right.depth_stride = matrix.cols if kind == CODES else 1
-        factor = matrix.scale[0] if matrix.scale_row == 0 else 1.0
+    left.dense, left.line_stride, left.depth_stride = a.data, a.row, a.col
+    right.dense, right.line_stride, right.depth_stride = b.data, b.col, b.row
+    if b.codes:
+        right.codes, right.scale = b.codes.codes, b.codes.scale
+        right.scale_row, right.group = b.codes.scale_row, b.codes.group
+        right.transposed = not b.transposed
+        factor = b.codes.scale[0] if b.codes.scale_row == 0 else 1.0
     amx_product(m, n, k, &left, &right, factor, bias, accumulate, c, c_row, workspace)
 
 
-cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                               const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                               Right kind, const Matrix *matrix,
-                               const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                               const float *bias, bint accumulate,
-                               float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
-    # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... if accumulate is set. Element (i, j) of a
-    # is at a + i * a_row + j * a_col, and likewise for b; rows of c are c_row apart.
+cdef void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
+                  const float *bias, bint accumulate, float *c, Py_ssize_t c_row,
+                  float *workspace) noexcept nogil:
+    # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... if accumulate is set. a holds floats; rows of
+    # c are c_row apart.
     cdef float *right = workspace
     cdef float *left = right + PACK_DEPTH * PACK_COLUMNS
     cdef float *start = left + PACK_ROWS * PACK_DEPTH
@@ -856,8 +851,7 @@ cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
     cdef float *corner
     cdef Py_ssize_t jc, pc, ic, jr, ir, columns, depth, rows, tile_rows, tile_columns
     if MATRIX_UNIT:
-        matrix_unit_product(m, n, k, a, a_row, a_col, kind, matrix, b, b_row, b_col, bias,
-                            accumulate, c, c_row, workspace)
+        matrix_unit_product(m, n, k, a, b, bias, accumulate, c, c_row, workspace)
         return
     for jc from 0 <= jc < n by PACK_COLUMNS:
         columns = min(n - jc, PACK_COLUMNS)
@@ -867,15 +861,15 @@ cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                 memcpy(start, bias + jc, columns * sizeof(float))
         for pc from 0 <= pc < k by PACK_DEPTH:
             depth = min(k - pc, PACK_DEPTH)
-            if kind == FLOATS:
-                pack_right(b + pc * b_row + jc * b_col, b_row, b_col, depth, columns, right)
-            elif kind == CODES:
-                pack_codes(matrix, pc, jc, depth, columns, right)
+            if b.codes == NULL:
+                pack_right(b.data + pc * b.row + jc * b.col, b.row, b.col, depth, columns, right)
+            elif b.transposed:
+                pack_codes_transposed(b.codes, jc, pc, depth, columns, right)
             else:
-                pack_codes_transposed(matrix, jc, pc, depth, columns, right)
+                pack_codes(b.codes, pc, jc, depth, columns, right)
             for ic from 0 <= ic < m by PACK_ROWS:
                 rows = min(m - ic, PACK_ROWS)
-                pack_left(a + ic * a_row + pc * a_col, a_row, a_col, rows, depth, left)
+                pack_left(a.data + ic * a.row + pc * a.col, a.row, a.col, rows, depth, left)
                 for jr from 0 <= jr < columns by TILE_COLUMNS:
                     tile_columns = min(columns - jr, TILE_COLUMNS)
                     begin = NULL if accumulate or pc else start + jr
@@ -890,23 +884,11 @@ cdef inline void panel_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
                                           right + jr * depth, begin, corner, c_row)
 
 
-cdef inline void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                         const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                         const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                         const float *bias, bint accumulate,
-                         float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
-    panel_product(m, n, k, a, a_row, a_col, FLOATS, NULL, b, b_row, b_col, bias, accumulate, c,
-                  c_row, workspace)
-
-
-cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k,
-                 const float *a, Py_ssize_t a_row, Py_ssize_t a_col,
-                 const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
-                 const float *bias, bint accumulate,
-                 float *c, Py_ssize_t c_row, float *workspace) noexcept nogil:
+cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
+                 const float *bias, bint accumulate, float *c, Py_ssize_t c_row,
+                 float *workspace) noexcept nogil:
     START_TIMER(TIMER_MATMUL)
-    product(m, n, k, a, a_row, a_col, b, b_row, b_col, bias, accumulate, c, c_row,
-            workspace)
+    product(m, n, k, a, b, bias, accumulate, c, c_row, workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -922,9 +904,8 @@ cdef void linear(const Matrix *matrix, const float *bias, const float *x, Py_ssi
                 add(out + i * matrix.rows, bias, matrix.rows)
         return
     START_TIMER(TIMER_MATMUL)
-    panel_product(rows, matrix.rows, matrix.cols, x, matrix.cols, 1,
-                  CODES_TRANSPOSED if matrix.codes else FLOATS, matrix, matrix.dense, 1,
-                  matrix.cols, bias, False, out, matrix.rows, workspace)
+    product(rows, matrix.rows, matrix.cols, strided(x, matrix.cols, 1), weights_of(matrix, True),
+            bias, False, out, matrix.rows, workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -932,9 +913,8 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
                           bint accumulate, float *d_x, float *workspace) noexcept nogil:
     # d_x[rows, matrix.cols] = d_out[rows, matrix.rows] matrix, or += if accumulate is set.
     START_TIMER(TIMER_MATMUL)
-    panel_product(rows, matrix.cols, matrix.rows, d_out, matrix.rows, 1,
-                  CODES if matrix.codes else FLOATS, matrix, matrix.dense, matrix.cols, 1, NULL,
-                  accumulate, d_x, matrix.cols, workspace)
+    product(rows, matrix.cols, matrix.rows, strided(d_out, matrix.rows, 1),
+            weights_of(matrix, False), NULL, accumulate, d_x, matrix.cols, workspace)
     STOP_TIMER(TIMER_MATMUL)
 
 
@@ -1210,8 +1190,8 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
         rows = min(head.queries - block, QUERY_BLOCK)
         low = first_key(head, block)
         last = past + block + rows
-        product(rows, last - low, head.head_dim, head.q + block * stride, stride, 1,
-                head.k + low * head.k_key, head.k_dim, head.k_key, NULL, False,
+        product(rows, last - low, head.head_dim, strided(head.q + block * stride, stride, 1),
+                strided(head.k + low * head.k_key, head.k_dim, head.k_key), NULL, False,
                 head.probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys
@@ -1223,9 +1203,10 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
                         row[j] = -INFINITY
             softmax_row(row + first, past + i + 1 - first, factor)
             memset(row + past + i + 1, 0, (last - past - i - 1) * sizeof(float))
-        product(rows, head.head_dim, last - low, head.probs + block * keys + low, keys, 1,
-                head.v + low * stride, stride, 1, NULL, False, head.out + block * stride,
-                stride, workspace)
+        product(rows, head.head_dim, last - low,
+                strided(head.probs + block * keys + low, keys, 1),
+                strided(head.v + low * stride, stride, 1), NULL, False,
+                head.out + block * stride, stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
 
 
@@ -1245,8 +1226,8 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
         rows = min(head.queries - block, QUERY_BLOCK)
         low = first_key(head, block)
         last = past + block + rows
-        product(rows, last - low, head.head_dim, head.d_out + block * stride, stride, 1,
-                head.v + low * stride, 1, stride, NULL, False,
+        product(rows, last - low, head.head_dim, strided(head.d_out + block * stride, stride, 1),
+                strided(head.v + low * stride, 1, stride), NULL, False,
                 head.d_probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys + low
@@ -1255,15 +1236,18 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
             shift(d_row, -spread, last - low)
             multiply(d_row, row, last - low)
             scale(d_row, factor, last - low)
-        product(rows, head.head_dim, last - low, head.d_probs + block * keys + low, keys, 1,
-                head.k + low * stride, stride, 1, NULL, False, head.d_q + block * stride,
-                stride, workspace)
-        product(last - low, head.head_dim, rows, head.d_probs + block * keys + low, 1, keys,
-                head.q + block * stride, stride, 1, NULL, True, head.d_k + low * stride,
-                stride, workspace)
-        product(last - low, head.head_dim, rows, head.probs + block * keys + low, 1, keys,
-                head.d_out + block * stride, stride, 1, NULL, True, head.d_v + low * stride,
-                stride, workspace)
+        product(rows, head.head_dim, last - low,
+                strided(head.d_probs + block * keys + low, keys, 1),
+                strided(head.k + low * stride, stride, 1), NULL, False,
+                head.d_q + block * stride, stride, workspace)
+        product(last - low, head.head_dim, rows,
+                strided(head.d_probs + block * keys + low, 1, keys),
+                strided(head.q + block * stride, stride, 1), NULL, True,
+                head.d_k + low * stride, stride, workspace)
+        product(last - low, head.head_dim, rows,
+                strided(head.probs + block * keys + low, 1, keys),
+                strided(head.d_out + block * stride, stride, 1), NULL, True,
+                head.d_v + low * stride, stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_BACKWARD)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
-from legacy1bit.kernels cimport KernelTable, Matrix
+from legacy1bit.kernels cimport KernelTable, Matrix, Operand, strided
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
@@ -585,10 +585,7 @@ def layer_norm(float[::1] x not None, const float[::1] gamma not None,
 
 cdef struct MatmulJob:
     Py_ssize_t m, n, k
-    const float *a
-    Py_ssize_t a_row, a_col
-    const float *b
-    Py_ssize_t b_row, b_col
+    Operand a, b
     bint accumulate
     float *c
     Py_ssize_t tasks
@@ -602,16 +599,17 @@ cdef void matmul_task(void *context, long index) noexcept nogil:
     cdef float *workspace = scratch(kernel.workspace_floats)
     cdef Py_ssize_t size = job.m if job.m >= job.n else job.n
     cdef Py_ssize_t start = size * index // job.tasks, stop = size * (index + 1) // job.tasks
+    cdef Operand a = job.a, b = job.b
     if workspace == NULL:
         job.out_of_memory = True
     elif job.m >= job.n:
-        kernel.matmul(stop - start, job.n, job.k, job.a + start * job.a_row, job.a_row, job.a_col,
-                      job.b, job.b_row, job.b_col, NULL, job.accumulate,
+        a.data += start * a.row
+        kernel.matmul(stop - start, job.n, job.k, a, b, NULL, job.accumulate,
                       job.c + start * job.n, job.n, workspace)
     else:
-        kernel.matmul(job.m, stop - start, job.k, job.a, job.a_row, job.a_col,
-                      job.b + start * job.b_col, job.b_row, job.b_col, NULL, job.accumulate,
-                      job.c + start, job.n, workspace)
+        b.data += start * b.col
+        kernel.matmul(job.m, stop - start, job.k, a, b, NULL, job.accumulate, job.c + start,
+                      job.n, workspace)
 
 
 def matmul(const float[:, ::1] a not None, const float[:, ::1] b not None, output=None,
@@ -663,12 +661,8 @@ def matmul(const float[:, ::1] a not None, const float[:, ::1] b not None, outpu
         output = np.empty((job.m, job.n), np.float32)
     c = output
     check_shape("output", c.shape[0], c.shape[1], job.m, job.n)
-    job.a = &a[0, 0]
-    job.a_row = 1 if transpose_a else a.shape[1]
-    job.a_col = a.shape[1] if transpose_a else 1
-    job.b = &b[0, 0]
-    job.b_row = 1 if transpose_b else b.shape[1]
-    job.b_col = b.shape[1] if transpose_b else 1
+    job.a = strided(&a[0, 0], 1 if transpose_a else a.shape[1], a.shape[1] if transpose_a else 1)
+    job.b = strided(&b[0, 0], 1 if transpose_b else b.shape[1], b.shape[1] if transpose_b else 1)
     job.accumulate = accumulate
     job.c = &c[0, 0]
     job.tasks = min(threads, max(job.m, job.n))

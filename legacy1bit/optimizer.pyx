@@ -10,7 +10,7 @@ import numpy as np
 from libc.math cimport fmax, isfinite, pow, sqrt
 from libc.string cimport memcpy
 
-from legacy1bit.kernels cimport KernelTable, Update
+from legacy1bit.kernels cimport KernelTable, Update, strided
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
@@ -90,11 +90,14 @@ cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *buffe
     cdef int _round
     kernel.scale(x, 1.0 / (norm + 1e-7), size)
     for _round in range(5):
-        kernel.matmul(rows, rows, cols, x, cols, 1, x, 1, cols, NULL, False, a, rows, workspace)
-        kernel.matmul(rows, rows, rows, a, rows, 1, a, rows, 1, NULL, False, b, rows, workspace)
+        kernel.matmul(rows, rows, cols, strided(x, cols, 1), strided(x, 1, cols), NULL, False, a,
+                      rows, workspace)
+        kernel.matmul(rows, rows, rows, strided(a, rows, 1), strided(a, rows, 1), NULL, False, b,
+                      rows, workspace)
         kernel.scale(b, 2.0315, square)
         kernel.add_scaled(b, -4.7750, a, square)
-        kernel.matmul(rows, cols, rows, b, rows, 1, x, cols, 1, NULL, False, y, cols, workspace)
+        kernel.matmul(rows, cols, rows, strided(b, rows, 1), strided(x, cols, 1), NULL, False, y,
+                      cols, workspace)
         kernel.scale(x, 3.4445, size)
         kernel.add(x, y, size)
 
