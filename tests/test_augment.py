@@ -5,10 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.arrays import assert_same_bits
 from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.stories import corpus, generate_stories

@@ -8,10 +8,11 @@ import math
 import os
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import (
     CODED,
     LIMIT,
     LONG_ROWS,
@@ -45,8 +46,6 @@ from models import (
     starts_of,
     without_ties,
 )
-from test_oracle import torch_loss
-
 from legacy1bit.backward import (
     BackwardPass,
     backward_embedding,
@@ -75,6 +74,7 @@ from legacy1bit.forward import (
 )
 from legacy1bit.math_ops import quantize_activations
 from legacy1bit.model import create_legacy_llm_gradients, create_transformer_block_context
+from test_oracle import torch_loss
 
 
 def empty_gradients(weights):

@@ -7,10 +7,10 @@ import re
 import shutil
 
 import pytest
-from test_plots import SHORT
-from test_study_report import make_study
 
 from legacy1bit.main import main
+from test_plots import SHORT
+from test_study_report import make_study
 
 CHROMIUM = shutil.which("chromium")
 

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from models import MODELS, in_every_tier, make_config, random_model
 
+from helpers.models import MODELS, in_every_tier, make_config, random_model
 from legacy1bit.data.corpus import text_corpus
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.formats.provenance import Provenance

@@ -15,18 +15,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import (
-    EVERY,
-    STEPS,
-    assert_same_files,
-    assert_same_state,
-    contents,
-    make,
-    measured,
-    resumed,
-    state_of,
-    train,
-)
 
 from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
@@ -42,6 +30,18 @@ from legacy1bit.training.checkpoint import (
     read_checkpoint,
 )
 from legacy1bit.training.trainer import read_settings
+from test_trainer import (
+    EVERY,
+    STEPS,
+    assert_same_files,
+    assert_same_state,
+    contents,
+    make,
+    measured,
+    resumed,
+    state_of,
+    train,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 

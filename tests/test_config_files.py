@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import assert_same_files
 
 from legacy1bit.config_files import (
     TABLES,
@@ -29,6 +28,7 @@ from legacy1bit.config_files import (
 from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.training.trainer import read_settings
+from test_trainer import assert_same_files
 
 DEFAULTS = (ModelConfig(), TrainingConfig(), DataConfig())
 TINY = """

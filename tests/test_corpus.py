@@ -10,10 +10,10 @@ import threading
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.arrays import assert_same_bits
 from legacy1bit.data import corpus as corpora
 from legacy1bit.data import sources
 from legacy1bit.data.corpus import (

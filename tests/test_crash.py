@@ -15,8 +15,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_main import tiny
-from test_trainer import assert_same_files, measured
 
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
@@ -28,6 +26,8 @@ from legacy1bit.training.checkpoint import (
     newest_checkpoint,
 )
 from legacy1bit.training.trainer import read_settings
+from test_main import tiny
+from test_trainer import assert_same_files, measured
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -4,8 +4,8 @@ import os
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
 
+from helpers.arrays import assert_same_bits
 from legacy1bit.data_utils import (
     create_padded_sequence,
     get_time_in_ms,

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_trainer import make
 
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.training.divergence import (
@@ -17,6 +16,7 @@ from legacy1bit.training.divergence import (
     diverged,
     remedy,
 )
+from test_trainer import make
 
 NAMES = (
     "blocks.0.attention.wq", "blocks.1.ffn.wo", "embedding.weight", "output.weight",

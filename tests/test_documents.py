@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 
+from helpers import oracle
 from legacy1bit.main import COMMANDS, main, parser_of
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,13 +14,14 @@ import math
 import os
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import (
     NearTieError,
     decoder_weights,
     in_every_tier,
@@ -31,13 +32,6 @@ from models import (
     random_tokens,
     rounding_effect,
 )
-from test_inference import always, sample_token
-from test_math_ops import EXP_ATOL, EXP_RTOL, softmax_rtol
-from test_model import assert_quantized
-from test_optimizer import OPTIMIZERS, exact_step, flat
-from test_packed import KINDS
-from test_trainer import make, train
-
 from legacy1bit import math_ops
 from legacy1bit.backward import (
     BackwardPass,
@@ -63,6 +57,12 @@ from legacy1bit.packed import PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import Trainer
+from test_inference import always, sample_token
+from test_math_ops import EXP_ATOL, EXP_RTOL, softmax_rtol
+from test_model import assert_quantized
+from test_optimizer import OPTIMIZERS, exact_step, flat
+from test_packed import KINDS
+from test_trainer import make, train
 
 EXAMPLES = int(os.environ.get("EXTREMES", "25"))
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), 2.0**-149

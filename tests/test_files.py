@@ -17,10 +17,10 @@ import zipfile
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
 from safetensors import safe_open
 from safetensors.numpy import load_file, save
 
+from helpers.arrays import assert_same_bits
 from legacy1bit.system import files
 from legacy1bit.system.files import (
     NAME_CHARACTERS,

@@ -8,9 +8,9 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
-from models import exact_dense, make_config, random_model
 
+from helpers.arrays import assert_same_bits
+from helpers.models import exact_dense, make_config, random_model
 from legacy1bit.data.tokenizer import visible_bytes
 from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
 from legacy1bit.formats.nemotron import check_nemotron

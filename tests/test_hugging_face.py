@@ -6,11 +6,10 @@ import os
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
-from models import exact_dense, make_config, random_model
 from safetensors import safe_open
-from test_data_utils import TEXTS
 
+from helpers.arrays import assert_close, assert_same_bits
+from helpers.models import exact_dense, make_config, random_model
 from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face
@@ -24,6 +23,7 @@ from legacy1bit.model import (
     load_model,
     save_model,
 )
+from test_data_utils import TEXTS
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

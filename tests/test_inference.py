@@ -14,10 +14,11 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_same_bits
-from models import (
+
+from helpers import oracle
+from helpers.arrays import assert_same_bits
+from helpers.models import (
     CODED,
     MODELS,
     assert_near,
@@ -31,7 +32,6 @@ from models import (
     rounding_effect,
     without_ties,
 )
-
 from legacy1bit import inference
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator

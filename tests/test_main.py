@@ -24,13 +24,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
-from models import make_config, random_model
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from test_logger import expected_events, set_apart, shown, without_tensorboardx
-from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
+from helpers.arrays import assert_same_bits
+from helpers.models import make_config, random_model
 from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
@@ -56,6 +54,8 @@ from legacy1bit.threads import available_cores
 from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import read_settings
+from test_logger import expected_events, set_apart, shown, without_tensorboardx
+from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {

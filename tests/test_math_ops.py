@@ -16,10 +16,11 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
+from helpers.models import (
     LIMIT,
     TAKE_ALL,
     exact_dense,
@@ -28,7 +29,6 @@ from models import (
     run_child,
     scaled_matrices,
 )
-
 from legacy1bit import math_ops
 from legacy1bit.model import TernaryMatrix
 

@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_trainer import make
 
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.training import memory
 from legacy1bit.training.memory import check_memory, free_bytes, training_bytes
+from test_trainer import make
 
 GIB = 1 << 30
 

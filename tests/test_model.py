@@ -18,11 +18,12 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import safetensors.numpy
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
+from helpers.models import (
     assert_near,
     every_tier,
     exact_dense,
@@ -35,7 +36,6 @@ from models import (
     rounding_effect,
     run_child,
 )
-
 from legacy1bit import math_ops
 from legacy1bit.backward import (
     BackwardContext,

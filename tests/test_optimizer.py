@@ -5,10 +5,11 @@ import itertools
 import math
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import (
     every_tier,
     make_config,
     oracle_config,
@@ -17,8 +18,6 @@ from models import (
     random_tokens,
     rounding_effect,
 )
-from test_model import assert_quantized
-
 from legacy1bit.backward import backward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -30,6 +29,7 @@ from legacy1bit.model import (
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.schemes import SCHEMES
+from test_model import assert_quantized
 
 OPTIMIZERS = (AdamW, Muon, SGD)
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS)

@@ -9,9 +9,10 @@ import math
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_close, assert_same_bits, dot_bound, gamma
+
+from helpers import oracle
+from helpers.arrays import assert_close, assert_same_bits, dot_bound, gamma
 
 GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
 

@@ -6,11 +6,11 @@ import pickle
 import warnings
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from models import every_tier, make_config, model_of, random_model, rejection, run_child
 
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import every_tier, make_config, model_of, random_model, rejection, run_child
 from legacy1bit import math_ops
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig

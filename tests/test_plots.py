@@ -12,12 +12,12 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import make_config, random_model
 
+from helpers import oracle
+from helpers.models import make_config, random_model
 from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig

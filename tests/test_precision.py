@@ -5,11 +5,11 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_close, assert_same_bits, dot_bound
-from models import make_config, random_model
 
+from helpers import oracle
+from helpers.arrays import assert_close, assert_same_bits, dot_bound
+from helpers.models import make_config, random_model
 from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_output_layer_batch
 from legacy1bit.forward import forward_output_layer_batch

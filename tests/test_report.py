@@ -9,7 +9,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_plots import SHORT, STRANGE, with_metrics
 
 from legacy1bit.commands.report import train_command
 from legacy1bit.commands.run_settings import beginning_of
@@ -20,6 +19,7 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
 from legacy1bit.system.hardware import machine, read_machine
 from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from test_plots import SHORT, STRANGE, with_metrics
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 

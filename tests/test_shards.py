@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.arrays import assert_same_bits
 from legacy1bit.data import shards
 from legacy1bit.data.shards import (
     INDEX_FILE,

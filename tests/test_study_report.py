@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_report import Parsed
 
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.main import main
@@ -14,6 +13,7 @@ from legacy1bit.reports import study_page as study_report
 from legacy1bit.reports.figures import read_run
 from legacy1bit.search.space import Dimension
 from legacy1bit.search.study import StudyRecord, Terms, TrialResult, best_of
+from test_report import Parsed
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")

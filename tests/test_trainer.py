@@ -19,9 +19,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from safetensors.numpy import load_file, save_file
 
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from legacy1bit import logger
 from legacy1bit.backward import ignore_padding
 from legacy1bit.data import stories

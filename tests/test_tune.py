@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_search_space import SPACE
 
 from legacy1bit.config_files import read_config
 from legacy1bit.hyperparams import TrainingConfig
@@ -29,6 +28,7 @@ from legacy1bit.search.space import (
 )
 from legacy1bit.search.study import TrialResult, best_of, results_of
 from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from test_search_space import SPACE
 
 ROOT = Path(__file__).resolve().parent.parent
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.

@@ -12,10 +12,10 @@ import sys
 from unittest import mock
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close
 
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close
 from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import TernaryMatrix, create_legacy_llm
