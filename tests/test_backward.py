@@ -46,6 +46,7 @@ from helpers.models import (
     starts_of,
     without_ties,
 )
+from helpers.torch_model import torch_loss
 from legacy1bit.backward import (
     BackwardPass,
     backward_embedding,
@@ -74,7 +75,6 @@ from legacy1bit.forward import (
 )
 from legacy1bit.math_ops import quantize_activations
 from legacy1bit.model import create_legacy_llm_gradients, create_transformer_block_context
-from test_oracle import torch_loss
 
 
 def empty_gradients(weights):

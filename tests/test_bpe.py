@@ -5,17 +5,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
 from legacy1bit.data import bpe
 from legacy1bit.data.bpe import learn_merges
 from legacy1bit.data.tokenizer import train_bpe
 
 pytest.importorskip("tokenizers")
 
-ROOT = Path(__file__).resolve().parent.parent
 # More than what is learned without a process, in parts.
 TEXTS = [f"the cat {n} sat, \u00e9t\u00e9 \u65e5\u672c {n * n}\n" * 20 for n in range(200)]
 EXPECTED = bpe._learn(TEXTS, 400)

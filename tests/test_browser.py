@@ -8,9 +8,9 @@ import shutil
 
 import pytest
 
+from helpers.runs import SHORT
+from helpers.studies import make_study
 from legacy1bit.main import main
-from test_plots import SHORT
-from test_study_report import make_study
 
 CHROMIUM = shutil.which("chromium")
 

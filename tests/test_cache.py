@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.paths import ROOT
 from legacy1bit.data import cache as caches
 from legacy1bit.data.cache import LIMIT_VARIABLE, clear, entries, limit_of, text_of, trim
 from legacy1bit.data.corpus import tokens_of
@@ -21,7 +22,6 @@ from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.main import main
 from legacy1bit.system.files import shared
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ("--model-dim", 8, "--blocks", 1, "--heads", 1, "--sequence-length", 8,
         "--batch-size", 2, "--steps", 2, "--threads", 1, "--cache", "cache")  # fmt: skip
 DAY = 24 * 3600

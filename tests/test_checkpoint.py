@@ -16,6 +16,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.paths import ROOT
+from helpers.runs import (
+    EVERY,
+    STEPS,
+    assert_same_files,
+    assert_same_state,
+    contents,
+    make,
+    measured,
+    resumed,
+    state_of,
+    train,
+)
 from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.model import ModelFileError
@@ -30,20 +43,6 @@ from legacy1bit.training.checkpoint import (
     read_checkpoint,
 )
 from legacy1bit.training.trainer import read_settings
-from test_trainer import (
-    EVERY,
-    STEPS,
-    assert_same_files,
-    assert_same_state,
-    contents,
-    make,
-    measured,
-    resumed,
-    state_of,
-    train,
-)
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # Options of a training that takes no time.
 SMALL = (

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from helpers.models import make_config, random_model
+from helpers.compilers import why_not
+from helpers.models import assert_same_model, make_config, random_model
+from helpers.paths import GOLDEN
 from legacy1bit.data.tokenizer import load_tokenizer
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
@@ -23,8 +25,6 @@ from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import load_model, save_model
-from test_c_source import why_not
-from test_model import GOLDEN, assert_same_model
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 # Settings that blocks of 256 weights need.

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.runs import assert_same_files
 from legacy1bit.config_files import (
     TABLES,
     check_settings,
@@ -28,7 +29,6 @@ from legacy1bit.config_files import (
 from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.training.trainer import read_settings
-from test_trainer import assert_same_files
 
 DEFAULTS = (ModelConfig(), TrainingConfig(), DataConfig())
 TINY = """

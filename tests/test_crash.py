@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
+from helpers.runs import assert_same_files, measured, tiny
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
 from legacy1bit.training.checkpoint import (
@@ -26,10 +28,6 @@ from legacy1bit.training.checkpoint import (
     newest_checkpoint,
 )
 from legacy1bit.training.trainer import read_settings
-from test_main import tiny
-from test_trainer import assert_same_files, measured
-
-ROOT = Path(__file__).resolve().parents[1]
 
 # A training to be interrupted. It counts what it does to files of its run: opens them to write,
 # has them written onto the disk, renames, links, removes them. From a count on, which may not be

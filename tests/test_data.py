@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.models import assert_same_model
 from legacy1bit.commands import data
 from legacy1bit.commands.data import inspect
 from legacy1bit.data.corpus import tokenize_source
@@ -20,7 +21,6 @@ from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.main import main
 from legacy1bit.model import load_model
-from test_model import assert_same_model
 
 DOCUMENTS = ["", "a", "größer\nals das", "a", "x" * 700, "a", "größer\nals das"]
 TINY = ("--model-dim", "8", "--blocks", "1", "--heads", "2", "--sequence-length", "16",

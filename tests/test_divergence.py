@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from helpers.runs import make
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.training.divergence import (
     TrainingDiverged,
@@ -16,7 +17,6 @@ from legacy1bit.training.divergence import (
     diverged,
     remedy,
 )
-from test_trainer import make
 
 NAMES = (
     "blocks.0.attention.wq", "blocks.1.ffn.wo", "embedding.weight", "output.weight",

@@ -20,9 +20,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from helpers import oracle
-from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.arrays import (
+    EXP_ATOL,
+    EXP_RTOL,
+    UNIT_ROUNDOFF,
+    assert_close,
+    assert_same_bits,
+    gamma,
+    softmax_rtol,
+)
 from helpers.models import (
+    KINDS,
     NearTieError,
+    assert_quantized,
     decoder_weights,
     in_every_tier,
     make_config,
@@ -32,6 +42,9 @@ from helpers.models import (
     random_tokens,
     rounding_effect,
 )
+from helpers.optimizers import OPTIMIZERS, exact_step, flat
+from helpers.runs import make, train
+from helpers.sampling import always, sample_token
 from legacy1bit import math_ops
 from legacy1bit.backward import (
     BackwardPass,
@@ -57,12 +70,6 @@ from legacy1bit.packed import PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import Trainer
-from test_inference import always, sample_token
-from test_math_ops import EXP_ATOL, EXP_RTOL, softmax_rtol
-from test_model import assert_quantized
-from test_optimizer import OPTIMIZERS, exact_step, flat
-from test_packed import KINDS
-from test_trainer import make, train
 
 EXAMPLES = int(os.environ.get("EXTREMES", "25"))
 LARGEST, SMALLEST = float(np.finfo(np.float32).max), 2.0**-149

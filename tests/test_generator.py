@@ -21,7 +21,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from helpers.arrays import assert_close, assert_same_bits
-from helpers.models import MODELS, make_config, models, random_model
+from helpers.models import MODELS, has_trits, make_config, models, random_model, wild_model
 from legacy1bit import generator as module
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.generator import Generator, Stream, TextStream
@@ -29,8 +29,6 @@ from legacy1bit.hyperparams import ModelConfig, SamplingConfig
 from legacy1bit.inference import Decoder, sample_token
 from legacy1bit.model import ModelFileError, create_legacy_llm, load_model, save_model
 from legacy1bit.packed import FORMS, PackedMatrix, PackedModel
-from test_inference import wild_model
-from test_packed import has_trits
 
 CONTEXT = 16
 SAMPLING = SamplingConfig()

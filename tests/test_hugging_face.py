@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import exact_dense, make_config, random_model
+from helpers.texts import TEXTS
 from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face
@@ -23,7 +24,6 @@ from legacy1bit.model import (
     load_model,
     save_model,
 )
-from test_data_utils import TEXTS
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 FILES = ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from helpers.models import make_config, random_model
+from helpers.texts import TEXTS
 from legacy1bit.data.stories import corpus, generate_stories
 from legacy1bit.data.tokenizer import character_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
@@ -22,7 +23,6 @@ from legacy1bit.inference import Decoder
 from legacy1bit.main import main
 from legacy1bit.model import load_model
 from legacy1bit.packed import PackedModel
-from test_data_utils import TEXTS
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama_cpp is not installed: make test-gguf builds it"

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT
+from helpers.runs import make
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.training import memory
 from legacy1bit.training.memory import check_memory, free_bytes, training_bytes
-from test_trainer import make
 
 GIB = 1 << 30
 
@@ -56,10 +57,9 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_training_takes_about_what_is_said(name, tmp_path):
     model, training = CASES[name]
-    root = Path(__file__).resolve().parents[1]
     ran = subprocess.run(
         [sys.executable, "-c", MEASURE, model, training, tmp_path / "run"],
-        capture_output=True, text=True, cwd=root,
+        capture_output=True, text=True, cwd=ROOT,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
     said = sum(training_bytes(eval(model), eval(training)).values())

@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 
 from helpers import oracle
 from helpers.models import make_config, random_model
+from helpers.paths import ROOT
+from helpers.runs import SHORT, STRANGE, with_metrics
 from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
@@ -44,9 +46,6 @@ from legacy1bit.reports.figures import (
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
-SIZES = {"steps": 6, "evaluate-every": 2, "model-dim": 8, "blocks": 2, "heads": 2}
-SIZES |= {"sequence-length": 32, "batch-size": 2, "threads": 1, "stories": 20}
-SHORT = ["train", *(word for name, n in SIZES.items() for word in (f"--{name}", str(n)))]
 
 # The numbers that kinds of one line show.
 KEYS = {
@@ -97,11 +96,6 @@ def assert_parses(svg):
     root = ET.fromstring(svg)
     assert root.tag == "{http://www.w3.org/2000/svg}svg"
     return root
-
-
-def with_metrics(folder, records):
-    lines = (json.dumps(record) + "\n" for record in records)
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 # --- What curves show -----------------------------------------------------------------------------
@@ -192,23 +186,6 @@ def test_size_panel_has_a_point_for_each_run(finished, run):
 
 
 # --- Runs that went wrong -------------------------------------------------------------------------
-
-STRANGE = {
-    "empty": [],
-    "one point": [{"step": 5, "val_loss": 1.5, "train_loss": 2.5}],
-    "null": [{"step": 1, "val_loss": None, "train_loss": 1.0}, {"step": 2, "perplexity": None}],
-    "all null": [{"step": n, "val_loss": None, "perplexity": None} for n in range(3)],
-    "diverged": [
-        {"step": 1, "val_loss": 5.5, "perplexity": 244.7, "gradient_norm": 1e200},
-        {"step": 2, "val_loss": 900.0, "perplexity": None, "gradient_norm": 1e299},
-    ],
-    "no weights": [{"step": 1, "weights": {}}, {"step": 2, "weights": None}],
-    "matrices come and go": [
-        {"step": 1, "weights": {"blocks.0.a": {"-1": 0.5, "1": 0.5}}},
-        {"step": 2, "weights": {"b": {"0": None, "flipped": 0.25}, "blocks.0.a": {}}},
-    ],
-    "too large for a float": [{"step": 10**400, "val_loss": 10**400}],
-}
 
 
 @pytest.mark.parametrize("name", STRANGE)
@@ -305,7 +282,7 @@ assert "matplotlib.pyplot" not in sys.modules
 
 def test_drawing_needs_no_display(run):
     environment = {name: value for name, value in os.environ.items() if name != "DISPLAY"}
-    environment["PYTHONPATH"] = str(Path(plots.__file__).parents[1])
+    environment["PYTHONPATH"] = str(ROOT)
     command = [sys.executable, "-c", WITHOUT_PYPLOT, "plot", str(run), "--out", "a.png"]
     subprocess.run(command, env=environment | {"MPLBACKEND": "tkagg"}, check=True)
     assert Path("a.png").read_bytes().startswith(b"\x89PNG")

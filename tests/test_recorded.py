@@ -8,15 +8,15 @@ their last digits (NumPy's exp is not the same on every CPU), and have a toleran
 import hashlib
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from helpers.paths import TESTS
 from legacy1bit import math_ops
 
-ARCHIVE = Path(__file__).parent / "recorded/runs.tar.xz"
+ARCHIVE = TESTS / "recorded/runs.tar.xz"
 
 # Of the weights and the optimizer's moments after 40 steps, the first 20 of them recorded.
 RESUMED = {

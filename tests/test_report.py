@@ -5,11 +5,12 @@ import json
 import re
 import shlex
 import shutil
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from helpers.pages import Parsed
+from helpers.runs import SHORT, STRANGE, with_metrics
 from legacy1bit.commands.report import train_command
 from legacy1bit.commands.run_settings import beginning_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
@@ -19,42 +20,8 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
 from legacy1bit.system.hardware import machine, read_machine
 from legacy1bit.training.trainer import Metrics, Trainer, read_settings
-from test_plots import SHORT, STRANGE, with_metrics
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
-
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-class Parsed(HTMLParser):
-    """A page's elements, in order, and its text; whoever opens an element has to close it."""
-
-    def __init__(self, content):
-        super().__init__()
-        self.elements, self.open, self.text, self.ids = [], [], [], []
-        self.feed(content)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id"]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.ids += [value for name, value in attrs if name == "id"]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.text.append(data)
-
-    def all(self, tag):
-        return [attributes for name, attributes in self.elements if name == tag]
 
 
 @pytest.fixture(scope="module")

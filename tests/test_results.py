@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks import results
 from benchmarks.results import TABLES, Outcome, Variant
+from helpers.paths import ROOT
 from legacy1bit import main
 from legacy1bit.commands import run_settings
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
@@ -16,7 +17,7 @@ from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 VARIANTS = sorted(
     {variant for table in TABLES.values() for variant in table}, key=lambda one: one.options
 )
-DOCUMENT = Path(__file__).resolve().parents[1] / "docs/RESULTS.md"
+DOCUMENT = ROOT / "docs/RESULTS.md"
 
 
 def parsed(arguments):

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.studies import SPACE
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.search.space import (
     Dimension,
@@ -21,26 +22,6 @@ from legacy1bit.search.space import (
 )
 
 few = settings(max_examples=60, deadline=None)
-
-SPACE = """
-[learning_rate]
-low = 1e-3
-high = 1e-2
-log = true
-
-[model_dim]
-low = 8
-high = 24
-step = 8
-
-[activation]
-choices = ["relu2", "relu"]
-
-[float_steps]
-low = 0.0
-high = 0.5
-of_steps = true
-"""
 
 
 @pytest.fixture(autouse=True)

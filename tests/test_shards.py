@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.arrays import assert_same_bits
+from helpers.paths import ROOT
 from legacy1bit.data import shards
 from legacy1bit.data.shards import (
     INDEX_FILE,
@@ -35,7 +36,6 @@ from legacy1bit.data.shards import (
     token_dtype,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 VOCABULARIES = {"|u1": 256, "<u2": 65536, "<u4": 65537}
 KNOWN = ("source", "tokenizer", "0" * 64)
 DAY = 86400

@@ -7,52 +7,21 @@ from pathlib import Path
 
 import pytest
 
+from helpers.pages import Parsed
+from helpers.studies import make_study
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.main import main
 from legacy1bit.reports import study_page as study_report
 from legacy1bit.reports.figures import read_run
 from legacy1bit.search.space import Dimension
 from legacy1bit.search.study import StudyRecord, Terms, TrialResult, best_of
-from test_report import Parsed
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
-
-SPACE = """
-[learning_rate]
-low = 1e-3
-high = 1e-2
-log = true
-
-[model_dim]
-choices = [8, 10, 16]
-
-[activation]
-choices = ["relu2", "relu"]
-
-[float_steps]
-low = 0.0
-high = 0.5
-of_steps = true
-"""
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     return make_study(tmp_path_factory.mktemp("studies"))
-
-
-def make_study(folder):
-    """Make a small study of a name that is to be escaped, and return its folder."""
-    (folder / "space.toml").write_text(SPACE)
-    (folder / "text.txt").write_text("".join(f"{n} times {n} is {n * n}.\n" for n in range(200)))
-    out = folder / "<b>study"
-    options = ("--blocks=1", "--heads=4", "--sequence-length=16", "--batch-size=2", "--threads=1",
-               "--steps=8", "--trials=9", "--sampler=random")  # fmt: skip
-    assert main(["tune", "--data", str(folder / "text.txt"), "--space",
-                 str(folder / "space.toml"), "--cache", str(folder / "cache"),
-                 "--out", str(out), *options]) == 0  # fmt: skip
-    return out
 
 
 def test_page_has_every_trial(study, tmp_path, say):

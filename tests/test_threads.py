@@ -16,6 +16,7 @@ import pytest
 import legacy1bit.threads
 from helpers.arrays import assert_same_bits, gamma
 from helpers.models import every_tier, make_config, model_of, random_model, random_tokens, run_child
+from helpers.runs import make, state_of, train
 from legacy1bit.backward import BackwardPass
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.inference import Decoder
@@ -24,7 +25,6 @@ from legacy1bit.model import create_legacy_llm, create_legacy_llm_gradients
 from legacy1bit.optimizer import Muon
 from legacy1bit.packed import PackedMatrix, PackedModel
 from legacy1bit.threads import available_cores, default_threads
-from test_trainer import make, state_of, train
 
 CONFIG = make_config(model_dim=24)
 TOKENS = random_tokens(CONFIG, 6, 16)

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from helpers.arrays import assert_same_bits
 from helpers.models import make_config, random_model
+from helpers.texts import EVERY_BYTE, TEXTS, texts
 from legacy1bit.data import tokenizer as module
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.shards import TokenStore
@@ -41,7 +42,6 @@ from legacy1bit.generator import Generator, TextStream
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.model import ModelFileError, save_model
 from legacy1bit.training.trainer import Metrics, Trainer, evaluate
-from test_data_utils import EVERY_BYTE, TEXTS, texts
 
 # --- Bytes ----------------------------------------------------------------------------------------
 

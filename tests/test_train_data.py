@@ -19,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers.paths import ROOT
+from helpers.runs import assert_same_files
 from legacy1bit.commands import texts
 from legacy1bit.commands.report import train_command
 from legacy1bit.data import corpus, sources
@@ -26,9 +28,7 @@ from legacy1bit.data.shards import read_index
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.training.trainer import Trainer, read_settings
-from test_trainer import assert_same_files
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = {
     "steps": 2,
     "model-dim": 8,

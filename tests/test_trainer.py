@@ -13,7 +13,7 @@ import signal
 import stat
 import struct
 import threading
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,16 +22,35 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.runs import (
+    PAD,
+    RECORD_KEYS,
+    RUN_FILES,
+    STEPS,
+    TEXT,
+    assert_same_files,
+    assert_same_state,
+    contents,
+    documents_corpus,
+    header_of,
+    make,
+    measured,
+    newest,
+    resumed,
+    state_of,
+    train,
+    with_losses,
+)
 from legacy1bit import logger
 from legacy1bit.backward import ignore_padding
 from legacy1bit.data import stories
-from legacy1bit.data.corpus import Corpus, story_corpus, text_corpus
+from legacy1bit.data.corpus import Corpus, story_corpus
 from legacy1bit.data.shards import TokenStore
-from legacy1bit.data.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
+from legacy1bit.data.tokenizer import UnknownTokenizer
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
@@ -55,123 +74,11 @@ from legacy1bit.training.trainer import (
     weight_shares,
 )
 
-PAD = 256
-TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
-STEPS, EVERY = 12, 5
-
-MODEL_KEYS = {setting.name for setting in fields(ModelConfig)}
-
-# What a line of metrics.jsonl holds, in this order.
-RECORD_KEYS = (
-    "step",
-    "train_loss",
-    "val_loss",
-    "val_tokens",
-    "val_bytes",
-    "perplexity",
-    "bits_per_byte",
-    "top1",
-    "top3",
-    "top5",
-    "learning_rate",
-    "gradient_norm",
-    "tokens_per_second",
-    "elapsed_seconds",
-    "padding",
-    "full_precision",
-    "weights",
-)
-
-# Of those, the ones that the clock decides.
-TIMES = ("tokens_per_second", "elapsed_seconds")
-
 
 @pytest.fixture(autouse=True)
 def _no_waiting_for_the_disk(monkeypatch):
     """These files need not outlive a power cut."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
-def make(folder, text=TEXT, data=None, **changes):
-    """A trainer of a tiny model; changes go to the settings that know them.
-
-    With settings of data it learns from documents.
-    """
-    model = {"model_dim": 8, "num_blocks": 1, "num_heads": 2, "sequence_length": 8}
-    training = {"steps": STEPS, "batch_size": 3, "warmup_steps": 4, "evaluate_every": EVERY}
-    for key, value in changes.items():
-        (model if key in MODEL_KEYS else training)[key] = value
-    config = ModelConfig(**model)
-    if data is None:
-        corpus = text_corpus(text, "text", config.sequence_length, PAD)
-    else:
-        corpus = documents_corpus(data, config.sequence_length)
-        config = replace(config, vocab_size=corpus.training.pad_token)
-    return Trainer(folder, config, TrainingConfig(**training), corpus, {"name": "text"}, data)
-
-
-DOCUMENTS = [TEXT[3 * i : 3 * i + 1 + i * 7 % 23] for i in range(40)]
-
-
-def documents_corpus(data, length):
-    """Documents that each end in a line break, and the beginning of one more."""
-    tokenizer = train_bpe([TEXT], 280) if data.tokenizer == "bpe" else ByteTokenizer()
-    encoded = [tokenizer.encode(document + b"\n") for document in DOCUMENTS]
-    ends = np.cumsum([tokens.size for tokens in encoded])
-    begins = np.concatenate([[0], ends[:-1]])
-    store = TokenStore([np.concatenate([*encoded, encoded[0][:1]])], begins, int(ends[-1]))
-    pad = tokenizer.vocab_size
-    training = TokenDataset(store, length, pad, order=data.order, apart=data.apart)
-    validation = TokenDataset(store, length, pad, apart=data.apart)
-    return Corpus("documents", training, validation, tokenizer=tokenizer)
-
-
-def train(run, stop_at=None, on_report=lambda record: None):
-    """Train a run, from where it is, until its end or until a step; return losses and records."""
-    run.folder.mkdir(exist_ok=True)
-    losses, records = [], []
-
-    def report(record):
-        records.append(record)
-        on_report(record)
-
-    done = run.train(
-        MetricsLogger(run.folder, run.step),
-        lambda loss, speed: losses.append(loss),
-        report,
-        lambda: run.step == stop_at,
-    )
-    return done, losses, records
-
-
-def newest(run):
-    return newest_checkpoint(run.folder, run.fixed_settings)[0]
-
-
-def resumed(folder, **changes):
-    """A run as it goes on from its checkpoint."""
-    run = make(folder, **changes)
-    run.restore(newest(run))
-    return run
-
-
-def state_of(run):
-    return {
-        **{name: weights.copy() for name, weights in run.model.latent.items()},
-        "first": run.optimizer.first.copy(),
-        "second": run.optimizer.second.copy(),
-    }
-
-
-def assert_same_state(one, other):
-    assert one.keys() == other.keys()
-    for name in one:
-        assert_same_bits(one[name], other[name], name)
-
-
-def measured(records):
-    """Records without what the clock decides."""
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
 
 
 # --- Measuring ------------------------------------------------------------------------------------
@@ -827,15 +734,6 @@ def test_train_tries_whether_it_can_save_before_it_begins(tmp_path, monkeypatch,
             )
     if what != "file":
         assert not list(run.folder.glob(".*"))
-
-
-RUN_FILES = {
-    SETTINGS_FILE,
-    CHECKPOINT_FILE,
-    "config.json",
-    "model.safetensors",
-    "tokenizer.json",
-}
 
 
 def test_saved_run_holds_all_that_it_needs(tmp_path):
@@ -1553,42 +1451,11 @@ def test_records_of_a_run_that_goes_on_are_the_same(tmp_path, scheme, stop):
 # --- The best model -------------------------------------------------------------------------------
 
 
-def with_losses(monkeypatch, losses, whole=None):
-    """Let the validation set have a loss by step; and at the end, another on the whole of it."""
-
-    def measure(self, limit, stop=None):
-        loss = losses[self.step] if limit == 16384 or whole is None else whole
-        return Metrics(loss, 0.25, 0.5, 0.75, 100, 100)
-
-    monkeypatch.setattr(Trainer, "_measure", measure)
-
-
 def step_of(folder):
     """The step that a run's files are of; every one must be of the same."""
     steps = json.loads(header_of(folder / WEIGHTS_FILE)["provenance"])["steps"]
     assert header_of(folder / CHECKPOINT_FILE)["step"] == str(steps)
     return steps
-
-
-def header_of(path):
-    """The words in the head of a safetensors file, whose order is left to chance."""
-    raw = path.read_bytes()
-    (length,) = struct.unpack("<Q", raw[:8])
-    return json.loads(raw[8 : 8 + length])["__metadata__"]
-
-
-def assert_same_files(one, other):
-    """Two folders hold the same of a run, but for the seconds it took."""
-    for name in RUN_FILES:
-        if name.endswith(".safetensors"):
-            headers = [header_of(folder / name) for folder in (one, other)]
-            for header in headers:
-                header.pop("seconds", None)
-                header.pop("crc32", None)
-            assert headers[0] == headers[1]
-            assert_same_state(*(load_file(folder / name) for folder in (one, other)))
-        else:
-            assert (one / name).read_bytes() == (other / name).read_bytes(), name
 
 
 RISES_AND_FALLS = {
@@ -1971,12 +1838,6 @@ def test_run_that_diverged_between_steps_keeps_its_checkpoint(tmp_path, monkeypa
     again = make(tmp_path / "run")
     again.restore(newest(again))
     assert again.step == 5
-
-
-def contents(folder):
-    """Every file in a folder and below it."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def test_diverging_step_changes_no_weight(tmp_path):

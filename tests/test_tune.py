@@ -17,6 +17,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.paths import ROOT
+from helpers.studies import SPACE
 from legacy1bit.config_files import read_config
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.logger import read_metrics
@@ -28,9 +30,7 @@ from legacy1bit.search.space import (
 )
 from legacy1bit.search.study import TrialResult, best_of, results_of
 from legacy1bit.training.trainer import Metrics, Trainer, read_settings
-from test_search_space import SPACE
 
-ROOT = Path(__file__).resolve().parent.parent
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.
 POSTGRES = os.environ.get("LEGACY1BIT_POSTGRES")
 
@@ -448,7 +448,7 @@ def test_signal_to_the_first_process_stops_the_others(say):
     options = ("--seconds", "60", "--minutes", "5", "--jobs", "2")
     process = subprocess.Popen(
         [sys.executable, "-m", "legacy1bit.main", *search("study", *options)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])},
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         start_new_session=True,

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from helpers import oracle
+
 # Unit roundoff of float32: the largest relative error of one correctly rounded operation.
 UNIT_ROUNDOFF = 2.0**-24
 
@@ -95,3 +97,24 @@ def assert_same_bits(actual, expected, what=""):
             f"first at {index}: {actual[index]!r} (0x{a[first, ::-1].tobytes().hex()}), "
             f"expected {expected[index]!r} (0x{e[first, ::-1].tobytes().hex()})"
         )
+
+
+# The vectorised exponential: two units in the last place, above and below the smallest normal.
+EXP_RTOL, EXP_ATOL = 4 * UNIT_ROUNDOFF, 2.0**-148
+
+
+def softmax_rtol(x):
+    """Relative error bound of a float32 softmax of the rows of x [..., N].
+
+    With d = x - max, rounding d gives an error of |d| u in exp(d), to which exp adds its own. The
+    sum's error is the mean of those, weighted by the probabilities, and n roundings; the division
+    adds two at most.
+    """
+    difference = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        exponential = np.where(
+            np.isfinite(difference), np.abs(difference) * UNIT_ROUNDOFF + EXP_RTOL, 0.0
+        )
+    total = (oracle.softmax(x) * exponential).sum(axis=-1, keepdims=True)
+    # One part in a hundred for the products of these errors.
+    return 1.01 * (exponential + total + gamma(x.shape[-1] + 2))

@@ -15,10 +15,16 @@ import numpy as np
 import pytest
 
 from helpers import oracle
-from helpers.arrays import UNIT_ROUNDOFF, assert_close
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import TernaryMatrix, create_legacy_llm
+from legacy1bit.model import (
+    TernaryMatrix,
+    create_legacy_llm,
+)
+from legacy1bit.packed import (
+    FORMS,
+)
 from legacy1bit.schemes import SCHEMES
 
 every_tier = pytest.mark.usefixtures("tier")
@@ -206,6 +212,29 @@ def float_twin(model, **changes):
     return twin
 
 
+def wild_model(seed=3, **settings):
+    """A model whose matrices are large, so that each token of the context changes its mind."""
+    sizes = {"model_dim": 16, "num_blocks": 1, "num_heads": 2, "ffn_multiplier": 4}
+    sizes |= {"sequence_length": 16}
+    model = create_legacy_llm(ModelConfig(**{**sizes, **settings}), seed)
+    random = np.random.default_rng(seed)
+    for weights in model.latent.values():
+        if weights.ndim == 2:
+            weights[...] = random.standard_normal(weights.shape, np.float32)
+    model.quantize()
+    return model
+
+
+LEVELS = ((-1, 0, 1), (-1, 1), (-3, -1, 1, 3))
+# What can be packed: levels and form.
+KINDS = [(levels, form) for levels in LEVELS for form in FORMS if len(levels) < 4 or form == "2bit"]
+
+
+def has_trits(config):
+    groups = config.scale in ("128", "256") and config.model_dim > int(config.scale)
+    return config.scheme != "2bit" and not groups
+
+
 # --- Data -----------------------------------------------------------------------------------------
 
 
@@ -366,6 +395,44 @@ def assert_near(actual, expected, roundings=8):
     for name, value in exact.items():
         atol = roundings * (effects[name] + UNIT_ROUNDOFF * largest)
         assert_close(actual[name], value, rtol=0, atol=atol, what=name, dtype=np.float32)
+
+
+def assert_quantized(model, exact=False):
+    """Codes and scales are the oracle's, of the latent weights as they are.
+
+    Sums of arbitrary weights are rounded, up to 1,024 of them in float32, and so a scale may be
+    either float16 number where its sum lies that near to the middle of two. With ``exact`` the
+    sums are said to be exact, and the scales have to be.
+    """
+    config = model.config
+    for name, value in model.parameters.items():
+        if not isinstance(value, TernaryMatrix):
+            continue
+        latent = model.latent[name]
+        fixed = oracle.first_scale(name, config.num_blocks) if config.scheme == "sign" else None
+        if exact or config.scale == "one" or fixed is not None:
+            codes, scales = oracle.quantize(latent, config.scheme, config.scale, fixed)
+        else:
+            wanted = oracle.scales_before_rounding(latent, config.scheme, config.scale)
+            error = gamma(1024 + 4)
+            low, high = (oracle.to_float16(wanted * (1 + sign * error)) for sign in (-1, 1))
+            # What is in between is one of the two.
+            scales = np.clip(value.scales.astype(np.float64), low, high)
+            assert_same_bits(oracle.to_float16(scales), scales, name)
+            codes = oracle.codes_of(latent, scales, config.scheme, config.scale)
+        assert_same_bits(value.scales, scales.astype(np.float32), f"the scales of {name}")
+        assert_same_bits(value.values, codes, name)
+
+
+def assert_same_model(actual, expected):
+    assert actual.config == expected.config
+    assert actual.parameters.keys() == expected.parameters.keys()
+    for name, value in expected.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            assert_same_bits(actual.parameters[name].values, value.values, name)
+            assert_same_bits(actual.parameters[name].scales, value.scales, name)
+        else:
+            assert_same_bits(actual.parameters[name], value, name)
 
 
 # --- Calls that may crash -------------------------------------------------------------------------
