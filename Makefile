@@ -124,10 +124,10 @@ test-slow: build
 	$(PYTHON) -m pytest -m slow $(ARGS)
 
 test-c: build
-	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_c_source.py
+	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/formats/test_c_source.py
 
 test-crash: build
-	LEGACY1BIT_KILLS=$(or $(KILLS),500) $(PYTHON) -m pytest -s -m slow $(ARGS) tests/test_crash.py
+	LEGACY1BIT_KILLS=$(or $(KILLS),500) $(PYTHON) -m pytest -s -m slow $(ARGS) tests/training/test_crash.py
 
 # Faults in kernels and backward functions: does the suite notice? Hours.
 test-mutants: build
@@ -135,7 +135,7 @@ test-mutants: build
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
-	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/test_tune.py
+	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/search/test_study.py
 
 # The thread pool by itself, in clang where it is there: gcc's sanitizer takes no threads in the
 # child of a process that is at work. Then what runs on the pool through Python, compiled once more
@@ -163,7 +163,7 @@ test-browser: build
 	    $$sudo apt-get update -qq && \
 	    $$sudo apt-get install -qq --no-install-recommends chromium < /dev/null; }
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
-	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/test_browser.py
+	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/reports/test_browser.py
 
 # What is found that reaches further stays in build/fuzzing, and so does what shows a fault.
 fuzz: build
@@ -229,7 +229,7 @@ test-gguf: wheel
 	$(IN_LLAMA_CPP)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
 	$(IN_LLAMA_CPP)/venv/bin/pip install --no-binary llama-cpp-python llama-cpp-python
 	cd $(IN_LLAMA_CPP) && venv/bin/python -m pytest -m 'slow or not slow' \
-	    tests/test_gguf.py tests/test_llama_cpp.py $(ARGS)
+	    tests/formats/test_gguf.py tests/formats/test_llama_cpp.py $(ARGS)
 
 # NumPy's wheels from 2.4 on need SSE4.2 themselves: what is said then comes first, and all else with
 # an older one. The slowest tests of numbers do not depend on the CPU.
@@ -243,9 +243,9 @@ test-old-cpus: wheel
 	$(PYTHON) -m venv $(EMULATED)/venv
 	cp -r tests benchmarks tools pyproject.toml $(EMULATED)
 	$(EMULATED)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
-	cd $(EMULATED) && venv/bin/python -m pytest tests/test_old_cpus.py -k check_numpy
+	cd $(EMULATED) && venv/bin/python -m pytest tests/system/test_old_cpus.py -k check_numpy
 	$(EMULATED)/venv/bin/pip install -q 'numpy<2.4'
-	cd $(EMULATED) && venv/bin/python -m pytest -m 'slow or not slow' tests/test_old_cpus.py
+	cd $(EMULATED) && venv/bin/python -m pytest -m 'slow or not slow' tests/system/test_old_cpus.py
 	cd $(EMULATED) && for cpu in $(OLD_CPUS); do \
 	    echo "as a $$cpu:"; \
 	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
@@ -279,7 +279,7 @@ test-asan: export UBSAN_OPTIONS := print_stacktrace=1
 test-asan: checked-asan
 	$(call in,asan) PYTHONMALLOC=malloc LD_PRELOAD="$(PRELOADED)" \
 	    $(PYTHON) -m $(CHECKED_TESTS) --capture=sys -m 'not slow and not memory' \
-	    --ignore tests/test_c_source.py
+	    --ignore tests/formats/test_c_source.py
 
 # Atheris brings a sanitizer that knows libFuzzer. Python's own allocator stays, for speed: its small
 # objects are not watched, arrays are.

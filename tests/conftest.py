@@ -9,6 +9,8 @@ import threading
 
 import pytest
 
+pytest.register_assert_rewrite("helpers")
+
 try:
     from legacy1bit import math_ops
     from legacy1bit.system.old_cpus import runs_here

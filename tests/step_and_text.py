@@ -7,8 +7,7 @@ memory: ``make test-memcheck`` runs this under valgrind.
 import sys
 from pathlib import Path
 
-from models import MODELS
-
+from helpers.models import MODELS
 from legacy1bit import math_ops
 from legacy1bit.data.corpus import text_corpus
 from legacy1bit.generator import Generator

@@ -8,10 +8,11 @@ import math
 import os
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import (
     CODED,
     LIMIT,
     LONG_ROWS,
@@ -45,8 +46,7 @@ from models import (
     starts_of,
     without_ties,
 )
-from test_oracle import torch_loss
-
+from helpers.torch_model import torch_loss
 from legacy1bit.backward import (
     BackwardPass,
     backward_embedding,

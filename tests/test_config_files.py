@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_trainer import assert_same_files
 
+from helpers.runs import assert_same_files
 from legacy1bit.config_files import (
     TABLES,
     check_settings,

@@ -13,11 +13,11 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from models import make_config, random_model
 
+from helpers.arrays import assert_close, assert_same_bits
+from helpers.models import make_config, random_model
 from legacy1bit import dataset as module
 from legacy1bit.backward import BackwardPass
 from legacy1bit.data import stories

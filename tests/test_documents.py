@@ -6,15 +6,14 @@ import io
 import re
 import shlex
 from itertools import chain
-from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 
+from helpers import oracle
+from helpers.paths import ROOT
 from legacy1bit.main import COMMANDS, main, parser_of
 
-ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 
 pytestmark = pytest.mark.skipif(

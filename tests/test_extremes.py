@@ -14,14 +14,25 @@ import math
 import os
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from models import (
+
+from helpers import oracle
+from helpers.arrays import (
+    EXP_ATOL,
+    EXP_RTOL,
+    UNIT_ROUNDOFF,
+    assert_close,
+    assert_same_bits,
+    gamma,
+    softmax_rtol,
+)
+from helpers.models import (
+    KINDS,
     NearTieError,
+    assert_quantized,
     decoder_weights,
     in_every_tier,
     make_config,
@@ -31,13 +42,9 @@ from models import (
     random_tokens,
     rounding_effect,
 )
-from test_inference import always, sample_token
-from test_math_ops import EXP_ATOL, EXP_RTOL, softmax_rtol
-from test_model import assert_quantized
-from test_optimizer import OPTIMIZERS, exact_step, flat
-from test_packed import KINDS
-from test_trainer import make, train
-
+from helpers.optimizers import OPTIMIZERS, exact_step, flat
+from helpers.runs import make, train
+from helpers.sampling import always, sample_token
 from legacy1bit import math_ops
 from legacy1bit.backward import (
     BackwardPass,

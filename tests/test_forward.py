@@ -6,10 +6,11 @@ How close is close enough, `models.assert_near` works out from the oracle itself
 import itertools
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_close, assert_same_bits
-from models import (
+
+from helpers import oracle
+from helpers.arrays import assert_close, assert_same_bits
+from helpers.models import (
     CODED,
     LONG_ROWS,
     PADDINGS,
@@ -39,7 +40,6 @@ from models import (
     starts_of,
     without_ties,
 )
-
 from legacy1bit.forward import (
     ForwardContext,
     document_starts,

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from fuzz.fuzz import CORPUS, SPLIT, TARGETS, FaultError, Memory, changed, gguf_file, run, seeds
 
 INPUTS = {

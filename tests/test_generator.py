@@ -17,13 +17,11 @@ from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
-from compare import assert_close, assert_same_bits
-from models import MODELS, make_config, models, random_model
 from safetensors import safe_open
 from safetensors.numpy import save_file
-from test_inference import wild_model
-from test_packed import has_trits
 
+from helpers.arrays import assert_close, assert_same_bits
+from helpers.models import MODELS, has_trits, make_config, models, random_model, wild_model
 from legacy1bit import generator as module
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.generator import Generator, Stream, TextStream

@@ -4,9 +4,9 @@ import dataclasses
 import json
 import math
 
-import oracle
 import pytest
 
+from helpers import oracle
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     OPTIMIZERS,

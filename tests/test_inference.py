@@ -14,10 +14,11 @@ import warnings
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_same_bits
-from models import (
+
+from helpers import oracle
+from helpers.arrays import assert_same_bits
+from helpers.models import (
     CODED,
     MODELS,
     assert_near,
@@ -29,9 +30,10 @@ from models import (
     oracle_config,
     random_model,
     rounding_effect,
+    wild_model,
     without_ties,
 )
-
+from helpers.sampling import always, sample_token
 from legacy1bit import inference
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
@@ -46,29 +48,6 @@ LOGITS = np.array([0.5, -1.0, 2.0, 0.0, 1.5, -3.0, 1.0, 0.25], np.float32)
 
 def rng(seed=0):
     return np.random.default_rng(seed)
-
-
-def always(number):
-    """A generator whose uniform numbers are all the same."""
-    return SimpleNamespace(random=lambda: number)
-
-
-def sample_token(logits, random, temperature=1.0, top_k=0, top_p=1.0, history=(), **more):
-    settings = SamplingConfig(temperature, top_k, top_p, **more)
-    return inference.sample_token(logits, random, settings, history)
-
-
-def wild_model(seed=3, **settings):
-    """A model whose matrices are large, so that each token of the context changes its mind."""
-    sizes = {"model_dim": 16, "num_blocks": 1, "num_heads": 2, "ffn_multiplier": 4}
-    sizes |= {"sequence_length": CONTEXT}
-    model = create_legacy_llm(ModelConfig(**{**sizes, **settings}), seed)
-    random = rng(seed)
-    for weights in model.latent.values():
-        if weights.ndim == 2:
-            weights[...] = random.standard_normal(weights.shape, np.float32)
-    model.quantize()
-    return model
 
 
 @pytest.fixture(scope="module")

@@ -24,13 +24,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from compare import assert_same_bits
-from models import make_config, random_model
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
-from test_logger import expected_events, set_apart, shown, without_tensorboardx
-from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 
+from helpers.arrays import assert_same_bits
+from helpers.events import expected_events, set_apart, shown, without_tensorboardx
+from helpers.models import make_config, random_model
+from helpers.paths import ROOT
+from helpers.runs import RECORD_KEYS, TINY, assert_same_files, tiny, with_losses
 from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
@@ -57,25 +58,7 @@ from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import read_settings
 
-ROOT = Path(__file__).resolve().parent.parent
-TINY = {
-    "steps": 3,
-    "model-dim": 8,
-    "blocks": 1,
-    "heads": 1,
-    "sequence-length": 16,
-    "batch-size": 2,
-    "threads": 1,
-    "stories": 20,
-}
 TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
-
-
-def tiny(*more, **options):
-    """The arguments of a short training; None leaves an option out."""
-    options = TINY | {name.replace("_", "-"): value for name, value in options.items()}
-    pairs = [(f"--{name}", str(value)) for name, value in options.items() if value is not None]
-    return ["train", *(text for pair in pairs for text in pair), *map(str, more)]
 
 
 @pytest.fixture(autouse=True)

@@ -16,10 +16,20 @@ import sys
 from types import SimpleNamespace
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import (
+    EXP_ATOL,
+    EXP_RTOL,
+    UNIT_ROUNDOFF,
+    assert_close,
+    assert_same_bits,
+    dot_bound,
+    gamma,
+    softmax_rtol,
+)
+from helpers.models import (
     LIMIT,
     TAKE_ALL,
     exact_dense,
@@ -28,14 +38,11 @@ from models import (
     run_child,
     scaled_matrices,
 )
-
 from legacy1bit import math_ops
 from legacy1bit.model import TernaryMatrix
 
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
 SHAPES = ((1, 1), (1, 97), (97, 1), (3, 5), (8, 16), (7, 9), (15, 17), (33, 31), (64, 65))
-# The vectorised exponential: two units in the last place, above and below the smallest normal.
-EXP_RTOL, EXP_ATOL = 4 * UNIT_ROUNDOFF, 2.0**-148
 
 
 def sizes(test):
@@ -506,23 +513,6 @@ def test_exp_inplace_keeps_what_is_not_a_number_where_it_is():
         actual = in_place(math_ops.exp_inplace, damaged)
         assert np.isnan(actual[place])
         assert_same_bits(np.delete(actual, place), np.delete(expected, place))
-
-
-def softmax_rtol(x):
-    """Relative error bound of a float32 softmax of the rows of x [..., N].
-
-    With d = x - max, rounding d gives an error of |d| u in exp(d), to which exp adds its own. The
-    sum's error is the mean of those, weighted by the probabilities, and n roundings; the division
-    adds two at most.
-    """
-    difference = x.astype(np.float64) - x.max(axis=-1, keepdims=True)
-    with np.errstate(invalid="ignore"):
-        exponential = np.where(
-            np.isfinite(difference), np.abs(difference) * UNIT_ROUNDOFF + EXP_RTOL, 0.0
-        )
-    total = (oracle.softmax(x) * exponential).sum(axis=-1, keepdims=True)
-    # One part in a hundred for the products of these errors.
-    return 1.01 * (exponential + total + gamma(x.shape[-1] + 2))
 
 
 def assert_softmax(actual, x):

@@ -18,12 +18,15 @@ import tracemalloc
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
 import safetensors.numpy
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound, gamma
-from models import (
+
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound
+from helpers.models import (
     assert_near,
+    assert_quantized,
+    assert_same_model,
     every_tier,
     exact_dense,
     float_twin,
@@ -35,7 +38,7 @@ from models import (
     rounding_effect,
     run_child,
 )
-
+from helpers.paths import GOLDEN
 from legacy1bit import math_ops
 from legacy1bit.backward import (
     BackwardContext,
@@ -81,8 +84,6 @@ from legacy1bit.model import (
 from legacy1bit.optimizer import SGD, AdamW, Muon
 from legacy1bit.packed import Int8Buffer, PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
-
-GOLDEN = Path(__file__).resolve().parents[1] / "../shared/golden"
 
 # --- Matrices and arrays --------------------------------------------------------------------------
 
@@ -938,33 +939,6 @@ def test_create_legacy_llm_of_a_size_beyond_memory_raises_memory_error():
 # --- Quantization ---------------------------------------------------------------------------------
 
 
-def assert_quantized(model, exact=False):
-    """Codes and scales are the oracle's, of the latent weights as they are.
-
-    Sums of arbitrary weights are rounded, up to 1,024 of them in float32, and so a scale may be
-    either float16 number where its sum lies that near to the middle of two. With ``exact`` the
-    sums are said to be exact, and the scales have to be.
-    """
-    config = model.config
-    for name, value in model.parameters.items():
-        if not isinstance(value, TernaryMatrix):
-            continue
-        latent = model.latent[name]
-        fixed = oracle.first_scale(name, config.num_blocks) if config.scheme == "sign" else None
-        if exact or config.scale == "one" or fixed is not None:
-            codes, scales = oracle.quantize(latent, config.scheme, config.scale, fixed)
-        else:
-            wanted = oracle.scales_before_rounding(latent, config.scheme, config.scale)
-            error = gamma(1024 + 4)
-            low, high = (oracle.to_float16(wanted * (1 + sign * error)) for sign in (-1, 1))
-            # What is in between is one of the two.
-            scales = np.clip(value.scales.astype(np.float64), low, high)
-            assert_same_bits(oracle.to_float16(scales), scales, name)
-            codes = oracle.codes_of(latent, scales, config.scheme, config.scale)
-        assert_same_bits(value.scales, scales.astype(np.float32), f"the scales of {name}")
-        assert_same_bits(value.values, codes, name)
-
-
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
 every_scale = pytest.mark.parametrize("scale", SCALES)
 
@@ -1278,17 +1252,6 @@ def test_use_full_precision_needs_latent_weights(changes):
 
 
 # --- Model folders --------------------------------------------------------------------------------
-
-
-def assert_same_model(actual, expected):
-    assert actual.config == expected.config
-    assert actual.parameters.keys() == expected.parameters.keys()
-    for name, value in expected.parameters.items():
-        if isinstance(value, TernaryMatrix):
-            assert_same_bits(actual.parameters[name].values, value.values, name)
-            assert_same_bits(actual.parameters[name].scales, value.scales, name)
-        else:
-            assert_same_bits(actual.parameters[name], value, name)
 
 
 def names(folder):

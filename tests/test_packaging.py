@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import legacy1bit
+from helpers.paths import ROOT
 
 PACKAGE = Path(legacy1bit.__file__).parent
-ROOT = Path(__file__).parents[1]
 
 # What importing the package brings in, beside the standard library and Cython's own.
 IMPORTED = """

@@ -6,11 +6,21 @@ import pickle
 import warnings
 
 import numpy as np
-import oracle
 import pytest
-from compare import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
-from models import every_tier, make_config, model_of, random_model, rejection, run_child
 
+from helpers import oracle
+from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.models import (
+    KINDS,
+    LEVELS,
+    every_tier,
+    has_trits,
+    make_config,
+    model_of,
+    random_model,
+    rejection,
+    run_child,
+)
 from legacy1bit import math_ops
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
@@ -25,9 +35,6 @@ from legacy1bit.model import (
 from legacy1bit.packed import FORMS, PackedMatrix, PackedModel, packed_size, round_to_bfloat16
 from legacy1bit.schemes import SCHEMES
 
-LEVELS = ((-1, 0, 1), (-1, 1), (-3, -1, 1, 3))
-# What can be packed: levels and form.
-KINDS = [(levels, form) for levels in LEVELS for form in FORMS if len(levels) < 4 or form == "2bit"]
 kinds = pytest.mark.parametrize(("levels", "form"), KINDS, ids=lambda value: str(value))
 
 WITHOUT_UNIT = "without the matrix unit"
@@ -563,11 +570,6 @@ SETTINGS = [
 settings = pytest.mark.parametrize(
     "changes", SETTINGS, ids=lambda c: "-".join(map(str, list(c.values())[:3]))
 )
-
-
-def has_trits(config):
-    groups = config.scale in ("128", "256") and config.model_dim > int(config.scale)
-    return config.scheme != "2bit" and not groups
 
 
 @settings

@@ -5,11 +5,12 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_close, assert_same_bits, dot_bound
-from models import make_config, random_model
 
+from helpers import oracle
+from helpers.arrays import assert_close, assert_same_bits, dot_bound
+from helpers.models import make_config, random_model
+from helpers.paths import ROOT
 from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_output_layer_batch
 from legacy1bit.forward import forward_output_layer_batch
@@ -73,7 +74,7 @@ UNIT += " -mamx-bf16 -mamx-int8 -std=c99 -D_GNU_SOURCE -DLEGACY1BIT_TIER_AMX"
 @pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 @pytest.mark.parametrize("level", ["-O1", "-O3"])
 def test_the_unit_gets_its_whole_layout_however_much_is_optimised(level, tmp_path):
-    headers = Path(__file__).resolve().parent.parent / "include"
+    headers = ROOT / "include"
     if not headers.exists():
         pytest.skip("the headers are not here")
     (tmp_path / "begin.c").write_text(PROGRAM)

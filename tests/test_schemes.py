@@ -4,10 +4,10 @@ import dataclasses
 import math
 
 import numpy as np
-import oracle
 import pytest
-from compare import assert_same_bits
 
+from helpers import oracle
+from helpers.arrays import assert_same_bits
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.schemes import FLOAT, SCHEMES, Scheme
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.paths import ROOT, TESTS
 from legacy1bit import math_ops
 
-HERE = Path(__file__).resolve().parent
-HEADERS = HERE.parent / "include"
+HEADERS = ROOT / "include"
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma"
 FLAGS = {
     "scalar": "",
@@ -45,7 +45,7 @@ def runs_here(name):
 @pytest.mark.parametrize("name", list(filter(runs_here, FLAGS)))
 def test_every_word_means_what_simd_h_says(name, tmp_path):
     command = ["cc", *COMMON.split(), *FLAGS[name].split(), f"-DLEGACY1BIT_TIER_{name.upper()}"]
-    command += [f"-I{HEADERS}", f"-I{HERE}", HERE / "simd.c", "-o", "simd", "-lm", "-lpthread"]
+    command += [f"-I{HEADERS}", f"-I{TESTS}", TESTS / "simd.c", "-o", "simd", "-lm", "-lpthread"]
     subprocess.run(command, cwd=tmp_path, check=True)
     ran = subprocess.run([tmp_path / "simd"], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, "")

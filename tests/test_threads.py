@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compare import assert_same_bits, gamma
-from models import every_tier, make_config, model_of, random_model, random_tokens, run_child
-from test_trainer import make, state_of, train
 
 import legacy1bit.threads
+from helpers.arrays import assert_same_bits, gamma
+from helpers.models import every_tier, make_config, model_of, random_model, random_tokens, run_child
+from helpers.runs import make, state_of, train
 from legacy1bit.backward import BackwardPass
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.inference import Decoder

@@ -162,8 +162,11 @@ def copy_project():
 
 def digest():
     """Return what stands for the sources and the tests: results are about these."""
-    paths = [*PATHS, *(str(path.relative_to(ROOT)) for path in sorted(HERE.parent.glob("*.py")))]
-    return hashlib.sha256(b"".join((ROOT / path).read_bytes() for path in paths)).hexdigest()
+    tests = sorted(
+        path for folder in ("tests", "tests/helpers") for path in (ROOT / folder).glob("*.py")
+    )
+    paths = [*(ROOT / path for path in PATHS), *tests]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
 
 
 def tiers():

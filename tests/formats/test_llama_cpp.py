@@ -1,0 +1,260 @@
+"""Exported models in llama.cpp: its tokens, its logits, what it writes, its perplexity.
+
+Its settings are its own defaults. Then it stays close to our float32 arithmetic where the codes are
+exact in f16 and only its cache rounds, to float16; the ternary types make it round activations to 8
+bits, as our decoder does in its own way. A model is often torn between two characters: which bell,
+whose name. There rounding decides what is written, theirs or ours.
+"""
+
+import functools
+
+import numpy as np
+import pytest
+
+from helpers.models import make_config, random_model
+from helpers.texts import TEXTS
+from legacy1bit.data.stories import corpus, generate_stories
+from legacy1bit.data.tokenizer import character_tokenizer, train_bpe
+from legacy1bit.data_utils import tokenize_text
+from legacy1bit.formats.gguf import export_gguf
+from legacy1bit.forward import forward_llm
+from legacy1bit.generator import Generator
+from legacy1bit.inference import Decoder
+from legacy1bit.main import main
+from legacy1bit.model import load_model
+from legacy1bit.packed import PackedModel
+
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama_cpp is not installed: make test-gguf builds it"
+)
+pytestmark = pytest.mark.slow
+
+# Trained here: the options, and the types to export to.
+HEADS = ["--heads", "4", "--ffn-multiplier", "4"]
+RUNS = {
+    "narrow": ([*HEADS, "--model-dim", "96", "--blocks", "3"], ("f16",)),
+    "wide": (
+        [*HEADS, "--model-dim", "256", "--blocks", "2", "--steps", "400"],
+        ("tq2_0", "tq1_0", "f16"),
+    ),
+}
+CASES = [(name, kind) for name, (_, kinds) in RUNS.items() for kind in kinds]
+
+# No training run has seen these.
+HELD_OUT = corpus(generate_stories(100, seed=987_654)).encode()[:10_000]
+BOS = 10
+# From so many places of the text a prompt begins, so long, and so much is written.
+PROMPTS = [HELD_OUT[1000 * i : 1000 * i + 40] for i in range(10)]
+WRITTEN = 32
+# Of two tokens whose logits are closer than that, neither is 1.23 times as likely as the other.
+TIE = 0.2
+
+
+@functools.cache
+def trained(folder, name):
+    out = folder / name
+    assert main(["train", *RUNS[name][0], "--out", str(out)]) == 0
+    return load_model(out)
+
+
+class Pair:
+    """A model here and in llama.cpp."""
+
+    def __init__(self, model, path, kind):
+        export_gguf(model, path, kind)
+        self.model, self.kind, self.length = model, kind, model.config.sequence_length
+        self.decoder = Decoder(PackedModel(model))
+        self.twin = llama_cpp.Llama(
+            str(path), n_ctx=self.length, n_batch=self.length, logits_all=True, verbose=False
+        )
+
+    def ours(self, tokens):
+        """Logits behind each token, float32[T, V]."""
+        self.decoder.clear()
+        return np.stack([self.decoder.extend([token]) for token in tokens])
+
+    def exact(self, tokens):
+        """The same in float32 throughout, but for a number that is the same for all tokens."""
+        probabilities = forward_llm(self.model, [[int(token) for token in tokens]])[0]
+        return np.log(np.maximum(probabilities, 1e-30))
+
+    def theirs(self, tokens):
+        self.twin.reset()
+        self.twin.eval([int(token) for token in tokens])
+        return np.array(self.twin.scores[: len(tokens)])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("llama_cpp")
+
+
+@pytest.fixture(scope="session", params=CASES, ids=" ".join)
+def pair(request, folder):
+    name, kind = request.param
+    pair = Pair(trained(folder, name), folder / f"{name}-{kind}.gguf", kind)
+    yield pair
+    pair.twin.close()
+
+
+def test_the_default_type_is_the_smallest_that_fits(folder):
+    for name, kind in (("narrow", "f16"), ("wide", "tq2_0")):
+        model = trained(folder, name)
+        for chosen, path in ((None, folder / "chosen.gguf"), (kind, folder / "named.gguf")):
+            export_gguf(model, path, chosen)
+        assert (folder / "chosen.gguf").read_bytes() == (folder / "named.gguf").read_bytes()
+
+
+# Every byte that is part of some UTF-8 text; what is no UTF-8, llama.cpp replaces.
+EVERY_BYTE = "".join(map(chr, [*range(0x800), *range(0x800, 0xD800, 0x400), 0xE000, 0xFFFD,
+                               0x10000, 0x40000, 0x80000, 0xC0000, 0x10FFFF]))  # fmt: skip
+
+
+@pytest.mark.parametrize("text", [*TEXTS.values(), EVERY_BYTE], ids=[*TEXTS, "every byte"])
+def test_llama_cpp_has_our_tokens(pair, text):
+    expected = tokenize_text(text).tolist()
+    raw = text.encode()
+    for special in (False, True):
+        assert pair.twin.tokenize(raw, add_bos=False, special=special) == expected
+        assert pair.twin.tokenize(raw, add_bos=True, special=special) == [BOS, *expected]
+
+
+def test_every_token_is_its_byte(pair):
+    assert pair.twin.n_vocab() == 256
+    assert len(set(EVERY_BYTE.encode())) == 256 - len((*range(0xC0, 0xC2), *range(0xF5, 0x100)))
+    for token in range(256):
+        assert pair.twin.detokenize([token]) == bytes([token])
+
+
+def test_logits_are_ours(pair):
+    tokens = tokenize_text(HELD_OUT[:64])
+    ours, theirs = pair.ours(tokens), pair.theirs(tokens)
+    distances, sizes = (np.linalg.norm(x, axis=1) for x in (ours - theirs, ours))
+    assert (distances / sizes).mean() < 0.02
+    assert np.linalg.norm(distances) / np.linalg.norm(sizes) < 0.02
+
+
+def log_softmax(logits):
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+def test_probabilities_are_those_of_float32(pair):
+    tokens = tokenize_text(HELD_OUT[:64])
+    ours, theirs = np.exp(pair.exact(tokens)), np.exp(log_softmax(pair.theirs(tokens)))
+    # Half the sum is the most by which the probability of anything can differ.
+    distance = 0.5 * np.abs(ours - theirs).sum(axis=1).mean()
+    assert distance < (1e-3 if pair.kind == "f16" else 1e-2)
+
+
+def continuation(prompt, logits):
+    """What is written greedily behind a prompt, and the logits that each token was taken from."""
+    tokens, seen = [BOS, *prompt], []
+    for _ in range(WRITTEN):
+        seen.append(logits(tokens)[-1])
+        tokens.append(int(seen[-1].argmax()))
+    return tokens[1 + len(prompt) :], seen
+
+
+def test_what_is_written_differs_only_where_the_model_is_torn(pair):
+    same = 0
+    for prompt in PROMPTS:
+        expected, logits = continuation(prompt, pair.exact)
+        written, _ = continuation(prompt, pair.theirs)
+        same += written == expected
+        if written != expected:
+            place = next(i for i, token in enumerate(written) if token != expected[i])
+            gap = logits[place][expected[place]] - logits[place][written[place]]
+            assert gap < TIE, f"{prompt}: token {place}"
+    if pair.kind == "f16":
+        assert same >= 9
+
+
+def perplexity(logits, text, length):
+    tokens = tokenize_text(text)
+    losses = []
+    for start in range(0, len(tokens) - 1, length):
+        window = tokens[start : start + length + 1]
+        found = log_softmax(logits(window[:-1]))
+        losses.append(-found[np.arange(len(window) - 1), window[1:]])
+    return float(np.exp(np.concatenate(losses).mean()))
+
+
+def test_perplexity_is_ours(pair):
+    ours = perplexity(pair.ours, HELD_OUT, pair.length)
+    theirs = perplexity(pair.theirs, HELD_OUT, pair.length)
+    # Chance would have 256.
+    assert ours < 3.0
+    assert abs(theirs / ours - 1.0) < 0.005
+
+
+# --- Tokens other than bytes ----------------------------------------------------------------------
+
+# Every character of some of Unicode's planes, and of the others a few.
+CHARACTERS = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x20000)])) + EVERY_BYTE
+LEARNED = [corpus(generate_stories(2000, seed=5)).encode(), CHARACTERS[:5000].encode()]
+TOKENIZERS = {
+    "bpe": lambda: train_bpe(LEARNED, 1500),
+    "chars": lambda: character_tokenizer(LEARNED),
+    "no merges": lambda: character_tokenizer([]),
+}
+
+
+@pytest.fixture(scope="session", params=TOKENIZERS)
+def subword(request, folder):
+    """A model of such tokens that has learned nothing, and its twin."""
+    tokenizer = TOKENIZERS[request.param]()
+    model = random_model(
+        make_config(vocab_size=tokenizer.vocab_size, output_bias=False, sequence_length=256)
+    )
+    path = folder / f"{request.param}.gguf"
+    export_gguf(model, path, "f16", tokenizer)
+    twin = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
+    yield Generator(model, tokenizer), twin
+    twin.close()
+
+
+def test_llama_cpp_has_our_subwords(subword):
+    generator, twin = subword
+    for text in (*TEXTS.values(), HELD_OUT.decode(), CHARACTERS, " ".join(CHARACTERS)):
+        expected = generator.encode(text).tolist()
+        assert twin.tokenize(text.encode(), add_bos=True, special=False) == expected
+        assert twin.tokenize(text.encode(), add_bos=False, special=False) == expected[1:]
+
+
+def test_characters_stand_for_themselves_between_others(subword):
+    generator, twin = subword
+    for character in CHARACTERS[::7]:
+        text = f"a{character}b {character}{character} 1{character} "
+        expected = generator.tokenizer.encode(text).tolist()
+        assert twin.tokenize(text.encode(), add_bos=False, special=False) == expected
+
+
+def test_llama_cpp_knows_the_special_tokens(subword):
+    generator, twin = subword
+    tokenizer, vocabulary = generator.tokenizer, twin._model.vocab
+    assert twin.n_vocab() == tokenizer.vocab_size
+    assert twin.token_bos() == twin.token_eos() == tokenizer.eos_token
+    assert llama_cpp.llama_vocab_pad(vocabulary) == tokenizer.vocab_size - 1
+    ends = [token for token in range(tokenizer.vocab_size)
+            if llama_cpp.llama_vocab_is_eog(vocabulary, token)]  # fmt: skip
+    assert ends == [tokenizer.eos_token]
+
+
+def test_every_subword_is_its_bytes(subword):
+    generator, twin = subword
+    for token in range(generator.tokenizer.vocab_size):
+        # Room for one token is all that the binding has, and it is small.
+        if generator.tokenizer.byte_lengths[token] <= 30:
+            assert twin.detokenize([token]) == generator.tokenizer.decode([token])
+
+
+def test_logits_behind_subwords_are_ours(subword):
+    generator, twin = subword
+    tokens = generator.encode(HELD_OUT[:200])
+    assert 32 < tokens.size < 256
+    twin.reset()
+    twin.eval(tokens.tolist())
+    theirs, ours = np.array(twin.scores[: tokens.size]), Decoder(generator.model).extend_all(tokens)
+    assert np.linalg.norm(theirs - ours) / np.linalg.norm(ours) < 0.02

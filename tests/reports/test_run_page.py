@@ -1,0 +1,329 @@
+"""The page about a run: all that it should tell, in one file that asks for nothing."""
+
+import dataclasses
+import json
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+
+from helpers.pages import Parsed
+from helpers.runs import SHORT, STRANGE, with_metrics
+from legacy1bit.commands.report import train_command
+from legacy1bit.commands.run_settings import beginning_of
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.logger import read_metrics
+from legacy1bit.main import main, parser_of
+from legacy1bit.math_ops import simd_level
+from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
+from legacy1bit.system.hardware import machine, read_machine
+from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "finished"
+    assert main([*SHORT, "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def run(finished, tmp_path, monkeypatch):
+    """A copy of a run, to change; the working folder is where it lies."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture
+def written(say):
+    """Write the page about a run and take it apart."""
+
+    def write(run):
+        say("report", run, "--out", "page.html")
+        content = Path("page.html").read_text(encoding="utf-8")
+        return content, Parsed(content)
+
+    return write
+
+
+def test_report_tells_everything(run, written):
+    _, page = written(run)
+    text = " ".join(page.text)
+    last = read_metrics(run / "metrics.jsonl")[-1]
+    for wanted in (
+        f"{last['val_loss']:.4f}",
+        f"{last['perplexity']:.4f}",
+        f"{last['top1']:.1%}",
+        f"{last['weights']['blocks.1.ffn.wo']['0']:.2%}",
+        "blocks.1.ffn.wo",
+        "entropy floor",
+        "C, the width of the residual stream",
+        machine()["cpu"],
+        simd_level(),
+        read_settings(run)[1].precision,
+        train_command(run),
+        *(f"step {step}" for step in (2, 4, 6)),
+    ):
+        assert wanted in text
+    for sample in read_metrics(run / "samples.jsonl"):
+        assert escape(sample["text"].strip("\n")) in {escape(part) for part in page.text}
+    changed, rest = text.index("Other than by default"), text.index("The other settings")
+    assert changed < text.index("model_dim") < rest < text.index("rope_base")
+
+
+def test_report_is_about_the_best_model(run, written, monkeypatch):
+    def look(self, limit, stop=None):
+        return Metrics(5.0 + (self.step != 4), 0.25, 0.5, 0.75, 100, 100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_measure", look)
+        main([*SHORT, "--out", "worse"])
+    _, page = written(Path("worse"))
+    text = " ".join(page.text)
+    assert "after 6 of 6 steps" in text
+    assert "The model is the best one, of step 4." in text
+    assert text.index("5.0000") < text.index("Curves") < text.index("6.0000")
+    record = read_metrics("worse/metrics.jsonl")[1]
+    weights = text[text.index("Codes of the model") :]
+    assert f"{record['weights']['blocks.1.ffn.wo']['0']:.2%}" in weights
+    assert "The model is the best" not in " ".join(written(run)[1].text)
+
+
+def test_report_has_figures_with_descriptions(run, written):
+    _, page = written(run)
+    figures = page.all("svg")
+    assert len(figures) == 7
+    assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
+    assert all("width" not in figure and figure["viewbox"] for figure in figures)
+    assert len(set(page.ids)) == len(page.ids)
+
+
+def test_report_asks_for_nothing(run, written):
+    """No address in it leads anywhere, but to itself; names of XML's vocabularies are no
+    addresses."""
+    content, page = written(run)
+    assert page.all("script") == page.all("link") == page.all("img") == []
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert name != "src"
+            assert not name.startswith("on")
+            if name.endswith("href"):
+                assert value.startswith("#")
+                assert value[1:] in page.ids
+    assert re.findall(r"url\((?!#)", content) == []
+    assert "@import" not in content
+    [policy] = [one for one in page.all("meta") if "http-equiv" in one]
+    assert policy["content"].startswith("default-src 'none'")
+
+
+def test_report_of_the_same_run_is_the_same_page(run, say):
+    say("report", run, "--out", "a.html")
+    say("report", run, "--out", "b.htm")
+    assert Path("a.html").read_bytes() == Path("b.htm").read_bytes()
+
+
+def test_what_users_supply_is_text(run, written):
+    evil = "<script>alert('1')</script> & \"x\" \x00\udcff $\\frac"
+    run = run.rename("<b>bold & 'x'")
+    with open(run / "samples.jsonl", "a") as file:
+        file.write(json.dumps({"step": 6, "text": evil}) + "\n")
+    settings = json.loads((run / "training.json").read_text())
+    settings["source"]["name"] = "<i>data</i>"
+    settings["machine"]["cpu"] = "<u>cpu</u>"
+    (run / "training.json").write_text(json.dumps(settings))
+    _, page = written(run)
+    assert page.all("script") == page.all("b") == page.all("i") == page.all("u") == []
+    text = " ".join(page.text)
+    for wanted in ("<b>bold & 'x'", "<i>data</i>", "<u>cpu</u>"):
+        assert wanted in text
+    assert "<script>alert('1')</script> & \"x\" \ufffd\ufffd $\\frac" in text
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_runs_have_a_page(run, written, name):
+    with_metrics(run, STRANGE[name])
+    (run / "samples.jsonl").unlink()
+    (run / "model.safetensors").unlink()
+    settings = json.loads((run / "training.json").read_text())
+    del settings["machine"]
+    (run / "training.json").write_text(json.dumps(settings))
+    _, page = written(run)
+    assert "The run has no samples.jsonl." in " ".join(page.text)
+    assert "not recorded" in page.text
+
+
+def test_report_needs_a_saved_run(run, fail):
+    (run / "training.json").unlink()
+    assert "it has no training.json" in fail("report", run, "--out", "a.html")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("nowhere", "--out", "a.html"), "nowhere is not a training run"),
+        (("run", "--out", "a.txt"), "expected a name in .html, .htm"),
+        (("run", "--out", "nowhere/a.html"), "nowhere/a.html: No such file"),
+        (("run", "run", "--out", "a.html"), "unrecognized arguments"),
+        (("--out", "a.html"), "there is no run in runs/ yet: train one first, or name one"),
+    ],
+)
+def test_report_refuses(run, fail, arguments, told):
+    assert told in fail("report", *arguments)
+
+
+@pytest.mark.parametrize("line", ['{"step": 1}', '{"step": 1, "text": 3}', "x\nx"])
+def test_damaged_samples_are_one_line(run, fail, line):
+    (run / "samples.jsonl").write_text(line + "\n")
+    assert "samples.jsonl, line 1" in fail("report", run, "--out", "a.html")
+
+
+# --- The command that repeats a run ---------------------------------------------------------------
+
+OPTIONS = [
+    [],
+    ["--scheme", "binary", "--sub-norm", "--no-final-norm", "--seed", "7", "--stories", "30"],
+    ["--optimizer", "sgd", "--schedule", "step", "--learning-rate", "0.05", "--clip", "0"],
+    ["--data", "a text's.txt", "--separator=-x", "--tokenizer", "chars", "--order", "passes"],
+    ["--data", "a text's.txt", "--validation", "a text's.txt", "--vocab-size", "300"],
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
+    monkeypatch.chdir(tmp_path)
+    Path("a text's.txt").write_text("The cat sat on the mat. The dog -x sat there.\n" * 40)
+    if "--vocab-size" in options:
+        options = [*options, "--tokenizer", "bpe"]
+        pytest.importorskip("tokenizers")
+    if "chars" in options:
+        pytest.importorskip("tokenizers")
+    base = SHORT if "--stories" not in options else SHORT[: SHORT.index("--stories")]
+    if "--data" in options:
+        base = SHORT[: SHORT.index("--stories")]
+    say(*base, *options, "--out", "run")
+    model, training, data, source = read_settings(Path("run"))
+    python, dash, module, *arguments = shlex.split(train_command(Path("run")))
+    assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
+    parsed = parser_of("train").parse_args(arguments)
+    begun = beginning_of(parsed)
+    # The number of warm-up steps follows from that of all.
+    begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
+    assert (begun.model, begun_training) == (model, training)
+    say(*arguments, "--out", "again")
+    assert read_settings(Path("again")) == (model, training, data, source)
+    assert (
+        Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+    )
+
+
+def test_command_names_the_tokenizer_that_was_taken(tmp_path, monkeypatch, say):
+    pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text("The cat sat on the mat.\n" * 40)
+    base = [*SHORT[: SHORT.index("--stories")], "--data", "a.txt"]
+    say(*base, "--tokenizer", "chars", "--out", "chars")
+    say(*base, "--tokenizer-from", "chars", "--out", "run")
+    arguments = shlex.split(train_command(Path("run")))
+    assert arguments[arguments.index("--tokenizer-from") + 1] == str(tmp_path / "run")
+    say(*arguments[3:], "--out", "again")
+    assert (
+        Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
+    )
+
+
+def test_a_run_tells_of_its_machine(run):
+    assert read_machine(run) == machine()
+    assert set(machine()) == {"cpu", "cores", "instruction_set", "system", "python"}
+
+
+# --- Samples --------------------------------------------------------------------------------------
+
+
+def test_every_look_has_its_sample(run, say):
+    from legacy1bit.generator import Generator
+
+    samples = read_metrics(run / "samples.jsonl")
+    steps = [record["step"] for record in read_metrics(run / "metrics.jsonl")]
+    assert [sample["step"] for sample in samples] == steps == [2, 4, 6]
+    assert all(sample["prompt"] == "" for sample in samples)
+    assert samples[-1]["text"] == Generator.load(run).complete("", 120, seed=0).text
+
+
+def test_samples_change_no_bit_of_the_training(run, say, monkeypatch):
+    from legacy1bit.commands import train
+
+    class Nothing:
+        def __init__(self, *_):
+            pass
+
+        def log(self, record):
+            pass
+
+    monkeypatch.setattr(train, "StepLog", Nothing)
+    say(*SHORT, "--out", "without")
+    for name in ("checkpoint.safetensors", "model.safetensors"):
+        # The seconds it took stand in the checkpoint's head.
+        size = 4000 if name.startswith("checkpoint") else 0
+        one, other = (Path(folder, name).read_bytes()[-size:] for folder in (run, "without"))
+        assert one == other
+
+
+def test_a_run_that_goes_on_drops_the_samples_after_its_checkpoint(run, say):
+    samples = read_metrics(run / "samples.jsonl")
+    with open(run / "samples.jsonl", "a") as file:
+        file.write('{"step": 7, "prompt": "", "text": "too far"}\n{"step": 8, "pro')
+    say("train", "--resume", run, "--steps", "8")
+    again = read_metrics(run / "samples.jsonl")
+    assert again[:3] == samples
+    assert [sample["step"] for sample in again] == [2, 4, 6, 8]
+    assert again[3]["text"] != "too far"
+
+
+def test_a_run_that_ended_early_is_not_in_the_way(run, say):
+    for path in run.iterdir():
+        if path.name not in ("metrics.jsonl", "samples.jsonl"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    say(*SHORT, "--out", run)
+    assert len(read_metrics(run / "samples.jsonl")) == 3
+
+
+# --- The parts of a page --------------------------------------------------------------------------
+
+
+def test_parts_take_plain_data():
+    parts = (
+        tiles({"a <": "1"}),
+        table("c >", ["name", "loss"], [["x&y", "1.5"]]),
+        quotation("step 1", "a\n<b>"),
+    )
+    parsed = Parsed(page("a & b", "it's", [section("one <", *parts)]))
+    text = " ".join(parsed.text)
+    for wanted in ("a <", "c >", "x&y", "a\n<b>", "a & b", "it's", "one <"):
+        assert wanted in text
+    assert [cell.get("class") for cell in parsed.all("td")] == [None, "number"]
+
+
+@pytest.mark.parametrize(("count", "most"), [(0, 3), (1, 3), (3, 3), (4, 3), (100, 12)])
+def test_some_are_even_with_both_ends(count, most):
+    chosen = some(range(count), most)
+    assert len(chosen) == min(count, most)
+    assert chosen == sorted(set(chosen))
+    if count:
+        assert (chosen[0], chosen[-1]) == (0, count - 1)
+
+
+def test_records_without_options_are_the_defaults():
+    from legacy1bit.reports.page import defaults_of
+
+    for record in (ModelConfig(), DataConfig(), TrainingConfig()):
+        assert defaults_of(record) == record
+    slow = TrainingConfig(optimizer="sgd")
+    assert defaults_of(slow).learning_rate == slow.learning_rate
+    assert defaults_of(slow).optimizer == "muon"
+    # A run's warm-up is a number.
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=6)).warmup_steps == 6
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=0)).warmup_steps == 6
