@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -273,14 +273,14 @@ SETTINGS = {
     "positions": "none",
     "rope_base": 500.5,
     "final_norm": False,
-    "attention_span": 7,
+    "attention_window": 7,
     "output_bias": True,
     "steps": 6,
     "batch_size": 4,
     "gradient_accumulation": 2,
     "optimizer": "sgd",
     "learning_rate": 0.125,
-    "matrix_ratio": 3.5,
+    "muon_lr_ratio": 3.5,
     "momentum": 0.75,
     "beta1": 0.8,
     "beta2": 0.98,
@@ -290,7 +290,7 @@ SETTINGS = {
     "clip": 2.5,
     "schedule": "step",
     "warmup_steps": 1,
-    "decay_share": 0.55,
+    "decay_fraction": 0.55,
     "final_learning_rate": 0.25,
     "decay_factor": 0.9,
     "decay_every": 8,
@@ -322,7 +322,7 @@ def stored_settings(folder):
     """What a run was started with; no setting is in both of its parts."""
     settings = json.loads(Path(folder, "training.json").read_bytes())
     assert not settings["model"].keys() & settings["training"].keys()
-    return settings["model"] | settings["training"]
+    return asdict(ModelConfig.from_dict(settings["model"])) | settings["training"]
 
 
 def test_every_setting_has_an_option(say):
@@ -376,7 +376,7 @@ def test_train_takes_every_scale(say, scheme, scale):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_train_follows_its_schedule(say, schedule):
-    options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_share": 0.5}
+    options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_fraction": 0.5}
     say(*tiny(out="here", schedule=schedule, decay_every=2, **options))
     config = read_settings(Path("here"))[1]
     rates = [record["learning_rate"] for record in read_metrics("here/metrics.jsonl")]
@@ -1936,7 +1936,7 @@ def test_info_tells_what_a_model_is_made_of(say, scheme, scale):
     report = report_of(output)
     assert errors == b""
     assert report["model"] == "run"
-    for name, value in model.config.to_dict().items():
+    for name, value in asdict(model.config).items():
         assert report[name] == str(value)
     assert report["parameters"] == f"{model.num_parameters:,}"
     assert report["stored"] == f"{model.stored_bytes():,} bytes of weights"

@@ -54,7 +54,7 @@ def make_config(
         "positions": positions,
         "rope_base": 10000.0,
         "final_norm": final_norm,
-        "attention_span": span,
+        "attention_window": span,
         **changes,
     }
 
@@ -303,7 +303,7 @@ def torch_loss(torch, params, config, tokens, targets):
     head_dim = dim // heads
     padding = tokens == config["vocab_size"]
     distance = torch.arange(time)[:, None] - torch.arange(time)[None, :]
-    reach = config["attention_span"] or time
+    reach = config["attention_window"] or time
     allowed = ((distance >= 0) & (distance < reach))[None, None] & ~padding[:, None, None, :]
 
     def norm(x, name):

@@ -220,7 +220,7 @@ OPTIONS = [
     [],
     ["--scheme", "binary", "--sub-norm", "--no-final-norm", "--seed", "7", "--stories", "30"],
     ["--optimizer", "sgd", "--schedule", "step", "--learning-rate", "0.05", "--clip", "0"],
-    ["--data", "a text's.txt", "--separator=-x", "--tokenizer", "chars", "--order", "passes"],
+    ["--data", "a text's.txt", "--separator=-x", "--tokenizer", "chars", "--order", "epochs"],
     ["--data", "a text's.txt", "--validation", "a text's.txt", "--vocab-size", "300"],
 ]
 
