@@ -35,7 +35,7 @@ from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
 from legacy1bit.commands import progress, texts, train
-from legacy1bit.commands.run_settings import Interrupts
+from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -162,7 +162,7 @@ def test_train_reports(say):
     assert report["entropy floor"].startswith(f"{stories.entropy_per_character():.4f} ")
     assert re.search(rb"\nsample:\n.+", output)
     assert b"\nthe run is in here " in output
-    assert b"python -m legacy1bit.main generate" in output
+    assert b"  legacy1bit generate" in output
     assert b"step      3  train loss " in errors
     assert b"step" not in output
 

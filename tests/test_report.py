@@ -12,7 +12,7 @@ import pytest
 from test_plots import SHORT, STRANGE, with_metrics
 
 from legacy1bit.commands.report import train_command
-from legacy1bit.commands.run_settings import beginning_of
+from legacy1bit.commands.run_settings import plan_run
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main, parser_of
@@ -242,7 +242,7 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     python, dash, module, *arguments = shlex.split(train_command(Path("run")))
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
-    begun = beginning_of(parsed)
+    begun = plan_run(parsed)
     # The number of warm-up steps follows from that of all.
     begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
     assert (begun.model, begun_training) == (model, training)

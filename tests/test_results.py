@@ -24,7 +24,7 @@ def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
     values = main.parser_of(arguments[2]).parse_args(arguments[2:])
-    return run_settings._configs(values, run_settings.told_settings(values))[:2]
+    return run_settings._records(values, run_settings.merged_settings(values))[:2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
@@ -227,7 +227,7 @@ def test_budgets_are_understood(monkeypatch):
     monkeypatch.chdir(DOCUMENT.parents[1])
     for options in results._BUDGETS.values():
         values = main.parser_of("train").parse_args(["train", *shlex.split(options)])
-        model = run_settings._configs(values, run_settings.told_settings(values))[0]
+        model = run_settings._records(values, run_settings.merged_settings(values))[0]
         assert values.minutes in (1, 10)
         assert model.scheme == "ternary"
 
