@@ -434,7 +434,7 @@ class TrainingConfig(_Record):
         1,
         1,
         256,
-        "the same number, seed and instruction set give the same losses to the bit",
+        "the same number, seed and instruction set give the same losses, to the bit",
         BASIC,
     )
     evaluate_every: int = _integer(

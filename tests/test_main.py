@@ -1,5 +1,6 @@
 """The command line as its user meets it: what it prints, where, and what bad input is told."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import errno
@@ -39,6 +40,7 @@ from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
+    ALIASES,
     DEFAULT_RATES,
     OPTIMIZERS,
     SCALES,
@@ -56,6 +58,7 @@ from legacy1bit.threads import available_cores
 from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import read_settings
+from legacy1bit.version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -2194,6 +2197,10 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
         "train --bogus 1": None,
         "train extra": None,
         "info --lr 1": None,
+        **{
+            f"train --{earlier.replace('_', '-')} 1": f"--{name.replace('_', '-')}"
+            for earlier, name in ALIASES.items()
+        },
     }.items(),
     ids=str,
 )
@@ -2248,6 +2255,44 @@ def test_help_is_printed(capsysbinary, arguments):
         for name in SETTINGS:
             option = option_of(name, SETTINGS[name] or True)[0]
             assert re.search(rf"\n  {option}\b".encode(), output), option
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_help_has_every_default_and_examples(command):
+    parser = program.parser_of(command)._subparsers._group_actions[0].choices[command]
+    for action in parser._actions:
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default: " in action.help, action.option_strings
+    lines = parser.epilog.splitlines()
+    assert lines.pop(0) == "examples:"
+    for line in lines:
+        name, *words = shlex.split(line)
+        assert (name, words[0]) == ("legacy1bit", command)
+        program.parser_of(command).parse_args(words)
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_has_basic_options_first_and_experimental_ones_last(command):
+    text = program.parser_of(command)._subparsers._group_actions[0].choices[command].format_help()
+    basic, _, experimental = text.partition("\nexperimental options:\n")
+    assert "(experimental)" not in basic
+    assert experimental.count("(experimental)") == len(re.findall("^  --", experimental, re.M))
+    assert re.split(r"\n\n(?=\S)", experimental)[1].startswith("examples:")
+    for option in ("data", "tokenizer", "model-dim", "steps", "seed", "threads"):
+        assert f"\n  --{option} " in basic[: basic.index("\nthe data:")]
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"legacy1bit {__version__}\n"
+
+
+def test_full_parser_has_the_options_of_every_command():
+    choices = program.full_parser()._subparsers._group_actions[0].choices
+    assert choices.keys() == program.COMMANDS.keys()
+    assert all(parser.description or parser._actions[1:] for parser in choices.values())
 
 
 # --- Standard streams -----------------------------------------------------------------------------

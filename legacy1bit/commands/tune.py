@@ -115,7 +115,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="what counts: loss, bytes, speed; of several, the Pareto front (default: loss)",
     )
     option("--no-prune", action="store_true", help="train bad models to their end, too")
-    option("--jobs", metavar="N", type=int, default=1, help="processes, which share the cores")
+    option(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes, which share the cores (default: 1)",
+    )
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
     add_settings(command, "the model", ModelConfig)
