@@ -116,7 +116,7 @@ def _measure(folder: Path, megabytes: int) -> None:
     _row(f"bytes, {megabytes} MiB to shards", turns, "MB/s")
     if importlib.util.find_spec("tokenizers"):
         _measure_bpe(folder, small, part)
-    for order in ("windows", "passes", "packed"):
+    for order in ("windows", "epochs", "packed"):
         for ahead, how in ((False, ""), (True, ", through a thread")):
             turns = [reading(tokens, order, 1.0, ahead) / 1e6 for _ in range(_ROUNDS)]
             _row(f"batches of {_BATCH} x {_LENGTH}, {order}{how}", turns, "M tokens/s")

@@ -29,7 +29,8 @@ SEEDS = (1, 2, 3)
 
 # How training was told to learn before any of that was searched for.
 _RATES = (
-    "--learning-rate 0.003 --matrix-ratio 3.3 --schedule cosine --decay-share 1 --weight-decay 0.02"
+    "--learning-rate 0.003 --muon-lr-ratio 3.3 --schedule cosine --decay-fraction 1 "
+    "--weight-decay 0.02"
 )
 
 # The shape that all but the stories share; later options override earlier ones.

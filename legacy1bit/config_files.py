@@ -1,8 +1,8 @@
 """Settings in files (C: ``hyperparams.c``, its files).
 
-A file is TOML, with a table for each record of settings; or a run's own, which tells its text, too;
-or one of the C original, with lines of ``key=value``. Whatever names a setting is checked by the
-field's range, and an error tells the line.
+A file is TOML, with a table for each record of settings; or a run's own, which also has its text;
+or one of the C original, with lines of ``key=value``. Each value is checked against the field's
+range, and an error names the line.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import sys
 import textwrap
 import tomllib
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import Field, fields
+from dataclasses import Field, asdict, fields
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -27,13 +27,14 @@ from legacy1bit.hyperparams import (
     TrainingConfig,
     check_setting,
     default_warmup,
+    renamed,
 )
 from legacy1bit.model import CONFIG_FILE
-from legacy1bit.system.errors import SettingError, shown
+from legacy1bit.system.errors import SettingError, format_value
 from legacy1bit.system.files import HEAD_BYTES, atomic_write, kind_of_file
 from legacy1bit.training.trainer import read_settings
 
-# The tables of a config file, and the record that each fills.
+# The tables of a config file, and the record of each.
 TABLES: dict[str, type[Any]] = {
     "model": ModelConfig,
     "training": TrainingConfig,
@@ -42,14 +43,14 @@ TABLES: dict[str, type[Any]] = {
 
 Records = tuple[ModelConfig, TrainingConfig, DataConfig]
 
-# Nobody writes more settings than this by hand: such a file is something else.
+# A larger file is not one of settings.
 _MOST_BYTES = 1 << 16
-# Nor longer keys: what reads TOML takes the square of how many tables they go through.
+# Nor is one with longer keys: tomllib takes the square of a key's parts.
 _MOST_DOTS = 256
 
-# The keys of the C original: our table and setting, and what its numbers stand for where they are
-# names here. Its epochs have no counterpart, for a run is told its steps here; nor has the decay of
-# its learning rate, which the epochs count.
+# The keys of the C original: our table and setting, and the names of its numbers where they are
+# names here. Its epochs have no counterpart, because the length of a run is in steps here; nor has
+# the decay of its learning rate, which goes by epochs.
 _C_KEYS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "learning_rate": ("training", "learning_rate", ()),
     "min_learning_rate": ("training", "final_learning_rate", ()),
@@ -70,7 +71,7 @@ _C_ALONE = ("num_epochs", "learning_rate_decay")
 
 
 def read_toml(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return what a TOML file says, and the line of each of its keys.
+    """Return the content of a TOML file, and the line of each of its keys.
 
     Parameters
     ----------
@@ -80,13 +81,13 @@ def read_toml(path: str | PathLike[str]) -> tuple[dict[str, Any], dict[str, int]
     -------
     content : dict
     lines : dict of str to int
-        By dotted key, such as ``training.steps``, that of a table included; from 1. Of the tables
-        of an array, the first that has a key.
+        From 1, by dotted key, such as ``training.steps``, or by table. In an array of tables, the
+        line of the first table that has the key.
 
     Raises
     ------
     ValueError
-        If it is no TOML; the message names file and line.
+        If it is not TOML; the message names file and line.
     OSError
         If it cannot be read.
     """
@@ -101,7 +102,7 @@ def _read_text(path: Path) -> str:
     kind = kind_of_file(content[:HEAD_BYTES])
     if kind is not None:
         raise ValueError(f"{path} is {kind.name}, expected a file of settings")
-    # Some editors put a mark before UTF-8, and some shells write UTF-16 behind one.
+    # Some editors write a byte order mark before UTF-8, and some shells UTF-16.
     content = decode_text(content, str(path))
     try:
         text = content.decode()
@@ -124,12 +125,12 @@ def _parse_toml(path: Path, text: str) -> tuple[dict[str, Any], dict[str, int]]:
     try:
         content = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(f"{path} is no TOML: its brackets are too deep") from None
+        raise ValueError(f"{path} is not TOML: its brackets are too deep") from None
     except ValueError as error:
-        found = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error))
-        reason, line = found.groups() if found else (str(error), None)
+        place = re.fullmatch(r"(.*) \(at (?:line (\d+), column \d+|end of document)\)", str(error))
+        reason, line = place.groups() if place else (str(error), None)
         number = int(line) if line else text.rstrip().count("\n") + 1
-        raise ValueError(f"{path}, line {number} is no TOML: {reason}") from None
+        raise ValueError(f"{path}, line {number} is not TOML: {reason}") from None
     return content, dict(_lines_of(text))
 
 
@@ -147,15 +148,15 @@ _TOKEN = re.compile(
 
 
 def _lines_of(text: str) -> Iterator[tuple[str, int]]:
-    """Yield the dotted keys of what is known to be TOML, the last of equal ones first.
+    """Yield the dotted keys of a valid TOML text and their lines, the last of equal keys first.
 
-    A key is what stands before an equals sign, or between the brackets of a line of its own;
-    an inline table has the key before it in front of its own.
+    A key stands before an equals sign, or between the brackets of a line of its own; the keys of an
+    inline table continue the key before it.
     """
-    found: list[tuple[str, int]] = []
+    keys: list[tuple[str, int]] = []
     table: list[str] = []
     key: list[str] = []
-    # What is open around a value: the key before each brace, and None for each bracket.
+    # The open brackets around a value: the key before each brace, and None for each bracket.
     around: list[list[str] | None] = []
     line, in_value = 1, False
     for token in _TOKEN.finditer(text):
@@ -175,19 +176,19 @@ def _lines_of(text: str) -> Iterator[tuple[str, int]]:
             key = [*key, tomllib.loads(f"key = {part}")["key"] if kind == "text" else part]
         elif not in_value and part == "]" and key:
             table, key = key, []
-            found.append((".".join(table), line))
+            keys.append((".".join(table), line))
         elif not in_value and part == "=":
             outer = next((names for names in reversed(around) if names is not None), table)
             key, in_value = [*outer, *key], True
-            found.append((".".join(key), line))
+            keys.append((".".join(key), line))
         line += part.count("\n")
-    return reversed(found)
+    return reversed(keys)
 
 
 def unknown_key(
     path: str | PathLike[str], line: int | None, key: str, known: Iterable[str]
 ) -> ValueError:
-    """Return the error for a key that is none: where it is, and the known one that is nearest."""
+    """Return the error for an unknown key: its place, and the nearest known key."""
     known = list(known)
     near = difflib.get_close_matches(key.lower().replace("-", "_"), known, 1)
     expected = f"did you mean {near[0]!r}?" if near else f"expected {', '.join(known)}"
@@ -202,27 +203,27 @@ def _place(path: str | PathLike[str], line: int | None) -> str:
 
 
 def read_config(path: str | PathLike[str]) -> dict[str, Any]:
-    """Return the settings that a file names.
+    """Return the settings of a file.
 
     Parameters
     ----------
     path : path-like
         TOML with the tables ``model``, ``training`` and ``data``; a run, its folder or one of its
-        files of settings; or a file of the C original, which has lines of ``key=value``. What of
-        the latter has no counterpart is told on standard error and passed over.
+        files of settings; or a file of the C original, which has lines of ``key=value``. Keys of
+        the latter without a counterpart are skipped; a warning on standard error says so. Names of
+        earlier versions are understood (``hyperparams.ALIASES``).
 
     Returns
     -------
     dict
-        ``model``, ``training`` and ``data``: the settings of each record, those alone that the
-        file names, each of which has been checked. Of a run also ``source``, where its text is,
-        and ``run``, its folder.
+        ``model``, ``training`` and ``data``: the settings of each record that the file has, each of
+        them checked. Of a run also ``source``, where its text is, and ``run``, its folder.
 
     Raises
     ------
     ValueError
-        If a key is unknown, or a value does not fit; the message names file, line and key, and
-        what was expected.
+        If a key is unknown, or a value does not fit; the message names file, line and key, and the
+        values that are expected.
     OSError
         If it cannot be read.
 
@@ -249,7 +250,7 @@ def read_config(path: str | PathLike[str]) -> dict[str, Any]:
 def check_settings(
     path: str | PathLike[str], content: dict[str, Any], lines: dict[str, int]
 ) -> dict[str, Any]:
-    """Return the tables of settings that ``read_toml`` has read, once each value is checked.
+    """Check the tables of settings of a TOML file, and return them under the names of today.
 
     Raises
     ------
@@ -262,25 +263,28 @@ def check_settings(
         if table not in TABLES:
             raise _misplaced(path, line, table, TABLES)
         if not isinstance(settings, dict):
-            came = shown(settings)
+            came = format_value(settings)
             raise ValueError(f"{_place(path, line)}: {table} is {came}, expected a table")
         known = {setting.name: setting for setting in fields(TABLES[table])}
-        found = checked[table] = {}
-        for name, value in settings.items():
-            line = lines.get(f"{table}.{name}")
+        values = checked[table] = {}
+        for key, given in settings.items():
+            line = lines.get(f"{table}.{key}")
+            [(name, value)] = renamed({key: given}).items()
             if name not in known:
                 raise _misplaced(path, line, name, known)
-            found[name] = _fitting(path, line, known[name], value, f"{table}.{name}")
+            if name in values:
+                raise ValueError(f"{_place(path, line)}: {key} and {name} are the same setting")
+            values[name] = _fitting(path, line, known[name], value, f"{table}.{key}")
     return checked
 
 
 def _misplaced(
     path: str | PathLike[str], line: int | None, key: str, known: Iterable[str]
 ) -> ValueError:
-    """Return the error for a key that is none here, and perhaps one of a table."""
+    """Return the error for an unknown key, which may be one of another table."""
     known = list(known)
     if key.replace("-", "_") == "vocab_size" and "vocabulary" in known:
-        # The option's name, which is too far from the setting's for a guess.
+        # The option's name, too far from the setting's for difflib.
         place = _place(path, line)
         return ValueError(f"{place}: unknown key {key!r}, did you mean 'vocabulary'?")
     for table, record in TABLES.items():
@@ -292,7 +296,7 @@ def _misplaced(
 def _fitting(
     path: str | PathLike[str], line: int | None, setting: Field[Any], value: Any, name: str
 ) -> Any:
-    """Return the value of a setting, a number with a point where it is to have one."""
+    """Return a checked value, as a float where the setting is one."""
     try:
         check_setting(setting, value, name)
     except (TypeError, ValueError) as error:
@@ -302,17 +306,17 @@ def _fitting(
 
 def _read_run(folder: Path) -> dict[str, Any]:
     model, config, data, source = read_settings(folder)
-    training = config.to_dict()
+    training = asdict(config)
     if config.learning_rate == DEFAULT_RATES[config.optimizer]:
-        # Another optimizer on the command line brings its own.
+        # Another optimizer on the command line has its own default.
         del training["learning_rate"]
     if config.warmup_steps == default_warmup(config.steps):
-        # As another number of steps does.
+        # So has another number of steps.
         del training["warmup_steps"]
     return {
-        "model": model.to_dict(),
+        "model": asdict(model),
         "training": training,
-        "data": data.to_dict(),
+        "data": asdict(data),
         "source": source,
         "run": folder,
     }
@@ -357,7 +361,7 @@ def _read_c_file(path: Path, text: str) -> dict[str, Any]:
         table, name, _ = _C_KEYS[key]
         checked[table][name] = value
     if lowest is not None:
-        # Ours is a share of the peak.
+        # Ours is a fraction of the peak.
         training = checked["training"]
         optimizer = training.get("optimizer", TrainingConfig().optimizer)
         peak = training.get("learning_rate", DEFAULT_RATES[optimizer])
@@ -367,10 +371,10 @@ def _read_c_file(path: Path, text: str) -> dict[str, Any]:
                 f"expected 0 to {peak}, the learning rate"
             )
         training["final_learning_rate"] = lowest / peak
-    passed_over = [key for key in _C_ALONE if key in lines]
-    if passed_over:
+    skipped = [key for key in _C_ALONE if key in lines]
+    if skipped:
         print(
-            f"{path}: passed over {' and '.join(passed_over)}, which have no counterpart here",
+            f"{path}: skipped {' and '.join(skipped)}: no counterpart here",
             file=sys.stderr,
         )
     return checked
@@ -386,7 +390,7 @@ def _c_value(path: Path, line: int, key: str, text: str) -> Any:
         return known[text]
     setting = next(setting for setting in fields(TABLES[table]) if setting.name == name)
     value: Any = text
-    # What is no number is told by the check.
+    # A text that is not a number is refused by the check.
     with contextlib.suppress(ValueError):
         value = setting.metadata["kind"](text)
     return _fitting(path, line, setting, value, key)
@@ -396,19 +400,19 @@ def _c_value(path: Path, line: int, key: str, text: str) -> Any:
 
 
 def records_of(settings: dict[str, Any], path: str | PathLike[str] | None = None) -> Records:
-    """Return the records that settings fill, defaults where they say nothing.
+    """Return records of settings; missing ones have their defaults.
 
     Parameters
     ----------
     settings : dict
         ``model``, ``training`` and ``data``, as ``read_config`` returns them.
     path : path-like, optional
-        Where they come from, for errors.
+        The file that they come from, for errors.
 
     Raises
     ------
     TypeError, ValueError
-        If a value does not fit, or not with another.
+        If a value does not fit, alone or with another.
     """
     try:
         model, training, data = (
@@ -427,7 +431,7 @@ def records_of(settings: dict[str, Any], path: str | PathLike[str] | None = None
 def config_text(
     model: ModelConfig, training: TrainingConfig, data: DataConfig, unset: Collection[str] = ()
 ) -> str:
-    """Return a config file of all settings, with what each means.
+    """Return a config file of all settings, with their meanings.
 
     Parameters
     ----------
@@ -435,18 +439,18 @@ def config_text(
     training : TrainingConfig
     data : DataConfig
     unset : collection of str
-        Settings that the file is to show, and not to set. So it always does with those that have
-        no value, and with defaults that depend on something else: the vocabulary's size on the
-        tokenizer, the learning rate on the optimizer.
+        Settings that are commented out. Settings without a value always are, and so are defaults
+        that depend on something else: the vocabulary's size on the tokenizer, the learning rate on
+        the optimizer.
 
     Raises
     ------
     ValueError
-        If a text is none that UTF-8 can spell.
+        If a text cannot be encoded in UTF-8.
     """
     lines = [
-        "# Settings for train --config; options on the command line go before them. A line that",
-        '# begins with "#" sets nothing. The text is not among them: --data names it.',
+        "# Settings for train --config; command-line options take precedence. A line that begins",
+        '# with "#" sets nothing. The text is not among them: --data names it.',
     ]
     defaults = {
         "vocab_size": ModelConfig().vocab_size,
@@ -485,22 +489,22 @@ def _toml(name: str, value: Any) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{name} is {value!r}, expected text that UTF-8 can spell") from None
-    # What JSON has besides TOML's basic strings: DEL as it is.
+        raise ValueError(f"{name} is {value!r}, expected text that UTF-8 can encode") from None
+    # The one difference between JSON's strings and TOML's basic ones: DEL.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def write_config(
     path: str | PathLike[str], model: ModelConfig, training: TrainingConfig, data: DataConfig
 ) -> None:
-    """Write a config file of all settings, with what each means; ``read_config`` reads it.
+    """Write a config file of all settings, with their meanings; ``read_config`` reads it.
 
     Raises
     ------
     ValueError
-        If a text is none that UTF-8 can spell.
+        If a text cannot be encoded in UTF-8.
     OSError
-        If it cannot be written; what was there before is untouched.
+        If it cannot be written; an earlier file is untouched.
     """
     atomic_write(path, config_text(model, training, data))
 
@@ -514,10 +518,9 @@ def hyperparams_init_defaults() -> Records:
 
 
 def hyperparams_load_from_file(path: str | PathLike[str]) -> Records:
-    """Return the settings of a file, defaults where it says nothing.
+    """Return the settings of a file; missing ones have their defaults.
 
-    C: ``hyperparams.c``, the same, which goes on with the defaults where there is no file
-    (departure 16).
+    C: ``hyperparams.c``, the same, which takes the defaults where there is no file (departure 16).
 
     Raises
     ------

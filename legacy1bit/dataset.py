@@ -172,7 +172,7 @@ class TokenDataset:
         Where sequences may begin; anywhere that leaves them whole when None.
     stops : int64[S] or None
         For each start, where its sequence ends at the latest. What follows is padding.
-    order : {"windows", "passes", "packed", "buckets"}
+    order : {"windows", "epochs", "packed", "buckets"}
         Which sequences a batch has: random ones; all of a text, one behind the other, in an order
         that is another one in every pass; whole documents, packed into rows, or in rows of their
         own, by length.
@@ -218,7 +218,7 @@ class TokenDataset:
             return PackedReader(self, batch_size, seed)
         if self.order == "buckets":
             return BucketReader(self, batch_size, seed)
-        kind = PassReader if self.order == "passes" else WindowReader
+        kind = PassReader if self.order == "epochs" else WindowReader
         return kind(self, batch_size, seed)
 
     @property

@@ -1,7 +1,7 @@
-"""The command line: train a model, let it write, measure it, look inside (C: ``main.c``).
+"""The command line: train a model, generate text, measure, look inside (C: ``main.c``).
 
-Standard output belongs to what was asked for: the text that ``generate`` writes, the report that
-the other commands print. Progress and remarks go to standard error.
+Standard output has the results: the text of ``generate``, the reports of the other commands.
+Progress and remarks go to standard error.
 """
 
 import argparse
@@ -17,25 +17,74 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
 from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
+from legacy1bit.version import __version__
 
-# The commands, the module of each, and what they are for. Only that of the command which is called
-# is loaded, so that writing does not wait for what training needs.
+# The commands: the module of each, its purpose, and examples of its use. Only the module of the
+# command that is called is loaded, so that text does not wait for the imports of training.
 COMMANDS = {
-    "train": ("train", "train a model (what happens without a command, too)"),
-    "generate": ("generate", "let a model write"),
-    "tune": ("tune", "find the best settings within a time and a size"),
-    "data": ("data", "look at a text, make tokens or a tokenizer of it"),
-    "cache": ("cache", "show what is kept of texts, or clear it"),
-    "evaluate": ("evaluate", "measure a model on a text"),
-    "info": ("info", "tell what a model is made of"),
-    "plot": ("plot", "draw curves, weights or attention of runs"),
-    "report": ("report", "write a page about a run"),
-    "export": ("export", "write a model as a file for other programs"),
-    "import": ("import_model", "read a model from a file of another program"),
+    "train": (
+        "train",
+        "train a model (the default command)",
+        ("train --data mytext.txt --minutes 10", "train --resume runs/mine --steps 3000"),
+    ),
+    "generate": (
+        "generate",
+        "generate text",
+        ('generate --prompt "It was a dark night" --temperature 0.7', "generate --interactive"),
+    ),
+    "tune": (
+        "tune",
+        "search for the best settings within a time and a size",
+        (
+            "tune --data mytext.txt --minutes 20 --out studies/mine",
+            "tune --data mytext.txt --max-bytes 500kB --trials 40",
+        ),
+    ),
+    "data": (
+        "data",
+        "inspect a text, tokenize it, or train a tokenizer on it",
+        (
+            "data inspect mytext.txt --tokenizer bpe",
+            "data tokenize texts/ --tokenizer bpe --out tokens",
+        ),
+    ),
+    "cache": (
+        "cache",
+        "show the cached tokens of texts, or clear them",
+        ("cache", "cache clear --older-than 30"),
+    ),
+    "evaluate": (
+        "evaluate",
+        "measure a model on a text",
+        ("evaluate --model runs/mine", "evaluate --model runs/mine --data other.txt"),
+    ),
+    "info": ("info", "show a model's settings and weights", ("info --model runs/mine",)),
+    "plot": (
+        "plot",
+        "draw curves, weights or attention of runs",
+        ("plot loss runs/a runs/b --out loss.svg",),
+    ),
+    "report": (
+        "report",
+        "write a page about a run or a study",
+        ("report runs/mine --out report.html",),
+    ),
+    "export": (
+        "export",
+        "write a model as a file for other programs",
+        ("export --model runs/mine --format gguf --out mine.gguf",),
+    ),
+    "import": (
+        "import_model",
+        "read a model from a file of another program",
+        ("import --model mine.gguf --out runs/mine",),
+    ),
 }
 
+# Options that are not those of train, where there is no command.
+_OF_PROGRAM = ("-h", "--help", "--version")
 
-# What other programs call options, and what those are called here that come nearest.
+# Options of other programs, and the nearest ones here.
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "max-lr", "rate"), ("learning-rate",)),
     **dict.fromkeys(("wd", "decay"), ("weight-decay",)),
@@ -67,14 +116,21 @@ _ELSEWHERE = {
 }
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Wraps texts, but keeps the lines of examples."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, and whose options are written out."""
+    """An argument parser whose errors are one line, and whose options are not abbreviated."""
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(allow_abbrev=False, **settings)
+        super().__init__(allow_abbrev=False, formatter_class=_Formatter, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Refuse what is not known where the options are that are known."""
+        """Refuse unknown options in the parser that has the known ones."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = dict.fromkeys(filter(None, map(self._nearest, unknown)))
@@ -83,17 +139,27 @@ class _Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _nearest(self, word: str) -> str | None:
-        """Return the option that may have been meant."""
+        """Return the option that is probably meant: of an earlier version, or the nearest."""
         if not word.startswith("-"):
             return None
         name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
         options = [option[2:] for option in self._option_string_actions if option[:2] == "--"]
-        known = [option for option in _ELSEWHERE.get(name, ()) if option in options]
+        known = [
+            option for option in (_today(name), *_ELSEWHERE.get(name, ())) if option in options
+        ]
         near = known or difflib.get_close_matches(name, options, 1)
         return f"--{near[0]}" if near else None
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
+
+
+def _today(option: str) -> str:
+    """Return the name of an option of an earlier version."""
+    # Loaded where it is needed: with NumPy.
+    from legacy1bit.hyperparams import ALIASES
+
+    return ALIASES.get(option.replace("-", "_"), "").replace("_", "-")
 
 
 def _fail(message: str) -> NoReturn:
@@ -104,28 +170,39 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def parser_of(command: str | None) -> argparse.ArgumentParser:
-    """Return the parser of the whole command line, with the options of one command."""
+def parser_of(*commands: str) -> argparse.ArgumentParser:
+    """Return the parser of the command line, with the options of some commands."""
     parser = _Parser(
         prog="legacy1bit",
         description="Small language models with weights of -1, 0 and 1, on any CPU.",
-        epilog="Without a command: train on the bundled stories for about a minute.",
+        epilog="Without a command: train on the bundled stories for about a minute. "
+        "legacy1bit COMMAND --help has the options of a command, and examples.",
     )
-    commands = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
-    for name, (module_name, meaning) in COMMANDS.items():
-        parsed = commands.add_parser(name, help=meaning)
-        if name == command:
+    parser.add_argument("--version", action="version", version=f"legacy1bit {__version__}")
+    parsers = parser.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+    for name, (module_name, purpose, examples) in COMMANDS.items():
+        lines = "".join(f"\n  legacy1bit {example}" for example in examples)
+        parsed = parsers.add_parser(name, help=purpose, epilog=f"examples:{lines}")
+        if name in commands:
             module = importlib.import_module(f"legacy1bit.commands.{module_name}")
             parsed.set_defaults(run=module.run)
             module.add_arguments(parsed)
+            if not any(one.required for one in parsed._actions):
+                # There are screens full of options.
+                parsed.usage = "%(prog)s [OPTION ...]"
     return parser
+
+
+def full_parser() -> argparse.ArgumentParser:
+    """Return the parser with all options, as shell completion needs it (see README.md)."""
+    return parser_of(*COMMANDS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status.
 
-    Whatever the user can set right, wrong options, files and texts, ends in one line on standard
-    error and status 2. The streams of the program that calls this are left as they were.
+    Errors that the user can correct (wrong options, files and texts) end in one line on standard
+    error and status 2. The streams of the calling program stay as they were.
     """
     with _any_character():
         return _run(argv)
@@ -133,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     arguments = sys.argv[1:] if argv is None else list(argv)
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in _OF_PROGRAM):
         arguments = ["train", *arguments]
     try:
         parsed = parser_of(arguments[0]).parse_args(arguments)
@@ -143,12 +220,12 @@ def _run(argv: Sequence[str] | None) -> int:
         if sys.stdout is not None:
             sys.stdout.flush()
     except BrokenPipeError:
-        # Whoever read the output has had enough. A training that lost its reader is not done.
+        # The reader of the output has closed it. A training without its reader is not done.
         return 1 if arguments[0] == "train" else 0
     except KeyboardInterrupt:
         return INTERRUPTED
     except ImportError as error:
-        # An instruction set that LEGACY1BIT_SIMD names and the machine lacks is the user's to mend.
+        # The user can correct a LEGACY1BIT_SIMD that this machine does not support.
         if "LEGACY1BIT_SIMD" not in str(error):
             raise
         _fail(str(error))
@@ -160,8 +237,8 @@ def _run(argv: Sequence[str] | None) -> int:
 
 
 def _option_typed(parsed: argparse.Namespace, name: str) -> str | None:
-    """Return the option of a setting, unless it comes from a file that the command line names."""
-    # It is loaded: what has failed is a command.
+    """Return the option of a setting, unless its value comes from a file."""
+    # It is loaded already: a command has failed.
     from legacy1bit.commands.options import option_of
 
     option = option_of(name) if hasattr(parsed, name) else None
@@ -172,12 +249,12 @@ def _option_typed(parsed: argparse.Namespace, name: str) -> str | None:
 
 
 def program() -> NoReturn:
-    """Be the program that the command line is of."""
-    # Before a command begins and after its end there is nothing to tidy, and Python would answer
-    # Ctrl-C with a traceback.
+    """Run the program ``legacy1bit``, and exit."""
+    # Before a command begins and after its end there is nothing to clean up, and Python would
+    # answer Ctrl-C with a traceback.
     if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    # NumPy's BLAS, which nothing here uses, interrupts a program that cannot start its threads.
+    # NumPy's BLAS is not used here; without threads to start, it would interrupt the program.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         sys.exit(main())
@@ -187,19 +264,19 @@ def program() -> NoReturn:
 
 @contextlib.contextmanager
 def _any_character() -> Iterator[None]:
-    """Have standard output take characters that its encoding lacks, and standard error be there."""
+    """Escape characters that standard output cannot encode, and provide a standard error."""
     output, missing = sys.stdout, sys.stderr is None
     before = output.errors if isinstance(output, io.TextIOWrapper) else None
     try:
         if missing:
-            # print would take a closed one for standard output.
+            # print writes to standard output where standard error is None.
             sys.stderr = open(os.devnull, "w")  # noqa: SIM115
         if isinstance(output, io.TextIOWrapper):
             output.reconfigure(errors="backslashreplace")
         yield
     finally:
         if isinstance(output, io.TextIOWrapper):
-            # It is flushed, too, which fails where nobody reads any more.
+            # This also flushes, which fails on a closed pipe.
             with contextlib.suppress(OSError, ValueError):
                 output.reconfigure(errors=before)
         if missing:
@@ -209,13 +286,12 @@ def _any_character() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _tidy_end() -> Iterator[None]:
-    """Have what ends a program from outside end it as an error would: files that are half-written
-    are removed."""
+    """Turn signals that end the program into exceptions, so that partial files are removed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # A program that was told to survive its terminal does. None: a handler that another language
-    # has installed, and Python cannot put back.
+    # Signals that are ignored (nohup) stay so. None: a handler installed by another language, which
+    # Python cannot restore.
     before = {
         number: signal.signal(number, lambda number, _: sys.exit(128 + number))
         for number in (signal.SIGTERM, signal.SIGHUP)
@@ -231,8 +307,7 @@ def _tidy_end() -> Iterator[None]:
 
 
 def _flush(*streams: TextIO | None) -> None:
-    """Write what streams still hold; where that fails, let it go nowhere, so that Python does not
-    fail on it at exit."""
+    """Flush streams; redirect those that fail to the null device, so that Python exits cleanly."""
     for stream in streams:
         if stream is not None:
             try:

@@ -422,7 +422,7 @@ def test_backward_multi_head_attention_is_the_oracles(scheme, positions, span):
     odd = ((3, 3, 2, 4), (35, 5, 1, 18)) if positions == "none" else ()
     for dim, heads, batch, time in ((2, 1, 1, 1), (6, 3, 2, 5), (34, 1, 3, 9), *odd):
         config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, positions=positions,
-                             attention_span=span, sequence_length=32, num_blocks=1)  # fmt: skip
+                             attention_window=span, sequence_length=32, num_blocks=1)  # fmt: skip
         for padding in PADDINGS:
             check_attention(config, batch, time, padding)
 
@@ -439,7 +439,7 @@ def test_backward_multi_head_attention_with_other_settings_is_the_oracles(change
 @pytest.mark.parametrize("span", [0, 1, 3, 64, 70])
 @pytest.mark.parametrize("time", [64, 65, 130])
 def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, span):
-    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+    config = make_config(model_dim=8, num_heads=2, attention_window=span, sequence_length=130,
                          num_blocks=1)  # fmt: skip
     for padding in ("none", "left", "middle"):
         check_attention(config, 1 if time > 65 else 2, time, padding)
@@ -448,7 +448,7 @@ def test_backward_multi_head_attention_of_long_sequences_is_the_oracles(time, sp
 @every_tier
 @pytest.mark.parametrize("span", [0, 3, 65])
 def test_backward_multi_head_attention_of_documents_in_a_row_is_the_oracles(span):
-    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+    config = make_config(model_dim=8, num_heads=2, attention_window=span, sequence_length=130,
                          num_blocks=1)  # fmt: skip
     # One row at a time: the bound allows for few roundings, and sums over rows have one for each.
     for documents in LONG_ROWS:
@@ -467,7 +467,7 @@ def run_block(config, x, tokens, documents=None):
 @every_tier
 @schemes
 @pytest.mark.parametrize("options", [{}, {"activation": "relu", "positions": "none"},
-                                     {"attention_span": 2}], ids=str)  # fmt: skip
+                                     {"attention_window": 2}], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("dim", "heads", "batch", "time"), [(6, 3, 2, 5), (34, 1, 3, 16),
                                                              (8, 2, 1, 70)])  # fmt: skip
 def test_backward_transformer_block_is_the_oracles(scheme, options, dim, heads, batch, time):
@@ -498,7 +498,7 @@ def test_backward_transformer_block_with_other_settings_is_the_oracles(changes):
 
 @every_tier
 def test_backward_transformer_block_of_documents_in_a_row_is_the_oracles():
-    config = make_config(num_blocks=1, attention_span=7, sub_norm=True)
+    config = make_config(num_blocks=1, attention_window=7, sub_norm=True)
     for padding in ("none", "left", "middle"):
         check_block(config, 3, 16, padding, SHORT_ROWS)
 
@@ -793,7 +793,7 @@ def test_backward_llm_batch_is_the_oracles(changes):
 @pytest.mark.parametrize("span", [0, 1, 65])
 @pytest.mark.parametrize("time", [65, 130])
 def test_backward_llm_batch_of_long_sequences_is_the_oracles(time, span):
-    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_window=span)
     tokens, targets, expected = model_case(config, 2, time, "left")
     gradients = create_legacy_llm_gradients(config)
     loss = backward_llm_batch(model_of(config), tokens, targets, gradients)
@@ -832,7 +832,7 @@ def test_backward_llm_batch_is_the_slope_of_the_loss(changes):
 
 @every_tier
 @pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu",
-                                          "attention_span": 3}, MODELS["int8, last"],
+                                          "attention_window": 3}, MODELS["int8, last"],
                                      MODELS["b158"]], ids=str)  # fmt: skip
 def test_backward_llm_batch_agrees_with_torch(changes):
     torch = pytest.importorskip("torch")
@@ -962,7 +962,7 @@ def test_backward_pass_of_documents_with_padding_is_that_of_each_alone(padding):
 @every_tier
 @pytest.mark.parametrize("span", [0, 65])
 def test_backward_pass_of_long_documents_in_a_row_is_that_of_each_alone(span):
-    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_window=span)
     check_documents(config, LONG_ROWS[:3], "none")
 
 

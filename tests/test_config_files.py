@@ -149,15 +149,15 @@ def test_read_toml_finds_each_key_where_it_is(some):
 
 
 BAD_TOML = {
-    b"[training]\nclip = 1\nclip = 2\n": "line 3 is no TOML: Cannot overwrite a value",
-    b"[training]\nclip =\n": "line 2 is no TOML: Invalid value",
-    b"[training\n": "line 1 is no TOML: Expected ']'",
-    b'[data]\nfield = """\n\n': "line 2 is no TOML: ",
+    b"[training]\nclip = 1\nclip = 2\n": "line 3 is not TOML: Cannot overwrite a value",
+    b"[training]\nclip =\n": "line 2 is not TOML: Invalid value",
+    b"[training\n": "line 1 is not TOML: Expected ']'",
+    b'[data]\nfield = """\n\n': "line 2 is not TOML: ",
     b"[data]\n\nfield = '\xe4'": "line 3: byte 0xe4 is not UTF-8",
-    b"\x00\x01\x02\x00": "line 1 is no TOML",
+    b"\x00\x01\x02\x00": "line 1 is not TOML",
     b"\x7fELF\x02\xff\xfe": "line 1: byte 0xff is not UTF-8",
     b"[a]\nx = " + b"[" * 50_000: "brackets are too deep",
-    b"[a]\nx = " + b"9" * 5000: "is no TOML: ",
+    b"[a]\nx = " + b"9" * 5000: "is not TOML: ",
     b"#" * ((1 << 16) + 1): "larger than 65536 bytes",
     b"a." * 300 + b"a = 1": "line 1 has more than 256 dots",
     b"x = 1\n[" + b"a." * 300 + b"a]": "line 2 has more than 256 dots",
@@ -216,6 +216,12 @@ BAD_CONFIGS = {
     "[data]\nvocab-size = 1": "line 2: unknown key 'vocab-size', did you mean 'vocabulary'?",
     "[data]\ncolour = 1": "line 2: unknown key 'colour', expected tokenizer, vocabulary, ",
     "[model]\nsteps = 1": "line 2: steps belongs below [training]",
+    "[model]\nmatrix_ratio = 1": "line 2: muon_lr_ratio belongs below [training]",
+    "[training]\nmuon_lr_ratio = 1\nmatrix_ratio = 1": (
+        "line 3: matrix_ratio and muon_lr_ratio are the same setting"
+    ),
+    "[training]\ndecay_share = 2": "line 2: training.decay_share is 2, expected 0.0 to 1.0",
+    "[training]\ndecay_shares = 2": "line 2: unknown key 'decay_shares', did you mean ",
     "steps = 1": "line 1: steps belongs below [training]",
     "steps = 1\n[model]": "line 1: steps belongs below [training]",
     "model = 1": "line 1: model is 1, expected a table",
@@ -373,8 +379,7 @@ def test_hyperparams_load_from_file_reads_the_c_originals(capsys):
     output, errors = capsys.readouterr()
     assert output == ""
     assert errors == (
-        "hyperparams.txt: passed over num_epochs and learning_rate_decay, which have no "
-        "counterpart here\n"
+        "hyperparams.txt: skipped num_epochs and learning_rate_decay: no counterpart here\n"
     )
 
 
@@ -451,7 +456,7 @@ def base(tmp_path_factory):
     bpe = ("--data", folder / "text.txt", "--tokenizer", "bpe", "--vocab-size", 270)
     runs = {
         "stories": ("--stories", 20, "--seed", 5),
-        "text": ("--data", folder / "text.txt", "--schedule", "linear", "--apart"),
+        "text": ("--data", folder / "text.txt", "--schedule", "linear", "--document-mask"),
         "both": ("--data", folder / "text.txt", "--validation", folder / "other.txt"),
         "bpe": (*bpe, "--space-noise", 0.1),
         "taken": ("--data", folder / "other.txt", "--tokenizer-from", folder / "bpe"),
@@ -584,7 +589,7 @@ def test_print_config_prints_all_settings(base, say):
 
 def test_print_config_makes_toml_of_a_file_of_c(say):
     output, errors = say("train", "--config", file_of(C_FILE, "c.txt"), "--print-config")
-    assert b"passed over num_epochs" in errors
+    assert b"skipped num_epochs" in errors
     assert hyperparams_load_from_file(file_of(output)) == hyperparams_load_from_file("c.txt")
 
 

@@ -423,7 +423,7 @@ def passes_of(reader, total, count):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(2, 60), st.integers(1, 17), st.integers(1, 9), st.integers(0, 5))
 def test_passes_show_every_token_once(size, length, batch_size, seed):
-    dataset = told([size], length, "passes", followed=False)
+    dataset = told([size], length, "epochs", followed=False)
     reader = dataset.reader(batch_size, seed)
     count = -(-(size - 1) // length)
     batches = read(reader, -(-3 * count // batch_size))
@@ -520,7 +520,7 @@ def test_buckets_show_every_token_once_in_rows_as_wide_as_they_need(lengths, len
             assert sorted(seen) == list(range(total))
 
 
-@pytest.mark.parametrize("order", ["passes", "packed"])
+@pytest.mark.parametrize("order", ["epochs", "packed"])
 def test_passes_have_other_orders(order):
     dataset = told([5] * 60 + [23] * 10, 8, order)
     total = 530
@@ -565,7 +565,7 @@ def test_packed_rows_waste_little(length, capsys):
     assert packed < whole / 10
 
 
-ORDERS = ("windows", "passes", "packed", "buckets")
+ORDERS = ("windows", "epochs", "packed", "buckets")
 orders = pytest.mark.parametrize("order", ORDERS)
 MIXED = [1, 8, 9, 40, 7, 7, 2, 3, 5, 16, 30, 1, 1]
 
@@ -599,7 +599,7 @@ def test_reader_is_a_function_of_the_seed(order):
 
 BAD_POSITIONS = {
     "windows": [(), (1, 0), (0, 0, 0), (1 << 62,), (-1,)],
-    "passes": [(), (1, 0), (0, 0, 0), (1 << 62,), (-1,)],
+    "epochs": [(), (1, 0), (0, 0, 0), (1 << 62,), (-1,)],
     "packed": [(), (0,), (0, 0), (0, 0, 0, 0), (0, 1, 0), (0, 0, 99), (1 << 62, 0, 0), (0, 0, -1)],
     "buckets": [(), (0,), (0, 0), (0, 1, 0), (0, 0, 99), (1 << 62, 0, 0), (0, 0, -1)],
 }
@@ -612,7 +612,7 @@ def test_reader_knows_what_is_no_position(order, position):
 
 
 @pytest.mark.parametrize(
-    ("order", "last"), [("passes", ((1 << 62) - 1,)), ("packed", (2**61 - 1, 0, 0))]
+    ("order", "last"), [("epochs", ((1 << 62) - 1,)), ("packed", (2**61 - 1, 0, 0))]
 )
 def test_reader_takes_the_largest_position(order, last):
     reader = mixed(order).reader(3, (1 << 63) - 1)
@@ -622,7 +622,7 @@ def test_reader_takes_the_largest_position(order, last):
 
 
 def test_passes_over_stories_take_each_one_once(corpus):
-    dataset = replace(corpus.training, order="passes")
+    dataset = replace(corpus.training, order="epochs")
     begins = [
         row[:40].tobytes() for batch in read(dataset.reader(7, 1), 20) for row in batch.tokens
     ]
@@ -731,7 +731,7 @@ def test_prefetcher_gives_what_the_reader_does(order, prefetched):
 
 
 def test_prefetcher_position_counts_what_was_taken(prefetched):
-    reader = mixed("passes").reader(3, 1)
+    reader = mixed("epochs").reader(3, 1)
     ahead = prefetched(reader)
     ahead.next_batch()
     wait_for(lambda: reader.position > (9,))
@@ -755,8 +755,8 @@ def test_prefetcher_changes_batches_by_the_position_before_them(prefetched):
         seen.append(position)
         return batch._replace(tokens=batch.tokens + 1)
 
-    reader = mixed("passes", apart=False).reader(3, 1)
-    ahead = prefetched(mixed("passes", apart=False).reader(3, 1), change)
+    reader = mixed("epochs", apart=False).reader(3, 1)
+    ahead = prefetched(mixed("epochs", apart=False).reader(3, 1), change)
     for _ in range(5):
         assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
     assert seen[:5] == [(0,), (3,), (6,), (9,), (12,)]
@@ -785,8 +785,8 @@ def test_prefetcher_without_a_thread_changes_batches_and_raises(prefetched):
             raise ValueError(f"no change at {position}")
         return batch._replace(tokens=batch.tokens + 1)
 
-    reader = mixed("passes", apart=False).reader(3, 1)
-    ahead = prefetched(mixed("passes", apart=False).reader(3, 1), change)
+    reader = mixed("epochs", apart=False).reader(3, 1)
+    ahead = prefetched(mixed("epochs", apart=False).reader(3, 1), change)
     for _ in range(2):
         assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
     with pytest.raises(ValueError, match=r"no change at \(6,\)"):
@@ -796,7 +796,7 @@ def test_prefetcher_without_a_thread_changes_batches_and_raises(prefetched):
 
 @pytest.mark.parametrize("batches", [0, 1, 3, 4, 5, 9])
 def test_prefetcher_raises_what_the_reader_raises(batches, prefetched):
-    ahead = prefetched(Failing(mixed("passes").reader(2, 1), batches))
+    ahead = prefetched(Failing(mixed("epochs").reader(2, 1), batches))
     read(ahead, batches)
     for _ in range(3):
         with pytest.raises(OSError, match="the disk is gone"):
@@ -810,7 +810,7 @@ def test_prefetcher_raises_what_a_change_raises(prefetched):
     def change(batch, position):
         raise ValueError(f"no change at {position}")
 
-    ahead = prefetched(mixed("passes").reader(2, 1), change)
+    ahead = prefetched(mixed("epochs").reader(2, 1), change)
     with pytest.raises(ValueError, match=r"no change at \(0,\)"):
         ahead.next_batch()
 
@@ -833,7 +833,7 @@ COPIES = [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))]
 
 
 @pytest.mark.parametrize("copied", COPIES)
-@pytest.mark.parametrize("order", ["windows", "passes", "packed", "buckets"])
+@pytest.mark.parametrize("order", ["windows", "epochs", "packed", "buckets"])
 def test_reader_copies_go_on_alike(order, copied):
     store = TokenStore([np.arange(200, dtype=np.int32)], np.arange(0, 200, 9), 199)
     reader = TokenDataset(store, 8, 256, order=order).reader(3, 5)

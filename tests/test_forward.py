@@ -176,13 +176,13 @@ def check_attention(config, batch, time, padding, documents=None):
     out = forward_multi_head_attention_batch(attention, x, allowed, context, starts)
     assert_same_bits(x, before, "the input")
     # Probabilities that no query asked for are not written; the oracle has 0 there.
-    in_reach = oracle.allowed_keys(np.zeros((1, time)), 1, config.attention_span)
+    in_reach = oracle.allowed_keys(np.zeros((1, time)), 1, config.attention_window)
     probs = np.where(in_reach, context.probs, np.float32(0.0))
     actual = {name: getattr(context, name, None) for name in expected[0]}
     actual |= {"out": out, "probs": probs}
     assert_context_near(actual, expected)
     # What may not be seen is exactly 0.
-    seen = oracle.allowed_keys(tokens, config.pad_token, config.attention_span, starts)[:, None]
+    seen = oracle.allowed_keys(tokens, config.pad_token, config.attention_window, starts)[:, None]
     assert not np.where(seen, np.float32(0.0), actual["probs"]).any()
     again = forward_multi_head_attention_batch(attention, x, allowed, starts=starts)
     assert_same_bits(again, out)
@@ -197,7 +197,7 @@ def check_attention(config, batch, time, padding, documents=None):
 def test_forward_multi_head_attention_is_the_oracles(scheme, positions, span):
     for dim, heads, batch, time in ATTENTION_SHAPES + (ODD_HEADS if positions == "none" else ()):
         config = make_config(model_dim=dim, num_heads=heads, scheme=scheme, positions=positions,
-                             attention_span=span, sequence_length=32, num_blocks=1)  # fmt: skip
+                             attention_window=span, sequence_length=32, num_blocks=1)  # fmt: skip
         for padding in PADDINGS:
             check_attention(config, batch, time, padding)
 
@@ -215,7 +215,7 @@ def test_forward_multi_head_attention_with_other_settings_is_the_oracles(changes
 @pytest.mark.parametrize("time", [63, 64, 65, 128, 130])
 def test_forward_multi_head_attention_of_long_sequences_is_the_oracles(time, span):
     # Queries go in blocks of 64.
-    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+    config = make_config(model_dim=8, num_heads=2, attention_window=span, sequence_length=130,
                          num_blocks=1)  # fmt: skip
     for padding in ("none", "left", "middle"):
         check_attention(config, 1 if time > 65 else 2, time, padding)
@@ -224,7 +224,7 @@ def test_forward_multi_head_attention_of_long_sequences_is_the_oracles(time, spa
 @every_tier
 @pytest.mark.parametrize("span", [0, 3, 65])
 def test_forward_multi_head_attention_of_documents_in_a_row_is_the_oracles(span):
-    config = make_config(model_dim=8, num_heads=2, attention_span=span, sequence_length=130,
+    config = make_config(model_dim=8, num_heads=2, attention_window=span, sequence_length=130,
                          num_blocks=1)  # fmt: skip
     check_attention(config, 6, 130, "left", LONG_ROWS)
     for padding in ("none", "middle"):
@@ -247,7 +247,7 @@ def test_forward_multi_head_attention_never_reads_what_stands_in_front_of_a_bloc
 @pytest.mark.parametrize("span", [0, 65])
 def test_forward_multi_head_attention_leaves_zeros_outside_of_documents(span):
     """Everywhere, for a backward pass that is not told of them."""
-    config = make_config(num_blocks=1, attention_span=span, positions="none")
+    config = make_config(num_blocks=1, attention_window=span, positions="none")
     context = create_transformer_block_context(12, 1, 3, 6, 130)
     context.probs.fill(np.nan)
     attention, starts = model_of(config).blocks[0].attention, starts_of(LONG_ROWS)
@@ -258,7 +258,7 @@ def test_forward_multi_head_attention_leaves_zeros_outside_of_documents(span):
 
 @every_tier
 def test_forward_multi_head_attention_writes_zeros_for_keys_a_query_may_not_see():
-    config = make_config(num_blocks=1, attention_span=3)
+    config = make_config(num_blocks=1, attention_window=3)
     context = create_transformer_block_context(12, 1, 3, 1, 16)
     context.probs.fill(np.nan)
     attention = model_of(config).blocks[0].attention
@@ -271,7 +271,7 @@ def test_forward_multi_head_attention_writes_zeros_for_keys_a_query_may_not_see(
 def test_forward_multi_head_attention_over_one_token_copies_the_values_as_c_does():
     """Departure 6: in C no token sees another; over one token, or a span of one, that is right."""
     for span, time, equal in ((0, 1, True), (1, 9, True), (0, 9, False), (2, 9, False)):
-        config = make_config(num_blocks=1, attention_span=span)
+        config = make_config(num_blocks=1, attention_window=span)
         weights = oracle_weights(model_of(config), "blocks.0.attention.")
         x = rows(2, time, 12)
         of_c = rounding_effect(
@@ -386,7 +386,7 @@ def check_block(config, batch, time, padding, documents=None):
 @every_tier
 @schemes
 @pytest.mark.parametrize("options", [{}, {"activation": "relu", "positions": "none"},
-                                     {"attention_span": 2}], ids=str)  # fmt: skip
+                                     {"attention_window": 2}], ids=str)  # fmt: skip
 @pytest.mark.parametrize(("dim", "heads", "batch", "time"), [(6, 3, 2, 5), (34, 1, 3, 16),
                                                              (8, 2, 1, 70)])  # fmt: skip
 def test_forward_transformer_block_is_the_oracles(scheme, options, dim, heads, batch, time):
@@ -407,7 +407,7 @@ def test_forward_transformer_block_with_other_settings_is_the_oracles(changes):
 
 @every_tier
 def test_forward_transformer_block_of_documents_in_a_row_is_the_oracles():
-    config = make_config(num_blocks=1, attention_span=7, sub_norm=True)
+    config = make_config(num_blocks=1, attention_window=7, sub_norm=True)
     for padding in ("none", "left", "middle"):
         check_block(config, 3, 16, padding, SHORT_ROWS)
 
@@ -751,7 +751,7 @@ def test_forward_llm_batch_is_the_oracles(changes):
 @pytest.mark.parametrize("span", [0, 1, 65])
 @pytest.mark.parametrize("time", [65, 130])
 def test_forward_llm_batch_of_long_sequences_is_the_oracles(time, span):
-    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_window=span)
     tokens, expected = model_case(config, 2, time, "left")
     assert_model_near(model_of(config), tokens, expected, threads=2)
 
@@ -887,7 +887,7 @@ def test_forward_llm_batch_answers_documents_in_a_row_as_alone(changes):
 @every_tier
 @pytest.mark.parametrize("span", [0, 65])
 def test_forward_llm_batch_answers_long_documents_in_a_row_as_alone(span):
-    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_span=span)
+    config = make_config(model_dim=8, num_heads=2, sequence_length=130, attention_window=span)
     check_documents(config, LONG_ROWS[:3], "none")
 
 
@@ -947,7 +947,7 @@ def test_forward_llm_batch_with_documents_of_one_token_answers_each_alone():
 @pytest.mark.parametrize("span", [0, 3])
 def test_forward_llm_batch_looks_back_and_never_ahead(span):
     """Departures 6 and 7: in C a prompt's last character alone decides what follows."""
-    config = make_config(sequence_length=100, attention_span=span)
+    config = make_config(sequence_length=100, attention_window=span)
     model, tokens = model_of(config), random_tokens(make_config(), 1, 100)
     before = forward_llm_batch(model, tokens, logits=True)[0]
     for changed in (0, 1, 63, 64, 99):
@@ -965,7 +965,7 @@ def test_forward_llm_batch_looks_back_and_never_ahead(span):
 @every_tier
 def test_forward_llm_batch_with_a_span_of_one_answers_each_token_alone():
     # As the C original does: what stands before makes no difference.
-    config = make_config(attention_span=1, positions="none")
+    config = make_config(attention_window=1, positions="none")
     model = model_of(config)
     tokens, expected = model_case(config, 2, 9, "none")
     alone = np.stack([forward_llm(model, int(token)) for token in tokens.ravel()])

@@ -539,7 +539,7 @@ EXACT = {
     "median, two blocks": {"scheme": "ternary-median", "num_blocks": 2},
     "sub norm": {"sub_norm": True},
     "plain": {"activation": "relu", "positions": "none", "final_norm": False, "output_bias": True},
-    "span": {"attention_span": 3},
+    "span": {"attention_window": 3},
 }
 
 

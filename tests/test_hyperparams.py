@@ -8,10 +8,13 @@ import pytest
 
 from helpers import oracle
 from legacy1bit.hyperparams import (
+    ALIASES,
     DEFAULT_RATES,
+    FILE_KEYS,
     OPTIMIZERS,
     SCALES,
     SCHEDULES,
+    DataConfig,
     ModelConfig,
     TrainingConfig,
     lr_scheduler_cosine,
@@ -50,7 +53,7 @@ MODEL_FIELDS = {
     "positions": (("rope", "none"), NOT_CHOICES, ()),
     "rope_base": ((1, 1.0, 1e9), (0.999, -1e4, 1.1e9, NAN, INF, -INF), NOT_NUMBERS),
     "final_norm": ((False, True), (), NOT_FLAGS),
-    "attention_span": ((0, 1, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
+    "attention_window": ((0, 1, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
     "output_bias": ((False, True), (), NOT_FLAGS),
 }
 TRAINING_FIELDS = {
@@ -64,7 +67,7 @@ TRAINING_FIELDS = {
     "decay_factor": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "decay_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),
     "final_learning_rate": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
-    "decay_share": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "decay_fraction": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     # None is the default for the steps.
     "warmup_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS[1:]),
     "beta1": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
@@ -77,7 +80,7 @@ TRAINING_FIELDS = {
     "sign_direction": (("descend", "ascend"), (*NOT_CHOICES, "up"), ()),
     "precision": (("auto", "float32", "bf16"), NOT_CHOICES, ()),
     "gradient_checkpointing": ((False, True), (), NOT_FLAGS),
-    "matrix_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
+    "muon_lr_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
     "clip": ((0, 1e9), (-1.0, 1.1e9, NAN, INF), NOT_NUMBERS),
     "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
     "threads": ((1, 256), (0, -1, 257), NOT_INTEGERS),
@@ -110,7 +113,7 @@ def test_fields_say_what_they_take(record, table):
     for field in dataclasses.fields(record):
         accepted, out_of_range, _ = table[field.name]
         kind, meaning = field.metadata["kind"], field.metadata["meaning"]
-        expected = {"kind", "meaning"}
+        expected = {"kind", "meaning", "group"}
         if kind is str:
             expected |= {"choices"}
             assert field.metadata["choices"] == accepted, field.name
@@ -218,9 +221,36 @@ def test_learning_rate_has_no_default_for_an_unknown_optimizer(optimizer):
 # --- Dictionaries ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("record", "earlier", "name", "value", "today"),
+    [
+        (ModelConfig, "attention_span", "attention_window", 3, 3),
+        (TrainingConfig, "matrix_ratio", "muon_lr_ratio", 1.5, 1.5),
+        (TrainingConfig, "decay_share", "decay_fraction", 0.5, 0.5),
+        (DataConfig, "apart", "document_mask", True, True),
+        (DataConfig, "validation_share", "validation_fraction", 0.2, 0.2),
+        (DataConfig, "order", "order", "passes", "epochs"),
+    ],
+)
+def test_from_dict_takes_the_names_of_earlier_versions(record, earlier, name, value, today):
+    assert getattr(record.from_dict({earlier: value}), name) == today
+    if earlier != name:
+        assert earlier in ALIASES
+        with pytest.raises(ValueError, match=f"{name} is there twice"):
+            record.from_dict({earlier: value, name: value})
+        with pytest.raises(TypeError):
+            record(**{earlier: value})
+
+
+def test_to_dict_keeps_the_keys_of_files():
+    assert ModelConfig(attention_window=3).to_dict()["attention_span"] == 3
+
+
 @records
 def test_to_dict_has_every_field(record):
-    assert list(record().to_dict()) == [field.name for field in dataclasses.fields(record)]
+    assert list(record().to_dict()) == [
+        FILE_KEYS.get(field.name, field.name) for field in dataclasses.fields(record)
+    ]
 
 
 @records
@@ -258,7 +288,7 @@ def test_c_original_has_the_settings_of_c():
     assert (config.ffn_multiplier, config.sequence_length) == (4, 128)
     assert (config.scheme, config.scale, config.ternary_embedding) == ("ternary", "one", True)
     assert (config.activation, config.positions, config.final_norm) == ("relu", "none", False)
-    assert (config.attention_span, config.int8_activations, config.sub_norm) == (1, False, False)
+    assert (config.attention_window, config.int8_activations, config.sub_norm) == (1, False, False)
 
 
 @pytest.mark.parametrize(
@@ -289,8 +319,8 @@ def test_is_c_original_does_not_mind_sizes(change):
         {"activation": "relu2"},
         {"positions": "rope"},
         {"final_norm": True},
-        {"attention_span": 0},
-        {"attention_span": 2},
+        {"attention_window": 0},
+        {"attention_window": 2},
         {"ffn_multiplier": 2},
         {"output_bias": False},
     ],
@@ -319,7 +349,7 @@ def test_learning_rate_at_is_the_oracles(schedule, steps, warmup, share, final):
         warmup_steps=warmup,
         learning_rate=3e-3,
         final_learning_rate=final,
-        decay_share=share,
+        decay_fraction=share,
         decay_factor=0.3,
         decay_every=5,
     )
@@ -354,7 +384,9 @@ def test_learning_rate_at_is_the_oracles(schedule, steps, warmup, share, final):
 def test_learning_rate_at_by_hand(changes, rates):
     # Of five steps the last two fall: at step 3 the way begins.
     options = {"decay_factor": 0.125, "decay_every": 1, "final_learning_rate": 0.25, **changes}
-    config = TrainingConfig(steps=5, warmup_steps=2, learning_rate=1.0, decay_share=0.4, **options)
+    config = TrainingConfig(
+        steps=5, warmup_steps=2, learning_rate=1.0, decay_fraction=0.4, **options
+    )
     actual = [config.learning_rate_at(step) for step in (0, 1, 2, 3, 4, 5, 12)]
     assert actual == pytest.approx(rates, **FLOAT64)
 
@@ -362,7 +394,7 @@ def test_learning_rate_at_by_hand(changes, rates):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate_at_rises_to_its_peak_before_it_falls(schedule):
     config = TrainingConfig(
-        steps=10, warmup_steps=8, decay_share=1.0, schedule=schedule, learning_rate=8.0,
+        steps=10, warmup_steps=8, decay_fraction=1.0, schedule=schedule, learning_rate=8.0,
         decay_every=1,
     )  # fmt: skip
     assert [config.learning_rate_at(step) for step in range(8)] == list(range(1, 9))

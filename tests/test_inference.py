@@ -549,7 +549,7 @@ DECODED = MODELS | {
     "2bit, row": {"scheme": "2bit", "scale": "row", "ternary_embedding": True},
     "median, groups": {"scheme": "ternary-median", "scale": "128", "model_dim": 132,
                        "num_blocks": 1, "ffn_multiplier": 1, "ternary_embedding": True},
-    "sign, span, sub norm": {"scheme": "sign", "sub_norm": True, "attention_span": 2},
+    "sign, span, sub norm": {"scheme": "sign", "sub_norm": True, "attention_window": 2},
     "one head": {"num_heads": 1, "ternary_embedding": True},
     "heads of one": {"num_heads": 12, "positions": "none"},
     "wide heads": {"model_dim": 66, "num_heads": 1, "ffn_multiplier": 1, "num_blocks": 1,
@@ -592,7 +592,7 @@ def test_decoder_of_a_full_context_answers_as_the_oracle(changes):
 def test_decoder_takes_long_prompts_in_blocks(changes, span):
     """A block is 128 tokens; what came before it is in the cache."""
     config = make_config(model_dim=8, num_heads=2, num_blocks=1, ffn_multiplier=1,
-                         sequence_length=260, attention_span=span, **changes)  # fmt: skip
+                         sequence_length=260, attention_window=span, **changes)  # fmt: skip
     for pieces in ((260,), (1, 127, 132), (128, 1, 129, 1, 1), (200, 60), (129, 130, 1)):
         check_pieces(config, 260, pieces)
     check_pieces(config, 260, (259, 1), threads=3)
@@ -612,7 +612,7 @@ def test_decoder_makes_nothing_of_nothing():
 @every_tier
 def test_decoder_rounds_what_is_too_small_for_int8_to_nothing():
     """Also where the token before has left its codes: only it itself is in its span."""
-    config = make_config(num_blocks=1, attention_span=1, activation="relu")
+    config = make_config(num_blocks=1, attention_window=1, activation="relu")
     model = create_legacy_llm(config, 1)
     model.parameters["embedding.weight"][2] = 0.0
     model.parameters["blocks.0.norm2.beta"][...] = 1e-37

@@ -1,5 +1,6 @@
 """The command line as its user meets it: what it prints, where, and what bad input is told."""
 
+import argparse
 import concurrent.futures
 import contextlib
 import errno
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import fields
+from dataclasses import asdict, fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,10 +37,11 @@ from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
 from legacy1bit.commands import progress, texts, train
-from legacy1bit.commands.run_settings import Interrupts
+from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
+    ALIASES,
     DEFAULT_RATES,
     OPTIMIZERS,
     SCALES,
@@ -57,6 +59,7 @@ from legacy1bit.threads import available_cores
 from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.trainer import read_settings
+from legacy1bit.version import __version__
 
 TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
 
@@ -145,7 +148,7 @@ def test_train_reports(say):
     assert report["entropy floor"].startswith(f"{stories.entropy_per_character():.4f} ")
     assert re.search(rb"\nsample:\n.+", output)
     assert b"\nthe run is in here " in output
-    assert b"python -m legacy1bit.main generate" in output
+    assert b"  legacy1bit generate" in output
     assert b"step      3  train loss " in errors
     assert b"step" not in output
 
@@ -256,14 +259,14 @@ SETTINGS = {
     "positions": "none",
     "rope_base": 500.5,
     "final_norm": False,
-    "attention_span": 7,
+    "attention_window": 7,
     "output_bias": True,
     "steps": 6,
     "batch_size": 4,
     "gradient_accumulation": 2,
     "optimizer": "sgd",
     "learning_rate": 0.125,
-    "matrix_ratio": 3.5,
+    "muon_lr_ratio": 3.5,
     "momentum": 0.75,
     "beta1": 0.8,
     "beta2": 0.98,
@@ -273,7 +276,7 @@ SETTINGS = {
     "clip": 2.5,
     "schedule": "step",
     "warmup_steps": 1,
-    "decay_share": 0.55,
+    "decay_fraction": 0.55,
     "final_learning_rate": 0.25,
     "decay_factor": 0.9,
     "decay_every": 8,
@@ -305,7 +308,7 @@ def stored_settings(folder):
     """What a run was started with; no setting is in both of its parts."""
     settings = json.loads(Path(folder, "training.json").read_bytes())
     assert not settings["model"].keys() & settings["training"].keys()
-    return settings["model"] | settings["training"]
+    return asdict(ModelConfig.from_dict(settings["model"])) | settings["training"]
 
 
 def test_every_setting_has_an_option(say):
@@ -359,7 +362,7 @@ def test_train_takes_every_scale(say, scheme, scale):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_train_follows_its_schedule(say, schedule):
-    options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_share": 0.5}
+    options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_fraction": 0.5}
     say(*tiny(out="here", schedule=schedule, decay_every=2, **options))
     config = read_settings(Path("here"))[1]
     rates = [record["learning_rate"] for record in read_metrics("here/metrics.jsonl")]
@@ -1919,7 +1922,7 @@ def test_info_tells_what_a_model_is_made_of(say, scheme, scale):
     report = report_of(output)
     assert errors == b""
     assert report["model"] == "run"
-    for name, value in model.config.to_dict().items():
+    for name, value in asdict(model.config).items():
         assert report[name] == str(value)
     assert report["parameters"] == f"{model.num_parameters:,}"
     assert report["stored"] == f"{model.stored_bytes():,} bytes of weights"
@@ -2177,6 +2180,10 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
         "train --bogus 1": None,
         "train extra": None,
         "info --lr 1": None,
+        **{
+            f"train --{earlier.replace('_', '-')} 1": f"--{name.replace('_', '-')}"
+            for earlier, name in ALIASES.items()
+        },
     }.items(),
     ids=str,
 )
@@ -2231,6 +2238,44 @@ def test_help_is_printed(capsysbinary, arguments):
         for name in SETTINGS:
             option = option_of(name, SETTINGS[name] or True)[0]
             assert re.search(rf"\n  {option}\b".encode(), output), option
+
+
+@pytest.mark.parametrize("command", program.COMMANDS)
+def test_help_has_every_default_and_examples(command):
+    parser = program.parser_of(command)._subparsers._group_actions[0].choices[command]
+    for action in parser._actions:
+        if action.default not in (None, False, [], argparse.SUPPRESS):
+            assert "default: " in action.help, action.option_strings
+    lines = parser.epilog.splitlines()
+    assert lines.pop(0) == "examples:"
+    for line in lines:
+        name, *words = shlex.split(line)
+        assert (name, words[0]) == ("legacy1bit", command)
+        program.parser_of(command).parse_args(words)
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_has_basic_options_first_and_experimental_ones_last(command):
+    text = program.parser_of(command)._subparsers._group_actions[0].choices[command].format_help()
+    basic, _, experimental = text.partition("\nexperimental options:\n")
+    assert "(experimental)" not in basic
+    assert experimental.count("(experimental)") == len(re.findall("^  --", experimental, re.M))
+    assert re.split(r"\n\n(?=\S)", experimental)[1].startswith("examples:")
+    for option in ("data", "tokenizer", "model-dim", "steps", "seed", "threads"):
+        assert f"\n  --{option} " in basic[: basic.index("\nthe data:")]
+
+
+def test_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"legacy1bit {__version__}\n"
+
+
+def test_full_parser_has_the_options_of_every_command():
+    choices = program.full_parser()._subparsers._group_actions[0].choices
+    assert choices.keys() == program.COMMANDS.keys()
+    assert all(parser.description or parser._actions[1:] for parser in choices.values())
 
 
 # --- Standard streams -----------------------------------------------------------------------------

@@ -1258,7 +1258,7 @@ def names(folder):
     return sorted(entry.name for entry in folder.iterdir())
 
 
-SWITCHES = ("ternary_embedding", "activation", "positions", "final_norm", "attention_span",
+SWITCHES = ("ternary_embedding", "activation", "positions", "final_norm", "attention_window",
             "int8_activations", "sub_norm")  # fmt: skip
 SWITCHED = list(itertools.product((False, True), ("relu2", "relu"), ("rope", "none"),
                                   (True, False), (0, 3), (False, True), (False, True)))  # fmt: skip
@@ -1685,7 +1685,7 @@ def test_load_model_takes_settings_with_and_without_those_of_the_weights(folder,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"activation": "relu"}, {"attention_span": 3}, {"rope_base": 500.0}, {"sequence_length": 17},
+    [{"activation": "relu"}, {"attention_window": 3}, {"rope_base": 500.0}, {"sequence_length": 17},
      {"positions": "none"}, {"num_heads": 1}, {"vocab_size": 12}, {"format_version": 1},
      {"scheme": "2bit"}, {"int8_activations": True}, {"scale": "row"}, {"sub_norm": True},
      {"model_dim": "x"}, {"unknown": 1}, {}],
@@ -2061,7 +2061,7 @@ def test_c_files_give_the_probabilities_of_c(name, tmp_path):
     "changes",
     [{"scheme": "float"}, {"scheme": "binary"}, {"scale": "tensor"}, {"scale": "row"},
      {"int8_activations": True}, {"sub_norm": True}, {"ternary_embedding": False},
-     {"activation": "relu2"}, {"positions": "rope"}, {"final_norm": True}, {"attention_span": 0},
+     {"activation": "relu2"}, {"positions": "rope"}, {"final_norm": True}, {"attention_window": 0},
      {"ffn_multiplier": 2}, {"vocab_size": 9}],
     ids=lambda changes: next(iter(changes)),
 )  # fmt: skip

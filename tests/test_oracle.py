@@ -54,7 +54,7 @@ def make_config(
         "positions": positions,
         "rope_base": 10000.0,
         "final_norm": final_norm,
-        "attention_span": span,
+        "attention_window": span,
         **changes,
     }
 

@@ -227,7 +227,7 @@ def written_and_changed(heads, span):
     """Yield what a model writes, and what optimizers make of one."""
     config = make_config(
         vocab_size=60, model_dim=18 * heads, num_heads=heads, num_blocks=1, sequence_length=90,
-        attention_span=span,
+        attention_window=span,
     )  # fmt: skip
     rng = np.random.default_rng(heads)
     decoder = Decoder(PackedModel(random_model(config)), 1)

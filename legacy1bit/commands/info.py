@@ -1,6 +1,7 @@
 """``info``: what a model is made of."""
 
 import argparse
+from dataclasses import asdict
 
 from legacy1bit.commands.options import add_model, latest_run, read_model
 from legacy1bit.model import TernaryMatrix
@@ -17,7 +18,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.model or latest_run()
     model = read_model(folder)
     print(f"{'model':<18}{folder}")
-    for name, value in (model.config.to_dict() | model.provenance.to_dict()).items():
+    for name, value in (asdict(model.config) | model.provenance.to_dict()).items():
         print(f"{name:<18}{'' if value is None else value}")
     print(f"{'parameters':<18}{model.num_parameters:,}")
     print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")

@@ -1,37 +1,37 @@
-"""What several commands share: options made of settings, and where models lie."""
+"""Options that commands share: those made from settings, and the path of a model."""
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
 from legacy1bit.formats.c_v1 import import_c_v1
-from legacy1bit.hyperparams import SETTINGS_FILE
+from legacy1bit.hyperparams import BASIC, EXPERIMENTAL, SETTINGS_FILE
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
 
 RUNS = Path("runs")
 
-# What no number of an option may be beyond: sums of them are numbers, too.
+# The largest number of an option, so that sums are finite.
 _MOST = 1e15
 
-ALL_CORES = "LEGACY1BIT_THREADS, or the cores there are"
+ALL_CORES = "LEGACY1BIT_THREADS, or all cores"
 
-# Settings whose options are not named like them; None: the command line has none.
+# Settings whose options have other names; None: without an option.
 _OPTIONS = {
     "vocab_size": None,
     "vocabulary": "vocab-size",
     "num_blocks": "blocks",
     "num_heads": "heads",
-    # A study's, beside that of each training.
+    # Of a study, beside that of each training.
     "trial_patience": "patience",
 }
 
 
 def option_of(name: str) -> str | None:
-    """Return the command line's name of a setting, without its dashes."""
+    """Return the option of a setting, without its dashes; None where it has none."""
     option = _OPTIONS.get(name, name)
     return None if option is None else option.replace("_", "-")
 
@@ -42,14 +42,19 @@ def add_settings(
     record: type[Any],
     names: Sequence[str] | None = None,
 ) -> None:
-    """Give a command an option for each field of a record of settings, or for some."""
-    group = command.add_argument_group(title)
+    """Add an option for each field of a record of settings, or for some.
+
+    Basic options go to the first group of the command's help, experimental ones to the last, and
+    the others to a group of the given title.
+    """
+    group, experimental = command.add_argument_group(title), _experimental_group(command)
     for setting in fields(record):
         option, meta = option_of(setting.name), setting.metadata
         if option is None or (names is not None and setting.name not in names):
             continue
-        default = ALL_CORES if setting.name == "threads" else setting.default
-        meaning = meta["meaning"] + ("" if default is None else f" (default: {default})")
+        meaning = f"{meta['meaning']}{_default_of(setting)}"
+        if meta["group"] == EXPERIMENTAL:
+            meaning += f" ({EXPERIMENTAL})"
         settings: dict[str, Any] = {"dest": setting.name, "help": meaning}
         if meta["kind"] is bool:
             settings["action"] = argparse.BooleanOptionalAction
@@ -59,30 +64,52 @@ def add_settings(
         else:
             settings["type"] = meta["kind"]
             settings["metavar"] = {int: "N", float: "X", str: "TEXT"}[meta["kind"]]
-        group.add_argument(f"--{option}", **settings)
+        place = {BASIC: command, EXPERIMENTAL: experimental}.get(meta["group"], group)
+        place.add_argument(f"--{option}", **settings)
+
+
+def _experimental_group(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Return the group of experimental options, which is the last one."""
+    title, groups = f"{EXPERIMENTAL} options", command._action_groups
+    group = next((one for one in groups if one.title == title), None)
+    if group is not None:
+        groups.remove(group)
+        groups.append(group)
+    return group or command.add_argument_group(title)
+
+
+def _default_of(setting: Field[Any]) -> str:
+    """Return the default of a setting for the help; none where its meaning has it."""
+    default: Any = setting.default
+    if setting.name == "threads":
+        default = ALL_CORES
+    elif isinstance(default, bool):
+        default = "on" if default else "off"
+    return "" if default is None else f" (default: {default})"
 
 
 def path_of(text: str) -> Path:
-    """Return a path that an option names; nothing is not the folder one is in."""
+    """Return the path of an option; an empty text is not the current folder."""
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected a path")
     return Path(text)
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
+    """Add the option that names a model."""
     command.add_argument(
         "--model", metavar="PATH", type=path_of, help="a run's folder (default: the latest)"
     )
 
 
 def given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:
-    """Return the settings of a record that the command line names."""
+    """Return the settings of a record that are on the command line."""
     values = {setting.name: getattr(arguments, setting.name, None) for setting in fields(record)}
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
-    """Raise ``ValueError`` unless each of some options is a number above 0, or was not given."""
+    """Raise ``ValueError`` unless each of these options is above 0, or was not given."""
     for name in names:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= _MOST:
@@ -92,7 +119,7 @@ def check_above_zero(arguments: argparse.Namespace, *names: str) -> None:
 
 
 def threads_of(arguments: argparse.Namespace) -> int:
-    """Return how many threads to use: never more than there are cores."""
+    """Return the number of threads: at most that of the cores."""
     if arguments.threads is None:
         return default_threads()
     if not 1 <= arguments.threads <= 256:
@@ -101,7 +128,7 @@ def threads_of(arguments: argparse.Namespace) -> int:
 
 
 def read_model(path: Path) -> LegacyLLM:
-    """Return a model of a folder, or of a file of the C original, with where it comes from.
+    """Return the model of a folder, or of a file of the C original, with its provenance.
 
     Raises
     ------
@@ -112,7 +139,7 @@ def read_model(path: Path) -> LegacyLLM:
 
 
 def write_bytes(data: bytes) -> None:
-    """Write to standard output, as text where what stands in for it takes nothing else."""
+    """Write to standard output; as text where its replacement takes only text."""
     output = sys.stdout
     if hasattr(output, "buffer"):
         output.buffer.write(data)
@@ -127,9 +154,9 @@ def latest_run() -> Path:
     Raises
     ------
     ValueError
-        If there is none.
+        If there are no runs.
     """
-    found = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
-    if not found:
+    settings = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
+    if not settings:
         raise ValueError(f"there is no run in {RUNS}/ yet: train one first, or name one")
-    return max(found, key=lambda path: path.stat().st_mtime_ns).parent
+    return max(settings, key=lambda path: path.stat().st_mtime_ns).parent

@@ -44,7 +44,7 @@ STORIES = "stories"
 
 # Settings of texts of one's own; the stories are bytes, each from its beginning.
 _OF_READING = ("tokenizer", "field", "encoding", "separator", "split")
-_OF_TEXTS = (*_OF_READING, "vocabulary", "validation_share", "order", "apart")
+_OF_TEXTS = (*_OF_READING, "vocabulary", "validation_fraction", "order", "document_mask")
 
 DEFAULT_STORIES = 20000
 _MOST_STORIES = 10_000_000

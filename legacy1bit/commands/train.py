@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.evaluate import print_metrics, print_recall
+from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.commands.options import (
     RUNS,
     add_settings,
@@ -21,7 +22,7 @@ from legacy1bit.commands.options import (
     threads_of,
 )
 from legacy1bit.commands.progress import progress_of_training
-from legacy1bit.commands.run_settings import Interrupts, add_config, beginning_of, told_settings
+from legacy1bit.commands.run_settings import add_config, merged_settings, plan_run
 from legacy1bit.commands.texts import add_data, corpus_of, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
@@ -184,9 +185,9 @@ def _print_config(arguments: argparse.Namespace) -> None:
         raise ValueError("--print-config goes with --config, and not with --resume")
     if arguments.minutes is not None:
         raise ValueError("--print-config excludes --minutes: only training tells the steps in them")
-    told = told_settings(arguments)
-    unset = () if "threads" in told["training"] else ("threads",)
-    print(config_text(*records_of(told, arguments.config), unset), end="")
+    settings = merged_settings(arguments)
+    unset = () if "threads" in settings["training"] else ("threads",)
+    print(config_text(*records_of(settings, arguments.config), unset), end="")
 
 
 def _start(
@@ -203,7 +204,7 @@ def _start(
     if arguments.minutes is not None and arguments.steps is not None:
         raise ValueError("--minutes and --steps exclude each other")
     _check_folder(arguments.out)
-    new = beginning_of(arguments)
+    new = plan_run(arguments)
     training = new.training
     if new.run is not None:
         print(
@@ -340,7 +341,7 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
-            f"  python -m legacy1bit.main train --resume {shlex.quote(str(trainer.folder))}",
+            f"  legacy1bit train --resume {shlex.quote(str(trainer.folder))}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -389,4 +390,4 @@ def _report(trainer: Trainer) -> None:
         print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
-    print(f'  python -m legacy1bit.main generate --model {folder} --prompt "{prompt}"')
+    print(f'  legacy1bit generate --model {folder} --prompt "{prompt}"')

@@ -13,6 +13,7 @@ from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
@@ -22,7 +23,7 @@ from legacy1bit.commands.options import (
     threads_of,
 )
 from legacy1bit.commands.progress import progress_of_tuning
-from legacy1bit.commands.run_settings import Interrupts, add_config, beginning_of
+from legacy1bit.commands.run_settings import add_config, plan_run
 from legacy1bit.commands.texts import add_data, corpus_of, moved
 from legacy1bit.config_files import write_config
 from legacy1bit.data.corpus import Corpus
@@ -114,7 +115,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="what counts: loss, bytes, speed; of several, the Pareto front (default: loss)",
     )
     option("--no-prune", action="store_true", help="train bad models to their end, too")
-    option("--jobs", metavar="N", type=int, default=1, help="processes, which share the cores")
+    option(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1,
+        help="processes, which share the cores (default: 1)",
+    )
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
     add_settings(command, "the model", ModelConfig)
@@ -184,8 +191,7 @@ def _search(arguments: argparse.Namespace) -> int:
     found = work.report()
     if stopped:
         print(
-            f"stopped; go on with:\n  python -m legacy1bit.main tune --resume "
-            f"{shlex.quote(str(work.folder))}",
+            f"stopped; go on with:\n  legacy1bit tune --resume {shlex.quote(str(work.folder))}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -307,7 +313,7 @@ class _Work:
         )
         config = shlex.quote(str(self.folder / BEST_FILE))
         print(f"\nthe best settings are in {config}; next:")
-        print(f"  python -m legacy1bit.main train --config {config}{text}")
+        print(f"  legacy1bit train --config {config}{text}")
         return True
 
 
@@ -356,7 +362,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
             f"--storage {arguments.storage} is gone with the process, expected a file's: "
             "sqlite:///study.db"
         )
-    new = beginning_of(arguments)
+    new = plan_run(arguments)
     terms = Terms(
         space,
         new.model,
@@ -388,7 +394,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         )
         new.corpus.tokenizer.save(folder)
         words = shlex.join([shown(word) for word in arguments.words])
-        command = f"python -m legacy1bit.main {words}"
+        command = f"legacy1bit {words}"
         StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
     except BaseException:
         # It can be named again. What others have made is theirs.

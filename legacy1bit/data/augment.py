@@ -50,10 +50,10 @@ class Augmentation:
             self._changes.append(self._noisy)
         if config.subword_splitting:
             self._changes.append(self._split)
-        if self._changes and (config.order == "packed" or config.apart):
+        if self._changes and (config.order == "packed" or config.document_mask):
             raise SettingError(
                 "case_noise, space_noise and subword_splitting change the lengths of documents: "
-                "expected 0 where they are packed or kept apart",
+                "expected 0 where they are packed or have a document mask",
                 *("case_noise", "space_noise", "subword_splitting"),
             )
         if tokenizer.kind == "unknown" and (config.case_noise or config.space_noise):

@@ -215,7 +215,7 @@ def source_corpus(
     by_documents = validation is None and (
         data.split == "documents" or (data.split == "auto" and source.has_documents)
     )
-    share = data.validation_share if by_documents else 0.0
+    share = data.validation_fraction if by_documents else 0.0
     folder, index = tokens_of(source, tokenizer, cache, share, on_progress)
     sha256, remarks = index.sha256, _remarks(source, index)
     if validation is not None:
@@ -236,7 +236,7 @@ def source_corpus(
             if part.documents == 0:
                 raise ValueError(
                     f"{source.name}: by chance no document is for {name}; expected more documents, "
-                    "another --validation-share, or --split tail"
+                    "another --validation-fraction, or --split tail"
                 )
         learned, kept = (open_store(folder, index, name) for name in (TRAINING, VALIDATION))
     else:
@@ -289,8 +289,10 @@ def _datasets(
     learned: TokenStore, kept: TokenStore, data: DataConfig, sequence_length: int, pad_token: int
 ) -> tuple[TokenDataset, TokenDataset]:
     return (
-        TokenDataset(learned, sequence_length, pad_token, order=data.order, apart=data.apart),
-        TokenDataset(kept, sequence_length, pad_token, apart=data.apart),
+        TokenDataset(
+            learned, sequence_length, pad_token, order=data.order, apart=data.document_mask
+        ),
+        TokenDataset(kept, sequence_length, pad_token, apart=data.document_mask),
     )
 
 
@@ -370,7 +372,7 @@ def _cut_tail(
     store: TokenStore, name: str, data: DataConfig, sequence_length: int
 ) -> tuple[TokenStore, TokenStore]:
     """Return what is to be learned, and the tail, which validates."""
-    share, cut = data.validation_share, _tail_of(store.size, data.validation_share)
+    share, cut = data.validation_fraction, _tail_of(store.size, data.validation_fraction)
     if min(cut, store.size - cut) <= sequence_length:
         needed = int((sequence_length + 0.5) / min(share, 1.0 - share))
         while min(_tail_of(needed, share), needed - _tail_of(needed, share)) <= sequence_length:

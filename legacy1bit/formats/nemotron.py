@@ -51,7 +51,7 @@ def check_nemotron(config: ModelConfig) -> None:
     lacking = (
         (config.activation == "relu", "plain ReLU", "--activation relu2"),
         (config.positions == "none", "attention without positions", "--positions rope"),
-        (config.attention_span > 0, "attention span", "--attention-span 0"),
+        (config.attention_window > 0, "attention window", "--attention-window 0"),
         (config.sub_norm, "norms inside their layers", "--no-sub-norm"),
         (not config.final_norm, "output without a norm before it", "--final-norm"),
         (config.output_bias, "output bias", "--no-output-bias"),

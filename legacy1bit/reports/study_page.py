@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def _table_of_best(
     changed = [
         [name, _value(value), _value(usual[name])]
         for record in (model, training)
-        for usual in (defaults_of(record).to_dict(),)
-        for name, value in record.to_dict().items()
+        for usual in (asdict(defaults_of(record)),)
+        for name, value in asdict(record).items()
         if value != usual[name]
     ]
     several = len(terms.objectives) > 1

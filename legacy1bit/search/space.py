@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.config_files import read_toml, unknown_key
-from legacy1bit.hyperparams import DEFAULT_RATES, ModelConfig, TrainingConfig, check_setting
-from legacy1bit.system.errors import shown
+from legacy1bit.hyperparams import (
+    ALIASES,
+    DEFAULT_RATES,
+    ModelConfig,
+    TrainingConfig,
+    check_setting,
+)
+from legacy1bit.system.errors import format_value
 
 # The vocabulary is the tokenizer's, and these are no question of what is best.
 _NOT_SEARCHED = (
@@ -151,17 +157,18 @@ def read_space(path: str | os.PathLike[str]) -> tuple[Dimension, ...]:
 def _read_dimension(
     path: str | os.PathLike[str], lines: Mapping[str, int], name: str, table: Any
 ) -> Dimension:
-    line = lines.get(name, 1)
-    if name not in _SETTINGS:
+    line, setting = lines.get(name, 1), ALIASES.get(name, name)
+    if setting not in _SETTINGS:
         raise unknown_key(path, line, name, _SETTINGS)
     if not isinstance(table, dict):
-        came = shown(table)
+        came = format_value(table)
         raise ValueError(f"{path}, line {line}: {name} is {came}, expected a table [{name}]")
 
     def refuse(key: str, expected: str) -> ValueError:
         place = lines.get(f"{name}.{key}", line)
         return ValueError(
-            f"{path}, line {place}: {name}.{key} is {shown(table.get(key))}, expected {expected}"
+            f"{path}, line {place}: {name}.{key} is {format_value(table.get(key))}, expected "
+            f"{expected}"
         )
 
     for key in table:
@@ -170,8 +177,8 @@ def _read_dimension(
     for key in _FLAGS:
         if not isinstance(table.get(key, False), bool):
             raise refuse(key, "true or false")
-    meta, of_steps = _SETTINGS[name].metadata, table.get("of_steps", False)
-    if of_steps and name not in _COUNTING_STEPS:
+    meta, of_steps = _SETTINGS[setting].metadata, table.get("of_steps", False)
+    if of_steps and setting not in _COUNTING_STEPS:
         raise refuse("of_steps", f"it for {', '.join(_COUNTING_STEPS)} only")
     if "choices" in table:
         choices = table["choices"]
@@ -182,10 +189,10 @@ def _read_dimension(
             raise ValueError(f"{path}, line {line}: {name} has choices, expected nothing beside")
         for choice in choices:
             try:
-                check_setting(_SETTINGS[name], choice)
+                check_setting(_SETTINGS[setting], choice)
             except (TypeError, ValueError) as error:
                 raise refuse("choices", f"values that it may have: {error}") from None
-        return Dimension(name, tuple(choices), for_bytes=for_bytes)
+        return Dimension(setting, tuple(choices), for_bytes=for_bytes)
     if meta["kind"] not in (int, float):
         raise ValueError(f"{path}, line {line}: {name} is no number, expected choices")
     whole = meta["kind"] is int and not of_steps
@@ -210,7 +217,7 @@ def _read_dimension(
         raise refuse("step", "none beside log")
     if log and low <= 0:
         raise refuse("low", "it above 0 where log is true")
-    return Dimension(name, None, low, high, step, log, of_steps, table.get("for_bytes", False))
+    return Dimension(setting, None, low, high, step, log, of_steps, table.get("for_bytes", False))
 
 
 # --- The grid -------------------------------------------------------------------------------------

@@ -24,7 +24,14 @@ from typing import Any
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.places import located
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import SETTINGS_FILE, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    ALIASES,
+    SETTINGS_FILE,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+    renamed,
+)
 from legacy1bit.logger import METRICS_FILE, MetricsLogger
 from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, model_folder, save_model
 from legacy1bit.search.space import Dimension, GridSearch, apply
@@ -142,7 +149,13 @@ class Terms:
             If they are damaged.
         """
         space = tuple(
-            Dimension(**{**told, "choices": tuple(told["choices"]) if "choices" in told else None})
+            Dimension(
+                **{
+                    **told,
+                    "name": ALIASES.get(told["name"], told["name"]),
+                    "choices": tuple(told["choices"]) if "choices" in told else None,
+                }
+            )
             for told in terms["space"]
         )
         return cls(
@@ -437,7 +450,7 @@ def open_study(storage: Any, name: str, terms: Terms | None, threads: int) -> tu
         known = study.user_attrs.get("terms")
         if known is None:
             study.set_user_attr("terms", terms.to_dict())
-        elif known != terms.to_dict():
+        elif (known := Terms.from_dict(known, 1).to_dict()) != terms.to_dict():
             different = [key for key, value in terms.to_dict().items() if known.get(key) != value]
             raise ValueError(
                 f"the study {name} has another {different[0]}: expected the same, or another name"
@@ -508,7 +521,7 @@ def results_of(study: Any) -> list[TrialResult]:
             TrialResult(
                 trial.number,
                 state,
-                dict(trial.params),
+                renamed(trial.params),
                 told.get("model", {}),
                 told.get("training", {}),
                 loss,
@@ -604,7 +617,7 @@ class Tuner:
 
     def _beginning(self) -> dict[str, Any]:
         """Return the settings that are not searched for yet, as far as they lie in the space."""
-        base = {**self.terms.model.to_dict(), **self.terms.training.to_dict()}
+        base = {**asdict(self.terms.model), **asdict(self.terms.training)}
         return {
             each.name: base[each.name]
             for each in self.terms.space

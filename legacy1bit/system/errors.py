@@ -80,8 +80,8 @@ def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def shown(value: Any) -> str:
-    """Return a value as an error tells it; a number may have more digits than Python spells."""
+def format_value(value: Any) -> str:
+    """Return a value for an error message; Python does not spell numbers of too many digits."""
     try:
         return repr(value)
     except ValueError:

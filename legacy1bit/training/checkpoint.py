@@ -26,6 +26,7 @@ from legacy1bit.hyperparams import (
     DataConfig,
     ModelConfig,
     TrainingConfig,
+    renamed,
 )
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
 from legacy1bit.model import (
@@ -35,7 +36,7 @@ from legacy1bit.model import (
     WEIGHTS_FILE,
     ModelFileError,
 )
-from legacy1bit.system.errors import one_line, shown
+from legacy1bit.system.errors import format_value, one_line
 from legacy1bit.system.files import atomic_copy, atomic_write, check_regular, serialize_tensors
 
 EARLIER_FILE = "earlier.safetensors"
@@ -242,13 +243,14 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
 
 
 def _check_settings(path: Path, header: Mapping[str, str], settings: FixedSettings) -> None:
-    for table, values in settings.items():
+    for table, own in settings.items():
         # Checkpoints of earlier versions tell of the model only.
         if table in header or table == "model":
-            for name, told in json.loads(header[table]).items():
+            values = renamed(own)
+            for name, told in renamed(json.loads(header[table])).items():
                 # A crash may have come before a newer version has told the settings beside it all.
                 if name in values and values[name] != told:
                     raise OtherRunError(
-                        f"{path} is of another run: its {name} is {shown(told)}, expected "
-                        f"{shown(values[name])}"
+                        f"{path} is of another run: its {name} is {format_value(told)}, expected "
+                        f"{format_value(values[name])}"
                     )

@@ -791,7 +791,7 @@ def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
     shared = (config.beta1, config.beta2, config.epsilon, decay, direction)
     if config.optimizer == "adamw":
         return AdamW(model, *shared)
-    return Muon(model, *shared, config.matrix_ratio, config.momentum)
+    return Muon(model, *shared, config.muon_lr_ratio, config.momentum)
 
 
 def read_settings(

@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ def parsed(arguments):
     """The settings that a command line of ``results.command`` asks for."""
     assert arguments[:2] == ["-m", "legacy1bit.main"]
     values = main.parser_of(arguments[2]).parse_args(arguments[2:])
-    return run_settings._configs(values, run_settings.told_settings(values))[:2]
+    return run_settings._records(values, run_settings.merged_settings(values))[:2]
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.label)
@@ -37,7 +38,7 @@ def test_commands_are_understood(variant):
     changes = [
         name
         for new, base in ((model, base_model), (training, base_training))
-        for name in new.to_dict()
+        for name in asdict(new)
         if getattr(new, name) != getattr(base, name)
     ]
     assert len(changes) == variant.options.count("--")
@@ -48,8 +49,8 @@ def test_the_first_recipe_does_not_depend_on_defaults():
     shape = {"num_blocks": 4, "num_heads": 4, "model_dim": 128, "ffn_multiplier": 4}
     shape |= {"sequence_length": 64}
     assert model == ModelConfig(**shape)
-    rates = {"learning_rate": 0.003, "matrix_ratio": 3.3, "weight_decay": 0.02}
-    schedule = {"schedule": "cosine", "decay_share": 1.0, "steps": 2000}
+    rates = {"learning_rate": 0.003, "muon_lr_ratio": 3.3, "weight_decay": 0.02}
+    schedule = {"schedule": "cosine", "decay_fraction": 1.0, "steps": 2000}
     assert training == TrainingConfig(batch_size=12, evaluate_every=500, **rates, **schedule)
 
 
@@ -227,7 +228,7 @@ def test_budgets_are_understood(monkeypatch):
     monkeypatch.chdir(DOCUMENT.parents[1])
     for options in results._BUDGETS.values():
         values = main.parser_of("train").parse_args(["train", *shlex.split(options)])
-        model = run_settings._configs(values, run_settings.told_settings(values))[0]
+        model = run_settings._records(values, run_settings.merged_settings(values))[0]
         assert values.minutes in (1, 10)
         assert model.scheme == "ternary"
 

@@ -265,7 +265,8 @@ def test_train_says_what_is_wrong_with_tokenizers(fail, text):
 
 
 @pytest.mark.parametrize(
-    "option", ["--tokenizer=bpe", "--order=packed", "--apart", "--split=tail", "--separator=x"]
+    "option",
+    ["--tokenizer=bpe", "--order=packed", "--document-mask", "--split=tail", "--separator=x"],
 )
 def test_the_stories_have_no_settings_of_texts(fail, option):
     message = fail("train", "--stories", 50, *TINY, option)
@@ -274,4 +275,4 @@ def test_the_stories_have_no_settings_of_texts(fail, option):
 
 
 def test_settings_of_data_start_as_they_always_were():
-    assert DataConfig() == DataConfig(tokenizer="bytes", order="windows", apart=False)
+    assert DataConfig() == DataConfig(tokenizer="bytes", order="windows", document_mask=False)

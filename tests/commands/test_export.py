@@ -395,7 +395,7 @@ def test_import_takes_empty_and_missing_folders(say, name):
     [
         ({"activation": "relu"}, "no plain ReLU: train with --activation relu2"),
         ({"positions": "none"}, "train with --positions rope"),
-        ({"attention_span": 3}, "train with --attention-span 0"),
+        ({"attention_window": 3}, "train with --attention-window 0"),
         ({"sub_norm": True}, "train with --no-sub-norm"),
         ({"final_norm": False}, "train with --final-norm"),
         ({"output_bias": True}, "train with --no-output-bias"),

@@ -329,7 +329,7 @@ def assert_same_run(one, two):
     assert_same_files(Path(one), Path(two))
 
 
-@pytest.mark.parametrize("order", ["windows", "passes", "packed"])
+@pytest.mark.parametrize("order", ["windows", "epochs", "packed"])
 def test_resume_without_the_cache_goes_on_to_the_same_bits(say, tmp_path, monkeypatch, order):
     options = {"tokenizer": "bpe", "vocab_size": 280, "order": order, "sequence_length": 16}
     data = make_lines(tmp_path)

@@ -34,7 +34,7 @@ INPUTS = ("token_dropout", "span_masking")
 TEXTS = ("subword_splitting", "case_noise", "space_noise")
 
 
-def batch_of(kind, rows=40, length=64, order="passes"):
+def batch_of(kind, rows=40, length=64, order="epochs"):
     """A batch of a text with specials in it, and what pads it; some rows are padded."""
     tokenizer = KINDS[kind]
     begin = [] if tokenizer.eos_token is None else [np.array([tokenizer.eos_token], np.int32)]
@@ -306,7 +306,7 @@ def test_special_tokens_survive_changes_of_text(kind, name):
 
 @kinds
 @pytest.mark.parametrize("name", TEXTS)
-@pytest.mark.parametrize("rows", [{"order": "packed"}, {"apart": True}])
+@pytest.mark.parametrize("rows", [{"order": "packed"}, {"document_mask": True}])
 def test_changes_of_length_are_refused_where_rows_are_shared(kind, name, rows):
     config = DataConfig(**{name: 0.1}, **rows)
     with pytest.raises(ValueError, match="change the lengths of documents: expected 0") as error:
@@ -320,7 +320,7 @@ def test_inputs_change_in_packed_rows_too(kind, name):
     batch, _ = batch_of(kind)
     starts = np.zeros_like(batch.tokens)
     found = augmented(
-        kind, batch._replace(starts=starts), order="packed", apart=True, **{name: 0.5}
+        kind, batch._replace(starts=starts), order="packed", document_mask=True, **{name: 0.5}
     )
     assert found.starts is starts
     assert_same_bits(found.targets, batch.targets)

@@ -107,7 +107,7 @@ def counted(monkeypatch):
 def test_documents_go_to_one_side_with_their_copies(tmp_path, cache, kind):
     documents = [f"{number} {STORY}" for number in range(300)] * 2
     path = file_of(tmp_path, documents)
-    data = DataConfig(separator="|", validation_share=0.2)
+    data = DataConfig(separator="|", validation_fraction=0.2)
     tokenizer = TOKENIZERS[kind]
     corpus = made(path, cache, data, tokenizer)
     assert (corpus.name, corpus.tokenizer) == ("text.txt", tokenizer)
@@ -128,7 +128,7 @@ def test_share_of_documents_is_about_that(tmp_path, cache):
     path = tmp_path / "text.jsonl"
     path.write_text("".join(f'{{"text": "{number}"}}\n' for number in range(5000)))
     for share in (0.01, 0.1, 0.5, 0.9):
-        corpus = made(path, cache, DataConfig(validation_share=share), length=2)
+        corpus = made(path, cache, DataConfig(validation_fraction=share), length=2)
         found = corpus.validation.tokens.document_count / 5000
         # Five standard deviations.
         assert abs(found - share) < 5 * (share * (1 - share) / 5000) ** 0.5
@@ -221,7 +221,7 @@ def test_together_loses_no_piece(monkeypatch):
 def test_tail_is_exact(tmp_path, cache, share, size):
     text = ("abcdefg" * size)[:size]
     path = file_of(tmp_path, [text])
-    corpus = made(path, cache, DataConfig(split="tail", validation_share=share))
+    corpus = made(path, cache, DataConfig(split="tail", validation_fraction=share))
     expected = np.frombuffer(f"\n{text}\n".encode(), np.uint8).astype(np.int32)
     cut = expected.size - round(expected.size * share)
     assert_same_bits(tokens_in(corpus.training), expected[:cut])
@@ -231,7 +231,7 @@ def test_tail_is_exact(tmp_path, cache, share, size):
 @pytest.mark.parametrize("share", [1e-9, 1e-3, 0.1, 0.3, 0.5, 0.7, 0.9])
 @pytest.mark.parametrize("length", [1, 2, 7, 64, 1000])
 def test_tail_says_how_many_tokens_it_needs(share, length):
-    data = DataConfig(split="tail", validation_share=share)
+    data = DataConfig(split="tail", validation_fraction=share)
 
     def refused(size):
         with pytest.raises(ValueError, match=f"text has {size} tokens, too few") as error:
@@ -317,7 +317,7 @@ def test_folder_is_read_in_its_order(tmp_path, cache):
     (folder / "b" / "c.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     (folder / "d.md.gz").write_bytes(gzip.compress(b"three"))
     (folder / "not.png").write_bytes(b"\xff")
-    corpus = made(folder, cache, DataConfig(split="tail", validation_share=0.2))
+    corpus = made(folder, cache, DataConfig(split="tail", validation_fraction=0.2))
     assert "3 files" in corpus.name
     joined = np.concatenate([tokens_in(corpus.training), tokens_in(corpus.validation)])
     assert bytes(joined.astype(np.uint8)).decode() == f"\n{STORY}\none\ntwo\nthree\n"
@@ -411,10 +411,10 @@ def test_whatever_changes_is_tokenized_anew(tmp_path, cache, counted):
     assert changes(kind="chars") == 1
     assert changes(DataConfig(encoding="latin-1")) == 1
     assert changes(DataConfig(separator="|")) == 1
-    assert changes(DataConfig(separator="|", validation_share=0.2)) == 1
-    assert changes(DataConfig(separator="|", split="tail", validation_share=0.2)) == 1
+    assert changes(DataConfig(separator="|", validation_fraction=0.2)) == 1
+    assert changes(DataConfig(separator="|", split="tail", validation_fraction=0.2)) == 1
     # Where the tail begins is not written down.
-    assert changes(DataConfig(validation_share=0.2)) == 0
+    assert changes(DataConfig(validation_fraction=0.2)) == 0
     assert changes(content=text + b".") == 1
     os.utime(path, ns=(1, 1))
     assert changes() == 1

@@ -300,7 +300,7 @@ def test_no_merge_can_apply(file):
 REFUSED = {
     "activation": ({"activation": "relu"}, "no plain ReLU: train with --activation relu2"),
     "positions": ({"positions": "none"}, "without positions: train with --positions rope"),
-    "span": ({"attention_span": 3}, "no attention span: train with --attention-span 0"),
+    "span": ({"attention_window": 3}, "no attention window: train with --attention-window 0"),
     "sub norm": ({"sub_norm": True}, "no norms inside.*: train with --no-sub-norm"),
     "final norm": ({"final_norm": False}, "output without a norm.*: train with --final-norm"),
     "output bias": ({"output_bias": True}, "no output bias: train with --no-output-bias"),

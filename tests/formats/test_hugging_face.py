@@ -231,7 +231,7 @@ def test_an_export_that_fails_leaves_the_old_one(tmp_path, monkeypatch):
     [
         ({"activation": "relu"}, "--activation relu2"),
         ({"positions": "none"}, "--positions rope"),
-        ({"attention_span": 3}, "--attention-span 0"),
+        ({"attention_window": 3}, "--attention-window 0"),
         ({"sub_norm": True}, "--no-sub-norm"),
         ({"final_norm": False}, "--final-norm"),
         ({"output_bias": True}, "--no-output-bias"),

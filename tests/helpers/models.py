@@ -9,6 +9,7 @@ import contextlib
 import functools
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -124,7 +125,7 @@ def decoder_weights(model):
 
 def oracle_config(config):
     names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
-             "positions", "rope_base", "final_norm", "attention_span", "scheme",
+             "positions", "rope_base", "final_norm", "attention_window", "scheme",
              "ternary_embedding", "int8_activations", "sub_norm")  # fmt: skip
     settings = {name: getattr(config, name) for name in names}
     # What is not quantized gets its inputs as they are.
@@ -162,8 +163,8 @@ MODELS = {
     "ternary embedding": {"ternary_embedding": True},
     "scale one": {"scale": "one", "ternary_embedding": True},
     "plain": {"activation": "relu", "positions": "none", "final_norm": False},
-    "span 1": {"attention_span": 1},
-    "span 3": {"attention_span": 3, "positions": "none"},
+    "span 1": {"attention_window": 1},
+    "span 3": {"attention_window": 3, "positions": "none"},
     "one block": {"num_blocks": 1, "final_norm": False},
     "no output bias": {"output_bias": False},
     "odd": {"vocab_size": 7, "model_dim": 15, "num_heads": 5, "positions": "none"},
@@ -173,7 +174,7 @@ MODELS = {
                        "model_dim": 130, "num_heads": 5, "ffn_multiplier": 1, "num_blocks": 1},
     "2bit, groups": {"scheme": "2bit", "scale": "256", "model_dim": 90, "num_heads": 3,
                      "num_blocks": 1},
-    "sign": {"scheme": "sign", "scale": "row", "attention_span": 3},
+    "sign": {"scheme": "sign", "scale": "row", "attention_window": 3},
     "sub norm": {"sub_norm": True},
     "sub norm, plain": {"sub_norm": True, "scheme": "float", "activation": "relu",
                         "positions": "none", "final_norm": False},
@@ -205,8 +206,7 @@ layers = pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
 
 def float_twin(model, **changes):
     """The model that has for weights what another has for latent ones."""
-    settings = {**model.config.to_dict(), "scheme": "float", **changes}
-    twin = create_legacy_llm(ModelConfig(**settings), 2)
+    twin = create_legacy_llm(replace(model.config, scheme="float", **changes), 2)
     for name, values in model.latent.items():
         twin.latent[name][...] = values
     return twin

@@ -19,7 +19,7 @@ The parameters of a model are a dict of arrays:
 
 The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
 ``num_heads``, ``ffn_multiplier``, ``activation`` ("relu" or "relu2"), ``positions`` ("rope" or
-"none"), ``rope_base``, ``final_norm`` (bool) and ``attention_span`` (0: no limit), and, where they
+"none"), ``rope_base``, ``final_norm`` (bool), ``attention_window`` (0: no limit) and, where they
 are not False, ``sub_norm``, ``int8_activations``, ``int8_cache`` and ``ternary_embedding``. With
 the cache in int8, a token's key and value are rounded as activations are, each head by itself.
 """
@@ -359,7 +359,7 @@ def _attend(x, tokens, weights, config, starts=None):
         q, k = rotary(q, config["rope_base"]), rotary(k, config["rope_base"])
     if config.get("int8_cache"):
         k, v = quantize_activations(k), quantize_activations(v)
-    allowed = allowed_keys(tokens, config["vocab_size"], config["attention_span"], starts)
+    allowed = allowed_keys(tokens, config["vocab_size"], config["attention_window"], starts)
     scores = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
     probabilities = masked_softmax(scores, allowed[:, None])
     heads = np.einsum("bhij,bjhd->bihd", probabilities, v).reshape(x.shape)
@@ -888,7 +888,7 @@ def read_c_v1(path, *, num_heads=4, ffn_multiplier=4):
         "positions": "none",
         "rope_base": 10000.0,
         "final_norm": False,
-        "attention_span": 1,
+        "attention_window": 1,
     }
     return params, config
 

@@ -13,7 +13,7 @@ def torch_loss(torch, params, config, tokens, targets):
     head_dim = dim // heads
     padding = tokens == config["vocab_size"]
     distance = torch.arange(time)[:, None] - torch.arange(time)[None, :]
-    reach = config["attention_span"] or time
+    reach = config["attention_window"] or time
     allowed = ((distance >= 0) & (distance < reach))[None, None] & ~padding[:, None, None, :]
 
     def norm(x, name):

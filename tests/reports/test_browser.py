@@ -177,4 +177,4 @@ def test_page_of_a_study_is_seen(browser, searched, screen, colours, tmp_path):
         assert not trials.is_visible()
         page.locator("summary").click()
         assert trials.is_visible()
-        assert "python -m legacy1bit.main tune" in page.locator("body").inner_text()
+        assert "legacy1bit tune" in page.locator("body").inner_text()

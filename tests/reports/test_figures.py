@@ -315,7 +315,7 @@ def test_each_code_has_one_colour():
     np.testing.assert_allclose([patch.get_facecolor() for patch in patches], colours)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": "none"}, {"attention_span": 3}])
+@pytest.mark.parametrize("options", [{}, {"positions": "none"}, {"attention_window": 3}])
 def test_attention_is_that_of_the_oracle(options):
     config = make_config(model_dim=8, num_blocks=2, num_heads=2, sequence_length=16, **options)
     model = random_model(config, 3)
@@ -326,7 +326,7 @@ def test_attention_is_that_of_the_oracle(options):
         name: np.asarray(value.dense() if hasattr(value, "dense") else value, np.float64)
         for name, value in model.parameters.items()
     }
-    settings_ = config.to_dict()
+    settings_ = dataclasses.asdict(config)
     x = oracle.embedding(tokens[None], parameters["embedding.weight"])
     for i in range(2):
         weights = oracle._part(parameters, f"blocks.{i}.")

@@ -12,7 +12,7 @@ import pytest
 from helpers.pages import Parsed
 from helpers.runs import SHORT, STRANGE, with_metrics
 from legacy1bit.commands.report import train_command
-from legacy1bit.commands.run_settings import beginning_of
+from legacy1bit.commands.run_settings import plan_run
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main, parser_of
@@ -187,7 +187,7 @@ OPTIONS = [
     [],
     ["--scheme", "binary", "--sub-norm", "--no-final-norm", "--seed", "7", "--stories", "30"],
     ["--optimizer", "sgd", "--schedule", "step", "--learning-rate", "0.05", "--clip", "0"],
-    ["--data", "a text's.txt", "--separator=-x", "--tokenizer", "chars", "--order", "passes"],
+    ["--data", "a text's.txt", "--separator=-x", "--tokenizer", "chars", "--order", "epochs"],
     ["--data", "a text's.txt", "--validation", "a text's.txt", "--vocab-size", "300"],
 ]
 
@@ -209,7 +209,7 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     python, dash, module, *arguments = shlex.split(train_command(Path("run")))
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
-    begun = beginning_of(parsed)
+    begun = plan_run(parsed)
     # The number of warm-up steps follows from that of all.
     begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
     assert (begun.model, begun_training) == (model, training)

@@ -37,7 +37,7 @@ def test_page_has_every_trial(study, tmp_path, say):
     assert "<b>study" in text
     assert len(parsed.all("svg")) == 3 + len(terms.space)
     assert len(set(parsed.ids)) == len(parsed.ids)
-    assert "python -m legacy1bit.main tune --data" in text
+    assert "legacy1bit tune --data" in text
     for dimension in terms.space:
         assert dimension.name in text
 

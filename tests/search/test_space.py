@@ -1,6 +1,7 @@
 """Where the search for settings looks, and the grid."""
 
 import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_space_is_read():
 
 
 def test_default_space_has_the_defaults_in_it():
-    base = {**ModelConfig().to_dict(), **TrainingConfig().to_dict()}
+    base = {**asdict(ModelConfig()), **asdict(TrainingConfig())}
     space = read_space(default_space())
     assert len(space) > 8
     for dimension in space:
@@ -99,6 +100,12 @@ def test_space_says_what_is_wrong(content, message):
     Path("space.toml").write_text(content)
     with pytest.raises(ValueError, match=f"^space.toml.*{message}"):
         read_space("space.toml")
+
+
+def test_read_space_takes_the_names_of_earlier_versions():
+    text = "[matrix_ratio]\nlow = 2\nhigh = 6\nlog = true\n[decay_share]\nchoices = [0.5, 1.0]\n"
+    Path("space.toml").write_text(text)
+    assert [one.name for one in read_space("space.toml")] == ["muon_lr_ratio", "decay_fraction"]
 
 
 @few

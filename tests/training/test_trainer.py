@@ -615,7 +615,7 @@ def interrupt(run, monkeypatch, where):
         ("the last look", 12),
     ],
 )
-@pytest.mark.parametrize("order", ["windows", "passes"])
+@pytest.mark.parametrize("order", ["windows", "epochs"])
 def test_interrupted_training_saves_its_last_whole_step(tmp_path, monkeypatch, order, where, step):
     """As in a notebook; and it can go on from there, in the same process or in another."""
     data = DataConfig(order=order, case_noise=0.5)
@@ -762,15 +762,15 @@ ALL_CHANGES = {
 
 DATA = {
     "windows": {},
-    "windows apart": {"apart": True},
-    "passes": {"order": "passes"},
-    "passes apart": {"order": "passes", "apart": True},
+    "windows apart": {"document_mask": True},
+    "epochs": {"order": "epochs"},
+    "epochs apart": {"order": "epochs", "document_mask": True},
     "packed": {"order": "packed"},
-    "packed apart": {"order": "packed", "apart": True},
-    "packed, less read": {"order": "packed", "apart": True, "token_dropout": 0.2},
-    **{name: {"order": "passes", "tokenizer": "bpe", name: 0.3} for name in ALL_CHANGES},
+    "packed apart": {"order": "packed", "document_mask": True},
+    "packed, less read": {"order": "packed", "document_mask": True, "token_dropout": 0.2},
+    **{name: {"order": "epochs", "tokenizer": "bpe", name: 0.3} for name in ALL_CHANGES},
     "all changes": {"order": "windows", "tokenizer": "bpe", **ALL_CHANGES},
-    "all changes of bytes": {"order": "passes", **ALL_CHANGES},
+    "all changes of bytes": {"order": "epochs", **ALL_CHANGES},
 }
 every_data = pytest.mark.parametrize("name", DATA)
 
@@ -857,7 +857,7 @@ def test_record_of_padding_begins_anew_with_a_restored_run(tmp_path):
     assert [r["padding"] for r in train(run)[2]] == [r["padding"] for r in records[1:]]
 
 
-@pytest.mark.parametrize("name", ["windows", "passes apart", "packed apart", "all changes"])
+@pytest.mark.parametrize("name", ["windows", "epochs apart", "packed apart", "all changes"])
 def test_batches_do_not_depend_on_the_threads(tmp_path, name):
     runs = [
         make(tmp_path / str(threads), data=DataConfig(**DATA[name]), threads=threads)
@@ -899,7 +899,7 @@ POSITIONS = {
     "two": "[0, 0]",
 }
 BAD_POSITIONS = [
-    *((order, name) for order in ("windows", "passes") for name in POSITIONS),
+    *((order, name) for order in ("windows", "epochs") for name in POSITIONS),
     *(("packed", name) for name in POSITIONS if name != "three of one"),
 ]
 PACKED_POSITIONS = {
@@ -927,7 +927,7 @@ def with_position(folder, value):
 @pytest.fixture(scope="module")
 def runs_to_damage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for order in ("windows", "passes", "packed"):
+    for order in ("windows", "epochs", "packed"):
         train(make(folder / order, data=DataConfig(order=order)), stop_at=5)
     return folder
 
@@ -963,7 +963,7 @@ def test_checkpoint_that_tells_no_position_goes_on(tmp_path):
 
 
 def test_checkpoint_position_is_after_what_was_learned(tmp_path):
-    run = make(tmp_path / "run", data=DataConfig(order="passes"), gradient_accumulation=2)
+    run = make(tmp_path / "run", data=DataConfig(order="epochs"), gradient_accumulation=2)
     assert run.position == (0,)
     train(run, stop_at=5)
     assert json.loads(header_of(run.folder / CHECKPOINT_FILE)["position"]) == [5 * 6]
@@ -981,7 +981,7 @@ class Interrupted(Exception):
 @pytest.mark.parametrize("how", ["ends", "stops", "interrupted", "diverges", "full", "data gone"])
 def test_no_thread_outlives_its_training(tmp_path, monkeypatch, how):
     before, during = batch_threads(), []
-    run = make(tmp_path / "run", data=DataConfig(order="passes"))
+    run = make(tmp_path / "run", data=DataConfig(order="epochs"))
     expected = ()
     if how == "diverges":
         run.model.latent[next(iter(run.model.latent))][...] = np.nan
@@ -1086,7 +1086,7 @@ def test_parts_of_a_step_give_the_gradient_of_the_whole(tmp_path, parts, padded)
 @pytest.mark.parametrize("parts", [2, 3, 12])
 def test_run_in_parts_ends_like_one_of_whole_batches(tmp_path, parts, padded):
     """By SGD on float weights, which makes no leaps: rate x (error of a gradient) a step."""
-    settings = {"scheme": FLOAT, "optimizer": "sgd", "warmup_steps": 0, "decay_share": 0.0}
+    settings = {"scheme": FLOAT, "optimizer": "sgd", "warmup_steps": 0, "decay_fraction": 0.0}
     corpus = half_padding() if padded else None
     whole = in_parts(tmp_path / "whole", 1, corpus, **settings)
     split = in_parts(tmp_path / "split", parts, corpus, **settings)
