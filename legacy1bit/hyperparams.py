@@ -205,11 +205,6 @@ class ModelConfig(_Record):
     )
     output_bias: bool = _flag(False, "a bias for each token in the output layer")
 
-    @property
-    def attention_span(self) -> int:
-        """The key of ``attention_window`` in files."""
-        return self.attention_window
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.model_dim % self.num_heads:

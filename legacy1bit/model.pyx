@@ -594,7 +594,7 @@ cdef class LegacyLLM:
         for i in range(config.num_blocks):
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, window=config.attention_span,
+                                   num_heads=config.num_heads, window=config.attention_window,
                                    int8_activations=int8_activations),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
                             activation=config.activation, int8_activations=int8_activations),

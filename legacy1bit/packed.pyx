@@ -405,7 +405,7 @@ cdef class PackedModel:
         self._norm("final_norm", &self.view.final_norm)
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads
-        self.view.window = config.attention_span
+        self.view.window = config.attention_window
         self.view.squared = config.activation == "relu2"
         if config.positions == "rope":
             self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)

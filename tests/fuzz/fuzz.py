@@ -452,6 +452,9 @@ PATHS = (
     *("os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "glob.glob"),
 )
 
+# Where the system says how many threads there may be.
+SYSTEM = ("/proc/", "/sys/fs/cgroup/")
+
 _inside = ""  # the folder that is being read
 _seen: list[str] = []
 
@@ -465,7 +468,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
             if isinstance(path, int):
                 continue
             name = os.path.abspath("." if path is None else os.fsdecode(path))
-            if not f"{name}/".startswith((f"{_inside}/", "/proc/")) and not _imports():
+            if not f"{name}/".startswith((f"{_inside}/", *SYSTEM)) and not _imports():
                 _seen.append(f"{name} was opened: {event}")
     elif event in FORBIDDEN and not _imports():
         _seen.append(f"{event} was called: {arguments!r:.200}")
@@ -718,7 +721,7 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             {"scheme": "binary", "ternary_embedding": True, "output_bias": True},
             {"scheme": "float", "final_norm": False},
         ):
-            model = create_legacy_llm(ModelConfig(**{**TINY.to_dict(), **changes}), 1)
+            model = create_legacy_llm(ModelConfig.from_dict({**TINY.to_dict(), **changes}), 1)
             save_model(model, folder)
             raw = (folder / "model.safetensors").read_bytes()
             (length,) = struct.unpack_from("<Q", raw)
@@ -731,9 +734,9 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         # llama.cpp's types demand 256 columns; files are smaller without them.
         fits = {"num_heads": 1, "model_dim": 2, "positions": "rope", "activation": "relu2"}
         words = tokenizer.SubwordTokenizer([(b"a", b"b"), (b"ab", b"c")])
-        bytes_alone = create_legacy_llm(ModelConfig(**{**TINY.to_dict(), **fits}), 1)
+        bytes_alone = create_legacy_llm(ModelConfig.from_dict({**TINY.to_dict(), **fits}), 1)
         subwords = create_legacy_llm(
-            ModelConfig(**{**TINY.to_dict(), **fits, "vocab_size": words.vocab_size}), 1
+            ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": words.vocab_size}), 1
         )
         export_gguf(bytes_alone, folder / "bytes.gguf", "f16")
         export_gguf(subwords, folder / "words.gguf", "f32", words)
