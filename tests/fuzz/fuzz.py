@@ -454,6 +454,9 @@ PATHS = (
     *("os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "glob.glob"),
 )
 
+# What says how many cores there are.
+OF_THE_SYSTEM = ("/proc/", "/sys/fs/cgroup/")
+
 _inside = ""  # the folder that is being read
 _seen: list[str] = []
 
@@ -467,7 +470,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
             if isinstance(path, int):
                 continue
             name = os.path.abspath("." if path is None else os.fsdecode(path))
-            if not f"{name}/".startswith((f"{_inside}/", "/proc/")) and not _imports():
+            if not f"{name}/".startswith((f"{_inside}/", *OF_THE_SYSTEM)) and not _imports():
                 _seen.append(f"{name} was opened: {event}")
     elif event in FORBIDDEN and not _imports():
         _seen.append(f"{event} was called: {arguments!r:.200}")
