@@ -18,12 +18,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fuzz.fuzz import CORPUS, SPLIT, TARGETS, FaultError, Memory, changed, gguf_file, run, seeds
+from fuzz.fuzz import SPLIT, TARGETS, FaultError, Memory, changed, gguf_file, run, seeds, stored
 
-INPUTS = {
-    target: {path.name: path.read_bytes() for path in sorted((CORPUS / target).glob("*"))}
-    for target in TARGETS
-}
+INPUTS = {target: stored(target) for target in TARGETS}
 WHOLE = dict(seeds())
 
 

@@ -2,10 +2,11 @@
 
     python tests/fuzz/fuzz.py TARGET [libFuzzer's options] [folders of inputs]
     python tests/fuzz/fuzz.py all SECONDS
-    python tests/fuzz/fuzz.py corpus
+    python tests/fuzz/fuzz.py corpus [TARGET FILE ...]
 
-looks for faults in one reader, or in all for so long with a line about each, or makes those inputs
-in ``corpus`` anew that are whole files of small models.
+looks for faults in one reader, or in all for some seconds with a line about each, or writes the
+archives of inputs in ``corpus``: makes those again that are whole files of small models, and adds
+files to the inputs of a target.
 
 An input is one or more parts with ``SPLIT`` between them, of which a target makes files for its
 reader. The word "right" in a part stands for the length or the checksum that fits what is there, so
@@ -33,15 +34,16 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import load
 
-FUZZING = __name__ == "__main__"
+FUZZING = __name__ == "__main__" and sys.argv[1:2] != ["corpus"]
 if FUZZING:
     try:
         import atheris
@@ -452,8 +454,8 @@ PATHS = (
     *("os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.utime", "glob.glob"),
 )
 
-# Where the system says how many threads there may be.
-SYSTEM = ("/proc/", "/sys/fs/cgroup/")
+# What says how many cores there are.
+OF_THE_SYSTEM = ("/proc/", "/sys/fs/cgroup/")
 
 _inside = ""  # the folder that is being read
 _seen: list[str] = []
@@ -468,7 +470,7 @@ def _note(event: str, arguments: tuple[Any, ...]) -> None:
             if isinstance(path, int):
                 continue
             name = os.path.abspath("." if path is None else os.fsdecode(path))
-            if not f"{name}/".startswith((f"{_inside}/", *SYSTEM)) and not _imports():
+            if not f"{name}/".startswith((f"{_inside}/", *OF_THE_SYSTEM)) and not _imports():
                 _seen.append(f"{name} was opened: {event}")
     elif event in FORBIDDEN and not _imports():
         _seen.append(f"{event} was called: {arguments!r:.200}")
@@ -629,9 +631,9 @@ def fuzz(target: str, options: list[str]) -> None:
     text = (HERE.parents[1] / "legacy1bit" / "model.pyx").read_text(encoding="utf-8")
     first = text[: text.index("def load_model")].count("\n")
     mark = _marker(range(first, text.count("\n") + 1))
-    for name in ("whole-0", "whole-1"):
-        if (path := CORPUS / target / name).exists():
-            run(target, path.read_bytes())
+    for name, data in stored(target).items():
+        if name in ("whole-0", "whole-1"):
+            run(target, data)
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000)
@@ -680,10 +682,12 @@ def fuzz_one(target: str, seconds: int) -> tuple[int, int, int]:
     folder, prefix = FOUND / target, FOUND / f"{target}-"
     folder.mkdir(parents=True, exist_ok=True)
     options = [f"-max_total_time={seconds}", "-print_final_stats=1", "-verbosity=1"]
-    options += [f"-artifact_prefix={prefix}", str(folder), str(CORPUS / target)]
-    with tempfile.TemporaryDirectory(dir=ROOM) as room:
+    options += [f"-artifact_prefix={prefix}", str(folder)]
+    with tempfile.TemporaryDirectory(dir=ROOM) as room, tempfile.TemporaryDirectory() as inputs:
+        for name, data in stored(target).items():
+            Path(inputs, name).write_bytes(data)
         done = subprocess.run(
-            [sys.executable, __file__, target, *options],
+            [sys.executable, __file__, target, *options, inputs],
             stderr=subprocess.PIPE,
             env=os.environ | {"FUZZ_ROOM": room},
             check=False,
@@ -696,12 +700,33 @@ def fuzz_one(target: str, seconds: int) -> tuple[int, int, int]:
     return max(counts, default=0), edges, int(done.returncode != 0)
 
 
-def write_corpus() -> None:
-    """Write the inputs that are whole files of small models."""
-    for target, inputs in seeds():
-        (CORPUS / target).mkdir(parents=True, exist_ok=True)
-        for number, parts in enumerate(inputs):
-            (CORPUS / target / f"whole-{number}").write_bytes(SPLIT.join(parts))
+def stored(target: str) -> dict[str, bytes]:
+    """Return the inputs that are stored for a target, by name."""
+    with zipfile.ZipFile(CORPUS / f"{target}.zip") as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def store(target: str, inputs: dict[str, bytes]) -> None:
+    """Store inputs for a target: the same bytes for the same inputs."""
+    with zipfile.ZipFile(CORPUS / f"{target}.zip", "w") as archive:
+        for name, data in sorted(inputs.items()):
+            entry = zipfile.ZipInfo(name)
+            entry.create_system = 3
+            archive.writestr(entry, data)
+
+
+def write_corpus(target: str = "", files: Iterable[str] = ()) -> None:
+    """Store the inputs that are whole files of small models, and further files of a target."""
+    whole = {
+        each: {f"whole-{number}": SPLIT.join(parts) for number, parts in enumerate(inputs)}
+        for each, inputs in seeds()
+    }
+    for each in TARGETS:
+        inputs = stored(each) if (CORPUS / f"{each}.zip").exists() else {}
+        inputs = {name: data for name, data in inputs.items() if not name.startswith("whole-")}
+        added = files if each == target else ()
+        inputs |= {Path(file).name: Path(file).read_bytes() for file in added}
+        store(each, inputs | whole.get(each, {}))
 
 
 def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
@@ -866,8 +891,8 @@ def gguf_parts(path: Path) -> list[bytes]:
 
 if __name__ == "__main__":
     command = sys.argv[1] if len(sys.argv) > 1 else ""
-    if command == "corpus":
-        write_corpus()
+    if command == "corpus" and (len(sys.argv) == 2 or sys.argv[2] in TARGETS):
+        write_corpus("".join(sys.argv[2:3]), sys.argv[3:])
     elif command == "all" and len(sys.argv) == 3 and sys.argv[2].isdigit():
         sys.exit(1 if fuzz_all(int(sys.argv[2])) else 0)
     elif command in TARGETS:
