@@ -18,7 +18,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ from helpers.runs import RECORD_KEYS, TINY, assert_same_files, tiny, with_losses
 from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
-from legacy1bit.commands import progress, texts, train
+from legacy1bit.commands import progress, run_settings, texts, train
 from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
@@ -217,7 +217,7 @@ def test_train_is_what_happens_without_a_command(say):
     assert b"\nthe run is in here " in output
 
 
-def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
+def test_train_takes_its_defaults_from_the_settings(monkeypatch):
     """Without arguments: the bundled stories and the default sizes, in a new folder."""
     made = []
 
@@ -229,20 +229,78 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
         assert data == DataConfig()
         raise Stop
 
+    assert texts.DEFAULT_STORIES >= 10_000
+    monkeypatch.setattr(texts, "DEFAULT_STORIES", 20)
     monkeypatch.setattr(train, "Trainer", made_with)
-    monkeypatch.setattr(
-        texts, "story_corpus", lambda *given: SimpleNamespace(given=given, remarks=())
-    )
+    # As many as take 75 seconds.
+    monkeypatch.setattr(train, "steps_within", lambda *arguments: 1200)
     with pytest.raises(Stop):
         main([])
     ((_, model_config, config, corpus, source),) = made
     assert model_config == ModelConfig()
-    expected = TrainingConfig(threads=config.threads)
-    assert config == expected
+    assert config == TrainingConfig(threads=config.threads)
     assert config.threads == available_cores()
-    assert source["name"] == "stories"
-    assert corpus.given[0] >= 10_000
-    assert corpus.given[3] == model_config.sequence_length
+    assert (source["name"], source["stories"]) == ("stories", 20)
+    assert corpus.training.sequence_length == model_config.sequence_length
+
+
+FIRST_RUNS = [
+    (1199, 1199, "this CPU trains 20 steps/s: 1,199 of 1,500 steps, about a minute"),
+    (330, 330, "this CPU trains 5.5 steps/s: 330 of 1,500 steps, about a minute"),
+    (150, 300, "this CPU trains 2.5 steps/s: 300 of 1,500 steps, about 2 minutes"),
+    (1, 300, "this CPU trains 0.017 steps/s: 300 of 1,500 steps, about 300 minutes"),
+]
+
+
+@pytest.mark.parametrize(("within", "steps", "line"), FIRST_RUNS)
+def test_fit_first_run_takes_the_steps_of_a_minute(capsys, within, steps, line):
+    assert run_settings.fit_first_run(TrainingConfig(), within) == TrainingConfig(steps=steps)
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+@pytest.mark.parametrize("within", [1200, 1500, 100_000])
+def test_fit_first_run_keeps_all_steps_of_a_fast_cpu(capsys, within):
+    assert run_settings.fit_first_run(TrainingConfig(), within) == TrainingConfig()
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--steps 3", "--minutes 1", "--config mine.toml", "--data text.txt", "--stories 20",
+     "--model-dim 8", "--seed 2", "--threads 1", "--tokenizer bytes", "--resume run"],
+)  # fmt: skip
+def test_is_first_run_takes_no_settings(options):
+    def parsed(words):
+        return program.parser_of("train").parse_args(["train", *words.split()])
+
+    assert run_settings.is_first_run(parsed(""))
+    assert run_settings.is_first_run(parsed("--out run --tensorboard --cache cache"))
+    assert not run_settings.is_first_run(parsed(f"--out run {options}"))
+
+
+def test_first_run_offers_the_command_that_goes_on(monkeypatch, say):
+    """The run records its number of steps, and goes on to all of them."""
+    monkeypatch.setattr(texts, "DEFAULT_STORIES", 20)
+    monkeypatch.setattr(train, "steps_within", lambda *arguments: 2)
+    monkeypatch.setattr(run_settings, "_LEAST_STEPS", 2)
+    small = {"model_dim": 8, "num_blocks": 1, "num_heads": 1, "sequence_length": 16}
+    records_of = run_settings.records_of
+
+    def small_records(settings, path):
+        model, training, data = records_of(settings, path)
+        return replace(model, **small), replace(training, batch_size=2), data
+
+    monkeypatch.setattr(run_settings, "records_of", small_records)
+    output, errors = say("--out", "a run")
+    assert b" 2 of 1,500 steps, about" in errors
+    assert stored_settings("a run")["steps"] == 2
+    assert output.endswith(
+        b"to train it for all 1,500 steps:\n  legacy1bit train --resume 'a run' --steps 1500\n"
+    )
+    output, errors = say("train", "--resume", "a run", "--steps", 3)
+    assert b"to train it for all" not in output
+    assert b"steps/s:" not in errors
+    assert stored_settings("a run")["steps"] == 3
 
 
 # A value for every setting that has an option, none of them its default.

@@ -22,7 +22,14 @@ from legacy1bit.commands.options import (
     threads_of,
 )
 from legacy1bit.commands.progress import progress_of_training
-from legacy1bit.commands.run_settings import add_config, merged_settings, plan_run
+from legacy1bit.commands.run_settings import (
+    FIRST_RUN_SECONDS,
+    add_config,
+    fit_first_run,
+    is_first_run,
+    merged_settings,
+    plan_run,
+)
 from legacy1bit.commands.texts import add_data, corpus_of, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
@@ -78,7 +85,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Tell the parser what the command takes."""
     command.description = (
         "Train a model on a text, or on the bundled stories. Without options it takes about a "
-        "minute on two cores."
+        "minute, and on a slow CPU fewer steps."
     )
     add_data(command)
     add_config(command)
@@ -216,6 +223,9 @@ def _start(
         steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
         training = replace(training, steps=steps)
         print(f"{steps:,} steps in {arguments.minutes:g} minutes", file=sys.stderr)
+    if is_first_run(arguments):
+        within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
+        training = fit_first_run(training, within)
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
     trainer.folder, made = _make_folder(arguments.out)
@@ -283,7 +293,15 @@ def run(arguments: argparse.Namespace) -> int:
         _print_config(arguments)
         return 0
     with contextlib.ExitStack() as ends:
-        return _train(*_start(arguments, ends))
+        trainer, logger = _start(arguments, ends)
+        status = _train(trainer, logger)
+    steps = TrainingConfig().steps
+    if status == 0 and is_first_run(arguments) and trainer.config.steps < steps:
+        print(
+            f"to train it for all {steps:,} steps:\n  legacy1bit train --resume "
+            f"{shlex.quote(str(trainer.folder))} --steps {steps}"
+        )
+    return status
 
 
 def _train(trainer: Trainer, logger: MetricsLogger) -> int:
