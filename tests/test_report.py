@@ -19,7 +19,8 @@ from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
 from legacy1bit.system.hardware import machine, read_machine
-from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from legacy1bit.training.evaluation import Metrics
+from legacy1bit.training.trainer import Trainer, read_settings
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 

@@ -36,7 +36,7 @@ from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
 from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.training import trainer
+from legacy1bit.training import evaluation, trainer
 from legacy1bit.training.checkpoint import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
@@ -44,16 +44,8 @@ from legacy1bit.training.checkpoint import (
     newest_checkpoint,
 )
 from legacy1bit.training.divergence import TrainingDiverged
-from legacy1bit.training.trainer import (
-    SETTINGS_FILE,
-    Metrics,
-    Trainer,
-    best_is_behind,
-    evaluate,
-    read_settings,
-    recall_of_heroes,
-    weight_shares,
-)
+from legacy1bit.training.evaluation import Metrics, code_fractions, evaluate, recall_of_heroes
+from legacy1bit.training.trainer import SETTINGS_FILE, Trainer, best_is_behind, read_settings
 
 PAD = 256
 TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
@@ -276,7 +268,7 @@ def with_logits(monkeypatch, logits_of):
         assert logits
         return logits_of(rows).astype(np.float32)
 
-    monkeypatch.setattr(trainer, "forward_llm_batch", forward)
+    monkeypatch.setattr(evaluation, "forward_llm_batch", forward)
 
 
 def following(rows):
@@ -1511,16 +1503,16 @@ def test_weight_shares_are_those_of_a_count(scheme, embedding):
     one, other = (create_legacy_llm(config, seed) for seed in (1, 2))
     codes, before = codes_of(one), codes_of(other)
     assert len(codes) == 2 * 6 + 2 * embedding
-    assert_same_shares(weight_shares(one), counted(codes, LEVELS[scheme]))
-    assert_same_shares(weight_shares(one, before), counted(codes, LEVELS[scheme], before))
-    for shares in weight_shares(one, codes).values():
+    assert_same_shares(code_fractions(one), counted(codes, LEVELS[scheme]))
+    assert_same_shares(code_fractions(one, before), counted(codes, LEVELS[scheme], before))
+    for shares in code_fractions(one, codes).values():
         assert shares.pop("flipped") == 0.0
         assert sum(shares.values()) == pytest.approx(1.0, abs=3e-6)
 
 
 def test_weight_shares_of_floats_are_none():
     config = ModelConfig(model_dim=8, num_blocks=1, num_heads=1, scheme=FLOAT)
-    assert weight_shares(create_legacy_llm(config, 1), {}) == {}
+    assert code_fractions(create_legacy_llm(config, 1), {}) == {}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

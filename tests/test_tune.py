@@ -28,7 +28,8 @@ from legacy1bit.search.space import (
     default_space,
 )
 from legacy1bit.search.study import TrialResult, best_of, results_of
-from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from legacy1bit.training.evaluation import Metrics
+from legacy1bit.training.trainer import Trainer, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.

@@ -25,7 +25,8 @@ from legacy1bit.data.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.training.trainer import Metrics, evaluate, read_settings, recall_of_heroes
+from legacy1bit.training.evaluation import Metrics, evaluate, recall_of_heroes
+from legacy1bit.training.trainer import read_settings
 
 # Sequences that are cut at their ends leave some tokens out, which need not be told.
 _NEARLY_ALL = 0.9

@@ -54,12 +54,12 @@ from legacy1bit.training.checkpoint import (
     make_newest,
     newest_checkpoint,
 )
+from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.trainer import (
     Trainer,
     best_is_behind,
     keep_best,
     read_settings,
-    recall_of_heroes,
     steps_within,
 )
 

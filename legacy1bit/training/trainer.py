@@ -7,23 +7,19 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from legacy1bit.backward import BackwardPass, ignore_padding
-from legacy1bit.data import stories
 from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.places import located
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
-from legacy1bit.data_utils import create_padded_sequence, tokenize_text
-from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, fit_tokenizer
+from legacy1bit.dataset import Batch, Prefetcher
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
     MOST_STEPS,
     SETTINGS_FILE,
@@ -38,7 +34,6 @@ from legacy1bit.model import (
     CHECKPOINT_FILE,
     LegacyLLM,
     ModelFileError,
-    TernaryMatrix,
     create_legacy_llm,
     create_legacy_llm_gradients,
     load_model,
@@ -68,7 +63,14 @@ from legacy1bit.training.checkpoint import (
     write_checkpoint,
 )
 from legacy1bit.training.divergence import diverged
-from legacy1bit.training.memory import EVALUATION_TOKENS, check_memory
+from legacy1bit.training.evaluation import (
+    Metrics,
+    NotFiniteError,
+    code_fractions,
+    evaluate,
+    model_codes,
+)
+from legacy1bit.training.memory import check_memory
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say.
@@ -77,197 +79,6 @@ _QUICK_TOKENS = 16384
 # The share of a run's time in which it is found out how many steps fit into the whole, and how
 # long that takes at least and at most, in seconds.
 _PROBE_SHARE, _PROBE_SECONDS = 0.05, (0.5, 10.0)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """How well a model predicts a set of sequences.
-
-    Attributes
-    ----------
-    loss : float
-        The mean of -log p of the true token, in nats.
-    top1, top3, top5 : float
-        The share of tokens that are among the model's 1, 3 and 5 likeliest.
-    tokens : int
-        How many were predicted.
-    bytes : int
-        How many bytes they stand for.
-    """
-
-    loss: float
-    top1: float
-    top3: float
-    top5: float
-    tokens: int
-    bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The loss in bits, over the bytes: what models with different tokens are compared by."""
-        nats = self.loss * self.tokens
-        return nats / self.bytes / math.log(2.0) if self.bytes else math.inf
-
-    def record(self) -> dict[str, float]:
-        """Return what ``metrics.jsonl`` keeps of the numbers."""
-        return {
-            "val_loss": self.loss,
-            "val_tokens": self.tokens,
-            "val_bytes": self.bytes,
-            "perplexity": self.perplexity,
-            **({"bits_per_byte": self.bits_per_byte} if self.bytes else {}),
-            "top1": self.top1,
-            "top3": self.top3,
-            "top5": self.top5,
-        }
-
-
-class NotFiniteError(ValueError):
-    """A model predicts what is no number.
-
-    Attributes
-    ----------
-    batch : Batch
-        Of what.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__("the model's logits are not finite: its weights are damaged")
-        self.batch = batch
-
-
-def evaluate(
-    model: LegacyLLM,
-    dataset: TokenDataset,
-    threads: int = 1,
-    limit: int = 0,
-    tokenizer: Tokenizer | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Metrics:
-    """Measure a model on a dataset.
-
-    Parameters
-    ----------
-    model : LegacyLLM
-    dataset : TokenDataset
-    threads : int
-    limit : int
-        Measure only about so many tokens, spread evenly over the dataset; 0: all.
-    tokenizer : Tokenizer, optional
-        That of the dataset; bytes when not given.
-    stop : callable, optional
-        Asked after every batch; then what was measured so far is all there is.
-
-    Raises
-    ------
-    NotFiniteError
-        If the model's predictions are not finite.
-    ValueError
-        If there is nothing to measure.
-    """
-    loss, tokens, size = 0.0, 0, 0
-    within = np.zeros(3, np.int64)
-    for batch in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
-        logits = forward_llm_batch(
-            model, batch.tokens, threads=threads, logits=True, starts=batch.starts
-        )
-        targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
-        chosen = logits[targets >= 0]
-        if not np.isfinite(chosen).all():
-            raise NotFiniteError(batch)
-        truth = targets[targets >= 0]
-        goal = np.take_along_axis(chosen, truth[:, None], axis=1)
-        top = chosen.max(axis=1, keepdims=True)
-        exponentials = np.exp(chosen - top)
-        log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
-        loss += float((log_sums - goal[:, 0]).sum())
-        # Of equal tokens the first ranks first, as argmax would have it.
-        before = np.arange(chosen.shape[1]) < truth[:, None]
-        ranks = ((chosen > goal) | ((chosen == goal) & before)).sum(axis=1)
-        within += [(ranks < k).sum() for k in (1, 3, 5)]
-        tokens += truth.size
-        size += truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
-        if tokens and stop():
-            break
-    if tokens == 0:
-        raise ValueError("there is nothing to measure: every token is padding")
-    top1, top3, top5 = (within / tokens).tolist()
-    return Metrics(loss / tokens, top1, top3, top5, tokens, size)
-
-
-def _evaluation_batch(sequence_length: int) -> int:
-    return max(EVALUATION_TOKENS // sequence_length, 1)
-
-
-def weight_shares(
-    model: LegacyLLM, before: dict[str, npt.NDArray[np.int8]] | None = None
-) -> dict[str, dict[str, float]]:
-    """Return how the codes of each quantized matrix are distributed.
-
-    Parameters
-    ----------
-    model : LegacyLLM
-    before : dict of str to int8 array, optional
-        The codes at an earlier time.
-
-    Returns
-    -------
-    dict of str to dict of str to float
-        By matrix, the share of each code, such as ``"-1"``, and as ``"flipped"`` the share of
-        those that have changed since.
-    """
-    shares = {}
-    for name, codes in _codes(model).items():
-        levels = SCHEMES[model.config.scheme].levels
-        shares[name] = {str(level): _share(codes == level) for level in levels}
-        if before is not None:
-            shares[name]["flipped"] = _share(codes != before[name])
-    return shares
-
-
-def _share(chosen: npt.NDArray[np.bool_]) -> float:
-    return round(float(np.mean(chosen)), 6)
-
-
-def _codes(model: LegacyLLM, copied: bool = False) -> dict[str, npt.NDArray[np.int8]]:
-    return {
-        name: value.values.copy() if copied else value.values
-        for name, value in model.parameters.items()
-        if isinstance(value, TernaryMatrix)
-    }
-
-
-def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) -> float:
-    """Return the share of endings in which the model names the right hero.
-
-    The model reads each story up to the hero's name in its last sentence; it is right if it finds
-    every letter of the name the likeliest.
-    """
-    pad_token = model.config.pad_token
-    right = asked = 0
-    batch = _evaluation_batch(model.config.sequence_length)
-    for first in range(0, len(told), batch):
-        part = told[first : first + batch]
-        length = min(max(len(story) for story in part) + 1, model.config.sequence_length)
-        rows = np.stack(
-            [
-                create_padded_sequence(tokenize_text("\n" + story), 0, length, pad_token)
-                for story in part
-            ]
-        )
-        likeliest = forward_llm_batch(model, rows, threads=threads, logits=True).argmax(axis=2)
-        for story, row, guess in zip(part, rows, likeliest, strict=True):
-            for ending in stories.endings(story):
-                if ending.kind == "hero" and ending.stop < length:
-                    name = slice(ending.start + 1, ending.stop + 1)
-                    asked += 1
-                    right += bool((guess[ending.start : ending.stop] == row[name]).all())
-    return right / max(asked, 1)
 
 
 class Trainer:
@@ -443,7 +254,7 @@ class Trainer:
             self._places_seen = self._padding_seen = 0
             losses: list[float] = []
             norms: list[float] = []
-            codes = _codes(self.model, copied=True)
+            codes = model_codes(self.model, copy=True)
             while self.step < config.steps:
                 loss, norm = self.train_step()
                 losses.append(loss)
@@ -466,7 +277,7 @@ class Trainer:
                         "elapsed_seconds": self.seconds,
                         "padding": self._padding_seen / self._places_seen,
                         "full_precision": self.model.full_precision,
-                        "weights": weight_shares(self.model, codes),
+                        "weights": code_fractions(self.model, codes),
                     }
                     # Records first: what is ahead of the checkpoint a resume drops, but what the
                     # checkpoint is ahead of would be missing for good.
@@ -477,7 +288,7 @@ class Trainer:
                     losses.clear()
                     norms.clear()
                     self._places_seen = self._padding_seen = 0
-                    codes = _codes(self.model, copied=True)
+                    codes = model_codes(self.model, copy=True)
                     # Measuring is not training: it counts for nothing in the speed.
                     begin = time.perf_counter() - self.seconds
                 if ended:
