@@ -31,7 +31,7 @@ from legacy1bit.hyperparams import (
 from legacy1bit.model import CONFIG_FILE
 from legacy1bit.system.errors import SettingError, shown
 from legacy1bit.system.files import HEAD_BYTES, atomic_write, kind_of_file
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import Run
 
 # The tables of a config file, and the record that each fills.
 TABLES: dict[str, type[Any]] = {
@@ -301,7 +301,8 @@ def _fitting(
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    model, config, data, source = read_settings(folder)
+    settings = Run(folder).settings()
+    config = settings.training
     training = config.to_dict()
     if config.learning_rate == DEFAULT_RATES[config.optimizer]:
         # Another optimizer on the command line brings its own.
@@ -310,10 +311,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
         # As another number of steps does.
         del training["warmup_steps"]
     return {
-        "model": model.to_dict(),
+        "model": settings.model.to_dict(),
         "training": training,
-        "data": data.to_dict(),
-        "source": source,
+        "data": settings.data.to_dict(),
+        "source": settings.source,
         "run": folder,
     }
 

@@ -31,21 +31,34 @@ from legacy1bit.data.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import (
+    OPTIMIZERS,
+    SETTINGS_FILE,
+    DataConfig,
+    ModelConfig,
+    TrainingConfig,
+)
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
-from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
-from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.training import evaluation, trainer
-from legacy1bit.training.checkpoint import (
+from legacy1bit.model import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
-    EARLIER_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+    create_legacy_llm,
+    load_model,
+)
+from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.training import evaluation, trainer
+from legacy1bit.training import run as training_run
+from legacy1bit.training.checkpoint import (
+    best_is_missing,
     newest_checkpoint,
 )
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.evaluation import Metrics, code_fractions, evaluate, recall_of_heroes
-from legacy1bit.training.trainer import SETTINGS_FILE, Trainer, best_is_behind, read_settings
+from legacy1bit.training.run import EARLIER_FILE, Run
+from legacy1bit.training.trainer import Trainer
 
 PAD = 256
 TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
@@ -137,7 +150,7 @@ def train(run, stop_at=None, on_report=lambda record: None):
 
 
 def newest(run):
-    return newest_checkpoint(run.folder, run.fixed_settings)[0]
+    return newest_checkpoint(run.run, run.fixed_settings)[0]
 
 
 def resumed(folder, **changes):
@@ -715,7 +728,7 @@ def test_interrupted_training_saves_its_last_whole_step(tmp_path, monkeypatch, o
         saved = newest(run)
         assert saved.step == run.step == step
         assert saved.position == run.position
-        assert read_settings(run.folder)[1] == run.config
+        assert Run(run.folder).settings().training == run.config
         assert not list(run.folder.glob(".*"))
     again = make(tmp_path / "there", data=data)
     again.restore(newest(again))
@@ -838,7 +851,7 @@ def test_saved_run_holds_all_that_it_needs(tmp_path):
     run.save()
     names = {path.name for path in run.folder.iterdir() if path.is_file()}
     assert names == {*RUN_FILES, EARLIER_FILE}
-    assert read_settings(run.folder) == (run.model.config, run.config, run.data, run.source)
+    assert Run(run.folder).settings() == run.settings
     loaded = load_model(run.folder)
     tokens = np.arange(8, dtype=np.int32)[None]
     assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(run.model, tokens))
@@ -917,7 +930,7 @@ def test_trainer_keeps_the_warm_up_that_it_began_with(tmp_path):
     run = make(tmp_path / "run", steps=20, warmup_steps=None)
     assert run.config.warmup_steps == 2
     run.save()
-    _, training, _, _ = read_settings(run.folder)
+    training = Run(run.folder).settings().training
     assert training.warmup_steps == 2
     assert replace(training, steps=2000).learning_rate_at(1) == training.learning_rate
 
@@ -1345,7 +1358,7 @@ def test_codes_are_used_after_a_warm_start(tmp_path):
     shutil.copytree(run.folder, tmp_path / "copy")
     _, losses, records = train(resumed(tmp_path / "run", **WARM))
     other = make(tmp_path / "copy", **WARM | {"float_steps": 0})
-    other.restore(newest_checkpoint(other.folder, run.fixed_settings)[0])
+    other.restore(newest_checkpoint(other.run, run.fixed_settings)[0])
     _, others, copies = train(other)
     assert others == losses
     assert measured(copies) == measured(records)
@@ -1714,12 +1727,7 @@ def test_best_folder_is_a_run_that_can_go_on(tmp_path, monkeypatch):
     run = make(tmp_path / "run")
     _, losses, _ = train(run)
     before = contents(run.folder / BEST_FOLDER)
-    assert read_settings(run.folder / BEST_FOLDER) == (
-        run.model.config,
-        run.config,
-        run.data,
-        run.source,
-    )
+    assert Run(run.folder).best.settings() == run.settings
     shutil.copytree(run.folder / BEST_FOLDER, tmp_path / "best")
     best = resumed(tmp_path / "best")
     assert best.step == 5
@@ -1749,7 +1757,7 @@ def test_best_is_kept_when_a_crash_came_before(tmp_path, monkeypatch):
     run = make(tmp_path / "run")
     train(run, stop_at=5)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "atomic_copies", crash)
+        patch.setattr(training_run, "atomic_copies", crash)
         run = resumed(run.folder)
         with pytest.raises(KeyboardInterrupt):
             train(run)
@@ -1840,10 +1848,10 @@ def test_run_that_is_killed_anywhere_ends_like_an_unbroken_one(tmp_path, monkeyp
         if (best / SETTINGS_FILE).exists():
             # Even half renewed, it can be used.
             load_model(best)
-            read_settings(best)
+            Run(best).settings()
         saved = (folder / SETTINGS_FILE).exists()
         run = (resumed if saved else make)(folder, **settings)
-        if best_is_behind(run.folder, run.fixed_settings, run.best, run.step):
+        if best_is_missing(run.run, run.fixed_settings, run.best, run.step):
             run.save()
         if best.exists():
             assert_same_files(best, then[run.best[1]])
@@ -1888,7 +1896,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     assert run.step == 10
     assert not list(run.folder.glob(".*"))
     assert load_model(run.folder).config == run.model.config
-    assert read_settings(run.folder)[1] == run.config
+    assert Run(run.folder).settings().training == run.config
     again = make(tmp_path / "run")
     again.restore(newest(again))
     # The settings alone come after the checkpoint.
@@ -2185,20 +2193,20 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_read_settings_refuses_damage(saved, name):
+def test_settings_refuse_damage(saved, name):
     path = saved / SETTINGS_FILE
     path.write_bytes(SETTINGS[name](json.loads(path.read_bytes())))
     with pytest.raises(ModelFileError, match=SETTINGS_FILE):
-        read_settings(saved)
+        Run(saved).settings()
 
 
-def test_read_settings_needs_a_run(tmp_path):
+def test_settings_need_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ModelFileError, match="is not a training run"):
-            read_settings(folder)
+            Run(folder).settings()
     (tmp_path / SETTINGS_FILE).mkdir()
     with pytest.raises(ModelFileError, match="is not a training run"):
-        read_settings(tmp_path)
+        Run(tmp_path).settings()
 
 
 # --- Refusals that keep what there is -------------------------------------------------------------

@@ -16,9 +16,10 @@ from legacy1bit.commands.texts import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.places import check_there
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.system.errors import SettingError
+from legacy1bit.training.run import Run
 
 
 def add_config(command: argparse.ArgumentParser) -> None:
@@ -64,7 +65,7 @@ def _tokenizer_of(arguments: argparse.Namespace, told: dict[str, Any]) -> Tokeni
     if arguments.tokenizer_from is not None:
         return load_tokenizer(arguments.tokenizer_from)
     tokens = told["model"].get("vocab_size")
-    if "run" in told and tokens is not None and (told["run"] / TOKENIZER_FILE).exists():
+    if "run" in told and tokens is not None and Run(told["run"]).tokenizer_file.exists():
         return tokenizer_of(told["run"], tokens)
     return None
 

@@ -16,13 +16,11 @@ import numpy as np
 from legacy1bit.backward import BackwardPass, ignore_padding
 from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import located
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, fit_tokenizer
+from legacy1bit.data.tokenizer import fit_tokenizer
 from legacy1bit.dataset import Batch, Prefetcher
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import (
     MOST_STEPS,
-    SETTINGS_FILE,
     DataConfig,
     ModelConfig,
     TrainingConfig,
@@ -30,8 +28,6 @@ from legacy1bit.hyperparams import (
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
     LegacyLLM,
     ModelFileError,
     create_legacy_llm,
@@ -44,22 +40,14 @@ from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import SettingError
 from legacy1bit.system.files import (
-    atomic_copies,
-    atomic_write,
-    mistaken_file,
-    read_regular,
     remove,
     temporary_of,
 )
 from legacy1bit.system.hardware import machine
 from legacy1bit.training.checkpoint import (
-    DAMAGE,
-    RUN_FILES,
     Checkpoint,
-    FixedSettings,
-    fixed_settings,
+    best_is_missing,
     make_newest,
-    read_checkpoint,
     write_checkpoint,
 )
 from legacy1bit.training.divergence import diverged
@@ -71,6 +59,7 @@ from legacy1bit.training.evaluation import (
     model_codes,
 )
 from legacy1bit.training.memory import check_memory
+from legacy1bit.training.run import FixedSettings, Run, RunSettings
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say.
@@ -136,7 +125,7 @@ class Trainer:
             )
         _check_source(source)
         check_memory(model_config, config)
-        self.folder = folder
+        self.run = Run(folder)
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
         # A number from here on, which a run that gets more steps later keeps.
@@ -242,7 +231,7 @@ class Trainer:
     ) -> bool:
         with contextlib.closing(self):
             config = self.config
-            if best_is_behind(self.folder, self.fixed_settings, self.best, self.step):
+            if best_is_missing(self.run, self.fixed_settings, self.best, self.step):
                 # The checkpoint is there already, and the one before stays that.
                 self._save_model()
                 self._save_settings()
@@ -401,7 +390,17 @@ class Trainer:
     @property
     def fixed_settings(self) -> FixedSettings:
         """What holds for the whole of the run."""
-        return fixed_settings(self.model.config, self.config, self.data, self.source)
+        return self.settings.fixed()
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the run, as its folder has them."""
+        return RunSettings(self.model.config, self.config, self.data, self.source, machine())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.run.folder
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -434,7 +433,7 @@ class Trainer:
             self.optimizer.first,
             self.optimizer.second,
         )
-        write_checkpoint(self.folder, checkpoint, self.fixed_settings)
+        write_checkpoint(self.run, checkpoint, self.fixed_settings)
         self._save_settings()
         self._saved = self.step
 
@@ -449,7 +448,7 @@ class Trainer:
 
     def _check_saving(self) -> None:
         """Raise ``OSError`` where the run could not be saved, before there is something to save."""
-        trial = temporary_of(self.folder / TOKENIZER_FILE)
+        trial = temporary_of(self.run.tokenizer_file)
         try:
             trial.mkdir(parents=True)
             self.tokenizer.save(trial)
@@ -458,7 +457,7 @@ class Trainer:
             raise
         finally:
             remove(trial)
-        if not (self.folder / CHECKPOINT_FILE).exists():
+        if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
             needed = 12 * self.model.num_parameters + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
@@ -475,16 +474,9 @@ class Trainer:
 
     def _save_settings(self) -> None:
         """Write the settings, and keep the run if it is the best so far."""
-        settings = {
-            "model": self.model.config.to_dict(),
-            "training": self.config.to_dict(),
-            "data": self.data.to_dict(),
-            "source": self.source,
-            "machine": machine(),
-        }
-        atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        self.run.write_settings(self.settings)
         if 0 < self.best[1] == self.step:
-            keep_best(self.folder)
+            self.run.keep_best()
 
     def _provenance(self) -> Provenance:
         """Return what the model's files are to tell of where it comes from."""
@@ -513,7 +505,7 @@ class Trainer:
             self.reader.check(checkpoint.position)
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
-        make_newest(self.folder, checkpoint)
+        make_newest(self.run, checkpoint)
         self._taken = (-1, ())
         start = 0
         for weights in self.model.latent.values():
@@ -542,29 +534,6 @@ def _check_source(source: Mapping[str, Any]) -> None:
         raise ValueError(f"the source cannot be kept as JSON: {error}") from None
     if kept != source:
         raise ValueError(f"the source would come back as {kept}: expected what JSON has")
-
-
-def keep_best(folder: Path) -> None:
-    """Keep a run as it is now as its best."""
-    files = (folder / name for name in RUN_FILES)
-    # Tokens of another program have no tokenizer.
-    atomic_copies((file for file in files if file.exists()), folder / BEST_FOLDER)
-
-
-def best_is_behind(
-    folder: Path, settings: FixedSettings, best: tuple[float, int], step: int
-) -> bool:
-    """Return whether a crash came after this very step was found best, and before it was kept.
-
-    Somebody may have gone on from the best, which then is ahead, and stays as it is.
-    """
-    if not 0 < best[1] == step:
-        return False
-    try:
-        kept = read_checkpoint(folder / BEST_FOLDER / CHECKPOINT_FILE, settings)
-    except (ModelFileError, OSError):
-        return True
-    return kept.step < step
 
 
 def steps_within(
@@ -604,33 +573,3 @@ def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
     if config.optimizer == "adamw":
         return AdamW(model, *shared)
     return Muon(model, *shared, config.matrix_ratio, config.momentum)
-
-
-def read_settings(
-    folder: Path,
-) -> tuple[ModelConfig, TrainingConfig, DataConfig, dict[str, Any]]:
-    """Return the settings that a run was started with.
-
-    Raises
-    ------
-    ModelFileError
-        If the folder is no run, or its settings are damaged.
-    """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        reason = mistaken_file(folder) if folder.is_file() else None
-        reason = reason or f"it has no {SETTINGS_FILE}"
-        raise ModelFileError(f"{folder} is not a training run: {reason}")
-    try:
-        settings = json.loads(read_regular(path))
-        model = ModelConfig.from_dict(settings["model"])
-        training = TrainingConfig.from_dict(settings["training"])
-        data = DataConfig.from_dict(settings.get("data", {}))
-        source = located(settings["source"], folder)
-    except KeyError as error:
-        raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
-    except DAMAGE as error:
-        raise ModelFileError(
-            f"{path} is not a run's settings: {mistaken_file(path) or error}"
-        ) from None
-    return model, training, data, source
