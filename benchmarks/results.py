@@ -20,10 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from legacy1bit.data.stories import entropy_per_character
-from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.model import WEIGHTS_FILE, load_model
+from legacy1bit.model import load_model
 from legacy1bit.system.files import atomic_write
 from legacy1bit.threads import available_cores
+from legacy1bit.training.run import Run
 
 SEEDS = (1, 2, 3)
 
@@ -134,8 +134,8 @@ def _folder(out: Path, variant: Variant, seed: int) -> Path:
 
 
 def _is_finished(folder: Path) -> bool:
-    file = folder / METRICS_FILE
-    records = read_metrics(file) if file.exists() else []
+    run = Run(folder)
+    records = run.metrics() if run.metrics_file.exists() else []
     return bool(records) and records[-1]["step"] == 2000
 
 
@@ -161,10 +161,10 @@ def train(variant: Variant, seed: int, data: str, out: Path) -> Outcome:
     folder = _folder(out, variant, seed)
     if not _is_finished(folder):
         arguments = command(variant, seed, data, folder)
-        if (folder / "training.json").exists():
+        if Run(folder).is_saved:
             arguments = ["-m", "legacy1bit.main", "train", "--resume", str(folder)]
         _run(arguments)
-    loss = read_metrics(folder / METRICS_FILE)[-1]["val_loss"]
+    loss = Run(folder).metrics()[-1]["val_loss"]
     print(f"{loss:.4f}  seed {seed}  {variant.label}", file=sys.stderr, flush=True)
     return Outcome([loss], load_model(folder).stored_bytes())
 
@@ -226,11 +226,11 @@ def run_alone(arguments: list[str], folder: Path) -> dict[str, float]:
         begin = time.perf_counter()
         told = _run(["-c", _WITH_PEAK, "train", *arguments, "--out", str(folder)])
         seconds = time.perf_counter() - begin
-        record = read_metrics(folder / METRICS_FILE)[-1]
+        record = Run(folder).metrics()[-1]
         record["peak_bytes"] = 1024 * int(told.split()[-1])
         record["run_seconds"] = seconds
         record["stored_bytes"] = load_model(folder).stored_bytes()
-        record["file_bytes"] = (folder / WEIGHTS_FILE).stat().st_size
+        record["file_bytes"] = Run(folder).weights_file.stat().st_size
         atomic_write(note, json.dumps(record))
     outcome: dict[str, float] = json.loads(note.read_text(encoding="utf-8"))
     print(f"{outcome['val_loss']:.4f}  {' '.join(arguments)}", file=sys.stderr, flush=True)

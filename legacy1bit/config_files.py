@@ -32,7 +32,7 @@ from legacy1bit.hyperparams import (
 from legacy1bit.model import CONFIG_FILE
 from legacy1bit.system.errors import SettingError, format_value
 from legacy1bit.system.files import HEAD_BYTES, atomic_write, kind_of_file
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import Run
 
 # The tables of a config file, and the record of each.
 TABLES: dict[str, type[Any]] = {
@@ -305,7 +305,8 @@ def _fitting(
 
 
 def _read_run(folder: Path) -> dict[str, Any]:
-    model, config, data, source = read_settings(folder)
+    settings = Run(folder).settings()
+    config = settings.training
     training = asdict(config)
     if config.learning_rate == DEFAULT_RATES[config.optimizer]:
         # Another optimizer on the command line has its own default.
@@ -314,10 +315,10 @@ def _read_run(folder: Path) -> dict[str, Any]:
         # So has another number of steps.
         del training["warmup_steps"]
     return {
-        "model": asdict(model),
+        "model": asdict(settings.model),
         "training": training,
-        "data": asdict(data),
-        "source": source,
+        "data": asdict(settings.data),
+        "source": settings.source,
         "run": folder,
     }
 

@@ -6,10 +6,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.system.files import atomic_write, open_regular
 from legacy1bit.system.optional import load_extra
 
@@ -19,6 +20,12 @@ EVENTS_FOLDER = "tensorboard"
 
 # A line that is longer is no record: those of the largest models have some hundred kilobytes.
 _LONGEST_LINE = 1 << 24
+
+
+def is_run(names: Collection[str]) -> bool:
+    """Return whether a folder with files of these names is a run, perhaps one not saved yet."""
+    unsaved = {METRICS_FILE, SAMPLES_FILE} >= set(names)
+    return METRICS_FILE in names and (SETTINGS_FILE in names or unsaved)
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

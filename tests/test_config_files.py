@@ -28,7 +28,7 @@ from legacy1bit.config_files import (
 )
 from legacy1bit.hyperparams import DEFAULT_RATES, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import Run
 
 DEFAULTS = (ModelConfig(), TrainingConfig(), DataConfig())
 TINY = """
@@ -438,10 +438,11 @@ def test_hyperparams_save_to_file_writes_what_print_shows(capsys):
 def test_train_takes_settings_from_a_file_and_options_before_them(say):
     file_of(TINY)
     say("train", "--config", "mine.toml", "--stories", 20, "--steps", 2, "--out", "run")
-    model, training, _, source = read_settings(Path("run"))
+    settings = Run(Path("run")).settings()
+    model, training = settings.model, settings.training
     assert (model.model_dim, model.num_blocks, model.sequence_length) == (8, 1, 16)
     assert (training.steps, training.batch_size, training.threads) == (2, 2, 1)
-    assert source["stories"] == 20
+    assert settings.source["stories"] == 20
 
 
 @pytest.fixture(scope="module")
@@ -485,21 +486,21 @@ def test_train_makes_the_tokenizer_of_a_run_again_where_it_is_gone(base, say):
 
 
 def test_train_repeats_a_run_with_another_text_or_tokenizer(base, say):
-    told = read_settings(base / "bpe")
+    expected = Run(base / "bpe").settings()
     say("train", "--config", base / "bpe", "--data", base / "other.txt", "--out", "text")
-    _, training, data, source = read_settings(Path("text"))
-    assert (training, data) == told[1:3]
-    assert source["path"] == str(base / "other.txt")
-    assert source["sha256"] != told[3]["sha256"]
+    settings = Run(Path("text")).settings()
+    assert (settings.training, settings.data) == (expected.training, expected.data)
+    assert settings.source["path"] == str(base / "other.txt")
+    assert settings.source["sha256"] != expected.source["sha256"]
     say("train", "--config", base / "bpe", "--vocab-size", 260, "--out", "tokens")
-    model, training, data, source = read_settings(Path("tokens"))
-    assert (model.vocab_size, data.vocabulary) == (260, 260)
-    assert (training, source) == (told[1], told[3])
+    settings = Run(Path("tokens")).settings()
+    assert (settings.model.vocab_size, settings.data.vocabulary) == (260, 260)
+    assert (settings.training, settings.source) == (expected.training, expected.source)
     taken = ("--tokenizer-from", base / "bpe", "--cache", "cache")
     say("train", "--config", base / "text", *taken, "--out", "taken")
-    assert read_settings(Path("taken"))[0].vocab_size == told[0].vocab_size
+    assert Run(Path("taken")).settings().model.vocab_size == expected.model.vocab_size
     say("train", "--config", base / "stories", "--stories", 30, "--out", "stories")
-    assert read_settings(Path("stories"))[3]["stories"] == 30
+    assert Run(Path("stories")).settings().source["stories"] == 30
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -515,7 +516,7 @@ def test_train_says_that_weights_are_new(base, say, other):
 
 def test_train_takes_another_optimizer_with_its_own_rate(base, say):
     say("train", "--config", base / "stories", "--optimizer", "sgd", "--out", "again")
-    assert read_settings(Path("again"))[1].learning_rate == DEFAULT_RATES["sgd"]
+    assert Run(Path("again")).settings().training.learning_rate == DEFAULT_RATES["sgd"]
 
 
 def test_train_refuses_a_text_that_has_changed_or_gone(base, fail):
@@ -570,7 +571,8 @@ def test_train_goes_on_without_a_config(base, fail):
 
 
 def test_print_config_prints_all_settings(base, say):
-    model, training, data = read_settings(base / "bpe")[:3]
+    settings = Run(base / "bpe").settings()
+    model, training, data = settings.model, settings.training, settings.data
     assert training.warmup_steps == 0
     # What follows from the steps is left to them.
     training = dataclasses.replace(training, warmup_steps=None)

@@ -58,7 +58,7 @@ from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.threads import available_cores
 from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import Run
 from legacy1bit.version import __version__
 
 TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
@@ -188,7 +188,7 @@ def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
 
     monkeypatch.setattr(texts, "story_corpus", make_slowly)
     say(*tiny(seed=1))
-    seeds = [read_settings(folder)[1].seed for folder in Path("runs").iterdir()]
+    seeds = [Run(folder).settings().training.seed for folder in Path("runs").iterdir()]
     assert sorted(seeds) == [1, 2]
 
 
@@ -424,7 +424,7 @@ def test_train_takes_every_scale(say, scheme, scale):
 def test_train_follows_its_schedule(say, schedule):
     options = {"steps": 6, "evaluate_every": 1, "warmup_steps": 2, "decay_fraction": 0.5}
     say(*tiny(out="here", schedule=schedule, decay_every=2, **options))
-    config = read_settings(Path("here"))[1]
+    config = Run(Path("here")).settings().training
     rates = [record["learning_rate"] for record in read_metrics("here/metrics.jsonl")]
     assert rates == [config.learning_rate_at(step) for step in range(6)]
     assert (rates[-1] < rates[2]) == (schedule != "constant")
@@ -781,7 +781,7 @@ def test_resume_takes_more_steps(say, run):
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 5]
     say("train", "--resume", run, "--steps", 7, "--threads", 2)
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [3, 5, 7]
-    assert read_settings(run)[1].steps == 7
+    assert Run(run).settings().training.steps == 7
 
 
 def test_resume_drops_metrics_after_the_checkpoint(say, run):
@@ -858,7 +858,7 @@ def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
     """However its length is given; one that goes on with more steps keeps its number."""
 
     def warmup_of(folder):
-        _, training, *_ = read_settings(Path(folder))
+        training = Run(Path(folder)).settings().training
         rates = [record["learning_rate"] for record in read_metrics(f"{folder}/metrics.jsonl")]
         assert rates == [training.learning_rate_at(step) for step in range(training.steps)]
         return training.warmup_steps
@@ -1229,7 +1229,7 @@ def test_train_ends_after_its_patience_and_goes_on_with_more(say, fail, monkeypa
     assert b"ended at step 10 of 20: 4 evaluations" in errors
     say("train", "--resume", "run", "--patience", 0)
     assert read_metrics("run/metrics.jsonl")[-1]["step"] == 20
-    assert read_settings(Path("run"))[1].patience == 0
+    assert Run(Path("run")).settings().training.patience == 0
 
 
 def test_train_says_how_often_it_goes_through_the_text(say, text):
@@ -2594,7 +2594,7 @@ def test_train_refuses_a_folder_with_anything_of_worth(fail, name, record):
     if record:
         Path("mine/metrics.jsonl").write_text("")
     Path("mine", name).write_text("mine")
-    assert "mine is no empty folder" in fail(*tiny(out="mine"))
+    assert "mine is not an empty folder" in fail(*tiny(out="mine"))
     assert Path("mine", name).read_text() == "mine"
 
 
@@ -2602,7 +2602,7 @@ def test_train_refuses_a_folder_with_a_record_of_something_else(fail):
     Path("mine").mkdir()
     for name in ("metrics.jsonl", "config.json"):
         Path("mine", name).write_text('{"step": 1, "speed": 3}')
-    assert "mine is no empty folder" in fail(*tiny(out="mine"))
+    assert "mine is not an empty folder" in fail(*tiny(out="mine"))
     assert Path("mine/config.json").read_text() == '{"step": 1, "speed": 3}'
 
 

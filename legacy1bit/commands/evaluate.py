@@ -25,7 +25,8 @@ from legacy1bit.data.tokenizer import Tokenizer, tokenizer_of
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
-from legacy1bit.training.trainer import Metrics, evaluate, read_settings, recall_of_heroes
+from legacy1bit.training.evaluation import Metrics, evaluate, recall_of_heroes
+from legacy1bit.training.run import Run
 
 # Sequences that are cut at their ends leave some tokens out, which need not be told.
 _NEARLY_ALL = 0.9
@@ -63,10 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = tokenizer_of(folder, config.vocab_size)
     places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
     if arguments.data is None:
-        _, training, data, source = read_settings(folder)
-        source = moved(source, folder, places, arguments.cache)
-        corpus, _ = corpus_of(source, data, config, arguments.cache, tokenizer)
-        limit = training.validation_tokens
+        settings = Run(folder).settings()
+        source = moved(settings.source, folder, places, arguments.cache)
+        corpus, _ = corpus_of(source, settings.data, config, arguments.cache, tokenizer)
+        limit = settings.training.validation_tokens
         metrics = evaluate(model, corpus.validation, threads, limit, tokenizer)
         print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
         if corpus.stories:

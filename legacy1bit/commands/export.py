@@ -8,8 +8,8 @@ from pathlib import Path
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from legacy1bit.model import BEST_FOLDER, LegacyLLM
-from legacy1bit.training.checkpoint import WRITTEN_FILES
+from legacy1bit.model import LegacyLLM
+from legacy1bit.training.run import Run
 
 _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 
@@ -93,8 +93,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def _check_output(out: Path, model: Path) -> None:
     """Raise ``ValueError`` for a file that is a part of the model, or of its run."""
-    folders = (model, model / BEST_FOLDER)
-    parts = [model] if model.is_file() else [place / n for place in folders for n in WRITTEN_FILES]
+    parts = [model] if model.is_file() else Run(model).files()
     if out.exists() and any(part.exists() and out.samefile(part) for part in parts):
         raise ValueError(f"{out} is a part of the model that is to be exported: name another file")
 

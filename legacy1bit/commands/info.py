@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from legacy1bit.commands.options import add_model, latest_run, read_model
 from legacy1bit.model import TernaryMatrix
-from legacy1bit.training.trainer import weight_shares
+from legacy1bit.training.evaluation import code_fractions
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"{name:<18}{'' if value is None else value}")
     print(f"{'parameters':<18}{model.num_parameters:,}")
     print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")
-    matrices = weight_shares(model)
+    matrices = code_fractions(model)
     if matrices:
         width = max(map(len, matrices))
         levels = " ".join(f"{level:>6}" for level in next(iter(matrices.values())))

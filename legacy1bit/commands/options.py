@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.formats.c_v1 import import_c_v1
-from legacy1bit.hyperparams import BASIC, EXPERIMENTAL, SETTINGS_FILE
+from legacy1bit.hyperparams import BASIC, EXPERIMENTAL
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
+from legacy1bit.training import run as training_run
 
 RUNS = Path("runs")
 
@@ -156,7 +157,7 @@ def latest_run() -> Path:
     ValueError
         If there are no runs.
     """
-    settings = list(RUNS.glob(f"*/{SETTINGS_FILE}")) if RUNS.is_dir() else []
-    if not settings:
+    run = training_run.latest_run(RUNS)
+    if run is None:
         raise ValueError(f"there is no run in {RUNS}/ yet: train one first, or name one")
-    return max(settings, key=lambda path: path.stat().st_mtime_ns).parent
+    return run.folder

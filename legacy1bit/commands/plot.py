@@ -17,10 +17,11 @@ from legacy1bit.reports.figures import (
     map_attention,
     map_weights,
     panels_of,
-    read_run,
     save_figure,
     size_panel,
 )
+from legacy1bit.reports.records import read_records
+from legacy1bit.training.run import Run
 
 # Kinds that look into models.
 _BYTES, _WEIGHTS, _ATTENTION = "bytes", "weights", "attention"
@@ -67,9 +68,10 @@ def run(arguments: argparse.Namespace) -> int:
     load_matplotlib()
     folders = arguments.runs or [latest_run()]
     if kind in CURVES:
-        figure = draw(panels_of([read_run(folder) for folder in folders], kind), _columns(kind))
+        runs = [read_records(Run(folder)) for folder in folders]
+        figure = draw(panels_of(runs, kind), _columns(kind))
     elif kind == _BYTES:
-        runs = [read_run(folder) for folder in folders]
+        runs = [read_records(Run(folder)) for folder in folders]
         figure = draw([size_panel(runs, [load_model(folder) for folder in folders])])
     elif kind == _WEIGHTS:
         figure = map_weights(load_model(_only(folders, kind)), arguments.layer)

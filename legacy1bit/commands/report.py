@@ -11,10 +11,10 @@ from legacy1bit.commands.texts import DEFAULT_STORIES
 from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.data.shards import INDEX_FILE
 from legacy1bit.data.sources import is_token_file
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, load_tokenizer
+from legacy1bit.data.tokenizer import load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.reports.figures import check_suffix, load_matplotlib, read_run
-from legacy1bit.reports.page import defaults_of, report
+from legacy1bit.reports.figures import check_suffix, load_matplotlib
+from legacy1bit.reports.run_page import defaults_of, report
 from legacy1bit.reports.study_page import study_report
 from legacy1bit.search.study import (
     STUDY_FILE,
@@ -25,7 +25,7 @@ from legacy1bit.search.study import (
     study_at_hand,
 )
 from legacy1bit.system.files import atomic_write
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import Run, RunSettings
 
 # Settings whose defaults depend on the machine.
 _ALWAYS = ("threads", "precision")
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif arguments.storage is not None:
         raise ValueError(f"--storage goes with a study, and {folder} is none")
     else:
-        text = report(read_run(folder), train_command(folder))
+        text = report(Run(folder), train_command(folder))
     atomic_write(out, text)
     print(f"{out}: {len(text.encode()):,} bytes about {folder}")
     return 0
@@ -89,9 +89,10 @@ def train_command(folder: Path) -> str:
     ValueError
         If one is damaged.
     """
-    model, training, data, source = read_settings(folder)
-    options = {**_of_source(source), **_of_tokenizer(folder, data, source)}
-    for record in (model, training, data):
+    run = Run(folder)
+    settings = run.settings()
+    options = {**_of_source(settings.source), **_of_tokenizer(run, settings)}
+    for record in (settings.model, settings.training, settings.data):
         options |= _given(record)
     words = ["python", "-m", "legacy1bit.main", "train"]
     for name, value in options.items():
@@ -128,12 +129,12 @@ def _of_source(source: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_tokenizer(folder: Path, data: DataConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """Return whose tokenizer a text was given, where it was not made as the settings say."""
-    paths = paths_of(source, TEXT_PATH)
-    if not paths or not (folder / TOKENIZER_FILE).exists():
+def _of_tokenizer(run: Run, settings: RunSettings) -> dict[str, Any]:
+    """Return the option for a tokenizer that was not made as the settings say."""
+    paths = paths_of(settings.source, TEXT_PATH)
+    if not paths or not run.tokenizer_file.exists():
         return {}
     tokens = any(is_token_file(path) or (Path(path) / INDEX_FILE).is_file() for path in paths)
-    if tokens or load_tokenizer(folder).kind == data.tokenizer:
+    if tokens or load_tokenizer(run.folder).kind == settings.data.tokenizer:
         return {}
-    return {"tokenizer-from": folder.resolve()}
+    return {"tokenizer-from": run.folder.resolve()}

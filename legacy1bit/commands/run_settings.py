@@ -11,9 +11,10 @@ from legacy1bit.commands.texts import corpus_of, source_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.places import check_there
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.system.errors import SettingError
+from legacy1bit.training.run import Run
 
 # The first run is about a minute of training: all steps if they take at most 75 seconds, else those
 # of a minute, but enough for a model that remembers the hero of a story (98 % of endings after 300
@@ -68,7 +69,7 @@ def _tokenizer_of(arguments: argparse.Namespace, settings: dict[str, Any]) -> To
     if arguments.tokenizer_from is not None:
         return load_tokenizer(arguments.tokenizer_from)
     tokens = settings["model"].get("vocab_size")
-    if "run" in settings and tokens is not None and (settings["run"] / TOKENIZER_FILE).exists():
+    if "run" in settings and tokens is not None and Run(settings["run"]).tokenizer_file.exists():
         return tokenizer_of(settings["run"], tokens)
     return None
 

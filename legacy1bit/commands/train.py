@@ -5,7 +5,6 @@ import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,40 +35,14 @@ from legacy1bit.data import stories
 from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
 from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import (
-    CHANGEABLE,
-    SETTINGS_FILE,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-)
-from legacy1bit.logger import (
-    EVENTS_FOLDER,
-    METRICS_FILE,
-    SAMPLES_FILE,
-    MetricsLogger,
-    StepLog,
-    check_tensorboard,
-    read_metrics,
-)
+from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.logger import MetricsLogger, StepLog, check_tensorboard
 from legacy1bit.math_ops import simd_level
-from legacy1bit.model import BEST_FOLDER
 from legacy1bit.system.errors import INTERRUPTED, describe
-from legacy1bit.system.files import held, remove, temporaries
-from legacy1bit.training.checkpoint import (
-    WRITTEN_FILES,
-    fixed_settings,
-    make_newest,
-    newest_checkpoint,
-)
-from legacy1bit.training.trainer import (
-    Trainer,
-    best_is_behind,
-    keep_best,
-    read_settings,
-    recall_of_heroes,
-    steps_within,
-)
+from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
+from legacy1bit.training.evaluation import recall_of_heroes
+from legacy1bit.training.run import Run
+from legacy1bit.training.trainer import Trainer, steps_within
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
@@ -135,57 +108,6 @@ def _missing(folder: Path) -> list[Path]:
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
-def _remove_unbegun(folder: Path, made: Sequence[Path]) -> None:
-    """Remove what a training has made that ended before its first record."""
-    records = [folder / METRICS_FILE, folder / SAMPLES_FILE]
-    with contextlib.suppress(OSError):
-        others = {*folder.iterdir()} - {*records, folder / EVENTS_FOLDER}
-        if others or any(path.exists() and path.stat().st_size for path in records):
-            return
-        for path in records:
-            remove(path)
-        if made:
-            remove(folder / EVENTS_FOLDER)
-        for path in made:
-            path.rmdir()
-
-
-def _check_folder(wanted: Path | None) -> None:
-    """Raise ``ValueError`` for a folder in which a run would write over something."""
-    if wanted is None or not wanted.exists():
-        return
-    if (wanted / SETTINGS_FILE).exists():
-        raise ValueError(f"{wanted} holds a run already: name another folder, or --resume it")
-    # What a run leaves that ended before it was saved as a whole is not in the way: a record, and
-    # beside it some of its files.
-    found = set(wanted.iterdir()) if wanted.is_dir() else {wanted}
-    found -= _half_written(wanted)
-    ours = {path.name for path in found} <= {*WRITTEN_FILES, EVENTS_FOLDER}
-    if found and not (ours and _is_record(wanted / METRICS_FILE)):
-        raise ValueError(f"{wanted} is no empty folder: name another")
-
-
-def _is_record(path: Path) -> bool:
-    """Whether a file is the record of a run, which may have none yet."""
-    try:
-        return all("train_loss" in record for record in read_metrics(path))
-    except (OSError, ValueError):
-        return False
-
-
-def _half_written(folder: Path) -> set[Path]:
-    """Return what a process that was killed has left of a run's files."""
-    return {path for path, name in temporaries(folder) if name in WRITTEN_FILES}
-
-
-def _hold(folder: Path, ends: contextlib.ExitStack) -> None:
-    """Have a run for oneself, without what a process that was killed had not written whole."""
-    ends.enter_context(held(folder))
-    for place in (folder, folder / BEST_FOLDER):
-        for path in _half_written(place):
-            remove(path)
-
-
 def _print_config(arguments: argparse.Namespace) -> None:
     """Print all settings; those of the machine only where they have been told."""
     if arguments.resume is not None:
@@ -202,15 +124,17 @@ def _start(
 ) -> tuple[Trainer, MetricsLogger]:
     """Return a new run, or an old one where its checkpoint was written; nobody else has it."""
     if arguments.resume is not None:
-        read_settings(arguments.resume)
-        _hold(arguments.resume, ends)
+        run = Run(arguments.resume)
+        run.settings()
+        ends.enter_context(run.lock())
         return _resume(arguments)
     if arguments.tensorboard:
         check_tensorboard()
     check_above_zero(arguments, "minutes")
     if arguments.minutes is not None and arguments.steps is not None:
         raise ValueError("--minutes and --steps exclude each other")
-    _check_folder(arguments.out)
+    if arguments.out is not None:
+        Run(arguments.out).check_new()
     new = plan_run(arguments)
     training = new.training
     if new.run is not None:
@@ -228,20 +152,24 @@ def _start(
         training = fit_first_run(training, within)
     # The folder last: what fails before leaves nothing behind.
     trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
-    trainer.folder, made = _make_folder(arguments.out)
-    _hold(trainer.folder, ends)
-    # Somebody may have been faster.
-    _check_folder(arguments.out)
-    ends.callback(_remove_unbegun, trainer.folder, made)
-    return trainer, MetricsLogger(trainer.folder, tensorboard=arguments.tensorboard)
+    folder, created = _make_folder(arguments.out)
+    trainer.run = Run(folder)
+    ends.enter_context(trainer.run.lock())
+    if arguments.out is not None:
+        # Another process may have been faster.
+        trainer.run.check_new()
+    ends.callback(trainer.run.remove_unstarted, created)
+    return trainer, MetricsLogger(folder, tensorboard=arguments.tensorboard)
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
-    model_config, config, data, source = read_settings(folder)
-    fixed = ("config", "out", "minutes", "stories", "tokenizer_from")
-    named = [name for name in fixed if getattr(arguments, name) is not None]
+    run = Run(folder)
+    settings = run.settings()
+    config, source = settings.training, settings.source
+    new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
+    named = [name for name in new_only if getattr(arguments, name) is not None]
     # The new place of its text may be named.
     named += [
         name
@@ -260,28 +188,28 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     if "threads" in changes:
         changes["threads"] = threads_of(arguments)
     config = replace(config, **changes)
-    settings = fixed_settings(model_config, config, data, source)
-    checkpoint, wrong = newest_checkpoint(folder, settings)
-    for error in wrong:
+    fixed = settings.fixed()
+    checkpoint, errors = newest_checkpoint(run, fixed)
+    for error in errors:
         print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
     done, best_step = checkpoint.step, checkpoint.best[1]
     waited = config.patience_ends(done, best_step)
     if waited or done >= config.steps:
         # The end may have come between its last checkpoint and what is done after that.
-        make_newest(folder, checkpoint)
-        if best_is_behind(folder, settings, checkpoint.best, done):
-            keep_best(folder)
+        make_newest(run, checkpoint)
+        if best_is_missing(run, fixed, checkpoint.best, done):
+            run.keep_best()
         if waited and done < config.steps:
             raise ValueError(
                 f"{folder} has had its best step at {best_step} and ended at {done}, by its "
                 f"--patience of {config.patience}: give a higher one, or 0, to go on"
             )
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
-    tokenizer = tokenizer_of(folder, model_config.vocab_size)
+    tokenizer = tokenizer_of(folder, settings.model.vocab_size)
     places = {"data": arguments.data, "validation": arguments.validation}
     source = moved(source, folder, places, arguments.cache)
-    corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
-    trainer = Trainer(folder, model_config, config, corpus, source, data)
+    corpus, _ = corpus_of(source, settings.data, settings.model, arguments.cache, tokenizer)
+    trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
@@ -322,7 +250,7 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
         )
     samples = None
     if trainer.tokenizer.bos_token is not None:
-        samples = StepLog(trainer.folder / SAMPLES_FILE, trainer.step)
+        samples = StepLog(trainer.run.samples_file, trainer.step)
     progress = progress_of_training()
 
     def answer() -> None:

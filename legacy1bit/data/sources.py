@@ -32,8 +32,7 @@ import numpy as np
 
 from legacy1bit.data.shards import IntegerFile
 from legacy1bit.data_utils import with_line_breaks
-from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
+from legacy1bit.logger import is_run
 from legacy1bit.system.errors import SettingError
 from legacy1bit.system.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.system.old_cpus import runs_here
@@ -513,9 +512,8 @@ def _files_below(folder: str) -> Iterator[str]:
             folders.clear()
             continue
         seen.add((found.st_dev, found.st_ino))
-        records = {METRICS_FILE, SAMPLES_FILE}
-        if METRICS_FILE in names and (SETTINGS_FILE in names or records >= set(names)):
-            # A run, which may lie below its own text.
+        if is_run(names):
+            # A run may lie below its own text.
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -7,7 +7,6 @@ when the first figure is drawn, without a display and without its global state.
 import contextlib
 import html
 import io
-import json
 import math
 import re
 import warnings
@@ -20,18 +19,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.forward import (
     forward_embedding_batch,
     forward_transformer_block_batch_with_context,
 )
-from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.logger import METRICS_FILE, read_metrics
 from legacy1bit.model import LegacyLLM, TernaryMatrix, TransformerBlockContext
-from legacy1bit.system.files import atomic_write, mistaken_file
+from legacy1bit.reports.records import RunRecords, printable
+from legacy1bit.system.files import atomic_write
 from legacy1bit.system.optional import load_extra
-from legacy1bit.training.trainer import read_settings
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -112,159 +108,6 @@ def load_matplotlib() -> Any:
     return load_extra("figures need", "matplotlib", *modules)
 
 
-def printable(text: str) -> str:
-    """Return a text of which every character can be seen, and stand in XML."""
-    return "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    code = ord(character)
-    if character == "\n":
-        return "\u23ce"
-    if code < 0x20 or 0x7F <= code < 0xA0 or 0xD800 <= code < 0xE000 or code & 0xFFFE == 0xFFFE:
-        return "\ufffd"
-    return character
-
-
-# --- Runs -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run has recorded.
-
-    Attributes
-    ----------
-    folder : Path
-    records : list of dict
-        The lines of ``metrics.jsonl``, oldest first.
-    floor : float or None
-        The lowest loss that any model can reach, where it is known.
-    """
-
-    folder: Path
-    records: list[dict[str, Any]]
-    floor: float | None = None
-
-    @property
-    def name(self) -> str:
-        """The folder's own name."""
-        return printable(self.folder.name or self.folder.resolve().name)
-
-    @property
-    def unit(self) -> str:
-        """What a loss is of: a character, where each token is one byte, or a token."""
-        last = self.records[-1] if self.records else {}
-        size = last.get("val_bytes")
-        same = size is not None and size == last.get("val_tokens")
-        return "character" if same or self.floor is not None else "token"
-
-    def steps(self) -> list[float]:
-        """Return the steps of the records."""
-        return self.column("step")
-
-    def place_of(self, step: int) -> int:
-        """Return which record is that of a step; the last, where none is."""
-        steps = [record.get("step") for record in self.records]
-        return steps.index(step) if step in steps else len(steps) - 1
-
-    def column(self, key: str) -> list[float]:
-        """Return a number of every record, NaN where there is none or it was not finite.
-
-        Raises
-        ------
-        ValueError
-            If something else stands there.
-        """
-        return [self._number(record.get(key), key, record) for record in self.records]
-
-    def matrices(self) -> list[str]:
-        """Return the names of the matrices whose codes were counted, in the model's order."""
-        return list(
-            dict.fromkeys(name for record in self.records for name in self._weights(record))
-        )
-
-    def share(self, matrix: str, code: str) -> list[float]:
-        """Return the share of a matrix's code, or of ``flipped``, in every record, or NaN.
-
-        Raises
-        ------
-        ValueError
-            If something else than a number stands there.
-        """
-        found = []
-        for record in self.records:
-            shares = self._weights(record).get(matrix, {})
-            if not isinstance(shares, dict):
-                raise self._damaged(f"weights of {matrix}", shares, "shares", record)
-            found.append(self._number(shares.get(code), f"{code} of {matrix}", record))
-        return found
-
-    def codes(self) -> list[str]:
-        """Return the codes that were counted, in rising order."""
-        found = {
-            code
-            for record in self.records
-            for shares in self._weights(record).values()
-            if isinstance(shares, dict)
-            for code in shares
-            if re.fullmatch(r"-?\d{1,3}", code)
-        }
-        return sorted(found, key=int)
-
-    def _weights(self, record: dict[str, Any]) -> dict[str, Any]:
-        weights = record.get("weights")
-        if weights is None:
-            return {}
-        if not isinstance(weights, dict):
-            raise self._damaged("weights", weights, "shares by matrix", record)
-        return weights
-
-    def _number(self, value: Any, key: str, record: dict[str, Any]) -> float:
-        if value is None:
-            return math.nan
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise self._damaged(key, value, "a number", record)
-        try:
-            number = float(value)
-        except OverflowError:
-            return math.nan
-        # What is larger no axis can hold.
-        return number if abs(number) < 1e300 else math.nan
-
-    def _damaged(self, key: str, value: Any, wanted: str, record: dict[str, Any]) -> ValueError:
-        told = json.dumps(value)[:40]
-        return ValueError(
-            f"{self.folder / METRICS_FILE}: {key} of step {str(record['step'])[:20]} is {told}, "
-            f"expected {wanted}"
-        )
-
-
-def read_run(folder: Path) -> Run:
-    """Read what a run has recorded; one that ended before it was saved has no settings.
-
-    Raises
-    ------
-    OSError
-        If a file cannot be read.
-    ValueError
-        If the folder is no run, or its metrics or settings are damaged.
-    """
-    if not folder.is_dir():
-        reason = mistaken_file(folder) if folder.is_file() else None
-        reason = reason or "expected a run's folder"
-        raise ValueError(f"{folder} is not a training run: {reason}")
-    if not (folder / METRICS_FILE).is_file():
-        raise ValueError(f"{folder} is not a training run: it has no {METRICS_FILE}")
-    records = read_metrics(folder / METRICS_FILE)
-    floor = None
-    if (folder / SETTINGS_FILE).exists():
-        source = read_settings(folder)[3]
-        if source.get("name") == "stories" and "path" not in source:
-            floor = entropy_per_character()
-    return Run(folder, records, floor)
-
-
 # --- Panels: what is drawn, as plain data ---------------------------------------------------------
 
 
@@ -319,18 +162,19 @@ class Panel:
     whole: bool = True
 
 
-def _unit(runs: Sequence[Run]) -> str:
+def _unit(runs: Sequence[RunRecords]) -> str:
     units = {run.unit for run in runs}
     return units.pop() if len(units) == 1 else "token"
 
 
-def _names(runs: Sequence[Run]) -> list[str]:
-    """Return what tells runs apart: their folders' names, or their paths where those are alike."""
-    names = [run.name for run in runs]
-    return names if len(set(names)) == len(names) else [printable(str(run.folder)) for run in runs]
+def _names(runs: Sequence[RunRecords]) -> list[str]:
+    """Return the names of the runs' folders, or their paths where two have the same name."""
+    names = [each.name for each in runs]
+    unique = len(set(names)) == len(names)
+    return names if unique else [printable(str(each.run.folder)) for each in runs]
 
 
-def _curves(runs: Sequence[Run], key: str, title: str, y_label: str) -> list[Panel]:
+def _curves(runs: Sequence[RunRecords], key: str, title: str, y_label: str) -> list[Panel]:
     """Return the panel of one number of the metrics."""
     labels = _names(runs) if len(runs) > 1 else [""]
     series = [
@@ -340,7 +184,7 @@ def _curves(runs: Sequence[Run], key: str, title: str, y_label: str) -> list[Pan
     return [Panel(title, "step", y_label, series)]
 
 
-def _loss(runs: Sequence[Run]) -> list[Panel]:
+def _loss(runs: Sequence[RunRecords]) -> list[Panel]:
     floor = next((run.floor for run in runs if run.floor is not None), None)
     floors = {} if floor is None else {"entropy floor": floor}
     label = f"nats a {_unit(runs)}"
@@ -358,28 +202,28 @@ def _loss(runs: Sequence[Run]) -> list[Panel]:
     return [Panel("Loss (line: validation, dots: training)", "step", label, series, floors)]
 
 
-def _perplexity(runs: Sequence[Run]) -> list[Panel]:
+def _perplexity(runs: Sequence[RunRecords]) -> list[Panel]:
     return _curves(runs, "perplexity", "Perplexity", f"of a {_unit(runs)}")
 
 
-def _learning_rate(runs: Sequence[Run]) -> list[Panel]:
+def _learning_rate(runs: Sequence[RunRecords]) -> list[Panel]:
     return _curves(runs, "learning_rate", "Learning rate", "at this step")
 
 
-def _gradient_norm(runs: Sequence[Run]) -> list[Panel]:
+def _gradient_norm(runs: Sequence[RunRecords]) -> list[Panel]:
     return _curves(runs, "gradient_norm", "The gradient's norm", "mean since the last look")
 
 
-def _speed(runs: Sequence[Run]) -> list[Panel]:
+def _speed(runs: Sequence[RunRecords]) -> list[Panel]:
     return _curves(runs, "tokens_per_second", "Speed of training", "tokens a second")
 
 
-def _accuracy(runs: Sequence[Run]) -> list[Panel]:
+def _accuracy(runs: Sequence[RunRecords]) -> list[Panel]:
     [panel] = _curves(runs, "top1", "Tokens that were the likeliest", "of the validation set")
     return [replace(panel, percent=True)]
 
 
-def _page(runs: Sequence[Run]) -> list[Panel]:
+def _page(runs: Sequence[RunRecords]) -> list[Panel]:
     main = (_loss, _perplexity, _accuracy, _learning_rate, _gradient_norm, _speed)
     return [panel for panels in main for panel in panels(runs)]
 
@@ -387,7 +231,7 @@ def _page(runs: Sequence[Run]) -> list[Panel]:
 _MATRIX = re.compile(r"(?:blocks\.(\d{1,6})\.)?(.*)", re.DOTALL)
 
 
-def _by_matrix(run: Run, code: str, title: str) -> Panel:
+def _by_matrix(run: RunRecords, code: str, title: str) -> Panel:
     """Return a panel with a line for each matrix of a run: its colour tells the kind of matrix,
     its style and marker the block."""
     kinds: dict[str, int] = {}
@@ -396,12 +240,12 @@ def _by_matrix(run: Run, code: str, title: str) -> Panel:
         found = _MATRIX.fullmatch(matrix)
         assert found
         colour, block = kinds.setdefault(found[2], len(kinds)), int(found[1] or 0)
-        label, y = printable(matrix), run.share(matrix, code)
+        label, y = printable(matrix), run.fraction(matrix, code)
         series.append(Series(label, run.steps(), y, colour, block, block))
     return Panel(title, "step", "of a matrix's weights", series, percent=True)
 
 
-def _shares(runs: Sequence[Run]) -> list[Panel]:
+def _shares(runs: Sequence[RunRecords]) -> list[Panel]:
     return [
         _by_matrix(run, code, f"{prefix}Weights that are {minus(code)}")
         for run, prefix in zip(runs, _prefixes(runs), strict=True)
@@ -409,14 +253,14 @@ def _shares(runs: Sequence[Run]) -> list[Panel]:
     ]
 
 
-def _flips(runs: Sequence[Run]) -> list[Panel]:
+def _flips(runs: Sequence[RunRecords]) -> list[Panel]:
     return [
         _by_matrix(run, "flipped", f"{prefix}Weights changed since the last look")
         for run, prefix in zip(runs, _prefixes(runs), strict=True)
     ]
 
 
-def _prefixes(runs: Sequence[Run]) -> list[str]:
+def _prefixes(runs: Sequence[RunRecords]) -> list[str]:
     return [f"{name}: " for name in _names(runs)] if len(runs) > 1 else [""]
 
 
@@ -426,7 +270,7 @@ def minus(number: str) -> str:
 
 
 # What can be drawn of the metrics alone, of one run or of several.
-CURVES: dict[str, Callable[[Sequence[Run]], list[Panel]]] = {
+CURVES: dict[str, Callable[[Sequence[RunRecords]], list[Panel]]] = {
     "page": _page,
     "loss": _loss,
     "perplexity": _perplexity,
@@ -439,7 +283,7 @@ CURVES: dict[str, Callable[[Sequence[Run]], list[Panel]]] = {
 }
 
 
-def panels_of(runs: Sequence[Run], kind: str) -> list[Panel]:
+def panels_of(runs: Sequence[RunRecords], kind: str) -> list[Panel]:
     """Return what a kind of curves shows of runs.
 
     Raises
@@ -454,7 +298,7 @@ def panels_of(runs: Sequence[Run], kind: str) -> list[Panel]:
     return CURVES[kind](runs)
 
 
-def size_panel(runs: Sequence[Run], models: Sequence[LegacyLLM]) -> Panel:
+def size_panel(runs: Sequence[RunRecords], models: Sequence[LegacyLLM]) -> Panel:
     """Return the panel of what the models of runs have come to, over the bytes of their weights.
 
     Losses of different tokens compare by the bytes that these stand for.
@@ -466,9 +310,9 @@ def size_panel(runs: Sequence[Run], models: Sequence[LegacyLLM]) -> Panel:
     return Panel("Loss against size", "bytes of weights", "bits a byte", series)
 
 
-def _bits_of(run: Run, model: LegacyLLM) -> float:
+def _bits_of(run: RunRecords, model: LegacyLLM) -> float:
     bits = run.column("bits_per_byte")
-    return bits[run.place_of(model.provenance.steps)] if bits else math.nan
+    return bits[run.index_of(model.provenance.steps)] if bits else math.nan
 
 
 # --- Figures --------------------------------------------------------------------------------------

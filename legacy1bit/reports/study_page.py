@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.logger import METRICS_FILE
-from legacy1bit.reports.figures import Panel, Series, minus, read_run
+from legacy1bit.reports.figures import Panel, Series, minus
 from legacy1bit.reports.page import (
-    defaults_of,
     escape,
     figure,
     folded,
-    machine_table,
     page,
     paragraph,
     section,
@@ -22,8 +19,11 @@ from legacy1bit.reports.page import (
     table,
     tiles,
 )
+from legacy1bit.reports.records import read_records
+from legacy1bit.reports.run_page import defaults_of, machine_table
 from legacy1bit.search.space import Dimension
 from legacy1bit.search.study import STATES, StudyRecord, Terms, TrialResult, best_of
+from legacy1bit.training.run import Run
 
 # Curves that are drawn, and rows of the table of the best.
 _MOST_CURVES, _MOST_ROWS = 6, 10
@@ -214,10 +214,10 @@ def _curves(folder: Path, best: Sequence[TrialResult]) -> list[Series]:
     """Return how the best trials went, of those that ran here."""
     found: list[Series] = []
     for one in best:
-        path = folder / "trials" / f"{one.number:04}"
-        if not (path / METRICS_FILE).exists() or len(found) == _MOST_CURVES:
+        of_trial = Run(folder / "trials" / f"{one.number:04}")
+        if not of_trial.metrics_file.exists() or len(found) == _MOST_CURVES:
             continue
-        run = read_run(path)
+        run = read_records(of_trial)
         share = [100 * step / one.training["steps"] for step in run.steps()]
         i = len(found)
         found.append(Series(f"trial {one.number}", share, run.column("val_loss"), i, 0, i))

@@ -26,18 +26,18 @@ from legacy1bit.data.places import located
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     ALIASES,
-    SETTINGS_FILE,
     DataConfig,
     ModelConfig,
     TrainingConfig,
     renamed,
 )
-from legacy1bit.logger import METRICS_FILE, MetricsLogger
-from legacy1bit.model import WEIGHTS_FILE, create_legacy_llm, model_folder, save_model
+from legacy1bit.logger import MetricsLogger
+from legacy1bit.model import create_legacy_llm, save_model
 from legacy1bit.search.space import Dimension, GridSearch, apply
 from legacy1bit.system.files import atomic_write, read_regular
 from legacy1bit.system.optional import load_extra
 from legacy1bit.training.divergence import TrainingDiverged
+from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer, steps_within
 
 SAMPLERS = ("tpe", "random", "grid")
@@ -703,7 +703,7 @@ class Tuner:
         except (TrainingDiverged, MemoryError) as error:
             trial.set_user_attr("reason", str(error) or "not enough memory")
             raise self._optuna.TrialPruned from None
-        size = (model_folder(self._folder_of(trial.number)) / WEIGHTS_FILE).stat().st_size
+        size = Run(self._folder_of(trial.number)).model_bytes()
         trial.set_user_attr("loss", loss)
         trial.set_user_attr("bytes", size)
         trial.set_user_attr("seconds", seconds)
@@ -729,7 +729,7 @@ class Tuner:
         path.mkdir(parents=True, exist_ok=True)
         save_model(model, path)
         most = self.terms.most_bytes
-        size = (path / WEIGHTS_FILE).stat().st_size + _PROVENANCE_BYTES
+        size = Run(path).weights_file.stat().st_size + _PROVENANCE_BYTES
         trial.set_user_attr("bytes", size)
         speed, least = None, self.terms.least_speed
         if most is not None and size > most:
@@ -775,9 +775,9 @@ class Tuner:
         results = results_of(study)
         best = {result.number for result in best_of(results, self.terms.objectives)}
         for result in results:
-            path = self._folder_of(result.number)
-            if result.number not in best and (path / WEIGHTS_FILE).exists():
-                _strip(path)
+            run = Run(self._folder_of(result.number))
+            if result.number not in best and run.weights_file.exists():
+                run.remove_weights()
         if self._on_end is not None:
             self._on_end(next(one for one in results if one.number == trial.number))
 
@@ -788,15 +788,6 @@ class _Stopped(Exception):
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.number = number
-
-
-def _strip(path: Path) -> None:
-    """Leave of a run what it was told, and how it went."""
-    for inner in path.iterdir():
-        if inner.is_dir():
-            shutil.rmtree(inner, ignore_errors=True)
-        elif inner.name not in (METRICS_FILE, SETTINGS_FILE):
-            inner.unlink(missing_ok=True)
 
 
 def _writing(generator: Generator) -> float:

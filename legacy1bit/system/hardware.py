@@ -1,19 +1,16 @@
-"""What a computer is that trains or measures."""
+"""Describe the hardware: CPU, cores, instruction set."""
 
-import json
 import os
 import platform
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.math_ops import simd_level
-from legacy1bit.system.files import read_regular
 from legacy1bit.threads import available_cores
 
 
 def cpu_name(table: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
-    """Return what the CPU calls itself."""
+    """Return the name of the CPU."""
     try:
         # Virtual machines may give it any name.
         text = Path(table).read_text(encoding="utf-8", errors="replace")
@@ -26,7 +23,7 @@ def cpu_name(table: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a run is to tell of the computer that it ran on, as a plain dictionary."""
+    """Return a plain dictionary that describes this machine, for the settings of a run."""
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
@@ -34,9 +31,3 @@ def machine() -> dict[str, Any]:
         "system": platform.system(),
         "python": platform.python_version(),
     }
-
-
-def read_machine(folder: Path) -> dict[str, Any]:
-    """Return what a run tells of its computer; nothing where it was trained before runs told."""
-    told = json.loads(read_regular(folder / SETTINGS_FILE)).get("machine")
-    return told if isinstance(told, dict) else {}

@@ -1,7 +1,7 @@
-"""What a training run goes on from: its latent weights, the optimizer's moments, and where it was.
+"""Checkpoints: the latent weights, the optimizer's moments, and the position in the data.
 
-A run keeps its newest checkpoint and the one before. Each has a checksum, so that one which the
-disk has damaged is known, and the other is taken.
+A run keeps its newest checkpoint and the one before. Each has a checksum: where the disk has
+damaged one, the run resumes from the other.
 """
 
 import json
@@ -15,56 +15,19 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH
-from legacy1bit.data.tokenizer import TOKENIZER_FILE
-from legacy1bit.hyperparams import (
-    CHANGEABLE,
-    MOST_STEPS,
-    SETTINGS_FILE,
-    DataConfig,
-    ModelConfig,
-    TrainingConfig,
-    renamed,
-)
-from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE
-from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ModelFileError,
-)
+from legacy1bit.hyperparams import MOST_STEPS, renamed
+from legacy1bit.model import ModelFileError
 from legacy1bit.system.errors import format_value, one_line
 from legacy1bit.system.files import atomic_copy, atomic_write, check_regular, serialize_tensors
-
-EARLIER_FILE = "earlier.safetensors"
-
-# The files of a saved run. The best one's checkpoint is copied last, and tells that all are there.
-RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
-# All that a training writes into its folder.
-WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES))
+from legacy1bit.training.run import DAMAGE, FixedSettings, Run
 
 _TENSORS = ("weights", "first", "second")
 
-# What is fixed for the whole of a run, by its table in the file of settings.
-FixedSettings = Mapping[str, Mapping[str, Any]]
-
-# What reading a damaged file can raise, in the libraries that read it.
-DAMAGE = (
-    SafetensorError,
-    AttributeError,
-    KeyError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-
 
 class OtherRunError(ModelFileError):
-    """A checkpoint is that of a run with other settings."""
+    """A checkpoint belongs to a run with other settings."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +39,15 @@ class Checkpoint:
     step : int
         Updates done so far.
     seconds : float
-        How long they took.
+        The training time so far.
     best : (float, int)
-        The lowest loss so far, and the step it was measured after.
+        The lowest validation loss so far, and its step.
     position : tuple of int
-        Where in the data the next batch begins.
+        The position of the next batch in the data.
     weights, first, second : float32[parameters]
         The latent weights, and the optimizer's moments.
     path : Path, optional
-        Where it was read.
+        The file that it was read from.
     """
 
     step: int
@@ -97,29 +60,13 @@ class Checkpoint:
     path: Path | None = None
 
 
-def fixed_settings(
-    model: ModelConfig, training: TrainingConfig, data: DataConfig, source: Mapping[str, Any]
-) -> FixedSettings:
-    """Return of a run's settings those that its checkpoints tell, too.
-
-    So a checkpoint and settings of different runs are not taken for one.
-    """
-    chosen, text = training.to_dict(), dict(source)
-    for name in CHANGEABLE:
-        del chosen[name]
-    # Where a text lies; which it is, its name and its hash tell.
-    for name in (TEXT_PATH, VALIDATION_PATH):
-        text.pop(name, None)
-    return {"model": model.to_dict(), "training": chosen, "data": data.to_dict(), "source": text}
-
-
-def write_checkpoint(folder: Path, checkpoint: Checkpoint, settings: FixedSettings) -> None:
-    """Write the newest checkpoint of a run, and keep the one that was it.
+def write_checkpoint(run: Run, checkpoint: Checkpoint, settings: FixedSettings) -> None:
+    """Write the newest checkpoint of a run, and keep the one before.
 
     Raises
     ------
     OSError
-        If it cannot be written; what was there stays.
+        If it cannot be written; the files of the run are unchanged then.
     """
     header = {
         **{table: json.dumps(values) for table, values in settings.items()},
@@ -130,63 +77,76 @@ def write_checkpoint(folder: Path, checkpoint: Checkpoint, settings: FixedSettin
     }
     tensors = {name: getattr(checkpoint, name) for name in _TENSORS}
     header["crc32"] = _checksum(header, tensors)
-    path = folder / CHECKPOINT_FILE
-    if path.exists():
-        atomic_copy(path, folder / EARLIER_FILE)
-    atomic_write(path, serialize_tensors(tensors, header))
+    if run.checkpoint_file.exists():
+        atomic_copy(run.checkpoint_file, run.earlier_file)
+    atomic_write(run.checkpoint_file, serialize_tensors(tensors, header))
 
 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
-    told = {key: value for key, value in header.items() if key != "crc32"}
-    found = zlib.crc32(json.dumps(told, sort_keys=True).encode())
+    checked = {key: value for key, value in header.items() if key != "crc32"}
+    checksum = zlib.crc32(json.dumps(checked, sort_keys=True).encode())
     for name in _TENSORS:
-        found = zlib.crc32(np.ascontiguousarray(tensors[name]).data, found)
-    return f"{found:08x}"
+        checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).data, checksum)
+    return f"{checksum:08x}"
 
 
 def newest_checkpoint(
-    folder: Path, settings: FixedSettings
+    run: Run, settings: FixedSettings
 ) -> tuple[Checkpoint, list[ModelFileError | OSError]]:
-    """Return the newest checkpoint of a run that is whole, and what is wrong with others.
+    """Return the newest undamaged checkpoint of a run, and the errors of damaged ones.
 
-    If there is nothing wrong with the one that was written last, others are not looked at.
+    If the checkpoint that was written last is undamaged, the others are not read.
 
     Raises
     ------
     OtherRunError
-        If one is of another run: it is worth a question how it came there.
+        If a checkpoint belongs to another run: the user has to find out how it came there.
     ModelFileError, OSError
-        If none is whole: what is wrong with the newest.
+        If all are damaged: the error of the newest.
     """
-    wrong: list[ModelFileError | OSError] = []
-    found: Checkpoint | None = None
-    for name in (CHECKPOINT_FILE, EARLIER_FILE, f"{BEST_FOLDER}/{CHECKPOINT_FILE}"):
+    errors: list[ModelFileError | OSError] = []
+    newest: Checkpoint | None = None
+    for path in (run.checkpoint_file, run.earlier_file, run.best.checkpoint_file):
         try:
-            read = read_checkpoint(folder / name, settings)
+            checkpoint = read_checkpoint(path, settings)
         except OtherRunError:
             raise
         except (ModelFileError, OSError) as error:
-            wrong.append(error)
+            errors.append(error)
             continue
-        if found is None or read.step > found.step:
-            found = read
-        if not wrong:
+        if newest is None or checkpoint.step > newest.step:
+            newest = checkpoint
+        if not errors:
             break
-    if found is None:
-        raise wrong[0]
-    return found, wrong
+    if newest is None:
+        raise errors[0]
+    return newest, errors
 
 
-def make_newest(folder: Path, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint in the place of the newest, which is damaged.
+def make_newest(run: Run, checkpoint: Checkpoint) -> None:
+    """Replace the newest checkpoint, which is damaged, by an older one.
 
     Raises
     ------
     OSError
         If it cannot be written.
     """
-    if checkpoint.path is not None and checkpoint.path != folder / CHECKPOINT_FILE:
-        atomic_copy(checkpoint.path, folder / CHECKPOINT_FILE)
+    if checkpoint.path is not None and checkpoint.path != run.checkpoint_file:
+        atomic_copy(checkpoint.path, run.checkpoint_file)
+
+
+def best_is_missing(run: Run, settings: FixedSettings, best: tuple[float, int], step: int) -> bool:
+    """Return whether a crash came after a step was found to be the best, and before it was copied.
+
+    A best model that was trained further is ahead of the run, and stays as it is.
+    """
+    if not 0 < best[1] == step:
+        return False
+    try:
+        copied = read_checkpoint(run.best.checkpoint_file, settings)
+    except (ModelFileError, OSError):
+        return True
+    return copied.step < step
 
 
 def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
@@ -195,7 +155,7 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
     Raises
     ------
     OtherRunError
-        If it is that of a run with other settings.
+        If it belongs to a run with other settings.
     ModelFileError
         If it is damaged.
     OSError
@@ -208,8 +168,8 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_settings(path, header, settings)
         step, seconds = int(header["step"]), float(header["seconds"])
-        lowest, found_at = json.loads(header["best"])
-        best = (float(lowest), int(found_at))
+        loss, best_step = json.loads(header["best"])
+        best = (float(loss), int(best_step))
         for name, value, most in (
             ("step", step, MOST_STEPS),
             ("time", seconds, sys.float_info.max),
@@ -218,7 +178,7 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
         ):
             if not 0 <= value <= most:
                 raise ValueError(f"its {name} is {value}, expected 0 to {most}")
-        # Runs that knew windows only have kept none.
+        # Checkpoints of versions that knew only windows have no position.
         position = tuple(json.loads(header.get("position", f"[{step}]")))
         if not all(type(n) is int for n in position):
             raise ValueError(f"its position is {position}, expected whole numbers")
@@ -233,7 +193,7 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
             raise ValueError("its checksum does not fit its content")
         for name in _TENSORS:
             if not np.isfinite(tensors[name]).all():
-                raise ValueError(f"{name} holds a number that is not finite")
+                raise ValueError(f"{name} has a value that is not finite")
     except OtherRunError:
         raise
     except DAMAGE as error:
@@ -244,13 +204,13 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
 
 def _check_settings(path: Path, header: Mapping[str, str], settings: FixedSettings) -> None:
     for table, own in settings.items():
-        # Checkpoints of earlier versions tell of the model only.
+        # Checkpoints of earlier versions have the model's settings only.
         if table in header or table == "model":
             values = renamed(own)
-            for name, told in renamed(json.loads(header[table])).items():
-                # A crash may have come before a newer version has told the settings beside it all.
-                if name in values and values[name] != told:
+            for name, recorded in renamed(json.loads(header[table])).items():
+                # After a crash of a newer version the settings file may lack some of them.
+                if name in values and values[name] != recorded:
                     raise OtherRunError(
-                        f"{path} is of another run: its {name} is {format_value(told)}, expected "
-                        f"{format_value(values[name])}"
+                        f"{path} is of another run: its {name} is {format_value(recorded)}, "
+                        f"expected {format_value(values[name])}"
                     )

@@ -8,14 +8,12 @@ from pathlib import Path
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.model import parameter_layout
 from legacy1bit.system.cgroups import free_memory
+from legacy1bit.training.evaluation import EVALUATION_TOKENS
 
 _FLOAT = 4
 
 # How many copies of the logits of a batch there are while they are compared with the truth.
 _LOGIT_COPIES = 5
-
-# So many tokens are looked at together.
-EVALUATION_TOKENS = 1024
 
 
 def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, int]:

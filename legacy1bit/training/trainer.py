@@ -7,26 +7,20 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
-import numpy.typing as npt
 
 from legacy1bit.backward import BackwardPass, ignore_padding
-from legacy1bit.data import stories
 from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import located
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
-from legacy1bit.data_utils import create_padded_sequence, tokenize_text
-from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
+from legacy1bit.data.tokenizer import fit_tokenizer
+from legacy1bit.dataset import Batch, Prefetcher
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import (
     MOST_STEPS,
-    SETTINGS_FILE,
     DataConfig,
     ModelConfig,
     TrainingConfig,
@@ -34,11 +28,8 @@ from legacy1bit.hyperparams import (
 from legacy1bit.logger import MetricsLogger
 from legacy1bit.math_ops import product_precision, product_precisions
 from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
     LegacyLLM,
     ModelFileError,
-    TernaryMatrix,
     create_legacy_llm,
     create_legacy_llm_gradients,
     load_model,
@@ -49,26 +40,26 @@ from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import SettingError
 from legacy1bit.system.files import (
-    atomic_copies,
-    atomic_write,
-    mistaken_file,
-    read_regular,
     remove,
     temporary_of,
 )
 from legacy1bit.system.hardware import machine
 from legacy1bit.training.checkpoint import (
-    DAMAGE,
-    RUN_FILES,
     Checkpoint,
-    FixedSettings,
-    fixed_settings,
+    best_is_missing,
     make_newest,
-    read_checkpoint,
     write_checkpoint,
 )
 from legacy1bit.training.divergence import diverged
-from legacy1bit.training.memory import EVALUATION_TOKENS, check_memory
+from legacy1bit.training.evaluation import (
+    Metrics,
+    NotFiniteError,
+    code_fractions,
+    evaluate,
+    model_codes,
+)
+from legacy1bit.training.memory import check_memory
+from legacy1bit.training.run import FixedSettings, Run, RunSettings
 
 # While it trains, a run is measured on about this many tokens of its validation set, spread
 # evenly; at the end on as many as the settings say.
@@ -77,197 +68,6 @@ _QUICK_TOKENS = 16384
 # The share of a run's time in which it is found out how many steps fit into the whole, and how
 # long that takes at least and at most, in seconds.
 _PROBE_SHARE, _PROBE_SECONDS = 0.05, (0.5, 10.0)
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """How well a model predicts a set of sequences.
-
-    Attributes
-    ----------
-    loss : float
-        The mean of -log p of the true token, in nats.
-    top1, top3, top5 : float
-        The share of tokens that are among the model's 1, 3 and 5 likeliest.
-    tokens : int
-        How many were predicted.
-    bytes : int
-        How many bytes they stand for.
-    """
-
-    loss: float
-    top1: float
-    top3: float
-    top5: float
-    tokens: int
-    bytes: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss) if self.loss < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """The loss in bits, over the bytes: what models with different tokens are compared by."""
-        nats = self.loss * self.tokens
-        return nats / self.bytes / math.log(2.0) if self.bytes else math.inf
-
-    def record(self) -> dict[str, float]:
-        """Return what ``metrics.jsonl`` keeps of the numbers."""
-        return {
-            "val_loss": self.loss,
-            "val_tokens": self.tokens,
-            "val_bytes": self.bytes,
-            "perplexity": self.perplexity,
-            **({"bits_per_byte": self.bits_per_byte} if self.bytes else {}),
-            "top1": self.top1,
-            "top3": self.top3,
-            "top5": self.top5,
-        }
-
-
-class NotFiniteError(ValueError):
-    """A model predicts what is no number.
-
-    Attributes
-    ----------
-    batch : Batch
-        Of what.
-    """
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__("the model's logits are not finite: its weights are damaged")
-        self.batch = batch
-
-
-def evaluate(
-    model: LegacyLLM,
-    dataset: TokenDataset,
-    threads: int = 1,
-    limit: int = 0,
-    tokenizer: Tokenizer | None = None,
-    stop: Callable[[], bool] = lambda: False,
-) -> Metrics:
-    """Measure a model on a dataset.
-
-    Parameters
-    ----------
-    model : LegacyLLM
-    dataset : TokenDataset
-    threads : int
-    limit : int
-        Measure only about so many tokens, spread evenly over the dataset; 0: all.
-    tokenizer : Tokenizer, optional
-        That of the dataset; bytes when not given.
-    stop : callable, optional
-        Asked after every batch; then what was measured so far is all there is.
-
-    Raises
-    ------
-    NotFiniteError
-        If the model's predictions are not finite.
-    ValueError
-        If there is nothing to measure.
-    """
-    loss, tokens, size = 0.0, 0, 0
-    within = np.zeros(3, np.int64)
-    for batch in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
-        logits = forward_llm_batch(
-            model, batch.tokens, threads=threads, logits=True, starts=batch.starts
-        )
-        targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
-        chosen = logits[targets >= 0]
-        if not np.isfinite(chosen).all():
-            raise NotFiniteError(batch)
-        truth = targets[targets >= 0]
-        goal = np.take_along_axis(chosen, truth[:, None], axis=1)
-        top = chosen.max(axis=1, keepdims=True)
-        exponentials = np.exp(chosen - top)
-        log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
-        loss += float((log_sums - goal[:, 0]).sum())
-        # Of equal tokens the first ranks first, as argmax would have it.
-        before = np.arange(chosen.shape[1]) < truth[:, None]
-        ranks = ((chosen > goal) | ((chosen == goal) & before)).sum(axis=1)
-        within += [(ranks < k).sum() for k in (1, 3, 5)]
-        tokens += truth.size
-        size += truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
-        if tokens and stop():
-            break
-    if tokens == 0:
-        raise ValueError("there is nothing to measure: every token is padding")
-    top1, top3, top5 = (within / tokens).tolist()
-    return Metrics(loss / tokens, top1, top3, top5, tokens, size)
-
-
-def _evaluation_batch(sequence_length: int) -> int:
-    return max(EVALUATION_TOKENS // sequence_length, 1)
-
-
-def weight_shares(
-    model: LegacyLLM, before: dict[str, npt.NDArray[np.int8]] | None = None
-) -> dict[str, dict[str, float]]:
-    """Return how the codes of each quantized matrix are distributed.
-
-    Parameters
-    ----------
-    model : LegacyLLM
-    before : dict of str to int8 array, optional
-        The codes at an earlier time.
-
-    Returns
-    -------
-    dict of str to dict of str to float
-        By matrix, the share of each code, such as ``"-1"``, and as ``"flipped"`` the share of
-        those that have changed since.
-    """
-    shares = {}
-    for name, codes in _codes(model).items():
-        levels = SCHEMES[model.config.scheme].levels
-        shares[name] = {str(level): _share(codes == level) for level in levels}
-        if before is not None:
-            shares[name]["flipped"] = _share(codes != before[name])
-    return shares
-
-
-def _share(chosen: npt.NDArray[np.bool_]) -> float:
-    return round(float(np.mean(chosen)), 6)
-
-
-def _codes(model: LegacyLLM, copied: bool = False) -> dict[str, npt.NDArray[np.int8]]:
-    return {
-        name: value.values.copy() if copied else value.values
-        for name, value in model.parameters.items()
-        if isinstance(value, TernaryMatrix)
-    }
-
-
-def recall_of_heroes(model: LegacyLLM, told: tuple[str, ...], threads: int = 1) -> float:
-    """Return the share of endings in which the model names the right hero.
-
-    The model reads each story up to the hero's name in its last sentence; it is right if it finds
-    every letter of the name the likeliest.
-    """
-    pad_token = model.config.pad_token
-    right = asked = 0
-    batch = _evaluation_batch(model.config.sequence_length)
-    for first in range(0, len(told), batch):
-        part = told[first : first + batch]
-        length = min(max(len(story) for story in part) + 1, model.config.sequence_length)
-        rows = np.stack(
-            [
-                create_padded_sequence(tokenize_text("\n" + story), 0, length, pad_token)
-                for story in part
-            ]
-        )
-        likeliest = forward_llm_batch(model, rows, threads=threads, logits=True).argmax(axis=2)
-        for story, row, guess in zip(part, rows, likeliest, strict=True):
-            for ending in stories.endings(story):
-                if ending.kind == "hero" and ending.stop < length:
-                    name = slice(ending.start + 1, ending.stop + 1)
-                    asked += 1
-                    right += bool((guess[ending.start : ending.stop] == row[name]).all())
-    return right / max(asked, 1)
 
 
 class Trainer:
@@ -325,7 +125,7 @@ class Trainer:
             )
         _check_source(source)
         check_memory(model_config, config)
-        self.folder = folder
+        self.run = Run(folder)
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
         # A number from here on, which a run that gets more steps later keeps.
@@ -430,7 +230,7 @@ class Trainer:
     ) -> bool:
         with contextlib.closing(self):
             config = self.config
-            if best_is_behind(self.folder, self.fixed_settings, self.best, self.step):
+            if best_is_missing(self.run, self.fixed_settings, self.best, self.step):
                 # The checkpoint is there already, and the one before stays that.
                 self._save_model()
                 self._save_settings()
@@ -442,7 +242,7 @@ class Trainer:
             self._places_seen = self._padding_seen = 0
             losses: list[float] = []
             norms: list[float] = []
-            codes = _codes(self.model, copied=True)
+            codes = model_codes(self.model, copy=True)
             while self.step < config.steps:
                 loss, norm = self.train_step()
                 losses.append(loss)
@@ -465,7 +265,7 @@ class Trainer:
                         "elapsed_seconds": self.seconds,
                         "padding": self._padding_seen / self._places_seen,
                         "full_precision": self.model.full_precision,
-                        "weights": weight_shares(self.model, codes),
+                        "weights": code_fractions(self.model, codes),
                     }
                     # Records first: what is ahead of the checkpoint a resume drops, but what the
                     # checkpoint is ahead of would be missing for good.
@@ -476,7 +276,7 @@ class Trainer:
                     losses.clear()
                     norms.clear()
                     self._places_seen = self._padding_seen = 0
-                    codes = _codes(self.model, copied=True)
+                    codes = model_codes(self.model, copy=True)
                     # Measuring is not training: it counts for nothing in the speed.
                     begin = time.perf_counter() - self.seconds
                 if ended:
@@ -589,7 +389,17 @@ class Trainer:
     @property
     def fixed_settings(self) -> FixedSettings:
         """What holds for the whole of the run."""
-        return fixed_settings(self.model.config, self.config, self.data, self.source)
+        return self.settings.fixed()
+
+    @property
+    def settings(self) -> RunSettings:
+        """The settings of the run, as its folder has them."""
+        return RunSettings(self.model.config, self.config, self.data, self.source, machine())
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.run.folder
 
     @property
     def position(self) -> tuple[int, ...]:
@@ -622,7 +432,7 @@ class Trainer:
             self.optimizer.first,
             self.optimizer.second,
         )
-        write_checkpoint(self.folder, checkpoint, self.fixed_settings)
+        write_checkpoint(self.run, checkpoint, self.fixed_settings)
         self._save_settings()
         self._saved = self.step
 
@@ -637,7 +447,7 @@ class Trainer:
 
     def _check_saving(self) -> None:
         """Raise ``OSError`` where the run could not be saved, before there is something to save."""
-        trial = temporary_of(self.folder / TOKENIZER_FILE)
+        trial = temporary_of(self.run.tokenizer_file)
         try:
             trial.mkdir(parents=True)
             self.tokenizer.save(trial)
@@ -646,7 +456,7 @@ class Trainer:
             raise
         finally:
             remove(trial)
-        if not (self.folder / CHECKPOINT_FILE).exists():
+        if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
             needed = 12 * self.model.num_parameters + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
@@ -663,16 +473,9 @@ class Trainer:
 
     def _save_settings(self) -> None:
         """Write the settings, and keep the run if it is the best so far."""
-        settings = {
-            "model": self.model.config.to_dict(),
-            "training": self.config.to_dict(),
-            "data": self.data.to_dict(),
-            "source": self.source,
-            "machine": machine(),
-        }
-        atomic_write(self.folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
+        self.run.write_settings(self.settings)
         if 0 < self.best[1] == self.step:
-            keep_best(self.folder)
+            self.run.keep_best()
 
     def _provenance(self) -> Provenance:
         """Return what the model's files are to tell of where it comes from."""
@@ -701,7 +504,7 @@ class Trainer:
             self.reader.check(checkpoint.position)
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
-        make_newest(self.folder, checkpoint)
+        make_newest(self.run, checkpoint)
         self._taken = (-1, ())
         start = 0
         for weights in self.model.latent.values():
@@ -730,29 +533,6 @@ def _check_source(source: Mapping[str, Any]) -> None:
         raise ValueError(f"the source cannot be kept as JSON: {error}") from None
     if kept != source:
         raise ValueError(f"the source would come back as {kept}: expected what JSON has")
-
-
-def keep_best(folder: Path) -> None:
-    """Keep a run as it is now as its best."""
-    files = (folder / name for name in RUN_FILES)
-    # Tokens of another program have no tokenizer.
-    atomic_copies((file for file in files if file.exists()), folder / BEST_FOLDER)
-
-
-def best_is_behind(
-    folder: Path, settings: FixedSettings, best: tuple[float, int], step: int
-) -> bool:
-    """Return whether a crash came after this very step was found best, and before it was kept.
-
-    Somebody may have gone on from the best, which then is ahead, and stays as it is.
-    """
-    if not 0 < best[1] == step:
-        return False
-    try:
-        kept = read_checkpoint(folder / BEST_FOLDER / CHECKPOINT_FILE, settings)
-    except (ModelFileError, OSError):
-        return True
-    return kept.step < step
 
 
 def steps_within(
@@ -792,33 +572,3 @@ def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
     if config.optimizer == "adamw":
         return AdamW(model, *shared)
     return Muon(model, *shared, config.muon_lr_ratio, config.momentum)
-
-
-def read_settings(
-    folder: Path,
-) -> tuple[ModelConfig, TrainingConfig, DataConfig, dict[str, Any]]:
-    """Return the settings that a run was started with.
-
-    Raises
-    ------
-    ModelFileError
-        If the folder is no run, or its settings are damaged.
-    """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        reason = mistaken_file(folder) if folder.is_file() else None
-        reason = reason or f"it has no {SETTINGS_FILE}"
-        raise ModelFileError(f"{folder} is not a training run: {reason}")
-    try:
-        settings = json.loads(read_regular(path))
-        model = ModelConfig.from_dict(settings["model"])
-        training = TrainingConfig.from_dict(settings["training"])
-        data = DataConfig.from_dict(settings.get("data", {}))
-        source = located(settings["source"], folder)
-    except KeyError as error:
-        raise ModelFileError(f"{path} is not a run's settings: it has no {error}") from None
-    except DAMAGE as error:
-        raise ModelFileError(
-            f"{path} is not a run's settings: {mistaken_file(path) or error}"
-        ) from None
-    return model, training, data, source

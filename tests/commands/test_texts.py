@@ -27,7 +27,8 @@ from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.logger import read_metrics
-from legacy1bit.training.trainer import Trainer, read_settings
+from legacy1bit.training.run import Run
+from legacy1bit.training.trainer import Trainer
 
 TINY = {
     "steps": 2,
@@ -406,7 +407,7 @@ def test_train_takes_json_lines_by_their_content(say, monkeypatch):
             typed(monkeypatch, data)
             data = "-"
         say(*tiny(data, out=f"run{len(hashes)}"))
-        hashes.append(read_settings(Path(f"run{len(hashes)}"))[3]["sha256"])
+        hashes.append(Run(Path(f"run{len(hashes)}")).settings().source["sha256"])
     assert len(set(hashes)) == 1
 
 
@@ -470,7 +471,7 @@ def test_resume_refuses_a_text_that_has_changed(say, fail, text, cache):
 def test_resume_refuses_a_damaged_validation(say, fail, text, value):
     put("valid.txt", TEXT[:200])
     say(*tiny(text, out="run", validation="valid.txt"))
-    source = read_settings(Path("run"))[3]
+    source = Run(Path("run")).settings().source
     settings = json.loads(Path("run/training.json").read_bytes())
     assert source in settings.values()
     for found in settings.values():
@@ -497,9 +498,9 @@ def test_resume_takes_a_text_that_has_moved(say, fail, text):
     assert "--data or --validation says where the text has moved to" in message
     assert "valid.txt: No such file" in fail(*go_on, *places[:2])
     put("other.txt", TEXT.upper())
-    before, settings = Path("run/training.json").read_bytes(), read_settings(Path("run"))
+    before, settings = Path("run/training.json").read_bytes(), Run(Path("run")).settings()
     wrong = fail(*go_on, "--data", "other.txt", *places[2:])
-    assert settings[3]["sha256"] in wrong
+    assert settings.source["sha256"] in wrong
     swapped = fail(*go_on, "--data", "new/kept.txt", "--validation", "new/learned.txt")
     for message in (wrong, swapped):
         assert re.search(
@@ -508,7 +509,7 @@ def test_resume_takes_a_text_that_has_moved(say, fail, text):
     assert Path("run/training.json").read_bytes() == before
     say(*go_on, *places)
     # It is known from now on.
-    source = read_settings(Path("run"))[3]
+    source = Run(Path("run")).settings().source
     assert [source["path"], source["validation"]] == [
         os.path.abspath(place) for place in ("new/learned.txt", "new/kept.txt")
     ]
@@ -542,7 +543,7 @@ def test_run_that_has_moved_finds_the_text_that_moved_with_it(say, fail, monkeyp
         assert model.endswith("best") or again == measured
     say("train", "--config", "new/runs/mine", "--cache", cache, "--out", "again")
     say("train", "--resume", "new/runs/mine", "--steps", 3, "--cache", cache)
-    assert read_settings(Path("new/runs/mine"))[3]["path"] == os.path.abspath(f"new/{data}")
+    assert Run(Path("new/runs/mine")).settings().source["path"] == os.path.abspath(f"new/{data}")
     words = shlex.split(train_command(Path("new/runs/mine")))
     assert words[words.index("--data") + 1] == os.path.abspath(f"new/{data}")
 
@@ -596,7 +597,7 @@ def test_train_takes_several_texts(say, fail):
     options[3:3] = ["b.txt"]
     say(*options)
     say(*tiny("both.jsonl", out="lines"))
-    source, as_lines = (read_settings(Path(name))[3] for name in ("run", "lines"))
+    source, as_lines = (Run(Path(name)).settings().source for name in ("run", "lines"))
     assert source["path"] == [os.path.abspath(name) for name in ("a.txt", "b.txt")]
     assert source["name"] == "a.txt + b.txt"
     assert source["sha256"] == as_lines["sha256"]
@@ -607,7 +608,7 @@ def test_train_takes_several_texts(say, fail):
     assert words[words.index("--data") + 1 :][:2] == source["path"]
     # Twice named is as named together, in that order.
     say(*tiny("a.txt", "--data", "b.txt", "--validation", "a.txt", "c.txt", out="again"))
-    again = read_settings(Path("again"))[3]
+    again = Run(Path("again")).settings().source
     assert again["path"] == source["path"]
     assert again["validation"] == [os.path.abspath(name) for name in ("a.txt", "c.txt")]
     assert "is another text" in fail(*go_on, 4, "--data", "b.txt", "a.txt")

@@ -41,7 +41,8 @@ from legacy1bit.dataset import TokenDataset
 from legacy1bit.generator import Generator, TextStream
 from legacy1bit.hyperparams import TrainingConfig
 from legacy1bit.model import ModelFileError, save_model
-from legacy1bit.training.trainer import Metrics, Trainer, evaluate
+from legacy1bit.training.evaluation import Metrics, evaluate
+from legacy1bit.training.trainer import Trainer
 
 # --- Bytes ----------------------------------------------------------------------------------------
 

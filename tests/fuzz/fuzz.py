@@ -65,13 +65,12 @@ with watched:
     from legacy1bit.logger import StepLog, read_metrics
     from legacy1bit.model import LegacyLLM, create_legacy_llm, load_model, save_model
     from legacy1bit.packed import PackedModel
-    from legacy1bit.reports.figures import read_run
+    from legacy1bit.reports.records import read_records
     from legacy1bit.search.space import read_space
     from legacy1bit.search.study import DATABASE_FILE, STUDY_FILE, StudyRecord
     from legacy1bit.system.errors import describe
-    from legacy1bit.system.hardware import read_machine
     from legacy1bit.training import checkpoint
-    from legacy1bit.training.trainer import read_settings
+    from legacy1bit.training.run import Run, RunSettings
 
 HERE = Path(__file__).resolve().parent
 CORPUS = HERE / "corpus"
@@ -94,7 +93,7 @@ LONGEST_INPUT = 1 << 14
 TINY = ModelConfig(
     vocab_size=3, model_dim=2, num_blocks=1, num_heads=1, ffn_multiplier=1, sequence_length=2
 )
-SETTINGS = checkpoint.fixed_settings(TINY, TrainingConfig(), DataConfig(), {"name": "text"})
+SETTINGS = RunSettings(TINY, TrainingConfig(), DataConfig(), {"name": "text"}).fixed()
 
 
 # What comes of taking an input's JSON for something that it is not.
@@ -291,8 +290,7 @@ def fuzz_run(folder: Path, parts: list[bytes]) -> None:
     if len(parts) > 1:
         read_config(folder / "config.json")
     records_of(read_config(folder), folder)
-    read_settings(folder)
-    read_machine(folder)
+    Run(folder).settings()
 
 
 def fuzz_space(folder: Path, parts: list[bytes]) -> None:
@@ -364,11 +362,12 @@ def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
     StepLog(path, 1 << 70)
     if len(read_metrics(path)) > len(records):
         raise FaultError("going on with a run makes records")
-    run = read_run(folder)
+    run = read_records(Run(folder))
     run.column("train_loss")
+    run.train_losses()
     for matrix in run.matrices():
         for code in run.codes():
-            run.share(matrix, code)
+            run.fraction(matrix, code)
     if run.unit not in ("character", "token"):
         raise FaultError(f"a loss of a {run.unit}")
 
@@ -824,8 +823,8 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         size = tiny.num_parameters
         some = np.linspace(0.0, 1.0, size, dtype=np.float32)
         state = checkpoint.Checkpoint(3, 1.5, (0.5, 2), (3,), some, some, some)
-        checkpoint.write_checkpoint(folder, state, SETTINGS)
-        raw = (folder / checkpoint.CHECKPOINT_FILE).read_bytes()
+        checkpoint.write_checkpoint(Run(folder), state, SETTINGS)
+        raw = Run(folder).checkpoint_file.read_bytes()
         (length,) = struct.unpack_from("<Q", raw)
         told = json.loads(raw[8 : 8 + length])
         told["__metadata__"] |= dict.fromkeys([*SETTINGS, "crc32"], "right")

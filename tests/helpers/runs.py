@@ -12,13 +12,12 @@ from legacy1bit.data.corpus import Corpus, text_corpus
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.dataset import TokenDataset
-from legacy1bit.hyperparams import (
-    ModelConfig,
-    TrainingConfig,
-)
+from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.training.checkpoint import CHECKPOINT_FILE, newest_checkpoint
-from legacy1bit.training.trainer import SETTINGS_FILE, Metrics, Trainer
+from legacy1bit.model import CHECKPOINT_FILE
+from legacy1bit.training.checkpoint import newest_checkpoint
+from legacy1bit.training.evaluation import Metrics
+from legacy1bit.training.trainer import Trainer
 
 PAD = 256
 TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
@@ -104,7 +103,7 @@ def train(run, stop_at=None, on_report=lambda record: None):
 
 
 def newest(run):
-    return newest_checkpoint(run.folder, run.fixed_settings)[0]
+    return newest_checkpoint(run.run, run.fixed_settings)[0]
 
 
 def resumed(folder, **changes):

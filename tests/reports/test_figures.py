@@ -30,7 +30,6 @@ from legacy1bit.reports import figures as plots
 from legacy1bit.reports.figures import (
     CURVES,
     Panel,
-    Run,
     Series,
     attention_of,
     draw,
@@ -38,11 +37,11 @@ from legacy1bit.reports.figures import (
     map_attention,
     map_weights,
     panels_of,
-    printable,
-    read_run,
     save_figure,
     size_panel,
 )
+from legacy1bit.reports.records import RunRecords, printable, read_records
+from legacy1bit.training.run import Run
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
@@ -104,7 +103,7 @@ def assert_parses(svg):
 @pytest.mark.parametrize("kind", KEYS)
 def test_curve_is_the_metrics(finished, kind):
     records = read_metrics(finished / "metrics.jsonl")
-    [[(x, y)]] = lines_of(draw(panels_of([read_run(finished)], kind)))
+    [[(x, y)]] = lines_of(draw(panels_of([read_records(Run(finished))], kind)))
     np.testing.assert_array_equal(x, numbers(records, "step"))
     np.testing.assert_array_equal(y, numbers(records, KEYS[kind]))
     assert len(x) == 3
@@ -112,7 +111,7 @@ def test_curve_is_the_metrics(finished, kind):
 
 def test_loss_shows_both_losses_and_the_floor(finished):
     records = read_metrics(finished / "metrics.jsonl")
-    figure = draw(panels_of([read_run(finished)], "loss"))
+    figure = draw(panels_of([read_records(Run(finished))], "loss"))
     [[validation, training, floor]] = lines_of(figure)
     np.testing.assert_array_equal(validation[1], numbers(records, "val_loss"))
     np.testing.assert_array_equal(training[1], numbers(records, "train_loss"))
@@ -128,14 +127,14 @@ def test_text_of_ones_own_has_no_floor(run):
     told = json.loads(settings_file.read_text())
     told["source"] = {"name": "stories", "path": "stories", "validation": None}
     settings_file.write_text(json.dumps(told))
-    assert read_run(run).floor is None
-    assert len(lines_of(draw(panels_of([read_run(run)], "loss")))[0]) == 2
+    assert read_records(Run(run)).floor is None
+    assert len(lines_of(draw(panels_of([read_records(Run(run))], "loss")))[0]) == 2
 
 
 @pytest.mark.parametrize(("kind", "codes"), [("shares", ["-1", "0", "1"]), ("flips", ["flipped"])])
 def test_shares_by_matrix_are_the_metrics(finished, kind, codes):
     records = read_metrics(finished / "metrics.jsonl")
-    figure = draw(panels_of([read_run(finished)], kind), 3)
+    figure = draw(panels_of([read_records(Run(finished))], kind), 3)
     matrices = list(records[0]["weights"])
     assert len(figure.axes) == len(codes)
     assert len(matrices) == 12
@@ -148,13 +147,13 @@ def test_shares_by_matrix_are_the_metrics(finished, kind, codes):
 
 def test_matrices_can_be_told_apart(finished):
     """No two have colour, line and marker in common."""
-    lines = draw(panels_of([read_run(finished)], "flips")).axes[0].get_lines()
+    lines = draw(panels_of([read_records(Run(finished))], "flips")).axes[0].get_lines()
     looks = {(line.get_color(), line.get_linestyle(), line.get_marker()) for line in lines}
     assert len(looks) == len(lines)
 
 
 def test_page_has_the_main_curves_of_each_run(finished, run):
-    runs = [read_run(finished), read_run(run)]
+    runs = [read_records(Run(finished)), read_records(Run(run))]
     figure = draw(panels_of(runs, "page"))
     assert len(figure.axes) == 6
     loss, *others = lines_of(figure)
@@ -166,13 +165,16 @@ def test_page_has_the_main_curves_of_each_run(finished, run):
 
 def test_runs_of_one_name_are_told_by_their_paths(finished, tmp_path):
     other = Path(shutil.copytree(finished, tmp_path / finished.name))
-    figure = draw(panels_of([read_run(finished), read_run(other)], "speed"))
+    figure = draw(panels_of([read_records(Run(finished)), read_records(Run(other))], "speed"))
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     assert told == [str(finished), str(other)]
 
 
 def test_size_panel_has_a_point_for_each_run(finished, run):
-    runs, models = [read_run(finished), read_run(run)], [load_model(finished), load_model(run)]
+    runs, models = (
+        [read_records(Run(finished)), read_records(Run(run))],
+        [load_model(finished), load_model(run)],
+    )
     # The model of one is its best, that of the other a step that has no record.
     records = runs[0].records
     steps = (records[0]["step"], 10**6)
@@ -201,13 +203,13 @@ def test_strange_runs_are_drawn(run, say, kind, name):
 
 def test_gaps_stay_gaps():
     records = [{"step": 1, "top1": 0.25}, {"step": 2, "top1": None}, {"step": 3, "top1": 0.75}]
-    [[(x, y)]] = lines_of(draw(panels_of([Run(Path("a"), records)], "accuracy")))
+    [[(x, y)]] = lines_of(draw(panels_of([RunRecords(Run(Path("a")), records)], "accuracy")))
     np.testing.assert_array_equal(x, [1, 2, 3])
     np.testing.assert_array_equal(y, [0.25, math.nan, 0.75])
 
 
 def test_nothing_measured_is_said():
-    figure = draw(panels_of([Run(Path("a"), [])], "speed"))
+    figure = draw(panels_of([RunRecords(Run(Path("a")), [])], "speed"))
     assert [text.get_text() for text in figure.axes[0].texts] == ["nothing was measured"]
 
 
@@ -218,7 +220,7 @@ VALUES = st.none() | st.floats(-1e299, 1e299) | st.integers(-(10**30), 10**30)
 @given(st.lists(st.tuples(st.integers(0, 10**15), VALUES, VALUES), max_size=50))
 def test_any_numbers_are_drawn_as_they_are(found):
     records = [{"step": s, "val_loss": a, "train_loss": b} for s, a, b in found]
-    figure = draw(panels_of([Run(Path("a"), records)], "loss"))
+    figure = draw(panels_of([RunRecords(Run(Path("a")), records)], "loss"))
     assert_parses(inline_svg(figure, "a", "a"))
     [[validation, training]] = lines_of(figure)
     np.testing.assert_array_equal(validation[0], numbers(records, "step"))
@@ -231,8 +233,8 @@ NAMES = ["$x_1$", r"$\frac", "_hidden", "<b>&\"'", "a\nb", "\u4e16\u754c", "\udc
 
 @pytest.mark.parametrize("name", NAMES)
 def test_any_name_is_only_text(name):
-    run = Run(Path("runs") / name, [{"step": 1, "top1": 0.5}])
-    figure = draw(panels_of([run, Run(Path("other"), [])], "accuracy"))
+    run = RunRecords(Run(Path("runs") / name), [{"step": 1, "top1": 0.5}])
+    figure = draw(panels_of([run, RunRecords(Run(Path("other")), [])], "accuracy"))
     root = assert_parses(inline_svg(figure, "a", name.replace("\udcff", "")))
     texts = ["".join(text.itertext()) for text in root.iter("{http://www.w3.org/2000/svg}text")]
     assert printable(name) in texts
@@ -265,7 +267,7 @@ def test_drawing_leaves_the_users_style_alone(finished):
     matplotlib.rcParams["lines.linewidth"] = 9.0
     try:
         before = dict(matplotlib.rcParams)
-        draw(panels_of([read_run(finished)], "page"))
+        draw(panels_of([read_records(Run(finished))], "page"))
         assert dict(matplotlib.rcParams) == before
     finally:
         matplotlib.rcdefaults()
@@ -465,7 +467,7 @@ def test_too_many_maps_are_refused():
 
 def test_unknown_kinds_and_no_runs_are_refused():
     with pytest.raises(ValueError, match="expected one of page, loss"):
-        panels_of([Run(Path("a"), [])], "pie")
+        panels_of([RunRecords(Run(Path("a")), [])], "pie")
     with pytest.raises(ValueError, match="no run to draw"):
         panels_of([], "loss")
     with pytest.raises(ValueError, match="expected a name in"):

@@ -18,8 +18,10 @@ from legacy1bit.logger import read_metrics
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
-from legacy1bit.system.hardware import machine, read_machine
-from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from legacy1bit.system.hardware import machine
+from legacy1bit.training.evaluation import Metrics
+from legacy1bit.training.run import Run
+from legacy1bit.training.trainer import Trainer
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
@@ -64,14 +66,14 @@ def test_report_tells_everything(run, written):
         "C, the width of the residual stream",
         machine()["cpu"],
         simd_level(),
-        read_settings(run)[1].precision,
+        Run(run).settings().training.precision,
         train_command(run),
         *(f"step {step}" for step in (2, 4, 6)),
     ):
         assert wanted in text
     for sample in read_metrics(run / "samples.jsonl"):
         assert escape(sample["text"].strip("\n")) in {escape(part) for part in page.text}
-    changed, rest = text.index("Other than by default"), text.index("The other settings")
+    changed, rest = text.index("Changed from the defaults"), text.index("All other settings")
     assert changed < text.index("model_dim") < rest < text.index("rope_base")
 
 
@@ -88,7 +90,7 @@ def test_report_is_about_the_best_model(run, written, monkeypatch):
     assert "The model is the best one, of step 4." in text
     assert text.index("5.0000") < text.index("Curves") < text.index("6.0000")
     record = read_metrics("worse/metrics.jsonl")[1]
-    weights = text[text.index("Codes of the model") :]
+    weights = text[text.index("Fraction of each code") :]
     assert f"{record['weights']['blocks.1.ffn.wo']['0']:.2%}" in weights
     assert "The model is the best" not in " ".join(written(run)[1].text)
 
@@ -205,16 +207,16 @@ def test_command_gives_the_same_settings(tmp_path, monkeypatch, say, options):
     if "--data" in options:
         base = SHORT[: SHORT.index("--stories")]
     say(*base, *options, "--out", "run")
-    model, training, data, source = read_settings(Path("run"))
+    settings = Run(Path("run")).settings()
     python, dash, module, *arguments = shlex.split(train_command(Path("run")))
     assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
     parsed = parser_of("train").parse_args(arguments)
     begun = plan_run(parsed)
     # The number of warm-up steps follows from that of all.
     begun_training = dataclasses.replace(begun.training, warmup_steps=begun.training.warmup)
-    assert (begun.model, begun_training) == (model, training)
+    assert (begun.model, begun_training) == (settings.model, settings.training)
     say(*arguments, "--out", "again")
-    assert read_settings(Path("again")) == (model, training, data, source)
+    assert Run(Path("again")).settings() == settings
     assert (
         Path("again/model.safetensors").read_bytes() == Path("run/model.safetensors").read_bytes()
     )
@@ -236,7 +238,7 @@ def test_command_names_the_tokenizer_that_was_taken(tmp_path, monkeypatch, say):
 
 
 def test_a_run_tells_of_its_machine(run):
-    assert read_machine(run) == machine()
+    assert Run(run).settings().machine == machine()
     assert set(machine()) == {"cpu", "cores", "instruction_set", "system", "python"}
 
 
@@ -317,7 +319,7 @@ def test_some_are_even_with_both_ends(count, most):
 
 
 def test_records_without_options_are_the_defaults():
-    from legacy1bit.reports.page import defaults_of
+    from legacy1bit.reports.run_page import defaults_of
 
     for record in (ModelConfig(), DataConfig(), TrainingConfig()):
         assert defaults_of(record) == record

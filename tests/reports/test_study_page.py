@@ -11,9 +11,10 @@ from helpers.pages import Parsed
 from helpers.studies import make_study
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.reports import study_page as study_report
-from legacy1bit.reports.figures import read_run
+from legacy1bit.reports.records import read_records
 from legacy1bit.search.space import Dimension
 from legacy1bit.search.study import StudyRecord, Terms, TrialResult, best_of
+from legacy1bit.training.run import Run
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 pytest.importorskip("optuna", reason="optuna is not installed: pip install optuna")
@@ -74,7 +75,7 @@ def test_figures_show_the_trials(study, monkeypatch):
     assert [*front.y] == [one.loss for one in best_of(results, terms.objectives)]
     for line in by_title["Loss on the way"].series:
         number = int(line.label.split()[1])
-        assert line.y == read_run(study / f"trials/{number:04}").column("val_loss")
+        assert line.y == read_records(Run(study / f"trials/{number:04}")).column("val_loss")
         assert line.x[-1] == 100
     rates = by_title["learning_rate"].series[0]
     assert [*rates.x] == [math.log10(one.chosen["learning_rate"]) for one in complete]

@@ -29,7 +29,9 @@ from legacy1bit.search.space import (
     default_space,
 )
 from legacy1bit.search.study import TrialResult, best_of, results_of
-from legacy1bit.training.trainer import Metrics, Trainer, read_settings
+from legacy1bit.training.evaluation import Metrics
+from legacy1bit.training.run import Run
+from legacy1bit.training.trainer import Trainer
 
 # Set where a PostgreSQL server runs for the tests: the address of a database of its own.
 POSTGRES = os.environ.get("LEGACY1BIT_POSTGRES")
@@ -308,11 +310,11 @@ def test_trials_warm_up_for_a_share_of_their_steps(say, monkeypatch):
     pytest.importorskip("optuna")
     monkeypatch.setattr(tune, "steps_within", lambda *arguments: 20)
     say(*search("study", "--seconds", 1, "--trials", 1))
-    assert read_settings(Path("study/trials/0000"))[1].warmup_steps == 2
+    assert Run(Path("study/trials/0000")).settings().training.warmup_steps == 2
     # The best settings have a share, too, whatever the run's length then is.
     assert "warmup_steps" not in read_config("study/best.toml")["training"]
     say(*search("named", "--seconds", 1, "--trials", 1, "--warmup-steps", 15))
-    assert read_settings(Path("named/trials/0000"))[1].warmup_steps == 15
+    assert Run(Path("named/trials/0000")).settings().training.warmup_steps == 15
 
 
 def test_search_ends_without_a_gain(say, monkeypatch):

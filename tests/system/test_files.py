@@ -34,7 +34,7 @@ from legacy1bit.system.files import (
     temporaries,
     temporary_of,
 )
-from legacy1bit.training.checkpoint import WRITTEN_FILES
+from legacy1bit.training.run import WRITTEN_FILES
 
 OLD, NEW = b"the old content", b"the new content, longer"
 

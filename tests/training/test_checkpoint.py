@@ -31,18 +31,14 @@ from helpers.runs import (
 )
 from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.model import ModelFileError
+from legacy1bit.model import BEST_FOLDER, CHECKPOINT_FILE, ModelFileError
 from legacy1bit.system import files
 from legacy1bit.system.files import held
 from legacy1bit.training.checkpoint import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    EARLIER_FILE,
-    fixed_settings,
     newest_checkpoint,
     read_checkpoint,
 )
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import EARLIER_FILE, Run, RunSettings
 
 # Options of a training that takes no time.
 SMALL = (
@@ -152,7 +148,7 @@ DAMAGE = {
 def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
     whole, records = unbroken
     DAMAGE[name](folder / CHECKPOINT_FILE)
-    found, wrong = newest_checkpoint(folder, whole.fixed_settings)
+    found, wrong = newest_checkpoint(Run(folder), whole.fixed_settings)
     assert found.path == folder / EARLIER_FILE
     [error] = wrong
     assert CHECKPOINT_FILE in str(error)
@@ -160,7 +156,7 @@ def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
         (folder / CHECKPOINT_FILE).rmdir()
     run = resumed(folder)
     # Whatever happens to the next, there is one to go on from.
-    assert newest_checkpoint(folder, whole.fixed_settings)[1] == []
+    assert newest_checkpoint(Run(folder), whole.fixed_settings)[1] == []
     train(run)
     assert_same_state(state_of(run), state_of(whole))
     assert measured(read_metrics(folder / METRICS_FILE)) == measured(records)
@@ -170,7 +166,7 @@ def test_run_goes_on_from_the_checkpoint_before(folder, unbroken, name):
 def test_run_goes_on_from_its_best_where_nothing_else_is_left(folder, stopped):
     for name in (CHECKPOINT_FILE, EARLIER_FILE):
         replaced(folder / name, b"nothing")
-    found, wrong = newest_checkpoint(folder, stopped.fixed_settings)
+    found, wrong = newest_checkpoint(Run(folder), stopped.fixed_settings)
     assert found.path == folder / BEST_FOLDER / CHECKPOINT_FILE
     assert [
         name in str(error)
@@ -187,7 +183,7 @@ def test_run_without_a_whole_checkpoint_says_what_is_wrong_with_the_newest(folde
         replaced(path, b"nothing")
     shutil.rmtree(folder / BEST_FOLDER)
     with pytest.raises(ModelFileError, match=f"{CHECKPOINT_FILE} is not a checkpoint"):
-        newest_checkpoint(folder, stopped.fixed_settings)
+        newest_checkpoint(Run(folder), stopped.fixed_settings)
 
 
 CHANGES = {
@@ -206,7 +202,7 @@ def test_checkpoint_of_a_run_with_other_settings_is_refused(folder, stopped, tab
     others = settings | {table: settings[table] | CHANGES[table]}
     told = f"{CHECKPOINT_FILE} is of another run: its {name} is .*, expected {value!r}"
     with pytest.raises(ModelFileError, match=told):
-        newest_checkpoint(folder, others)
+        newest_checkpoint(Run(folder), others)
     assert contents(folder) == before
 
 
@@ -232,7 +228,9 @@ def test_checkpoint_of_another_run_is_not_gone_on_with(tmp_path, monkeypatch, sa
 
 
 def test_checkpoint_tells_all_that_a_run_that_goes_on_cannot_change(stopped):
-    run = fixed_settings(stopped.model.config, stopped.config, stopped.data, {"path": "x", "a": 1})
+    run = RunSettings(
+        stopped.model.config, stopped.config, stopped.data, {"path": "x", "a": 1}
+    ).fixed()
     assert set(run["training"]) == set(stopped.config.to_dict()) - set(CHANGEABLE)
     assert run["model"] == stopped.model.config.to_dict()
     assert run["data"] == stopped.data.to_dict()
@@ -309,7 +307,7 @@ def test_best_is_kept_where_the_last_checkpoint_was_the_end(tmp_path, monkeypatc
     options = (*SMALL, "--steps", 8, "--evaluate-every", 4)
     say("train", *options, "--out", "run")
     whole = contents(Path("run"))
-    found, _ = newest_checkpoint(Path("run"), fixed_settings(*read_settings(Path("run"))))
+    found, _ = newest_checkpoint(Run(Path("run")), Run(Path("run")).settings().fixed())
     assert found.best[1] == found.step == 8
     shutil.rmtree(Path("run", BEST_FOLDER))
     assert "has had its 8 steps" in fail("train", "--resume", "run")

@@ -20,14 +20,11 @@ from helpers.paths import ROOT
 from helpers.runs import assert_same_files, measured, tiny
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
+from legacy1bit.model import BEST_FOLDER, CHECKPOINT_FILE
 from legacy1bit.training.checkpoint import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    EARLIER_FILE,
-    fixed_settings,
     newest_checkpoint,
 )
-from legacy1bit.training.trainer import read_settings
+from legacy1bit.training.run import EARLIER_FILE, Run
 
 # A training to be interrupted. It counts what it does to files of its run: opens them to write,
 # has them written onto the disk, renames, links, removes them. From a count on, which may not be
@@ -185,7 +182,7 @@ def train_interrupted(seed, most, seen):
         damaged = saved and (run / EARLIER_FILE).exists() and choice.random() < 0.1
         if damaged:
             damage(run / CHECKPOINT_FILE, choice)
-            taken = newest_checkpoint(run, fixed_settings(*read_settings(run)))[0]
+            taken = newest_checkpoint(Run(run), Run(run).settings().fixed())[0]
             newest = taken.step
             seen["the newest checkpoint was damaged"] += 1
         how, left = choice.choice(INTERRUPTS), choice.randint(1, 120)
@@ -200,7 +197,7 @@ def train_interrupted(seed, most, seen):
         killed += how in KILLED
         seen[told.splitlines()[-1] if how == "kill" else INTERRUPTED[how]] += 1
         if (run / SETTINGS_FILE).exists():
-            found, wrong = newest_checkpoint(run, fixed_settings(*read_settings(run)))
+            found, wrong = newest_checkpoint(Run(run), Run(run).settings().fixed())
             assert damaged or not wrong
             assert found.step >= newest
             newest = found.step

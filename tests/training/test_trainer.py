@@ -50,29 +50,28 @@ from legacy1bit.data.tokenizer import UnknownTokenizer
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import OPTIMIZERS, DataConfig, ModelConfig
+from legacy1bit.hyperparams import OPTIMIZERS, SETTINGS_FILE, DataConfig, ModelConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
-from legacy1bit.model import WEIGHTS_FILE, ModelFileError, create_legacy_llm, load_model
-from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.training import trainer
-from legacy1bit.training.checkpoint import (
+from legacy1bit.model import (
     BEST_FOLDER,
     CHECKPOINT_FILE,
-    EARLIER_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+    create_legacy_llm,
+    load_model,
+)
+from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.training import evaluation, trainer
+from legacy1bit.training import run as training_run
+from legacy1bit.training.checkpoint import (
+    best_is_missing,
     newest_checkpoint,
 )
 from legacy1bit.training.divergence import TrainingDiverged
-from legacy1bit.training.trainer import (
-    SETTINGS_FILE,
-    Metrics,
-    Trainer,
-    best_is_behind,
-    evaluate,
-    read_settings,
-    recall_of_heroes,
-    weight_shares,
-)
+from legacy1bit.training.evaluation import Metrics, code_fractions, evaluate, recall_of_heroes
+from legacy1bit.training.run import EARLIER_FILE, Run
+from legacy1bit.training.trainer import Trainer
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +182,7 @@ def with_logits(monkeypatch, logits_of):
         assert logits
         return logits_of(rows).astype(np.float32)
 
-    monkeypatch.setattr(trainer, "forward_llm_batch", forward)
+    monkeypatch.setattr(evaluation, "forward_llm_batch", forward)
 
 
 def following(rows):
@@ -630,7 +629,7 @@ def test_interrupted_training_saves_its_last_whole_step(tmp_path, monkeypatch, o
         saved = newest(run)
         assert saved.step == run.step == step
         assert saved.position == run.position
-        assert read_settings(run.folder)[1] == run.config
+        assert Run(run.folder).settings().training == run.config
         assert not list(run.folder.glob(".*"))
     again = make(tmp_path / "there", data=data)
     again.restore(newest(again))
@@ -744,7 +743,7 @@ def test_saved_run_holds_all_that_it_needs(tmp_path):
     run.save()
     names = {path.name for path in run.folder.iterdir() if path.is_file()}
     assert names == {*RUN_FILES, EARLIER_FILE}
-    assert read_settings(run.folder) == (run.model.config, run.config, run.data, run.source)
+    assert Run(run.folder).settings() == run.settings
     loaded = load_model(run.folder)
     tokens = np.arange(8, dtype=np.int32)[None]
     assert_same_bits(forward_llm_batch(loaded, tokens), forward_llm_batch(run.model, tokens))
@@ -823,7 +822,7 @@ def test_trainer_keeps_the_warm_up_that_it_began_with(tmp_path):
     run = make(tmp_path / "run", steps=20, warmup_steps=None)
     assert run.config.warmup_steps == 2
     run.save()
-    _, training, _, _ = read_settings(run.folder)
+    training = Run(run.folder).settings().training
     assert training.warmup_steps == 2
     assert replace(training, steps=2000).learning_rate_at(1) == training.learning_rate
 
@@ -1251,7 +1250,7 @@ def test_codes_are_used_after_a_warm_start(tmp_path):
     shutil.copytree(run.folder, tmp_path / "copy")
     _, losses, records = train(resumed(tmp_path / "run", **WARM))
     other = make(tmp_path / "copy", **WARM | {"float_steps": 0})
-    other.restore(newest_checkpoint(other.folder, run.fixed_settings)[0])
+    other.restore(newest_checkpoint(other.run, run.fixed_settings)[0])
     _, others, copies = train(other)
     assert others == losses
     assert measured(copies) == measured(records)
@@ -1409,16 +1408,16 @@ def test_weight_shares_are_those_of_a_count(scheme, embedding):
     one, other = (create_legacy_llm(config, seed) for seed in (1, 2))
     codes, before = codes_of(one), codes_of(other)
     assert len(codes) == 2 * 6 + 2 * embedding
-    assert_same_shares(weight_shares(one), counted(codes, LEVELS[scheme]))
-    assert_same_shares(weight_shares(one, before), counted(codes, LEVELS[scheme], before))
-    for shares in weight_shares(one, codes).values():
+    assert_same_shares(code_fractions(one), counted(codes, LEVELS[scheme]))
+    assert_same_shares(code_fractions(one, before), counted(codes, LEVELS[scheme], before))
+    for shares in code_fractions(one, codes).values():
         assert shares.pop("flipped") == 0.0
         assert sum(shares.values()) == pytest.approx(1.0, abs=3e-6)
 
 
 def test_weight_shares_of_floats_are_none():
     config = ModelConfig(model_dim=8, num_blocks=1, num_heads=1, scheme=FLOAT)
-    assert weight_shares(create_legacy_llm(config, 1), {}) == {}
+    assert code_fractions(create_legacy_llm(config, 1), {}) == {}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -1589,12 +1588,7 @@ def test_best_folder_is_a_run_that_can_go_on(tmp_path, monkeypatch):
     run = make(tmp_path / "run")
     _, losses, _ = train(run)
     before = contents(run.folder / BEST_FOLDER)
-    assert read_settings(run.folder / BEST_FOLDER) == (
-        run.model.config,
-        run.config,
-        run.data,
-        run.source,
-    )
+    assert Run(run.folder).best.settings() == run.settings
     shutil.copytree(run.folder / BEST_FOLDER, tmp_path / "best")
     best = resumed(tmp_path / "best")
     assert best.step == 5
@@ -1624,7 +1618,7 @@ def test_best_is_kept_when_a_crash_came_before(tmp_path, monkeypatch):
     run = make(tmp_path / "run")
     train(run, stop_at=5)
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "atomic_copies", crash)
+        patch.setattr(training_run, "atomic_copies", crash)
         run = resumed(run.folder)
         with pytest.raises(KeyboardInterrupt):
             train(run)
@@ -1715,10 +1709,10 @@ def test_run_that_is_killed_anywhere_ends_like_an_unbroken_one(tmp_path, monkeyp
         if (best / SETTINGS_FILE).exists():
             # Even half renewed, it can be used.
             load_model(best)
-            read_settings(best)
+            Run(best).settings()
         saved = (folder / SETTINGS_FILE).exists()
         run = (resumed if saved else make)(folder, **settings)
-        if best_is_behind(run.folder, run.fixed_settings, run.best, run.step):
+        if best_is_missing(run.run, run.fixed_settings, run.best, run.step):
             run.save()
         if best.exists():
             assert_same_files(best, then[run.best[1]])
@@ -1763,7 +1757,7 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path, monkeypatch, writes):
     assert run.step == 10
     assert not list(run.folder.glob(".*"))
     assert load_model(run.folder).config == run.model.config
-    assert read_settings(run.folder)[1] == run.config
+    assert Run(run.folder).settings().training == run.config
     again = make(tmp_path / "run")
     again.restore(newest(again))
     # The settings alone come after the checkpoint.
@@ -2054,20 +2048,20 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_read_settings_refuses_damage(saved, name):
+def test_settings_refuse_damage(saved, name):
     path = saved / SETTINGS_FILE
     path.write_bytes(SETTINGS[name](json.loads(path.read_bytes())))
     with pytest.raises(ModelFileError, match=SETTINGS_FILE):
-        read_settings(saved)
+        Run(saved).settings()
 
 
-def test_read_settings_needs_a_run(tmp_path):
+def test_settings_need_a_run(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ModelFileError, match="is not a training run"):
-            read_settings(folder)
+            Run(folder).settings()
     (tmp_path / SETTINGS_FILE).mkdir()
     with pytest.raises(ModelFileError, match="is not a training run"):
-        read_settings(tmp_path)
+        Run(tmp_path).settings()
 
 
 # --- Refusals that keep what there is -------------------------------------------------------------
