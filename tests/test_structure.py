@@ -32,10 +32,9 @@ MAY_IMPORT = {
 # Modules, another that each imports against this order, and why.
 EXCEPTIONS = {
     ("system.old_cpus", "cpu"): "it runs before NumPy is loaded, and cpu imports nothing",
-    ("system.hardware", "hyperparams"): "the name of a run's settings file",
     ("system.hardware", "math_ops"): "the instruction set in use",
     ("system.hardware", "threads"): "the cores in use",
-    ("config_files", "training.trainer"): "the settings of a run are a config file, too",
+    ("config_files", "training.run"): "the settings of a run are a config file, too",
 }
 
 
