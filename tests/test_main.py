@@ -34,8 +34,9 @@ from test_trainer import RECORD_KEYS, assert_same_files, with_losses
 from legacy1bit import main as program
 from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
-from legacy1bit.commands import progress, texts, train
+from legacy1bit.commands import progress, train
 from legacy1bit.commands.run_settings import Interrupts
+from legacy1bit.data import corpus as corpora
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -193,14 +194,14 @@ def test_train_without_a_folder_makes_one_in_runs(say):
 def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
     """Two runs begun in the same second, the second while the first still makes its stories."""
     monkeypatch.setattr(train, "time", SimpleNamespace(strftime=lambda form: "now"))
-    make, others = texts.story_corpus, [tiny(seed=2)]
+    make, others = corpora.story_corpus, [tiny(seed=2)]
 
     def make_slowly(*arguments):
         if others:
             assert main(others.pop()) == 0
         return make(*arguments)
 
-    monkeypatch.setattr(texts, "story_corpus", make_slowly)
+    monkeypatch.setattr(corpora, "story_corpus", make_slowly)
     say(*tiny(seed=1))
     seeds = [read_settings(folder)[1].seed for folder in Path("runs").iterdir()]
     assert sorted(seeds) == [1, 2]
@@ -239,22 +240,29 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch, say):
         pass
 
     def made_with(folder, model_config, config, corpus, source, data):
-        made.append((folder, model_config, config, corpus, source))
+        made.append((folder, model_config, config, source))
         assert data == DataConfig()
         raise Stop
 
     monkeypatch.setattr(train, "Trainer", made_with)
-    monkeypatch.setattr(texts, "story_corpus", lambda *arguments: arguments)
+    made_of = []
+    make = corpora.story_corpus
+
+    def make_few(count, *arguments):
+        made_of.extend((count, *arguments))
+        return make(60, *arguments)
+
+    monkeypatch.setattr(corpora, "story_corpus", make_few)
     with pytest.raises(Stop):
         main([])
-    ((_, model_config, config, corpus, source),) = made
+    ((_, model_config, config, source),) = made
     assert model_config == ModelConfig()
     expected = TrainingConfig(threads=config.threads)
     assert config == expected
     assert config.threads == available_cores()
     assert source["name"] == "stories"
-    assert corpus[0] >= 10_000
-    assert corpus[3] == model_config.sequence_length
+    assert made_of[0] >= 10_000
+    assert made_of[3] == model_config.sequence_length
 
 
 # A value for every setting that has an option, none of them its default.

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import latest_run, option_of, path_of
-from legacy1bit.commands.texts import DEFAULT_STORIES
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
-from legacy1bit.data.shards import INDEX_FILE
-from legacy1bit.data.sources import is_token_file
+from legacy1bit.commands.texts import options_of
+from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.reports.figures import check_suffix, load_matplotlib, read_run
@@ -90,7 +88,8 @@ def train_command(folder: Path) -> str:
         If one is damaged.
     """
     model, training, data, source = read_settings(folder)
-    options = {**_of_source(source), **_of_tokenizer(folder, data, source)}
+    origin = DataOrigin.from_dict(source)
+    options = {**options_of(origin), **_of_tokenizer(folder, data, origin)}
     for record in (model, training, data):
         options |= _given(record)
     words = ["python", "-m", "legacy1bit.main", "train"]
@@ -117,23 +116,10 @@ def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
     }
 
 
-def _of_source(source: dict[str, Any]) -> dict[str, Any]:
-    if TEXT_PATH not in source:
-        count = source.get("stories")
-        return {} if count in (None, DEFAULT_STORIES) else {"stories": count}
-    validation = source.get(VALIDATION_PATH)
-    return {
-        "data": source[TEXT_PATH],
-        **({} if validation is None else {"validation": validation}),
-    }
-
-
-def _of_tokenizer(folder: Path, data: DataConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """Return whose tokenizer a text was given, where it was not made as the settings say."""
-    paths = paths_of(source, TEXT_PATH)
-    if not paths or not (folder / TOKENIZER_FILE).exists():
+def _of_tokenizer(folder: Path, data: DataConfig, origin: DataOrigin) -> dict[str, Any]:
+    """Return the option for a tokenizer that was not made as the settings say."""
+    if origin.kind is not Kind.TEXT or not (folder / TOKENIZER_FILE).exists():
         return {}
-    tokens = any(is_token_file(path) or (Path(path) / INDEX_FILE).is_file() for path in paths)
-    if tokens or load_tokenizer(folder).kind == data.tokenizer:
+    if load_tokenizer(folder).kind == data.tokenizer:
         return {}
     return {"tokenizer-from": folder.resolve()}

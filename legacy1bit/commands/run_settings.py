@@ -7,15 +7,16 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import given, path_of, threads_of
-from legacy1bit.commands.texts import corpus_of, source_of
+from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
-from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import check_there
+from legacy1bit.data.corpus import Corpus, open_corpus
+from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.system.errors import SettingError
@@ -77,8 +78,6 @@ class Beginning:
     ----------
     model, training, data : records of settings
         The model has as many tokens as the corpus.
-    source : dict
-        Where the corpus comes from.
     corpus : Corpus
     run : Path or None
         An earlier run, where the settings are its own.
@@ -87,7 +86,6 @@ class Beginning:
     model: ModelConfig
     training: TrainingConfig
     data: DataConfig
-    source: dict[str, Any]
     corpus: Corpus
     run: Path | None = None
 
@@ -105,13 +103,15 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
     told = told_settings(arguments)
     model, training, data = _configs(arguments, told)
     if "source" in told:
-        source = told["source"]
-        check_there(source, "--data says where the text lies")
+        origin = DataOrigin.from_dict(told["source"])
+        origin.check_there("--data says where the text lies")
     else:
-        source = source_of(arguments, training.seed)
+        origin = origin_of(arguments, training.seed)
     tokenizer = _tokenizer_of(arguments, told)
     try:
-        corpus, model = corpus_of(source, data, model, arguments.cache, tokenizer)
+        corpus = open_corpus(
+            origin, data, model.sequence_length, arguments.cache, tokenizer, progress_of_bytes
+        )
     except SettingError as error:
         error.place = None if arguments.config is None else str(arguments.config)
         raise
@@ -123,7 +123,8 @@ def beginning_of(arguments: argparse.Namespace) -> Beginning:
             f"{arguments.config}: vocab_size is {tokens}, expected "
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
-    return Beginning(model, training, data, source, corpus, told.get("run"))
+    model = replace(model, vocab_size=corpus.vocab_size)
+    return Beginning(model, training, data, corpus, told.get("run"))
 
 
 class Interrupts:

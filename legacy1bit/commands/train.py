@@ -20,12 +20,13 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import progress_of_training
+from legacy1bit.commands.progress import progress_of_bytes, progress_of_training
 from legacy1bit.commands.run_settings import Interrupts, add_config, beginning_of, told_settings
-from legacy1bit.commands.texts import add_data, corpus_of, moved
+from legacy1bit.commands.texts import add_data, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.corpus import open_corpus
+from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -216,7 +217,7 @@ def _start(
         training = replace(training, steps=steps)
         print(f"{steps:,} steps in {arguments.minutes:g} minutes", file=sys.stderr)
     # The folder last: what fails before leaves nothing behind.
-    trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
+    trainer = Trainer(RUNS, new.model, training, new.corpus, new.corpus.origin.to_dict(), new.data)
     trainer.folder, made = _make_folder(arguments.out)
     _hold(trainer.folder, ends)
     # Somebody may have been faster.
@@ -229,13 +230,14 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     """Return an old run. What it was started with holds; only its end and its threads may move."""
     folder = arguments.resume
     model_config, config, data, source = read_settings(folder)
+    origin = DataOrigin.from_dict(source)
     fixed = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in fixed if getattr(arguments, name) is not None]
     # The new place of its text may be named.
     named += [
         name
-        for name, key in (("data", TEXT_PATH), ("validation", VALIDATION_PATH))
-        if getattr(arguments, name) is not None and not paths_of(source, key)
+        for name, paths in (("data", origin.paths), ("validation", origin.validation_paths))
+        if getattr(arguments, name) is not None and not paths
     ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
@@ -268,8 +270,10 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, model_config.vocab_size)
     places = {"data": arguments.data, "validation": arguments.validation}
-    source = moved(source, folder, places, arguments.cache)
-    corpus, _ = corpus_of(source, data, model_config, arguments.cache, tokenizer)
+    origin = moved(origin, folder, places, arguments.cache)
+    length = model_config.sequence_length
+    corpus = open_corpus(origin, data, length, arguments.cache, tokenizer, progress_of_bytes)
+    source = source | corpus.origin.to_dict()
     trainer = Trainer(folder, model_config, config, corpus, source, data)
     trainer.restore(checkpoint)
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)

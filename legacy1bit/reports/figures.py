@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.origin import is_stories
 from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.forward import (
@@ -260,7 +261,7 @@ def read_run(folder: Path) -> Run:
     floor = None
     if (folder / SETTINGS_FILE).exists():
         source = read_settings(folder)[3]
-        if source.get("name") == "stories" and "path" not in source:
+        if is_stories(source):
             floor = entropy_per_character()
     return Run(folder, records, floor)
 

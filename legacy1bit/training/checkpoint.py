@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH
+from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.hyperparams import (
     CHANGEABLE,

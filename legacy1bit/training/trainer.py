@@ -18,7 +18,7 @@ from legacy1bit.backward import BackwardPass, ignore_padding
 from legacy1bit.data import stories
 from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import located
+from legacy1bit.data.origin import located
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, fit_tokenizer
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, Prefetcher, TokenDataset
