@@ -38,6 +38,7 @@ from legacy1bit.commands import generate as generate_command
 from legacy1bit.commands import options as command_options
 from legacy1bit.commands import progress, run_settings, texts, train
 from legacy1bit.commands.interrupts import Interrupts
+from legacy1bit.data import corpus as corpora
 from legacy1bit.data import stories
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
@@ -56,7 +57,7 @@ from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model, save_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.threads import available_cores
-from legacy1bit.training import trainer
+from legacy1bit.training import evaluation, trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.run import Run
 from legacy1bit.version import __version__
@@ -179,14 +180,14 @@ def test_train_without_a_folder_makes_one_in_runs(say):
 def test_train_takes_no_folder_that_another_is_about_to_use(say, monkeypatch):
     """Two runs begun in the same second, the second while the first still makes its stories."""
     monkeypatch.setattr(train, "time", SimpleNamespace(strftime=lambda form: "now"))
-    make, others = texts.story_corpus, [tiny(seed=2)]
+    make, others = corpora.story_corpus, [tiny(seed=2)]
 
     def make_slowly(*arguments):
         if others:
             assert main(others.pop()) == 0
         return make(*arguments)
 
-    monkeypatch.setattr(texts, "story_corpus", make_slowly)
+    monkeypatch.setattr(corpora, "story_corpus", make_slowly)
     say(*tiny(seed=1))
     seeds = [Run(folder).settings().training.seed for folder in Path("runs").iterdir()]
     assert sorted(seeds) == [1, 2]
@@ -471,8 +472,8 @@ def test_train_says_what_to_type_next(say, out):
     """The line that it prints can be pasted into a shell, and writes with this run's model."""
     output, _ = say(*tiny(), *([] if out is None else [f"--out={out}"]))
     line = output.decode().strip().splitlines()[-1]
-    python, dash, module, *arguments = shlex.split(line)
-    assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
+    command, *arguments = shlex.split(line)
+    assert command == "legacy1bit"
     folder = Path(out) if out else next(Path("runs").iterdir())
     expected, _ = say("generate", f"--model={folder}", "--prompt", "Kim was a", "--seed", 0)
     assert say(*arguments, "--seed=0").out == expected
@@ -509,8 +510,8 @@ def assert_same_run(one, other):
 def last_command(errors):
     """The arguments of the command that a stopped run says to type."""
     line = errors.decode().strip().splitlines()[-1]
-    python, dash, module, *arguments = shlex.split(line)
-    assert (python, dash, module) == ("python", "-m", "legacy1bit.main")
+    command, *arguments = shlex.split(line)
+    assert command == "legacy1bit"
     return arguments
 
 
@@ -620,7 +621,7 @@ def test_train_that_ends_after_its_first_record_keeps_it(fail, monkeypatch):
 SLOW = """
 import sys, time
 from legacy1bit import main
-from legacy1bit.training import trainer
+from legacy1bit.training import evaluation, trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     if self.step == 3:
@@ -663,7 +664,7 @@ def test_process_saves_when_it_is_told_to_stop(say, number):
 LONG = """
 import sys
 from legacy1bit import main
-from legacy1bit.training import trainer
+from legacy1bit.training import evaluation, trainer
 take = trainer.Trainer.train_step
 def train_step(self):
     print("the step begins", file=sys.stderr, flush=True)
@@ -1934,7 +1935,7 @@ def test_evaluate_measures_a_text(say, wild, size):
     for start in range(0, size - 1, min(16, size - 1)):
         part = content[start : start + min(16, size - 1) + 1]
         row = np.frombuffer(part[:-1], np.uint8).astype(np.int32)[None]
-        p = trainer.forward_llm_batch(model, row)[0].astype(np.float64)
+        p = evaluation.forward_llm_batch(model, row)[0].astype(np.float64)
         surprises += [-math.log(p[time, token]) for time, token in enumerate(part[1:])]
     assert len(surprises) == size - 1
     assert float(report["validation loss"].split()[0]) == pytest.approx(

@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from legacy1bit.commands.options import add_settings, given, path_of
 from legacy1bit.commands.progress import progress_of_bytes
-from legacy1bit.commands.texts import add_cache, kept, tokenizer_for
-from legacy1bit.data.corpus import TEXT, tokenize_source
+from legacy1bit.commands.texts import add_cache
+from legacy1bit.data.cache import saved_streams
+from legacy1bit.data.corpus import TEXT, text_source, tokenize_source, tokenizer_for
 from legacy1bit.data.shards import default_cache
-from legacy1bit.data.sources import Source, is_token_file, open_source
+from legacy1bit.data.sources import Source, is_token_file
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.hyperparams import DataConfig
 
@@ -58,11 +59,11 @@ def run(arguments: argparse.Namespace) -> int:
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
-    paths = kept(arguments.paths, cache)
+    paths = saved_streams(arguments.paths, cache)
     for path in paths:
         if is_token_file(path):
             raise ValueError(f"{path} holds tokens already, expected text")
-    source = open_source(paths, data.field, data.encoding, data.separator)
+    source = text_source(paths, data)
     actions = {"inspect": _inspect, "tokenize": _tokenize, "train-tokenizer": _train_tokenizer}
     return actions[arguments.action](arguments, source, data, cache)
 
@@ -169,7 +170,7 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 
 
 def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
-    tokenizer = tokenizer_for(source, data, cache)
+    tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     found = inspect(source, tokenizer)
     _warn(source, found.documents)
     if arguments.json:
@@ -214,7 +215,7 @@ def _check_empty(folder: Path) -> None:
 
 def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     _check_empty(arguments.out)
-    tokenizer = tokenizer_for(source, data, cache)
+    tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     begin = time.perf_counter()
     with progress_of_bytes("tokens", source.nbytes) as on_progress:
         index = tokenize_source(
@@ -236,7 +237,7 @@ def _train_tokenizer(
     if data.tokenizer == "bytes":
         raise ValueError("bytes need no training: expected --tokenizer bpe or chars")
     _check_empty(arguments.out)
-    tokenizer = tokenizer_for(source, data, cache)
+    tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(arguments.out)
     print(f"{arguments.out / TOKENIZER_FILE}: {tokenizer.vocab_size:,} tokens")

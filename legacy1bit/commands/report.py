@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import latest_run, option_of, path_of
-from legacy1bit.commands.texts import DEFAULT_STORIES
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
-from legacy1bit.data.shards import INDEX_FILE
-from legacy1bit.data.sources import is_token_file
+from legacy1bit.commands.texts import options_of
+from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.tokenizer import load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.reports.figures import check_suffix, load_matplotlib
@@ -25,7 +23,7 @@ from legacy1bit.search.study import (
     study_at_hand,
 )
 from legacy1bit.system.files import atomic_write
-from legacy1bit.training.run import Run, RunSettings
+from legacy1bit.training.run import Run
 
 # Settings whose defaults depend on the machine.
 _ALWAYS = ("threads", "precision")
@@ -91,7 +89,8 @@ def train_command(folder: Path) -> str:
     """
     run = Run(folder)
     settings = run.settings()
-    options = {**_of_source(settings.source), **_of_tokenizer(run, settings)}
+    origin = DataOrigin.from_dict(settings.source)
+    options = {**options_of(origin), **_of_tokenizer(run, settings.data, origin)}
     for record in (settings.model, settings.training, settings.data):
         options |= _given(record)
     words = ["python", "-m", "legacy1bit.main", "train"]
@@ -118,23 +117,10 @@ def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
     }
 
 
-def _of_source(source: dict[str, Any]) -> dict[str, Any]:
-    if TEXT_PATH not in source:
-        count = source.get("stories")
-        return {} if count in (None, DEFAULT_STORIES) else {"stories": count}
-    validation = source.get(VALIDATION_PATH)
-    return {
-        "data": source[TEXT_PATH],
-        **({} if validation is None else {"validation": validation}),
-    }
-
-
-def _of_tokenizer(run: Run, settings: RunSettings) -> dict[str, Any]:
+def _of_tokenizer(run: Run, data: DataConfig, origin: DataOrigin) -> dict[str, Any]:
     """Return the option for a tokenizer that was not made as the settings say."""
-    paths = paths_of(settings.source, TEXT_PATH)
-    if not paths or not run.tokenizer_file.exists():
+    if origin.kind is not Kind.TEXT or not run.tokenizer_file.exists():
         return {}
-    tokens = any(is_token_file(path) or (Path(path) / INDEX_FILE).is_file() for path in paths)
-    if tokens or load_tokenizer(run.folder).kind == settings.data.tokenizer:
+    if load_tokenizer(run.folder).kind == data.tokenizer:
         return {}
     return {"tokenizer-from": run.folder.resolve()}

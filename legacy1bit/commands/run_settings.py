@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import given, path_of, threads_of
-from legacy1bit.commands.texts import corpus_of, source_of
+from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
-from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import check_there
+from legacy1bit.data.corpus import Corpus, open_corpus
+from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.system.errors import SettingError
@@ -112,8 +113,6 @@ class RunPlan:
     ----------
     model, training, data : records of settings
         The model has the vocabulary of the corpus.
-    source : dict
-        The origin of the corpus.
     corpus : Corpus
     run : Path or None
         The earlier run that is trained again.
@@ -122,7 +121,6 @@ class RunPlan:
     model: ModelConfig
     training: TrainingConfig
     data: DataConfig
-    source: dict[str, Any]
     corpus: Corpus
     run: Path | None = None
 
@@ -140,13 +138,15 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
     settings = merged_settings(arguments)
     model, training, data = _records(arguments, settings)
     if "source" in settings:
-        source = settings["source"]
-        check_there(source, "--data says where the text lies")
+        origin = DataOrigin.from_dict(settings["source"])
+        origin.check_there("--data says where the text lies")
     else:
-        source = source_of(arguments, training.seed)
+        origin = origin_of(arguments, training.seed)
     tokenizer = _tokenizer_of(arguments, settings)
     try:
-        corpus, model = corpus_of(source, data, model, arguments.cache, tokenizer)
+        corpus = open_corpus(
+            origin, data, model.sequence_length, arguments.cache, tokenizer, progress_of_bytes
+        )
     except SettingError as error:
         error.place = None if arguments.config is None else str(arguments.config)
         raise
@@ -158,4 +158,5 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
             f"{arguments.config}: vocab_size is {tokens}, expected "
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
-    return RunPlan(model, training, data, source, corpus, settings.get("run"))
+    model = replace(model, vocab_size=corpus.vocab_size)
+    return RunPlan(model, training, data, corpus, settings.get("run"))

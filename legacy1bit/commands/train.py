@@ -20,7 +20,7 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import progress_of_training
+from legacy1bit.commands.progress import progress_of_bytes, progress_of_training
 from legacy1bit.commands.run_settings import (
     FIRST_RUN_SECONDS,
     add_config,
@@ -29,10 +29,11 @@ from legacy1bit.commands.run_settings import (
     merged_settings,
     plan_run,
 )
-from legacy1bit.commands.texts import add_data, corpus_of, moved
+from legacy1bit.commands.texts import add_data, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.corpus import open_corpus
+from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
@@ -151,7 +152,8 @@ def _start(
         within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
         training = fit_first_run(training, within)
     # The folder last: what fails before leaves nothing behind.
-    trainer = Trainer(RUNS, new.model, training, new.corpus, new.source, new.data)
+    source = new.corpus.origin.to_dict()
+    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data)
     folder, created = _make_folder(arguments.out)
     trainer.run = Run(folder)
     ends.enter_context(trainer.run.lock())
@@ -168,13 +170,14 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     run = Run(folder)
     settings = run.settings()
     config, source = settings.training, settings.source
+    origin = DataOrigin.from_dict(source)
     new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # The new place of its text may be named.
     named += [
         name
-        for name, key in (("data", TEXT_PATH), ("validation", VALIDATION_PATH))
-        if getattr(arguments, name) is not None and not paths_of(source, key)
+        for name, paths in (("data", origin.paths), ("validation", origin.validation_paths))
+        if getattr(arguments, name) is not None and not paths
     ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
@@ -207,8 +210,12 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, settings.model.vocab_size)
     places = {"data": arguments.data, "validation": arguments.validation}
-    source = moved(source, folder, places, arguments.cache)
-    corpus, _ = corpus_of(source, settings.data, settings.model, arguments.cache, tokenizer)
+    origin = moved(origin, folder, places, arguments.cache)
+    length = settings.model.sequence_length
+    corpus = open_corpus(
+        origin, settings.data, length, arguments.cache, tokenizer, progress_of_bytes
+    )
+    source = source | corpus.origin.to_dict()
     trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)

@@ -22,12 +22,12 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import progress_of_tuning
+from legacy1bit.commands.progress import progress_of_bytes, progress_of_tuning
 from legacy1bit.commands.run_settings import add_config, plan_run
-from legacy1bit.commands.texts import add_data, corpus_of, moved
+from legacy1bit.commands.texts import add_data, moved, options_of
 from legacy1bit.config_files import write_config
-from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, paths_of
+from legacy1bit.data.corpus import Corpus, open_corpus
+from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.search.space import Dimension, default_space, read_space
@@ -206,7 +206,7 @@ class _Work:
     folder : Path
     url, name : str
         The database, and what the study is called there.
-    source : dict
+    origin : DataOrigin
         Where the text is.
     terms : Terms or None
         None: those of the study that is there.
@@ -220,29 +220,34 @@ class _Work:
         folder: Path,
         url: str,
         name: str,
-        source: dict[str, Any],
+        origin: DataOrigin,
         terms: Terms | None,
         threads: int,
         cache: Path | None,
         tokenizer: Tokenizer | None,
     ) -> None:
-        self.folder, self._source = folder, source
+        self.folder, self._origin = folder, origin
         self._cache, self._tokenizer = cache, tokenizer
         self._corpora: dict[int, Corpus] = {}
         self.study, self.terms = open_study(open_storage(url), name, terms, threads)
-        self._again = (folder, url, name, source, None, threads, cache, tokenizer)
+        self._again = (folder, url, name, origin, None, threads, cache, tokenizer)
 
     def corpus_of(self, model: ModelConfig) -> tuple[Corpus, ModelConfig]:
         """Return a corpus of sequences as a model takes them, and how many tokens it has."""
         length = model.sequence_length
         if length not in self._corpora:
-            self._corpora[length], _ = corpus_of(
-                self._source, self.terms.data, model, self._cache, self._tokenizer
+            self._corpora[length] = open_corpus(
+                self._origin,
+                self.terms.data,
+                length,
+                self._cache,
+                self._tokenizer,
+                progress_of_bytes,
             )
             if self._corpora[length].sha256 != self.terms.sha256:
                 raise ValueError("the text is not that of the study's other trials")
         corpus = self._corpora[length]
-        return corpus, replace(model, vocab_size=corpus.training.pad_token)
+        return corpus, replace(model, vocab_size=corpus.vocab_size)
 
     def run(self, budget: Budget, stop: Callable[[], bool]) -> None:
         """Run trials here."""
@@ -266,7 +271,7 @@ class _Work:
                 self.study,
                 self.terms,
                 self.corpus_of,
-                self._source,
+                self._origin.to_dict(),
                 self.folder,
                 on_look,
                 on_end,
@@ -307,9 +312,9 @@ class _Work:
         for result in shown:
             print(_line(result, False))
         text = "".join(
-            f" {option} {shlex.join(paths)}"
-            for option, key in (("--data", TEXT_PATH), ("--validation", VALIDATION_PATH))
-            if (paths := paths_of(self._source, key))
+            f" --{option} {shlex.join(paths)}"
+            for option, paths in options_of(self._origin).items()
+            if option != "stories"
         )
         config = shlex.quote(str(self.folder / BEST_FILE))
         print(f"\nthe best settings are in {config}; next:")
@@ -386,7 +391,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
             folder,
             arguments.storage or own_database(folder),
             name,
-            new.source,
+            new.corpus.origin,
             terms,
             threads,
             arguments.cache,
@@ -395,7 +400,9 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         new.corpus.tokenizer.save(folder)
         words = shlex.join([shown(word) for word in arguments.words])
         command = f"legacy1bit {words}"
-        StudyRecord(name, new.source, arguments.storage is None, command, machine()).save(folder)
+        StudyRecord(
+            name, new.corpus.origin.to_dict(), arguments.storage is None, command, machine()
+        ).save(folder)
     except BaseException:
         # It can be named again. What others have made is theirs.
         if made:
@@ -447,8 +454,8 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     url = told.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
     places = {"data": arguments.data, "validation": arguments.validation}
-    source = moved(told.source, folder, places, arguments.cache)
-    return _Work(folder, url, told.study, source, None, threads, arguments.cache, tokenizer)
+    origin = moved(DataOrigin.from_dict(told.source), folder, places, arguments.cache)
+    return _Work(folder, url, told.study, origin, None, threads, arguments.cache, tokenizer)
 
 
 def _check_out(wanted: Path | None) -> None:

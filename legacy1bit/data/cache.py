@@ -1,32 +1,47 @@
-"""What is kept of texts, so that the next run finds it: tokens, tokenizers, and what pipes carried.
+"""The cache of texts: their tokens, their tokenizers, and texts that came from pipes.
 
-The folder has an entry for each: tokens in a folder called by a key, tokenizers in one called
-``tokenizer-`` and a key, and below ``standard-input`` texts that came once only. A note in each
-folder tells which text it is of, and its time when it was used last. Whatever else lies there is
-not ours.
+The folder has an entry for each: tokens in a folder named by a key, tokenizers in one named
+``tokenizer-`` and a key, and below ``standard-input`` texts that can be read only once. A note in
+each folder names its text, and the folder's time is that of its last use. Other files there are
+left alone.
 """
 
 import contextlib
+import filecmp
+import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import stat
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from legacy1bit.system.files import atomic_write, read_regular, remove_unused, temporaries
+from legacy1bit.data.shards import default_cache
+from legacy1bit.data.sources import STANDARD_INPUT, is_stream, standard_input
+from legacy1bit.system.files import (
+    atomic_write,
+    read_regular,
+    remove_left_behind,
+    remove_unused,
+    shared,
+    temporaries,
+    temporary_of,
+)
 
 NOTE_FILE = "about.json"
 STREAMS = "standard-input"
 LIMIT_VARIABLE = "LEGACY1BIT_CACHE_GB"
 
-# Tokens may have this share of the disk where nothing else is said.
-_SHARE = 10
+# By default the cache may take one part in this number of its disk.
+_DISK_PART = 10
 
 TOKENS, TOKENIZER, TEXT, UNFINISHED = "tokens", "tokenizer", "text", "unfinished"
 _FOLDERS = {TOKENS: re.compile("[0-9a-f]{32}"), TOKENIZER: re.compile("tokenizer-[0-9a-f]{32}")}
-# How the names begin of what is written into the folder, and into that of texts.
+# The beginnings of the names of unfinished entries, in the folder and in that of texts.
 _UNFINISHED = re.compile("[0-9a-f]{24}|tokenizer-[0-9a-f]{14}")
 _STREAM = "stream"
 
@@ -35,7 +50,7 @@ _UNKNOWN = "unknown"
 
 @dataclass(frozen=True)
 class Entry:
-    """What is kept of a text.
+    """An entry of a cache.
 
     Attributes
     ----------
@@ -43,10 +58,10 @@ class Entry:
     kind : {"tokens", "tokenizer", "text", "unfinished"}
         The last: a process is writing it, or was killed while it did.
     text : str
-        Which text it is of.
+        The text it is made of.
     bytes : int
     used : float
-        When it was used last, in seconds since 1970.
+        The time of its last use, in seconds since 1970.
     """
 
     path: Path
@@ -57,14 +72,14 @@ class Entry:
 
 
 def text_of(files: Sequence[Path]) -> str:
-    """Return what to call a text of some files, in a way that tells where it lies."""
+    """Return the name of a text of some files, with its folder."""
     if len(files) == 1:
         return str(files[0])
     return f"{os.path.commonpath(files)} ({len(files):,} files)" if files else "standard input"
 
 
 def mark_used(folder: Path, text: str) -> None:
-    """Say that an entry is used now, and of which text it is, as far as it can be written."""
+    """Record that an entry is used now, and its text, if the cache can be written."""
     with contextlib.suppress(OSError):
         if not (folder / NOTE_FILE).exists():
             atomic_write(folder / NOTE_FILE, json.dumps({"text": text}))
@@ -72,19 +87,19 @@ def mark_used(folder: Path, text: str) -> None:
 
 
 def entries(cache: Path) -> list[Entry]:
-    """Return what a cache has, what was used last first.
+    """Return the entries of a cache, the most recently used first.
 
     Raises
     ------
     OSError
         If it cannot be read.
     """
-    present = [_entry(path, kind) for path, kind in _places(cache)]
+    present = [_entry(path, kind) for path, kind in _paths(cache)]
     return sorted(filter(None, present), key=lambda entry: -entry.used)
 
 
-def _places(cache: Path) -> Iterator[tuple[Path, str]]:
-    """Yield the places of entries, and their kinds."""
+def _paths(cache: Path) -> Iterator[tuple[Path, str]]:
+    """Yield the paths of entries, and their kinds."""
     if not cache.exists():
         return
     for path in cache.iterdir():
@@ -129,7 +144,7 @@ def _noted(folder: Path) -> str:
 
 
 def limit_of(cache: Path) -> int:
-    """Return how many bytes a cache may have: LEGACY1BIT_CACHE_GB, or a tenth of its disk.
+    """Return the size limit of a cache in bytes: LEGACY1BIT_CACHE_GB, or a tenth of its disk.
 
     Raises
     ------
@@ -138,10 +153,10 @@ def limit_of(cache: Path) -> int:
     """
     wanted = os.environ.get(LIMIT_VARIABLE, "")
     if not wanted:
-        place = next(
+        existing = next(
             path for path in (cache.absolute(), *cache.absolute().parents) if path.exists()
         )
-        return shutil.disk_usage(place).total // _SHARE
+        return shutil.disk_usage(existing).total // _DISK_PART
     try:
         size = float(wanted)
     except ValueError:
@@ -152,10 +167,10 @@ def limit_of(cache: Path) -> int:
 
 
 def trim(cache: Path, used: Path) -> None:
-    """Remove what was used longest ago while a cache has more bytes than it may.
+    """Remove the least recently used entries while a cache is above its limit.
 
-    What a process uses stays, and so does the entry that is about to be used. Texts that pipes have
-    carried stay, too: they are nowhere else, and a run that goes on needs its text.
+    Entries that a process uses stay, and so does the one that is about to be used. Texts from pipes
+    stay, too: they exist nowhere else, and a resumed run needs its text.
 
     Raises
     ------
@@ -163,24 +178,23 @@ def trim(cache: Path, used: Path) -> None:
         As for ``limit_of``.
     """
     most = limit_of(cache)
-    there = entries(cache)
-    total = sum(entry.bytes for entry in there)
-    for entry in reversed(there):
+    present = entries(cache)
+    total = sum(entry.bytes for entry in present)
+    for entry in reversed(present):
         if total <= most:
             return
-        # What others have written may be theirs alone to remove.
+        # Entries of other users may not be removable.
         with contextlib.suppress(OSError):
             if entry.path != used and entry.kind != TEXT and remove_unused(entry.path):
                 total -= entry.bytes
 
 
 def clear(cache: Path, before: float) -> tuple[list[Entry], list[Entry]]:
-    """Remove what has not been used since a time, unless a process uses it.
+    """Remove the entries that have not been used since a time, unless a process uses them.
 
     Returns
     -------
-    removed, kept : list of Entry
-        The second: what is in use.
+    removed, in_use : list of Entry
 
     Raises
     ------
@@ -188,8 +202,99 @@ def clear(cache: Path, before: float) -> tuple[list[Entry], list[Entry]]:
         If something cannot be removed.
     """
     removed: list[Entry] = []
-    kept: list[Entry] = []
+    in_use: list[Entry] = []
     for entry in entries(cache):
         if entry.used <= before:
-            (removed if remove_unused(entry.path) else kept).append(entry)
-    return removed, kept
+            (removed if remove_unused(entry.path) else in_use).append(entry)
+    return removed, in_use
+
+
+# --- Texts from pipes -----------------------------------------------------------------------------
+
+
+def saved_streams(paths: Sequence[str], cache: Path | None = None) -> list[str]:
+    """Return paths that can be read again: a stream is saved in the cache first, or the user's.
+
+    Raises
+    ------
+    ValueError
+        If a stream is empty, a device, or of a kind that cannot be read in order.
+    OSError
+        If the stream cannot be read, or the cache cannot be written.
+    """
+    return [
+        _save_stream(cache or default_cache(), path) if is_stream(path) else path for path in paths
+    ]
+
+
+def _save_stream(cache: Path, path: str) -> str:
+    if path == STANDARD_INPUT:
+        return _save(cache, standard_input(), "standard input")
+    if Path(path).suffix.lower() in (".bin", ".parquet"):
+        raise ValueError(f"{path} is a stream, expected a file")
+    with open(path, "rb") as stream:
+        mode = os.fstat(stream.fileno()).st_mode
+        if stat.S_ISBLK(mode) or (stat.S_ISCHR(mode) and not stream.isatty()):
+            raise ValueError(f"{path} is a device, expected a file or a pipe")
+        return _save(cache, stream, path)
+
+
+def _save(cache: Path, stream: BinaryIO, name: str) -> str:
+    folder = cache / STREAMS
+    temporary = temporary_of(folder / _STREAM)
+    digest = hashlib.sha256()
+    try:
+        with cache_errors(cache):
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_left_behind(folder)
+            file = open(temporary, "xb")  # noqa: SIM115
+        with file, _in_use(temporary):
+            while block := stream.read(1 << 20):
+                digest.update(block)
+                with cache_errors(cache):
+                    file.write(block)
+            with cache_errors(cache):
+                file.flush()
+                os.fsync(file.fileno())
+        if temporary.stat().st_size == 0:
+            raise ValueError(f"{name} is empty, expected text")
+        # Without a suffix, its beginning says what it is.
+        path = folder / digest.hexdigest()[:16]
+        # The same text keeps its file with its time, and so its tokens.
+        if not (path.exists() and filecmp.cmp(temporary, path, shallow=False)):
+            os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+    return str(path)
+
+
+@contextlib.contextmanager
+def _in_use(path: Path) -> Iterator[None]:
+    """Protect a file that is being written from being removed as one that was left behind."""
+    handle = shared(path)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def hold_streams(user: object, files: Iterable[Path], cache: Path) -> None:
+    """Mark those of some files that came from pipes as in use, as long as an object exists."""
+    folder = (cache / STREAMS).resolve()
+    for path in files:
+        if path.parent == folder:
+            weakref.finalize(user, os.close, shared(path))
+
+
+@contextlib.contextmanager
+def cache_errors(cache: Path) -> Iterator[None]:
+    """Name the cache, and the option for another one, in errors that concern its files."""
+    try:
+        yield
+    except OSError as error:
+        path = cache if error.filename is None else Path(error.filename)
+        if not (path.is_relative_to(cache) or cache.is_relative_to(path)):
+            raise
+        reason = f"{error.strerror} (tokens are kept there; --cache names another folder)"
+        raise OSError(error.errno, reason, str(cache)) from None

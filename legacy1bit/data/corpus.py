@@ -1,16 +1,22 @@
-"""What a run learns from and is measured on: from texts, over tokens on disk, to datasets."""
+"""From an origin, over tokens on disk, to the datasets of a run: one way for every command.
 
+``open_corpus`` opens the stories, text or tokens that a ``DataOrigin`` names. A text is tokenized
+once, into the cache; the split into training and validation parts is made of its tokens.
+"""
+
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from dataclasses import replace as changed
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
 from legacy1bit.data import stories
-from legacy1bit.data.cache import mark_used, text_of, trim
+from legacy1bit.data.cache import cache_errors, hold_streams, mark_used, text_of, trim
+from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.shards import (
     Index,
     Integers,
@@ -18,31 +24,76 @@ from legacy1bit.data.shards import (
     TokenStore,
     cache_key,
     cached,
+    default_cache,
     open_store,
     read_index,
+    split_documents,
 )
-from legacy1bit.data.sources import PIECE_BYTES, Piece, Source
-from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer, UnknownTokenizer
+from legacy1bit.data.sources import (
+    NANOGPT_TOKENS,
+    PIECE_BYTES,
+    Piece,
+    Source,
+    open_source,
+    read_token_file,
+    token_file_info,
+)
+from legacy1bit.data.tokenizer import (
+    ByteTokenizer,
+    Tokenizer,
+    UnknownTokenizer,
+    character_tokenizer,
+    load_tokenizer,
+    train_bpe,
+)
 from legacy1bit.data_utils import Tokens, tokenize_text
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig
+from legacy1bit.system.errors import SettingError
 
-TEXT, TRAINING, VALIDATION = "text", "training", "validation"
+# The one part of a folder of tokens.
+TEXT = "text"
 
-# Pieces are encoded together until they have so many bytes: enough for every core, and no more
-# than a few megabytes.
+# Pieces are encoded together until they have this number of bytes: enough for every core, and no
+# more than a few megabytes.
 _TOGETHER = 4 << 20
 
-# What a token of another program's may be at most; a model has no room for more.
+# The largest vocabulary of another program's tokens that a model takes.
 _MOST_TOKENS = 1 << 20
 
 # What stands between documents where they are hashed: no byte of UTF-8.
 _BETWEEN = b"\xff"
 
+# The stories that a run of stories validates on.
+_HELD_OUT_STORIES = 256
+
+# The size of a BPE vocabulary by default; the bytes are among its tokens.
+_VOCABULARY = 1024
+
+# A vocabulary is learned from the beginning of a text, where it is longer than this: more text
+# hardly changes it.
+_LEARNED_BYTES = 200_000_000
+
+# Settings of texts; the stories are bytes, each from its beginning.
+_OF_READING = ("tokenizer", "field", "encoding", "separator", "split")
+_OF_TOKENS = (*_OF_READING, "vocabulary")
+_OF_TEXTS = (*_OF_TOKENS, "validation_fraction", "order", "document_mask")
+
+# The origin of a corpus that was not opened by its origin.
+_MEMORY = DataOrigin("memory")
+
+# Gets the name of some work and its total in bytes, and yields a function for the bytes done.
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+def no_progress(name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    """Return a context that reports no progress."""
+    return contextlib.nullcontext(lambda done: None)
+
 
 @dataclass(frozen=True)
 class Corpus:
-    """What a run learns from and is measured on.
+    """The data of a run, to train and to validate on.
 
     Attributes
     ----------
@@ -58,6 +109,8 @@ class Corpus:
     tokenizer : Tokenizer
     remarks : tuple of str
         Lines about the text that its user should read.
+    origin : DataOrigin
+        Where it comes from, with the hash of the text.
     """
 
     name: str
@@ -68,6 +121,120 @@ class Corpus:
     sha256: str = ""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     remarks: tuple[str, ...] = ()
+    origin: DataOrigin = _MEMORY
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens that a model of this corpus has."""
+        return self.training.pad_token
+
+
+# --- Opening --------------------------------------------------------------------------------------
+
+
+def open_corpus(
+    origin: DataOrigin,
+    data: DataConfig,
+    sequence_length: int,
+    cache: Path | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress = no_progress,
+) -> Corpus:
+    """Return the corpus of an origin.
+
+    Parameters
+    ----------
+    origin : DataOrigin
+    data : DataConfig
+    sequence_length : int
+    cache : Path, optional
+        The folder of tokens; the user's when not given.
+    tokenizer : Tokenizer, optional
+        That of a run that is resumed; made from the text when not given.
+    progress : callable, optional
+
+    Raises
+    ------
+    ValueError
+        If the text has changed since a run recorded it, is too short, or cannot be read.
+    OSError
+        If a file cannot be read or written.
+    """
+    origin.check()
+    kind = origin.kind
+    if kind is Kind.STORIES:
+        _refuse(data, _OF_TEXTS, kind)
+        assert origin.stories is not None
+        assert origin.seed is not None
+        size = tokenizer.vocab_size if tokenizer and tokenizer.kind == "bytes" else 256
+        corpus = story_corpus(origin.stories, _HELD_OUT_STORIES, origin.seed, sequence_length, size)
+        return replace(corpus, origin=origin)
+    paths, others = origin.paths, origin.validation_paths
+    if kind is Kind.TOKEN_FOLDER:
+        _refuse(data, _OF_TOKENS, kind)
+        corpus = shard_corpus(Path(paths[0]), data, sequence_length, tokenizer)
+    elif kind is Kind.TOKEN_FILE:
+        corpus = _token_file_corpus(origin, data, sequence_length, tokenizer)
+    else:
+        source = text_source(paths, data)
+        validation = text_source(others, data) if others else None
+        cache = cache or default_cache()
+        with cache_errors(cache):
+            tokenizer = tokenizer or tokenizer_for(source, data, cache, progress)
+            corpus = source_corpus(
+                source, tokenizer, data, sequence_length, cache, validation, progress
+            )
+        hold_streams(corpus.training, source.files, cache)
+    if data.subword_splitting and (corpus.tokenizer.parents < 0).all():
+        raise SettingError(
+            "subword_splitting splits merged tokens: expected tokenizer bpe",
+            *("subword_splitting", "tokenizer"),
+        )
+    return replace(corpus, origin=origin.with_hash(corpus.sha256))
+
+
+def open_text(
+    origin: DataOrigin,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    cache: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[TokenStore, tuple[str, ...]]:
+    """Return the tokens of a text as a whole, and lines about it that its user should read.
+
+    A text of bytes begins with its first byte; any other with a boundary, as a document does.
+
+    Parameters and errors are those of ``open_corpus``.
+    """
+    origin.check()
+    path = Path(origin.paths[0])
+    if origin.kind is Kind.TOKEN_FILE:
+        return TokenStore([read_token_file(path)]), ()
+    if origin.kind is Kind.TOKEN_FOLDER:
+        index = read_index(path)
+        if index.tokenizer != tokenizer.sha256:
+            raise ValueError(f"{path} has tokens of another tokenizer than the model's")
+        return open_store(path, index, TEXT), ()
+    source, cache = text_source(origin.paths, data), cache or default_cache()
+    with cache_errors(cache):
+        folder, index = tokens_of(source, tokenizer, cache, progress)
+    store = open_store(folder, index, TEXT)
+    # Before the first byte of a text is none that a model could know.
+    store = store.window(int(tokenizer.eos_token is None), store.size - 1)
+    hold_streams(store, source.files, cache)
+    return store, _remarks(source, index)
+
+
+def text_source(paths: Sequence[str], data: DataConfig) -> Source:
+    """Return a text as settings say that it is read; errors are those of ``open_source``."""
+    return open_source(paths, data.field, data.encoding, data.separator)
+
+
+def _refuse(data: DataConfig, names: Sequence[str], kind: Kind) -> None:
+    """Raise ``SettingError`` for settings that would be ignored."""
+    for name in names:
+        if getattr(data, name) != getattr(DataConfig(), name):
+            raise SettingError(f"{name} goes with --data of text, and not with {kind.value}", name)
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -77,11 +244,13 @@ def tokenize_source(
     source: Source,
     tokenizer: Tokenizer,
     folder: Path,
-    share: float = 0.0,
     on_progress: Callable[[int], None] | None = None,
     replace: bool = True,
 ) -> Index:
     """Turn a source's text into tokens on disk, a few megabytes at a time.
+
+    Each document has a hash of its beginning, by which it is split later: copies of a document are
+    on the same side.
 
     Parameters
     ----------
@@ -89,13 +258,10 @@ def tokenize_source(
     tokenizer : Tokenizer
     folder : Path
         Where to; written as a whole or not at all.
-    share : float
-        How many of the documents are for validation; 0: all go to one part, ``text``. A document's
-        beginning decides, so that copies of one are on the same side.
     on_progress : callable, optional
-        Gets how many bytes of text have been dealt with.
+        Gets the number of bytes of text that are done.
     replace : bool
-        Whether what is there already may go.
+        Whether the former content of the folder may be replaced.
 
     Raises
     ------
@@ -105,10 +271,9 @@ def tokenize_source(
         If a file cannot be read or written.
     """
     fingerprint = source.fingerprint()
-    parts = (TRAINING, VALIDATION) if share else (TEXT,)
     begin = np.array([_boundary(tokenizer)], np.int32)
-    digest, done, documents, part = hashlib.sha256(), 0, 0, parts[0]
-    with ShardWriter(folder, parts, tokenizer.vocab_size, replace=replace) as writer:
+    digest, done, documents = hashlib.sha256(), 0, 0
+    with ShardWriter(folder, (TEXT,), tokenizer.vocab_size, replace=replace) as writer:
         writer.put_beside(tokenizer.save)
         for pieces in _together(source.pieces()):
             encoded = tokenizer.encode_batch([piece.text for piece in pieces])
@@ -117,19 +282,16 @@ def tokenize_source(
                     if documents:
                         digest.update(_BETWEEN)
                     documents += 1
-                    if share:
-                        # How much more than this the first piece has is not up to the text alone.
-                        part = parts[zlib.crc32(piece.text[:PIECE_BYTES]) < share * 2**32]
-                    writer.begin_document(part)
-                    writer.write(part, begin)
+                    # The size of the first piece beyond this does not depend on the text alone.
+                    writer.begin_document(TEXT, zlib.crc32(piece.text[:PIECE_BYTES]))
+                    writer.write(TEXT, begin)
                 digest.update(piece.text)
-                writer.write(part, tokens, len(piece.text))
+                writer.write(TEXT, tokens, len(piece.text))
                 done += len(piece.text)
             if on_progress is not None:
                 on_progress(done)
-        for name in parts:
-            # What the last token of a part is followed by.
-            writer.write(name, begin)
+        # The target of the last token.
+        writer.write(TEXT, begin)
         if source.fingerprint() != fingerprint:
             raise ValueError(f"{source.name} has changed while it was read")
         return writer.finish(fingerprint, tokenizer.sha256, digest.hexdigest())
@@ -140,38 +302,34 @@ def _boundary(tokenizer: Tokenizer) -> int:
 
 
 def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
-    """Yield pieces in lists of about so many bytes as are worth being encoded at once."""
-    found: list[Piece] = []
+    """Yield pieces in lists of about as many bytes as are worth being encoded at once."""
+    batch: list[Piece] = []
     size = 0
     for piece in pieces:
-        found.append(piece)
+        batch.append(piece)
         # A piece costs something, however short it is.
         size += len(piece.text) + 64
         if size >= _TOGETHER:
-            yield found
-            found, size = [], 0
-    if found:
-        yield found
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def tokens_of(
-    source: Source,
-    tokenizer: Tokenizer,
-    cache: Path,
-    share: float = 0.0,
-    on_progress: Callable[[int], None] | None = None,
+    source: Source, tokenizer: Tokenizer, cache: Path, progress: Progress = no_progress
 ) -> tuple[Path, Index]:
-    """Return where a source's tokens lie on disk, and what they are; written where need be.
+    """Return the folder of a source's tokens, written if need be, and its index.
 
-    Parameters and errors are those of ``tokenize_source``; ``cache`` is a folder for tokens of all
-    sources.
+    Parameters and errors are those of ``tokenize_source``; ``cache`` is the folder of the tokens of
+    all sources.
     """
     fingerprint = source.fingerprint()
-    known = {"source": fingerprint, "tokenizer": tokenizer.sha256, "share": share}
-    folder = cache / cache_key(known)
+    folder = cache / cache_key({"source": fingerprint, "tokenizer": tokenizer.sha256})
 
     def write(folder: Path) -> Index:
-        index = tokenize_source(source, tokenizer, folder, share, on_progress)
+        with progress("tokens", source.nbytes) as on_progress:
+            index = tokenize_source(source, tokenizer, folder, on_progress)
         trim(cache, folder)
         return index
 
@@ -180,30 +338,84 @@ def tokens_of(
     return folder, index
 
 
+def tokenizer_for(
+    source: Source, data: DataConfig, cache: Path, progress: Progress = no_progress
+) -> Tokenizer:
+    """Return the tokenizer that settings ask for, learned from a text or found in the cache.
+
+    Raises
+    ------
+    ValueError
+        If the text cannot be read, or a library is missing.
+    OSError
+        If a file cannot be read or written.
+    """
+    if data.tokenizer == "bytes":
+        if data.vocabulary not in (None, 256):
+            raise SettingError(
+                f"vocabulary is {data.vocabulary}, expected 256 for bytes", "vocabulary"
+            )
+        return ByteTokenizer()
+    size = data.vocabulary
+    if size is None and data.tokenizer == "bpe":
+        size = _VOCABULARY
+    fingerprint = source.fingerprint()
+    known = {"source": fingerprint, "kind": data.tokenizer, "size": size}
+    folder = cache / f"tokenizer-{cache_key(known)}"
+    text = text_of(source.files)
+    with contextlib.suppress(OSError, ValueError):
+        tokenizer = load_tokenizer(folder)
+        mark_used(folder, text)
+        return tokenizer
+    with progress("vocabulary", min(source.nbytes, _LEARNED_BYTES)) as on_progress:
+        pieces = _beginning(source, on_progress)
+        if data.tokenizer == "bpe":
+            assert size is not None
+            tokenizer = train_bpe(pieces, size)
+        else:
+            tokenizer = character_tokenizer(pieces, size)
+    if source.fingerprint() != fingerprint:
+        raise ValueError(f"{source.name} has changed while it was read")
+    # The folder may be damaged, or another process has just written the same.
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    mark_used(folder, text)
+    trim(cache, folder)
+    return tokenizer
+
+
+def _beginning(source: Source, on_progress: Callable[[int], None]) -> Iterator[bytes]:
+    done = 0
+    for piece in source.pieces():
+        yield piece.text
+        done += len(piece.text)
+        on_progress(done)
+        if done >= _LEARNED_BYTES:
+            break
+
+
 def source_corpus(
     source: Source,
     tokenizer: Tokenizer,
     data: DataConfig,
     sequence_length: int,
-    pad_token: int,
     cache: Path,
     validation: Source | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    progress: Progress = no_progress,
 ) -> Corpus:
     """Return a corpus of any text.
 
     Parameters
     ----------
     source : Source
-        What to learn, and to validate on unless ``validation`` is given.
+        The text to train on, and to validate on unless ``validation`` is given.
     tokenizer : Tokenizer
     data : DataConfig
-    sequence_length, pad_token : int
+    sequence_length : int
     cache : Path
-        Where tokens are kept.
+        The folder of tokens.
     validation : Source, optional
-    on_progress : callable, optional
-        Gets how many bytes of text have been turned into tokens.
+    progress : callable, optional
 
     Raises
     ------
@@ -212,56 +424,62 @@ def source_corpus(
     OSError
         If a file cannot be read or written.
     """
-    by_documents = validation is None and (
-        data.split == "documents" or (data.split == "auto" and source.has_documents)
-    )
-    share = data.validation_fraction if by_documents else 0.0
-    folder, index = tokens_of(source, tokenizer, cache, share, on_progress)
+    folder, index = tokens_of(source, tokenizer, cache, progress)
     sha256, remarks = index.sha256, _remarks(source, index)
-    if validation is not None:
-        learned = open_store(folder, index, TEXT)
-        kept_folder, kept_index = tokens_of(validation, tokenizer, cache)
-        kept = open_store(kept_folder, kept_index, TEXT)
-        sha256 = _sha256_of_both(sha256, kept_index.sha256)
-        remarks += _remarks(validation, kept_index)
-    elif by_documents:
-        small = min(index.parts.values(), key=lambda part: part.tokens)
-        if data.split == "auto" and small.tokens <= sequence_length:
-            # There are few documents, perhaps only one.
-            data = changed(data, split="tail")
-            return source_corpus(
-                source, tokenizer, data, sequence_length, pad_token, cache, None, on_progress
-            )
-        for name, part in index.parts.items():
-            if part.documents == 0:
-                raise ValueError(
-                    f"{source.name}: by chance no document is for {name}; expected more documents, "
-                    "another --validation-fraction, or --split tail"
-                )
-        learned, kept = (open_store(folder, index, name) for name in (TRAINING, VALIDATION))
+    if validation is None:
+        validation_name = source.name
+        training, held_out = _split(folder, index, source, data, sequence_length)
     else:
-        store = open_store(folder, index, TEXT)
-        learned, kept = _cut_tail(store, source.name, data, sequence_length)
-    kept_name = source.name if validation is None else validation.name
-    _check_sizes(source.name, learned.size, kept.size, sequence_length, kept_name)
+        validation_name, training = validation.name, open_store(folder, index, TEXT)
+        folder, index = tokens_of(validation, tokenizer, cache, progress)
+        held_out = open_store(folder, index, TEXT)
+        sha256 = _sha256_of_both(sha256, index.sha256)
+        remarks += _remarks(validation, index)
+    _check_sizes(source.name, training.size, held_out.size, sequence_length, validation_name)
     return Corpus(
         source.name,
-        *_datasets(learned, kept, data, sequence_length, pad_token),
+        *_datasets(training, held_out, data, sequence_length, tokenizer.vocab_size),
         sha256=sha256,
         tokenizer=tokenizer,
         remarks=remarks,
     )
 
 
+def _split(
+    folder: Path, index: Index, source: Source, data: DataConfig, sequence_length: int
+) -> Sequence[TokenStore]:
+    """Return the tokens of a text to train on, and those to validate on."""
+    if data.split == "documents" or (data.split == "auto" and source.has_documents):
+        parts = split_documents(folder, index, TEXT, data.validation_fraction)
+        # A text of few documents, perhaps only one, is cut at its tail.
+        if data.split == "documents" or min(part.size for part in parts) > sequence_length:
+            for name, part in zip(("training", "validation"), parts, strict=True):
+                if part.document_count == 0:
+                    raise ValueError(
+                        f"{source.name}: by chance no document is for {name}; expected more "
+                        "documents, another --validation-share, or --split tail"
+                    )
+            return parts
+    return _cut_tail(open_store(folder, index, TEXT), source.name, data, sequence_length)
+
+
 def _remarks(source: Source, index: Index) -> tuple[str, ...]:
-    warning = source.warning(sum(part.documents for part in index.parts.values()))
+    warning = source.warning(index.parts[TEXT].documents)
     return () if warning is None else (warning,)
 
 
 def shard_corpus(
-    folder: Path, tokenizer: Tokenizer, data: DataConfig, sequence_length: int
+    folder: Path, data: DataConfig, sequence_length: int, tokenizer: Tokenizer | None = None
 ) -> Corpus:
     """Return a corpus of a folder of tokens that ``tokenize_source`` has written.
+
+    Parameters
+    ----------
+    folder : Path
+    data : DataConfig
+    sequence_length : int
+    tokenizer : Tokenizer, optional
+        The one that the folder has to have.
 
     Raises
     ------
@@ -270,29 +488,55 @@ def shard_corpus(
     OSError
         If it cannot be read.
     """
+    beside = load_tokenizer(folder)
+    if tokenizer is not None and tokenizer.sha256 != beside.sha256:
+        raise ValueError(f"{folder} has tokens of its own tokenizer, and not of another")
     index = read_index(folder)
-    if index.tokenizer != tokenizer.sha256:
+    if index.tokenizer != beside.sha256:
         raise ValueError(f"{folder} has tokens of another tokenizer than the one beside them")
     if set(index.parts) != {TEXT}:
         raise ValueError(f"{folder} has the parts {', '.join(index.parts)}, expected {TEXT}")
     store = open_store(folder, index, TEXT)
-    learned, kept = _cut_tail(store, folder.name, data, sequence_length)
+    training, held_out = _cut_tail(store, folder.name, data, sequence_length)
     return Corpus(
         folder.name,
-        *_datasets(learned, kept, data, sequence_length, tokenizer.vocab_size),
+        *_datasets(training, held_out, data, sequence_length, beside.vocab_size),
         sha256=index.sha256,
-        tokenizer=tokenizer,
+        tokenizer=beside,
     )
 
 
 def _datasets(
-    learned: TokenStore, kept: TokenStore, data: DataConfig, sequence_length: int, pad_token: int
+    training: TokenStore,
+    held_out: TokenStore,
+    data: DataConfig,
+    sequence_length: int,
+    pad_token: int,
 ) -> tuple[TokenDataset, TokenDataset]:
     return (
         TokenDataset(
-            learned, sequence_length, pad_token, order=data.order, apart=data.document_mask
+            training, sequence_length, pad_token, order=data.order, apart=data.document_mask
         ),
-        TokenDataset(kept, sequence_length, pad_token, apart=data.document_mask),
+        TokenDataset(held_out, sequence_length, pad_token, apart=data.document_mask),
+    )
+
+
+def _token_file_corpus(
+    origin: DataOrigin, data: DataConfig, sequence_length: int, tokenizer: Tokenizer | None
+) -> Corpus:
+    """Return a corpus of a file of tokens, and perhaps one to validate on."""
+    paths = (*origin.paths, *origin.validation_paths)
+    tokens, *validation = map(read_token_file, paths)
+    _refuse(data, _OF_READING, Kind.TOKEN_FILE)
+    if tokenizer is not None and tokenizer.kind in ("chars", "bpe"):
+        raise ValueError(f"{paths[0]} has tokens of another program, and not of a tokenizer's")
+    # The vocabulary of a run that is resumed is known.
+    headless = tokenizer is None and any(
+        token_file_info(path).format == "nanoGPT" for path in paths
+    )
+    most = NANOGPT_TOKENS if headless else _MOST_TOKENS
+    return token_corpus(
+        tokens, origin.name, data, sequence_length, validation[0] if validation else None, most
     )
 
 
@@ -304,12 +548,12 @@ def token_corpus(
     validation: Integers | None = None,
     most: int = _MOST_TOKENS,
 ) -> Corpus:
-    """Return a corpus of tokens that another program has made: what they stand for is not known.
+    """Return a corpus of tokens of another program, whose text is not known.
 
     Parameters
     ----------
     tokens : uint16[N] or uint32[N]
-        What to learn, and to validate on unless ``validation`` is given.
+        Tokens to train on, and to validate on unless ``validation`` is given.
     name : str
     data : DataConfig
     sequence_length : int
@@ -320,19 +564,19 @@ def token_corpus(
     Raises
     ------
     ValueError
-        If there are too few, or one is none of the vocabulary.
+        If there are too few, or one is outside the vocabulary.
     """
-    highest, sha256 = _look_at(tokens)
+    highest, sha256 = _highest_and_sha256(tokens)
     where = name
     if validation is None:
-        learned, kept = _cut_tail(TokenStore([tokens]), name, data, sequence_length)
+        training, held_out = _cut_tail(TokenStore([tokens]), name, data, sequence_length)
     else:
-        learned, kept = TokenStore([tokens]), TokenStore([validation])
-        other, kept_sha256 = _look_at(validation)
+        training, held_out = TokenStore([tokens]), TokenStore([validation])
+        other, other_sha256 = _highest_and_sha256(validation)
         if other > highest:
             highest, where = other, "the validation set"
-        sha256 = _sha256_of_both(sha256, kept_sha256)
-        _check_sizes(name, learned.size, kept.size, sequence_length)
+        sha256 = _sha256_of_both(sha256, other_sha256)
+        _check_sizes(name, training.size, held_out.size, sequence_length)
     size = highest + 1 if data.vocabulary is None else data.vocabulary
     if highest >= _MOST_TOKENS:
         raise ValueError(f"{where} has token {highest}, expected 0 to {_MOST_TOKENS - 1}")
@@ -344,17 +588,17 @@ def token_corpus(
             f"expected less than {most:,}; --vocab-size {size} takes them for tokens"
         )
     named = "" if data.vocabulary else ", as the highest token says; --vocab-size names another"
-    remark = f"{name}: {learned.size + kept.size:,} tokens of a vocabulary of {size:,}{named}"
+    remark = f"{name}: {training.size + held_out.size:,} tokens of a vocabulary of {size:,}{named}"
     return Corpus(
         name,
-        *_datasets(learned, kept, data, sequence_length, size),
+        *_datasets(training, held_out, data, sequence_length, size),
         sha256=sha256,
         tokenizer=UnknownTokenizer(size),
         remarks=(remark,),
     )
 
 
-def _look_at(tokens: Integers) -> tuple[int, str]:
+def _highest_and_sha256(tokens: Integers) -> tuple[int, str]:
     """Return the highest token, and the SHA-256 of all."""
     highest, digest = 0, hashlib.sha256()
     for first in range(0, tokens.size, _TOGETHER):
@@ -364,14 +608,14 @@ def _look_at(tokens: Integers) -> tuple[int, str]:
     return highest, digest.hexdigest()
 
 
-def _sha256_of_both(learned: str, kept: str) -> str:
-    return hashlib.sha256((learned + kept).encode()).hexdigest()
+def _sha256_of_both(training: str, held_out: str) -> str:
+    return hashlib.sha256((training + held_out).encode()).hexdigest()
 
 
 def _cut_tail(
     store: TokenStore, name: str, data: DataConfig, sequence_length: int
 ) -> tuple[TokenStore, TokenStore]:
-    """Return what is to be learned, and the tail, which validates."""
+    """Return the tokens to train on, and the tail to validate on."""
     share, cut = data.validation_fraction, _tail_of(store.size, data.validation_fraction)
     if min(cut, store.size - cut) <= sequence_length:
         needed = int((sequence_length + 0.5) / min(share, 1.0 - share))
@@ -390,11 +634,15 @@ def _tail_of(size: int, share: float) -> int:
 
 
 def _check_sizes(
-    name: str, learned: int, kept: int, sequence_length: int, kept_name: str | None = None
+    name: str,
+    training: int,
+    held_out: int,
+    sequence_length: int,
+    validation_name: str | None = None,
 ) -> None:
     for whose, size, purpose in (
-        (name, learned, "learn from"),
-        (kept_name or name, kept, "validate on"),
+        (name, training, "learn from"),
+        (validation_name or name, held_out, "validate on"),
     ):
         if size <= sequence_length:
             raise ValueError(
@@ -406,8 +654,7 @@ def _check_sizes(
 def text_corpus(
     text: bytes, name: str, sequence_length: int, pad_token: int, share: float = 0.1
 ) -> Corpus:
-    """Return a corpus of the bytes of a text in memory: its first part to learn, its tail to
-    validate.
+    """Return a corpus of the bytes of a text in memory, of which the tail is to validate on.
 
     Raises
     ------
@@ -428,6 +675,7 @@ def text_corpus(
         TokenDataset(TokenStore([tokens[:cut]]), sequence_length, pad_token),
         TokenDataset(TokenStore([tokens[cut:]]), sequence_length, pad_token),
         sha256=hashlib.sha256(text).hexdigest(),
+        origin=DataOrigin(name),
     )
 
 
@@ -445,31 +693,31 @@ def story_corpus(
     Parameters
     ----------
     count, held_out : int
-        How many stories to learn from, and how many more to validate on.
+        The numbers of stories to train on, and of more to validate on.
     seed : int
     sequence_length : int
         T; a story of more characters is cut.
     pad_token : int
     """
-    told = stories.generate_stories(count + held_out, seed)
-    learned, kept = told[:count], told[count:]
-    tokens, starts, _ = _lines(learned)
+    generated = stories.generate_stories(count + held_out, seed)
+    others = generated[count:]
+    tokens, starts, _ = _lines(generated[:count])
     training = TokenDataset(TokenStore([tokens]), sequence_length, pad_token, starts)
-    tokens, starts, stops = _lines(kept)
+    tokens, starts, stops = _lines(others)
     validation = TokenDataset(TokenStore([tokens]), sequence_length, pad_token, starts, stops)
     return Corpus(
         f"{count:,} stories",
         training,
         validation,
         stories.entropy_per_character(),
-        tuple(kept),
-        hashlib.sha256(stories.corpus(told).encode()).hexdigest(),
+        tuple(others),
+        hashlib.sha256(stories.corpus(generated).encode()).hexdigest(),
     )
 
 
-def _lines(told: Sequence[str]) -> tuple[Tokens, np.ndarray, np.ndarray]:
+def _lines(some: Sequence[str]) -> tuple[Tokens, np.ndarray, np.ndarray]:
     """Return stories as tokens, and where each begins and ends, line breaks on both sides."""
-    tokens = tokenize_text("\n" + stories.corpus(list(told)))
-    sizes = np.array([len(story) + 1 for story in told])
+    tokens = tokenize_text("\n" + stories.corpus(list(some)))
+    sizes = np.array([len(story) + 1 for story in some])
     stops = np.cumsum(sizes) + 1
     return tokens, stops - sizes - 1, stops

@@ -1,15 +1,18 @@
-"""Tokens on disk: as many as there are, none of them in memory until it is looked at.
+"""Tokens on disk: of any number, none of them in memory until they are read.
 
-A folder of shards has an ``index.json``, and for each part of a corpus (training, validation)
-files of little-endian numbers, ``<part>-00000.tokens`` and so on, and ``<part>.documents`` with the
-places where documents begin. The index has checksums of all of them, and of itself.
+A folder of shards has an ``index.json``, and for each part files of little-endian numbers:
+``<part>-00000.tokens`` and so on, ``<part>.documents`` with the places where documents begin, and
+``<part>.hashes`` with a hash of each document, by which a text is split without being tokenized
+again. The index has checksums of all of them, and of itself.
 """
 
 import bisect
 import contextlib
 import errno
+import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NoReturn, Protocol, Self
+from typing import Any, BinaryIO, NamedTuple, NoReturn, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +42,8 @@ from legacy1bit.system.files import (
 
 INDEX_FILE = "index.json"
 _FORMAT = "legacy1bit tokens"
-_FORMAT_VERSION = 1
+# The first version had no hashes of documents.
+_FORMAT_VERSION, _FORMAT_VERSIONS = 2, (1, 2)
 
 # What tokens can be stored as, and what a part can be called: its files are called after it.
 _DTYPES = ("|u1", "<u2", "<u4")
@@ -49,8 +53,11 @@ _PART_NAME = re.compile(r"[A-Za-z0-9_-]+")
 # system holds it.
 SHARD_BYTES = 1 << 28
 
-# How much of a file is looked at together.
+# How much of a file is checked at once.
 _BLOCK_BYTES = 1 << 22
+
+# How many documents a subset reads at once, and how many such blocks it remembers.
+_BLOCK_DOCUMENTS, _REMEMBERED = 1024, 64
 
 
 class ShardError(ValueError):
@@ -278,9 +285,132 @@ class TokenStore:
             done += piece.size
 
 
+class _Block(NamedTuple):
+    """The documents of a subset among some that are neighbors in the whole text.
+
+    Attributes
+    ----------
+    starts : int64[K]
+        Where they begin, counted from the first of them.
+    runs : int64[R, 2]
+        Where documents that are neighbors begin in the whole text, and their size.
+    """
+
+    starts: npt.NDArray[np.int64]
+    runs: npt.NDArray[np.int64]
+
+    @property
+    def size(self) -> int:
+        return int(self.runs[:, 1].sum())
+
+
+class _Subset:
+    """Some documents of a store, one behind the other, as one sequence of tokens.
+
+    Only the number of tokens and documents before each block is in memory: 16 bytes for
+    ``_BLOCK_DOCUMENTS`` documents.
+
+    Parameters
+    ----------
+    store : TokenStore
+        A whole one, whose last token is a boundary.
+    documents : Integers
+        Where its documents begin.
+    inside : callable
+        Gets two numbers of documents, and returns which of those between are of the subset,
+        bool[K].
+
+    Attributes
+    ----------
+    size : int
+        The number of tokens, with the boundary behind the last.
+    document_count : int
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        documents: Integers,
+        inside: Callable[[int, int], npt.NDArray[np.bool_]],
+    ) -> None:
+        self._store = store
+        count, stop = documents.size, store.stop
+
+        # It does not hold this object: a circle would keep files open.
+        @functools.lru_cache(_REMEMBERED)
+        def block(number: int) -> _Block:
+            first = number * _BLOCK_DOCUMENTS
+            last = min(first + _BLOCK_DOCUMENTS, count)
+            bounds = documents[first : last + 1].astype(np.int64)
+            if last == count:
+                bounds = np.append(bounds, stop)
+            ours = inside(first, last)
+            sizes = np.diff(bounds)[ours]
+            edges = np.flatnonzero(np.diff(ours, prepend=False, append=False))
+            begins, ends = bounds[edges[::2]], bounds[edges[1::2]]
+            return _Block(np.cumsum(sizes) - sizes, np.stack([begins, ends - begins], axis=1))
+
+        self._block = block
+        blocks = map(block, range(-(-count // _BLOCK_DOCUMENTS)))
+        sizes = [(0, 0), *((each.size, each.starts.size) for each in blocks)]
+        self._tokens_before, self._documents_before = np.cumsum(sizes, axis=0, dtype=np.int64).T
+        self.document_count = int(self._documents_before[-1])
+        self.size = int(self._tokens_before[-1]) + 1
+
+    def __getitem__(self, places: slice, /) -> Tokens:
+        """Return a slice without a step."""
+        start, stop, _ = places.indices(self.size)
+        out = np.empty(max(stop - start, 0), np.int32)
+        done = 0
+        while done < out.size:
+            number = _block_of(self._tokens_before, start + done)
+            if number == self._tokens_before.size - 1:
+                # Behind every document there is a boundary.
+                out[done:] = self._store.read(self._store.size - 1, self._store.size)
+                break
+            runs = self._block(number).runs
+            ends = np.cumsum(runs[:, 1])
+            at = start + done - int(self._tokens_before[number])
+            first = int(np.searchsorted(ends, at, side="right"))
+            for (begin, size), end in zip(
+                runs[first:].tolist(), ends[first:].tolist(), strict=True
+            ):
+                place = begin + size - (end - at)
+                piece = self._store.read(place, min(begin + size, place + out.size - done))
+                out[done : done + piece.size] = piece
+                done, at = done + piece.size, end
+                if done == out.size:
+                    break
+        return out
+
+
+class _SubsetStarts:
+    """Where the documents of a subset begin, int64[N]."""
+
+    def __init__(self, subset: _Subset) -> None:
+        self._subset = subset
+        self.size = subset.document_count
+
+    def __getitem__(self, places: slice, /) -> npt.NDArray[np.int64]:
+        """Return a slice without a step."""
+        start, stop, _ = places.indices(self.size)
+        before, pieces = self._subset._documents_before, [np.zeros(0, np.int64)]
+        while start < stop:
+            number = _block_of(before, start)
+            piece = self._subset._block(number).starts[start - before[number] :][: stop - start]
+            pieces.append(piece + self._subset._tokens_before[number])
+            start += piece.size
+        return np.concatenate(pieces)
+
+
+def _block_of(before: npt.NDArray[np.int64], place: int) -> int:
+    """Return the block that a place lies in, of which so much is before each."""
+    return int(np.searchsorted(before, place, side="right")) - 1
+
+
 @dataclass(frozen=True)
 class PartIndex:
-    """What is known of one part of a corpus.
+    """The sizes and checksums of one part.
 
     Attributes
     ----------
@@ -289,6 +419,8 @@ class PartIndex:
         text.
     tokens_crc, documents_crc : int
         CRC-32 of all shards, one behind the other, and of the documents' places.
+    hashes_crc : int or None
+        CRC-32 of the documents' hashes; None where the first version of the format has none.
     """
 
     tokens: int
@@ -296,9 +428,12 @@ class PartIndex:
     bytes: int
     tokens_crc: int
     documents_crc: int
+    hashes_crc: int | None = None
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
+            if name == "hashes_crc" and value is None:
+                continue
             if type(value) is not int or value < 0:
                 raise ValueError(f"{name} is {value!r}, expected a whole number from 0 on")
         if self.documents > self.tokens or (self.tokens > 1 and not self.documents):
@@ -350,26 +485,35 @@ class _PartWriter:
         self.folder, self.name = folder, name
         self._dtype, self._shard_tokens = dtype, shard_tokens
         self._documents: BinaryIO = open(folder / f"{name}.documents", "xb")  # noqa: SIM115
+        self._hashes: BinaryIO | None = None
         self._shard: BinaryIO | None = None
         self.tokens = self.documents = self.bytes = self._shards = 0
-        self._tokens_crc = self._documents_crc = 0
+        self._tokens_crc = self._documents_crc = self._hashes_crc = 0
+        try:
+            self._hashes = open(folder / f"{name}.hashes", "xb")  # noqa: SIM115
+        except BaseException:
+            self.abandon()
+            raise
 
-    def begin_document(self) -> None:
-        data = self.tokens.to_bytes(8, "little")
-        self._documents.write(data)
-        self._documents_crc = zlib.crc32(data, self._documents_crc)
+    def begin_document(self, hashed: int) -> None:
+        assert self._hashes is not None
+        place, digest = self.tokens.to_bytes(8, "little"), hashed.to_bytes(4, "little")
+        self._documents.write(place)
+        self._hashes.write(digest)
+        self._documents_crc = zlib.crc32(place, self._documents_crc)
+        self._hashes_crc = zlib.crc32(digest, self._hashes_crc)
         self.documents += 1
 
     def write(self, tokens: npt.NDArray[Any]) -> None:
         while tokens.size:
-            room = self._shard_tokens - self.tokens % self._shard_tokens
-            if self._shard is None or room == self._shard_tokens:
+            free = self._shard_tokens - self.tokens % self._shard_tokens
+            if self._shard is None or free == self._shard_tokens:
                 self._shard = self._next_shard()
-            data = np.ascontiguousarray(tokens[:room], self._dtype).data
+            data = np.ascontiguousarray(tokens[:free], self._dtype).data
             self._shard.write(data)
             self._tokens_crc = zlib.crc32(data, self._tokens_crc)
-            self.tokens += min(room, tokens.size)
-            tokens = tokens[room:]
+            self.tokens += min(free, tokens.size)
+            tokens = tokens[free:]
 
     def _next_shard(self) -> BinaryIO:
         if self._shard is not None:
@@ -378,18 +522,21 @@ class _PartWriter:
         return open(self.folder / _shard_name(self.name, self._shards - 1), "xb")
 
     def finish(self) -> PartIndex:
-        if self._shard is not None:
-            _close(self._shard)
-        _close(self._documents)
+        for file in self._files():
+            _close(file)
         return PartIndex(
-            self.tokens, self.documents, self.bytes, self._tokens_crc, self._documents_crc
+            *(self.tokens, self.documents, self.bytes),
+            *(self._tokens_crc, self._documents_crc, self._hashes_crc),
         )
 
+    def _files(self) -> list[BinaryIO]:
+        files = (self._shard, self._documents, self._hashes)
+        return [file for file in files if file is not None]
+
     def abandon(self) -> None:
-        for file in (self._shard, self._documents):
-            if file is not None:
-                with contextlib.suppress(OSError):
-                    file.close()
+        for file in self._files():
+            with contextlib.suppress(OSError):
+                file.close()
 
 
 def _shard_name(part: str, number: int) -> str:
@@ -458,13 +605,13 @@ class ShardWriter:
         with self._named():
             save(self._temporary)
 
-    def begin_document(self, part: str) -> None:
-        """Say that the next token of a part begins a document."""
+    def begin_document(self, part: str, hashed: int = 0) -> None:
+        """Begin a document with the next token of a part; its hash has 32 bits."""
         with self._named():
-            self._parts[part].begin_document()
+            self._parts[part].begin_document(hashed)
 
     def write(self, part: str, tokens: npt.NDArray[Any], size: int = 0) -> None:
-        """Add tokens to a part, which stand for so many bytes of text."""
+        """Add tokens to a part, which stand for ``size`` bytes of text."""
         writer = self._parts[part]
         writer.bytes += size
         with self._named():
@@ -475,9 +622,9 @@ class ShardWriter:
         with self._named():
             parts = {name: writer.finish() for name, writer in self._parts.items()}
             index = Index(self._dtype.str, self._shard_tokens, source, tokenizer, sha256, parts)
-            told = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(index)}
+            record = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **asdict(index)}
             with open(self._temporary / INDEX_FILE, "x", encoding="utf-8") as file:
-                json.dump({**told, "crc": _crc_of(told)}, file, indent=2)
+                json.dump({**record, "crc": _crc_of(record)}, file, indent=2)
                 file.flush()
                 os.fsync(file.fileno())
             self._put_in_place(index)
@@ -536,9 +683,9 @@ class ShardWriter:
 
 
 def read_index(folder: Path) -> Index:
-    """Return what a folder of shards holds, after a look at all of it.
+    """Return the index of a folder of shards, after checking all of the folder.
 
-    That takes about a second for two gigabytes, and finds any damage.
+    That takes about a second for two gigabytes, and detects any damage.
 
     Raises
     ------
@@ -550,25 +697,28 @@ def read_index(folder: Path) -> Index:
     path = folder / INDEX_FILE
     content = read_regular(path)
     try:
-        told = json.loads(content)
-        crc = told.pop("crc")
-        if (told["format"], told["format_version"]) != (_FORMAT, _FORMAT_VERSION):
-            raise ValueError(f"it is no index of tokens of version {_FORMAT_VERSION}")
-        if _crc_of(told) != crc:
-            raise ValueError("its checksum is another")
-        del told["format"], told["format_version"]
-        parts = {name: PartIndex(**part) for name, part in told.pop("parts").items()}
-        index = Index(**told, parts=parts)
+        record = json.loads(content)
+        crc = record.pop("crc")
+        if record["format"] != _FORMAT or record["format_version"] not in _FORMAT_VERSIONS:
+            versions = " or ".join(map(str, _FORMAT_VERSIONS))
+            raise ValueError(f"it is not an index of tokens of version {versions}")
+        if _crc_of(record) != crc:
+            raise ValueError("its checksum does not match")
+        del record["format"], record["format_version"]
+        parts = {name: PartIndex(**part) for name, part in record.pop("parts").items()}
+        index = Index(**record, parts=parts)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ShardError(f"{path} is damaged: {one_line(error)}") from None
     for name, part in parts.items():
         _check_tokens(folder, index, name)
         _check_documents(folder / f"{name}.documents", part)
+        if part.hashes_crc is not None:
+            _check_hashes(folder / f"{name}.hashes", part)
     return index
 
 
-def _crc_of(told: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(told).encode())
+def _crc_of(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record).encode())
 
 
 def _shard_names(index: Index, part: str) -> Iterator[str]:
@@ -587,7 +737,7 @@ def _check_tokens(folder: Path, index: Index, name: str) -> None:
             crc = zlib.crc32(block, crc)
         left -= count
     if crc != part.tokens_crc:
-        raise ShardError(f"{folder / name}: the checksum of its tokens is another")
+        raise ShardError(f"{folder / name}: the checksum of its tokens does not match")
 
 
 def _check_documents(path: Path, part: PartIndex) -> None:
@@ -604,16 +754,25 @@ def _check_documents(path: Path, part: PartIndex) -> None:
             )
         last = int(places[-1])
     if crc != part.documents_crc:
-        raise ShardError(f"{path}: its checksum is another")
+        raise ShardError(f"{path}: its checksum does not match")
+
+
+def _check_hashes(path: Path, part: PartIndex) -> None:
+    """Raise ``ShardError`` unless the hashes of documents are what they were."""
+    crc = 0
+    for block in _blocks(path, part.documents * 4):
+        crc = zlib.crc32(block, crc)
+    if crc != part.hashes_crc:
+        raise ShardError(f"{path}: its checksum does not match")
 
 
 def _blocks(path: Path, size: int) -> Iterator[bytes]:
-    """Yield what a file holds, which is to have so many bytes, some megabytes at a time."""
+    """Yield the content of a file of ``size`` bytes, some megabytes at a time."""
     try:
         with open_regular(path) as file:
-            found = os.fstat(file.fileno()).st_size
-            if found != size:
-                raise ShardError(f"{path} has {found} bytes, expected a file of {size}")
+            actual = os.fstat(file.fileno()).st_size
+            if actual != size:
+                raise ShardError(f"{path} has {actual} bytes, expected a file of {size}")
             while block := file.read(_BLOCK_BYTES):
                 yield block
     except OSError as error:
@@ -640,8 +799,47 @@ def open_store(folder: Path, index: Index, part: str) -> TokenStore:
     return TokenStore(parts, documents, max(index.parts[part].tokens - 1, 0))
 
 
+def split_documents(folder: Path, index: Index, part: str, share: float) -> list[TokenStore]:
+    """Return the documents of a part for training, and those for validation.
+
+    A document's hash decides, so that copies of one are on the same side. Both keep the order of
+    the whole text, and end with the boundary behind their last document.
+
+    Parameters
+    ----------
+    folder : Path
+    index : Index
+    part : str
+    share : float
+        The fraction of the documents for validation.
+
+    Raises
+    ------
+    OSError
+        If a file cannot be read.
+    ShardError
+        If there is no such part, or it has no hashes.
+    """
+    store = open_store(folder, index, part)
+    if index.parts[part].hashes_crc is None:
+        raise ShardError(f"{folder} has no hashes of documents, by which they could be split")
+    hashes = IntegerFile(folder / f"{part}.hashes", "<u4")
+    limit = math.ceil(share * 2**32)
+
+    def validates(first: int, last: int) -> npt.NDArray[np.bool_]:
+        return hashes[first:last].astype(np.int64) < limit
+
+    def trains(first: int, last: int) -> npt.NDArray[np.bool_]:
+        return ~validates(first, last)
+
+    subsets = [_Subset(store, store._documents, inside) for inside in (trains, validates)]
+    return [
+        TokenStore([subset], _SubsetStarts(subset), max(subset.size - 1, 0)) for subset in subsets
+    ]
+
+
 def default_cache() -> Path:
-    """Return where tokens are kept: ``legacy1bit`` in the user's cache folder.
+    """Return the default cache of tokens: ``legacy1bit`` in the user's cache folder.
 
     Raises
     ------
@@ -650,7 +848,7 @@ def default_cache() -> Path:
     """
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     if base.startswith("~"):
-        raise ValueError("there is no home folder to keep tokens in: name one with --cache")
+        raise ValueError("there is no home folder for the cache of tokens: name one with --cache")
     return Path(base) / "legacy1bit"
 
 

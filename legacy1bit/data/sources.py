@@ -551,6 +551,17 @@ def standard_input() -> BinaryIO:
     return stream
 
 
+def is_stream(path: str) -> bool:
+    """Whether a path leads to something that can be read only once, or never ends."""
+    if path == STANDARD_INPUT:
+        return True
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def _is_regular(path: Path) -> bool:
     return stat.S_ISREG(os.stat(path).st_mode)
 

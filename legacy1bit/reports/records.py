@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from legacy1bit.data.origin import is_stories
 from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.training.run import Run
 
@@ -173,6 +174,6 @@ def read_records(run: Run) -> RunRecords:
     floor = None
     if run.is_saved:
         source = run.settings().source
-        if source.get("name") == "stories" and "path" not in source:
+        if is_stories(source):
             floor = entropy_per_character()
     return RunRecords(run, records, floor)

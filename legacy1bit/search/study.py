@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data.corpus import Corpus
-from legacy1bit.data.places import located
+from legacy1bit.data.origin import located
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     ALIASES,

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from legacy1bit.data.places import TEXT_PATH, VALIDATION_PATH, located
+from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, located
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.hyperparams import (
     CHANGEABLE,

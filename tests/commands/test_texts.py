@@ -21,7 +21,6 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.runs import assert_same_files
-from legacy1bit.commands import texts
 from legacy1bit.commands.report import train_command
 from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
@@ -314,7 +313,7 @@ def test_cache_that_can_only_be_read_is_used(say, text, monkeypatch):
         raise AssertionError("it writes to the cache")
 
     monkeypatch.setattr(corpus, "ShardWriter", refuse)
-    monkeypatch.setattr(texts, "train_bpe", refuse)
+    monkeypatch.setattr(corpus, "train_bpe", refuse)
     say(*tiny(text, out="two", **arguments))
     assert_same_run("one", "two")
 
@@ -370,12 +369,12 @@ def test_a_large_validation_set_is_measured_in_part(say, text):
 
 
 def test_processes_may_make_the_same_tokenizer(text, tmp_path):
-    source, data = texts.open_source(text), DataConfig(tokenizer="bpe", vocabulary=280)
+    source, data = sources.open_source(text), DataConfig(tokenizer="bpe", vocabulary=280)
     for turn in range(8):
         cache = tmp_path / str(turn)
         with ThreadPoolExecutor(6) as pool:
             made = list(
-                pool.map(lambda cache: texts.tokenizer_for(source, data, cache), [cache] * 6)
+                pool.map(lambda cache: corpus.tokenizer_for(source, data, cache), [cache] * 6)
             )
         assert len({tokenizer.sha256 for tokenizer in made}) == 1
 
@@ -383,7 +382,7 @@ def test_processes_may_make_the_same_tokenizer(text, tmp_path):
 @pytest.mark.parametrize("kind", ["bpe", "chars"])
 def test_tokenizer_for_refuses_a_text_that_changes_meanwhile(text, tmp_path, monkeypatch, kind):
     """Before its file is opened, too: the vocabulary would be kept as the earlier text's."""
-    source, read = texts.open_source(text), sources.Source.pieces
+    source, read = sources.open_source(text), sources.Source.pieces
 
     def pieces(source):
         Path(text).write_bytes(b"other " * 99)
@@ -391,7 +390,7 @@ def test_tokenizer_for_refuses_a_text_that_changes_meanwhile(text, tmp_path, mon
 
     monkeypatch.setattr(sources.Source, "pieces", pieces)
     with pytest.raises(ValueError, match="has changed while it was read"):
-        texts.tokenizer_for(source, DataConfig(tokenizer=kind), tmp_path / "cache")
+        corpus.tokenizer_for(source, DataConfig(tokenizer=kind), tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 

@@ -1,5 +1,6 @@
 """From texts to what a run learns from: nothing lost, nothing twice, nothing done again."""
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -18,14 +19,12 @@ from legacy1bit.data import corpus as corpora
 from legacy1bit.data import sources
 from legacy1bit.data.corpus import (
     TEXT,
-    TRAINING,
-    VALIDATION,
     source_corpus,
     token_corpus,
     tokenize_source,
     tokens_of,
 )
-from legacy1bit.data.shards import open_store, read_index
+from legacy1bit.data.shards import open_store, read_index, split_documents
 from legacy1bit.data.sources import Piece, open_source
 from legacy1bit.data.tokenizer import (
     ByteTokenizer,
@@ -63,7 +62,7 @@ def file_of(folder, documents, name="text.txt", separator="|"):
 def made(path, cache, data=DATA, tokenizer=TOKENIZERS["bytes"], length=8, validation=None):
     source = open_source(str(path), data.field, data.encoding, data.separator)
     other = None if validation is None else open_source(str(validation))
-    return source_corpus(source, tokenizer, data, length, tokenizer.vocab_size, cache, other)
+    return source_corpus(source, tokenizer, data, length, cache, other)
 
 
 def tokens_in(dataset):
@@ -146,10 +145,9 @@ def test_copies_of_a_document_without_spaces_are_on_one_side(tmp_path, monkeypat
         text = "".join(map(chr, rng.integers(0x4E00, 0x9FFF, 150)))
         texts += [text + "x y" * 30] * 3
     source = open_source(str(file_of(tmp_path, texts)), separator="|")
-    index = tokenize_source(source, TOKENIZERS["bytes"], tmp_path / "tokens", 0.5)
+    index = tokenize_source(source, TOKENIZERS["bytes"], tmp_path / "tokens")
     sides = []
-    for name in (TRAINING, VALIDATION):
-        store = open_store(tmp_path / "tokens", index, name)
+    for store in split_documents(tmp_path / "tokens", index, TEXT, 0.5):
         text = bytes(store.read(0, store.size).astype(np.uint8))
         sides.append(set(text.decode().split("\n")) - {""})
     assert min(map(len, sides)) > 5
@@ -169,13 +167,11 @@ def test_every_byte_is_in_one_part(tmp_path_factory, documents, share, kind):
     folder, tokenizer = tmp_path_factory.mktemp("text"), TOKENIZERS[kind]
     path = folder / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    index = tokenize_source(open_source(str(path)), tokenizer, folder / "tokens", share)
+    index = tokenize_source(open_source(str(path)), tokenizer, folder / "tokens")
     assert index == read_index(folder / "tokens")
-    texts = []
-    for name, part in index.parts.items():
-        store = open_store(folder / "tokens", index, name)
+    texts, size = [], 0
+    for store in split_documents(folder / "tokens", index, TEXT, share):
         begins, ends = store.document_bounds(np.arange(store.document_count))
-        assert part.documents == begins.size
         bounds = [*begins.tolist(), store.size - 1]
         assert (
             store.rows(np.array(bounds), np.array(bounds) + 1, 1, 0) == tokenizer.bos_token
@@ -184,8 +180,9 @@ def test_every_byte_is_in_one_part(tmp_path_factory, documents, share, kind):
             tokenizer.decode(store.read(begin + 1, end))
             for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)
         ]
-        assert part.bytes == sum(map(len, own))
         texts += own
+        size += sum(map(len, own))
+    assert (index.parts[TEXT].documents, index.parts[TEXT].bytes) == (len(texts), size)
     assert sorted(texts) == sorted(document.encode() for document in documents)
     text = b"\xff".join(document.encode() for document in documents)
     assert index.sha256 == hashlib.sha256(text).hexdigest()
@@ -326,7 +323,7 @@ def test_folder_is_read_in_its_order(tmp_path, cache):
 def test_stream_is_read_once(cache, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(STORY.encode() * 9)))
     source = open_source("-")
-    corpus = source_corpus(source, TOKENIZERS["bytes"], DATA, 8, 256, cache)
+    corpus = source_corpus(source, TOKENIZERS["bytes"], DATA, 8, cache)
     assert corpus.sha256 == hashlib.sha256(STORY.encode() * 9).hexdigest()
 
 
@@ -340,7 +337,7 @@ def test_pipe_is_not_said_to_change(tmp_path, cache):
 
     thread = threading.Thread(target=feed, daemon=True)
     thread.start()
-    corpus = source_corpus(source, TOKENIZERS["bytes"], DATA, 8, 256, cache)
+    corpus = source_corpus(source, TOKENIZERS["bytes"], DATA, 8, cache)
     thread.join(20)
     assert corpus.sha256 == hashlib.sha256(STORY.encode() * 9).hexdigest()
 
@@ -367,10 +364,16 @@ def test_text_that_changes_while_it_is_read_is_refused(tmp_path, cache, monkeypa
 
 def test_progress_counts_bytes_of_text(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(corpora, "_TOGETHER", 1)
-    path, told = file_of(tmp_path, [STORY] * 5), []
+    path, reported = file_of(tmp_path, [STORY] * 5), []
     source = open_source(str(path), separator="|")
-    tokens_of(source, TOKENIZERS["bpe"], cache, on_progress=told.append)
-    assert told == [len(STORY.encode()) * count for count in range(1, 6)]
+
+    @contextlib.contextmanager
+    def progress(name, total):
+        assert (name, total) == ("tokens", path.stat().st_size)
+        yield reported.append
+
+    tokens_of(source, TOKENIZERS["bpe"], cache, progress)
+    assert reported == [len(STORY.encode()) * count for count in range(1, 6)]
 
 
 # --- The cache ------------------------------------------------------------------------------------
@@ -390,11 +393,11 @@ def test_second_time_nothing_is_tokenized(tmp_path, cache, counted):
                 one, two = getattr(first, name), getattr(again, name)
                 assert_same_bits(tokens_in(one), tokens_in(two))
                 assert begins_in(one.tokens) == begins_in(two.tokens)
-    assert len(counted) == 4
-    assert len(list(cache.iterdir())) == 4
+    assert len(counted) == 3
+    assert len(list(cache.iterdir())) == 3
 
 
-def test_whatever_changes_is_tokenized_anew(tmp_path, cache, counted):
+def test_whatever_changes_is_tokenized_again(tmp_path, cache, counted):
     path = tmp_path / "text.txt"
 
     def changes(data=DATA, kind="bytes", content=None):
@@ -411,9 +414,10 @@ def test_whatever_changes_is_tokenized_anew(tmp_path, cache, counted):
     assert changes(kind="chars") == 1
     assert changes(DataConfig(encoding="latin-1")) == 1
     assert changes(DataConfig(separator="|")) == 1
-    assert changes(DataConfig(separator="|", validation_fraction=0.2)) == 1
-    assert changes(DataConfig(separator="|", split="tail", validation_fraction=0.2)) == 1
-    # Where the tail begins is not written down.
+    # The split is made of the tokens.
+    assert changes(DataConfig(separator="|", validation_fraction=0.2)) == 0
+    assert changes(DataConfig(separator="|", split="tail", validation_fraction=0.2)) == 0
+    assert changes(DataConfig(separator="|", order="packed", document_mask=True)) == 0
     assert changes(DataConfig(validation_fraction=0.2)) == 0
     assert changes(content=text + b".") == 1
     os.utime(path, ns=(1, 1))
@@ -434,7 +438,7 @@ def test_tokens_of_are_those_of_a_text_that_took_anothers_place(tmp_path, cache,
         assert TOKENIZERS[kind].decode(tokens) == text.encode()
 
 
-def test_damaged_tokens_are_made_anew(tmp_path, cache, counted):
+def test_damaged_tokens_are_made_again(tmp_path, cache, counted):
     path = file_of(tmp_path, [STORY * 9])
     before = made(path, cache)
     (entry,) = cache.iterdir()

@@ -33,8 +33,10 @@ from legacy1bit.data.shards import (
     open_store,
     read_index,
     remove_left_behind,
+    split_documents,
     token_dtype,
 )
+from legacy1bit.system.files import remove_unused
 
 VOCABULARIES = {"|u1": 256, "<u2": 65536, "<u4": 65537}
 KNOWN = ("source", "tokenizer", "0" * 64)
@@ -599,7 +601,7 @@ def test_flipped_bits_are_found_out(entry, documents):
     assert_found_out(entry, documents)
 
 
-@pytest.mark.parametrize("name", [INDEX_FILE, "text.documents", "text-00000.tokens"])
+@pytest.mark.parametrize("name", [INDEX_FILE, "text.documents", "text.hashes", "text-00000.tokens"])
 @pytest.mark.parametrize(
     "damage", ["deleted", "emptied", "cut", "longer", "folder", "swapped", "noise"]
 )
@@ -743,6 +745,68 @@ def test_shards_of_other_sizes_are_found_out(entry):
     second.write_bytes(both[1:])
     with pytest.raises(ShardError, match=r"text-00000\.tokens has 1 bytes, expected a file of 64"):
         read_index(entry)
+
+
+# --- Splits ---------------------------------------------------------------------------------------
+
+
+@few
+@given(st.data(), st.sampled_from([1, 2, 3, 1024]), st.sampled_from([0.0, 1e-9, 0.25, 0.5, 1.0]))
+def test_documents_are_split_by_their_hashes(tmp_path_factory, data, block, share):
+    """As if each part had been written alone, whatever number of documents is read at once."""
+    folder = tmp_path_factory.mktemp("split") / "entry"
+    hashes = data.draw(st.lists(st.sampled_from([0, 1 << 30, (1 << 31) - 1, 1 << 31, 2**32 - 1])))
+    sizes = data.draw(st.lists(st.integers(0, 5), min_size=len(hashes), max_size=len(hashes)))
+    documents = [np.full(size, 2 + number % 200) for number, size in enumerate(sizes)]
+    one = np.ones(1, np.int32)
+    with ShardWriter(folder, ("text",), 256, 7) as writer:
+        for document, hashed in zip(documents, hashes, strict=True):
+            writer.begin_document("text", hashed)
+            writer.write("text", np.concatenate([one, document]), document.size)
+        writer.write("text", one)
+        index = writer.finish(*KNOWN)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shards, "_BLOCK_DOCUMENTS", block)
+        stores = split_documents(folder, index, "text", share)
+        for validates, store in zip((False, True), stores, strict=True):
+            own = [
+                np.concatenate([one, document])
+                for document, hashed in zip(documents, hashes, strict=True)
+                if (hashed < share * 2**32) == validates
+            ]
+            expected = np.concatenate([*own, one])
+            assert (store.size, store.stop) == (expected.size, expected.size - 1)
+            start = data.draw(st.integers(0, store.size))
+            stop = data.draw(st.integers(start, store.size))
+            assert_same_bits(store.read(start, stop), expected[start:stop].astype(np.int32))
+            assert store.document_count == len(own)
+            begins, ends = store.document_bounds(np.arange(len(own)))
+            assert (ends - begins).tolist() == [document.size for document in own]
+            if own:
+                assert begins[0] == 0
+                width = store.size
+                found = store.document_begins(np.zeros(1, np.int64), width)[0]
+                each = [np.full(e - b, b) for b, e in zip(begins, ends, strict=True)]
+                assert found[:-1].tolist() == np.concatenate(each).tolist()
+
+
+def test_split_keeps_files_open_no_longer_than_it_is_used(entry):
+    stores = split_documents(entry, read_index(entry), "text", 0.5)
+    assert not remove_unused(entry)
+    del stores
+    assert remove_unused(entry)
+
+
+def test_folders_of_the_first_version_are_read(entry, documents):
+    """They had no hashes, and were never split."""
+    tell(entry, format_version=1)
+    record = json.loads((entry / INDEX_FILE).read_bytes())
+    del record["parts"]["text"]["hashes_crc"], record["crc"]
+    (entry / INDEX_FILE).write_text(json.dumps({**record, "crc": shards._crc_of(record)}))
+    (entry / "text.hashes").unlink()
+    assert_holds(entry, documents)
+    with pytest.raises(ShardError, match="has no hashes of documents"):
+        split_documents(entry, read_index(entry), "text", 0.5)
 
 
 # --- The cache ------------------------------------------------------------------------------------
