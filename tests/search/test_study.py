@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from helpers.paths import ROOT
 from helpers.studies import SPACE
 from legacy1bit.config_files import read_config
-from legacy1bit.hyperparams import TrainingConfig
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
 from legacy1bit.model import WEIGHTS_FILE, load_model
@@ -156,7 +156,7 @@ def test_search_writes_settings_that_train(say):
     assert again["val_loss"] == best.loss
     path = Path(f"study/trials/{best.number:04}")
     assert (path / WEIGHTS_FILE).stat().st_size == best.bytes
-    assert load_model(path).config.to_dict() == best.model
+    assert load_model(path).config == ModelConfig.from_dict(best.model)
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "grid"])
