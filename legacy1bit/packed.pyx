@@ -206,6 +206,11 @@ cdef class Int8Buffer:
         self.view.scales = &scales[0]
         self.view.sums = &sums[0]
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes, scales and sums."""
+        return self.codes.nbytes + self.scales.nbytes + self.sums.nbytes
+
 
 def _pack(values, levels, trits, buffer):
     """Return the tiles of codes, int8[R, C]."""
