@@ -3,6 +3,7 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
     FeedForward,
     LegacyLLM,
@@ -22,7 +23,10 @@ class BackwardContext:
     def __init__(
         self, model_dim: int, ffn_dim: int, batch_size: int, time: int, sub_norm: bool = False
     ) -> None: ...
+    @property
+    def nbytes(self) -> int: ...
 
+def backward_bytes(config: ModelConfig, batch_size: int, time: int) -> int: ...
 def cross_entropy_loss(probabilities: _Floats, target: int) -> float: ...
 def d_loss_d_logits(probabilities: _Floats, target: int) -> _Floats: ...
 def backward_output_layer(
@@ -104,6 +108,8 @@ class BackwardPass:
     def time(self) -> int: ...
     @property
     def threads(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
     def run(
         self,
         tokens: npt.ArrayLike,

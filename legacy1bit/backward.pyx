@@ -21,12 +21,13 @@ from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
     ModelGradient, ModelView, MultiHeadAttention, NormGradient, NormView, TransformerBlock,
-    TransformerBlockContext, check_context, fill_matrix, float_pointer, gradient_pointer,
-    vector_pointer,
+    TransformerBlockContext, allocate, allocated_bytes, check_context, fill_matrix, float_pointer,
+    gradient_pointer, offset, point_gradients, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.forward import document_starts, as_token_rows, padding_mask
+from legacy1bit.forward import as_token_rows, document_starts, padding_mask
+from legacy1bit.model import block_layout
 
 # C clamps the probability of the target to this before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9
@@ -195,32 +196,55 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
     return loss
 
 
+cdef BackwardWorkspace _workspace
+
+# The gradients of activations, as `allocate` takes them; M = B T.
+cdef list _GRADIENTS = [
+    ("d_x", "MC", offset(&_workspace, &_workspace.d_x)),
+    ("d_norm", "MC", offset(&_workspace, &_workspace.d_norm)),
+    ("d_heads", "MC", offset(&_workspace, &_workspace.d_heads)),
+    ("d_q", "MC", offset(&_workspace, &_workspace.d_q)),
+    ("d_k", "MC", offset(&_workspace, &_workspace.d_k)),
+    ("d_v", "MC", offset(&_workspace, &_workspace.d_v)),
+    ("d_hidden", "MF", offset(&_workspace, &_workspace.d_hidden)),
+    ("d_probs", "TT", offset(&_workspace, &_workspace.d_probs)),
+]
+# That of blocks with sub_norm.
+cdef list _SUB_NORM_GRADIENTS = [
+    ("d_hidden_normed", "MF", offset(&_workspace, &_workspace.d_hidden_normed)),
+]
+
+
+cdef list _workspace_fields(bint sub_norm):
+    return _GRADIENTS + (_SUB_NORM_GRADIENTS if sub_norm else [])
+
+
 cdef class BackwardContext:
     """Buffers for the gradients of activations over [B, T] positions."""
 
-    cdef object arrays
+    cdef dict arrays
     cdef BackwardWorkspace view
 
+    def __cinit__(self):
+        memset(&self.view, 0, sizeof(self.view))
+
     def __init__(self, model_dim, ffn_dim, batch_size, time, sub_norm=False):
-        rows = batch_size * time
-        self.arrays = [np.empty(rows * model_dim, np.float32) for _ in range(6)]
-        self.arrays.append(np.empty(rows * ffn_dim, np.float32))
-        self.arrays.append(np.empty(time * time, np.float32))
-        self.view.d_x = float_pointer(self.arrays[0])
-        self.view.d_norm = float_pointer(self.arrays[1])
-        self.view.d_heads = float_pointer(self.arrays[2])
-        self.view.d_q = float_pointer(self.arrays[3])
-        self.view.d_k = float_pointer(self.arrays[4])
-        self.view.d_v = float_pointer(self.arrays[5])
-        self.view.d_hidden = float_pointer(self.arrays[6])
-        self.view.d_probs = float_pointer(self.arrays[7])
-        self.view.d_hidden_normed = NULL
-        if sub_norm:
-            self.arrays.append(np.empty(rows * ffn_dim, np.float32))
-            self.view.d_hidden_normed = float_pointer(self.arrays[8])
+        self.arrays = allocate(&self.view, _workspace_fields(sub_norm), {
+            "M": batch_size * time, "T": time, "C": model_dim, "F": ffn_dim})
 
     def __reduce__(self):
         raise TypeError("a BackwardContext cannot be copied or pickled: make another one")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+
+def backward_bytes(config, batch_size, time) -> int:
+    """Return the bytes that a ``BackwardContext`` for a model would allocate."""
+    return allocated_bytes(_workspace_fields(config.sub_norm), {
+        "M": batch_size * time, "T": time, "C": config.model_dim, "F": config.ffn_dim})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,7 +411,7 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     C: ``backward.c``, ``backward_feed_forward_batch``, which computes the gradient of ``wo`` from
     the values before the activation (departure 3).
     """
-    cdef FeedForwardGradient gradient
+    cdef BlockGradient gradient
     cdef FeedForwardWorkspace forward_workspace
     cdef FeedForwardContext context
     cdef Py_ssize_t dim = ffn.view.wi.cols, wide = ffn.view.wi.rows
@@ -402,35 +426,28 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     forward_workspace = FeedForwardWorkspace(ffn, rows)
     context = forward_workspace.view
     context.hidden = float_pointer(before)
-    _fill_ffn_gradient(&gradient, gradients, &ffn.view)
+    _fill_gradients(&gradient, gradients, dim, wide, ffn.norm is not None, "ffn.")
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
         if ffn.view.int8_activations:
             kernels().fake_quantize_rows(source, rows, dim)
         activate(&ffn.view, rows, &context)
-        backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient, &buffers.view, to,
-                     workspace)
+        backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient.ffn, &buffers.view,
+                     to, workspace)
     return d_x
 
 
-cdef int _fill_ffn_gradient(FeedForwardGradient *gradient, object gradients,
-                            const FeedForwardView *layer) except -1:
-    cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
-    gradient.wi = gradient_pointer(gradients["wi"], (wide, dim), "wi")
-    gradient.bi = gradient_pointer(gradients["bi"], (wide,), "bi")
-    gradient.wo = gradient_pointer(gradients["wo"], (dim, wide), "wo")
-    gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
-    if layer.norm.gamma:
-        _fill_norm_gradient(&gradient.norm, gradients, wide)
-    return 0
-
-
-cdef int _fill_norm_gradient(NormGradient *gradient, object gradients,
-                             Py_ssize_t dim) except -1:
-    gradient.gamma = gradient_pointer(gradients["gamma"], (dim,), "gamma")
-    gradient.beta = gradient_pointer(gradients["beta"], (dim,), "beta")
-    return 0
+cdef int _fill_gradients(BlockGradient *block, object gradients, Py_ssize_t dim, Py_ssize_t wide,
+                         bint sub_norm, str layer="") except -1:
+    # Checks the gradients of a block, or of one layer of it such as "ffn.", and points at them.
+    arrays = {}
+    for name, shape in block_layout(dim, wide, sub_norm):
+        if name.startswith(layer):
+            part = name[len(layer):]
+            arrays[name] = gradients[part]
+            gradient_pointer(arrays[name], shape, part)
+    return point_gradients(block, arrays)
 
 
 def backward_layer_norm(d_output, x, gamma, float mean, float inv_std, d_gamma, d_beta):
@@ -497,22 +514,6 @@ def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta
     return d_x
 
 
-cdef int _fill_attention_gradient(AttentionGradient *gradient, object gradients,
-                                  const AttentionView *layer) except -1:
-    cdef Py_ssize_t dim = layer.wq.cols
-    gradient.wq = gradient_pointer(gradients["wq"], (dim, dim), "wq")
-    gradient.wk = gradient_pointer(gradients["wk"], (dim, dim), "wk")
-    gradient.wv = gradient_pointer(gradients["wv"], (dim, dim), "wv")
-    gradient.wo = gradient_pointer(gradients["wo"], (dim, dim), "wo")
-    gradient.bq = gradient_pointer(gradients["bq"], (dim,), "bq")
-    gradient.bk = gradient_pointer(gradients["bk"], (dim,), "bk")
-    gradient.bv = gradient_pointer(gradients["bv"], (dim,), "bv")
-    gradient.bo = gradient_pointer(gradients["bo"], (dim,), "bo")
-    if layer.norm.gamma:
-        _fill_norm_gradient(&gradient.norm, gradients, dim)
-    return 0
-
-
 cdef tuple _fill_batch_shape(BatchShape *dims, object x, const AttentionView *layer, object ffn,
                              TransformerBlockContext context):
     """Fill a batch shape for [B, T, C], [B, C] or [C] activations; returns their shape."""
@@ -565,11 +566,11 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     differentiate (departure 6).
     """
     cdef BatchShape dims
-    cdef AttentionGradient gradient
+    cdef BlockGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
     shape = _fill_batch_shape(&dims, x, &attention.view, None, context)
     attention.fill_rotary(dims.time)
-    _fill_attention_gradient(&gradient, gradients, &attention.view)
+    _fill_gradients(&gradient, gradients, dim, 1, attention.norm is not None, "attention.")
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     inputs = _rows(x, shape, "x").copy()
     cdef float *source = float_pointer(inputs)
@@ -580,8 +581,8 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     with nogil:
         if attention.view.int8_activations:
             kernels().fake_quantize_rows(source, dims.batch * dims.time, dim)
-        backward_attend(&attention.view, &dims, &d_out[0], source, &context.view, &gradient,
-                        &buffers.view, to, workspace)
+        backward_attend(&attention.view, &dims, &d_out[0], source, &context.view,
+                        &gradient.attention, &buffers.view, to, workspace)
     return d_x
 
 
@@ -622,22 +623,16 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
     shape = _fill_batch_shape(&dims, d_output, &block.view.attention, wide, context)
     block.attention.fill_rotary(dims.time)
-    parts = {}
-    for name, array in gradients.items():
-        layer, _, part = name.partition(".")
-        parts.setdefault(layer, {})[part] = array
-    _fill_attention_gradient(&gradient.attention, parts["attention"], &block.view.attention)
-    _fill_ffn_gradient(&gradient.ffn, parts["ffn"], &block.view.ffn)
-    _fill_norm_gradient(&gradient.norm1, parts["norm1"], dim)
-    _fill_norm_gradient(&gradient.norm2, parts["norm2"], dim)
+    _fill_gradients(&gradient, gradients, dim, wide, block.view.ffn.norm.gamma != NULL)
     rows = _rows(d_output, shape, "d_output")
     cdef BackwardContext buffers = BackwardContext(dim, wide, dims.batch, dims.time,
                                                    block.view.ffn.norm.gamma != NULL)
     cdef float *workspace = pack_buffer()
-    buffers.arrays[0][...] = rows
+    d_x = buffers.arrays["d_x"].reshape(-1)
+    d_x[...] = rows
     with nogil:
         backward_transform(&block.view, &dims, &context.view, &gradient, &buffers.view, workspace)
-    return buffers.arrays[0].reshape(shape)
+    return d_x.reshape(shape)
 
 
 def backward_embedding(token_id, d_output, d_embedding) -> None:
@@ -820,6 +815,11 @@ cdef class BackwardPass:
 
     def __reduce__(self):
         raise TypeError("a BackwardPass cannot be copied or pickled: make another one of its model")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the activations, their gradients, and the gradients of all but one slice."""
+        return sum(part.nbytes for part in (*self.contexts, *self.workspaces, *self.gradients))
 
     def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
             starts=None):

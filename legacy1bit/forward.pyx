@@ -14,8 +14,9 @@ from legacy1bit.kernels cimport Attention, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
-    LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext,
-    check_context, fill_matrix, float_pointer, vector_pointer,
+    LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext, allocate,
+    allocated_bytes, block_fields, check_context, fill_matrix, float_pointer, offset,
+    vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
@@ -218,14 +219,9 @@ cdef class ForwardContext:
                 self.view.blocks[i].output = self.view.blocks[0].input
             elif keep == "inputs" and i < count - 1:
                 self.view.blocks[i].output = float_pointer(self.inputs[i])
-        self.normed = np.empty((batch_size, time, config.model_dim), np.float32)
-        self.mean = np.empty((batch_size, time), np.float32)
-        self.inv_std = np.empty((batch_size, time), np.float32)
-        self.logits = np.empty((batch_size, time, config.vocab_size), np.float32)
-        self.view.normed = float_pointer(self.normed)
-        self.view.mean = float_pointer(self.mean)
-        self.view.inv_std = float_pointer(self.inv_std)
-        self.view.logits = float_pointer(self.logits)
+        arrays = allocate(&self.view, _OUTPUTS, _axes(config, batch_size, time))
+        self.normed, self.mean = arrays["normed"], arrays["mean"]
+        self.inv_std, self.logits = arrays["inv_std"], arrays["logits"]
         if not config.final_norm:
             self.view.normed = self.view.blocks[count - 1].output
 
@@ -234,6 +230,40 @@ cdef class ForwardContext:
 
     def __reduce__(self):
         raise TypeError("a ForwardContext cannot be copied or pickled: make another one")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays."""
+        own = [*self.blocks, *self.inputs, self.normed, self.mean, self.inv_std, self.logits]
+        return sum(array.nbytes for array in own)
+
+
+cdef ModelContext _context
+
+# The activations after the last block, as `allocate` takes them.
+cdef list _OUTPUTS = [
+    ("normed", "BTC", offset(&_context, &_context.normed)),
+    ("mean", "BT", offset(&_context, &_context.mean)),
+    ("inv_std", "BT", offset(&_context, &_context.inv_std)),
+    ("logits", "BTV", offset(&_context, &_context.logits)),
+]
+
+
+cdef dict _axes(config, batch_size, time):
+    return {"B": batch_size, "T": time, "C": config.model_dim, "F": config.ffn_dim,
+            "H": config.num_heads, "V": config.vocab_size}
+
+
+def forward_bytes(config, batch_size, time, keep="all") -> int:
+    """Return the bytes that a ``ForwardContext`` of these parameters would allocate."""
+    axes = _axes(config, batch_size, time)
+    block = allocated_bytes(block_fields(config.sub_norm), axes)
+    total = allocated_bytes(_OUTPUTS, axes) + block
+    if keep == "all":
+        total += (config.num_blocks - 1) * block
+    elif keep == "inputs":
+        total += (config.num_blocks - 1) * 4 * batch_size * time * config.model_dim
+    return total
 
 
 cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) except -1:

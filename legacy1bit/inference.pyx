@@ -731,6 +731,11 @@ cdef class Decoder:
         return float_pointer(self.kept[-1])
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of the cache and of the threads' buffers."""
+        return sum(buffer.nbytes for buffer in (*self.kept, self.tokens, self.logits))
+
+    @property
     def length(self) -> int:
         """The number of tokens so far, of the first sequence."""
         self._check_open()

@@ -169,12 +169,14 @@ cdef class LegacyLLMGradients:
 
 
 cdef class TransformerBlockContext:
-    cdef readonly object input, output, norm1, mean1, inv_std1, q, k, v, probs, heads, residual
-    cdef readonly object norm2, mean2, inv_std2, hidden, activated
-    cdef readonly object heads_normed, heads_mean, heads_inv_std
-    cdef readonly object activated_normed, activated_mean, activated_inv_std
+    cdef readonly dict arrays
     cdef BlockContext view
 
+cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil
+cdef dict allocate(void *view, list fields, dict axes)
+cdef object allocated_bytes(list fields, dict axes)
+cdef list block_fields(bint sub_norm)
+cdef int point_gradients(BlockGradient *block, dict arrays) except -1
 cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
                        sub_norm) except -1
 cdef float *float_pointer(object array) except NULL

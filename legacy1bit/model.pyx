@@ -11,6 +11,7 @@ Weight decay applies to the first two parts; the third is small.
 """
 
 import json
+import math
 import os
 import struct
 import sys
@@ -454,6 +455,48 @@ cdef class TransformerBlock:
 # ---------------------------------------------------------------------------------------------
 # The layout of a model's parameters
 
+cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil:
+    return <const char *>field - <const char *>start
+
+
+cdef BlockGradient _gradient
+
+# The parameters of a block: name, axes, and the offset of the gradient in a BlockGradient.
+cdef list _PARAMETERS = [
+    ("attention.wq", "CC", offset(&_gradient, &_gradient.attention.wq)),
+    ("attention.wk", "CC", offset(&_gradient, &_gradient.attention.wk)),
+    ("attention.wv", "CC", offset(&_gradient, &_gradient.attention.wv)),
+    ("attention.wo", "CC", offset(&_gradient, &_gradient.attention.wo)),
+    ("attention.bq", "C", offset(&_gradient, &_gradient.attention.bq)),
+    ("attention.bk", "C", offset(&_gradient, &_gradient.attention.bk)),
+    ("attention.bv", "C", offset(&_gradient, &_gradient.attention.bv)),
+    ("attention.bo", "C", offset(&_gradient, &_gradient.attention.bo)),
+    ("ffn.wi", "FC", offset(&_gradient, &_gradient.ffn.wi)),
+    ("ffn.bi", "F", offset(&_gradient, &_gradient.ffn.bi)),
+    ("ffn.wo", "CF", offset(&_gradient, &_gradient.ffn.wo)),
+    ("ffn.bo", "C", offset(&_gradient, &_gradient.ffn.bo)),
+    ("norm1.gamma", "C", offset(&_gradient, &_gradient.norm1.gamma)),
+    ("norm1.beta", "C", offset(&_gradient, &_gradient.norm1.beta)),
+    ("norm2.gamma", "C", offset(&_gradient, &_gradient.norm2.gamma)),
+    ("norm2.beta", "C", offset(&_gradient, &_gradient.norm2.beta)),
+]
+# Those of blocks with sub_norm.
+cdef list _SUB_NORM_PARAMETERS = [
+    ("attention.gamma", "C", offset(&_gradient, &_gradient.attention.norm.gamma)),
+    ("attention.beta", "C", offset(&_gradient, &_gradient.attention.norm.beta)),
+    ("ffn.gamma", "F", offset(&_gradient, &_gradient.ffn.norm.gamma)),
+    ("ffn.beta", "F", offset(&_gradient, &_gradient.ffn.norm.beta)),
+]
+cdef dict _GRADIENT_OFFSETS = {name: at for name, _, at in _PARAMETERS + _SUB_NORM_PARAMETERS}
+
+
+def block_layout(model_dim, ffn_dim, sub_norm=False) -> list:
+    """Return the parameters of a block: a list of (name, shape)."""
+    axes = {"C": model_dim, "F": ffn_dim}
+    return [(name, tuple(axes[axis] for axis in letters))
+            for name, letters, _ in _PARAMETERS + (_SUB_NORM_PARAMETERS if sub_norm else [])]
+
+
 def parameter_layout(config) -> list:
     """Return the parameters of a model of these settings, in their order in memory.
 
@@ -468,20 +511,8 @@ def parameter_layout(config) -> list:
     edge_kind = block_kind if config.ternary_embedding else "matrix"
     layout = [("embedding.weight", (vocab, dim), edge_kind)]
     for i in range(config.num_blocks):
-        attention, ffn = f"blocks.{i}.attention", f"blocks.{i}.ffn"
-        layout += [(f"{attention}.w{which}", (dim, dim), block_kind) for which in "qkvo"]
-        layout += [(f"{attention}.b{which}", (dim,), "vector") for which in "qkvo"]
-        layout += [
-            (f"{ffn}.wi", (hidden, dim), block_kind),
-            (f"{ffn}.bi", (hidden,), "vector"),
-            (f"{ffn}.wo", (dim, hidden), block_kind),
-            (f"{ffn}.bo", (dim,), "vector"),
-        ]
-        norms = {f"blocks.{i}.norm1": dim, f"blocks.{i}.norm2": dim}
-        if config.sub_norm:
-            norms |= {attention: dim, ffn: hidden}
-        layout += [(f"{norm}.{part}", (size,), "vector") for norm, size in norms.items()
-                   for part in ("gamma", "beta")]
+        layout += [(f"blocks.{i}.{name}", shape, block_kind if len(shape) == 2 else "vector")
+                   for name, shape in block_layout(dim, hidden, config.sub_norm)]
     if config.final_norm:
         layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
     layout.append(("output.weight", (vocab, dim), edge_kind))
@@ -830,6 +861,15 @@ def free_legacy_llm(LegacyLLM model not None) -> None:
 # ---------------------------------------------------------------------------------------------
 # Gradients
 
+cdef int point_gradients(BlockGradient *block, dict arrays) except -1:
+    # Points the gradients of some of a block's parameters at arrays.
+    cdef Py_ssize_t at
+    for name, array in arrays.items():
+        at = _GRADIENT_OFFSETS[name]
+        (<float **>(<char *>block + at))[0] = float_pointer(array)
+    return 0
+
+
 cdef class LegacyLLMGradients:
     """The gradient of every parameter of a model (C: ``LegacyLLM_Gradients``).
 
@@ -847,7 +887,6 @@ cdef class LegacyLLMGradients:
 
     def __init__(self, config):
         cdef ModelGradient *view = &self.view
-        cdef BlockGradient *block
         layout = parameter_layout(config)
         self.config = config
         self.flat = np.zeros(sum(int(np.prod(shape)) for _, shape, _ in layout), np.float32)
@@ -863,28 +902,7 @@ cdef class LegacyLLMGradients:
             view.final_norm.gamma = self._pointer("final_norm.gamma")
             view.final_norm.beta = self._pointer("final_norm.beta")
         for i in range(config.num_blocks):
-            block = &view.blocks[i]
-            block.attention.wq = self._pointer(f"blocks.{i}.attention.wq")
-            block.attention.wk = self._pointer(f"blocks.{i}.attention.wk")
-            block.attention.wv = self._pointer(f"blocks.{i}.attention.wv")
-            block.attention.wo = self._pointer(f"blocks.{i}.attention.wo")
-            block.attention.bq = self._pointer(f"blocks.{i}.attention.bq")
-            block.attention.bk = self._pointer(f"blocks.{i}.attention.bk")
-            block.attention.bv = self._pointer(f"blocks.{i}.attention.bv")
-            block.attention.bo = self._pointer(f"blocks.{i}.attention.bo")
-            block.ffn.wi = self._pointer(f"blocks.{i}.ffn.wi")
-            block.ffn.bi = self._pointer(f"blocks.{i}.ffn.bi")
-            block.ffn.wo = self._pointer(f"blocks.{i}.ffn.wo")
-            block.ffn.bo = self._pointer(f"blocks.{i}.ffn.bo")
-            block.norm1.gamma = self._pointer(f"blocks.{i}.norm1.gamma")
-            block.norm1.beta = self._pointer(f"blocks.{i}.norm1.beta")
-            block.norm2.gamma = self._pointer(f"blocks.{i}.norm2.gamma")
-            block.norm2.beta = self._pointer(f"blocks.{i}.norm2.beta")
-            if config.sub_norm:
-                block.attention.norm.gamma = self._pointer(f"blocks.{i}.attention.gamma")
-                block.attention.norm.beta = self._pointer(f"blocks.{i}.attention.beta")
-                block.ffn.norm.gamma = self._pointer(f"blocks.{i}.ffn.gamma")
-                block.ffn.norm.beta = self._pointer(f"blocks.{i}.ffn.beta")
+            point_gradients(&view.blocks[i], self.layer(f"blocks.{i}"))
 
     cdef float *_pointer(self, str name) except NULL:
         return float_pointer(self.parameters[name])
@@ -896,6 +914,12 @@ cdef class LegacyLLMGradients:
         if self.flat is None:
             raise ValueError("the gradients were freed")
         return &self.view
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all gradients."""
+        self.alive()
+        return self.flat.nbytes
 
     def layer(self, prefix) -> dict:
         """Return the gradients of one layer, such as ``"blocks.0.ffn"``, named as in the layer."""
@@ -968,6 +992,59 @@ def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gr
 # ---------------------------------------------------------------------------------------------
 # The activations of a block's forward pass
 
+cdef dict allocate(void *view, list fields, dict axes):
+    # float32 arrays by name, for fields (name, axes, offset) of a struct, which points at them.
+    cdef Py_ssize_t at
+    arrays = {}
+    for name, letters, at in fields:
+        arrays[name] = np.empty([axes[axis] for axis in letters], np.float32)
+        (<float **>(<char *>view + at))[0] = float_pointer(arrays[name])
+    return arrays
+
+
+cdef object allocated_bytes(list fields, dict axes):
+    # The bytes that these fields would take.
+    return 4 * sum(math.prod(axes[axis] for axis in letters) for _, letters, _ in fields)
+
+
+cdef BlockContext _context
+
+# The activations of a block: name, axes, and the offset of the pointer in a BlockContext.
+cdef list _ACTIVATIONS = [
+    ("input", "BTC", offset(&_context, &_context.input)),
+    ("output", "BTC", offset(&_context, &_context.output)),
+    ("norm1", "BTC", offset(&_context, &_context.norm1)),
+    ("mean1", "BT", offset(&_context, &_context.mean1)),
+    ("inv_std1", "BT", offset(&_context, &_context.inv_std1)),
+    ("q", "BTC", offset(&_context, &_context.q)),
+    ("k", "BTC", offset(&_context, &_context.k)),
+    ("v", "BTC", offset(&_context, &_context.v)),
+    ("probs", "BHTT", offset(&_context, &_context.probs)),
+    ("heads", "BTC", offset(&_context, &_context.heads)),
+    ("residual", "BTC", offset(&_context, &_context.residual)),
+    ("norm2", "BTC", offset(&_context, &_context.norm2)),
+    ("mean2", "BT", offset(&_context, &_context.mean2)),
+    ("inv_std2", "BT", offset(&_context, &_context.inv_std2)),
+    ("hidden", "BTF", offset(&_context, &_context.ffn.hidden)),
+    ("activated", "BTF", offset(&_context, &_context.ffn.activated)),
+]
+# Those of blocks with sub_norm.
+cdef list _SUB_NORM_ACTIVATIONS = [
+    ("heads_normed", "BTC", offset(&_context, &_context.heads_normed)),
+    ("heads_mean", "BT", offset(&_context, &_context.heads_mean)),
+    ("heads_inv_std", "BT", offset(&_context, &_context.heads_inv_std)),
+    ("activated_normed", "BTF", offset(&_context, &_context.ffn.normed)),
+    ("activated_mean", "BT", offset(&_context, &_context.ffn.mean)),
+    ("activated_inv_std", "BT", offset(&_context, &_context.ffn.inv_std)),
+]
+cdef set _ACTIVATION_NAMES = {name for name, _, _ in _ACTIVATIONS + _SUB_NORM_ACTIVATIONS}
+
+
+cdef list block_fields(bint sub_norm):
+    # The activations of a block, as `allocate` takes them.
+    return _ACTIVATIONS + (_SUB_NORM_ACTIVATIONS if sub_norm else [])
+
+
 cdef class TransformerBlockContext:
     """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
 
@@ -1001,54 +1078,20 @@ cdef class TransformerBlockContext:
                             ("num_heads", num_heads), ("batch_size", batch_size),
                             ("time", time)):
             _size(name, value)
-        wide, rows = (batch_size, time, model_dim), (batch_size, time)
-        hidden = (batch_size, time, ffn_dim)
-        self.input = np.empty(wide, np.float32)
-        self.output = np.empty(wide, np.float32)
-        self.norm1 = np.empty(wide, np.float32)
-        self.mean1 = np.empty(rows, np.float32)
-        self.inv_std1 = np.empty(rows, np.float32)
-        self.q = np.empty(wide, np.float32)
-        self.k = np.empty(wide, np.float32)
-        self.v = np.empty(wide, np.float32)
-        self.probs = np.empty((batch_size, num_heads, time, time), np.float32)
-        self.heads = np.empty(wide, np.float32)
-        self.residual = np.empty(wide, np.float32)
-        self.norm2 = np.empty(wide, np.float32)
-        self.mean2 = np.empty(rows, np.float32)
-        self.inv_std2 = np.empty(rows, np.float32)
-        self.hidden = np.empty(hidden, np.float32)
-        self.activated = np.empty(hidden, np.float32)
-        view.input = float_pointer(self.input)
-        view.output = float_pointer(self.output)
-        view.norm1 = float_pointer(self.norm1)
-        view.mean1 = float_pointer(self.mean1)
-        view.inv_std1 = float_pointer(self.inv_std1)
-        view.q = float_pointer(self.q)
-        view.k = float_pointer(self.k)
-        view.v = float_pointer(self.v)
-        view.probs = float_pointer(self.probs)
-        view.heads = float_pointer(self.heads)
-        view.residual = float_pointer(self.residual)
-        view.norm2 = float_pointer(self.norm2)
-        view.mean2 = float_pointer(self.mean2)
-        view.inv_std2 = float_pointer(self.inv_std2)
-        view.ffn.hidden = float_pointer(self.hidden)
-        view.ffn.activated = float_pointer(self.activated)
-        view.heads_normed, view.ffn.normed = view.heads, view.ffn.activated
-        if sub_norm:
-            self.heads_normed = np.empty(wide, np.float32)
-            self.heads_mean = np.empty(rows, np.float32)
-            self.heads_inv_std = np.empty(rows, np.float32)
-            self.activated_normed = np.empty(hidden, np.float32)
-            self.activated_mean = np.empty(rows, np.float32)
-            self.activated_inv_std = np.empty(rows, np.float32)
-            view.heads_normed = float_pointer(self.heads_normed)
-            view.heads_mean = float_pointer(self.heads_mean)
-            view.heads_inv_std = float_pointer(self.heads_inv_std)
-            view.ffn.normed = float_pointer(self.activated_normed)
-            view.ffn.mean = float_pointer(self.activated_mean)
-            view.ffn.inv_std = float_pointer(self.activated_inv_std)
+        self.arrays = allocate(view, block_fields(sub_norm), {
+            "B": batch_size, "T": time, "C": model_dim, "F": ffn_dim, "H": num_heads})
+        if not sub_norm:
+            view.heads_normed, view.ffn.normed = view.heads, view.ffn.activated
+
+    def __getattr__(self, name):
+        if name in _ACTIVATION_NAMES:
+            return self.arrays.get(name)
+        raise AttributeError(f"a TransformerBlockContext has no attribute {name!r}")
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
 
     def __reduce__(self):
         raise TypeError("a TransformerBlockContext cannot be copied or pickled: make another one")

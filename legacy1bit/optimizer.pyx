@@ -215,6 +215,11 @@ cdef class Optimizer:
         self.squares = np.zeros(self.spans.size, np.float64)
         self.steps = 0
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the moments."""
+        return self.first.nbytes + self.second.nbytes
+
     def _rule(self, name, kind):
         raise TypeError("make an AdamW, a Muon or an SGD")
 

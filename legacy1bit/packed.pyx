@@ -212,6 +212,11 @@ cdef class Int8Buffer:
     def __reduce__(self):
         raise TypeError("Int8Buffer cannot be copied or pickled: make others")
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of codes, scales and sums."""
+        return self.codes.nbytes + self.scales.nbytes + self.sums.nbytes
+
 
 def _pack(values, levels, trits, buffer):
     """Return the tiles of codes, int8[R, C]."""

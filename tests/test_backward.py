@@ -49,6 +49,7 @@ from helpers.models import (
 from helpers.torch_model import torch_loss
 from legacy1bit.backward import (
     BackwardPass,
+    backward_bytes,
     backward_embedding,
     backward_embedding_batch,
     backward_feed_forward,
@@ -68,6 +69,7 @@ from legacy1bit.backward import (
     ignore_padding,
 )
 from legacy1bit.forward import (
+    forward_bytes,
     forward_feed_forward_batch,
     forward_llm,
     forward_multi_head_attention_batch,
@@ -1025,6 +1027,18 @@ def test_backward_pass_rejects_starts_that_do_not_fit(starts, error, message):
 
 
 # --- BackwardPass ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sub_norm", [False, True])
+def test_backward_pass_nbytes_counts_what_each_slice_has(sub_norm):
+    config = make_config(num_blocks=2, sub_norm=sub_norm)
+    model = model_of(config)
+    wide = config.ffn_dim * (2 if sub_norm else 1)
+    gradients = 4 * (3 * 5 * (6 * config.model_dim + wide) + 5 * 5)
+    assert backward_bytes(config, 3, 5) == gradients
+    each = forward_bytes(config, 3, 5) + gradients
+    assert BackwardPass(model, 3, 5).nbytes == each
+    assert BackwardPass(model, 5, 5, 2).nbytes == 2 * each + 4 * model.num_parameters
 
 
 @every_tier

@@ -43,6 +43,7 @@ from helpers.models import (
 from legacy1bit.forward import (
     ForwardContext,
     document_starts,
+    forward_bytes,
     forward_embedding,
     forward_embedding_batch,
     forward_feed_forward,
@@ -862,6 +863,21 @@ def test_forward_context_keeps_what_it_is_told_to():
     for keep in (True, False, "input", None, 1):
         with pytest.raises(ValueError, match=r"keep is .*, expected all, inputs or none"):
             ForwardContext(config, 2, 5, keep)
+
+
+@pytest.mark.parametrize("sub_norm", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "blocks", "inputs"), [("all", 3, 0), ("inputs", 1, 2), ("none", 1, 0)]
+)
+def test_forward_context_nbytes_counts_every_array(keep, blocks, inputs, sub_norm):
+    config = make_config(num_blocks=3, sub_norm=sub_norm)
+    dim, ffn, heads, vocab = config.model_dim, config.ffn_dim, config.num_heads, config.vocab_size
+    block = 9 * dim + 2 * ffn + 5 * heads + 4
+    if sub_norm:
+        block += dim + ffn + 4
+    expected = 4 * 2 * 5 * (blocks * block + inputs * dim + dim + 2 + vocab)
+    assert ForwardContext(config, 2, 5, keep).nbytes == expected
+    assert forward_bytes(config, 2, 5, keep) == expected
 
 
 # --- Several documents in a row -------------------------------------------------------------------

@@ -683,6 +683,16 @@ def test_decoder_is_near_the_forward_pass():
 
 
 @every_tier
+def test_decoder_nbytes_grows_by_the_cache_of_a_sequence():
+    """int8 keys and values with their scales, in whole tiles of 16 keys; tokens; logits."""
+    model = PackedModel(wild_model(sequence_length=20))
+    config = model.config
+    cache = config.num_blocks * config.num_heads * 32 * (2 * config.head_dim + 2 * 4)
+    sizes = [Decoder(model, sequences=count).nbytes for count in (1, 2, 4)]
+    assert sizes[1] - sizes[0] == cache + 4 * 20 + 4 * config.vocab_size
+    assert sizes[2] - sizes[1] == 2 * (sizes[1] - sizes[0])
+
+
 def test_decoder_starts_over_after_clear():
     decoder = Decoder(packed_model(), 2)
     first = decoder.extend([1, 2, 3])

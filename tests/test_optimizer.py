@@ -254,6 +254,12 @@ def test_step_has_the_same_bits_with_any_number_of_threads(make, config):
 
 
 @optimizers
+def test_optimizer_nbytes_counts_both_moments(make):
+    optimizer = make(random_model(CONFIGS["large"]))
+    assert optimizer.nbytes == 8 * optimizer.model.num_parameters
+
+
+@optimizers
 def test_optimizers_go_on_from_their_moments(make):
     config = CONFIGS["large"]
     one = make(random_model(config))

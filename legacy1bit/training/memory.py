@@ -5,6 +5,8 @@ import math
 import resource
 from pathlib import Path
 
+from legacy1bit.backward import backward_bytes
+from legacy1bit.forward import forward_bytes
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.model import parameter_layout
 from legacy1bit.system.cgroups import free_memory
@@ -30,25 +32,21 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
     parameters = sum(sizes.values())
     shares = min(training.threads, training.batch_size)
     rows = -(-training.batch_size // shares)
-    length, dim, wide = model.sequence_length, model.model_dim, model.ffn_dim
-    # As TransformerBlockContext, ForwardContext and BackwardContext have them, a token.
-    block = 9 * dim + 2 * wide + model.num_heads * length + 4
-    block += dim + wide + 4 if model.sub_norm else 0
-    blocks = model.num_blocks * block
-    if training.gradient_checkpointing:
-        blocks = block + (model.num_blocks - 1) * dim
-    head = dim + model.vocab_size + 2
-    back = 6 * dim + wide * (2 if model.sub_norm else 1) + length
+    length = model.sequence_length
+    sequence = backward_bytes(model, 1, length) + forward_bytes(
+        model, 1, length, "inputs" if training.gradient_checkpointing else "all"
+    )
     measured = max(EVALUATION_TOKENS, length)
     matrices = [math.prod(shape) for _, shape, _ in layout if len(shape) == 2]
-    look = measured * (block + head + (_LOGIT_COPIES - 1) * model.vocab_size)
+    token = forward_bytes(model, 1, length, "none") // length
+    look = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
     return {
         "weights": _FLOAT * parameters + codes,
         "gradients": _FLOAT * parameters * shares,
         "the optimizer": _FLOAT * (2 * parameters + 3 * max(matrices)),
-        "activations": _FLOAT * shares * rows * length * (blocks + head + back),
+        "activations": shares * rows * sequence,
         # A checkpoint holds the weights and two moments, and is there once more while it is read.
-        "looks and checkpoints": _FLOAT * max(look, 3 * parameters),
+        "looks and checkpoints": max(look, _FLOAT * 3 * parameters),
     }
 
 
