@@ -1,4 +1,4 @@
-"""Text from a model: streaming, in batches, and what a model thinks of a text it is given."""
+"""Text from a model: streams and batches; log-probabilities and embeddings of a text."""
 
 import codecs
 import os
@@ -19,39 +19,38 @@ from legacy1bit.model import LegacyLLM
 from legacy1bit.packed import PackedModel
 from legacy1bit.threads import default_threads
 
-# Below so many bytes of weights a token is written faster than a second thread wakes up.
+# Bytes of weights below which a token takes less time than waking up a second thread.
 _SMALL = 1 << 20
 
-# Tokens are drawn several at a time, as many as come within so many seconds: a reader sees no
-# difference, and the call that draws them costs less than they do.
+# A call samples several tokens, at most those that take this many seconds: a reader sees no
+# difference, and the cost of the call is shared.
 _MOST_AT_ONCE = 64
 _AT_ONCE_SECONDS = 0.01
 
-# Sequences that are written side by side.
-_TOGETHER = 32
+# Sequences that are decoded side by side.
+_BATCH = 32
 
 _SAMPLING = SamplingConfig()
 
-# Tokens that are drawn when they are asked for.
-_Drawn = abc.Generator[int, None, None]
+# Tokens that are sampled as they are consumed.
+_Tokens = abc.Generator[int, None, None]
 
 
 @dataclass(frozen=True)
 class Completion:
-    """A text that a model has written.
+    """A prompt and its continuation.
 
     Attributes
     ----------
     prompt : str or bytes
     text : str
-        What follows the prompt, without the stop string.
+        The continuation, without the stop string.
     tokens : int
-        How many were drawn.
+        The number of sampled tokens.
     seed : int
-        What it was drawn with.
+        The seed of the sampling.
     stopped : bool
-        Whether a stop string or the token for the end of texts ended it, rather than the number
-        of tokens.
+        Whether a stop string or the end-of-text token ended it, rather than the number of tokens.
     """
 
     prompt: str | bytes
@@ -62,19 +61,24 @@ class Completion:
 
 
 class TextStream:
-    """Tokens into text, piece by piece.
+    """Decode tokens into text, piece by piece.
 
-    A character of several bytes comes when it is whole, and what may be the beginning of a stop
-    string when it turns out not to be one. The token that ends texts ends this one; like the other
-    special ones it has no text.
+    A character of several bytes is returned when it is complete, and a possible beginning of a stop
+    string when it has turned out not to be one. The end-of-text token ends the text; like other
+    special tokens it has no text of its own.
 
     Parameters
     ----------
     tokenizer : Tokenizer
     stop : sequence of str
-        A line break in one is that of Windows, too.
+        A line break in one also matches that of Windows.
     errors : str
-        What becomes of bytes that are no UTF-8, as in ``bytes.decode``.
+        How to treat bytes that are not UTF-8, as in ``bytes.decode``.
+
+    Attributes
+    ----------
+    stopped : bool
+        Whether a stop string or the end-of-text token has ended the text.
     """
 
     def __init__(
@@ -83,14 +87,14 @@ class TextStream:
         if isinstance(stop, str) or not all(isinstance(one, str) and one for one in stop):
             raise ValueError(f"stop is {stop!r}, expected strings, none of them empty")
         self._tokenizer = tokenizer
-        # A model of a text from Windows writes line breaks of two characters.
+        # A model of a text from Windows generates line breaks of two characters.
         self._stop = (*stop, *(one.replace("\n", "\r\n") for one in stop if "\n" in one))
         self._decode = codecs.getincrementaldecoder("utf-8")(errors).decode
         self._held = ""
         self.stopped = False
 
     def feed(self, token: int) -> str:
-        """Take a token and return the text that is certain now."""
+        """Add a token, and return the text that is certain now."""
         if token == self._tokenizer.eos_token:
             text = self.finish()
             self.stopped = True
@@ -98,56 +102,56 @@ class TextStream:
         return self._take(self._decode(self._tokenizer.decode([token])))
 
     def finish(self) -> str:
-        """Return what was held back, when no token follows."""
+        """Return the rest of the text, when no token follows."""
         text = "" if self.stopped else self._take(self._decode(b"", True)) + self._held
         self._held = ""
         return text
 
     def _take(self, piece: str) -> str:
         text = self._held + piece
-        found = [text.index(one) for one in self._stop if one in text]
-        if found:
+        stops = [text.index(one) for one in self._stop if one in text]
+        if stops:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(stops)]
         held = max((_overlap(text, one) for one in self._stop), default=0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return how long an end of the text is a beginning of the stop string."""
+    """Return the length of the longest end of the text that begins the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
 class Stream:
-    """A text while it is written: an iterator of its pieces.
+    """A text while it is generated: an iterator of its pieces.
 
-    What it needs to write goes when the text ends, with the last reference to it, at ``close``, or
-    at the end of a ``with``.
+    The model's cache is freed when the text ends, with the last reference to the stream, at
+    ``close``, or at the end of a ``with``.
 
     Attributes
     ----------
     tokens : int
-        How many were drawn so far.
+        The number of tokens sampled so far.
     seed : int
-        What the text is drawn with.
+        The seed of the sampling.
     """
 
-    def __init__(self, text: TextStream, drawn: _Drawn, seed: int) -> None:
+    def __init__(self, text: TextStream, sampled: _Tokens, seed: int) -> None:
         self.tokens = 0
         self.seed = seed
         self._text = text
-        self._drawn = drawn
+        self._sampled = sampled
         self._closed = False
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError("a text cannot be copied or pickled while it is written")
+        raise TypeError("a text cannot be copied or pickled while it is generated")
 
     def close(self) -> None:
-        """Write no more."""
+        """Stop generating."""
         self._closed = True
-        self._drawn.close()
+        self._sampled.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,49 +161,48 @@ class Stream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string, or the token for the end of texts, has ended it."""
+        """Whether a stop string or the end-of-text token has ended the text."""
         return self._text.stopped
 
     def __iter__(self) -> Iterator[str]:
         return self
 
     def __next__(self) -> str:
-        # A generator here would hold this object as this object holds it, and the model's cache
-        # with both, until cycles are collected.
+        # A Python generator here would be in a reference cycle with this object: the model's cache
+        # would stay until cycles are collected.
         if self._closed:
             raise ValueError("the stream is closed")
-        while not self.stopped and (token := next(self._drawn, None)) is not None:
+        while not self.stopped and (token := next(self._sampled, None)) is not None:
             self.tokens += 1
             if piece := self._text.feed(token):
                 return piece
-        self._drawn.close()
+        self._sampled.close()
         if rest := self._text.finish():
             return rest
         raise StopIteration
 
 
 class Generator:
-    """A model that writes.
+    """Generate text with a model.
 
     Parameters
     ----------
     model : PackedModel or LegacyLLM
         A ``LegacyLLM`` is packed first.
     tokenizer : Tokenizer, optional
-        Bytes, as many as the model knows, when not given.
+        The model's tokenizer; by default tokens are bytes.
     threads : int, optional
-        How many threads may share the work; as many as pay for a model of this size when not given.
+        The number of threads; by default one for a small model, else ``default_threads()``.
 
     Notes
     -----
-    The same seed, instruction set and number of threads give the same text. A text that grows past
-    the model's context goes on from its newer half, and of a prompt longer than that the newest
-    tokens count.
+    The same seed, instruction set and number of threads give the same text. A prompt longer than
+    the model's context is truncated to its last tokens. A text that grows past the context
+    continues from its newer half.
 
     The whole prompt is context; in C it is the last character alone (departure 7).
 
-    ``close``, or the end of a ``with``, lets go of the model; texts that are being written keep it
-    until they end.
+    ``close``, or the end of a ``with``, releases the model; streams keep it until they end.
     """
 
     def __init__(
@@ -221,9 +224,9 @@ class Generator:
     def load(
         cls, path: str | os.PathLike[str], threads: int | None = None, form: str = "2bit"
     ) -> Self:
-        """Read a model folder, or a file of the C original, and nothing that only training needs.
+        """Load a model folder, or a file of the C original, without the modules of training.
 
-        The tokenizer is the folder's; bytes where there is none.
+        The tokenizer is the folder's; without one, tokens are bytes.
 
         Parameters
         ----------
@@ -242,13 +245,13 @@ class Generator:
 
     @property
     def model(self) -> PackedModel:
-        """What writes. Raises ``ValueError`` once the generator was closed."""
+        """The packed model. Raises ``ValueError`` after ``close``."""
         if self._model is None:
             raise ValueError("the generator is closed")
         return self._model
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Release the model."""
         self._model = None
 
     def __enter__(self) -> Self:
@@ -257,17 +260,17 @@ class Generator:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    # What a model is given
+    # Prompts
 
     def encode(self, prompt: str | bytes) -> npt.NDArray[np.int32]:
-        """Return a prompt's tokens, int32[T], behind the one that texts begin with.
+        """Return the tokens of a prompt, int32[T], the beginning-of-text token first.
 
         Raises
         ------
         ValueError
-            If there is none.
+            If there are no tokens.
         IndexError
-            If a byte of the prompt is no token of the model's.
+            If a byte of the prompt is not a token of the model.
         """
         begin = self.tokenizer.bos_token
         tokens = self.tokenizer.encode(prompt)
@@ -277,7 +280,7 @@ class Generator:
             raise ValueError("the prompt is empty, expected at least one token")
         return tokens
 
-    # Writing
+    # Generating
 
     def tokens(
         self,
@@ -285,8 +288,8 @@ class Generator:
         max_tokens: int = 250,
         sampling: SamplingConfig = _SAMPLING,
         seed: int | None = None,
-    ) -> _Drawn:
-        """Continue tokens with tokens.
+    ) -> _Tokens:
+        """Generate tokens.
 
         Parameters
         ----------
@@ -295,7 +298,7 @@ class Generator:
         max_tokens : int
         sampling : SamplingConfig
         seed : int, optional
-            Another one each time when not given.
+            By default another one each time.
 
         Yields
         ------
@@ -306,38 +309,36 @@ class Generator:
         ValueError
             If the prompt is empty, a number is out of range, or the model's weights are damaged.
         IndexError
-            If the prompt holds what is no token.
+            If the prompt has a number that is not a token.
         """
         max_tokens, seed = _check_count("max_tokens", max_tokens), _check_seed(seed)
         given = check_tokens(prompt, self.model.config.vocab_size, "the prompt")
         rng = np.random.default_rng(seed)
         decoder = Decoder(self.model, self.threads)
-        text = given[-decoder.capacity :].tolist()
-        return self._draw(decoder, text, max_tokens, sampling, rng)
+        history = given[-decoder.capacity :].tolist()
+        return self._sample(decoder, history, max_tokens, sampling, rng)
 
     @staticmethod
-    def _draw(
+    def _sample(
         decoder: Decoder,
-        text: list[int],
+        history: list[int],
         left: int,
         sampling: SamplingConfig,
         rng: np.random.Generator,
-    ) -> _Drawn:
-        fresh, at_once = text[:], 1
+    ) -> _Tokens:
+        new, at_once = history[:], 1
         while left:
-            if decoder.length + len(fresh) > decoder.capacity:
+            if decoder.length + len(new) > decoder.capacity:
                 decoder.clear()
-                text = text[-max(decoder.capacity // 2, 1) :]
-                fresh = text
-            room = decoder.capacity - decoder.length - len(fresh) + 1
-            count = min(at_once, left, room)
+                new = history = _newer_half(history, decoder.capacity)
+            count = min(at_once, left, decoder.capacity - decoder.length - len(new) + 1)
             begin = time.perf_counter()
-            drawn = decoder.write(fresh, rng.random(count), sampling).tolist()
+            sampled = decoder.write(new, rng.random(count), sampling).tolist()
             if time.perf_counter() - begin < _AT_ONCE_SECONDS:
                 at_once = min(2 * at_once, _MOST_AT_ONCE)
-            text += drawn
-            fresh, left = drawn[-1:], left - count
-            yield from drawn
+            history += sampled
+            new, left = sampled[-1:], left - count
+            yield from sampled
 
     def stream(
         self,
@@ -348,7 +349,7 @@ class Generator:
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> "Stream":
-        """Continue a text, piece by piece, without the prompt.
+        """Generate the continuation of a prompt, piece by piece.
 
         Parameters
         ----------
@@ -356,11 +357,11 @@ class Generator:
         max_tokens : int
         sampling : SamplingConfig
         seed : int, optional
-            Another one each time when not given.
+            By default another one each time.
         stop : sequence of str
             The text ends before the first of these.
         errors : str
-            What becomes of bytes that are no UTF-8, as in ``bytes.decode``.
+            How to treat bytes that are not UTF-8, as in ``bytes.decode``.
 
         Returns
         -------
@@ -370,13 +371,13 @@ class Generator:
         Raises
         ------
         ValueError
-            If the model has no token to begin with and the prompt is empty, or as ``tokens``.
+            If the prompt is empty and the model has no beginning-of-text token, or as ``tokens``.
         IndexError
-            If a byte of the prompt is no token of the model's.
+            If a byte of the prompt is not a token of the model.
         """
         text, seed = TextStream(self.tokenizer, stop, errors), _check_seed(seed)
-        drawn = self.tokens(self.encode(prompt), max_tokens, sampling, seed)
-        return Stream(text, drawn, seed)
+        sampled = self.tokens(self.encode(prompt), max_tokens, sampling, seed)
+        return Stream(text, sampled, seed)
 
     def complete(
         self,
@@ -387,8 +388,10 @@ class Generator:
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> Completion:
-        """Continue a text and return it whole; parameters and errors are those of ``stream``."""
-        return self.batch([prompt], max_tokens, sampling, seed, stop, errors)[0]
+        """Return the whole text of ``stream``; parameters and errors are the same."""
+        with self.stream(prompt, max_tokens, sampling, seed, stop, errors) as stream:
+            text = "".join(stream)
+        return Completion(prompt, text, stream.tokens, stream.seed, stream.stopped)
 
     def batch(
         self,
@@ -399,11 +402,11 @@ class Generator:
         stop: Sequence[str] = (),
         errors: str = "replace",
     ) -> list[Completion]:
-        """Continue several texts side by side, so that the weights are read once for all of them.
+        """Generate several texts side by side, so that the weights are read once for all of them.
 
-        The text of prompt i has the seed ``seed + i``, and hardly ever differs from what that
-        prompt gives alone: sums may be rounded differently. The other parameters and the errors
-        are those of ``stream``.
+        The text of prompt i has the seed ``seed + i``, and very rarely differs from that of
+        ``complete``: sums may be rounded differently. The other parameters and the errors are those
+        of ``stream``.
         """
         max_tokens, seed = _check_count("max_tokens", max_tokens), _check_seed(seed)
         if isinstance(prompts, (str, bytes)):
@@ -411,9 +414,9 @@ class Generator:
         encoded = [self.encode(prompt) for prompt in prompts]
         texts = [TextStream(self.tokenizer, stop, errors) for _ in prompts]
         done: list[Completion] = []
-        for first in range(0, len(prompts), _TOGETHER):
-            part = slice(first, first + _TOGETHER)
-            sizes, pieces = self._write_together(
+        for first in range(0, len(prompts), _BATCH):
+            part = slice(first, first + _BATCH)
+            sizes, pieces = self._generate_batch(
                 encoded[part], texts[part], max_tokens, sampling, seed + first
             )
             done += [
@@ -424,7 +427,7 @@ class Generator:
             ]
         return done
 
-    def _write_together(
+    def _generate_batch(
         self,
         prompts: list[npt.NDArray[np.int32]],
         texts: list[TextStream],
@@ -432,7 +435,7 @@ class Generator:
         sampling: SamplingConfig,
         seed: int,
     ) -> tuple[list[int], list[str]]:
-        """Return for each prompt how many tokens were drawn and the text they are."""
+        """Return for each prompt the number of sampled tokens, and their text."""
         decoder = Decoder(self.model, self.threads, sequences=len(prompts))
         capacity = decoder.capacity
         history = [prompt[-capacity:].tolist() for prompt in prompts]
@@ -446,15 +449,15 @@ class Generator:
             for i in active:
                 if decoder.length_of(i) == capacity:
                     decoder.truncate(0, i)
-                    history[i] = history[i][-max(capacity // 2, 1) :]
+                    history[i] = _newer_half(history[i], capacity)
                     if len(history[i]) > 1:
                         decoder.extend(history[i][:-1], i)
-            room = min(capacity - decoder.length_of(i) for i in active)
-            count = min([room, _MOST_AT_ONCE // 4, *(max_tokens - sizes[i] for i in active)])
+            free = min(capacity - decoder.length_of(i) for i in active)
+            count = min([free, _MOST_AT_ONCE // 4, *(max_tokens - sizes[i] for i in active)])
             uniforms = np.stack([rngs[i].random(count) for i in active])
             newest = [history[i][-1] for i in active]
-            drawn = decoder.write_together(newest, uniforms, sampling, active).tolist()
-            for i, tokens in zip(active, drawn, strict=True):
+            sampled = decoder.write_together(newest, uniforms, sampling, active).tolist()
+            for i, tokens in zip(active, sampled, strict=True):
                 history[i] += tokens
                 for token in tokens:
                     if not texts[i].stopped:
@@ -466,27 +469,27 @@ class Generator:
     # Reading
 
     def log_probabilities(self, text: str | bytes) -> npt.NDArray[np.float64]:
-        """Return log p of each token of a text, given those before it: float64[T], in nats.
+        """Return log p of each token of a text, given the tokens before it: float64[T], in nats.
 
-        A token sees at least half of the model's context where there is as much. That of the first
-        is NaN where the model has no token for texts to begin with.
+        A token sees at least half of the model's context if the text is as long. The first value is
+        NaN if the model has no beginning-of-text token.
 
         Raises
         ------
         ValueError
             If the text is empty.
         IndexError
-            If a byte of it is no token of the model's.
+            If a byte of the text is not a token of the model.
         """
         tokens = self.encode(text)
-        given = self.tokenizer.bos_token is not None
-        if tokens.size == given:
+        begins = self.tokenizer.bos_token is not None
+        if tokens.size == begins:
             raise ValueError("the text is empty, expected at least one token")
         decoder = Decoder(self.model, self.threads)
-        found = np.full(tokens.size, np.nan)
+        result = np.full(tokens.size, np.nan)
         at = 0
         while at < tokens.size - 1:
-            # A block at a time: all logits of a long text would be much.
+            # A block at a time: the logits of a long text take much memory.
             block = min(tokens.size - 1 - at, 128, decoder.capacity - decoder.length)
             if block == 0:
                 decoder.clear()
@@ -498,38 +501,43 @@ class Generator:
             logits -= logits.max(axis=1, keepdims=True)
             truth = np.take_along_axis(logits, tokens[at + 1 : at + block + 1, None], axis=1)
             sums = np.log(np.exp(logits).sum(axis=1))
-            found[at + 1 : at + block + 1] = truth[:, 0] - sums
+            result[at + 1 : at + block + 1] = truth[:, 0] - sums
             at += block
-        return found[1:] if given else found
+        return result[1:] if begins else result
 
     def embed(self, text: str | bytes) -> npt.NDArray[np.float32]:
-        """Return what the model makes of each token of a text: float32[T, C].
+        """Return the embedding of each token of a text: float32[T, C].
 
-        It is the hidden state that the output layer gets; its mean over the tokens, or the last
-        one, stands for the whole text.
+        It is the hidden state before the output layer; its mean over the tokens, or the last one,
+        represents the whole text.
 
         Raises
         ------
         ValueError
-            If the text is empty, or does not fit the model's context.
+            If the text is empty, or longer than the model's context.
         IndexError
-            If a byte of it is no token of the model's.
+            If a byte of the text is not a token of the model.
         """
         tokens = self.encode(text)
-        given = self.tokenizer.bos_token is not None
+        begins = self.tokenizer.bos_token is not None
         decoder = Decoder(self.model, self.threads)
-        if tokens.size == given:
+        if tokens.size == begins:
             raise ValueError("the text is empty, expected at least one token")
         if tokens.size > decoder.capacity:
             raise ValueError(
                 f"the text has {tokens.size} tokens, expected at most {decoder.capacity}"
             )
-        return decoder.extend_states(tokens)[int(given) :]
+        return decoder.extend_states(tokens)[int(begins) :]
 
 
 def new_seed() -> int:
-    """Return a seed like no other: what is drawn with it is another text each time."""
+    """Return a random seed."""
     return secrets.randbits(32)
+
+
+def _newer_half(history: list[int], capacity: int) -> list[int]:
+    """Return the tokens from which a text continues that has filled the context."""
+    return history[-max(capacity // 2, 1) :]
 
 
 def _check_seed(seed: int | None) -> int:

@@ -462,6 +462,13 @@ def test_stream_comes_in_pieces(generator):
     assert seen == tokens
 
 
+def test_complete_is_the_join_of_stream(generator, monkeypatch):
+    text = "".join(generator.stream("ab", 60, seed=6))
+    # There is one loop for one text.
+    monkeypatch.delattr(Generator, "batch")
+    assert generator.complete("ab", 60, seed=6).text == text
+
+
 @samplings
 def test_stream_and_complete_end_before_a_stop(generator, sampling):
     for seed in range(4):
@@ -528,7 +535,7 @@ def test_batch_is_the_same_however_many_come_at_once(monkeypatch, generator, mos
 
 @pytest.mark.parametrize("together", [1, 2, 7, 128])
 def test_batch_is_the_same_however_many_are_written_together(monkeypatch, generator, together):
-    monkeypatch.setattr(module, "_TOGETHER", together)
+    monkeypatch.setattr(module, "_BATCH", together)
     assert_batch(generator, PROMPTS, 30, seed=2)
 
 

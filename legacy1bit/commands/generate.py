@@ -1,7 +1,7 @@
-"""``generate``: let a model write.
+"""``generate``: generate text.
 
-Standard output gets the text, byte for byte as the model has it; everything else goes to standard
-error.
+The text goes to standard output, byte for byte as the model generates it; everything else goes to
+standard error.
 """
 
 import argparse
@@ -33,41 +33,45 @@ from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
 from legacy1bit.system.errors import INTERRUPTED
 
-_MOST_SAMPLES = 1 << 20
-_REMEMBERED_LINES = 1000
+_MOST_TEXTS = 1 << 20
+_HISTORY_LINES = 1000
 
-# Of a prompt's file. A model sees its end only; and a device may have no end.
+# Largest file of a prompt: the model sees only its end, and a device may be endless.
 _MOST_BYTES = 1 << 26
 
-# Texts that are written before any of them is shown.
-_AT_ONCE = 32
+# Texts that are generated side by side.
+_BATCH = 32
 
-# Bytes that are no UTF-8 pass through text and come out as they were.
+# Bytes that are not UTF-8 pass through text and come out unchanged.
 _BYTES = "surrogateescape"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
-    command.description = "Write the prompt and its continuation to standard output."
+    """Add the options of the command."""
+    command.description = (
+        "Generate a text, and write the prompt and its continuation to standard output."
+    )
     add_model(command)
     prompt = command.add_mutually_exclusive_group()
-    prompt.add_argument("--prompt", help="what the text begins with")
+    prompt.add_argument("--prompt", help="beginning of the text (default: none)")
     prompt.add_argument(
         "--prompt-file",
         metavar="FILE",
-        help="a file with that, -: standard input; a line break at its end does not count",
+        help="a file with the prompt, -: standard input; a line break at its end is removed",
     )
     prompt.add_argument(
         "--interactive",
         action="store_true",
-        help="ask for prompts, with a history; an empty line goes on with the last text",
+        help="ask for prompts, with a history; an empty line continues the last text",
     )
-    command.add_argument("--max-tokens", type=int, default=250, metavar="N", help="default: 250")
+    command.add_argument(
+        "--max-tokens", type=int, default=250, metavar="N", help="length (default: 250)"
+    )
     command.add_argument(
         "--seed",
         type=int,
         metavar="N",
-        help="repeats a text (default: another one each time, which standard error tells)",
+        help="repeat a text (default: another one each time, printed on standard error)",
     )
     command.add_argument(
         "--stop",
@@ -82,19 +86,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="so many texts, of the seed and those that follow it (default: 1)",
+        help="number of texts, of this seed and the next ones (default: 1)",
     )
+    command.add_argument("--json", action="store_true", help="print each text as a line of JSON")
     command.add_argument(
-        "--json", action="store_true", help="print each text as a line of JSON when it is done"
-    )
-    command.add_argument(
-        "--threads", type=int, metavar="N", help=f"default: 1 for a small model, else {ALL_CORES}"
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
     )
     add_settings(command, "sampling", SamplingConfig)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write what is asked for."""
+    """Generate the texts."""
     sampling = SamplingConfig(**given(arguments, SamplingConfig))
     for name, value, low in (
         ("seed", 0 if arguments.seed is None else arguments.seed, 0),
@@ -103,8 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     ):
         if value < low:
             raise ValueError(f"--{name} is {value}, expected {low} or more")
-    if arguments.count > _MOST_SAMPLES:
-        raise ValueError(f"--count is {arguments.count}, expected at most {_MOST_SAMPLES}")
+    if arguments.count > _MOST_TEXTS:
+        raise ValueError(f"--count is {arguments.count}, expected at most {_MOST_TEXTS}")
     if "" in arguments.stop:
         raise ValueError("--stop is empty, expected text")
     if arguments.interactive and (arguments.json or arguments.count > 1):
@@ -121,9 +126,9 @@ def run(arguments: argparse.Namespace) -> int:
     seed = new_seed() if arguments.seed is None else arguments.seed
     if arguments.interactive:
         return _interact(generator, arguments, sampling, seed)
-    _tell_of_length(generator, prompt)
+    _warn_of_length(generator, prompt)
     if arguments.count == 1 and not arguments.json:
-        return _write(generator, prompt, arguments, sampling, seed)[0]
+        return _stream(generator, prompt, arguments, sampling, seed)[0]
     return _write_all(generator, prompt, arguments, sampling, seed)
 
 
@@ -144,19 +149,19 @@ def _prompt(arguments: argparse.Namespace) -> bytes:
     return text.removesuffix(b"\n").removesuffix(b"\r")
 
 
-def _tell_of_length(generator: Generator, prompt: bytes) -> None:
-    tokens, reach = len(generator.tokenizer.encode(prompt)), generator.model.config.sequence_length
-    if tokens > reach:
+def _warn_of_length(generator: Generator, prompt: bytes) -> None:
+    tokens, limit = len(generator.tokenizer.encode(prompt)), generator.model.config.sequence_length
+    if tokens > limit:
         print(
-            f"the prompt has {tokens} tokens and the model sees {reach}: its newest count",
+            f"the prompt has {tokens} tokens: truncated to its last {limit}, the model's context",
             file=sys.stderr,
         )
 
 
-def _tell_end(
+def _print_end(
     arguments: argparse.Namespace, sampling: SamplingConfig, seed: int, tokens: int, seconds: float
 ) -> None:
-    """Tell the seed that nobody has chosen, where it counts, and the speed."""
+    """Print a random seed, if it matters, and the speed."""
     if tokens:
         if arguments.seed is None and sampling.temperature > 0:
             print(f"seed {seed} (--seed {seed} repeats it)", file=sys.stderr)
@@ -164,14 +169,14 @@ def _tell_end(
         print(f"{tokens:,} tokens in {seconds:.2f} s: {rate:,.0f} tokens/s", file=sys.stderr)
 
 
-def _write(
+def _stream(
     generator: Generator,
     prompt: bytes,
     arguments: argparse.Namespace,
     sampling: SamplingConfig,
     seed: int,
 ) -> tuple[int, bytes]:
-    """Write a text as it comes; return the status and the whole of it."""
+    """Write a text as it is generated; return the status and the whole text."""
     text, status = prompt, 0
     begin = time.perf_counter()
     stream = generator.stream(
@@ -188,7 +193,7 @@ def _write(
     seconds = time.perf_counter() - begin
     if sys.stdout.isatty():
         print(file=sys.stderr)
-    _tell_end(arguments, sampling, seed, stream.tokens, seconds)
+    _print_end(arguments, sampling, seed, stream.tokens, seconds)
     return status, text
 
 
@@ -199,19 +204,17 @@ def _write_all(
     sampling: SamplingConfig,
     seed: int,
 ) -> int:
-    """Write several texts, each when it is done."""
-    # What JSON has no way to say is replaced there.
+    """Write several texts, or JSON, each when it is complete."""
+    # JSON cannot hold bytes that are not UTF-8.
     errors = "replace" if arguments.json else _BYTES
     begin, tokens = time.perf_counter(), 0
-    for first in range(0, arguments.count, _AT_ONCE):
-        texts = generator.batch(
-            [prompt] * min(_AT_ONCE, arguments.count - first),
-            arguments.max_tokens,
-            sampling,
-            seed + first,
-            arguments.stop,
-            errors,
-        )
+    for first in range(0, arguments.count, _BATCH):
+        settings = (arguments.max_tokens, sampling, seed + first, arguments.stop, errors)
+        count = min(_BATCH, arguments.count - first)
+        if count > 1:
+            texts = generator.batch([prompt] * count, *settings)
+        else:
+            texts = [generator.complete(prompt, *settings)]
         for text in texts:
             tokens += text.tokens
             if arguments.json:
@@ -220,7 +223,7 @@ def _write_all(
             number = text.seed - seed + 1
             print(f"text {number} of {arguments.count}, seed {text.seed}:", file=sys.stderr)
             write_bytes(prompt + text.text.encode("utf-8", _BYTES) + b"\n")
-    _tell_end(arguments, sampling, seed, tokens, time.perf_counter() - begin)
+    _print_end(arguments, sampling, seed, tokens, time.perf_counter() - begin)
     return 0
 
 
@@ -238,9 +241,9 @@ def _print_json(prompt: bytes, text: Completion) -> None:
 def _interact(
     generator: Generator, arguments: argparse.Namespace, sampling: SamplingConfig, seed: int
 ) -> int:
-    """Ask for prompts and write what follows them, until there are no more."""
+    """Ask for prompts and continue them, until standard input ends."""
     print(
-        "An empty line goes on with the last text. Ctrl-C stops a text, Ctrl-D ends.",
+        "An empty line continues the last text. Ctrl-C stops a text, Ctrl-D ends.",
         file=sys.stderr,
     )
     text = b""
@@ -248,8 +251,8 @@ def _interact(
         for line in _lines():
             prompt = line or text
             try:
-                _tell_of_length(generator, prompt)
-                _, text = _write(generator, prompt, arguments, sampling, seed)
+                _warn_of_length(generator, prompt)
+                _, text = _stream(generator, prompt, arguments, sampling, seed)
             except (IndexError, ValueError) as error:
                 print(f"legacy1bit: {error}", file=sys.stderr)
                 continue
@@ -259,7 +262,7 @@ def _interact(
 
 
 def _lines() -> Iterator[bytes]:
-    """Yield what is typed, line by line; where there is no terminal, it is any bytes."""
+    """Yield lines of standard input; without a terminal they are any bytes."""
     if sys.stdin.isatty():
         with contextlib.suppress(EOFError):
             while True:
@@ -268,7 +271,7 @@ def _lines() -> Iterator[bytes]:
     stream = standard_input()
     first = stream.readline()
     if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        # Lines end with other bytes there.
+        # Line breaks are other bytes there.
         stream = io.BytesIO(decode_text(first + stream.read(), "standard input"))
         first = stream.readline()
     for line in itertools.chain([first.removeprefix(codecs.BOM_UTF8)] if first else [], stream):
@@ -277,7 +280,7 @@ def _lines() -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _history() -> Iterator[None]:
-    """Edit lines, and remember those of earlier sessions, where the system can."""
+    """Edit lines, with a history of earlier sessions, if the system has readline."""
     try:
         import readline
     except ImportError:
@@ -294,7 +297,7 @@ def _history() -> Iterator[None]:
     file = Path(state) / "legacy1bit" / "history"
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
-    readline.set_history_length(_REMEMBERED_LINES)
+    readline.set_history_length(_HISTORY_LINES)
     try:
         yield
     finally:
