@@ -56,8 +56,11 @@ SHARD_BYTES = 1 << 28
 # How much of a file is checked at once.
 _BLOCK_BYTES = 1 << 22
 
-# How many documents a subset reads at once, and how many such blocks it remembers.
-_BLOCK_DOCUMENTS, _REMEMBERED = 1024, 64
+# A subset reads blocks of this number of documents, and remembers the last: a few megabytes, which
+# are all blocks of a million documents.
+_BLOCK_DOCUMENTS, _REMEMBERED = 256, 4096
+# How many blocks are counted at once.
+_COUNTED = 256
 
 
 class ShardError(ValueError):
@@ -299,10 +302,6 @@ class _Block(NamedTuple):
     starts: npt.NDArray[np.int64]
     runs: npt.NDArray[np.int64]
 
-    @property
-    def size(self) -> int:
-        return int(self.runs[:, 1].sum())
-
 
 class _Subset:
     """Some documents of a store, one behind the other, as one sequence of tokens.
@@ -341,9 +340,7 @@ class _Subset:
         def block(number: int) -> _Block:
             first = number * _BLOCK_DOCUMENTS
             last = min(first + _BLOCK_DOCUMENTS, count)
-            bounds = documents[first : last + 1].astype(np.int64)
-            if last == count:
-                bounds = np.append(bounds, stop)
+            bounds = np.append(documents[first : last + 1], stop)[: last + 1 - first]
             ours = inside(first, last)
             sizes = np.diff(bounds)[ours]
             edges = np.flatnonzero(np.diff(ours, prepend=False, append=False))
@@ -351,9 +348,16 @@ class _Subset:
             return _Block(np.cumsum(sizes) - sizes, np.stack([begins, ends - begins], axis=1))
 
         self._block = block
-        blocks = map(block, range(-(-count // _BLOCK_DOCUMENTS)))
-        sizes = [(0, 0), *((each.size, each.starts.size) for each in blocks)]
-        self._tokens_before, self._documents_before = np.cumsum(sizes, axis=0, dtype=np.int64).T
+        totals = [np.zeros((2, 1), np.int64)]
+        for first in range(0, count, step := _BLOCK_DOCUMENTS * _COUNTED):
+            last = min(first + step, count)
+            bounds = np.append(documents[first : last + 1], stop)[: last + 1 - first]
+            ours = inside(first, last)
+            edges = np.arange(0, last - first, _BLOCK_DOCUMENTS)
+            sizes = np.stack([np.diff(bounds) * ours, ours])
+            totals.append(np.add.reduceat(sizes, edges, axis=1))
+        before = np.cumsum(np.concatenate(totals, axis=1), axis=1)
+        self._tokens_before, self._documents_before = np.ascontiguousarray(before)
         self.document_count = int(self._documents_before[-1])
         self.size = int(self._tokens_before[-1]) + 1
 
@@ -394,13 +398,15 @@ class _SubsetStarts:
     def __getitem__(self, places: slice, /) -> npt.NDArray[np.int64]:
         """Return a slice without a step."""
         start, stop, _ = places.indices(self.size)
-        before, pieces = self._subset._documents_before, [np.zeros(0, np.int64)]
-        while start < stop:
-            number = _block_of(before, start)
-            piece = self._subset._block(number).starts[start - before[number] :][: stop - start]
-            pieces.append(piece + self._subset._tokens_before[number])
-            start += piece.size
-        return np.concatenate(pieces)
+        out = np.empty(max(stop - start, 0), np.int64)
+        done = 0
+        while done < out.size:
+            number = _block_of(self._subset._documents_before, start + done)
+            first = start + done - int(self._subset._documents_before[number])
+            piece = self._subset._block(number).starts[first : first + out.size - done]
+            out[done : done + piece.size] = piece + self._subset._tokens_before[number]
+            done += piece.size
+        return out
 
 
 def _block_of(before: npt.NDArray[np.int64], place: int) -> int:
