@@ -1,5 +1,5 @@
-"""The records of a training run, a JSON object a line: its metrics (C: ``logger.c``) and what the
-model wrote on the way. And TensorBoard's events, for those who want them.
+"""The records of a training run, a JSON object per line: metrics (C: ``logger.c``) and samples;
+and the same numbers as TensorBoard events.
 """
 
 import json
@@ -18,7 +18,7 @@ METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 EVENTS_FOLDER = "tensorboard"
 
-# A line that is longer is no record: those of the largest models have some hundred kilobytes.
+# A longer line is not a record: those of the largest models have some hundred kilobytes.
 _LONGEST_LINE = 1 << 24
 
 
@@ -31,7 +31,7 @@ def is_run(names: Collection[str]) -> bool:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the objects of a file of metrics or of samples, oldest first.
 
-    A last line that a crash left incomplete is passed over.
+    A last line that a crash left incomplete is skipped.
 
     Raises
     ------
@@ -56,33 +56,33 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 class StepLog:
-    """A file of records, each of which has its step.
+    """A file of records, each with its step.
 
-    The C original keeps one JSON array a session, which is not JSON until the session has ended; a
-    line that is written is complete.
+    The C original writes one JSON array per session, which is not JSON until the session has ended;
+    a line is always complete.
 
     Parameters
     ----------
     path : path-like
     resume_at : int
-        What was recorded after this step is dropped: it is about to happen again.
+        Records after this step are dropped: a resumed run writes them again.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_at: int = 0) -> None:
         self.path = Path(path)
-        kept = []
+        records = []
         if resume_at and self.path.exists():
-            kept = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
+            records = [record for record in read_metrics(self.path) if record["step"] <= resume_at]
         try:
-            lines = [_line(record) for record in kept]
+            lines = [_line(record) for record in records]
         except RecursionError:
-            raise ValueError(f"{path}: a record has too many others within it") from None
+            raise ValueError(f"{path}: a record is nested too deeply") from None
         atomic_write(self.path, "".join(lines))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Put one record onto the disk. Numbers that are not finite become null: JSON has none."""
+        """Append a record, and flush it to the disk. Numbers that are not finite become null."""
         try:
-            # Somebody may have removed the folder: what is to come is not lost for that.
+            # The folder may have been removed: the records to come are not lost then.
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(_line(record))
@@ -99,16 +99,16 @@ class MetricsLogger(StepLog):
     Parameters
     ----------
     folder : path-like
-        The run.
+        The folder of the run.
     resume_at : int
         As for ``StepLog``.
     tensorboard : bool
-        Whether every number goes to TensorBoard event files in ``tensorboard/``, too.
+        Whether to write every number to TensorBoard event files in ``tensorboard/``, too.
 
     Raises
     ------
     ValueError
-        If those are wanted and tensorboardX is not installed.
+        If ``tensorboard`` is set and tensorboardX is not installed.
     """
 
     def __init__(
@@ -120,30 +120,32 @@ class MetricsLogger(StepLog):
         self._events = _Events(Path(folder) / EVENTS_FOLDER, resume_at) if tensorboard else None
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Add one record. Numbers that are not finite become null: JSON has none."""
+        """Append a record, and write its events."""
         super().log(record)
         if self._events is not None:
+            for step, loss in record.get("train_losses", ()):
+                self._events.add(step, {"train_losses": loss})
             self._events.add(record["step"], dict(_numbers(record)))
 
     def close(self) -> None:
-        """Finish TensorBoard's file; a run without one has nothing to finish."""
+        """Close the event file, if there is one."""
         if self._events is not None:
             self._events.close()
 
 
 def check_tensorboard() -> None:
-    """Raise ``ValueError`` if what writes TensorBoard's events is not installed."""
+    """Raise ``ValueError`` if the writer of TensorBoard events is not installed."""
     load_extra("TensorBoard's events need", "tensorboardX", "event_file_writer", "proto")
 
 
 class _Events:
-    """A file of TensorBoard's events: one for each record, on the disk when it was added.
+    """A file of TensorBoard events, each flushed when it was added.
 
     Parameters
     ----------
     folder : Path
     resume_at : int
-        Events of earlier files after this step are no longer shown.
+        TensorBoard hides the events of earlier files after this step.
     """
 
     def __init__(self, folder: Path, resume_at: int) -> None:
@@ -151,12 +153,12 @@ class _Events:
         from tensorboardX.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
 
         folder.mkdir(parents=True, exist_ok=True)
-        # The name has the second in it, and the step, so that two attempts do not share one.
+        # The name has the time and the step in it, so that two attempts do not share a file.
         self._file = EventsWriter(str(folder / "events"), f".{resume_at}")
         self._write(resume_at + 1, session_log=SessionLog(status=SessionLog.START))
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Write the numbers of one step."""
+        """Write the numbers of a step."""
         from tensorboardX.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in numbers.items()]
@@ -169,16 +171,16 @@ class _Events:
         self._file.flush()
 
     def close(self) -> None:
-        """Finish the file."""
+        """Close the file."""
         self._file.close()
 
 
 def _numbers(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield the numbers of a record and of the records within it, by their paths."""
+    """Yield the numbers of a record and of those nested in it, by their paths; lists have none."""
     for key, value in record.items():
         if isinstance(value, Mapping):
             yield from _numbers(value, f"{prefix}{key}/")
-        elif value is not None and f"{prefix}{key}" != "step":
+        elif not (value is None or isinstance(value, list) or f"{prefix}{key}" == "step"):
             yield f"{prefix}{key}", float(value)
 
 

@@ -33,7 +33,7 @@ def train_and_write(folder, name):
     corpus = text_corpus(TEXT, "text", config.sequence_length, config.vocab_size)
     folder.mkdir(parents=True)
     trainer = Trainer(folder, config, training, corpus, {"name": "text"})
-    trainer.train(MetricsLogger(folder), lambda *_: None, lambda _: None, lambda: False)
+    trainer.train(MetricsLogger(folder))
     for form in ("2bit", "trits") if name == "defaults" else ("2bit",):
         generator = Generator.load(folder, training.threads, form)
         # A prompt of several tokens, more text than the context holds, several sequences.

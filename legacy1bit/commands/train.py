@@ -20,7 +20,7 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import progress_of_bytes, progress_of_training
+from legacy1bit.commands.progress import Bar, progress_of_bytes, progress_of_training
 from legacy1bit.commands.run_settings import (
     FIRST_RUN_SECONDS,
     add_config,
@@ -43,7 +43,7 @@ from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.run import Run
-from legacy1bit.training.trainer import Trainer, steps_within
+from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 # How many stories of a finished run are looked at.
 _SAMPLES = 20
@@ -255,42 +255,13 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
             "fewer --steps, or end in time with --patience 3",
             file=sys.stderr,
         )
-    samples = None
-    if trainer.tokenizer.bos_token is not None:
-        samples = StepLog(trainer.run.samples_file, trainer.step)
     progress = progress_of_training()
 
     def answer() -> None:
         progress.console.print("stopping after this step; once more: at once, without saving")
 
-    with Interrupts(answer) as interrupts, progress:
-        task = progress.add_task(
-            "",
-            total=trainer.config.steps,
-            completed=trainer.step,
-            first=trainer.step,
-            loss=float("nan"),
-            speed=0.0,
-        )
-
-        def on_step(loss: float, speed: float) -> None:
-            progress.update(task, completed=trainer.step, loss=loss, speed=speed)
-
-        def on_report(record: dict[str, Any]) -> None:
-            progress.write(
-                f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
-                f"validation loss {record['val_loss']:.4f}  "
-                f"{record['tokens_per_second']:,.0f} tokens/s"
-            )
-
-        def on_look() -> None:
-            if samples is not None:
-                generator = Generator(trainer.model, trainer.tokenizer)
-                written = generator.complete("", _SAMPLE_TOKENS, seed=0)
-                samples.log({"step": trainer.step, "prompt": "", "text": written.text})
-
-        with contextlib.closing(logger):
-            done = trainer.train(logger, on_step, on_report, lambda: interrupts.requested, on_look)
+    with Interrupts(answer) as interrupts, progress, contextlib.closing(logger):
+        done = trainer.train(logger, _Display(trainer, progress, interrupts))
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
@@ -300,6 +271,45 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
         return INTERRUPTED
     _report(trainer)
     return 0
+
+
+class _Display(TrainingCallback):
+    """Shows the progress of a training, writes its samples, and stops it when interrupted."""
+
+    def __init__(self, trainer: Trainer, progress: Bar, interrupts: Interrupts) -> None:
+        self._trainer, self._progress, self._interrupts = trainer, progress, interrupts
+        self._samples: StepLog | None = None
+        if trainer.tokenizer.bos_token is not None:
+            self._samples = StepLog(trainer.run.samples_file, trainer.step)
+        self._task = progress.add_task(
+            "",
+            total=trainer.config.steps,
+            completed=trainer.step,
+            first=trainer.step,
+            loss=float("nan"),
+            speed=0.0,
+        )
+
+    def on_step(self, loss: float, tokens_per_second: float) -> None:
+        self._progress.update(
+            self._task, completed=self._trainer.step, loss=loss, speed=tokens_per_second
+        )
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        if self._samples is not None:
+            generator = Generator(self._trainer.model, self._trainer.tokenizer)
+            sample = generator.complete("", _SAMPLE_TOKENS, seed=0)
+            self._samples.log({"step": record["step"], "prompt": "", "text": sample.text})
+
+    def on_save(self, record: dict[str, Any]) -> None:
+        self._progress.write(
+            f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
+            f"validation loss {record['val_loss']:.4f}  "
+            f"{record['tokens_per_second']:,.0f} tokens/s"
+        )
+
+    def should_stop(self) -> bool:
+        return self._interrupts.requested
 
 
 def _epochs(trainer: Trainer) -> float:

@@ -254,7 +254,7 @@ class _Work:
         with progress_of_tuning() as progress:
             task = progress.add_task("", total=1.0, trial="", loss=float("nan"), best="")
 
-            def on_look(number: int, done: float, loss: float) -> None:
+            def on_evaluation(number: int, done: float, loss: float) -> None:
                 progress.update(task, completed=done, trial=f"trial {number}", loss=loss)
 
             def on_end(result: TrialResult) -> None:
@@ -273,7 +273,7 @@ class _Work:
                 self.corpus_of,
                 self._origin.to_dict(),
                 self.folder,
-                on_look,
+                on_evaluation,
                 on_end,
             )
             tuner.run(budget, stop)

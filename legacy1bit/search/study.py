@@ -38,7 +38,7 @@ from legacy1bit.system.files import atomic_write, read_regular
 from legacy1bit.system.optional import load_extra
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.run import Run
-from legacy1bit.training.trainer import Trainer, steps_within
+from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 SAMPLERS = ("tpe", "random", "grid")
 # What a trial is measured by, and which way is better.
@@ -57,7 +57,7 @@ STATES = {
 STUDY_NAME, DATABASE_FILE, STUDY_FILE = "study", "study.db", "tune.json"
 
 # A trial is looked at so often; bad ones end at a look.
-_LOOKS = 8
+_EVALUATIONS = 8
 # As many trials run to their end before one is compared with them, and before what is tried next
 # depends on how they went.
 _COMPARED, _STARTING = 4, 8
@@ -569,7 +569,7 @@ class Tuner:
         Where the corpus comes from.
     folder : Path
         Where the trials' runs go: ``trials/0000`` and so on.
-    on_look : callable, optional
+    on_evaluation : callable, optional
         Gets a trial's number, its share that is done, and its loss, whenever it was measured.
     on_end : callable, optional
         Gets the result of every trial that has ended.
@@ -582,14 +582,14 @@ class Tuner:
         corpus_of: Callable[[ModelConfig], tuple[Corpus, ModelConfig]],
         source: dict[str, Any],
         folder: Path,
-        on_look: Callable[[int, float, float], None] | None = None,
+        on_evaluation: Callable[[int, float, float], None] | None = None,
         on_end: Callable[[TrialResult], None] | None = None,
     ) -> None:
         self.study, self.terms, self.folder = study, terms, folder
         self._optuna = load_optuna()
         self._corpus_of, self._source = corpus_of, source
-        self._on_look, self._on_end = on_look, on_end
-        self._stop: Callable[[], bool] = lambda: False
+        self._on_evaluation, self._on_end = on_evaluation, on_end
+        self.should_stop: Callable[[], bool] = lambda: False
         self._grid: GridSearch | None = None
         if terms.sampler == "grid":
             self._grid = GridSearch({each.name: each.values() for each in terms.space})
@@ -635,7 +635,7 @@ class Tuner:
             If a file, or the database, cannot be written.
         """
         end = math.inf if budget.minutes is None else time.monotonic() + 60 * budget.minutes
-        self._stop = stop
+        self.should_stop = stop
         while not stop() and self._left(budget, end):
             try:
                 self.study.optimize(self._objective, n_trials=1, callbacks=[self._ended])
@@ -695,7 +695,7 @@ class Tuner:
                 for each in terms.space
                 if each.of_steps
             }
-            looks = max(-(-training.steps // _LOOKS), 1)
+            looks = max(-(-training.steps // _EVALUATIONS), 1)
             training = replace(training, evaluate_every=looks, **counted)
             trial.set_user_attr("model", model.to_dict())
             trial.set_user_attr("training", training.to_dict())
@@ -755,20 +755,20 @@ class Tuner:
         """Return the loss that a trial comes to, and how long it trained."""
         path = self._folder_of(trial.number)
         trainer = Trainer(path, model, training, corpus, self._source, self.terms.data)
-
-        def look(record: dict[str, Any]) -> None:
-            loss, done = record["val_loss"], record["step"] / training.steps
-            if self._on_look is not None:
-                self._on_look(trial.number, done, loss)
-            if done < 1 and len(self.terms.objectives) == 1:
-                trial.report(loss, round(_LOOKS * done))
-                if trial.should_prune():
-                    trial.set_user_attr("seconds", trainer.seconds)
-                    raise self._optuna.TrialPruned
-
-        if not trainer.train(MetricsLogger(path), lambda *_: None, look, self._stop):
+        if not trainer.train(MetricsLogger(path), _TrialCallback(self, trial, trainer)):
             raise _Stopped(trial.number)
         return trainer.best_model()[1].loss, trainer.seconds
+
+    def report(self, trial: Any, trainer: Trainer, loss: float) -> None:
+        """Report an evaluation of a trial, and prune it where others do better."""
+        progress = trainer.step / trainer.config.steps
+        if self._on_evaluation is not None:
+            self._on_evaluation(trial.number, progress, loss)
+        if progress < 1 and len(self.terms.objectives) == 1:
+            trial.report(loss, round(_EVALUATIONS * progress))
+            if trial.should_prune():
+                trial.set_user_attr("seconds", trainer.seconds)
+                raise self._optuna.TrialPruned
 
     def _ended(self, study: Any, trial: Any) -> None:
         """Tell how a trial has ended, and keep the weights of the best alone."""
@@ -780,6 +780,19 @@ class Tuner:
                 run.remove_weights()
         if self._on_end is not None:
             self._on_end(next(one for one in results if one.number == trial.number))
+
+
+class _TrialCallback(TrainingCallback):
+    """Reports the evaluations of a trial, and stops it with its study."""
+
+    def __init__(self, tuner: Tuner, trial: Any, trainer: Trainer) -> None:
+        self._tuner, self._trial, self._trainer = tuner, trial, trainer
+
+    def on_save(self, record: dict[str, Any]) -> None:
+        self._tuner.report(self._trial, self._trainer, record["val_loss"])
+
+    def should_stop(self) -> bool:
+        return self._tuner.should_stop()
 
 
 class _Stopped(Exception):

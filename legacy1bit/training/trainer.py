@@ -1,4 +1,4 @@
-"""The training loop, its measurements and its checkpoints (C: the loop of ``main.c``)."""
+"""The training loop (C: the loop of ``main.c``)."""
 
 import contextlib
 import errno
@@ -7,11 +7,13 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+import numpy.typing as npt
 
 from legacy1bit.backward import BackwardPass, ignore_padding
 from legacy1bit.data.augment import Augmentation
@@ -61,31 +63,89 @@ from legacy1bit.training.evaluation import (
 from legacy1bit.training.memory import check_memory
 from legacy1bit.training.run import FixedSettings, Run, RunSettings
 
-# While it trains, a run is measured on about this many tokens of its validation set, spread
-# evenly; at the end on as many as the settings say.
+# An evaluation during training is of about this many tokens of the validation set, spread evenly;
+# the settings say of how many the last one is.
 _QUICK_TOKENS = 16384
 
-# The share of a run's time in which it is found out how many steps fit into the whole, and how
-# long that takes at least and at most, in seconds.
-_PROBE_SHARE, _PROBE_SECONDS = 0.05, (0.5, 10.0)
+# Steps between the points of the curve of the training loss, and points between two evaluations.
+_CURVE_STEPS, _CURVE_POINTS = 10, 50
+
+# The fraction of a run's time in which its speed is measured, and the bounds of that time in
+# seconds.
+_PROBE_FRACTION, _PROBE_SECONDS = 0.05, (0.5, 10.0)
+
+
+class TrainingCallback:
+    """Methods that ``Trainer.train`` calls; those that are not overridden do nothing."""
+
+    def on_step(self, loss: float, tokens_per_second: float) -> None:
+        """Called after every step, with the loss of its batch and the speed of training."""
+
+    def on_evaluation(self, record: dict[str, Any]) -> None:
+        """Called with the record of an evaluation, before the run is saved."""
+
+    def on_save(self, record: dict[str, Any]) -> None:
+        """Called with the record of an evaluation, after the run was saved."""
+
+    def should_stop(self) -> bool:
+        """Called after every step; if it returns true, the run is saved and the training ends."""
+        return False
+
+
+@dataclass
+class _Statistics:
+    """Statistics of the steps since the last evaluation.
+
+    Attributes
+    ----------
+    losses, norms : list of float
+        The loss and the gradient norm of each step.
+    positions, padding : int
+        The number of positions in the batches, and of those that are padding.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    positions: int = 0
+    padding: int = 0
+
+    def train_losses(self, step: int, evaluate_every: int) -> list[list[float]]:
+        """Return a curve of the training loss: steps, each with the mean loss since the last one.
+
+        Its points lie ``_CURVE_STEPS`` apart, or further where there would be more than
+        ``_CURVE_POINTS`` between two evaluations.
+
+        Parameters
+        ----------
+        step : int
+            The last step.
+        evaluate_every : int
+            Steps between two evaluations.
+        """
+        every = max(_CURVE_STEPS, -(-evaluate_every // _CURVE_POINTS))
+        first = step - len(self.losses)
+        ends = [n for n in range(first + 1, step) if n % every == 0] + [step]
+        parts = [
+            self.losses[begin - first : end - first] for begin, end in pairwise([first, *ends])
+        ]
+        return [[end, sum(part) / len(part)] for end, part in zip(ends, parts, strict=True)]
 
 
 class Trainer:
-    """A model on its way through a corpus.
+    """Trains a model on a corpus.
 
     Parameters
     ----------
     folder : Path
-        The run: where model, checkpoint and metrics go; made if need be.
+        The folder of the run, which is created if necessary.
     model_config : ModelConfig
     config : TrainingConfig
     corpus : Corpus
     source : dict
-        Where the corpus came from, kept with the run as JSON: its ``name``, and whatever else is to
-        be kept. ``--resume`` finds a text by its ``path``, bundled stories by ``stories`` and
-        ``seed``.
+        Where the corpus comes from, stored with the run as JSON: its ``name``, and anything else.
+        ``--resume`` reads a text from its ``path``, bundled stories from ``stories`` and ``seed``.
     data : DataConfig, optional
-        What becomes of its text; kept, too.
+        How the text was read and tokenized, also stored.
 
     Raises
     ------
@@ -96,15 +156,16 @@ class Trainer:
 
     Attributes
     ----------
+    run : Run
     tokenizer : Tokenizer
-        The corpus's, which is saved with the model; of bytes, as many as the model knows.
+        That of the corpus, saved with the model.
     step : int
         Updates done so far.
     metrics : Metrics or None
-        The last measurement; at the end of the run that of the whole validation set.
+        The last evaluation; at the end of the run that of the whole validation set.
     best : (float, int)
-        The lowest loss so far of the part of the validation set that every look is at, and the
-        step it was measured after. What was saved then lies in the folder ``best`` of the run.
+        The lowest loss so far on the part of the validation set that every evaluation is of, and
+        its step. The run as it was then is in its folder ``best``.
     """
 
     def __init__(
@@ -128,11 +189,11 @@ class Trainer:
         self.run = Run(folder)
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
-        # A number from here on, which a run that gets more steps later keeps.
+        # Fixed from here on: more steps later do not change the warm-up.
         config = replace(config, warmup_steps=config.warmup)
         try:
             with product_precision(config.precision):
-                pass  # a precision that is not there is refused before anything is made
+                pass  # refuse an unavailable precision before anything is allocated
         except ValueError as error:
             raise SettingError(str(error), "precision") from None
         self.config = config
@@ -163,10 +224,10 @@ class Trainer:
             self.data, self.tokenizer, model_config.pad_token, config.seed
         )
         self._prefetcher: Prefetcher | None = None
-        # The step that a batch was last taken for, and the position before it.
+        # The last step that took a batch, and the position before it.
         self._taken: tuple[int, tuple[int, ...]] = (-1, ())
         self._saved = 0
-        self._places_seen = self._padding_seen = 0
+        self._since = _Statistics()
         self.step = 0
         self.seconds = 0.0
         self.metrics: Metrics | None = None
@@ -175,27 +236,14 @@ class Trainer:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a trainer cannot be copied or pickled: save the run, and restore another")
 
-    def train(
-        self,
-        logger: MetricsLogger,
-        on_step: Callable[[float, float], None],
-        on_report: Callable[[dict[str, Any]], None],
-        stop: Callable[[], bool],
-        on_look: Callable[[], None] = lambda: None,
-    ) -> bool:
-        """Train until the last step, or until told to stop.
+    def train(self, logger: MetricsLogger, callback: TrainingCallback | None = None) -> bool:
+        """Train until the last step, or until the callback stops it.
 
         Parameters
         ----------
         logger : MetricsLogger
-        on_step : callable
-            Gets the batch's loss and the tokens trained a second after every step.
-        on_report : callable
-            Gets every record that goes to ``metrics.jsonl``.
-        stop : callable
-            Asked after every step.
-        on_look : callable, optional
-            Called when a record was written, and before the run is saved: to write others.
+            Writes a record of every evaluation.
+        callback : TrainingCallback, optional
 
         Returns
         -------
@@ -205,33 +253,27 @@ class Trainer:
         Raises
         ------
         TrainingDiverged
-            If the loss or a gradient is not finite; what was saved before stays as it was.
+            If the loss or a gradient is not finite; the files of the run are unchanged then.
         OSError
-            If the run cannot be saved in its folder; that is tried before the first step, too.
+            If the run cannot be saved in its folder, which is checked before the first step.
         KeyboardInterrupt
-            If it is interrupted, as in a notebook. The last whole step is saved first, without a
-            measurement; where ``stop`` returns True by then, nothing is saved.
+            If it is interrupted, as in a notebook. The last completed step is saved before, but not
+            evaluated; unless ``should_stop`` returns true by then.
         """
+        callback = TrainingCallback() if callback is None else callback
         self._check_saving()
         try:
-            return self._train(logger, on_step, on_report, stop, on_look)
+            return self._train(logger, callback)
         except KeyboardInterrupt:
-            if not stop():
+            if not callback.should_stop():
                 self._save_interrupted()
             raise
 
-    def _train(
-        self,
-        logger: MetricsLogger,
-        on_step: Callable[[float, float], None],
-        on_report: Callable[[dict[str, Any]], None],
-        stop: Callable[[], bool],
-        on_look: Callable[[], None],
-    ) -> bool:
+    def _train(self, logger: MetricsLogger, callback: TrainingCallback) -> bool:
         with contextlib.closing(self):
             config = self.config
             if best_is_missing(self.run, self.fixed_settings, self.best, self.step):
-                # The checkpoint is there already, and the one before stays that.
+                # The checkpoint exists already, and the one before stays as it is.
                 self._save_model()
                 self._save_settings()
             per_step = (
@@ -239,45 +281,29 @@ class Trainer:
             )
             begin, first = time.perf_counter() - self.seconds, self.step
             began_here = self.seconds
-            self._places_seen = self._padding_seen = 0
-            losses: list[float] = []
-            norms: list[float] = []
+            self._since = _Statistics()
             codes = model_codes(self.model, copy=True)
             while self.step < config.steps:
                 loss, norm = self.train_step()
-                losses.append(loss)
-                norms.append(norm)
+                self._since.losses.append(loss)
+                self._since.norms.append(norm)
                 self.seconds = time.perf_counter() - begin
                 speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
-                on_step(loss, speed)
+                callback.on_step(loss, speed)
                 last, ended = self.step == config.steps, False
-                stopped = stop()
+                stopped = callback.should_stop()
                 if last or stopped or self.step % config.evaluate_every == 0:
-                    ended = self._look(last, stop)
-                    assert self.metrics is not None
-                    record = {
-                        "step": self.step,
-                        "train_loss": sum(losses) / len(losses),
-                        **self.metrics.record(),
-                        "learning_rate": config.learning_rate_at(self.step - 1),
-                        "gradient_norm": sum(norms) / len(norms),
-                        "tokens_per_second": speed,
-                        "elapsed_seconds": self.seconds,
-                        "padding": self._padding_seen / self._places_seen,
-                        "full_precision": self.model.full_precision,
-                        "weights": code_fractions(self.model, codes),
-                    }
-                    # Records first: what is ahead of the checkpoint a resume drops, but what the
-                    # checkpoint is ahead of would be missing for good.
+                    ended = self._evaluate(last, callback.should_stop)
+                    record = self._record(speed, codes)
+                    # Records first: a resumed run drops those after its checkpoint, but could not
+                    # repeat those before it.
                     logger.log(record)
-                    on_look()
+                    callback.on_evaluation(record)
                     self.save()
-                    on_report(record)
-                    losses.clear()
-                    norms.clear()
-                    self._places_seen = self._padding_seen = 0
+                    callback.on_save(record)
+                    self._since = _Statistics()
                     codes = model_codes(self.model, copy=True)
-                    # Measuring is not training: it counts for nothing in the speed.
+                    # The speed is that of training: evaluations do not count.
                     begin = time.perf_counter() - self.seconds
                 if ended:
                     return True
@@ -285,10 +311,30 @@ class Trainer:
                     return False
             return True
 
-    def _look(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
-        """Measure the model and note whether it is the best so far; return whether the run ends."""
+    def _record(
+        self, tokens_per_second: float, codes: dict[str, npt.NDArray[np.int8]]
+    ) -> dict[str, Any]:
+        """Return the record of an evaluation; ``codes`` are those of the evaluation before."""
+        since = self._since
+        assert self.metrics is not None
+        return {
+            "step": self.step,
+            "train_loss": sum(since.losses) / len(since.losses),
+            "train_losses": since.train_losses(self.step, self.config.evaluate_every),
+            **self.metrics.record(),
+            "learning_rate": self.config.learning_rate_at(self.step - 1),
+            "gradient_norm": sum(since.norms) / len(since.norms),
+            "tokens_per_second": tokens_per_second,
+            "elapsed_seconds": self.seconds,
+            "padding": since.padding / since.positions,
+            "full_precision": self.model.full_precision,
+            "weights": code_fractions(self.model, codes),
+        }
+
+    def _evaluate(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
+        """Evaluate the model, update ``best``, and return whether the run ends."""
         self._check_weights()
-        # What a run ends with are its codes.
+        # A run ends with its codes, never in full precision.
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = self._measure(_QUICK_TOKENS)
         if self.metrics.loss < self.best[0] and not self.model.full_precision:
@@ -299,13 +345,13 @@ class Trainer:
         return ended
 
     def _check_weights(self) -> None:
-        """Raise ``TrainingDiverged`` where a checkpoint would hold what is not finite."""
-        held = {
+        """Raise ``TrainingDiverged`` where a checkpoint would not be finite."""
+        arrays = {
             **self.model.latent,
             "the first moments": self.optimizer.first,
             "the second moments": self.optimizer.second,
         }
-        for name, values in held.items():
+        for name, values in arrays.items():
             if not np.isfinite(values).all():
                 raise diverged(
                     f"after step {self.step} {name} are no longer finite", self.model, self.config
@@ -321,7 +367,7 @@ class Trainer:
             raise diverged(what, self.model, self.config, error.batch) from None
 
     def train_step(self) -> tuple[float, float]:
-        """Take one step and return the loss of its batch and the norm of the gradient."""
+        """Do one update, and return the loss of its batch and the norm of the gradient."""
         config = self.config
         self.model.use_full_precision(self.step < config.float_steps)
         with product_precision(config.precision):
@@ -333,15 +379,15 @@ class Trainer:
         zero_legacy_llm_gradients(self.gradients)
         counted = ignore_padding(tokens, targets, self.model.config.pad_token) >= 0
         total = int(counted.sum())
-        self._places_seen += counted.size
-        self._padding_seen += counted.size - total
+        self._since.positions += counted.size
+        self._since.padding += counted.size - total
         loss = 0.0
-        # Where sequences are shorter, there are as many more of them.
+        # Shorter sequences come in larger batches.
         size = config.batch_size * (self.model.config.sequence_length // tokens.shape[1])
         for first in range(0, len(tokens), size):
             rows = slice(first, first + size)
-            seen = None if starts is None else starts[rows]
-            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total, seen)[0]
+            part = None if starts is None else starts[rows]
+            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total, part)[0]
         loss /= max(total, 1)
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {self.step + 1}"
@@ -357,7 +403,7 @@ class Trainer:
         return loss, norm
 
     def _next_batch(self) -> Batch:
-        """Return what the next step learns from; from the first on, more are made meanwhile."""
+        """Return the batch of the next step; a thread reads ahead from the first on."""
         if self._taken[0] == self.step:
             self.close()
         self._taken = (self.step, self.position)
@@ -367,15 +413,15 @@ class Trainer:
         return self._prefetcher.next_batch()
 
     def best_model(self) -> tuple[LegacyLLM, Metrics]:
-        """Return the model of a run that has ended, its best, and how well it predicts.
+        """Return the best model of a run that has ended, and its metrics.
 
-        That is measured on the whole validation set, as far as the settings say.
+        They are those of the whole validation set, or of as many tokens as the settings say.
         """
         model, metrics = self.model, self.metrics
         if 0 < self.best[1] < self.step:
-            kept = load_model(self.folder)
-            if kept.provenance.steps != self.step:
-                model, metrics = kept, None
+            best = load_model(self.folder)
+            if best.provenance.steps != self.step:
+                model, metrics = best, None
         if metrics is None:
             metrics = evaluate(
                 model,
@@ -388,7 +434,7 @@ class Trainer:
 
     @property
     def fixed_settings(self) -> FixedSettings:
-        """What holds for the whole of the run."""
+        """The settings that hold for the whole of the run."""
         return self.settings.fixed()
 
     @property
@@ -403,24 +449,24 @@ class Trainer:
 
     @property
     def position(self) -> tuple[int, ...]:
-        """Where in the data the next batch begins."""
+        """The position of the next batch in the data."""
         step, before = self._taken
         if step == self.optimizer.steps:
-            # Something came between this batch and its update.
+            # The update of this batch was interrupted.
             return before
         return self.reader.position if self._prefetcher is None else self._prefetcher.position
 
     def close(self) -> None:
-        """Stop making batches; those that were not learned from are made again if need be."""
+        """Stop reading ahead; unused batches are read again if necessary."""
         if self._prefetcher is not None:
             self._prefetcher.close()
         self.reader.position = self.position
         self._prefetcher = None
 
     def save(self) -> None:
-        """Write tokenizer, model, checkpoint and settings, each as a whole or not at all.
+        """Write tokenizer, model, checkpoint and settings, each atomically.
 
-        The settings come last: they are what makes a folder a run, which has all the rest.
+        The settings come last: a folder that has them has all the other files.
         """
         self._save_model()
         checkpoint = Checkpoint(
@@ -437,8 +483,8 @@ class Trainer:
         self._saved = self.step
 
     def _save_interrupted(self) -> None:
-        """Save the last whole step, wherever Python has interrupted what followed."""
-        # The optimizer counts before it changes a weight, and comes back when all are changed.
+        """Save the last completed step, wherever Python was interrupted after it."""
+        # The optimizer counts a step before it changes a weight, and returns when all are changed.
         self.step = self.optimizer.steps
         if self.step > self._saved:
             self._check_weights()
@@ -446,7 +492,7 @@ class Trainer:
             self.save()
 
     def _check_saving(self) -> None:
-        """Raise ``OSError`` where the run could not be saved, before there is something to save."""
+        """Raise ``OSError`` where the run could not be saved."""
         trial = temporary_of(self.run.tokenizer_file)
         try:
             trial.mkdir(parents=True)
@@ -460,7 +506,7 @@ class Trainer:
             # Weights and two moments, beside the model.
             needed = 12 * self.model.num_parameters + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
-            # Some file systems do not know their size.
+            # Some file systems report no size.
             if needed > free and total:
                 message = f"a checkpoint takes {needed:,} bytes, and {free:,} are free"
                 raise OSError(errno.ENOSPC, message, str(self.folder))
@@ -472,27 +518,27 @@ class Trainer:
         save_model(self.model, self.folder)
 
     def _save_settings(self) -> None:
-        """Write the settings, and keep the run if it is the best so far."""
+        """Write the settings, and copy the run if it is the best so far."""
         self.run.write_settings(self.settings)
         if 0 < self.best[1] == self.step:
             self.run.keep_best()
 
     def _provenance(self) -> Provenance:
-        """Return what the model's files are to tell of where it comes from."""
+        """Return where the model comes from, for its files."""
         loss = self.metrics.loss if self.metrics else None
         if loss is None and 0 < self.best[1] == self.step:
             loss = self.best[0]
         return Provenance(self.source["name"], self.corpus.sha256, self.step, loss)
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Go back to a checkpoint of the run.
+        """Restore a checkpoint of the run.
 
-        It is the newest then; what was newer and is damaged does not come in its way any more.
+        It becomes the newest: it replaces a newer one that is damaged.
 
         Raises
         ------
         ModelFileError
-            If it is not of this run.
+            If it does not belong to this run.
         OSError
             If it cannot be made the newest.
         """
@@ -521,18 +567,18 @@ class Trainer:
 
 
 def _check_source(source: Mapping[str, Any]) -> None:
-    """Raise ``ValueError`` unless the files of a run can keep where its corpus came from."""
+    """Raise ``ValueError`` unless the files of a run can store where its corpus comes from."""
     name = source.get("name")
     if type(name) is not str:
         raise ValueError(
             f"the source's name is {name!r}, expected a text, as in {{'name': 'my text'}}"
         )
     try:
-        kept = json.loads(json.dumps(source))
+        stored = json.loads(json.dumps(source))
     except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"the source cannot be kept as JSON: {error}") from None
-    if kept != source:
-        raise ValueError(f"the source would come back as {kept}: expected what JSON has")
+        raise ValueError(f"the source cannot be stored as JSON: {error}") from None
+    if stored != source:
+        raise ValueError(f"the source would be read back as {stored}: expected JSON types only")
 
 
 def steps_within(
@@ -542,20 +588,20 @@ def steps_within(
     corpus: Corpus,
     data: DataConfig | None = None,
 ) -> int:
-    """Return how many steps a run can take in a time, looks at the validation set not counted.
+    """Return the number of steps that a run can do in a time, evaluations not counted.
 
-    Found by training for about a twentieth of that time, which nothing else comes of.
+    A trial run of about a twentieth of that time measures the speed.
 
     Raises
     ------
     TrainingDiverged
-        If it does not get that far.
+        If the trial run diverges.
     """
     probe = Trainer(Path(), model_config, config, corpus, {"name": corpus.name}, data)
     shortest, longest = _PROBE_SECONDS
-    least = min(max(_PROBE_SHARE * seconds, shortest), longest, seconds)
+    least = min(max(_PROBE_FRACTION * seconds, shortest), longest, seconds)
     with contextlib.closing(probe):
-        # The first step makes and fetches what the others find there.
+        # The first step allocates and loads, and is slower.
         probe.train_step()
         begin, passed = time.perf_counter(), 0.0
         while passed < least:

@@ -694,7 +694,7 @@ def test_a_run_keeps_the_tokenizer_of_its_corpus(tmp_path):
     data = TokenDataset(TokenStore([tokenizer.encode(SAMPLE[:2000])]), 8, config.pad_token)
     held = Corpus("a text", data, data, tokenizer=tokenizer)
     trainer = Trainer(tmp_path, config, TrainingConfig(steps=1, batch_size=2), held, {"name": "x"})
-    trainer._look(True)
+    trainer._evaluate(True)
     assert trainer.metrics.bytes > trainer.metrics.tokens
     trainer.save()
     assert load_tokenizer(tmp_path).sha256 == tokenizer.sha256

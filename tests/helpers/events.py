@@ -43,17 +43,21 @@ def numbers_of(record, prefix=""):
     for key, value in record.items():
         if isinstance(value, dict):
             numbers |= numbers_of(value, f"{prefix}{key}/")
-        elif value is not None and key != "step":
+        elif value is not None and key not in ("step", "train_losses"):
             numbers[prefix + key] = float(np.float32(value))
     return numbers
 
 
 def expected_events(records):
-    return {
+    numbers = {
         (name, record["step"]): number
         for record in records
         for name, number in numbers_of(record).items()
     }
+    for record in records:
+        for step, loss in record.get("train_losses", ()):
+            numbers["train_losses", step] = float(np.float32(loss))
+    return numbers
 
 
 def set_apart(folder, name):

@@ -17,7 +17,7 @@ from legacy1bit.logger import MetricsLogger
 from legacy1bit.model import CHECKPOINT_FILE
 from legacy1bit.training.checkpoint import newest_checkpoint
 from legacy1bit.training.evaluation import Metrics
-from legacy1bit.training.trainer import Trainer
+from legacy1bit.training.trainer import Trainer, TrainingCallback
 
 PAD = 256
 TEXT = b"the cat sat on the mat and the dog lay by the log. " * 20
@@ -29,6 +29,7 @@ MODEL_KEYS = {setting.name for setting in fields(ModelConfig)}
 RECORD_KEYS = (
     "step",
     "train_loss",
+    "train_losses",
     "val_loss",
     "val_tokens",
     "val_bytes",
@@ -84,6 +85,15 @@ def documents_corpus(data, length):
     return Corpus("documents", training, validation, tokenizer=tokenizer)
 
 
+def callback_of(**methods):
+    """A callback with these methods."""
+    callback = TrainingCallback()
+    for name, method in methods.items():
+        assert hasattr(callback, name)
+        setattr(callback, name, method)
+    return callback
+
+
 def train(run, stop_at=None, on_report=lambda record: None):
     """Train a run, from where it is, until its end or until a step; return losses and records."""
     run.folder.mkdir(exist_ok=True)
@@ -93,12 +103,12 @@ def train(run, stop_at=None, on_report=lambda record: None):
         records.append(record)
         on_report(record)
 
-    done = run.train(
-        MetricsLogger(run.folder, run.step),
-        lambda loss, speed: losses.append(loss),
-        report,
-        lambda: run.step == stop_at,
+    callback = callback_of(
+        on_step=lambda loss, speed: losses.append(loss),
+        on_save=report,
+        should_stop=lambda: run.step == stop_at,
     )
+    done = run.train(MetricsLogger(run.folder, run.step), callback)
     return done, losses, records
 
 

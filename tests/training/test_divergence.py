@@ -27,7 +27,7 @@ NAMES = (
 def train_and_look(run):
     for _ in range(3):
         run.train_step()
-    run._look(False)
+    run._evaluate(False)
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def test_look_that_overflows_names_the_layer(tmp_path):
     run.model.latent["final_norm.gamma"][...] = 3e38
     told = r"after step 0 the model's logits are not finite \(first in the final norm, of .*try"
     with pytest.raises(TrainingDiverged, match=told):
-        run._look(False)
+        run._evaluate(False)
 
 
 def test_embedding_that_overflows_is_named(run):

@@ -32,9 +32,7 @@ corpus = text_corpus(b"the cat sat on the mat. " * 1000, "text", model.sequence_
 before = peak()
 folder = Path(sys.argv[3])
 folder.mkdir()
-Trainer(folder, model, training, corpus, {"name": "text"}).train(
-    MetricsLogger(folder), lambda *_: None, lambda _: None, lambda: False
-)
+Trainer(folder, model, training, corpus, {"name": "text"}).train(MetricsLogger(folder))
 print(peak() - before)
 """
 

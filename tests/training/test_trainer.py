@@ -3,6 +3,7 @@
 import copy
 import errno
 import gc
+import itertools
 import json
 import math
 import os
@@ -30,6 +31,7 @@ from helpers.runs import (
     TEXT,
     assert_same_files,
     assert_same_state,
+    callback_of,
     contents,
     documents_corpus,
     header_of,
@@ -440,6 +442,45 @@ def test_train_records_what_it_measures(tmp_path):
     assert records[-1]["val_tokens"] == final.tokens == run.corpus.validation.tokens.size - 1
 
 
+def test_training_loss_is_recorded_every_few_steps(tmp_path):
+    run = make(tmp_path / "run", steps=38, evaluate_every=25)
+    _, losses, _ = train(run, stop_at=31)
+    run = resumed(run.folder, steps=38, evaluate_every=25)
+    losses += train(run)[1]
+    records = read_metrics(run.folder / METRICS_FILE)
+    points = [record["train_losses"] for record in records]
+    assert [[step for step, _ in part] for part in points] == [[10, 20, 25], [30, 31], [38]]
+    begin = 0
+    for end, loss in itertools.chain(*points):
+        assert loss == pytest.approx(math.fsum(losses[begin:end]) / (end - begin), rel=1e-14)
+        begin = end
+    assert begin == len(losses)
+
+
+@pytest.mark.parametrize(
+    ("step", "count", "every", "steps"),
+    [
+        (1, 1, 250, [1]),
+        (9, 2, 250, [9]),
+        (10, 10, 250, [10]),
+        (250, 250, 250, [*range(10, 251, 10)]),
+        (5000, 2500, 2500, [*range(2550, 5001, 50)]),
+        (2600, 100, 2501, [2550, 2600]),
+        (4, 2, 2, [4]),
+    ],
+)
+def test_points_of_the_training_loss_are_few_enough(step, count, every, steps):
+    losses = [float(n) for n in range(step - count + 1, step + 1)]
+    points = trainer._Statistics(losses).train_losses(step, every)
+    assert len(points) <= 51
+    assert [at for at, _ in points] == steps
+    begin = step - count
+    for end, loss in points:
+        assert loss == (begin + 1 + end) / 2
+        begin = end
+    assert begin == step
+
+
 def test_step_gives_the_norm_of_its_gradient(tmp_path):
     """The whole gradient's, before clipping."""
     run = make(tmp_path / "run", clip=1e-3)
@@ -653,9 +694,7 @@ def test_training_that_is_interrupted_when_it_stops_already_ends_at_once(tmp_pat
     monkeypatch.setattr(run, "train_step", train_step)
     run.folder.mkdir()
     with pytest.raises(KeyboardInterrupt):
-        run.train(
-            MetricsLogger(run.folder), lambda *_: None, lambda _: None, lambda: bool(requested)
-        )
+        run.train(MetricsLogger(run.folder), callback_of(should_stop=lambda: bool(requested)))
     assert newest(run).step == 5
 
 
@@ -676,10 +715,10 @@ def test_training_that_is_interrupted_before_its_first_step_saves_nothing(tmp_pa
     [
         ({}, "the source's name is None, expected a text, as in {'name': 'my text'}"),
         ({"name": 3}, "the source's name is 3, expected"),
-        ({"name": "x", "path": Path("x")}, "cannot be kept as JSON: .*PosixPath"),
-        ({"name": "x", "parts": (1, 2)}, r"would come back as .*\[1, 2\]"),
-        ({"name": "x", 1: 2}, "would come back as"),
-        ({"name": "x", "share": math.nan}, "would come back as"),
+        ({"name": "x", "path": Path("x")}, "cannot be stored as JSON: .*PosixPath"),
+        ({"name": "x", "parts": (1, 2)}, r"would be read back as .*\[1, 2\]"),
+        ({"name": "x", 1: 2}, "would be read back as"),
+        ({"name": "x", "share": math.nan}, "would be read back as"),
     ],
 )
 def test_trainer_refuses_a_source_that_it_could_not_save(tmp_path, source, message):
@@ -716,7 +755,7 @@ def test_train_tries_whether_it_can_save_before_it_begins(tmp_path, monkeypatch,
         expected = NotADirectoryError
     elif what == "small":
         expected = OSError
-    arguments = (None, lambda *_: None, lambda _: None, lambda: False)
+    arguments = (None,)
     if expected is None:
         assert run.train(*arguments) == "it begins"
     else:
@@ -1012,7 +1051,7 @@ def test_no_thread_outlives_its_training(tmp_path, monkeypatch, how):
     if how == "interrupted":
         expected = Interrupted
     run.folder.mkdir()
-    arguments = (MetricsLogger(run.folder), lambda *_: None, lambda _: None, stop)
+    arguments = (MetricsLogger(run.folder), callback_of(should_stop=stop))
     if expected:
         with pytest.raises(expected):
             run.train(*arguments)
@@ -2081,7 +2120,7 @@ def test_run_with_weights_that_overflowed_keeps_its_checkpoint(tmp_path, where):
     }[where]
     array.flat[3] = np.inf
     with pytest.raises(TrainingDiverged, match=r"no longer finite.*: try a lower --learning-rate"):
-        run._look(False)
+        run._evaluate(False)
     assert {path.name: path.read_bytes() for path in run.folder.glob("*.*")} == kept
     assert run.best[1] == 5
 
