@@ -147,7 +147,7 @@ def test_search_writes_settings_that_train(say):
         # Weights are kept of the best alone.
         assert (folder / WEIGHTS_FILE).exists() == (one.number == best.number)
     read = read_config("study/best.toml")
-    assert {**read["model"], "vocab_size": 256} == best.model
+    assert ModelConfig(**{**read["model"], "vocab_size": 256}) == ModelConfig.from_dict(best.model)
     # The warm-up is what it is in a run of as many steps.
     assert {**read["training"], "warmup_steps": None} == best.training
     say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
