@@ -97,4 +97,5 @@ def forward_llm_batch(
     threads: int = 1,
     logits: bool = False,
     starts: npt.ArrayLike | None = None,
+    context: ForwardContext | None = None,
 ) -> _Floats: ...

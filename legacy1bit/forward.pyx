@@ -690,7 +690,8 @@ def forward_llm(LegacyLLM model not None, token_id, threads=1):
     return probabilities[0] if np.ndim(token_id) == 0 else probabilities
 
 
-def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False, starts=None):
+def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False, starts=None,
+                      ForwardContext context=None):
     """Return the probabilities of the token that follows each token, given those before it.
 
     Parameters
@@ -706,6 +707,9 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
         Return logits instead of probabilities.
     starts : int[B, T], optional
         For each position the first of its row that it sees; see ``document_starts``.
+    context : ForwardContext, optional
+        Where the activations are kept, all but the logits, which are returned. One thread computes
+        them.
 
     Returns
     -------
@@ -716,7 +720,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     IndexError
         If an id is not a token.
     ValueError
-        If a sequence is longer than the model's positions, or a start does not fit.
+        If a sequence is longer than the model's positions, or a start or the context does not fit.
 
     Notes
     -----
@@ -727,7 +731,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     cdef const int[:, ::1] rows
     cdef const unsigned char[:, ::1] mask
     cdef const int[:, ::1] start_rows
-    cdef ForwardContext context
+    cdef ForwardContext part
     cdef float[:, :, ::1] out
     if threads < 1:
         raise ValueError(f"threads is {threads}, expected at least 1")
@@ -740,6 +744,11 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     if starts is not None:
         start_rows = document_starts(starts, rows.shape[0], rows.shape[1])
         job.starts = &start_rows[0, 0]
+    if context is not None:
+        if context.config != model.config or (context.batch_size, context.time) != token_rows.shape:
+            raise ValueError(f"the context is for {context.batch_size} x {context.time} tokens, "
+                             f"expected {rows.shape[0]} x {rows.shape[1]}, of the same model")
+        threads = 1
     job.tasks = min(threads, rows.shape[0])
     contexts = []
     result = np.empty((rows.shape[0], rows.shape[1], model.config.vocab_size), np.float32)
@@ -750,9 +759,11 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     try:
         largest = (rows.shape[0] + job.tasks - 1) // job.tasks
         for i in range(job.tasks):
-            context = ForwardContext(model.config, largest, rows.shape[1], keep="none")
-            contexts.append(context)
-            job.contexts[i] = context.view
+            part = context
+            if part is None:
+                part = ForwardContext(model.config, largest, rows.shape[1], keep="none")
+            contexts.append(part)
+            job.contexts[i] = part.view
             job.contexts[i].logits = &out[rows.shape[0] * i // job.tasks, 0, 0]
         job.batch, job.time = rows.shape[0], rows.shape[1]
         job.tokens = &rows[0, 0]

@@ -20,11 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.tokenizer import Tokenizer
-from legacy1bit.forward import (
-    forward_embedding_batch,
-    forward_transformer_block_batch_with_context,
-)
-from legacy1bit.model import LegacyLLM, TernaryMatrix, TransformerBlockContext
+from legacy1bit.forward import ForwardContext, forward_llm_batch
+from legacy1bit.model import LegacyLLM, TernaryMatrix
 from legacy1bit.reports.records import RunRecords, printable
 from legacy1bit.system.files import atomic_write
 from legacy1bit.system.optional import load_extra
@@ -467,7 +464,7 @@ def _draw_codes(package: Any, figure: "Figure", axes: "Axes", values: npt.NDArra
 
 
 def attention_of(model: LegacyLLM, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-    """Return how much each token looks at each before it: float32[blocks, H, T, T].
+    """Return the attention weights of a text: float32[blocks, H, T, T], queries by keys.
 
     Parameters
     ----------
@@ -477,20 +474,13 @@ def attention_of(model: LegacyLLM, tokens: npt.NDArray[np.int32]) -> npt.NDArray
     Raises
     ------
     IndexError
-        If a token is none of the model's.
+        If an id is not a token of the model.
     ValueError
-        If there are more than the model's positions reach.
+        If the text is longer than the model's positions.
     """
-    config = model.config
-    found = []
-    x = forward_embedding_batch(model.parameters["embedding.weight"], tokens[None])
-    for block in model.blocks:
-        context = TransformerBlockContext(
-            config.model_dim, config.ffn_dim, config.num_heads, 1, tokens.size, config.sub_norm
-        )
-        x = forward_transformer_block_batch_with_context(block, x, context)
-        found.append(context.probs.reshape(config.num_heads, tokens.size, tokens.size).copy())
-    return np.stack(found)
+    context = ForwardContext(model.config, 1, tokens.size)
+    forward_llm_batch(model, tokens[None], context=context)
+    return np.concatenate([block.probs for block in context.blocks])
 
 
 def map_attention(

@@ -1,4 +1,4 @@
-"""Where a training went wrong: which layer is the first that holds what is no number, and why."""
+"""The error of a training that diverged: the first layer that is not finite, and a remedy."""
 
 from collections.abc import Mapping
 
@@ -6,15 +6,9 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.dataset import Batch
-from legacy1bit.forward import (
-    forward_embedding_batch,
-    forward_output_layer_batch,
-    forward_transformer_block_batch_with_context,
-    padding_mask,
-)
+from legacy1bit.forward import ForwardContext, forward_llm_batch
 from legacy1bit.hyperparams import TrainingConfig
-from legacy1bit.math_ops import layer_norm
-from legacy1bit.model import LegacyLLM, LegacyLLMGradients, TransformerBlockContext
+from legacy1bit.model import LegacyLLM, LegacyLLMGradients
 
 
 class TrainingDiverged(ValueError):
@@ -24,7 +18,7 @@ class TrainingDiverged(ValueError):
 # A gradient's norm is the root of a sum of squares, 1,024 of them in float32.
 _LARGEST_SQUARED = float(np.sqrt(np.finfo(np.float32).max / 1024))
 
-# What a block works out, in this order, and what that is called.
+# The activations of a block in their order, and their names in messages.
 _ACTIVATIONS = {
     "norm1": "its first norm",
     "q": "queries",
@@ -40,7 +34,7 @@ _ACTIVATIONS = {
 
 
 def bad_weights(values: Mapping[str, npt.NDArray[np.float32]]) -> str | None:
-    """Return the first of some arrays that holds what is not finite, in words, or None."""
+    """Return the first of some arrays that is not finite, in words, or None."""
     for name, array in values.items():
         count = int(array.size - np.isfinite(array).sum())
         if count:
@@ -49,70 +43,62 @@ def bad_weights(values: Mapping[str, npt.NDArray[np.float32]]) -> str | None:
 
 
 def bad_activation(model: LegacyLLM, batch: Batch) -> str | None:
-    """Return where in the forward pass of a batch the first number is that is not finite, or None.
+    """Return the first activation of a forward pass that is not finite, in words, or None.
 
     Parameters
     ----------
     model : LegacyLLM
-        With latent weights; the codes, or these, are used as they were.
+        With latent weights. It runs as it is: with its codes, or in full precision.
     batch : Batch
     """
-    latent = model.latent
-    parameters = latent if model.full_precision else model.parameters
-    config = model.config
-    seen = batch.tokens != config.pad_token
     with np.errstate(all="ignore"):
         for row in range(len(batch.tokens)):
             one = slice(row, row + 1)
-            allowed = padding_mask(batch.tokens[one], config.pad_token)
+            tokens = batch.tokens[one]
+            context = ForwardContext(model.config, *tokens.shape)
             starts = None if batch.starts is None else batch.starts[one]
-            x = forward_embedding_batch(parameters["embedding.weight"], batch.tokens[one])
-            if not np.isfinite(x).all():
-                return "the embedding"
-            for number, block in enumerate(model.blocks):
-                rows, length = x.shape[:2]
-                context = TransformerBlockContext(
-                    config.model_dim,
-                    config.ffn_dim,
-                    config.num_heads,
-                    rows,
-                    length,
-                    config.sub_norm,
-                )
-                x = forward_transformer_block_batch_with_context(block, x, context, allowed, starts)
-                for name, what in _ACTIVATIONS.items():
-                    if not np.isfinite(getattr(context, name)[seen[one]]).all():
-                        most = _largest(context.input)
-                        return f"block {number}: {what}, of an input of up to {most}"
-            hidden = x[seen[one]]
-            most = _largest(hidden)
-            if config.final_norm:
-                for vector in hidden:
-                    layer_norm(vector, latent["final_norm.gamma"], latent["final_norm.beta"])
-                if not np.isfinite(hidden).all():
-                    return f"the final norm, of an input of up to {most}"
-                most = _largest(hidden)
-            bias = latent.get("output.bias", np.zeros(config.vocab_size, np.float32))
-            logits = forward_output_layer_batch(parameters["output.weight"], bias, hidden)
-            if not np.isfinite(logits).all():
-                return f"the logits, of an input of up to {most}"
+            logits = forward_llm_batch(model, tokens, logits=True, starts=starts, context=context)
+            where = _bad_layer(context, logits, tokens != model.config.pad_token)
+            if where is not None:
+                return where
+    return None
+
+
+def _bad_layer(
+    context: ForwardContext, logits: npt.NDArray[np.float32], used: npt.NDArray[np.bool_]
+) -> str | None:
+    """Return the first of a pass's activations that is not finite; padding is not ``used``."""
+    x = context.blocks[0].input
+    if not np.isfinite(x).all():
+        return "the embedding"
+    for number, block in enumerate(context.blocks):
+        for name, words in _ACTIVATIONS.items():
+            if not np.isfinite(getattr(block, name)[used]).all():
+                return f"block {number}: {words}, of an input of up to {_largest(x)}"
+        x = block.output
+    if context.config.final_norm:
+        if not np.isfinite(context.normed[used]).all():
+            return f"the final norm, of an input of up to {_largest(x[used])}"
+        x = context.normed
+    if not np.isfinite(logits[used]).all():
+        return f"the logits, of an input of up to {_largest(x[used])}"
     return None
 
 
 def bad_gradient(gradients: LegacyLLMGradients) -> str | None:
-    """Return which gradient is the first on the way back that has no finite square, or None."""
+    """Return the first gradient of a backward pass whose square is not finite, or None."""
     for name in sorted(gradients.parameters, key=_depth, reverse=True):
         values, what = gradients.parameters[name], f"the gradient of {name}"
-        found = bad_weights({what: values})
-        if found is None and np.abs(values).max() > _LARGEST_SQUARED:
-            found = f"{what}: up to {_largest(values)}"
-        if found is not None:
-            return found
+        bad = bad_weights({what: values})
+        if bad is None and np.abs(values).max() > _LARGEST_SQUARED:
+            bad = f"{what}: up to {_largest(values)}"
+        if bad is not None:
+            return bad
     return None
 
 
 def _depth(name: str) -> tuple[int, int]:
-    """Return where on the way forward a parameter is used."""
+    """Return the position of a parameter in the forward pass."""
     if name.startswith("blocks."):
         _, number, part = name.split(".", 2)
         return 1, 2 * int(number) + (part.startswith(("ffn", "norm2")))
@@ -125,7 +111,7 @@ def _largest(values: npt.NDArray[np.float32]) -> str:
 
 
 def remedy(model: LegacyLLM, config: TrainingConfig) -> str:
-    """Return what stands out in a model that diverged, and what to change."""
+    """Return the largest weight of a model that diverged, and settings to change."""
     largest = {name: float(np.abs(values).max()) for name, values in model.latent.items()}
     name = max(largest, key=lambda each: float(np.nan_to_num(largest[each], nan=np.inf)))
     rate = config.learning_rate or 0.0
@@ -146,18 +132,18 @@ def diverged(
     batch: Batch | None = None,
     gradients: LegacyLLMGradients | None = None,
 ) -> TrainingDiverged:
-    """Return the error that tells what went wrong, where, why and what to change.
+    """Return an error that says what diverged, in which layer, and what to change.
 
     Parameters
     ----------
     what : str
-        What is no finite number, and when.
+        The quantity that is not finite, and its step.
     model : LegacyLLM
     config : TrainingConfig
     batch : Batch, optional
-        What the model had learned from.
+        The batch of the last step.
     gradients : LegacyLLMGradients, optional
-        What came of it.
+        The gradients of the last step.
     """
     where = bad_weights(model.latent)
     if where is None and batch is not None:
