@@ -625,7 +625,7 @@ def test_export_goes_where_a_link_points(say, name):
 def test_export_replaces_no_pipe(fail, name):
     saved(name)
     os.mkfifo("pipe")
-    assert "pipe: Is no regular file" in fail(*export(name, "pipe"))
+    assert "pipe: Is not a regular file" in fail(*export(name, "pipe"))
     assert Path("pipe").is_fifo()
 
 

@@ -1,4 +1,4 @@
-"""What a computer is that trains or measures."""
+"""Describe the hardware: CPU, cores, instruction set."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from legacy1bit.threads import available_cores
 
 
 def cpu_name(table: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
-    """Return what the CPU calls itself."""
+    """Return the name of the CPU."""
     try:
         # Virtual machines may give it any name.
         text = Path(table).read_text(encoding="utf-8", errors="replace")
@@ -26,7 +26,7 @@ def cpu_name(table: str | os.PathLike[str] = "/proc/cpuinfo") -> str:
 
 
 def machine() -> dict[str, Any]:
-    """Return what a run is to tell of the computer that it ran on, as a plain dictionary."""
+    """Return a description of this computer, as runs record it."""
     return {
         "cpu": cpu_name(),
         "cores": available_cores(),
@@ -37,6 +37,6 @@ def machine() -> dict[str, Any]:
 
 
 def read_machine(folder: Path) -> dict[str, Any]:
-    """Return what a run tells of its computer; nothing where it was trained before runs told."""
-    told = json.loads(read_regular(folder / SETTINGS_FILE)).get("machine")
-    return told if isinstance(told, dict) else {}
+    """Return the recorded computer of a run; runs of earlier versions have none."""
+    recorded = json.loads(read_regular(folder / SETTINGS_FILE)).get("machine")
+    return recorded if isinstance(recorded, dict) else {}
