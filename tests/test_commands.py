@@ -688,7 +688,7 @@ def test_import_refuses_a_folder_that_is_not_empty(say, refused, name):
     Path("full/.old").write_text("old")
     for out in ("model", "full", "it", "."):
         message = refused("import", "--model", "it", "--out", out)
-        assert message == f"{out} is no empty folder: name another"
+        assert message == f"{out} is not an empty folder: name another"
     assert "it/back: Not a directory" in refused("import", "--model", "it", "--out", "it/back")
 
 

@@ -123,9 +123,10 @@ def test_every_declaration_can_be_cimported(installed, tmp_path):
 
 def test_source_that_is_not_compiled_says_so(tmp_path):
     package = tmp_path / "legacy1bit"
-    package.mkdir()
-    for path in PACKAGE.glob("*.py"):
-        (package / path.name).write_bytes(path.read_bytes())
+    for path in PACKAGE.rglob("*.py"):
+        copy = package / path.relative_to(PACKAGE)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
     said = f"the package in {package} is not compiled: make build, or use the command legacy1bit "
     said += "of an installed one"
     for options, status, last in [
