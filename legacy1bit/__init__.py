@@ -1,7 +1,7 @@
 """Small language models with weights of -1, 0 and 1, trained and run on an ordinary CPU.
 
-The modules carry what the files of the same name carried in the C program *Legacy-1bit LLM*; start
-with ``model``, ``forward`` and ``backward``, or type ``python -m legacy1bit.main``.
+The modules are named after the files of the C program *Legacy-1bit LLM*; start with ``model``,
+``forward`` and ``backward``, or type ``legacy1bit``.
 """
 
 import os
@@ -15,7 +15,7 @@ __all__ = ["__version__", "get_include", "set_simd_level", "simd_level", "simd_l
 try:
     from legacy1bit.system.old_cpus import check_numpy
 except ModuleNotFoundError:
-    # A folder of the source comes before an installed package in the folder above it.
+    # In the folder of the source, the source hides an installed package.
     refuse_import(
         f"the package in {os.path.dirname(os.path.abspath(__file__))} is not compiled: make build, "
         "or use the command legacy1bit of an installed one"
@@ -35,8 +35,8 @@ def get_include() -> str:
 
 
 def __getattr__(name: str) -> Any:
-    # The kernels are loaded, and LEGACY1BIT_SIMD obeyed, when they are first asked for: so the
-    # command line can tell of a wrong name in its own words.
+    # The kernels are loaded, and LEGACY1BIT_SIMD is read, at the first use: the command line can
+    # report a wrong name then.
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from legacy1bit import math_ops

@@ -1,14 +1,13 @@
-"""The quantization schemes: which few values the weights of a matrix may have, and how they are
-found.
+"""The quantization schemes: the values that the weights of a matrix may have, and their rule.
 
-Every scheme is one rule with other numbers in it. With ``m`` the mean or the median of |w| over
-the weights that share a scale,
+Every scheme is the same rule with other numbers. With ``m`` the mean or the median of |w| over the
+weights that share a scale,
 
     scale = factor * m, rounded to float16
     code  = sign(w) * (outer where |w| > threshold * scale, else inner)
 
-and the weight that counts is ``scale * code``. So a code is one of ``-outer``, ``-inner``,
-``inner`` and ``outer``, and a scheme without ``inner`` has the 0.
+and the quantized weight is ``scale * code``. A code is one of ``-outer``, ``-inner``, ``inner`` and
+``outer``; with ``inner`` 0 it may be 0.
 """
 
 from dataclasses import dataclass
@@ -26,15 +25,15 @@ class Scheme:
     median : bool
         Whether the scale follows the median of |w| rather than its mean.
     factor : float
-        The scale over that.
+        The scale over that mean or median.
     threshold : float
-        Above so many scales a weight gets the outer code.
+        A weight above this many scales gets the outer code.
     inner, outer : int
         The codes' magnitudes.
     bits : int
-        What a stored code takes.
+        Bits of a stored code.
     learns : bool
-        Whether the codes follow latent float weights; else they are all there is.
+        Whether the codes follow latent float weights, or are the only weights.
     """
 
     median: bool
@@ -47,22 +46,22 @@ class Scheme:
 
     @property
     def levels(self) -> tuple[int, ...]:
-        """The codes there are, in rising order."""
+        """All codes, in rising order."""
         return tuple(sorted({-self.outer, -self.inner, self.inner, self.outer}))
 
     def pack(self, codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
         """Pack the codes of a matrix, int8[R, C], into uint8[R, ceil(C bits / 8)].
 
-        A code's place among the levels is what is stored, the first of a row in the lowest bits of
-        its first byte; what a row leaves open is zeros.
+        The index of each code among the levels is stored, the first of a row in the lowest bits of
+        its first byte; unused bits of a row's last byte are zeros.
 
         Raises
         ------
         ValueError
-            If a code is none of the scheme's.
+            If a code is not one of the scheme's.
         """
         if not np.isin(codes, self.levels).all():
-            raise ValueError(f"codes holds a number that is none of {self.levels}")
+            raise ValueError(f"codes holds a number that is not one of {self.levels}")
         rows, cols = codes.shape
         each = 8 // self.bits
         places = np.zeros((rows, -(-cols // each) * each), np.uint8)
@@ -78,7 +77,7 @@ class Scheme:
         Raises
         ------
         ValueError
-            If a stored code is none of the scheme's, or the shape is that of other columns.
+            If a stored code is not one of the scheme's, or the shape does not fit ``cols``.
         """
         self.check(packed, cols)
         shifts = np.arange(8 // self.bits, dtype=np.uint8) * np.uint8(self.bits)
@@ -88,7 +87,7 @@ class Scheme:
         return codes
 
     def check(self, packed: npt.NDArray[np.uint8], cols: int) -> None:
-        """Raise ``ValueError`` for what ``pack`` does not make of a matrix of so many columns."""
+        """Raise ``ValueError`` unless ``pack`` can have packed a matrix of ``cols`` columns."""
         each = 8 // self.bits
         if packed.dtype != np.uint8 or cols < 1 or packed.shape[1:] != (-(-cols // each),):
             raise ValueError(
@@ -96,7 +95,7 @@ class Scheme:
                 "a row"
             )
         if cols % each and (packed[:, -1] >> np.uint8(cols % each * self.bits)).any():
-            raise ValueError("what a row leaves open is not 0")
+            raise ValueError("the unused bits of a row are not 0")
         if len(self.levels) < 1 << self.bits and (packed & packed >> np.uint8(1) & 0x55).any():
             raise ValueError(
                 f"a packed weight has the code 3, expected 0 to {len(self.levels) - 1}"
@@ -108,7 +107,7 @@ class Scheme:
 # binary: XNOR-Net (arXiv 1603.05279, section 3.1), the sign times the mean magnitude.
 # 2bit: the four levels -3, -1, 1, 3, half a step of the best uniform quantizer for a normal
 #   distribution (Max 1960, table II: a step of 0.996 standard deviations, 1.248 mean magnitudes).
-# sign: what the C program keeps, codes alone; see ``LegacyLLM.quantize`` for their scale.
+# sign: the C program's, codes without latent weights; see ``LegacyLLM.quantize`` for their scale.
 SCHEMES = {
     "ternary": Scheme(False, 1.0, 0.5, 0, 1, 2),
     "ternary-median": Scheme(True, 1.0, 0.5, 0, 1, 2),
@@ -117,5 +116,5 @@ SCHEMES = {
     "sign": Scheme(False, 1.0, 0.0, 0, 1, 2, learns=False),
 }
 
-# No quantization: the twin that the others are measured against.
+# No quantization: the baseline of the others.
 FLOAT = "float"

@@ -1137,7 +1137,7 @@ def test_text_of_a_run_is_where_it_can_be_read_again(fail, impatient, key, place
 @pytest.mark.parametrize("command", ["generate --model", "info --model", "import --out x --model"])
 def test_pipe_is_no_model(fail, impatient, command):
     os.mkfifo("pipe")
-    assert fail(*command.split(), "pipe") == "pipe: Is no regular file"
+    assert fail(*command.split(), "pipe") == "pipe: Is not a regular file"
 
 
 def test_resume_does_not_read_the_whole_world(fail, run, monkeypatch):

@@ -15,7 +15,7 @@ _TYPES = ("tq2_0", "tq1_0", "f16", "f32")
 
 
 def _quote(path: Path) -> str:
-    # A name that begins with a dash is no option where a folder stands before it.
+    # A name that begins with a dash would be taken for an option.
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
@@ -66,11 +66,11 @@ FORMATS: dict[str, Callable[[LegacyLLM, Path, str | None, Tokenizer | None], str
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
         "Write a model as a file for other programs. gguf: for llama.cpp, with its tokenizer. "
         "c: one C99 file, weights inside. safetensors: a folder that Hugging Face's transformers "
-        "loads. c-v1: the file of the C original, and what it has no room for as .json beside it."
+        "loads. c-v1: the file of the C original, with the provenance as .json beside it."
     )
     add_model(command)
     command.add_argument(
@@ -78,17 +78,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=path_of,
         required=True,
         metavar="FILE",
-        help="where to; a folder for safetensors",
+        help="the file to write; a folder for safetensors",
     )
-    command.add_argument("--format", choices=FORMATS, required=True, help="of which program")
+    command.add_argument("--format", choices=FORMATS, required=True, help="format of the file")
     command.add_argument(
         "--type",
         choices=_TYPES,
         help="of the matrices in gguf (default: the smallest that holds the model exactly)",
     )
-    command.add_argument(
-        "--license", metavar="TEXT", help="what others may do with the model, to be kept with it"
-    )
+    command.add_argument("--license", metavar="TEXT", help="license of the model, stored with it")
 
 
 def _check_output(out: Path, model: Path) -> None:
@@ -99,7 +97,7 @@ def _check_output(out: Path, model: Path) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Write the file and say what to do with it."""
+    """Write the file, and print how to use it."""
     if arguments.type is not None and arguments.format != "gguf":
         raise ValueError(f"--type is for --format gguf, not {arguments.format}")
     path = arguments.model or latest_run()
@@ -108,8 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path) if (path / TOKENIZER_FILE).exists() else None
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
-    told = FORMATS[arguments.format](model, arguments.out, arguments.type, tokenizer)
+    hint = FORMATS[arguments.format](model, arguments.out, arguments.type, tokenizer)
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"{arguments.out}: {size:,} bytes; {told}")
+    print(f"{arguments.out}: {size:,} bytes; {hint}")
     return 0

@@ -12,13 +12,13 @@ _GGUF_MAGIC = b"GGUF"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
-        "Read a model from a GGUF file that this program wrote, or from a file of the C original, "
+        "Read a model from a GGUF file of this program, or from a file of the C original, "
         "and write a model folder."
     )
     command.add_argument(
-        "--model", type=path_of, required=True, metavar="FILE", help="what to read"
+        "--model", type=path_of, required=True, metavar="FILE", help="the file to read"
     )
     command.add_argument(
         "--out", type=path_of, required=True, metavar="DIR", help="the model's folder, a new one"
@@ -29,10 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Read the file and write the folder."""
     folder = arguments.out
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is no empty folder: name another")
+        raise ValueError(f"{folder} is not an empty folder: name another")
     model, tokenizer = _read(arguments.model)
     save_model(model, folder)
-    # What the tokens of a model are that has more than there are bytes, its file may not tell.
+    # A C file with more than 256 tokens does not have their texts.
     if tokenizer.vocab_size == model.config.vocab_size:
         tokenizer.save(folder)
     print(

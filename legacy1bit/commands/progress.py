@@ -1,4 +1,4 @@
-"""Bars on standard error, for what takes a while, and lines where it is not a terminal."""
+"""Progress bars on standard error, or lines where it is not a terminal."""
 
 import contextlib
 import time
@@ -27,34 +27,34 @@ console = Console(stderr=True, highlight=False)
 
 clock = time.monotonic
 
-# Seconds without a line, in place of a bar, before the first one; before each further one they are
-# twice as many, up to the last number.
+# Seconds before the first line that replaces a bar; they double before each further one, up to the
+# second number.
 _FIRST_PAUSE, _LONGEST_PAUSE = 5.0, 600.0
 
 
-def _bars_show() -> bool:
-    """Whether a bar can be shown: it needs a terminal, and a thread of its own.
+def _has_bars() -> bool:
+    """Whether a bar is possible: it needs a terminal, and a thread of its own.
 
-    FORCE_COLOR and the like have the library take any file for a terminal; a bar is not a color.
+    With FORCE_COLOR and the like the library takes any file for a terminal; a bar is not a color.
     """
     return console.is_interactive and console.file.isatty() and can_start_threads()
 
 
 class Bar(Progress):
-    """A bar; without a terminal, a line in its place when none has come for a while."""
+    """A progress bar; without a terminal, a line from time to time."""
 
     def __init__(self, *columns: ProgressColumn) -> None:
         super().__init__(
             *columns,
             console=console,
             transient=True,
-            disable=not _bars_show(),
+            disable=not _has_bars(),
             get_time=lambda: clock(),
         )
         self._last_line, self._pause = clock(), _FIRST_PAUSE
 
     def write(self, line: str) -> None:
-        """Print a line; beside a bar, above it."""
+        """Print a line, above the bar."""
         self.console.print(line, soft_wrap=True, markup=False)
         self._last_line = clock()
 
@@ -65,7 +65,7 @@ class Bar(Progress):
             self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     def _line(self, task: Task) -> str:
-        """Return what the columns of the bar say; what remains is reckoned from the first step."""
+        """Return the columns of the bar as text; the time left is estimated from the first step."""
         parts = []
         for column in self.columns:
             if isinstance(column, TimeRemainingColumn):
@@ -78,16 +78,16 @@ class Bar(Progress):
         return "  ".join(parts)
 
     def stop(self) -> None:
-        # Before version 15 the library ends what was not shown with an empty line.
+        # Before version 15 the library prints an empty line at the end of a disabled bar.
         if not self.disable:
             super().stop()
 
 
 def progress_of_training() -> Bar:
-    """Return a bar with the fields ``loss``, ``speed``, and ``first``, the step it begins at."""
+    """Return a bar with the fields ``loss``, ``speed``, and ``first``, its first step."""
     step = TextColumn("step {task.completed:>6}")
     return Bar(
-        *([] if _bars_show() else [step]),
+        *([] if _has_bars() else [step]),
         BarColumn(),
         TaskProgressColumn(),
         TextColumn("loss {task.fields[loss]:.3f}"),
@@ -97,8 +97,8 @@ def progress_of_training() -> Bar:
 
 
 @contextlib.contextmanager
-def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how much of a text has been dealt with, where that takes a moment."""
+def progress_of_bytes(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show the progress through a text, in bytes."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -107,7 +107,7 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
     )
     with Bar(*columns) as progress:
-        task = progress.add_task(what, total=total or None)
+        task = progress.add_task(description, total=total or None)
         yield lambda done: progress.update(task, completed=done)
 
 

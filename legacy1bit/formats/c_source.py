@@ -1,7 +1,7 @@
-"""A model as one C source file, which needs nothing but a C99 compiler and its libraries.
+"""A model as one C source file, which needs only a C99 compiler and its libraries.
 
 The code is the template ``model.c``, the same for every model: Python fills in the constants of
-its first lines and appends the weights. What it computes is what ``inference.Decoder`` computes.
+its first lines and appends the weights. It computes the same as ``inference.Decoder``.
 """
 
 import os
@@ -23,17 +23,16 @@ from legacy1bit.system.files import atomic_write
 
 _BYTES = 256
 
-# In a word of memory, two bits each.
+# Codes in a word of memory, two bits each.
 _CODES = 16
 
-# In a word of the file: as many digits as numbers below 2^32 have to a base.
+# Codes in a word of the file, by the number of levels: the digits of a number below 2^32.
 _PACKED = {2: 32, 3: 20, 4: 16}
 
-# More columns than a matrix can have: a group that is the whole row.
+# More columns than a matrix can have: the group is the whole row.
 _WHOLE_ROW = 1 << 20
 
-# The members of the template's structs, and the parameters they are made of; a norm goes by the
-# layer it is in.
+# The members of the template's structs, and their parameters; of a norm, its layer.
 _NORMS = {
     "norm1": "norm1",
     "heads_norm": "attention",
@@ -58,14 +57,14 @@ def export_c(
     ----------
     model : LegacyLLM
     path : path-like
-        The file to write; what is there is replaced.
+        The file to write; an existing one is replaced.
     tokenizer : Tokenizer, optional
-        The model's; bytes, the one kind a C program knows, when not given.
+        The model's; it must be of bytes.
 
     Raises
     ------
     ValueError
-        If the model's tokens are not bytes, or are more than those, or a weight is not finite.
+        If the model's tokens are not bytes, or more than 256, or a weight is not finite.
     OSError
         If the file cannot be written.
     """
@@ -87,7 +86,7 @@ def export_c(
 
 
 def _places(model: PackedModel) -> dict[str, int]:
-    """Return where the words of each matrix of codes begin in memory, and as "" where all end."""
+    """Return the first word of each matrix of codes in memory, and as "" the end of all."""
     places, end = {}, 0
     for name, values in model.parameters.items():
         if isinstance(values, PackedMatrix):
@@ -99,7 +98,7 @@ def _places(model: PackedModel) -> dict[str, int]:
 def _constants(
     config: ModelConfig, provenance: Provenance, places: dict[str, int]
 ) -> dict[str, object]:
-    """Return what the template's placeholders stand for."""
+    """Return the values of the template's placeholders."""
     levels = (0, 1) if config.scheme == FLOAT else SCHEMES[config.scheme].levels
     settings = ", ".join(f"{name}={value}" for name, value in config.to_dict().items())
     lines = [
@@ -126,13 +125,13 @@ def _constants(
 
 
 def _comment(text: str) -> str:
-    """Return a text in ASCII and without what would begin or end a comment, or be a trigraph."""
+    """Return a text in ASCII, without beginnings or ends of comments, and without trigraphs."""
     plain = text.encode("unicode_escape").decode("ascii")
     return re.sub(r"\*(?=/)|/(?=\*)|\?(?=\?)", r"\g<0> ", plain)
 
 
 def _tables(name: str, values: PackedMatrix | npt.NDArray[np.float32]) -> list[str]:
-    """Return the C arrays that one parameter becomes."""
+    """Return the C arrays of a parameter."""
     numbers = values.scales if isinstance(values, PackedMatrix) else values
     if not np.isfinite(numbers).all():
         raise ValueError(f"{name} holds a number that is not finite")
@@ -157,9 +156,9 @@ def _array(kind: str, name: str, lines: list[str]) -> list[str]:
 
 
 def _code_words(matrix: PackedMatrix) -> npt.NDArray[np.uint32]:
-    """Return a matrix's codes, row behind row, as numbers whose digits they are: big-endian[W].
+    """Return a matrix's codes, row by row, as digits of numbers: big-endian uint32[W].
 
-    A digit is a code's place among the levels, the first one the lowest.
+    A digit is the index of a code among the levels, the first code the lowest digit.
     """
     base, lowest = len(matrix.levels), matrix.levels[0]
     step, count = matrix.levels[1] - lowest, _PACKED[len(matrix.levels)]
@@ -183,7 +182,7 @@ def _hex_lines(numbers: npt.NDArray[np.uint16] | npt.NDArray[np.uint32]) -> list
 
 
 def _float_lines(numbers: npt.NDArray[np.float32]) -> list[str]:
-    """Return floats as lines of a C array; nine digits tell any two of them apart."""
+    """Return floats as lines of a C array, with the nine digits that distinguish any two."""
     words = [f"{number:.8e}f" for number in numbers.ravel().tolist()]
     return [f"    {', '.join(words[i : i + 5])},\n" for i in range(0, len(words), 5)]
 
@@ -212,7 +211,7 @@ def _structs(model: PackedModel, places: dict[str, int]) -> list[str]:
 
 
 def _norm(model: PackedModel, name: str) -> str:
-    """Return the initializer of a norm, empty where the model has none of that name."""
+    """Return the initializer of a norm; empty if the model does not have it."""
     if f"{name}.gamma" not in model.parameters:
         return ""
     table = _table_name(name)

@@ -1,7 +1,6 @@
-"""The C original's ``llm_model.bin``, and what it has no room for.
+"""The C original's ``llm_model.bin``, with a second file for the model's provenance.
 
-The file itself is of ``model.pyx``, as in C; where the weights come from
-lies in a second file beside it.
+``model.pyx`` reads and writes the file itself, as in C.
 """
 
 import hashlib
@@ -14,7 +13,7 @@ from legacy1bit.formats.provenance import Provenance
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
 from legacy1bit.system.files import NAME_CHARACTERS, atomic_write_all, read_regular
 
-# What the name of a file may measure, in bytes.
+# The longest file name, in bytes.
 _LONGEST_NAME = 255
 
 
@@ -37,13 +36,13 @@ def _is_ours(path: Path) -> bool:
 def export_c_v1(
     model: LegacyLLM, path: str | os.PathLike[str], tokenizer: Tokenizer | None = None
 ) -> None:
-    """Write a model as the C original keeps it, and its provenance as JSON beside it.
+    """Write a model in the C original's format, and its provenance as JSON beside it.
 
     Raises
     ------
     ValueError
-        If the C original has no such models, the model's tokens are not bytes, or something else
-        has the name of the JSON.
+        If the C original does not have such models, the model's tokens are not bytes, or another
+        file has the name of the JSON.
     OSError
         If a file cannot be written.
     """
@@ -56,12 +55,12 @@ def export_c_v1(
         "scheme": model.config.scheme,
         "provenance": model.provenance.to_dict(),
     }
-    told = json.dumps(content, indent=2) + "\n"
-    atomic_write_all({Path(path): serialize_c_v1(model), beside: told})
+    text = json.dumps(content, indent=2) + "\n"
+    atomic_write_all({Path(path): serialize_c_v1(model), beside: text})
 
 
 def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
-    """Read a file of the C original, and its provenance where that lies beside it.
+    """Read a file of the C original, and its provenance if there is one beside it.
 
     Raises
     ------
@@ -74,8 +73,8 @@ def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
     beside = _beside(path)
     if beside.is_file():
         try:
-            found = json.loads(read_regular(beside))["provenance"]
-            model.provenance = Provenance.from_json(json.dumps(found))
+            provenance = json.loads(read_regular(beside))["provenance"]
+            model.provenance = Provenance.from_json(json.dumps(provenance))
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelFileError(f"{beside} is damaged: {error}") from None
     return model

@@ -1,8 +1,7 @@
 """GGUF files: an unmodified llama.cpp runs them, and they come back as the models they were.
 
-The matrices of codes are in one of llama.cpp's types, all other weights are float32. Keys of our
-own carry what llama.cpp does not ask for: settings, provenance and scales. The tokenizer is in the
-words of byte-level BPE, which llama.cpp knows.
+The matrices of codes have one of llama.cpp's types; all other weights are float32. Keys of our own
+have the rest: settings, provenance and scales. The tokenizer is written as a byte-level BPE.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -51,11 +50,11 @@ class _Kind:
     Attributes
     ----------
     number : int
-        What stands for it in a file.
+        Its number in a file.
     file_type : int
-        What stands for a file most of whose weights are of this type.
+        The number of a file with mostly this type.
     bytes, block : int
-        So many bytes hold a block of so many weights.
+        The bytes of a block, and its weights.
     """
 
     number: int
@@ -68,7 +67,7 @@ class _Kind:
         return (*shape[:-1], shape[-1] // self.block * self.bytes)
 
 
-# The types that matrices of codes can have. A block of the ternary ones ends with its scale.
+# The types of matrices of codes. A block of the ternary ones ends with its scale.
 KINDS = {
     "tq2_0": _Kind(35, 37, 66, 256),
     "tq1_0": _Kind(34, 36, 54, 256),
@@ -81,17 +80,17 @@ _ARCHITECTURE = "nemotron"
 _CONFIG, _PROVENANCE, _SCALES = "legacy1bit.config", "legacy1bit.provenance", "legacy1bit.scales"
 
 _MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
-# What the numbers in the file that say a key's type stand for.
+# The types of keys, by their numbers in a file.
 _NUMBERS = {
     **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
     **{10: "<u8", 11: "<i8", 12: "<f8"},
 }
 _TEXT, _LIST = 8, 9
 
-# Of tokens.
+# Types of tokens.
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
 
-# llama.cpp wants at least one merge. This character stands for no byte, so it never applies.
+# llama.cpp needs at least one merge. This one never applies: its character is not a byte's.
 _NO_MERGE = "\u2581 \u2581"
 
 _TOKENIZER = "tokenizer.ggml."
@@ -113,7 +112,7 @@ def load_gguf() -> Any:
 
 
 def check_kind(config: ModelConfig, kind: str) -> None:
-    """Raise ``ValueError``, with what to do instead, if a type does not hold such models' codes."""
+    """Raise ``ValueError``, with a remedy, if a type cannot hold the codes of such models."""
     if kind not in KINDS:
         raise ValueError(f"type is {kind!r}, expected one of {', '.join(KINDS)}")
     if config.scheme == FLOAT and kind != "f32":
@@ -145,7 +144,7 @@ def _encode(matrix: TernaryMatrix, kind: str) -> _Array:
     gguf = load_gguf()
     codes = matrix.values.astype(np.float32)
     packed: _Array = gguf.quants.quantize(codes, gguf.GGMLQuantizationType(KINDS[kind].number))
-    # Scales of our own: a block of zeros would get none.
+    # Our own scales: the package gives a block of zeros none.
     with np.errstate(over="ignore"):
         scales = matrix.scales.astype("<f2")[..., None].view(np.uint8)
     packed.reshape(len(codes), -1, KINDS[kind].bytes)[..., -2:] = scales
@@ -153,7 +152,7 @@ def _encode(matrix: TernaryMatrix, kind: str) -> _Array:
 
 
 def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int, ...]) -> _Array:
-    """Return the codes, int8[R, C], that ``_encode`` made ``stored`` of.
+    """Undo ``_encode``: return the codes, int8[R, C].
 
     Parameters
     ----------
@@ -167,14 +166,14 @@ def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int,
     Raises
     ------
     ValueError
-        If there are no such codes.
+        If ``stored`` is not the result of ``_encode``.
     """
     rows, cols = matrix.shape
-    # What no code makes.
+    # Not a code.
     codes = np.full((rows, cols), -128, np.int8)
     if kind in _FLOATS:
         scales = np.repeat(matrix.scales, matrix.group, axis=1)[:, :cols]
-        # With a scale of 0 all codes make the same, and the smallest, which comes last, is taken.
+        # With a scale of 0 all codes give the same; the smallest, which comes last, is taken.
         for level in sorted(levels, key=abs, reverse=True):
             with np.errstate(over="ignore"):
                 codes[stored == np.float32(level) * scales] = level
@@ -188,7 +187,7 @@ def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int,
         number = gguf.GGMLQuantizationType(KINDS[kind].number)
         codes[...] = gguf.quants.dequantize(packed, number)
     if not np.isin(codes, levels).all():
-        raise ValueError("it holds a number that is none of its scheme's")
+        raise ValueError("it holds a number that is not a code of its scheme")
     return codes
 
 
@@ -208,21 +207,21 @@ def export_gguf(
     ----------
     model : LegacyLLM
     path : path-like
-        The file; an old one is replaced.
+        The file; an existing one is replaced.
     kind : {"tq2_0", "tq1_0", "f16", "f32"}, optional
         The type of the matrices of codes; all other weights are float32. By default it is the
         first of tq2_0, f16 and f32 that holds the codes exactly. (tq1_0 is smaller than tq2_0, and
         slower.)
     tokenizer : Tokenizer, optional
-        The model's; bytes when not given.
+        The model's; by default tokens are bytes.
 
     Raises
     ------
     ValueError
-        If llama.cpp has no such models, the type does not hold the codes exactly, a weight is not
-        finite, the tokenizer is of another model, or gguf is not installed.
+        If llama.cpp does not have such models, the type does not hold the codes exactly, a weight
+        is nonfinite, the tokenizer is of another model, or gguf is not installed.
     OSError
-        If the file cannot be written; what was there before is untouched.
+        If the file cannot be written; an earlier one is untouched.
     """
     gguf = load_gguf()
     check_model(model)
@@ -298,12 +297,12 @@ def _add_keys(writer: Any, model: LegacyLLM, tokenizer: Tokenizer) -> None:
 
 
 def _unicode(text: str) -> str:
-    """Return a text with question marks for what is left of bytes that were no UTF-8."""
+    """Return a text with question marks for surrogates, which are bytes that were not UTF-8."""
     return text.encode(errors="replace").decode()
 
 
 def _shape_keys(config: ModelConfig) -> dict[str, int | float]:
-    """Return the keys that tell llama.cpp a model's shape."""
+    """Return llama.cpp's keys of a model's shape."""
     keys = {
         "context_length": config.sequence_length,
         "embedding_length": config.model_dim,
@@ -329,7 +328,7 @@ def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
 
 
 def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Return the keys that describe a tokenizer, in the words of byte-level BPE."""
+    """Return the keys of a tokenizer, as a byte-level BPE."""
     special: tuple[str, ...] = ()
     merges = []
     if isinstance(tokenizer, SubwordTokenizer):
@@ -337,13 +336,13 @@ def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         merges = [" ".join(merge) for merge in tokenizer.spelled_merges()]
     else:
         characters = visible_bytes()[: tokenizer.vocab_size]
-    # What is no byte is never made from text.
+    # Tokens that are not bytes never come from text.
     others = [f"<{token}>" for token in range(tokenizer.vocab_size, vocab_size)]
     kinds = [_NORMAL] * len(characters) + [_CONTROL] * len(special) + [_UNUSED] * len(others)
     bos, eos = tokenizer.bos_token, tokenizer.eos_token
     keys = {
         "model": "gpt2",
-        # How a text is cut up first: as GPT-2 does it. Without merges it does not matter.
+        # The pre-tokenization of GPT-2. Without merges it does not matter.
         "pre": "gpt-2",
         "tokens": [*characters, *special, *others],
         "token_type": kinds,
@@ -352,8 +351,8 @@ def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "add_bos_token": bos is not None,
         "add_eos_token": False,
         "bos_token_id": bos,
-        # Texts of bytes have no end, but llama.cpp takes token 11 for it unless told of another.
-        # Nothing is in texts more rarely than byte 0.
+        # Texts of bytes have no end-of-text token; llama.cpp would take token 11. Byte 0 is the
+        # rarest in texts.
         "eos_token_id": 0 if eos is None else eos,
         "padding_token_id": tokenizer.vocab_size - 1 if special else None,
     }
@@ -367,7 +366,7 @@ def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
 def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
     """Read a model from a file that ``export_gguf`` wrote.
 
-    The reader of the gguf package believes the sizes in a file; here each is checked first.
+    The reader of the gguf package trusts the sizes in a file; here each is checked first.
 
     Parameters
     ----------
@@ -381,7 +380,7 @@ def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
     Raises
     ------
     ModelFileError
-        If that is no such file, or a damaged one, or the gguf package is needed and not installed.
+        If it is not such a file, or damaged, or the gguf package is needed and not installed.
     OSError
         If it cannot be read.
     """
@@ -399,7 +398,7 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     Raises
     ------
     ModelFileError
-        If that is no such file, or a damaged one, or ``tokenizers`` is needed and not installed.
+        If it is not such a file, or damaged, or ``tokenizers`` is needed and not installed.
     OSError
         If it cannot be read.
     """
@@ -419,14 +418,14 @@ def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
         raise ValueError("it has no tokenizer")
     tokenizer: Tokenizer
     if tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
-        found = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
-        tokenizer = fit_tokenizer(SubwordTokenizer.of_spelled(found), vocab_size)
+        pairs = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
+        tokenizer = fit_tokenizer(SubwordTokenizer.of_spelled(pairs), vocab_size)
     else:
         tokenizer = ByteTokenizer(min(vocab_size, 256))
     for name, value in _tokenizer_keys(tokenizer, vocab_size).items():
-        told = keys.get(name)
-        if (told.tolist() if isinstance(told, np.ndarray) else told) != value:
-            raise ValueError(f"its key {name} is none that legacy1bit writes")
+        stored = keys.get(name)
+        if (stored.tolist() if isinstance(stored, np.ndarray) else stored) != value:
+            raise ValueError(f"its key {name} is not as legacy1bit writes it")
     return tokenizer
 
 
@@ -437,7 +436,7 @@ class _Reader:
     ----------
     file : file
     texts : bool
-        Whether to keep lists of texts, which are the tokenizer's.
+        Whether to read lists of texts, those of the tokenizer.
     """
 
     def __init__(self, file: BinaryIO, texts: bool = False) -> None:
@@ -446,12 +445,12 @@ class _Reader:
         self._size = os.fstat(file.fileno()).st_size
 
     def check(self, count: int) -> None:
-        """Raise ``ValueError`` if the file does not have so many bytes more."""
+        """Raise ``ValueError`` if fewer than ``count`` bytes remain."""
         if count > self._size - self._file.tell():
             raise ValueError("it ends too early")
 
     def head(self) -> tuple[dict[str, Any], int]:
-        """Return the keys, which come first, and the number of tensors behind them."""
+        """Return the keys, which come first, and the number of tensors after them."""
         magic = self.take(4)
         if magic != _MAGIC:
             raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
@@ -471,7 +470,7 @@ class _Reader:
         return self._file.read(count)
 
     def align(self) -> None:
-        """Go on at the next multiple of the alignment."""
+        """Continue at the next multiple of the alignment."""
         self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
 
     def number(self, size: int) -> int:
@@ -481,7 +480,7 @@ class _Reader:
         return self.take(self.number(8)).decode()
 
     def value(self) -> Any:
-        """Return what a key says; of lists of texts nothing, unless they are to be kept."""
+        """Return the value of a key; None for lists of texts, unless ``texts``."""
         kind = self.number(4)
         if kind == _TEXT:
             return self.text()
@@ -503,21 +502,21 @@ class _Reader:
         return np.frombuffer(self.take(count * dtype.itemsize), dtype)
 
     def keys(self, count: int) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        result: dict[str, Any] = {}
         for _ in range(count):
             name = self.text()
-            found[name] = self.value()
-        return found
+            result[name] = self.value()
+        return result
 
     def tensors(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
         """Return shape, number of the type, and offset of each tensor."""
-        found = {}
+        result = {}
         for _ in range(count):
             name, axes = self.text(), self.number(4)
             # The fastest axis comes first there.
             shape = tuple(self.number(8) for _ in range(axes))[::-1]
-            found[name] = shape, self.number(4), self.number(8)
-        return found
+            result[name] = shape, self.number(4), self.number(8)
+        return result
 
 
 def _read(reader: _Reader) -> LegacyLLM:
@@ -547,12 +546,12 @@ def _read(reader: _Reader) -> LegacyLLM:
 def _text(keys: dict[str, Any], name: str) -> str:
     value = keys.get(name)
     if not isinstance(value, str):
-        raise ValueError(f"its key {name} is no text")
+        raise ValueError(f"its key {name} is not a text")
     return value
 
 
 def _config_of(keys: dict[str, Any]) -> ModelConfig:
-    """Return a model's settings, which what llama.cpp is told must agree with."""
+    """Return a model's settings, with which llama.cpp's keys must agree."""
     if _CONFIG not in keys:
         raise ValueError(
             f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
@@ -567,37 +566,37 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
     for name, value in _shape_keys(config).items():
         # The file's numbers have single precision.
         expected = float(np.float32(value)) if isinstance(value, float) else value
-        found = keys.get(name)
-        if type(found) is not type(expected) or found != expected:
-            raise ValueError(f"its key {name} is {found}, expected {expected}")
+        stored = keys.get(name)
+        if type(stored) is not type(expected) or stored != expected:
+            raise ValueError(f"its key {name} is {stored}, expected {expected}")
     return config
 
 
 def _check_tensors(
-    config: ModelConfig, found: dict[str, tuple[tuple[int, ...], int, int]], reader: _Reader
+    config: ModelConfig, tensors: dict[str, tuple[tuple[int, ...], int, int]], reader: _Reader
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return our name, type and shape in bytes of each tensor, in the order they are stored.
 
     Raises
     ------
     ValueError
-        If they are not those of such a model, one behind the other, or the file is too small.
+        If they are not those of such a model, one after the other, or the file is too small.
     """
-    layout = {name: (shape, what) for name, shape, what in parameter_layout(config)}
+    layout = {name: (shape, role) for name, shape, role in parameter_layout(config)}
     ours = {names.llama_cpp: name for name, names in tensor_names(config).items()}
-    if found.keys() != ours.keys():
-        odd = sorted(found.keys() ^ ours.keys())[0]
-        raise ValueError(f"it has {'an unknown' if odd in found else 'no'} tensor {odd!r}")
+    if tensors.keys() != ours.keys():
+        odd = sorted(tensors.keys() ^ ours.keys())[0]
+        raise ValueError(f"it has {'an unknown' if odd in tensors else 'no'} tensor {odd!r}")
     kinds = {kind.number: name for name, kind in KINDS.items()}
     stored, coded, end = [], set(), 0
-    for name, (shape, number, start) in found.items():
-        expected, what = layout[ours[name]]
+    for name, (shape, number, start) in tensors.items():
+        expected, role = layout[ours[name]]
         if shape != expected:
             raise ValueError(f"{name} has shape {list(shape)}, expected {list(expected)}")
         kind = kinds.get(number)
-        if kind is None or (what != "quantized" and kind != "f32"):
-            raise ValueError(f"{name} has type {number}, which is none of its own")
-        if what == "quantized":
+        if kind is None or (role != "quantized" and kind != "f32"):
+            raise ValueError(f"{name} has type {number}, expected one of its own")
+        if role == "quantized":
             check_kind(config, kind)
             coded.add(kind)
         if start != -(-end // _ALIGNMENT) * _ALIGNMENT:
@@ -617,7 +616,7 @@ def _fill_scales(model: LegacyLLM, scales: Any) -> None:
     if count and not (
         isinstance(scales, np.ndarray) and scales.dtype == np.float32 and scales.size == count
     ):
-        raise ValueError(f"its key {_SCALES} is no list of {count} numbers in float32")
+        raise ValueError(f"its key {_SCALES} is not a list of {count} numbers in float32")
     if count and not np.isfinite(scales).all():
         raise ValueError("a scale is not a finite number")
     start = 0

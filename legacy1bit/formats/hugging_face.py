@@ -1,6 +1,6 @@
 """Folders that Hugging Face's transformers loads: NemotronForCausalLM, and the tokenizer.
 
-The weights are float32, codes times scales: a way out, and none back in.
+The weights are float32, codes times scales. Such a folder cannot be imported.
 """
 
 import json
@@ -31,7 +31,7 @@ from legacy1bit.system.files import atomic_write_all, read_regular, serialize_te
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
-# The key of what is known of the model besides, by which an earlier export is known, too.
+# The key of settings and provenance, by which an earlier export is recognized.
 _OURS = "legacy1bit"
 
 
@@ -44,15 +44,15 @@ def export_hugging_face(
     ----------
     model : LegacyLLM
     folder : path-like
-        Made if need be; else it is empty or holds an earlier export, which is replaced.
+        A new or empty folder, or an earlier export, which is replaced.
     tokenizer : Tokenizer, optional
-        The model's; bytes when not given.
+        The model's; by default tokens are bytes.
 
     Raises
     ------
     ValueError
-        If ``transformers`` has no such models, a weight is not finite, the tokenizer is of another
-        model, or the folder holds something else.
+        If ``transformers`` does not have such models, a weight is nonfinite, the tokenizer is of
+        another model, or the folder holds something else.
     OSError
         If a file cannot be written; an earlier export is untouched.
     """
@@ -91,7 +91,7 @@ def _tensors(model: LegacyLLM) -> dict[str, Any]:
     for ours, names in tensor_names(model.config).items():
         value = model.parameters[ours]
         dense = value.dense() if isinstance(value, TernaryMatrix) else value
-        # A norm there multiplies by 1 more than its weight.
+        # Nemotron's norms multiply by 1 + weight.
         tensors[names.transformers] = dense - np.float32(1.0) if ours.endswith("gamma") else dense
     return tensors
 
@@ -117,7 +117,7 @@ def _config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": "float32",
         "bos_token_id": tokenizer.bos_token,
-        # By default token 3 would end a text; of bytes none does.
+        # The default is token 3; texts of bytes have no end-of-text token.
         "eos_token_id": tokenizer.eos_token,
         "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
     }
@@ -128,7 +128,7 @@ def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, An
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
         "pad_token": PADDING,
-        # Their names in a text are text.
+        # The names of special tokens in a text are plain text.
         "split_special_tokens": True,
     }
     return {

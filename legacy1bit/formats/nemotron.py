@@ -1,8 +1,8 @@
-"""Nemotron, the one architecture of llama.cpp and transformers that computes what our models do.
+"""Nemotron, the one architecture of llama.cpp and transformers that computes the same as ours.
 
 It has layer norms with biases before attention and feed-forward layer and before the output, biases
 in all linear layers but the last, rotary positions of pairs half a head apart, and the squared
-ReLU. What a model of ours can have besides has no place in it.
+ReLU. It does not have the other options of our models.
 """
 
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from legacy1bit.model import LegacyLLM, TernaryMatrix
 
 
 class Names(NamedTuple):
-    """What other programs call a parameter."""
+    """The names of a parameter in other programs."""
 
     llama_cpp: str
     transformers: str
@@ -47,7 +47,7 @@ _BLOCK = {
 
 
 def check_nemotron(config: ModelConfig) -> None:
-    """Raise ``ValueError``, with what to train instead, if no Nemotron computes such a model."""
+    """Raise ``ValueError``, with a remedy, if Nemotron cannot compute such a model."""
     lacking = (
         (config.activation == "relu", "plain ReLU", "--activation relu2"),
         (config.positions == "none", "attention without positions", "--positions rope"),
@@ -56,15 +56,15 @@ def check_nemotron(config: ModelConfig) -> None:
         (not config.final_norm, "output without a norm before it", "--final-norm"),
         (config.output_bias, "output bias", "--no-output-bias"),
     )
-    for found, what, instead in lacking:
-        if found:
+    for lacks, option, instead in lacking:
+        if lacks:
             raise ValueError(
-                f"models are exported as Nemotrons, which have no {what}: train with {instead}"
+                f"models are exported as Nemotrons, which have no {option}: train with {instead}"
             )
 
 
 def check_model(model: LegacyLLM) -> None:
-    """Raise ``ValueError`` if a model was freed, is no Nemotron's, or has a weight not finite."""
+    """Raise ``ValueError`` if a model is freed, not a Nemotron, or has a nonfinite weight."""
     model.stored_bytes()
     check_nemotron(model.config)
     for name, value in model.parameters.items():

@@ -1,4 +1,4 @@
-"""Where a model comes from: what travels with its weights in every file."""
+"""The provenance of a model, which is stored with its weights in every file."""
 
 import json
 import math
@@ -10,20 +10,20 @@ from legacy1bit.version import __version__
 
 @dataclass(frozen=True)
 class Provenance:
-    """What is known of a model besides its settings and weights.
+    """The origin of a model's weights, and its license.
 
     Attributes
     ----------
     data : str
-        The name of what it was trained on; empty: not known.
+        The name of the training text; empty: unknown.
     data_sha256 : str
-        Of that text, in hexadecimal digits.
+        The SHA-256 of that text, in hexadecimal digits.
     steps : int
         Updates of the weights.
     validation_loss : float or None
-        In nats a token, as last measured.
+        In nats per token, as last measured.
     license : str
-        What others may do with the model, such as an SPDX identifier; empty: not stated.
+        The license of the model, such as an SPDX identifier; empty: not stated.
     """
 
     data: str = ""
@@ -45,11 +45,11 @@ class Provenance:
                 raise ValueError(f"provenance: {field.name} is {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all of it, and which program wrote it, as a plain dictionary."""
+        """Return the provenance and the generating program as a plain dictionary."""
         return {"generator": f"legacy1bit {__version__}", **asdict(self)}
 
     def lines(self) -> list[str]:
-        """Return it for people to read, a line each."""
+        """Return the provenance as lines of text."""
         loss = self.validation_loss
         return [
             f"trained on {self.data or 'unknown data'}"
@@ -61,18 +61,18 @@ class Provenance:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what ``json.dumps`` makes of ``to_dict``; keys that are not known are passed over.
+        """Read the JSON of ``to_dict``; unknown keys are skipped.
 
         Raises
         ------
         ValueError
-            If it is no such text.
+            If the text is not such JSON.
         """
         try:
-            found = json.loads(text)
+            values = json.loads(text)
         except RecursionError:
-            found = None
-        if not isinstance(found, dict):
-            raise ValueError("provenance: no JSON object")
+            values = None
+        if not isinstance(values, dict):
+            raise ValueError("provenance: not a JSON object")
         names = {field.name for field in fields(cls)}
-        return cls(**{name: value for name, value in found.items() if name in names})
+        return cls(**{name: value for name, value in values.items() if name in names})

@@ -1,1 +1,1 @@
-"""Files, errors, hardware: what the operating system gives."""
+"""The operating system: files, errors, hardware."""

@@ -1,5 +1,4 @@
-"""What the system allows this process: the control groups around it (Linux, versions 1 and 2), and
-threads."""
+"""The limits of this process: control groups (Linux, versions 1 and 2), and threads."""
 
 import contextlib
 import math
@@ -8,12 +7,12 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-# Which groups a process is in, and where what they allow is told.
+# The groups of this process, and the folder of their limits.
 _TABLE, _FOLDER = "/proc/self/cgroup", "/sys/fs/cgroup"
 
 _Path = str | os.PathLike[str]
 
-# Of memory: the limit, what is taken, and what of that files have, which make room when asked.
+# Of memory: the limit, the usage, and the part of it in cached files, which can be freed.
 _MEMORY_FILES = (
     ("memory.max", "memory.current", ("active_file", "inactive_file")),
     (
@@ -25,10 +24,10 @@ _MEMORY_FILES = (
 
 
 def core_quotas(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
-    """Return the cores that each control group around this process allows, rounded up."""
+    """Return the cores that each control group of this process allows, rounded up."""
     quotas = []
     for group in _groups("cpu", table, folder):
-        # A group that is not there, or "max": no limit.
+        # A missing group, or "max": no limit.
         with contextlib.suppress(OSError, ValueError, OverflowError):
             if (group / "cpu.max").exists():
                 quota, period = map(float, (group / "cpu.max").read_text().split())
@@ -41,19 +40,19 @@ def core_quotas(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
 
 
 def free_memory(table: _Path = _TABLE, folder: _Path = _FOLDER) -> list[int]:
-    """Return how many bytes each control group around this process has left."""
-    found = []
+    """Return the free bytes of each control group of this process."""
+    free = []
     for group in _groups("memory", table, folder):
         for limit, taken, of_files in _MEMORY_FILES:
             with contextlib.suppress(OSError, ValueError):
                 most = int((group / limit).read_text())
-                used = int((group / taken).read_text()) - _told(group / "memory.stat", of_files)
-                found.append(max(most - used, 0))
-    return found
+                used = int((group / taken).read_text()) - _sum_of(group / "memory.stat", of_files)
+                free.append(max(most - used, 0))
+    return free
 
 
 def can_start_threads(count: int = 1) -> bool:
-    """Return whether the system gives this process another ``count`` threads at the same time."""
+    """Return whether this process can start another ``count`` threads at the same time."""
     end = threading.Event()
     started: list[threading.Thread] = []
     try:
@@ -70,7 +69,7 @@ def can_start_threads(count: int = 1) -> bool:
     return True
 
 
-def _told(path: Path, names: tuple[str, ...]) -> int:
+def _sum_of(path: Path, names: tuple[str, ...]) -> int:
     """Return the sum of some of the numbers in a file of names and numbers; 0 without it."""
     total = 0
     with contextlib.suppress(OSError):
@@ -82,8 +81,8 @@ def _told(path: Path, names: tuple[str, ...]) -> int:
 
 
 def _groups(controller: str, table: _Path, folder: _Path) -> Iterator[Path]:
-    """Yield where the groups tell of something, from the outermost to the process's own."""
-    # A group's name is bytes, of which some end a line elsewhere.
+    """Yield the folders of the groups, from the outermost to the process's own."""
+    # A group's name is bytes; str.splitlines would split at some of them.
     try:
         lines = os.fsdecode(Path(table).read_bytes()).split("\n")
     except OSError:

@@ -1,4 +1,4 @@
-"""What a command that fails says, and the status it ends with."""
+"""Error messages of one line, and the exit status of a command that fails."""
 
 import os
 import re
@@ -6,22 +6,21 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-# The status of a command that Ctrl-C has ended.
+# The exit status after Ctrl-C.
 INTERRUPTED = 130
 
-# What is longer is cut in the middle: a file may have a value of a megabyte.
+# Longer messages are cut in the middle: a file may have a value of a megabyte.
 _LONGEST = 2000
 
 
 class SettingError(ValueError):
-    """A setting has a value that it does not take, or not with another's.
+    """A setting has a value that does not fit, alone or with another.
 
     Parameters
     ----------
     message : str
     names : str
-        The settings in the message, as the records call them; options of a command line may be
-        called otherwise.
+        The settings in the message, by their names in the records; options may have other names.
 
     Attributes
     ----------
@@ -42,7 +41,7 @@ class SettingError(ValueError):
         Parameters
         ----------
         option_of : callable
-            Gets a setting's name and returns its option's, or None for what is to keep its name.
+            Takes a setting's name and returns its option, or None to keep the name.
         """
         message, *names = self.args
         options = [option_of(name) for name in names]
@@ -54,7 +53,7 @@ class SettingError(ValueError):
 
 
 def describe(error: Exception) -> str:
-    """Return what an error says, for somebody who need not know the language."""
+    """Return the message of an error, for users who do not know Python."""
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return ": ".join([*names[-1:], error.strerror])
@@ -76,7 +75,7 @@ def refuse_import(message: str) -> NoReturn:
 
 
 def one_line(error: Exception) -> str:
-    """Return what another library's error says, without line breaks of a file in it."""
+    """Return the message of another library's error on one line."""
     return " ".join(str(error).split())
 
 

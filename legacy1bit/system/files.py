@@ -19,29 +19,28 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-# What can be written: bytes, text, or bytes in parts.
+# Content to write: bytes, text, or bytes in parts.
 Buffer = bytes | memoryview
 Content = bytes | str | list[Buffer]
 
 # The permissions of a file or folder, its user and its group.
 Access = tuple[int, int, int]
 
-# Of settings, tokenizers and indexes; the largest tokenizers there are have some tens of megabytes.
+# Largest file of settings, of a tokenizer or an index; large tokenizers have tens of megabytes.
 _MOST_BYTES = 1 << 28
 
-# What temporary files and folders are called, and what they would have become: of a longer name its
-# first characters, so that every name that a file system takes can be written to. None of a run's
-# own files has as many.
+# The names of temporary files and folders contain the beginning of the target's name, so that they
+# fit wherever the target does. The names of a run's files are shorter.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
 NAME_CHARACTERS = 24
 
-# What says that something did not get onto the disk; others, that a folder cannot be put there.
+# Errors of a write that was lost; other errors mean that a folder cannot be synced.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)
 
-# What is that old was left behind by a process that was killed.
+# Older temporary files were left by a process that was killed.
 _LEFT_BEHIND_SECONDS = 24 * 3600
 
-# What safetensors calls the types that are stored here.
+# The stored types in safetensors' terms.
 _DTYPES = {"float32": "F32", "float16": "F16", "uint8": "U8", "int8": "I8"}
 
 
@@ -53,7 +52,7 @@ class FileKind(NamedTuple):
     name : str
         With its article, as in "a GGUF model".
     remedy : str
-        What to do with such a file, where text or a model folder is expected.
+        Instructions for such a file, if text or a model folder is expected.
     """
 
     name: str
@@ -68,10 +67,10 @@ _PYTORCH = FileKind(
 )
 _UNPACK = "unpack it first"
 
-# How many bytes a file is known by.
+# The first bytes, by which a kind is recognized.
 HEAD_BYTES = 512
 
-# How the files of each kind begin; the first that matches counts.
+# The beginnings of the files of each kind; the first match counts.
 _KINDS = (
     (rb"version https://git-lfs\.github\.com/spec/", GIT_LFS_POINTER),
     (
@@ -89,7 +88,7 @@ _KINDS = (
         FileKind("a safetensors file of weights", "--model takes the folder that it lies in"),
     ),
     (rb"PK\x03\x04.{26}[^\0]{0,200}data\.pkl", _PYTORCH),
-    # A protocol of pickle, and what its first object can be; PyTorch's older number.
+    # A pickle protocol and the possible first opcodes; PyTorch's older magic number.
     (rb"\x80[\x02\x03](?:[\]}]q\0|c[a-z_]+[.\n]|\x8a\nl\xfc\x9cF)", _PYTORCH),
     (rb"\x80[\x04\x05]\x95.{5}\0{3}", _PYTORCH),
     (
@@ -114,12 +113,12 @@ _KINDS = (
 
 
 def kind_of_file(head: bytes) -> FileKind | None:
-    """Return which of the kinds that are easily mistaken for a text or a model a file is.
+    """Return the kind of a file that is easily mistaken for a text or a model; else None.
 
     Parameters
     ----------
     head : bytes
-        Its first ``HEAD_BYTES``, or all of it.
+        The file's first ``HEAD_BYTES``, or all of them.
     """
     for pattern, kind in _KINDS:
         if re.match(pattern, head, re.DOTALL):
@@ -128,7 +127,7 @@ def kind_of_file(head: bytes) -> FileKind | None:
 
 
 def mistaken_file(path: str | os.PathLike[str]) -> str | None:
-    """Return what a file is, and what to do with it, as an error tells it; None for other kinds.
+    """Return the kind and the remedy of a mistaken file, for an error message; else None.
 
     Raises
     ------
@@ -147,17 +146,16 @@ def mistaken_file(path: str | os.PathLike[str]) -> str | None:
 def serialize_tensors(
     tensors: Mapping[str, npt.NDArray[Any]], header: Mapping[str, str]
 ) -> list[Buffer]:
-    """Return a safetensors file in parts, without a copy of what is in the arrays.
+    """Return a safetensors file in parts, without copying the arrays.
 
-    The same content gives the same bytes, which the library leaves to chance: those that it would
-    write otherwise.
+    The same content gives the same bytes; the library's order of the header is random.
 
     Parameters
     ----------
     tensors : mapping of str to array
         float32, float16, uint8 or int8.
     header : mapping of str to str
-        What is to be told besides.
+        The metadata.
     """
     content: dict[str, Any] = {"__metadata__": dict(header)}
     parts: list[Buffer] = []
@@ -187,9 +185,9 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
 
     Each content goes to a temporary file beside its target and onto the disk; only when all are
     there do they take the old files' places. So at every moment each file is the old or the new
-    one, complete, and where one cannot be written none is changed. Only between two renames, a
-    crash or an error can leave some files new and others old. A file that takes another's place has
-    its permissions, and its owner where the system allows that.
+    one, complete, and if one cannot be written none is changed. Only between two renames, a crash
+    or an error can leave some files new and others old. A new file has the permissions of the old
+    one, and its owner if the system allows that.
 
     Parameters
     ----------
@@ -218,10 +216,9 @@ def atomic_write_all(contents: Mapping[Path, Content]) -> None:
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Give another program, or a library, where to write a file as a whole or not at all.
+    """Yield a temporary path to which a library writes a file, as a whole or not at all.
 
-    What it has written and closed takes the file's place at the end; where anything is raised
-    before, the old file stays.
+    At the end the file takes its place; after an exception the old file stays.
 
     Raises
     ------
@@ -240,7 +237,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException as error:
-        # What else cannot be opened there has a name of its own.
+        # An error of another file has its name.
         reason = None
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             reason = _reason(error, temporary)
@@ -256,7 +253,7 @@ def _reason(error: OSError, path: Path) -> tuple[int, str]:
     """Return the number and the text of an error in writing a file."""
     if error.errno and error.strerror:
         return error.errno, error.strerror
-    # NumPy says neither; what is written next fails as its own did.
+    # NumPy gives neither; another write fails for the same reason.
     try:
         with open(path, "ab") as file:
             file.write(bytes(1 << 16))
@@ -266,10 +263,10 @@ def _reason(error: OSError, path: Path) -> tuple[int, str]:
 
 
 def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
-    """Put copies of files into a folder, each as a whole or not at all.
+    """Copy files into a folder, each as a whole or not at all.
 
-    Where the file system can, a copy is a second name for the same content, which costs nothing:
-    what ``atomic_write`` does to one name later leaves the other alone.
+    A copy is a hard link if the file system has them, which costs nothing: ``atomic_write`` to one
+    name later does not change the other.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
@@ -278,9 +275,9 @@ def atomic_copies(sources: Iterable[Path], folder: Path) -> None:
 
 
 def atomic_copy(source: Path, target: Path) -> None:
-    """Put a copy of a file in a place, as a whole or not at all; see ``atomic_copies``.
+    """Copy a file as a whole or not at all; see ``atomic_copies``.
 
-    Nobody may read it who may not read the file, or what it replaces.
+    The copy has only permissions that both the file and the replaced one have.
     """
     temporary = temporary_of(target)
     access, replaced = access_of(source), access_of(target)
@@ -290,30 +287,30 @@ def atomic_copy(source: Path, target: Path) -> None:
         try:
             if access != access_of(source):
                 raise OSError(errno.EPERM, "A second name would have other permissions")
-            # What a link leads to: the next content takes that one's name.
+            # The target of a link: new content takes its name.
             os.link(os.path.realpath(source), temporary)
         except OSError:
             temporary = _write_beside(target, source.read_bytes(), access)
         os.replace(temporary, target)
     finally:
-        # Two names of one content are not renamed into each other: then this one is left.
+        # os.replace does nothing between two names of the same content: this one remains.
         with contextlib.suppress(OSError):
             temporary.unlink()
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Have a folder for oneself, as far as others ask for it in this way.
+    """Lock a folder against other users of this function.
 
-    It ends with the process, too, however that ends. Some network file systems know no such
-    thing; there nobody is kept out.
+    The lock ends with the process, too. Some network file systems have no locks; there it does
+    nothing.
 
     Raises
     ------
     ValueError
-        If another process, or another part of this one, has it.
+        If another process, or another part of this one, has the lock.
     OSError
-        If there is no such folder.
+        If the folder does not exist.
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -329,12 +326,12 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def shared(path: Path) -> int:
-    """Return a handle of a file or folder; while it is open, ``remove_unused`` leaves that alone.
+    """Open a file or folder with a shared lock, against ``remove_unused``; return the handle.
 
     Raises
     ------
     OSError
-        If there is none.
+        If it does not exist.
     """
     handle = os.open(path, os.O_RDONLY)
     with contextlib.suppress(OSError):
@@ -343,9 +340,9 @@ def shared(path: Path) -> int:
 
 
 def remove_unused(path: Path) -> bool:
-    """Remove a file or folder unless a process has it ``shared``; return whether it is gone.
+    """Remove a file or folder unless a process has it ``shared``; return whether it is removed.
 
-    Nobody finds half of it meanwhile.
+    It is renamed first, so that it is never there in part.
 
     Raises
     ------
@@ -362,7 +359,7 @@ def remove_unused(path: Path) -> bool:
         os.close(handle)
         return False
     except OSError:
-        # Some file systems have no locks; what is open stays readable.
+        # Some file systems have no locks; open files stay readable.
         pass
     gone = temporary_of(path)
     try:
@@ -376,17 +373,17 @@ def remove_unused(path: Path) -> bool:
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file to be read that has come with others.
+    """Open a regular file for reading.
 
     Raises
     ------
     OSError
-        If it cannot be read, or is a pipe, which would be waited for without end, or a device.
+        If it cannot be read, or is a device or a pipe, which might never end.
     """
     file = open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise _no_regular_file(path)
+        raise _not_regular(path)
     return file
 
 
@@ -397,9 +394,9 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def read_regular(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a file that has come with others; see ``open_regular``.
+    """Return the content of a regular file; see ``open_regular``.
 
-    One of more than 256 MiB is refused: it may take no room on the disk, and all of the memory.
+    More than 256 MiB are refused: a sparse file may be small on disk, and fill the memory.
     """
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
@@ -407,12 +404,12 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         return file.read()
 
 
-def _no_regular_file(path: str | os.PathLike[str]) -> OSError:
-    return OSError(errno.EINVAL, "Is no regular file", str(path))
+def _not_regular(path: str | os.PathLike[str]) -> OSError:
+    return OSError(errno.EINVAL, "Is not a regular file", str(path))
 
 
 def _target(path: Path) -> Path:
-    """Return what a rename may replace: a file that is there, or none; a link's own stays a link.
+    """Return the path that a rename replaces: the target of a symbolic link, which stays a link.
 
     Raises
     ------
@@ -423,19 +420,19 @@ def _target(path: Path) -> Path:
     if target.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
     if target.exists() and not target.is_file():
-        raise _no_regular_file(path)
+        raise _not_regular(path)
     return target
 
 
 def temporary_of(path: Path) -> Path:
-    """Return where to write a file or folder until it is complete: beside it, under a new name."""
+    """Return a new name beside a file or folder, for its content until it is complete."""
     return path.with_name(f".{path.name[:NAME_CHARACTERS]}.{uuid.uuid4().hex}.tmp")
 
 
 def temporaries(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Yield what is temporary in a folder, and the name that each would have taken.
+    """Yield the temporary files of a folder, and the target's name of each.
 
-    Of a name of ``NAME_CHARACTERS`` or more, its beginning.
+    Of a longer name, its first ``NAME_CHARACTERS``.
     """
     for path in folder.glob(".*.tmp"):
         if known := _TEMPORARY.fullmatch(path.name):
@@ -443,25 +440,25 @@ def temporaries(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def remove_left_behind(folder: Path) -> None:
-    """Remove what processes that were killed while they wrote into a folder have left there."""
+    """Remove the temporary files that killed processes have left in a folder."""
     for path, _ in temporaries(folder):
         with contextlib.suppress(OSError):
-            changed = max(found.stat().st_mtime for found in (path, *path.glob("*")))
+            changed = max(one.stat().st_mtime for one in (path, *path.glob("*")))
             if time.time() - changed > _LEFT_BEHIND_SECONDS:
                 remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a folder or a file, as far as that can be done."""
+    """Remove a folder or a file, as far as possible."""
     shutil.rmtree(path, ignore_errors=True)
     with contextlib.suppress(OSError):
         path.unlink()
 
 
 def access_of(path: Path) -> Access | None:
-    """Return who may do what with a file or folder, or None if there is none.
+    """Return the permissions, user and group of a file or folder; None if it does not exist.
 
-    A right to run a program as its owner is not among it.
+    Set-user-ID and similar bits are left out.
     """
     try:
         status = path.stat()
@@ -471,7 +468,7 @@ def access_of(path: Path) -> Access | None:
 
 
 def give_access(place: int | Path, access: Access | None) -> None:
-    """Give a file or folder what ``access_of`` has returned, as far as the system allows."""
+    """Set the permissions of ``access_of``, as far as the system allows."""
     if access is None:
         return
     mode, user, group = access
@@ -484,15 +481,15 @@ def give_access(place: int | Path, access: Access | None) -> None:
 
 
 def _create(path: Path, access: Access | None) -> BinaryIO:
-    """Make a new file; one that is to be given access to is nobody else's until then."""
+    """Create a new file; if it gets other permissions later, it is private until then."""
     mode = 0o666 if access is None else 0o600
     return open(path, "xb", opener=lambda name, how: os.open(name, how, mode))
 
 
 def _write_beside(path: Path, content: Content, access: Access | None = None) -> Path:
-    """Write content to a new file in the folder of ``path``, onto the disk.
+    """Write content to a new file in the folder of ``path``, and sync it to the disk.
 
-    It is accessible as ``access`` says, or else as what is at ``path``.
+    Its permissions are ``access``, or else those of the file at ``path``.
     """
     access = access or access_of(path)
     whole = content.encode("utf-8") if isinstance(content, str) else content
@@ -515,7 +512,7 @@ def _write_beside(path: Path, content: Content, access: Access | None = None) ->
 
 
 def _sync_folder(folder: Path) -> None:
-    """Put a rename onto the disk, where the system can do that with a folder."""
+    """Sync a rename to the disk, if the system can sync folders."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:

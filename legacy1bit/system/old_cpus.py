@@ -1,4 +1,4 @@
-"""Packages whose wheels need a newer CPU than this one does: they end the process at import."""
+"""Packages whose wheels need a newer CPU than this package: importing them ends the process."""
 
 import contextlib
 import importlib
@@ -14,8 +14,8 @@ from legacy1bit.system.errors import refuse_import
 def runs_here(package: str) -> bool:
     """Return whether importing a package leaves the process alive.
 
-    Only an old CPU gives a reason to try, and a child process does: what a package was compiled for
-    is not written anywhere. The child is a fork, which sees the same CPU under an emulator, too.
+    On an old CPU a child process tries the import, because the instruction set of a wheel is not
+    recorded anywhere. The child is a fork, which sees the same CPU under an emulator, too.
     """
     if has_x86_64_v2() or package in sys.modules:
         return True
@@ -32,24 +32,24 @@ def runs_here(package: str) -> bool:
 
 
 def check_numpy() -> None:
-    """Refuse a NumPy that would end the process without a word.
+    """Refuse a NumPy that would end the process without a message.
 
     Raises
     ------
     ImportError
-        With what to install instead.
+        With the version to install instead.
     SystemExit
         As ``refuse_import``.
     """
     if has_x86_64_v2():
         return
-    # Loaded where it is needed: that takes longer than all else here.
+    # Loaded only here, because it takes longer than everything else in this module.
     import importlib.metadata
 
     version = ""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("numpy")
-    # The wheels before 2.4 need SSE3 alone, and tell of it themselves.
+    # The wheels before 2.4 need only SSE3, and report that themselves.
     if (known := re.match(r"(\d+)\.(\d+)", version)) and tuple(map(int, known.groups())) < (2, 4):
         return
     if not runs_here("numpy"):

@@ -1,18 +1,18 @@
-"""Packages that some of what there is needs, and that are not installed with it."""
+"""Optional packages, which are not installed with this one."""
 
 import importlib
 from typing import Any
 
 
 def load_extra(who: str, package: str, *modules: str) -> Any:
-    """Return a package, some modules of it imported.
+    """Return a package, with some of its modules imported.
 
     Parameters
     ----------
     who : str
-        What needs it, with its verb: the beginning of the message.
+        Subject and verb of the message, such as "tune needs".
     package : str
-        Its name here and where it is installed from.
+        Its name, for import and for pip.
     modules : str
         Names within the package.
 
@@ -22,11 +22,11 @@ def load_extra(who: str, package: str, *modules: str) -> Any:
         If it is not installed.
     """
     try:
-        found = importlib.import_module(package)
+        loaded = importlib.import_module(package)
         for name in modules:
             importlib.import_module(f"{package}.{name}")
     except ImportError as error:
         raise ValueError(
             f"{who} {package}, which is not installed: pip install {package} ({error})"
         ) from None
-    return found
+    return loaded

@@ -625,7 +625,7 @@ def test_export_goes_where_a_link_points(say, name):
 def test_export_replaces_no_pipe(fail, name):
     saved(name)
     os.mkfifo("pipe")
-    assert "pipe: Is no regular file" in fail(*export(name, "pipe"))
+    assert "pipe: Is not a regular file" in fail(*export(name, "pipe"))
     assert Path("pipe").is_fifo()
 
 
@@ -688,7 +688,7 @@ def test_import_refuses_a_folder_that_is_not_empty(say, refused, name):
     Path("full/.old").write_text("old")
     for out in ("model", "full", "it", "."):
         message = refused("import", "--model", "it", "--out", out)
-        assert message == f"{out} is no empty folder: name another"
+        assert message == f"{out} is not an empty folder: name another"
     assert "it/back: Not a directory" in refused("import", "--model", "it", "--out", "it/back")
 
 

@@ -558,7 +558,7 @@ def test_keys_that_disagree_are_refused(file):
         told = refusal(file, content[:place] + value + content[place + 8 :])
         assert "its key nemotron.context_length is [" in told
     told = refusal(file, header(text("legacy1bit.config") + number(4, 4) + number(1, 4)))
-    assert "its key legacy1bit.config is no text" in told
+    assert "its key legacy1bit.config is not a text" in told
 
 
 # --- Damage ---------------------------------------------------------------------------------------
@@ -579,9 +579,9 @@ DAMAGE = {
     "name": (lambda c: replaced(c, b"blk.0.ffn_up.bias", b"blk.0.ffn_up.bios"),
              "tensor 'blk.0.ffn_up.bias'"),
     "scales": (lambda c: replaced(c, b"legacy1bit.scales", b"legacy1bit.scalez"),
-               "its key legacy1bit.scales is no list of 6 numbers in float32"),
+               "its key legacy1bit.scales is not a list of 6 numbers in float32"),
     "provenance": (lambda c: replaced(c, b"legacy1bit.provenance", b"legacy1bit.provenanse"),
-                   "its key legacy1bit.provenance is no text"),
+                   "its key legacy1bit.provenance is not a text"),
     "steps": (lambda c: replaced(c, b'"steps": 7', b'"steps":-7'), "provenance: steps is -7"),
     "utf-8": (lambda c: replaced(c, b'"a text"', b'"a t\xffxt"'), "utf-8"),
     "rows": (lambda c: c[: place_of(c, "blk.0.attn_q.weight") + 4] + number(512)
@@ -614,7 +614,7 @@ def test_blocks_that_hold_something_else_are_refused(file, content):
     start = int(offset_of(content, file, "blk.0.attn_q.weight"))
     # A code of 2, and another scale.
     told = refusal(file, content[:start] + b"\xff" + content[start + 1 :])
-    assert "blocks.0.attention.wq: it holds a number that is none of its scheme's" in told
+    assert "blocks.0.attention.wq: it holds a number that is not a code of its scheme" in told
     told = refusal(file, content[: start + 64] + b"\1\2" + content[start + 66 :])
     assert "blocks.0.attention.wq: its blocks have other scales" in told
 
@@ -625,7 +625,7 @@ def test_products_that_no_code_makes_are_refused(file):
     start = int(offset_of(content, file, "blk.1.ffn_up.weight"))
     for value in (123.0, np.nan):
         told = refusal(file, content[:start] + struct.pack("<f", value) + content[start + 4 :])
-        assert "blocks.1.ffn.wi: it holds a number that is none of its scheme's" in told
+        assert "blocks.1.ffn.wi: it holds a number that is not a code of its scheme" in told
 
 
 def test_weights_that_are_not_finite_are_refused(file, content):

@@ -807,7 +807,7 @@ def test_only_regular_files_are_read(tmp_path, old_file):
     os.mkfifo(tmp_path / "pipe")
     before = len(os.listdir("/dev/fd"))
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(OSError, match=f"Is no regular file: '{path}'"):
+        with pytest.raises(OSError, match=f"Is not a regular file: '{path}'"):
             read_regular(path)
     os.truncate(old_file, 1 << 30)
     with pytest.raises(OSError, match=f"Is larger than 268435456 bytes: '{old_file}'"):
