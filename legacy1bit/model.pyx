@@ -1471,9 +1471,9 @@ def serialize_c_v1(LegacyLLM model not None) -> bytes:
     config = model.config
     if not config.is_c_original:
         raise ValueError("the C original has no such models: train with --model-dim 256 "
-                         "--ternary-embedding --scale one --activation relu --positions none "
-                         "--no-final-norm --attention-span 1 --output-bias (in Python: "
-                         "ModelConfig.c_original)")
+                         "--ffn-multiplier 4 --ternary-embedding --scale one --activation relu "
+                         "--positions none --no-final-norm --attention-window 1 --output-bias "
+                         "(in Python: ModelConfig.c_original)")
     if config.vocab_size != config.model_dim:
         raise ValueError(f"vocab_size is {config.vocab_size} and model_dim {config.model_dim}: the "
                          "C original's file is defined only where they are equal")

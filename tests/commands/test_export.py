@@ -17,6 +17,8 @@ from safetensors import safe_open
 from helpers.compilers import why_not
 from helpers.models import assert_same_model, make_config, random_model
 from helpers.paths import GOLDEN
+from legacy1bit import main as program
+from legacy1bit.commands.options import given
 from legacy1bit.data.tokenizer import load_tokenizer
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
@@ -419,6 +421,14 @@ def test_export_refuses_models_that_are_no_nemotrons(refused, name, changes, rea
 def test_export_refuses_models_that_programs_in_c_do_not_know(refused, name, changes, reason):
     saved(**changes)
     assert reason in refused(*export(name, "it"))
+
+
+def test_export_names_the_options_of_a_model_that_the_c_original_knows(refused):
+    saved()
+    message = refused(*export("c-v1", "it"))
+    options = re.search(r"train with (.*) \(in Python", message)[1].split()
+    parsed = program.parser_of("train").parse_args(["train", *options])
+    assert ModelConfig(**given(parsed, ModelConfig)).is_c_original
 
 
 def test_export_refuses_a_model_of_c_with_other_sizes_than_its_file_has(refused):
