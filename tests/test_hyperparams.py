@@ -7,6 +7,7 @@ import math
 import pytest
 
 from helpers import oracle
+from helpers.cases import together
 from legacy1bit.hyperparams import (
     ALIASES,
     DEFAULT_RATES,
@@ -337,11 +338,11 @@ def test_is_c_original_minds_every_option(change):
 FLOAT64 = {"rel": 1e-14, "abs": 1e-18}
 
 
-@pytest.mark.parametrize("final", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("warmup", [0, 1, 7, 39, 100])
-@pytest.mark.parametrize("steps", [1, 2, 40])
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@together("final", [0.0, 0.1, 1.0])
+@together("share", [0.0, 0.4, 1.0])
+@together("warmup", [0, 1, 7, 39, 100])
+@together("steps", [1, 2, 40])
+@together("schedule", SCHEDULES)
 def test_learning_rate_at_is_the_oracles(schedule, steps, warmup, share, final):
     config = TrainingConfig(
         steps=steps,

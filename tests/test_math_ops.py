@@ -6,8 +6,6 @@ holds the exact sum or product of two float32 numbers closely enough that roundi
 float32 is the correct rounding (Figueroa 1995), which is the value demanded.
 """
 
-import functools
-import inspect
 import itertools
 import os
 import re
@@ -29,6 +27,7 @@ from helpers.arrays import (
     gamma,
     softmax_rtol,
 )
+from helpers.cases import together
 from helpers.models import (
     LIMIT,
     TAKE_ALL,
@@ -45,22 +44,8 @@ SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
 SHAPES = ((1, 1), (1, 97), (97, 1), (3, 5), (8, 16), (7, 9), (15, 17), (33, 31), (64, 65))
 
 
-def sizes(test):
-    """Run a test over every size: together, as a test costs more than what it has to do here."""
-    signature = inspect.signature(test)
-
-    @functools.wraps(test)
-    def run(**arguments):
-        for n in SIZES:
-            test(n=n, **arguments)
-
-    run.__signature__ = signature.replace(
-        parameters=[given for name, given in signature.parameters.items() if name != "n"]
-    )
-    return run
-
-
-shapes = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
+sizes = together("n", SIZES)
+shapes = together("shape", SHAPES)
 every_tier = pytest.mark.usefixtures("tier")
 
 
@@ -828,9 +813,7 @@ MATMUL_SHAPES = (
     (65, 1, 1),
     (9, 1030, 35),
 )
-matmul_shapes = pytest.mark.parametrize(
-    "shape", MATMUL_SHAPES, ids=lambda shape: "x".join(map(str, shape))
-)
+matmul_shapes = together("shape", MATMUL_SHAPES)
 transposes = pytest.mark.parametrize(
     ("transpose_a", "transpose_b"), [(False, False), (False, True), (True, False), (True, True)]
 )

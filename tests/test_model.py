@@ -23,6 +23,7 @@ import safetensors.numpy
 
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound
+from helpers.cases import together
 from helpers.models import (
     assert_near,
     assert_quantized,
@@ -283,7 +284,7 @@ def test_ternary_matrix_has_one_scale_for_all_groups():
 # A row, groups with and without a shorter one at the end, one longer than the row.
 SCALED_SHAPES = ((1, 1), (3, 17), (17, 3), (2, 129), (129, 2), (5, 257), (4, 128), (6, 256))
 scaled = pytest.mark.parametrize("group", [0, 16, 128, 256])
-scaled_shapes = pytest.mark.parametrize("shape", SCALED_SHAPES)
+scaled_shapes = together("shape", SCALED_SHAPES)
 
 
 def scaled_matrix(shape, group, scales):

@@ -10,6 +10,7 @@ import pytest
 
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.cases import together
 from helpers.models import (
     KINDS,
     LEVELS,
@@ -194,7 +195,7 @@ def check_exact(shape, levels, form, batch):
 
 @every_tier
 @kinds
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@together("shape", SHAPES)
 def test_products_of_whole_numbers_are_exact(shape, levels, form):
     for batch in (1, 2, 5, 8, 65):
         check_exact(shape, levels, form, batch)
@@ -268,7 +269,7 @@ def test_the_largest_numbers_of_both_signs_do_not_overflow(levels, form):
 
 @every_tier
 @kinds
-@pytest.mark.parametrize("batch", [1, 4, 9, 65])
+@together("batch", [1, 4, 9, 65])
 def test_bias_and_the_scales_of_rows(batch, levels, form):
     shape = (37, 53)
     codes, x, sums = exact_case(shape, levels, batch)
@@ -289,9 +290,7 @@ def test_bias_and_the_scales_of_rows(batch, levels, form):
 
 @every_tier
 @pytest.mark.parametrize("levels", LEVELS, ids=str)
-@pytest.mark.parametrize(
-    ("cols", "group"), [(300, 128), (300, 16), (257, 256), (128, 64), (33, 32)]
-)
+@together("cols, group", [(300, 128), (300, 16), (257, 256), (128, 64), (33, 32)])
 def test_scales_of_groups(cols, group, levels):
     rng = np.random.default_rng(5)
     scales = 2.0 ** rng.integers(-3, 4, (35, -(-cols // group))).astype(np.float32)
@@ -422,7 +421,7 @@ def test_rows_of_zeros_give_the_bias_alone(levels, form):
 
 @every_tier
 @kinds
-@pytest.mark.parametrize("exponent", [-149, -140, -126, -122, -121, -120, -100, 60, 100, 119])
+@together("exponent", [-149, -140, -126, -122, -121, -120, -100, 60, 100, 119])
 def test_tiny_and_huge_rows(exponent, levels, form):
     """Below 2^-121 a step's inverse is no float32: what is less than that counts as 0."""
     codes = random_codes((5, 30), levels)

@@ -17,6 +17,7 @@ import pytest
 
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.cases import together
 from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -137,12 +138,11 @@ def oracle_config(config):
 # more than its tile, columns that are whole vectors.
 SCALED_SHAPES = ((1, 1), (3, 3), (70, 48), (5, 129), (33, 257), (17, 300), (40, 600), (530, 260),
                  (1, 300), (19, 32))  # fmt: skip
-scaled_matrices = pytest.mark.parametrize(
+scaled_matrices = together(
     ("scheme", "shape", "group"),
     [(scheme, shape, group) for scheme in SCHEMES for shape in SCALED_SHAPES
      for group in (0, 16, 128, 256, "tensor")
      if scheme == "ternary" or shape[1] == 300 or (scheme == "2bit" and group == 128)],
-    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )  # fmt: skip
 
 
