@@ -174,7 +174,7 @@ def _main() -> None:
     # Where no thread can be started, the library cannot learn either.
     with contextlib.suppress(RuntimeError):
         threading.Thread(target=_end_with_the_other, daemon=True).start()
-    # What the library prints is no answer.
+    # The library's own output is not an answer.
     with open(os.dup(1), "wb") as output:
         os.dup2(2, 1)
         output.write(_READY)
@@ -182,7 +182,7 @@ def _main() -> None:
         answer: dict[str, Any]
         try:
             answer = {"merges": _learn(_received(sys.stdin.buffer), int(sys.argv[1]))}
-        except BaseException as error:  # a panic of the library is no Exception
+        except BaseException as error:  # a panic of the library is not an Exception
             answer = {"error": " ".join(str(error).split()) or type(error).__name__}
         output.write(json.dumps(answer).encode())
 
@@ -200,7 +200,7 @@ def _received(stream: BinaryIO) -> Iterator[str]:
 def _end_with_the_other() -> None:
     """End this process when the one that has the text ends."""
     other = select.poll()
-    # No event is asked for: that the other end was closed is always told.
+    # No event is asked for: a closed other end is always reported.
     other.register(sys.stdin, 0)
     other.poll()
     os._exit(1)
