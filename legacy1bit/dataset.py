@@ -1,7 +1,7 @@
 """Batches of token sequences out of a text (C: ``dataset.c``).
 
-A batch is a function of the seed and a position in the data: training stops and goes on anywhere,
-and nothing but that position has to be kept.
+A batch is a function of the seed and a position in the data: training stops and resumes anywhere,
+and only that position has to be saved.
 """
 
 import bisect
@@ -20,11 +20,11 @@ from legacy1bit.data.shards import TokenStore
 from legacy1bit.data_utils import Tokens
 from legacy1bit.hyperparams import BATCH_ORDERS
 
-# Documents that are packed together: of more, rows are fuller; of fewer, memory is smaller and a
-# run that goes on has less to pack again.
+# Documents that are packed together: with more, rows are fuller; with fewer, memory is smaller and
+# a resumed run has less to pack again.
 _POOL = 2048
 
-# Places of a random order that are worked out together, which is faster.
+# Places of a random order that are computed together, which is faster.
 _KNOWN = 4096
 
 # Batches that lie ready.
@@ -37,12 +37,12 @@ _Integers = npt.NDArray[np.int64]
 
 
 class Batch(NamedTuple):
-    """What a step learns from.
+    """Token sequences and their targets.
 
     Attributes
     ----------
     tokens, targets : int32[B, T]
-        Each token's target is the one that follows it. Where either is padding, nothing is learned.
+        Each token's target is the one that follows it. Where either is padding, it does not count.
     starts : int32[B, T] or None
         The first position of its row that each one sees; None: all see their row's beginning.
     """
@@ -55,7 +55,7 @@ class Batch(NamedTuple):
 # --- Orders ---------------------------------------------------------------------------------------
 
 
-def shuffled(places: _Integers, size: int, seed: int, turn: int) -> _Integers:
+def shuffled(places: _Integers, size: int, seed: int, epoch: int) -> _Integers:
     """Return what a random order of 0 ... size - 1 has at some places, without making all of it.
 
     A Feistel network permutes the numbers of an even number of bits; what falls outside goes
@@ -67,7 +67,7 @@ def shuffled(places: _Integers, size: int, seed: int, turn: int) -> _Integers:
     places : int64[K]
         0 to size - 1.
     size : int
-    seed, turn : int
+    seed, epoch : int
         The order is another one for each pair.
 
     Returns
@@ -76,17 +76,17 @@ def shuffled(places: _Integers, size: int, seed: int, turn: int) -> _Integers:
     """
     half = max((int(size - 1).bit_length() + 1) // 2, 1)
     mask = np.uint64((1 << half) - 1)
-    rng = np.random.Generator(np.random.Philox(key=[seed, turn]))
+    rng = np.random.Generator(np.random.Philox(key=[seed, epoch]))
     keys = rng.integers(0, 1 << 64, 6, np.uint64)
-    found = places.astype(np.uint64)
-    outside = np.ones(found.size, bool)
+    numbers = places.astype(np.uint64)
+    outside = np.ones(numbers.size, bool)
     while outside.any():
-        left, right = found[outside] >> np.uint64(half), found[outside] & mask
+        left, right = numbers[outside] >> np.uint64(half), numbers[outside] & mask
         for key in keys:
             left, right = right, left ^ (_scattered(right ^ key) & mask)
-        found[outside] = (left << np.uint64(half)) | right
-        outside = found >= size
-    return found.astype(np.int64)
+        numbers[outside] = (left << np.uint64(half)) | right
+        outside = numbers >= size
+    return numbers.astype(np.int64)
 
 
 def _scattered(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -103,28 +103,28 @@ class _Shuffle:
         self._seed = seed
         self._known, self._order = (0, 0, -1), np.zeros(0, np.int64)
 
-    def between(self, first: int, stop: int, size: int, turn: int) -> _Integers:
+    def between(self, first: int, stop: int, size: int, epoch: int) -> _Integers:
         """Return what an order of 0 ... size - 1 has from one place up to another."""
         runs = [np.zeros(0, np.int64)]
         while first < stop:
-            known = size, turn, first // _KNOWN
+            known = size, epoch, first // _KNOWN
             if known != self._known:
                 begin = known[2] * _KNOWN
                 places = np.arange(begin, min(begin + _KNOWN, size))
-                self._known, self._order = known, shuffled(places, size, self._seed, turn)
+                self._known, self._order = known, shuffled(places, size, self._seed, epoch)
             runs.append(self._order[first % _KNOWN :][: stop - first])
             first += runs[-1].size
         return np.concatenate(runs)
 
 
-def pack(sizes: _Integers, room: int) -> list[list[int]]:
-    """Put pieces into rows of so much room, few rows: best fit, the largest first.
+def pack(sizes: _Integers, width: int) -> list[list[int]]:
+    """Pack pieces into few rows of a width: best fit, the largest first.
 
     Parameters
     ----------
     sizes : int64[K]
-        1 to ``room`` each.
-    room : int
+        1 to ``width`` each.
+    width : int
 
     Returns
     -------
@@ -132,14 +132,14 @@ def pack(sizes: _Integers, room: int) -> list[list[int]]:
         For each row the numbers of its pieces; every piece is in one row.
     """
     rows: list[list[int]] = []
-    # Rows by the room that is left in them, and which amounts of room there are, in order.
-    left: list[list[int]] = [[] for _ in range(room + 1)]
+    # Rows by their free width, and the widths that are free somewhere, in order.
+    left: list[list[int]] = [[] for _ in range(width + 1)]
     amounts: list[int] = []
     for piece in np.argsort(-sizes, kind="stable").tolist():
         size = int(sizes[piece])
         at = bisect.bisect_left(amounts, size)
         if at == len(amounts):
-            row, rest = len(rows), room - size
+            row, rest = len(rows), width - size
             rows.append([])
         else:
             amount = amounts[at]
@@ -159,7 +159,7 @@ def pack(sizes: _Integers, room: int) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class TokenDataset:
-    """Tokens to learn from, cut into sequences of a fixed length.
+    """Tokens, cut into sequences of a fixed length.
 
     Attributes
     ----------
@@ -174,7 +174,7 @@ class TokenDataset:
         For each start, where its sequence ends at the latest. What follows is padding.
     order : {"windows", "epochs", "packed", "buckets"}
         Which sequences a batch has: random ones; all of a text, one behind the other, in an order
-        that is another one in every pass; whole documents, packed into rows, or in rows of their
+        that is another one in every epoch; whole documents, packed into rows, or in rows of their
         own, by length.
     apart : bool
         Whether a token sees its own document only.
@@ -244,7 +244,7 @@ class TokenDataset:
         ----------
         batch_size : int
         limit : int
-            Leave out whole sequences, evenly, until about so many tokens are left; 0: none.
+            Leave out whole sequences, evenly, until about this number of tokens is left; 0: none.
 
         Yields
         ------
@@ -253,9 +253,9 @@ class TokenDataset:
         """
         tokens = self.block_count * self.sequence_length
         stride = max(tokens // limit, 1) if limit else 1
-        chosen = range(0, self.block_count, stride)
-        for first in range(0, len(chosen), batch_size):
-            yield self.blocks(np.array(chosen[first : first + batch_size], np.int64))
+        blocks = range(0, self.block_count, stride)
+        for first in range(0, len(blocks), batch_size):
+            yield self.blocks(np.array(blocks[first : first + batch_size], np.int64))
 
     def sequences(self, starts: _Integers, stops: _Integers) -> Batch:
         """Return sequences from their starts, up to their stops at most."""
@@ -284,7 +284,7 @@ class Reader(Protocol):
     position: tuple[int, ...]
 
     def check(self, position: tuple[int, ...]) -> None:
-        """Raise ``ValueError`` for what is no position in this order of this data."""
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
 
     def next_batch(self) -> Batch:
         """Return a batch and move on."""
@@ -304,7 +304,7 @@ class WindowReader:
         self._dataset, self._batch_size, self._seed = dataset, batch_size, seed
 
     def check(self, position: tuple[int, ...]) -> None:
-        """Raise ``ValueError`` for what is no position in this order of this data."""
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
         _check_position(position, (_MOST_PLACES,))
 
     def next_batch(self) -> Batch:
@@ -316,7 +316,7 @@ class WindowReader:
 
 
 class PassReader:
-    """Every sequence once, then again in another order; the position counts sequences."""
+    """Every sequence once an epoch, in another order each; the position counts sequences."""
 
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
         self.position: tuple[int, ...] = (0,)
@@ -324,22 +324,22 @@ class PassReader:
         self._count, self._shuffle = dataset.block_count, _Shuffle(seed)
 
     def check(self, position: tuple[int, ...]) -> None:
-        """Raise ``ValueError`` for what is no position in this order of this data."""
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
         _check_position(position, (_MOST_PLACES,))
 
     def next_batch(self) -> Batch:
-        """Return a batch and move on; it may have the end of a pass and the beginning of one."""
+        """Return a batch and move on; it may be of two epochs."""
         (first,) = self.position
-        chosen = np.concatenate(list(self._chosen(first, first + self._batch_size)))
+        numbers = np.concatenate(list(self._chosen(first, first + self._batch_size)))
         self.position = (first + self._batch_size,)
-        return self._dataset.blocks(chosen)
+        return self._dataset.blocks(numbers)
 
     def _chosen(self, first: int, last: int) -> Iterator[_Integers]:
         """Yield which sequences come from one place up to another, in runs."""
         while first < last:
-            turn, place = divmod(first, self._count)
+            epoch, place = divmod(first, self._count)
             stop = min(place + last - first, self._count)
-            yield self._shuffle.between(place, stop, self._count, turn)
+            yield self._shuffle.between(place, stop, self._count, epoch)
             first += stop - place
 
 
@@ -374,9 +374,9 @@ class _Pool:
 
 
 class PackedReader:
-    """Whole documents packed into rows, in passes; a document longer than a row is cut.
+    """Whole documents packed into rows, in epochs; a document longer than a row is cut.
 
-    The position is the pass, the pool of documents in it, and the row in that.
+    The position is the epoch, the pool of documents in it, and the row in that.
     """
 
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
@@ -387,57 +387,57 @@ class PackedReader:
         self._pools = -(-dataset.tokens.document_count // _POOL)
 
     def check(self, position: tuple[int, ...]) -> None:
-        """Raise ``ValueError`` for what is no position in this order of this data."""
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
         _check_position(position, (_MOST_PLACES // (self._pools + 1), self._pools, _MOST_PLACES))
-        turn, number, row = position
-        size = self._pool(turn, number).size
+        epoch, number, row = position
+        size = self._pool(epoch, number).size
         if row > size:
             raise ValueError(f"its position is row {row}, expected 0 to {size}")
 
     def next_batch(self) -> Batch:
         """Return a batch and move on."""
-        turn, number, row = self.position
+        epoch, number, row = self.position
         width = self._dataset.sequence_length
         rows: list[list[tuple[int, int]]] = []
         while len(rows) < self._batch_size:
-            pool = self._pool(turn, number)
+            pool = self._pool(epoch, number)
             stop = min(row + self._batch_size - len(rows), pool.size)
-            chosen = self._rows.between(row, stop, pool.size, self._order(turn, number))
-            shared = chosen >= pool.whole[-1]
-            rows += pool.filled(chosen[~shared], width)
-            rows += [pool.rests[place] for place in (chosen[shared] - pool.whole[-1]).tolist()]
+            numbers = self._rows.between(row, stop, pool.size, self._order(epoch, number))
+            shared = numbers >= pool.whole[-1]
+            rows += pool.filled(numbers[~shared], width)
+            rows += [pool.rests[place] for place in (numbers[shared] - pool.whole[-1]).tolist()]
             row = stop
             if row == pool.size:
                 number, row = number + 1, 0
             if number == self._pools:
-                turn, number = turn + 1, 0
-        self.position = (turn, number, row)
+                epoch, number = epoch + 1, 0
+        self.position = (epoch, number, row)
         return self._compose(rows, width)
 
-    def _order(self, turn: int, number: int) -> int:
-        """Return which order a pass has for the rows of a pool; the last is for its documents."""
-        return turn * (self._pools + 1) + number
+    def _order(self, epoch: int, number: int) -> int:
+        """Return the order of an epoch for the rows of a pool; the last is for its documents."""
+        return epoch * (self._pools + 1) + number
 
-    def _pool(self, turn: int, number: int) -> _Pool:
-        """Return a pool, made anew where it is not the last one that was asked for."""
-        if self._made is not None and self._made[0] == (turn, number):
+    def _pool(self, epoch: int, number: int) -> _Pool:
+        """Return a pool, made again unless it is the last one that was asked for."""
+        if self._made is not None and self._made[0] == (epoch, number):
             return self._made[1]
         store, width = self._dataset.tokens, self._dataset.sequence_length
         count = store.document_count
         places = np.arange(number * _POOL, min((number + 1) * _POOL, count))
-        order = self._order(turn, self._pools)
+        order = self._order(epoch, self._pools)
         begins, ends = store.document_bounds(shuffled(places, count, self._seed, order))
         whole, rests = np.divmod(ends - begins, width)
         shared = np.flatnonzero(rests)
         pieces = list(
             zip((begins + whole * width)[shared].tolist(), rests[shared].tolist(), strict=True)
         )
-        together = [[pieces[piece] for piece in row] for row in self._share(rests[shared])]
+        together = [[pieces[piece] for piece in row] for row in self._group(rests[shared])]
         pool = _Pool(begins, np.cumsum(whole), together)
-        self._made = ((turn, number), pool)
+        self._made = ((epoch, number), pool)
         return pool
 
-    def _share(self, sizes: _Integers) -> list[list[int]]:
+    def _group(self, sizes: _Integers) -> list[list[int]]:
         """Return which pieces share a row."""
         return pack(sizes, self._dataset.sequence_length)
 
@@ -461,38 +461,40 @@ class PackedReader:
 
 
 class BucketReader(PackedReader):
-    """Documents in rows of their own, as many as the tokens of a batch allow, in passes.
+    """Documents in rows of their own, as many as the tokens of a batch allow, in epochs.
 
     Rows are as wide as the sequence length, or half of it, or a quarter; a batch has rows of one
     width, and the shorter they are, the more of them. A document longer than a row is cut.
 
-    The position is the pass, the pool of documents in it, and the batch in that.
+    The position is the epoch, the pool of documents in it, and the batch in that.
     """
 
     def check(self, position: tuple[int, ...]) -> None:
-        """Raise ``ValueError`` for what is no position in this order of this data."""
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
         _check_position(position, (_MOST_PLACES // (self._pools + 1), self._pools, _MOST_PLACES))
-        turn, number, batch = position
-        count = self._count(self._pool(turn, number))
+        epoch, number, batch = position
+        count = self._count(self._pool(epoch, number))
         if batch > count:
             raise ValueError(f"its position is batch {batch}, expected 0 to {count}")
 
     def next_batch(self) -> Batch:
         """Return a batch and move on; the last ones of a pool have fewer tokens."""
-        turn, number, batch = self.position
-        pool, order = self._pool(turn, number), self._order(turn, number)
+        epoch, number, batch = self.position
+        pool, order = self._pool(epoch, number), self._order(epoch, number)
         count = self._count(pool)
         (place,) = self._batches.between(batch, batch + 1, count, order).tolist()
-        self.position = turn, number, batch + 1
+        self.position = epoch, number, batch + 1
         if batch + 1 == count:
-            self.position = (turn, number + 1, 0) if number + 1 < self._pools else (turn + 1, 0, 0)
+            self.position = (
+                (epoch, number + 1, 0) if number + 1 < self._pools else (epoch + 1, 0, 0)
+            )
         width, whole = self._dataset.sequence_length, int(pool.whole[-1])
         filled = -(-whole // self._batch_size)
         if place < filled:
             first = place * self._batch_size
             last = min(first + self._batch_size, whole)
-            chosen = self._rows.between(first, last, whole, order)
-            return self._compose(pool.filled(chosen, width), width)
+            numbers = self._rows.between(first, last, whole, order)
+            return self._compose(pool.filled(numbers, width), width)
         pieces = pool.rests[place - filled]
         width = self._width(max(size for _, size in pieces))
         return self._compose([[piece] for piece in pieces], width)
@@ -508,7 +510,7 @@ class BucketReader(PackedReader):
             width //= 2
         return width
 
-    def _share(self, sizes: _Integers) -> list[list[int]]:
+    def _group(self, sizes: _Integers) -> list[list[int]]:
         """Return which pieces share a batch."""
         buckets: dict[int, list[int]] = {}
         for piece, size in enumerate(sizes.tolist()):
@@ -561,11 +563,11 @@ class Prefetcher:
         if self._thread is None:
             batch, self.position = _make_batch(self._reader, self._change)
             return batch
-        found = self._ready.get()
-        if isinstance(found, BaseException):
-            self._ready.put(found)
-            raise found
-        batch, self.position = found
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self._ready.put(item)
+            raise item
+        batch, self.position = item
         return batch
 
     def close(self) -> None:

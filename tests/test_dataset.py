@@ -294,8 +294,8 @@ def test_story_corpus_repeats_by_seed(corpus):
 POWERS = {2**k + d for k in range(1, 13) for d in (-1, 0, 1)}
 
 
-def order_of(size, seed=1, turn=0):
-    return shuffled(np.arange(size), size, seed, turn)
+def order_of(size, seed=1, epoch=0):
+    return shuffled(np.arange(size), size, seed, epoch)
 
 
 def test_shuffled_is_a_permutation():

@@ -1,4 +1,4 @@
-"""``cache``: what is kept of texts, and its end."""
+"""``cache``: show or clear the cache of texts."""
 
 import argparse
 import math
@@ -16,11 +16,11 @@ _SHOW, _CLEAR = "show", "clear"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the command's arguments to its parser."""
     command.description = (
-        "Show what is kept of texts from one run to the next: their tokens, their tokenizers, "
-        "and what came from standard input. Or clear it: runs and models stay, but a run of a "
-        "text from standard input needs --data then to go on."
+        "Show the cache of texts, which runs share: their tokens, their tokenizers, and texts from "
+        "standard input. Or clear it: runs and models stay, but to resume a run of a text from "
+        "standard input then needs --data."
     )
     command.add_argument(
         "action", choices=(_SHOW, _CLEAR), nargs="?", default=_SHOW, help="default: show"
@@ -29,7 +29,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--older-than",
         metavar="DAYS",
         type=float,
-        help="clear only what has not been used for so long",
+        help="clear only entries that have not been used for this time",
     )
     add_cache(command)
 
@@ -60,9 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _clear(cache: Path, before: float) -> int:
-    removed, kept = clear(cache, before)
+    removed, in_use = clear(cache, before)
     print(f"{'removed':<18}{_sum_of(removed)}")
-    for entry in kept:
+    for entry in in_use:
         print(f"{'in use':<18}{entry.kind} of {_text(entry)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""``data``: what is in a text, its tokens on disk, and tokenizers."""
+"""``data``: statistics of a text, its tokens on disk, and tokenizers."""
 
 import argparse
 import array
@@ -23,7 +23,7 @@ from legacy1bit.data.sources import Source, is_token_file
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.hyperparams import DataConfig
 
-# The settings that say how a text is read and what a token is.
+# The settings of reading and tokenizing a text.
 _READING = ("tokenizer", "vocabulary", "field", "encoding", "separator")
 
 _MOST_FREQUENT = 20
@@ -31,14 +31,14 @@ _BAR = 40
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the command's arguments to its parser."""
     command.description = (
-        "Look at a text, turn it into tokens on disk, or make a tokenizer of it. PATH is what "
-        "train --data takes."
+        "Inspect a text, turn it into tokens on disk, or make a tokenizer of it. PATH is as for "
+        "train --data."
     )
     actions = command.add_subparsers(metavar="ACTION", dest="action", required=True)
     for name, meaning in (
-        ("inspect", "count documents, characters, tokens, and tell what is there twice"),
+        ("inspect", "count documents, copies among them, characters and tokens"),
         ("tokenize", "write tokens into a folder, which train --data takes"),
         ("train-tokenizer", f"write a {TOKENIZER_FILE}, which train --tokenizer-from takes"),
     ):
@@ -55,7 +55,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what was asked for."""
+    """Run the action."""
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
@@ -73,22 +73,22 @@ def run(arguments: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a text.
+    """The statistics of a text.
 
     Attributes
     ----------
     files, file_bytes : int
-        How many, and their sizes on disk, compressed where they are.
+        The number of files, and their sizes on disk, compressed where they are.
     documents, duplicates : int
-        The second: how many are copies of one before.
+        The second: the number of copies of an earlier one.
     bytes, characters, lines, tokens : int
     bytes_per_token : float
     lengths : dict of str to int
         Of documents, in bytes: the shortest, the median, the mean, the longest.
     histogram : list of (int, int)
-        How many documents are shorter than a power of two, and no shorter than the one before.
+        The number of documents shorter than a power of two, and not shorter than the one before.
     most_frequent : list of (str, int)
-        Tokens as text, and how often each one is there.
+        Tokens as text, and their counts.
     """
 
     files: int
@@ -171,25 +171,25 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 
 def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
-    found = inspect(source, tokenizer)
-    _warn(source, found.documents)
+    inspection = inspect(source, tokenizer)
+    _warn(source, inspection.documents)
     if arguments.json:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(inspection)))
         return 0
     print(f"{'text':<18}{source.name}")
-    print(f"{'on disk':<18}{found.file_bytes:,} bytes in {found.files:,} files")
-    print(f"{'documents':<18}{found.documents:,}, {found.duplicates:,} of them copies")
-    print(f"{'bytes':<18}{found.bytes:,}")
-    print(f"{'characters':<18}{found.characters:,}")
-    print(f"{'lines':<18}{found.lines:,}")
-    print(f"{'tokens':<18}{found.tokens:,} ({tokenizer.kind}, {tokenizer.vocab_size:,} kinds)")
-    print(f"{'bytes a token':<18}{found.bytes_per_token:.3f}")
-    for name, length in found.lengths.items():
+    print(f"{'on disk':<18}{inspection.file_bytes:,} bytes in {inspection.files:,} files")
+    print(f"{'documents':<18}{inspection.documents:,}, {inspection.duplicates:,} of them copies")
+    print(f"{'bytes':<18}{inspection.bytes:,}")
+    print(f"{'characters':<18}{inspection.characters:,}")
+    print(f"{'lines':<18}{inspection.lines:,}")
+    print(f"{'tokens':<18}{inspection.tokens:,} ({tokenizer.kind}, {tokenizer.vocab_size:,} kinds)")
+    print(f"{'bytes a token':<18}{inspection.bytes_per_token:.3f}")
+    for name, length in inspection.lengths.items():
         print(f"{name:<18}{length:,} bytes")
     print("\nbytes a document")
-    _print_bars([(f"< {limit:,}", count) for limit, count in found.histogram])
+    _print_bars([(f"< {limit:,}", count) for limit, count in inspection.histogram])
     print("\nthe most frequent tokens")
-    _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in found.most_frequent])
+    _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in inspection.most_frequent])
     return 0
 
 
@@ -210,7 +210,7 @@ def _print_bars(rows: Sequence[tuple[str, int]]) -> None:
 
 def _check_empty(folder: Path) -> None:
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} is no empty folder: name another")
+        raise ValueError(f"{folder} is not an empty folder: name another")
 
 
 def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:

@@ -108,30 +108,30 @@ class Augmentation:
         parents = self._tokenizer.parents
         fresh = np.ones(text.size, bool)
         while True:
-            chosen = fresh & (parents[text, 0] >= 0)
-            chosen &= rng.random(text.size) < self._config.subword_splitting
-            if not chosen.any():
+            split = fresh & (parents[text, 0] >= 0)
+            split &= rng.random(text.size) < self._config.subword_splitting
+            if not split.any():
                 return text
-            sizes = 1 + chosen
+            sizes = 1 + split
             places = np.cumsum(sizes) - sizes
-            found = np.empty(int(sizes.sum()), np.int32)
-            found[places] = np.where(chosen, parents[text, 0], text)
-            found[places[chosen] + 1] = parents[text[chosen], 1]
+            longer = np.empty(int(sizes.sum()), np.int32)
+            longer[places] = np.where(split, parents[text, 0], text)
+            longer[places[split] + 1] = parents[text[split], 1]
             # What has stayed is not asked again.
-            fresh = np.repeat(chosen, sizes)
-            text = found
+            fresh = np.repeat(split, sizes)
+            text = longer
 
     def _noisy(self, text: Tokens, rng: np.random.Generator) -> Tokens:
-        """Change words and spaces, and make tokens of them anew."""
+        """Change words and spaces, and tokenize them again."""
         if not self._specials:
             return self._tokenizer.encode(self._noise(self._tokenizer.decode(text), rng))
         special = np.isin(text, self._specials)
         return np.concatenate(
             [
                 piece
-                if kept
+                if special_run
                 else self._tokenizer.encode(self._noise(self._tokenizer.decode(piece), rng))
-                for kept, piece in _runs(text, special)
+                for special_run, piece in _runs(text, special)
             ]
         )
 

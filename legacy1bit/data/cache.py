@@ -296,5 +296,5 @@ def cache_errors(cache: Path) -> Iterator[None]:
         path = cache if error.filename is None else Path(error.filename)
         if not (path.is_relative_to(cache) or cache.is_relative_to(path)):
             raise
-        reason = f"{error.strerror} (tokens are kept there; --cache names another folder)"
+        reason = f"{error.strerror} (the cache of tokens; --cache names another folder)"
         raise OSError(error.errno, reason, str(cache)) from None

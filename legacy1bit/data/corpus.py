@@ -341,7 +341,7 @@ def tokens_of(
 def tokenizer_for(
     source: Source, data: DataConfig, cache: Path, progress: Progress = no_progress
 ) -> Tokenizer:
-    """Return the tokenizer that settings ask for, learned from a text or found in the cache.
+    """Return the tokenizer that settings ask for, learned from a text or read from the cache.
 
     Raises
     ------

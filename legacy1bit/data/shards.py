@@ -189,11 +189,11 @@ class TokenStore:
         """
         if not 0 <= start < stop <= self.size:
             raise ValueError(f"the window is {start} to {stop}, expected it in 0 to {self.size}")
-        found = TokenStore(self._parts, self._documents, max(min(self.stop, stop) - start, 0))
-        found._origin, found.size = self._origin + start, stop - start
-        found._first = self._document_at(start)
-        found.document_count = self._document_at(stop - 1) - found._first + 1
-        return found
+        view = TokenStore(self._parts, self._documents, max(min(self.stop, stop) - start, 0))
+        view._origin, view.size = self._origin + start, stop - start
+        view._first = self._document_at(start)
+        view.document_count = self._document_at(stop - 1) - view._first + 1
+        return view
 
     def _document_at(self, place: int) -> int:
         """Return the number of the document that a token lies in, of those of all parts."""
@@ -214,8 +214,8 @@ class TokenStore:
         """Return where documents begin and end, int64[K] each."""
         bounds = np.zeros((numbers.size, 2), np.int64)
         for pair, number in zip(bounds, (self._first + numbers).tolist(), strict=True):
-            found = self._documents[number : number + 2]
-            pair[: found.size] = found
+            pair_bounds = self._documents[number : number + 2]
+            pair[: pair_bounds.size] = pair_bounds
         bounds = np.maximum(bounds - self._origin, 0)
         begins, ends = bounds[:, 0], bounds[:, 1]
         return begins, np.where(numbers == self.document_count - 1, self.stop, ends)

@@ -44,15 +44,15 @@ DEFAULT_FIELD = "text"
 
 # How much is read, or decompressed, at once.
 BLOCK_BYTES = 1 << 20
-# A longer document is cut into pieces of at most so many bytes ...
+# A longer document is cut into pieces of at most this size ...
 PIECE_BYTES = 1 << 20
 # ... unless there is no place to cut it at: then a piece grows up to this.
 MOST_PIECE_BYTES = 16 << 20
 # A line of JSON has to be in memory as a whole, about four times over.
 MOST_LINE_BYTES = 256 << 20
-# What is not ASCII is checked so many bytes at once; at least a character's four.
+# Text beyond ASCII is checked in parts of this size; at least a character's four bytes.
 CHECKED_BYTES = 1 << 16
-# Places to cut at are looked for from the end, so many bytes at once.
+# Places to cut at are searched from the end, in windows of this size.
 WINDOW_BYTES = 1 << 12
 # A text whose name tells nothing is JSON lines if its first line is, and is no longer than this.
 FIRST_LINE_BYTES = 16 << 20
@@ -134,7 +134,7 @@ class _Stream:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that ``open_source`` has found; nothing is read before ``pieces`` is.
+    """The text that ``open_source`` returns; nothing is read before ``pieces`` is.
 
     Attributes
     ----------
@@ -191,11 +191,11 @@ class Source:
             if self._stream.begun:
                 raise ValueError(f"{self.name} is a stream, which can be read only once")
             self._stream.begun = True
-        found = False
+        any_text = False
         for piece in self._read():
-            found = found or bool(piece.text)
+            any_text = any_text or bool(piece.text)
             yield piece
-        if not found:
+        if not any_text:
             raise ValueError(f"{self.name} holds no text")
 
     def fingerprint(self) -> str:
@@ -419,17 +419,17 @@ def open_source(
 
 def _known_encoding(encoding: str) -> str:
     try:
-        found = codecs.lookup(encoding)
+        codec = codecs.lookup(encoding)
         # Some codecs turn bytes into bytes, which this refuses.
-        "".encode(found.name)
+        "".encode(codec.name)
     except (LookupError, ValueError):
-        found = None
-    if found is None or found.incrementaldecoder is None:
+        codec = None
+    if codec is None or codec.incrementaldecoder is None:
         raise SettingError(
             f"encoding is {encoding!r}, which is unknown; expected utf-8, utf-16, latin-1 or such",
             "encoding",
         )
-    return "utf-8" if found.name == "utf-8-sig" else found.name
+    return "utf-8" if codec.name == "utf-8-sig" else codec.name
 
 
 def _check_separator(separator: str) -> None:
@@ -440,7 +440,7 @@ def _check_separator(separator: str) -> None:
     try:
         separator.encode()
     except UnicodeEncodeError:
-        raise SettingError(f"separator is {separator!r}, which is no text", "separator") from None
+        raise SettingError(f"separator is {separator!r}, which is not text", "separator") from None
 
 
 # --- Finding files --------------------------------------------------------------------------------
@@ -455,19 +455,19 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
     except (FileNotFoundError, NotADirectoryError):
         if not any(sign in data for sign in "*?["):
             raise
-        found = [path for path in map(Path, glob.iglob(data, recursive=True)) if path.is_file()]
-        if not found:
+        matches = [path for path in map(Path, glob.iglob(data, recursive=True)) if path.is_file()]
+        if not matches:
             raise FileNotFoundError(errno.ENOENT, "No file matches", data) from None
     else:
         if not stat.S_ISDIR(mode):
             path = _absolute(Path(data))
             # A pipe's own name may be no more than a number.
             return (path,), path.name if stat.S_ISREG(mode) else data
-        found = [Path(path) for path in _files_below(data)]
-        if not found:
+        matches = [Path(path) for path in _files_below(data)]
+        if not matches:
             kinds = ", ".join((*_PLAIN, *_JSON_LINES, _PARQUET))
             raise FileNotFoundError(errno.ENOENT, f"No file with text in it ({kinds})", data)
-    files = sorted({_absolute(path) for path in found}, key=lambda path: path.parts)
+    files = sorted({_absolute(path) for path in matches}, key=lambda path: path.parts)
     if len(files) == 1:
         return (files[0],), files[0].name
     return tuple(files), f"{data} ({len(files):,} files)"
@@ -479,16 +479,16 @@ def _find_several(paths: Sequence[str]) -> tuple[tuple[Path, ...], str]:
         return _find(paths[0])
     if not paths:
         raise ValueError("data names no path, expected one or more")
-    found = []
+    texts = []
     for path in paths:
         if is_token_file(path):
             raise ValueError(f"{path} holds tokens, expected texts only where there are several")
         files, name = _find(path)
         if not files or not all(map(_is_regular, files)):
             raise ValueError(f"{path} is a stream, expected files where there are several paths")
-        found.append((files, name))
-    every = tuple(dict.fromkeys(path for files, _ in found for path in files))
-    names = [name for _, name in found]
+        texts.append((files, name))
+    every = tuple(dict.fromkeys(path for files, _ in texts for path in files))
+    names = [name for _, name in texts]
     if len(names) > _MOST_NAMES:
         return every, f"{' + '.join(names[:_MOST_NAMES])} + ... ({len(every):,} files)"
     return every, " + ".join(names)
@@ -506,12 +506,12 @@ def _files_below(folder: str) -> Iterator[str]:
 
     seen = set()
     for parent, folders, names in os.walk(folder, onerror=fail, followlinks=True):
-        found = os.stat(parent)
+        status = os.stat(parent)
         # Links may lead in circles.
-        if (found.st_dev, found.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in seen:
             folders.clear()
             continue
-        seen.add((found.st_dev, found.st_ino))
+        seen.add((status.st_dev, status.st_ino))
         if is_run(names):
             # A run may lie below its own text.
             folders.clear()
@@ -527,11 +527,11 @@ def _is_known(name: str) -> bool:
     return _parted(name)[0].endswith((*_PLAIN, *_JSON_LINES)) or name.lower().endswith(_PARQUET)
 
 
-def _state(found: os.stat_result) -> tuple[int, ...]:
+def _state(status: os.stat_result) -> tuple[int, ...]:
     """Return what changes with a file's content, whatever its size and its time are set to."""
     return (
-        *(found.st_size, found.st_mtime_ns, found.st_ctime_ns),
-        *(found.st_dev, found.st_ino),
+        *(status.st_size, status.st_mtime_ns, status.st_ctime_ns),
+        *(status.st_dev, status.st_ino),
     )
 
 
@@ -583,7 +583,7 @@ class _Input(io.BufferedIOBase):
         return self._head
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Return so many bytes, fewer only at the end of the file."""
+        """Return ``size`` bytes, fewer only at the end of the file."""
         head = self._head
         if head:
             wanted = len(head) if size is None or size < 0 else size
@@ -607,12 +607,12 @@ def _opened(path: Path) -> Iterator[_Input]:
         error = None
         try:
             yield file
-        except OSError as found:
-            found.filename = found.filename or str(path)
+        except OSError as raised:
+            raised.filename = raised.filename or str(path)
             raise
-        except ValueError as found:
+        except ValueError as raised:
             # A file that is written meanwhile looks damaged: then that is what to say.
-            error = found
+            error = raised
         after = os.fstat(raw.fileno())
     changed = _state(before) != _state(after)
     # A Parquet file is not read from its beginning to its end, nor through this object.
@@ -897,7 +897,7 @@ def _recoded(blocks: Iterator[bytes], path: str, encoding: str) -> Iterator[byte
         try:
             return decoder.decode(block, final).encode()
         except UnicodeDecodeError as error:
-            # What a decoder complains of is what it had kept of former blocks, and this one.
+            # A decoder's error is about the rest of former blocks, and this one.
             offset = taken - len(error.object) + error.start
             raise _not_text(path, encoding, error.object[error.start], offset) from None
         except UnicodeError as error:
@@ -983,16 +983,16 @@ def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[
             continue
         where = f"{path}, line {number}"
         try:
-            found = json.loads(line.decode())
+            record = json.loads(line.decode())
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON, {error.msg} (column {error.colno})") from None
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON that can be read, {error}") from None
-        if not isinstance(found, dict):
-            raise ValueError(f"{where}: {_JSON_KINDS[type(found)]}, expected an object")
-        if field not in found:
-            raise ValueError(f"{where}: no field {field!r}; {_there_are(found)}")
-        text = found[field]
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: {_JSON_KINDS[type(record)]}, expected an object")
+        if field not in record:
+            raise ValueError(f"{where}: no field {field!r}; {_there_are(record)}")
+        text = record[field]
         if not isinstance(text, str):
             raise ValueError(
                 f"{where}: field {field!r} is {_JSON_KINDS[type(text)]}, expected a string"
@@ -1007,11 +1007,11 @@ def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[
 
 
 def _there_are(names: Iterable[str]) -> str:
-    shown = [repr(name) for name in names]
-    if not shown:
+    listed = [repr(name) for name in names]
+    if not listed:
         return "there are none"
-    more = f" and {len(shown) - 20:,} more" if len(shown) > 20 else ""
-    return f"there are {', '.join(shown[:20])}{more}; --field names another"
+    more = f" and {len(listed) - 20:,} more" if len(listed) > 20 else ""
+    return f"there are {', '.join(listed[:20])}{more}; --field names another"
 
 
 def _parquet_documents(file: _Input, path: Path, field: str) -> Iterator[_Part]:
@@ -1113,9 +1113,9 @@ def _last_place(text: bytes, low: int, high: int) -> int:
     while high > low:
         start = max(high - WINDOW_BYTES, low)
         window = text[start : high + 1].translate(_CLASSES)
-        found = window.rfind(_PRINTABLE + _SPACE)
-        if found >= 0:
-            return start + found + 1
+        at = window.rfind(_PRINTABLE + _SPACE)
+        if at >= 0:
+            return start + at + 1
         high = start
     return 0
 
@@ -1182,10 +1182,10 @@ def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
         If its header and its size do not fit together, or it holds something else than tokens.
     """
     with open(path, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is a stream, expected a file of tokens")
-        size = found.st_size
+        size = status.st_size
         head = file.read(4 * _HEADER_WORDS)
     words = np.frombuffer(head[: len(head) // 4 * 4], "<i4")
     magic = int(words[0]) if words.size else 0

@@ -166,11 +166,11 @@ class Choice(NamedTuple):
     Attributes
     ----------
     rule : str
-        The rule chosen from.
+        The rule.
     option : int
-        The index of the option chosen, among all options of the rule.
+        The index of the option taken, among all options of the rule.
     free : int
-        How many options could still be chosen; each had the probability ``1 / free``.
+        The number of options that could still be taken; each had the probability ``1 / free``.
     """
 
     rule: str
@@ -433,16 +433,16 @@ class Grammar:
             match = _WORD.match(text, position)
             option = rule.option_of.get(match[1]) if match else None
             if option is None or option in taken:
-                found = text[position : position + 12]
-                raise ValueError(f"text: expected {rule.name!r} at {position}, got {found!r}")
+                actual = text[position : position + 12]
+                raise ValueError(f"text: expected {rule.name!r} at {position}, got {actual!r}")
             return option
 
         derivation = self._walk(choose)
         if derivation.text != text:
             pairs = zip(derivation.text, text, strict=False)
             same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-            wanted, found = derivation.text[same : same + 12], text[same : same + 12]
-            raise ValueError(f"text: expected {wanted!r} at {same}, got {found!r}")
+            wanted, actual = derivation.text[same : same + 12], text[same : same + 12]
+            raise ValueError(f"text: expected {wanted!r} at {same}, got {actual!r}")
         return derivation
 
     def derivations(self, *, every_word: bool = True) -> Iterator[Derivation]:

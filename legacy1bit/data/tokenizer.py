@@ -72,7 +72,7 @@ class Tokenizer(Protocol):
         V, how many tokens there are, special ones included.
     bos_token : int or None
         What every document begins behind: what a model has learned of beginnings, it has learned
-        there. A line break for bytes, None where that is no token; ``<|endoftext|>`` for others.
+        there. A line break for bytes, None where that is not a token; ``<|endoftext|>`` for others.
     eos_token : int or None
         What ends a text when it is drawn: ``<|endoftext|>``. Texts of bytes have no such end.
     byte_lengths : int32[V]
@@ -125,9 +125,9 @@ def visible_bytes() -> list[str]:
     Bytes that print as themselves in Latin-1 stand for themselves, the others for the characters
     from U+0100 on (Radford et al. 2019, section 2.2).
     """
-    kept = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
-    return [chr(byte if byte in kept else next(others)) for byte in range(256)]
+    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
 def _check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
@@ -227,7 +227,7 @@ class ByteTokenizer:
         Raises
         ------
         IndexError
-            If a byte of it is no token.
+            If a byte of it is not a token.
         """
         return tokenize_text(text, self.vocab_size)
 
@@ -241,7 +241,7 @@ class ByteTokenizer:
         Raises
         ------
         IndexError
-            If an id is no byte.
+            If an id is not a byte.
         """
         return _check_ids(tokens, self.vocab_size).astype(np.uint8).tobytes()
 
@@ -308,7 +308,7 @@ class SubwordTokenizer:
     Raises
     ------
     ValueError
-        If a merge is of what is no token, comes twice or makes what a special token is called, or
+        If a merge is not of tokens, comes twice or makes what a special token is called, or
         if ``tokenizers`` is not installed.
     """
 
@@ -319,7 +319,7 @@ class SubwordTokenizer:
         for left, right in self.merges:
             for part in (left, right):
                 if part not in ids:
-                    raise ValueError(f"a merge is of {part!r}, which is no token before it")
+                    raise ValueError(f"a merge is of {part!r}, which is not a token before it")
             if left + right not in ids:
                 ids[left + right] = len(ids)
                 parents.append((ids[left], ids[right]))
@@ -390,7 +390,7 @@ class SubwordTokenizer:
         Raises
         ------
         IndexError
-            If an id is no token.
+            If an id is not a token.
         """
         ids, texts = _check_ids(tokens, self.vocab_size), self._texts
         return b"".join([texts[token] for token in ids.ravel().tolist()])
@@ -504,7 +504,7 @@ def train_bpe(
     Raises
     ------
     ValueError
-        If the vocabulary leaves no room for a merge, or ``tokenizers`` is not installed.
+        If the vocabulary is too small for a merge, or ``tokenizers`` is not installed.
 
     Notes
     -----
@@ -542,7 +542,7 @@ def character_tokenizer(pieces: Iterable[bytes], vocab_size: int | None = None) 
     Raises
     ------
     ValueError
-        If the vocabulary leaves no room for a character, or ``tokenizers`` is not installed.
+        If the vocabulary is too small for a character, or ``tokenizers`` is not installed.
     """
     if vocab_size is not None:
         _check_size(vocab_size)
@@ -550,13 +550,13 @@ def character_tokenizer(pieces: Iterable[bytes], vocab_size: int | None = None) 
     for text in _valid_text(pieces):
         if not text.isascii():
             counts.update(text)
-    room = np.inf if vocab_size is None else vocab_size - _BYTES - len(SPECIAL_TOKENS)
+    free = np.inf if vocab_size is None else vocab_size - _BYTES - len(SPECIAL_TOKENS)
     merges: dict[tuple[bytes, bytes], None] = {}
     for character in sorted(counts, key=lambda one: (-counts[one], one)):
         data = character.encode()
         steps = ((data[:size], data[size : size + 1]) for size in range(1, len(data)))
         missing = [step for step in steps if step not in merges]
-        if len(merges) + len(missing) <= room:
+        if len(merges) + len(missing) <= free:
             merges.update(dict.fromkeys(missing))
     return SubwordTokenizer(merges)
 
@@ -602,31 +602,31 @@ def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
     """
     path = Path(folder) / TOKENIZER_FILE
     try:
-        found = json.loads(read_regular(path))
+        record = json.loads(read_regular(path))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {mistaken_file(path) or error}") from None
-    if isinstance(found, dict) and found.get("added_tokens"):
-        # Where it is not installed, that is no fault of the file.
+    if isinstance(record, dict) and record.get("added_tokens"):
+        # Where it is not installed, the file is not to blame.
         load_tokenizers()
     tokenizer: Tokenizer | None
     try:
-        model = found["model"]
-        if found["added_tokens"]:
+        model = record["model"]
+        if record["added_tokens"]:
             tokenizer = SubwordTokenizer.of_spelled(model["merges"])
         else:
             tokenizer = ByteTokenizer(len(model["vocab"]))
     except (KeyError, TypeError, ValueError):
         tokenizer = None
-    if tokenizer is None or found not in (
+    if tokenizer is None or record not in (
         tokenizer.description(),
         description_in_template(tokenizer),
     ):
-        raise ValueError(f"{path} is no tokenizer that legacy1bit wrote, or it is damaged")
+        raise ValueError(f"{path} is not a tokenizer that legacy1bit wrote, or it is damaged")
     return tokenizer
 
 
 def fit_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer:
-    """Return a tokenizer as a model of so many tokens needs it.
+    """Return a tokenizer as a model of ``vocab_size`` tokens needs it.
 
     Where that is bytes, or None, it is as many bytes as the model has tokens, at most all.
 
@@ -655,12 +655,12 @@ def tokenizer_of(model: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     """
     if not (Path(model) / TOKENIZER_FILE).exists():
         return ByteTokenizer(vocab_size) if vocab_size <= _BYTES else UnknownTokenizer(vocab_size)
-    found = load_tokenizer(model)
-    if found.vocab_size < vocab_size:
+    tokenizer = load_tokenizer(model)
+    if tokenizer.vocab_size < vocab_size:
         raise ValueError(
-            f"{model} has {vocab_size} tokens, and its {TOKENIZER_FILE} {found.vocab_size}"
+            f"{model} has {vocab_size} tokens, and its {TOKENIZER_FILE} {tokenizer.vocab_size}"
         )
-    return fit_tokenizer(found, vocab_size)
+    return fit_tokenizer(tokenizer, vocab_size)
 
 
 def check_bytes(tokenizer: Tokenizer | None) -> None:

@@ -505,7 +505,7 @@ def test_separators_that_are_none_are_refused(write):
     path = str(write("a.txt", "text"))
     with pytest.raises(ValueError, match="separator is empty"):
         open_source(path, separator="")
-    with pytest.raises(ValueError, match=r"separator is '\\udc80', which is no text"):
+    with pytest.raises(ValueError, match=r"separator is '\\udc80', which is not text"):
         open_source(path, separator="\udc80")
 
 

@@ -157,7 +157,7 @@ def test_tokenizer_load_refuses_tokenizers_that_give_other_ids(tmp_path, change)
     content = json.loads(path.read_bytes())
     change(content)
     path.write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="is no tokenizer that legacy1bit wrote"):
+    with pytest.raises(ValueError, match="is not a tokenizer that legacy1bit wrote"):
         load_tokenizer(tmp_path)
 
 
@@ -469,7 +469,7 @@ def test_files_that_others_wrote_are_refused(change, tmp_path):
     content = tokenizer_of_kind("bpe").description()
     change(content["model"])
     (tmp_path / TOKENIZER_FILE).write_text(json.dumps(content), encoding="utf-8")
-    with pytest.raises(ValueError, match="is no tokenizer that legacy1bit wrote"):
+    with pytest.raises(ValueError, match="is not a tokenizer that legacy1bit wrote"):
         load_tokenizer(tmp_path)
 
 
