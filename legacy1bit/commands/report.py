@@ -93,7 +93,7 @@ def train_command(folder: Path) -> str:
     options = {**_of_source(source), **_of_tokenizer(folder, data, source)}
     for record in (model, training, data):
         options |= _given(record)
-    words = ["python", "-m", "legacy1bit.main", "train"]
+    words = ["legacy1bit", "train"]
     for name, value in options.items():
         if isinstance(value, list):
             words += [f"--{name}", *value]
