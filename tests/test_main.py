@@ -764,7 +764,8 @@ def test_train_draws_no_bar_in_a_file(text):
     options = {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "1", "TERM": "xterm"}
     ran = shell(*tiny(out="run", stories=None, data=text), env=options)
     assert b"training " in ran.stderr
-    assert b"\x1b" not in ran.stderr + ran.stdout
+    # A sample of the model may have any bytes.
+    assert b"\x1b" not in ran.stderr + ran.stdout.partition(b"sample:")[0]
 
 
 @pytest.mark.parametrize("threads", [True, False])
