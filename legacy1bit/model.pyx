@@ -21,12 +21,12 @@ from typing import NamedTuple
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from legacy1bit.formats.provenance import Provenance
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.errors import describe, one_line
 from legacy1bit.system.files import (atomic_write, atomic_write_all, check_regular, mistaken_file,
-                              open_regular, read_regular, serialize_tensors)
-from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.formats.provenance import Provenance
-from legacy1bit.schemes import FLOAT, SCHEMES
+                                     open_regular, read_regular, serialize_tensors)
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset

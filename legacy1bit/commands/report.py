@@ -93,7 +93,7 @@ def train_command(folder: Path) -> str:
     options = {**options_of(origin), **_of_tokenizer(run, settings.data, origin)}
     for record in (settings.model, settings.training, settings.data):
         options |= _given(record)
-    words = ["python", "-m", "legacy1bit.main", "train"]
+    words = ["legacy1bit", "train"]
     for name, value in options.items():
         if isinstance(value, list):
             words += [f"--{name}", *value]
