@@ -16,9 +16,9 @@ import numpy.typing as npt
 from legacy1bit.commands.options import add_settings, given, path_of
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.commands.texts import add_cache
-from legacy1bit.data.cache import saved_streams
-from legacy1bit.data.corpus import TEXT, text_source, tokenize_source, tokenizer_for
-from legacy1bit.data.shards import default_cache
+from legacy1bit.data.cache import cache_errors, saved_streams
+from legacy1bit.data.corpus import TEXT, text_source, tokenize_source, tokenizer_for, tokens_of
+from legacy1bit.data.shards import default_cache, open_store
 from legacy1bit.data.sources import Source, is_token_file
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.hyperparams import DataConfig
@@ -27,6 +27,8 @@ from legacy1bit.hyperparams import DataConfig
 _READING = ("tokenizer", "vocabulary", "field", "encoding", "separator")
 
 _MOST_FREQUENT = 20
+# Tokens that are counted at once.
+_COUNTED = 1 << 20
 _BAR = 40
 
 
@@ -105,15 +107,16 @@ class Inspection:
     most_frequent: list[tuple[str, int]]
 
 
-def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
-    """Go through a text once.
+def inspect(source: Source, tokenizer: Tokenizer, cache: Path) -> Inspection:
+    """Return the statistics of a text; its tokens are counted in the cache, as runs use them.
 
     Raises
     ------
     ValueError, OSError
         If it cannot be read.
     """
-    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    with cache_errors(cache):
+        counts = _token_counts(source, tokenizer, cache)
     lengths, digests = array.array("q"), array.array("Q")
     digest = hashlib.blake2b(digest_size=8)
     characters = lines = size = 0
@@ -128,8 +131,6 @@ def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
             lengths[-1] += len(piece.text)
             characters += len(piece.text.decode("utf-8"))
             lines += piece.text.count(b"\n")
-            (tokens,) = tokenizer.encode_batch([piece.text])
-            counts += np.bincount(tokens, minlength=counts.size)
             size += len(piece.text)
             on_progress(size)
     digests.append(int.from_bytes(digest.digest()))
@@ -160,6 +161,17 @@ def inspect(source: Source, tokenizer: Tokenizer) -> Inspection:
     )
 
 
+def _token_counts(source: Source, tokenizer: Tokenizer, cache: Path) -> npt.NDArray[np.int64]:
+    """Return how often each token is in a text, int64[V], without those between documents."""
+    store = open_store(*tokens_of(source, tokenizer, cache, progress_of_bytes), TEXT)
+    counts = np.zeros(tokenizer.vocab_size, np.int64)
+    for start in range(0, store.size, _COUNTED):
+        counts += np.bincount(store.read(start, start + _COUNTED), minlength=counts.size)
+    (boundary,) = store.read(store.size - 1, store.size)
+    counts[boundary] -= store.document_count + 1
+    return counts
+
+
 def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
     """Count lengths below each power of two, from the first to the last that there is."""
     # frexp has an exponent that is exact: 2^(e - 1) <= length < 2^e.
@@ -171,7 +183,7 @@ def _histogram(lengths: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
 
 def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
-    inspection = inspect(source, tokenizer)
+    inspection = inspect(source, tokenizer, cache)
     _warn(source, inspection.documents)
     if arguments.json:
         print(json.dumps(asdict(inspection)))

@@ -48,7 +48,7 @@ def text():
 
 
 def test_inspect_counts_what_is_there(lines):
-    found = inspect(open_source(lines), ByteTokenizer())
+    found = inspect(open_source(lines), ByteTokenizer(), Path("cache"))
     texts = [one.encode() for one in DOCUMENTS]
     assert found.files == 1
     assert found.file_bytes == Path(lines).stat().st_size

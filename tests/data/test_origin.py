@@ -128,6 +128,7 @@ def test_text_is_tokenized_once_whatever_the_split_and_the_command(tokenized, sa
     say("evaluate", "--model", "run", *common)
     say("evaluate", "--model", "run", "--data", "lines.jsonl", *common)
     say("train", "--resume", "run", "--steps", 3, *common)
+    say("data", "inspect", "lines.jsonl", "--cache", "cache")
     assert tokenized == ["lines.jsonl"]
 
 
