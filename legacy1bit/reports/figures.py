@@ -1,7 +1,7 @@
-"""Figures of runs: curves, shares of codes, maps of weights and of attention.
+"""Figures of runs: curves, fractions of codes, maps of weights and of attention.
 
-What a curve shows are the numbers of ``metrics.jsonl`` as they stand there. matplotlib is loaded
-when the first figure is drawn, without a display and without its global state.
+Curves show the numbers of ``metrics.jsonl`` unchanged. matplotlib is loaded when the first figure
+is drawn, without a display and without its global state.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-# Of Okabe and Ito, who chose them so that everybody can tell them apart; black is the ink's, and
-# yellow, hard to see on white, the last.
-_COLOURS = (
+# The palette of Okabe and Ito, which color-blind readers can tell apart; black is the ink, and
+# yellow, hard to see on white, comes last.
+_COLORS = (
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -47,7 +47,7 @@ _COLOURS = (
 _MARKERS = "os^DvPX*"
 _LINES = ("-", "--", "-.", ":")
 
-# Colours that nothing else has, so that a page can put its own in their place.
+# Colors that nothing else has, so that a page can replace them.
 INK = "#1f2023"
 GRID = "#d9dade"
 
@@ -74,7 +74,7 @@ _STYLE = {
     "lines.markersize": 3.8,
     "savefig.dpi": 160,
     "svg.fonttype": "none",
-    # Names of runs and tokens are text, whatever signs are in them.
+    # Names of runs and tokens are plain text.
     "text.parse_math": False,
     "text.color": INK,
     "xtick.color": INK,
@@ -87,14 +87,14 @@ _LEGEND_LINE = 0.2
 _CHARACTER = 0.07
 _SMALLEST_CELL, _LARGEST_MAP = 0.02, 9.0
 
-# Beyond so many the tokens beside a map of attention cannot be read, and maps cannot be told apart.
+# Limits of maps of attention: with more, token labels and maps become unreadable.
 _MOST_LABELS = 64
 _MOST_MAPS = 64
 _MOST_TOKENS = 1024
 
 
 def load_matplotlib() -> Any:
-    """Return the package that draws.
+    """Return matplotlib.
 
     Raises
     ------
@@ -115,22 +115,25 @@ class Series:
     Attributes
     ----------
     label : str
-        What the legend calls it; the same label is told once, none not at all.
+        The name in the legend, which has each name once; empty: not in the legend.
     x, y : sequence of float
         Where y is NaN the line is interrupted.
-    colour, line, marker : int
-        Which of the colours, line styles and markers; there are always more.
+    color, line, marker : int
+        Numbers of a color, line style and marker, modulo the number of those.
     joined : bool
         Whether a line joins the points.
+    thin : bool
+        Whether the line is thin and has no markers, as for a curve with noise.
     """
 
     label: str
     x: Sequence[float]
     y: Sequence[float]
-    colour: int = 0
+    color: int = 0
     line: int = 0
     marker: int = 0
     joined: bool = True
+    thin: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,14 +143,16 @@ class Panel:
     Attributes
     ----------
     title, x_label, y_label : str
-        The labels with their units.
+        The labels name the units.
     series : list of Series
     floors : dict of str to float
         Horizontal lines by their labels.
     percent : bool
-        Whether y is a share, to be shown in percent.
+        Whether y is a fraction, labeled in percent.
     whole : bool
-        Whether x counts something.
+        Whether the ticks of x are whole numbers.
+    top : float, optional
+        The largest y to show; by default all are shown.
     """
 
     title: str
@@ -157,6 +162,7 @@ class Panel:
     floors: dict[str, float] = field(default_factory=dict)
     percent: bool = False
     whole: bool = True
+    top: float | None = None
 
 
 def _unit(runs: Sequence[RunRecords]) -> str:
@@ -171,52 +177,65 @@ def _names(runs: Sequence[RunRecords]) -> list[str]:
     return names if unique else [printable(str(each.run.folder)) for each in runs]
 
 
+def _labels(runs: Sequence[RunRecords]) -> list[str]:
+    """Return the labels of runs in a legend; a single run needs none."""
+    return _names(runs) if len(runs) > 1 else [""]
+
+
 def _curves(runs: Sequence[RunRecords], key: str, title: str, y_label: str) -> list[Panel]:
     """Return the panel of one number of the metrics."""
-    labels = _names(runs) if len(runs) > 1 else [""]
     series = [
-        Series(label, run.steps(), run.column(key), i, i // len(_COLOURS), i)
-        for i, (run, label) in enumerate(zip(runs, labels, strict=True))
+        Series(label, run.steps(), run.column(key), i, i // len(_COLORS), i)
+        for i, (run, label) in enumerate(zip(runs, _labels(runs), strict=True))
     ]
     return [Panel(title, "step", y_label, series)]
 
 
 def _loss(runs: Sequence[RunRecords]) -> list[Panel]:
+    """Return the panel of the losses: training a thin line, validation a line with markers.
+
+    The first tenth of the training loss may lie above the axes, or it would flatten the rest.
+    """
     floor = next((run.floor for run in runs if run.floor is not None), None)
     floors = {} if floor is None else {"entropy floor": floor}
-    label = f"nats a {_unit(runs)}"
-    if len(runs) == 1:
-        [run] = runs
-        series = [
-            Series("validation", run.steps(), run.column("val_loss")),
-            Series("training", run.steps(), run.column("train_loss"), 1, 1, 1),
-        ]
-        return [Panel("Loss", "step", label, series, floors)]
-    series = []
+    series: list[Series] = []
+    highest: list[float] = []
+    alone = len(runs) == 1
     for i, (run, name) in enumerate(zip(runs, _names(runs), strict=True)):
-        series.append(Series(name, run.steps(), run.column("val_loss"), i, 0, i))
-        series.append(Series("", run.steps(), run.column("train_loss"), i, 3, i))
-    return [Panel("Loss (line: validation, dots: training)", "step", label, series, floors)]
+        steps, losses = run.train_losses()
+        val_losses = run.column("val_loss")
+        # The colors of a single run tell its losses apart, those of several the runs.
+        series += [
+            Series("validation" if alone else name, run.steps(), val_losses, i, 0, i),
+            Series("training" if alone else "", steps, losses, i + alone, thin=True),
+        ]
+        highest += [*val_losses, *losses[len(losses) // 10 :]]
+    title = "Loss" if alone else "Loss (thick: validation, thin: training)"
+    return [Panel(title, "step", f"nats per {_unit(runs)}", series, floors, top=_largest(highest))]
+
+
+def _largest(values: Sequence[float]) -> float | None:
+    return max((value for value in values if math.isfinite(value)), default=None)
 
 
 def _perplexity(runs: Sequence[RunRecords]) -> list[Panel]:
-    return _curves(runs, "perplexity", "Perplexity", f"of a {_unit(runs)}")
+    return _curves(runs, "perplexity", "Validation perplexity", f"perplexity per {_unit(runs)}")
 
 
 def _learning_rate(runs: Sequence[RunRecords]) -> list[Panel]:
-    return _curves(runs, "learning_rate", "Learning rate", "at this step")
+    return _curves(runs, "learning_rate", "Learning rate", "learning rate")
 
 
 def _gradient_norm(runs: Sequence[RunRecords]) -> list[Panel]:
-    return _curves(runs, "gradient_norm", "The gradient's norm", "mean since the last look")
+    return _curves(runs, "gradient_norm", "Gradient norm", "mean L2 norm")
 
 
 def _speed(runs: Sequence[RunRecords]) -> list[Panel]:
-    return _curves(runs, "tokens_per_second", "Speed of training", "tokens a second")
+    return _curves(runs, "tokens_per_second", "Training speed", "tokens per second")
 
 
 def _accuracy(runs: Sequence[RunRecords]) -> list[Panel]:
-    [panel] = _curves(runs, "top1", "Tokens that were the likeliest", "of the validation set")
+    [panel] = _curves(runs, "top1", "Top-1 accuracy", "validation accuracy")
     return [replace(panel, percent=True)]
 
 
@@ -229,22 +248,21 @@ _MATRIX = re.compile(r"(?:blocks\.(\d{1,6})\.)?(.*)", re.DOTALL)
 
 
 def _by_matrix(run: RunRecords, code: str, title: str) -> Panel:
-    """Return a panel with a line for each matrix of a run: its colour tells the kind of matrix,
-    its style and marker the block."""
-    kinds: dict[str, int] = {}
+    """Return a panel with a line for each matrix: colors are layers, styles are blocks."""
+    layers: dict[str, int] = {}
     series = []
     for matrix in run.matrices():
-        found = _MATRIX.fullmatch(matrix)
-        assert found
-        colour, block = kinds.setdefault(found[2], len(kinds)), int(found[1] or 0)
+        match = _MATRIX.fullmatch(matrix)
+        assert match
+        color, block = layers.setdefault(match[2], len(layers)), int(match[1] or 0)
         label, y = printable(matrix), run.fraction(matrix, code)
-        series.append(Series(label, run.steps(), y, colour, block, block))
-    return Panel(title, "step", "of a matrix's weights", series, percent=True)
+        series.append(Series(label, run.steps(), y, color, block, block))
+    return Panel(title, "step", "fraction of weights", series, percent=True)
 
 
 def _shares(runs: Sequence[RunRecords]) -> list[Panel]:
     return [
-        _by_matrix(run, code, f"{prefix}Weights that are {minus(code)}")
+        _by_matrix(run, code, f"{prefix}Weights equal to {minus(code)}")
         for run, prefix in zip(runs, _prefixes(runs), strict=True)
         for code in run.codes() or ["0"]
     ]
@@ -252,21 +270,21 @@ def _shares(runs: Sequence[RunRecords]) -> list[Panel]:
 
 def _flips(runs: Sequence[RunRecords]) -> list[Panel]:
     return [
-        _by_matrix(run, "flipped", f"{prefix}Weights changed since the last look")
+        _by_matrix(run, "flipped", f"{prefix}Weights flipped since the last evaluation")
         for run, prefix in zip(runs, _prefixes(runs), strict=True)
     ]
 
 
 def _prefixes(runs: Sequence[RunRecords]) -> list[str]:
-    return [f"{name}: " for name in _names(runs)] if len(runs) > 1 else [""]
+    return [f"{name}: " if name else "" for name in _labels(runs)]
 
 
 def minus(number: str) -> str:
-    """Return a number with the sign that is as wide as a plus."""
+    """Return a number with a minus sign in place of a hyphen."""
     return number.replace("-", "\u2212")
 
 
-# What can be drawn of the metrics alone, of one run or of several.
+# The kinds of figures that need only metrics, of one run or of several.
 CURVES: dict[str, Callable[[Sequence[RunRecords]], list[Panel]]] = {
     "page": _page,
     "loss": _loss,
@@ -281,12 +299,12 @@ CURVES: dict[str, Callable[[Sequence[RunRecords]], list[Panel]]] = {
 
 
 def panels_of(runs: Sequence[RunRecords], kind: str) -> list[Panel]:
-    """Return what a kind of curves shows of runs.
+    """Return the panels of a kind of figure.
 
     Raises
     ------
     ValueError
-        If there is no run or no such kind, or the metrics are damaged.
+        If ``runs`` is empty, there is no such kind, or the metrics are damaged.
     """
     if kind not in CURVES:
         raise ValueError(f"kind is {kind!r}, expected one of {', '.join(CURVES)}")
@@ -296,15 +314,15 @@ def panels_of(runs: Sequence[RunRecords], kind: str) -> list[Panel]:
 
 
 def size_panel(runs: Sequence[RunRecords], models: Sequence[LegacyLLM]) -> Panel:
-    """Return the panel of what the models of runs have come to, over the bytes of their weights.
+    """Return the panel of the loss of runs over the bytes of their models' weights.
 
-    Losses of different tokens compare by the bytes that these stand for.
+    The loss is in bits per byte, which compares models with different tokenizers.
     """
     series = [
         Series(name, [model.stored_bytes()], [_bits_of(run, model)], i, 0, i, joined=False)
         for i, (run, name, model) in enumerate(zip(runs, _names(runs), models, strict=True))
     ]
-    return Panel("Loss against size", "bytes of weights", "bits a byte", series)
+    return Panel("Validation loss by model size", "bytes of weights", "bits per byte", series)
 
 
 def _bits_of(run: RunRecords, model: LegacyLLM) -> float:
@@ -317,39 +335,40 @@ def _bits_of(run: RunRecords, model: LegacyLLM) -> float:
 
 @contextlib.contextmanager
 def _style() -> Iterator[Any]:
-    """Draw by the package's defaults and ours, whatever the user has set for other figures."""
+    """Use matplotlib's defaults and ``_STYLE``, not the user's settings."""
     package = load_matplotlib()
     with warnings.catch_warnings(), package.style.context(["default", _STYLE]):
-        # A sign that the font lacks is drawn as a box, which says as much.
+        # A character that the font lacks is drawn as a box, which says as much.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         yield package
 
 
 def draw(panels: Sequence[Panel], columns: int = 2) -> "Figure":
-    """Return a figure of panels, so many beside each other, with one legend below them."""
+    """Return a figure of panels in columns, with one legend below them."""
     columns = max(min(columns, len(panels)), 1)
     rows = -(-len(panels) // columns)
     width = _PANEL[0] * columns
     with _style() as package:
         figure: Figure = package.figure.Figure()
-        told: dict[str, Any] = {}
+        legend: dict[str, Any] = {}
         for place, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             for label, line in _draw_panel(package, axes, panel):
-                told.setdefault(label, line)
+                legend.setdefault(label, line)
         lines = 0
-        if len(told) > 1 or (told and any(panel.floors for panel in panels)):
-            # What stands beside the text is as wide as seven characters.
-            sizes = [_CHARACTER * (len(label) + 7) for label in told]
-            beside = len(told) if sum(sizes) <= width else max(int(width / max(sizes)), 1)
-            lines = -(-len(told) // beside)
-            figure.legend(list(told.values()), list(told), loc="outside lower center", ncols=beside)
+        if len(legend) > 1 or (legend and any(panel.floors for panel in panels)):
+            # A line and the space around it are as wide as seven characters.
+            sizes = [_CHARACTER * (len(label) + 7) for label in legend]
+            beside = len(legend) if sum(sizes) <= width else max(int(width / max(sizes)), 1)
+            lines = -(-len(legend) // beside)
+            handles, labels = list(legend.values()), list(legend)
+            figure.legend(handles, labels, loc="outside lower center", ncols=beside)
         figure.set_size_inches(width, _PANEL[1] * rows + _LEGEND_LINE * lines)
     return figure
 
 
 def _number(x: float, _: object = None) -> str:
-    """Return what stands at a tick."""
+    """Return the label of a tick."""
     for factor, name in ((1e9, " G"), (1e6, " M")):
         if factor <= abs(x) < 1e13:
             return minus(f"{x / factor:.10g}{name}")
@@ -361,7 +380,7 @@ def _percent(x: float, _: object = None) -> str:
 
 
 def _draw_panel(package: Any, axes: "Axes", panel: Panel) -> Iterator[tuple[str, Any]]:
-    """Draw a panel and yield what the legend is to tell."""
+    """Draw a panel, and yield the entries of the legend."""
     axes.set(title=panel.title, xlabel=panel.x_label, ylabel=panel.y_label)
     ticker = package.ticker
     steps = [1, 2, 2.5, 5, 10]
@@ -374,19 +393,23 @@ def _draw_panel(package: Any, axes: "Axes", panel: Panel) -> Iterator[tuple[str,
         [line] = axes.plot(
             one.x,
             y,
-            color=_COLOURS[one.colour % len(_COLOURS)],
+            color=_COLORS[one.color % len(_COLORS)],
             linestyle=_LINES[one.line % len(_LINES)] if one.joined else "none",
-            marker=_MARKERS[one.marker % len(_MARKERS)],
+            linewidth=0.9 if one.thin else _STYLE["lines.linewidth"],
+            marker="none" if one.thin and len(y) > 1 else _MARKERS[one.marker % len(_MARKERS)],
             markevery=every,
             markersize=_STYLE["lines.markersize"] if one.joined else 7,
         )
         if one.label:
             yield one.label, line
+    bottom, top = axes.get_ylim()
+    if panel.top is not None and bottom < panel.top < top:
+        axes.set_ylim(top=panel.top + 0.05 * (panel.top - bottom))
     for label, height in panel.floors.items():
         line = axes.axhline(height, color=INK, linewidth=1.0, linestyle=(0, (1, 1.5)))
         yield f"{label}, {height:.4f}", line
     if not any(np.isfinite(np.asarray(one.y, float)).any() for one in panel.series):
-        axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes)
+        axes.text(0.5, 0.5, "no data", ha="center", transform=axes.transAxes)
         if not panel.floors:
             axes.set(xticks=[], yticks=[])
 
@@ -398,7 +421,7 @@ def map_weights(model: LegacyLLM, layer: str | None = None) -> "Figure":
     ----------
     model : LegacyLLM
     layer : str, optional
-        The matrix by its name; the first quantized one, or the first, when not given.
+        The name of the matrix; by default the first one of the blocks.
 
     Raises
     ------
@@ -437,30 +460,30 @@ def map_weights(model: LegacyLLM, layer: str | None = None) -> "Figure":
     return figure
 
 
-# Where a map has more weights than pixels, these have the mean of the weights' colours.
+# Where a map has more weights than pixels, a pixel has the mean color of its weights.
 _BLENDED: dict[str, Any] = {"interpolation_stage": "rgba"}
 
 
 def _signs(package: Any) -> Any:
-    ends = [_COLOURS[0], "#f4f4f2", _COLOURS[1]]
+    ends = [_COLORS[0], "#f4f4f2", _COLORS[1]]
     return package.colors.LinearSegmentedColormap.from_list("signs", ends, N=255)
 
 
 def _draw_codes(package: Any, figure: "Figure", axes: "Axes", values: npt.NDArray[np.int8]) -> None:
-    """Draw the codes of a matrix, each in a colour of its own, and a legend with their shares."""
+    """Draw the codes of a matrix, each in its own color, and a legend with their fractions."""
     codes = sorted({sign * int(code) for code in np.unique(values) for sign in (1, -1)})
     most = codes[-1] or 1
-    colours = [_signs(package)(0.5 + code / most / 2) for code in codes]
+    colors = [_signs(package)(0.5 + code / most / 2) for code in codes]
     edges = [codes[0] - 0.5, *((a + b) / 2 for a, b in pairwise(codes)), codes[-1] + 0.5]
     axes.imshow(
         values,
-        package.colors.ListedColormap(colours),
+        package.colors.ListedColormap(colors),
         package.colors.BoundaryNorm(edges, len(codes)),
         **_BLENDED,
     )
-    patches = [package.patches.Patch(facecolor=one, edgecolor=GRID) for one in colours]
-    told = [f"{minus(str(code))}: {np.mean(values == code):.1%}" for code in codes]
-    figure.legend(patches, told, loc="outside lower center", ncols=len(told), handlelength=1.0)
+    patches = [package.patches.Patch(facecolor=one, edgecolor=GRID) for one in colors]
+    labels = [f"{minus(str(code))}: {np.mean(values == code):.1%}" for code in codes]
+    figure.legend(patches, labels, loc="outside lower center", ncols=len(labels), handlelength=1.0)
 
 
 def attention_of(model: LegacyLLM, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -486,7 +509,7 @@ def attention_of(model: LegacyLLM, tokens: npt.NDArray[np.int32]) -> npt.NDArray
 def map_attention(
     model: LegacyLLM, tokenizer: Tokenizer, prompt: str | bytes, block: int | None = None
 ) -> "Figure":
-    """Return maps of where each token of a prompt looks, a row for each block, a column a head.
+    """Return maps of the attention weights of a prompt: blocks are rows, heads are columns.
 
     Parameters
     ----------
@@ -494,49 +517,49 @@ def map_attention(
     tokenizer : Tokenizer
     prompt : str or bytes
     block : int, optional
-        Only this one, counted from 0.
+        Only this block, counted from 0.
 
     Raises
     ------
     IndexError
-        If a byte of the prompt is no token of the model's.
+        If a byte of the prompt is not a token of the model.
     ValueError
         If the prompt is empty or longer than the model's context, or there is no such block.
     """
     config = model.config
     if block is not None and not 0 <= block < config.num_blocks:
         raise ValueError(f"there is no block {block}, expected 0 to {config.num_blocks - 1}")
-    chosen = range(config.num_blocks) if block is None else [block]
-    if len(chosen) * config.num_heads > _MOST_MAPS:
+    blocks = range(config.num_blocks) if block is None else [block]
+    if len(blocks) * config.num_heads > _MOST_MAPS:
         raise ValueError(
-            f"{len(chosen)} blocks of {config.num_heads} heads are more than {_MOST_MAPS} maps: "
+            f"{len(blocks)} blocks of {config.num_heads} heads are more than {_MOST_MAPS} maps: "
             "name one block"
         )
     tokens = tokenizer.encode(prompt)
     if not tokens.size:
-        raise ValueError("the prompt is empty, expected text for the model to look at")
+        raise ValueError("the prompt is empty, expected text for the model to read")
     if tokenizer.bos_token is not None:
         tokens = np.concatenate([np.array([tokenizer.bos_token], np.int32), tokens])
     most = min(config.sequence_length, _MOST_TOKENS)
     if tokens.size > most:
         raise ValueError(f"the prompt has {tokens.size} tokens, expected at most {most}")
-    maps = attention_of(model, tokens)[list(chosen)]
+    maps = attention_of(model, tokens)[list(blocks)]
     labels = [_token_label(tokenizer, int(token)) for token in tokens]
     side = min(max(0.13 * tokens.size, 1.7), 5.5)
     heads = config.num_heads
-    columns = heads if len(chosen) > 1 else math.ceil(math.sqrt(heads))
-    rows = -(-len(chosen) * heads // columns)
+    columns = heads if len(blocks) > 1 else math.ceil(math.sqrt(heads))
+    rows = -(-len(blocks) * heads // columns)
     with _style() as package:
         figure: Figure = package.figure.Figure(figsize=(side * columns + 1.6, side * rows + 1.1))
         figure.set_layout_engine("compressed", h_pad=0.08)
         grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in grid.flat[len(chosen) * heads :]:
+        for axes in grid.flat[len(blocks) * heads :]:
             axes.set_axis_off()
-        for axes, (i, j) in zip(grid.flat, np.ndindex(len(chosen), heads), strict=False):
-            seen = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
-            # One scale for all, or they could not be compared.
-            image = axes.imshow(seen, vmin=0.0, vmax=float(maps.max()), aspect="equal")
-            axes.set_title(f"block {chosen[i]}, head {j}")
+        for axes, (i, j) in zip(grid.flat, np.ndindex(len(blocks), heads), strict=False):
+            causal = np.ma.masked_array(maps[i, j], np.triu(np.ones_like(maps[i, j], bool), 1))
+            # One scale for all, so that they can be compared.
+            image = axes.imshow(causal, vmin=0.0, vmax=float(maps.max()), aspect="equal")
+            axes.set_title(f"block {blocks[i]}, head {j}")
             axes.set_facecolor("#e8e8e8")
             axes.grid(visible=False)
             if tokens.size <= _MOST_LABELS:
@@ -545,11 +568,11 @@ def map_attention(
                 axes.set_xticks(range(tokens.size), labels, rotation=90, **style)
                 axes.set_yticks(range(tokens.size), labels, **style)
                 axes.tick_params(length=0)
-        figure.supxlabel("is looked at", fontsize=9)
-        figure.supylabel("looks", fontsize=9)
+        figure.supxlabel("key", fontsize=9)
+        figure.supylabel("query", fontsize=9)
         bar = figure.colorbar(image, ax=grid, fraction=0.03, pad=0.02, aspect=30)
         bar.ax.yaxis.set_major_formatter(package.ticker.PercentFormatter(1.0))
-        bar.set_label("share of a token's attention")
+        bar.set_label("attention weight")
     return figure
 
 
@@ -559,15 +582,14 @@ def _token_label(tokenizer: Tokenizer, token: int) -> str:
 
 
 def save_figure(figure: "Figure", path: Path) -> None:
-    """Write a figure as PNG, SVG or PDF, as the file's name says; the same figure as the same
-    bytes.
+    """Write a figure as PNG, SVG or PDF, by the suffix of the file; equal figures have equal bytes.
 
     Raises
     ------
     OSError
-        If the file cannot be written; an earlier one is untouched.
+        If the file cannot be written; an earlier one is unchanged.
     ValueError
-        If the name ends in something else, or the figure is too large for a picture.
+        If the suffix is another, or the figure is too large for an image.
     """
     check_suffix(path, SUFFIXES)
     atomic_write(path, _render(figure, path.suffix.lower()[1:]))
@@ -576,12 +598,12 @@ def save_figure(figure: "Figure", path: Path) -> None:
 def check_suffix(path: Path, suffixes: Sequence[str]) -> None:
     """Raise ``ValueError`` for a file whose name does not end in one of these."""
     if path.suffix.lower() not in suffixes:
-        raise ValueError(f"{path} is to be written, expected a name in {', '.join(suffixes)}")
+        raise ValueError(f"{path}: expected a name that ends in {', '.join(suffixes)}")
 
 
 def _render(figure: "Figure", form: str, **more: Any) -> bytes:
     buffer = io.BytesIO()
-    # What would be the time of writing.
+    # Without the time of writing.
     undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(form, {})
     with _style() as package, package.rc_context({"svg.hashsalt": "legacy1bit"}):
         figure.savefig(buffer, format=form, metadata=undated, **more)
@@ -593,15 +615,15 @@ _IDENTITY = re.compile(r"(\bid=\"|url\(#|href=\"#)")
 
 
 def inline_svg(figure: "Figure", name: str, title: str) -> str:
-    """Return a figure as an element of a page, in the page's own colours.
+    """Return a figure as an SVG element in the colors of the page.
 
     Parameters
     ----------
     figure : Figure
     name : str
-        Stands before every id in it, so that figures of a page do not share any.
+        A prefix of every id, so that the figures of a page do not share any.
     title : str
-        What the figure shows, for those who cannot see it.
+        The text that screen readers read.
     """
     text = _render(figure, "svg", transparent=True).decode()
     text = text[text.index("<svg") :]

@@ -119,7 +119,43 @@ def test_loss_shows_both_losses_and_the_floor(finished):
     told = [text.get_text() for text in figure.legends[0].get_texts()]
     floor_label = f"entropy floor, {entropy_per_character():.4f}"
     assert told == ["validation", "training", floor_label]
-    assert figure.axes[0].get_ylabel() == "nats a character"
+    assert figure.axes[0].get_ylabel() == "nats per character"
+
+
+def test_training_loss_is_a_line_of_its_own_points(run):
+    records = read_metrics(run / "metrics.jsonl")
+    points = [[1, 5.0], [2, 4.0], [4, 3.0], [5, 2.0], [6, 1.5]]
+    for record, part in zip(records, (points[:2], points[2:3], points[3:]), strict=True):
+        record["train_losses"] = part
+    with_metrics(run, records)
+    [[_, (x, y), _]] = lines_of(draw(panels_of([read_records(Run(run))], "loss")))
+    assert [list(point) for point in zip(x, y, strict=True)] == points
+
+
+def test_training_loss_of_an_earlier_version_has_a_point_for_each_record(run):
+    records = read_metrics(run / "metrics.jsonl")
+    for record in records:
+        del record["train_losses"]
+    with_metrics(run, records)
+    [[_, (x, y), _]] = lines_of(draw(panels_of([read_records(Run(run))], "loss")))
+    np.testing.assert_array_equal(x, numbers(records, "step"))
+    np.testing.assert_array_equal(y, numbers(records, "train_loss"))
+
+
+@pytest.mark.parametrize("points", [3, {}, [3], [[1]], [[1, "x"]], [[None, True]]])
+def test_damaged_training_loss_is_refused(run, fail, points):
+    with_metrics(run, [{"step": 1, "train_losses": points}])
+    (run / "training.json").unlink()
+    assert "of step 1 is" in fail("plot", run, "--kind", "loss", "--out", "a.svg")
+
+
+def test_first_steps_do_not_flatten_the_loss():
+    losses = [[10 * n, 100.0 if n < 3 else 2.0 - n / 50] for n in range(1, 51)]
+    records = [{"step": 500, "val_loss": 1.25, "train_losses": losses}]
+    [axes] = draw(panels_of([RunRecords(Run(Path("a")), records)], "loss")).axes
+    low, high = axes.get_ylim()
+    assert low < 1.0
+    assert 1.9 < high < 20
 
 
 def test_text_of_ones_own_has_no_floor(run):
@@ -210,7 +246,7 @@ def test_gaps_stay_gaps():
 
 def test_nothing_measured_is_said():
     figure = draw(panels_of([RunRecords(Run(Path("a")), [])], "speed"))
-    assert [text.get_text() for text in figure.axes[0].texts] == ["nothing was measured"]
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no data"]
 
 
 VALUES = st.none() | st.floats(-1e299, 1e299) | st.integers(-(10**30), 10**30)
@@ -397,8 +433,11 @@ def test_plot_does_not_touch_the_run(run, say):
 
 
 MISTAKES = {
-    ("--out", "a.jpg"): r"a\.jpg is to be written, expected a name in \.png, \.svg, \.pdf",
-    ("--out", "a"): "expected a name in",
+    (
+        "--out",
+        "a.jpg",
+    ): r"a\.jpg is to be written, expected a name that ends in \.png, \.svg, \.pdf",
+    ("--out", "a"): "expected a name that ends in",
     ("--out", "nowhere/a.png"): "nowhere/a.png: No such file",
     ("--kind", "pie", "--out", "a.png"): "invalid choice",
     ("--kind", "weights", "--layer", "wq", "--out", "a.png"): (
@@ -470,7 +509,7 @@ def test_unknown_kinds_and_no_runs_are_refused():
         panels_of([RunRecords(Run(Path("a")), [])], "pie")
     with pytest.raises(ValueError, match="no run to draw"):
         panels_of([], "loss")
-    with pytest.raises(ValueError, match="expected a name in"):
+    with pytest.raises(ValueError, match="expected a name that ends in"):
         save_figure(draw([]), Path("a.txt"))
 
 

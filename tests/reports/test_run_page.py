@@ -167,7 +167,7 @@ def test_report_needs_a_saved_run(run, fail):
     ("arguments", "told"),
     [
         (("nowhere", "--out", "a.html"), "nowhere is not a training run"),
-        (("run", "--out", "a.txt"), "expected a name in .html, .htm"),
+        (("run", "--out", "a.txt"), "expected a name that ends in .html, .htm"),
         (("run", "--out", "nowhere/a.html"), "nowhere/a.html: No such file"),
         (("run", "run", "--out", "a.html"), "unrecognized arguments"),
         (("--out", "a.html"), "there is no run in runs/ yet: train one first, or name one"),
