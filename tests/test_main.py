@@ -162,8 +162,9 @@ def test_train_writes_metrics(say):
         assert tuple(record) == RECORD_KEYS
         shares = [share for matrix in record["weights"].values() for share in matrix.values()]
         assert all(0.0 <= share <= 1.0 for share in shares)
-        numbers = [value for key, value in record.items() if key != "weights"]
-        assert all(math.isfinite(number) for number in numbers)
+        curve = [loss for _, loss in record["train_losses"]]
+        numbers = [value for key, value in record.items() if key not in ("weights", "train_losses")]
+        assert all(math.isfinite(number) for number in numbers + curve)
         assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
         assert 0 <= record["top1"] <= record["top3"] <= record["top5"] <= 1
     assert records[-1]["val_loss"] < records[0]["val_loss"] < math.log(256)

@@ -54,7 +54,7 @@ from legacy1bit.forward import (
     forward_llm,
     forward_llm_batch,
 )
-from legacy1bit.hyperparams import SCALES, ModelConfig
+from legacy1bit.hyperparams import ALIASES, SCALES, ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.model import (
     FeedForward,
@@ -1732,7 +1732,8 @@ WRONG_VALUES = (None, -1, 1 << 70, "x", [], {}, math.nan, math.inf)
 @pytest.mark.parametrize("key", CONFIG_KEYS)
 def test_load_model_rejects_wrong_settings(folder, key, carried):
     settings = read_config(folder)
-    reason = "has format .* expected" if key.startswith("format") else f"{key} is .* expected"
+    name = ALIASES.get(key, key)
+    reason = "has format .* expected" if key.startswith("format") else f"{name} is .* expected"
     for value in WRONG_VALUES:
         write_config(folder, {**settings, key: value}, carried)
         assert_refused(folder, folder / "config.json", match=reason)

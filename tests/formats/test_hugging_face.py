@@ -317,7 +317,7 @@ def test_training_takes_the_tokenizer_of_an_export(tmp_path, say, fail, kind):
     content = read(export, "tokenizer.json")
     content["post_processor"]["single"].reverse()
     (export / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="no tokenizer that legacy1bit wrote, or it is damaged"):
+    with pytest.raises(ValueError, match="not a tokenizer that legacy1bit wrote, or it is damaged"):
         load_tokenizer(export)
 
 
