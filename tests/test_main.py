@@ -37,6 +37,7 @@ from legacy1bit.commands import options as command_options
 from legacy1bit.commands import progress, texts, train
 from legacy1bit.commands.run_settings import Interrupts
 from legacy1bit.data import stories
+from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
@@ -1888,7 +1889,7 @@ def test_evaluate_measures_a_text(say, wild, size):
     for start in range(0, size - 1, min(16, size - 1)):
         part = content[start : start + min(16, size - 1) + 1]
         row = np.frombuffer(part[:-1], np.uint8).astype(np.int32)[None]
-        p = trainer.forward_llm_batch(model, row)[0].astype(np.float64)
+        p = forward_llm_batch(model, row)[0].astype(np.float64)
         surprises += [-math.log(p[time, token]) for time, token in enumerate(part[1:])]
     assert len(surprises) == size - 1
     assert float(report["validation loss"].split()[0]) == pytest.approx(

@@ -98,7 +98,7 @@ def test_training_that_does_not_fit_is_refused_with_the_sum(tmp_path, monkeypatc
 def test_refusal_takes_one_line_and_leaves_nothing(tmp_path, monkeypatch, fail):
     monkeypatch.chdir(tmp_path)
     shape = ("--model-dim", 16384, "--blocks", 1000, "--heads", 128)
-    assert "not enough memory: training takes about" in fail("train", "--stories", 20, *shape)
+    assert "not enough memory: training needs about" in fail("train", "--stories", 20, *shape)
     assert not Path("runs").exists()
 
 

@@ -459,7 +459,7 @@ MISTAKES = {
     (
         "--out",
         "a.jpg",
-    ): r"a\.jpg is to be written, expected a name that ends in \.png, \.svg, \.pdf",
+    ): r"a\.jpg: expected a name that ends in \.png, \.svg, \.pdf",
     ("--out", "a"): "expected a name that ends in",
     ("--out", "nowhere/a.png"): "nowhere/a.png: No such file",
     ("--kind", "pie", "--out", "a.png"): "invalid choice",
