@@ -40,6 +40,7 @@ from legacy1bit.commands import progress, run_settings, texts, train
 from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import corpus as corpora
 from legacy1bit.data import stories
+from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import (
     ALIASES,
@@ -57,7 +58,7 @@ from legacy1bit.main import main
 from legacy1bit.model import create_legacy_llm, load_model, save_model
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.threads import available_cores
-from legacy1bit.training import evaluation, trainer
+from legacy1bit.training import trainer
 from legacy1bit.training.divergence import TrainingDiverged
 from legacy1bit.training.run import Run
 from legacy1bit.version import __version__
@@ -1936,7 +1937,7 @@ def test_evaluate_measures_a_text(say, wild, size):
     for start in range(0, size - 1, min(16, size - 1)):
         part = content[start : start + min(16, size - 1) + 1]
         row = np.frombuffer(part[:-1], np.uint8).astype(np.int32)[None]
-        p = evaluation.forward_llm_batch(model, row)[0].astype(np.float64)
+        p = forward_llm_batch(model, row)[0].astype(np.float64)
         surprises += [-math.log(p[time, token]) for time, token in enumerate(part[1:])]
     assert len(surprises) == size - 1
     assert float(report["validation loss"].split()[0]) == pytest.approx(

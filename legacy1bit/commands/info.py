@@ -1,4 +1,4 @@
-"""``info``: what a model is made of."""
+"""``info``: print a model's settings, sizes and codes."""
 
 import argparse
 from dataclasses import asdict
@@ -9,12 +9,12 @@ from legacy1bit.training.evaluation import code_fractions
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     add_model(command)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print settings, sizes and what every matrix holds."""
+    """Print settings, sizes and the fraction of each code in every matrix."""
     folder = arguments.model or latest_run()
     model = read_model(folder)
     print(f"{'model':<18}{folder}")
@@ -27,11 +27,11 @@ def run(arguments: argparse.Namespace) -> int:
         width = max(map(len, matrices))
         levels = " ".join(f"{level:>6}" for level in next(iter(matrices.values())))
         print(f"\n{'matrix':<{width}}  {'shape':>11}  {'scale':>9}  {levels}")
-    for name, shares in matrices.items():
+    for name, fractions in matrices.items():
         matrix = model.parameters[name]
         assert isinstance(matrix, TernaryMatrix)
         print(
             f"{name:<{width}}  {'x'.join(map(str, matrix.shape)):>11}  {matrix.scale:>9.6f}  "
-            + " ".join(f"{share:>6.1%}" for share in shares.values())
+            + " ".join(f"{one:>6.1%}" for one in fractions.values())
         )
     return 0

@@ -1,4 +1,4 @@
-"""``plot``: a picture of a run, or of several."""
+"""``plot``: draw a figure of a run, or of several."""
 
 import argparse
 import os
@@ -23,15 +23,15 @@ from legacy1bit.reports.figures import (
 from legacy1bit.reports.records import read_records
 from legacy1bit.training.run import Run
 
-# Kinds that look into models.
+# Kinds of figures that need a model.
 _BYTES, _WEIGHTS, _ATTENTION = "bytes", "weights", "attention"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
-        "Draw what runs have recorded (page: the main curves), loss against bytes of weights, the "
-        "weights of a layer, or where the tokens of a prompt look."
+        "Draw the metrics of runs (page: the main curves), their loss by bytes of weights, the "
+        "weights of a layer, or the attention weights of a prompt."
     )
     command.add_argument(
         "runs", metavar="RUN", type=path_of, nargs="*", help="a run's folder (default: the latest)"
@@ -40,26 +40,28 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--kind",
         choices=(*CURVES, _BYTES, _WEIGHTS, _ATTENTION),
         default="page",
-        help="what to draw (default: page)",
+        help="kind of figure (default: page)",
     )
     command.add_argument(
         "--out",
         metavar="FILE",
         type=path_of,
         required=True,
-        help=f"where to: {', '.join(SUFFIXES)}",
+        help=f"output file: {', '.join(SUFFIXES)}",
     )
     command.add_argument(
-        "--layer", metavar="NAME", help="of weights: the matrix, as info names it (default: first)"
+        "--layer",
+        metavar="NAME",
+        help="for weights: name of the matrix, as in info (default: first)",
     )
-    command.add_argument("--prompt", metavar="TEXT", help="of attention: what the model reads")
+    command.add_argument("--prompt", metavar="TEXT", help="for attention: the text to read")
     command.add_argument(
-        "--block", metavar="N", type=int, help="of attention: one block, from 0 (default: all)"
+        "--block", metavar="N", type=int, help="for attention: one block, from 0 (default: all)"
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Draw and write the picture."""
+    """Draw and write the figure."""
     kind, out = arguments.kind, arguments.out
     for name, its_kind in (("layer", _WEIGHTS), ("prompt", _ATTENTION), ("block", _ATTENTION)):
         if getattr(arguments, name) is not None and kind != its_kind:
@@ -88,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _columns(kind: str) -> int:
-    # Of three codes each has its column.
+    # A column for each of three codes.
     return 3 if kind == "shares" else 2
 
 

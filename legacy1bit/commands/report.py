@@ -1,4 +1,4 @@
-"""``report``: a page about a run, or about a search for settings."""
+"""``report``: write a page about a run, or about a search for settings."""
 
 import argparse
 import shlex
@@ -30,11 +30,11 @@ _ALWAYS = ("threads", "precision")
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
-        "Write one HTML page about a run: curves, what the model wrote on the way, measurements, "
-        "settings, weights, the machine; or about a study of tune: its trials, the best of them, "
-        "what made the difference. The page needs nothing else, and asks for nothing."
+        "Write an HTML page about a run: curves, samples, evaluations, settings, weights, "
+        "hardware; or about a study of tune: its trials, the best of them, and the effect of each "
+        "setting. The page is one file, and fetches nothing."
     )
     command.add_argument(
         "run_folder",
@@ -44,11 +44,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a run's folder, or a study's (default: the latest run)",
     )
     command.add_argument(
-        "--out", metavar="FILE", type=path_of, required=True, help="where to: .html or .htm"
+        "--out", metavar="FILE", type=path_of, required=True, help="output file: .html or .htm"
     )
 
     command.add_argument(
-        "--storage", metavar="URL", help="a study's database, where it has another"
+        "--storage", metavar="URL", help="address of a study's database, if it is not in its folder"
     )
 
 
@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     if (folder / STUDY_FILE).exists():
         text = _about_study(folder, arguments.storage)
     elif arguments.storage is not None:
-        raise ValueError(f"--storage goes with a study, and {folder} is none")
+        raise ValueError(f"--storage goes with a study, and {folder} is not one")
     else:
         text = report(Run(folder), train_command(folder))
     atomic_write(out, text)
@@ -72,9 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _about_study(folder: Path, storage: str | None) -> str:
     record = StudyRecord.read(folder)
     with study_at_hand():
-        study, terms = open_study(open_storage(record.url(folder, storage)), record.study, None, 1)
+        study, config = open_study(open_storage(record.url(folder, storage)), record.study, None, 1)
         results = results_of(study)
-    return study_report(folder, record, terms, results)
+    return study_report(folder, record, config, results)
 
 
 def train_command(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""``train``: a model from a text, or from the bundled stories."""
+"""``train``: train a model on a text, or on the bundled stories."""
 
 import argparse
 import contextlib
@@ -45,18 +45,18 @@ from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
-# How many stories of a finished run are looked at.
+# Stories that a finished run generates.
 _SAMPLES = 20
 
-# Most models have learned a text by heart after more than these.
+# More epochs than these make most models memorize a text.
 _MANY_EPOCHS = 20
 
-# What a model writes at every look, the same draws each time, so that only the model differs.
+# Tokens of the sample at every evaluation, from the same seed, so that only the model differs.
 _SAMPLE_TOKENS = 120
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
         "Train a model on a text, or on the bundled stories. Without options it takes about a "
         "minute, and on a slow CPU fewer steps."
@@ -64,17 +64,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_data(command)
     add_config(command)
     command.add_argument(
-        "--print-config", action="store_true", help="print all settings as such a file, and end"
+        "--print-config", action="store_true", help="print all settings as such a file, and exit"
     )
     command.add_argument(
-        "--out", metavar="DIR", type=path_of, help="the run's folder (default: new)"
+        "--out", metavar="DIR", type=path_of, help="folder of the run (default: new)"
     )
-    command.add_argument("--resume", metavar="DIR", type=path_of, help="go on with an earlier run")
+    command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(
         "--minutes",
         metavar="X",
         type=float,
-        help="how long to train; the number of steps follows from the speed of the first",
+        help="training time, from which the number of steps follows",
     )
     command.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard's events, too"
@@ -84,9 +84,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def _make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
-    """Make the folder of a new run: the one wanted, or one named by the time.
+    """Create the folder of a new run: the one wanted, or one named by the time.
 
-    Returns the folder, and those that were not there before: it, and folders around it.
+    Returns the folder, and the folders that were created: it and its parents, innermost first.
     """
     if wanted is not None:
         missing = _missing(wanted)
@@ -105,16 +105,18 @@ def _make_folder(wanted: Path | None) -> tuple[Path, list[Path]]:
 
 
 def _missing(folder: Path) -> list[Path]:
-    """Return which of a folder and those around it do not exist, the innermost first."""
+    """Return which of a folder and its parents do not exist, innermost first."""
     return [path for path in (folder, *folder.parents) if not path.exists()]
 
 
 def _print_config(arguments: argparse.Namespace) -> None:
-    """Print all settings; those of the machine only where they have been told."""
+    """Print all settings; those of the machine only where they are given."""
     if arguments.resume is not None:
         raise ValueError("--print-config goes with --config, and not with --resume")
     if arguments.minutes is not None:
-        raise ValueError("--print-config excludes --minutes: only training tells the steps in them")
+        raise ValueError(
+            "--print-config excludes --minutes: only training shows how many steps fit"
+        )
     settings = merged_settings(arguments)
     unset = () if "threads" in settings["training"] else ("threads",)
     print(config_text(*records_of(settings, arguments.config), unset), end="")
@@ -123,7 +125,7 @@ def _print_config(arguments: argparse.Namespace) -> None:
 def _start(
     arguments: argparse.Namespace, ends: contextlib.ExitStack
 ) -> tuple[Trainer, MetricsLogger]:
-    """Return a new run, or an old one where its checkpoint was written; nobody else has it."""
+    """Return a new run, or one restored from its checkpoint, and lock it."""
     if arguments.resume is not None:
         run = Run(arguments.resume)
         run.settings()
@@ -151,7 +153,7 @@ def _start(
     if is_first_run(arguments):
         within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
         training = fit_first_run(training, within)
-    # The folder last: what fails before leaves nothing behind.
+    # The folder last: errors before leave nothing behind.
     source = new.corpus.origin.to_dict()
     trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data)
     folder, created = _make_folder(arguments.out)
@@ -165,7 +167,7 @@ def _start(
 
 
 def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
-    """Return an old run. What it was started with holds; only its end and its threads may move."""
+    """Restore a run with its own settings, of which only ``CHANGEABLE`` ones may change."""
     folder = arguments.resume
     run = Run(folder)
     settings = run.settings()
@@ -173,7 +175,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     origin = DataOrigin.from_dict(source)
     new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in new_only if getattr(arguments, name) is not None]
-    # The new place of its text may be named.
+    # A text that has moved may be named.
     named += [
         name
         for name, paths in (("data", origin.paths), ("validation", origin.validation_paths))
@@ -198,7 +200,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     done, best_step = checkpoint.step, checkpoint.best[1]
     waited = config.patience_ends(done, best_step)
     if waited or done >= config.steps:
-        # The end may have come between its last checkpoint and what is done after that.
+        # A crash may have come between its last checkpoint and the steps after that.
         make_newest(run, checkpoint)
         if best_is_missing(run, fixed, checkpoint.best, done):
             run.keep_best()
@@ -240,7 +242,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(trainer: Trainer, logger: MetricsLogger) -> int:
-    """Train to the end, or until told to stop."""
+    """Train to the end, or until interrupted."""
     config = trainer.model.config
     print(
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
@@ -251,8 +253,8 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     )
     if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
         print(
-            f"{_epochs(trainer):.0f} times through the text may be too often: give more text or "
-            "fewer --steps, or end in time with --patience 3",
+            f"{_epochs(trainer):.0f} epochs may overfit: use more text or fewer --steps, or stop "
+            "early with --patience 3",
             file=sys.stderr,
         )
     progress = progress_of_training()
@@ -313,14 +315,14 @@ class _Display(TrainingCallback):
 
 
 def _epochs(trainer: Trainer) -> float:
-    """Return how often a run goes through its text."""
+    """Return the number of epochs of a run."""
     config, dataset = trainer.config, trainer.corpus.training
     a_step = config.batch_size * config.gradient_accumulation * dataset.sequence_length
     return config.steps * a_step / dataset.tokens.size
 
 
 def _report(trainer: Trainer) -> None:
-    """Print what a run that has ended has come to."""
+    """Print the results of a run that has ended."""
     corpus, threads, tokenizer = trainer.corpus, trainer.config.threads, trainer.tokenizer
     model, metrics = trainer.best_model()
     if trainer.step < trainer.config.steps:
@@ -344,8 +346,8 @@ def _report(trainer: Trainer) -> None:
     if corpus.stories:
         print_recall(recall_of_heroes(model, corpus.stories, threads))
         longest = model.config.sequence_length
-        told = generator.batch([""] * _SAMPLES, longest, seed=0, stop=["\n"])
-        written = [story.text for story in told]
+        texts = generator.batch([""] * _SAMPLES, longest, seed=0, stop=["\n"])
+        written = [story.text for story in texts]
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
         print("\nsample:\n  " + "\n  ".join(written[:3]))

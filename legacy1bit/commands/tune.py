@@ -1,4 +1,4 @@
-"""``tune``: the best settings within the time and the bytes at hand."""
+"""``tune``: search for the best settings within a budget of time and bytes."""
 
 import argparse
 import multiprocessing
@@ -39,16 +39,16 @@ from legacy1bit.search.study import (
     STUDY_FILE,
     STUDY_NAME,
     Budget,
+    StudyConfig,
     StudyRecord,
-    Terms,
     TrialResult,
     Tuner,
     best_of,
+    hide_password,
     open_storage,
     open_study,
     own_database,
     results_of,
-    shown,
     study_at_hand,
 )
 from legacy1bit.system.cgroups import can_start_threads
@@ -57,10 +57,10 @@ from legacy1bit.system.files import remove
 from legacy1bit.system.hardware import machine
 
 STUDIES = Path("studies")
-# The settings that were found.
+# The best settings.
 BEST_FILE = "best.toml"
 
-# What cannot be changed when a study goes on, beside the settings of model, training and data.
+# Options that a resumed study cannot change, beside the settings of model, training and data.
 _FIXED = (
     *("out", "space", "seconds", "sampler", "max_bytes", "min_speed", "objectives"),
     *("study", "config", "stories", "tokenizer_from"),
@@ -70,7 +70,7 @@ _ABOVE_ZERO = ("minutes", "trials", "trial_patience", "seconds", "min_speed", "j
 
 _SECONDS = 60.0
 _MOST_JOBS = 256
-_SHOWN = 5
+_MOST_PRINTED = 5
 
 # A size may have a unit: powers of a thousand.
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
@@ -79,62 +79,67 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Tell the parser what the command takes."""
+    """Add the options of the command."""
     command.description = (
-        "Search for the settings with which a model becomes the best within a given time, and "
-        "maybe a given size. What is not searched for is set as for train: a setting that the "
-        "command line names is fixed, one of a --config is where the search begins."
+        "Search for the settings that give the best model within a given training time, and "
+        "optionally a given size. All other settings are those of train: a setting on the "
+        "command line is fixed, one in a --config is where the search starts."
     )
     add_data(command)
     add_config(command)
     group = command.add_argument_group("the search")
     option = group.add_argument
     option("--out", metavar="DIR", type=path_of, help="the study's folder (default: new)")
-    option("--resume", metavar="DIR", type=path_of, help="go on with a study, or take part in it")
-    option("--space", metavar="FILE", type=path_of, help="which settings to search, and where")
-    option("--print-space", action="store_true", help="print the default for --space, and end")
-    option("--minutes", metavar="X", type=float, help="how long to search (default: 20)")
-    option("--trials", metavar="N", type=int, help="how many models to train")
+    option("--resume", metavar="DIR", type=path_of, help="resume a study, or join it")
+    option("--space", metavar="FILE", type=path_of, help="the settings to search, and their ranges")
+    option("--print-space", action="store_true", help="print the default --space, and exit")
+    option("--minutes", metavar="X", type=float, help="duration of the search (default: 20)")
+    option("--trials", metavar="N", type=int, help="number of models to train")
     option(
         "--patience",
         metavar="N",
         type=int,
         dest="trial_patience",
-        help="end after N trials without a gain",
+        help="stop after N trials without a gain",
     )
     option(
-        "--seconds", metavar="X", type=float, help=f"how long a model trains (default: {_SECONDS})"
+        "--seconds", metavar="X", type=float, help=f"training time of a model (default: {_SECONDS})"
     )
-    option("--sampler", choices=SAMPLERS, help="what proposes trials (default: tpe)")
-    option("--max-bytes", metavar="N", type=_size, help="the largest file; 500kB is 500000")
-    option("--min-speed", metavar="X", type=float, help="the fewest tokens written a second")
+    option("--sampler", choices=SAMPLERS, help="proposes the trials (default: tpe)")
+    option(
+        "--max-bytes",
+        metavar="N",
+        type=_size,
+        help="largest file of a model; 500kB is 500000",
+    )
+    option("--min-speed", metavar="X", type=float, help="slowest generation, in tokens per second")
     option(
         "--objectives",
         metavar="A,B",
         type=_objectives,
-        help="what counts: loss, bytes, speed; of several, the Pareto front (default: loss)",
+        help="loss, bytes, speed; of several, the Pareto front (default: loss)",
     )
-    option("--no-prune", action="store_true", help="train bad models to their end, too")
+    option("--no-prune", action="store_true", help="do not end bad trials early")
     option(
         "--jobs",
         metavar="N",
         type=int,
         default=1,
-        help="processes, which share the cores (default: 1)",
+        help="processes to share the cores (default: 1)",
     )
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
     add_settings(command, "the model", ModelConfig)
-    # Its patience is a file's to set: the option is the study's.
+    # --patience is the study's; that of a training is set in a file.
     names = [setting.name for setting in fields(TrainingConfig) if setting.name != "patience"]
     add_settings(command, "the training", TrainingConfig, names)
 
 
 def _size(text: str) -> int:
-    found = _SIZE.fullmatch(text.strip())
-    if found is None:
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
         raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
-    size = float(found[1]) * _UNITS[found[2].upper()]
+    size = float(match[1]) * _UNITS[match[2].upper()]
     if size > _MOST_BYTES:
         raise argparse.ArgumentTypeError(f"it is {text[:40]!r}, expected at most {_MOST_BYTES:,}")
     return round(size)
@@ -150,7 +155,7 @@ def _objectives(text: str) -> tuple[str, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Search, tell about every trial, and write down the best settings."""
+    """Search, report every trial, and write the best settings."""
     if arguments.print_space:
         print(default_space().read_text(encoding="utf-8"), end="")
         return 0
@@ -159,14 +164,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    """Run trials until the budget is spent, or until told to stop."""
+    """Run trials until the budget is used up, or the user interrupts."""
     check_above_zero(arguments, *_ABOVE_ZERO)
     budget = Budget(arguments.minutes, arguments.trials, arguments.trial_patience)
     if budget == Budget():
         budget = Budget(minutes=20.0)
     if arguments.jobs > _MOST_JOBS:
         raise ValueError(f"--jobs is {arguments.jobs}, expected 1 to {_MOST_JOBS}")
-    # A trial has a thread that says it is alive; processes share a process of their own.
+    # A trial has a thread for its heartbeat; the processes share one more process.
     needed = 1 if arguments.jobs == 1 else 2 * arguments.jobs + 1
     if not can_start_threads(needed):
         raise ValueError(
@@ -175,10 +180,10 @@ def _search(arguments: argparse.Namespace) -> int:
         )
     threads = max(threads_of(arguments) // arguments.jobs, 1)
     work = _begin(arguments, threads, budget)
-    # What is wrong with the text is told before anything else.
-    work.corpus_of(work.terms.model)
+    # Errors in the text come before anything else.
+    work.corpus_of(work.config.model)
     print(
-        f"searching {len(work.terms.space)} settings, trials of {work.terms.length} on {threads} "
+        f"searching {len(work.config.space)} settings, trials of {work.config.length} on {threads} "
         f"threads each, {arguments.jobs} at a time: {work.folder}",
         file=sys.stderr,
     )
@@ -188,28 +193,28 @@ def _search(arguments: argparse.Namespace) -> int:
         else:
             work.run(budget, lambda: interrupts.requested)
         stopped = interrupts.requested
-    found = work.report()
+    has_best = work.report()
     if stopped:
         print(
             f"stopped; go on with:\n  legacy1bit tune --resume {shlex.quote(str(work.folder))}",
             file=sys.stderr,
         )
         return INTERRUPTED
-    return 0 if found else 1
+    return 0 if has_best else 1
 
 
 class _Work:
-    """A study as this machine works on it.
+    """A study on this machine.
 
     Parameters
     ----------
     folder : Path
     url, name : str
-        The database, and what the study is called there.
+        The address of the database, and the name of the study in it.
     origin : DataOrigin
-        Where the text is.
-    terms : Terms or None
-        None: those of the study that is there.
+        Where the text comes from.
+    config : StudyConfig or None
+        None: that of the existing study.
     threads : int
     cache : Path or None
     tokenizer : Tokenizer or None
@@ -221,7 +226,7 @@ class _Work:
         url: str,
         name: str,
         origin: DataOrigin,
-        terms: Terms | None,
+        config: StudyConfig | None,
         threads: int,
         cache: Path | None,
         tokenizer: Tokenizer | None,
@@ -229,22 +234,22 @@ class _Work:
         self.folder, self._origin = folder, origin
         self._cache, self._tokenizer = cache, tokenizer
         self._corpora: dict[int, Corpus] = {}
-        self.study, self.terms = open_study(open_storage(url), name, terms, threads)
+        self.study, self.config = open_study(open_storage(url), name, config, threads)
         self._again = (folder, url, name, origin, None, threads, cache, tokenizer)
 
     def corpus_of(self, model: ModelConfig) -> tuple[Corpus, ModelConfig]:
-        """Return a corpus of sequences as a model takes them, and how many tokens it has."""
+        """Return a corpus of a model's sequence length, and the model with its vocabulary size."""
         length = model.sequence_length
         if length not in self._corpora:
             self._corpora[length] = open_corpus(
                 self._origin,
-                self.terms.data,
+                self.config.data,
                 length,
                 self._cache,
                 self._tokenizer,
                 progress_of_bytes,
             )
-            if self._corpora[length].sha256 != self.terms.sha256:
+            if self._corpora[length].sha256 != self.config.sha256:
                 raise ValueError("the text is not that of the study's other trials")
         corpus = self._corpora[length]
         return corpus, replace(model, vocab_size=corpus.vocab_size)
@@ -260,7 +265,7 @@ class _Work:
             def on_end(result: TrialResult) -> None:
                 if result.state == "refused":
                     return
-                best = best_of(results_of(self.study), self.terms.objectives)
+                best = best_of(results_of(self.study), self.config.objectives)
                 progress.write(_line(result, result in best))
                 if best:
                     progress.update(task, best=f"best {best[0].loss:.4f}")
@@ -269,7 +274,7 @@ class _Work:
 
             tuner = Tuner(
                 self.study,
-                self.terms,
+                self.config,
                 self.corpus_of,
                 self._origin.to_dict(),
                 self.folder,
@@ -283,33 +288,35 @@ class _Work:
             self.folder / BEST_FILE,
             ModelConfig.from_dict(best.model),
             TrainingConfig.from_dict(best.training),
-            self.terms.data,
+            self.config.data,
         )
 
     def report(self) -> bool:
         """Print the best trials; return whether there is one."""
         results = results_of(self.study)
-        front = best_of(results, self.terms.objectives)
+        front = best_of(results, self.config.objectives)
         if not front:
             print(
-                f"no trial of {len(results)} has come to its end; one that another process was at "
-                f"when it was killed begins again {DEAD_SECONDS:g} s after that",
+                f"none of {len(results)} trials is complete; the trial of a killed process is "
+                f"repeated {DEAD_SECONDS:g} s later",
                 file=sys.stderr,
             )
             return False
         self._write_best(front[0])
-        shown = front
-        if len(self.terms.objectives) == 1:
+        printed = front
+        if len(self.config.objectives) == 1:
             complete = [result for result in results if result.state == "complete"]
-            shown = sorted(complete, key=lambda result: result.loss or 0.0)[:_SHOWN]
+            printed = sorted(complete, key=lambda result: result.loss or 0.0)[:_MOST_PRINTED]
         states = [result.state for result in results]
         print(
             f"{len(results)} trials: "
             + ", ".join(
-                f"{states.count(state)} {told}" for state, told in STATES.items() if state in states
+                f"{states.count(state)} {words}"
+                for state, words in STATES.items()
+                if state in states
             )
         )
-        for result in shown:
+        for result in printed:
             print(_line(result, False))
         text = "".join(
             f" --{option} {shlex.join(paths)}"
@@ -334,7 +341,7 @@ def _line(result: TrialResult, best: bool) -> str:
     parts.append(
         ", ".join(
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
-            for name, value in result.chosen.items()
+            for name, value in result.params.items()
         )
     )
     if result.state == "pruned":
@@ -347,11 +354,11 @@ def _line(result: TrialResult, best: bool) -> str:
 
 
 def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work:
-    """Return a new study, or one that is there already."""
+    """Return a new study, or an existing one."""
     name = arguments.study or STUDY_NAME
     if arguments.resume is not None:
         work = _resume(arguments, threads)
-        _check_time(work.terms, budget)
+        _check_time(work.config, budget)
         return work
     steps = "steps" in given(arguments, TrainingConfig)
     if steps and arguments.seconds is not None:
@@ -368,7 +375,7 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
             "sqlite:///study.db"
         )
     new = plan_run(arguments)
-    terms = Terms(
+    config = StudyConfig(
         space,
         new.model,
         replace(new.training, threads=threads),
@@ -381,10 +388,10 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
         arguments.min_speed,
         not arguments.no_prune,
     )
-    if terms.sampler == "grid":
+    if config.sampler == "grid":
         for dimension in space:
             dimension.values()
-    _check_time(terms, budget)
+    _check_time(config, budget)
     folder, made = _make_folder(arguments.out)
     try:
         work = _Work(
@@ -392,19 +399,19 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
             arguments.storage or own_database(folder),
             name,
             new.corpus.origin,
-            terms,
+            config,
             threads,
             arguments.cache,
             new.corpus.tokenizer,
         )
         new.corpus.tokenizer.save(folder)
-        words = shlex.join([shown(word) for word in arguments.words])
+        words = shlex.join([hide_password(word) for word in arguments.words])
         command = f"legacy1bit {words}"
         StudyRecord(
             name, new.corpus.origin.to_dict(), arguments.storage is None, command, machine()
         ).save(folder)
     except BaseException:
-        # It can be named again. What others have made is theirs.
+        # The folder can be used again. One that existed before stays.
         if made:
             remove(folder)
         raise
@@ -413,15 +420,15 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
     return work
 
 
-def _check_time(terms: Terms, budget: Budget) -> None:
-    """Raise ``ValueError`` where no trial would fit into the time there is."""
-    minutes, seconds = budget.minutes, terms.seconds
+def _check_time(config: StudyConfig, budget: Budget) -> None:
+    """Raise ``ValueError`` if no trial fits into the budget."""
+    minutes, seconds = budget.minutes, config.seconds
     if minutes is not None and seconds is not None and seconds > 60 * minutes:
         raise ValueError(f"a trial of {seconds:g} s does not fit into {minutes:g} minutes")
 
 
 def _space(arguments: argparse.Namespace) -> tuple[tuple[Dimension, ...], list[str]]:
-    """Return what is searched, and what is not, since the command line names it."""
+    """Return the space without the settings that the command line fixes, and those settings."""
     path = arguments.space or default_space()
     sized = arguments.max_bytes is not None or "bytes" in (arguments.objectives or ())
     space = tuple(one for one in read_space(path) if sized or not one.for_bytes)
@@ -450,23 +457,23 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     if named or arguments.no_prune:
         option = (named or ["no_prune"])[0].replace("_", "-")
         raise ValueError(f"--{option} cannot be changed when a study goes on")
-    told = StudyRecord.read(folder)
-    url = told.url(folder, arguments.storage)
+    study = StudyRecord.read(folder)
+    url = study.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
     places = {"data": arguments.data, "validation": arguments.validation}
-    origin = moved(DataOrigin.from_dict(told.source), folder, places, arguments.cache)
-    return _Work(folder, url, told.study, origin, None, threads, arguments.cache, tokenizer)
+    origin = moved(DataOrigin.from_dict(study.source), folder, places, arguments.cache)
+    return _Work(folder, url, study.study, origin, None, threads, arguments.cache, tokenizer)
 
 
 def _check_out(wanted: Path | None) -> None:
     if wanted is not None and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
         if (wanted / STUDY_FILE).exists():
             raise ValueError(f"{wanted} holds a study already: --resume it, or name another folder")
-        raise ValueError(f"{wanted} is no empty folder: name another")
+        raise ValueError(f"{wanted} is not an empty folder: name another")
 
 
 def _make_folder(wanted: Path | None) -> tuple[Path, bool]:
-    """Return a study's folder, and whether it was not there before."""
+    """Return the folder of a study, and whether it was created."""
     path = wanted or STUDIES / time.strftime("%Y%m%d-%H%M%S")
     try:
         path.mkdir(parents=True)
@@ -481,10 +488,10 @@ def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) ->
     """Run trials in several processes, and wait for them."""
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_job, args=(work._again, budget)) for _ in range(jobs)]
-    # A terminal's signals come to all of its processes. Only the first heeds them, and tells the
-    # others, which are made with these blocked, for they have no answer while they start.
+    # A terminal's signals reach all of its processes. Only the first handles them and ends the
+    # others, which start with these blocked, because they cannot handle them yet.
     of_terminals = {signal.SIGINT, signal.SIGHUP}
-    # What the first process would start on its way lets them through again.
+    # Started here, or the first process would start it with the signals blocked.
     resource_tracker.ensure_running()
     try:
         for process in processes:
@@ -493,10 +500,10 @@ def _run_jobs(work: _Work, budget: Budget, jobs: int, interrupts: Interrupts) ->
                 process.start()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        told = False
+        stopping = False
         while any(process.is_alive() for process in processes):
-            if interrupts.requested and not told:
-                told = True
+            if interrupts.requested and not stopping:
+                stopping = True
                 for process in processes:
                     process.terminate()
             for process in processes:
@@ -516,7 +523,7 @@ def _job(again: tuple[Any, ...], budget: Budget) -> None:
     assert parent is not None
 
     def stop() -> bool:
-        # Without the first process nobody would end the others.
+        # Without the first process nothing would end the others.
         return interrupts.requested or not parent.is_alive()
 
     with Interrupts() as interrupts, study_at_hand():

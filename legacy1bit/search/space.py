@@ -1,4 +1,4 @@
-"""Where to look for the best settings, and every combination of some (C: ``hyperparams.c``)."""
+"""The search space, and the grid of every combination of values (C: ``hyperparams.c``)."""
 
 import importlib.resources
 import math
@@ -18,7 +18,7 @@ from legacy1bit.hyperparams import (
 )
 from legacy1bit.system.errors import format_value
 
-# The vocabulary is the tokenizer's, and these are no question of what is best.
+# The vocabulary is the tokenizer's, and the others do not make a model better.
 _NOT_SEARCHED = (
     *("vocab_size", "steps", "seed", "threads"),
     *("evaluate_every", "patience", "validation_tokens"),
@@ -34,16 +34,16 @@ class Dimension:
     name : str
         A field of ``ModelConfig`` or ``TrainingConfig``.
     choices : tuple, optional
-        All values; the other attributes say nothing then.
+        All values; the other attributes are unused then.
     low, high : int or float, optional
     step : int or float, optional
-        What lies between two neighbours, for values that are counted up from ``low``.
+        The distance of neighboring values, the first of which is ``low``.
     log : bool
-        Whether ratios count, rather than differences.
+        Whether to sample on a log scale.
     of_steps : bool
-        Whether values are shares of a run's steps.
+        Whether values are fractions of a run's steps.
     for_bytes : bool
-        Whether it is searched only where the size of the model's file counts.
+        Whether to search it only where the size of the model's file matters.
     """
 
     name: str
@@ -69,19 +69,19 @@ class Dimension:
             return trial.suggest_int(self.name, self.low, self.high, step=step, log=self.log)
         return trial.suggest_float(self.name, self.low, self.high, step=self.step, log=self.log)
 
-    def steps_of(self, share: float, steps: int) -> int:
-        """Return how many steps a share of a run's are: no fewer than the setting has at least."""
-        return max(round(share * steps), int(_SETTINGS[self.name].metadata["low"]))
+    def steps_of(self, fraction: float, steps: int) -> int:
+        """Return a fraction of a run's steps, no less than the setting's lower bound."""
+        return max(round(fraction * steps), int(_SETTINGS[self.name].metadata["low"]))
 
     def contains(self, value: Any) -> bool:
-        """Whether a value is one that a trial may get."""
+        """Return whether a value is in the space."""
         if self.choices is not None:
             return value in self.choices
         if value is None or not self.low <= value <= self.high:
             return False
         step = 1 if self.whole and self.step is None else self.step
         part = 0.0 if step is None else (value - self.low) / step % 1.0
-        # What is added up may lie a rounding below its number of steps.
+        # A sum of steps may be rounded.
         return min(part, 1.0 - part) < 1e-9
 
     def values(self) -> tuple[Any, ...]:
@@ -90,7 +90,7 @@ class Dimension:
         Raises
         ------
         ValueError
-            If there is no end of them, or none that anybody waits for.
+            If there are infinitely many, or too many to try.
         """
         if self.choices is not None:
             return self.choices
@@ -109,8 +109,8 @@ class Dimension:
                 f"{_MOST_VALUES:,}"
             )
         count = int(steps) + 1
-        found = (self.low + i * step for i in range(count))
-        return tuple(int(value) if self.whole else value for value in found)
+        values = (self.low + i * step for i in range(count))
+        return tuple(int(value) if self.whole else value for value in values)
 
 
 _SETTINGS = {
@@ -119,7 +119,7 @@ _SETTINGS = {
     for setting in fields(record)
     if setting.name not in _NOT_SEARCHED
 }
-# Nobody has the time to try more values of a setting than these.
+# The largest number of values of a setting in a grid.
 _MOST_VALUES = 1_000_000
 
 _FLAGS = ("log", "of_steps", "for_bytes")
@@ -128,25 +128,24 @@ _COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
 
 
 def default_space() -> Path:
-    """Return the file that says where to look where no other is named."""
+    """Return the file of the default search space."""
     return Path(str(importlib.resources.files("legacy1bit.search").joinpath("space.toml")))
 
 
 def read_space(path: str | os.PathLike[str]) -> tuple[Dimension, ...]:
-    """Read which settings are searched, and where.
+    """Read a search space.
 
     Parameters
     ----------
     path : path-like
-        A TOML file with a table for each setting; ``search_space.toml`` in this package says what
-        may be in one.
+        A TOML file with a table for each setting; ``space.toml`` in this folder explains the keys.
 
     Raises
     ------
     OSError
         If it cannot be read.
     ValueError
-        If it is no TOML or does not fit, with the line, the key and what was expected.
+        If it is not TOML or a value is wrong, with the line, the key and the expected values.
     """
     content, lines = read_toml(path)
     if not content:
@@ -194,7 +193,7 @@ def _read_dimension(
                 raise refuse("choices", f"values that it may have: {error}") from None
         return Dimension(setting, tuple(choices), for_bytes=for_bytes)
     if meta["kind"] not in (int, float):
-        raise ValueError(f"{path}, line {line}: {name} is no number, expected choices")
+        raise ValueError(f"{path}, line {line}: {name} is not a number, expected choices")
     whole = meta["kind"] is int and not of_steps
     least, most = (0.0, 1.0) if of_steps else (meta["low"], meta["high"])
     for key in ("low", "high", "step"):
@@ -224,17 +223,17 @@ def _read_dimension(
 
 
 class GridSearch:
-    """Every combination of some values, one after the other. C: ``GridSearchConfig``.
+    """Every combination of the values of some settings. C: ``GridSearchConfig``.
 
     Parameters
     ----------
     values : mapping of str to sequence
-        For each setting its values.
+        The values of each setting.
 
     Attributes
     ----------
     total : int
-        How many combinations there are.
+        The number of combinations.
     """
 
     def __init__(self, values: Mapping[str, Sequence[Any]]) -> None:
@@ -249,11 +248,11 @@ class GridSearch:
         """Return a combination; the last setting changes the fastest."""
         if not 0 <= number < self.total:
             raise IndexError(f"there are {self.total} combinations, and no number {number}")
-        chosen = {}
+        combination = {}
         for name, some in reversed(self._values.items()):
             number, place = divmod(number, len(some))
-            chosen[name] = some[place]
-        return dict(reversed(chosen.items()))
+            combination[name] = some[place]
+        return dict(reversed(combination.items()))
 
     def __len__(self) -> int:
         return self.total
@@ -285,24 +284,24 @@ def grid_search_next_config(
     """
     if search._next == search.total:
         return None
-    chosen = search[search._next]
+    params = search[search._next]
     search._next += 1
-    return apply(chosen, model, training)
+    return apply(params, model, training)
 
 
 def grid_search_reset(search: GridSearch) -> None:
-    """Begin with the first combination again. C: ``grid_search_reset``."""
+    """Start again with the first combination. C: ``grid_search_reset``."""
     search._next = 0
 
 
 def grid_search_destroy(search: GridSearch) -> None:
-    """Do nothing: Python frees what nobody uses. C: ``grid_search_destroy``."""
+    """Do nothing: Python frees the memory. C: ``grid_search_destroy``."""
 
 
 def apply(
-    chosen: Mapping[str, Any], model: ModelConfig, training: TrainingConfig
+    params: Mapping[str, Any], model: ModelConfig, training: TrainingConfig
 ) -> tuple[ModelConfig, TrainingConfig]:
-    """Return settings in which some are others.
+    """Return settings with some values replaced.
 
     Raises
     ------
@@ -310,8 +309,8 @@ def apply(
         If they do not go together.
     """
     names = {setting.name for setting in fields(ModelConfig)}
-    of_model = {name: value for name, value in chosen.items() if name in names}
-    of_training = {name: value for name, value in chosen.items() if name not in names}
+    of_model = {name: value for name, value in params.items() if name in names}
+    of_training = {name: value for name, value in params.items() if name not in names}
     if "optimizer" in of_training and training.learning_rate == DEFAULT_RATES[training.optimizer]:
         # Each has a default of its own.
         of_training = {"learning_rate": None, **of_training}

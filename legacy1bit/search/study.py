@@ -1,4 +1,4 @@
-"""The search for the best settings within the time and the bytes at hand.
+"""The search for the best settings within a budget of time and bytes.
 
 A study is a list of trials in a database; each trial trains one model for a given time and is
 measured. Optuna proposes what to try next and ends bad trials early; any number of processes, on
@@ -41,10 +41,10 @@ from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 SAMPLERS = ("tpe", "random", "grid")
-# What a trial is measured by, and which way is better.
+# The objectives of trials, and their directions.
 OBJECTIVES = {"loss": "minimize", "bytes": "minimize", "speed": "maximize"}
 
-# How a trial can end, and what is said of some that did.
+# The states of ended trials, in words.
 STATES = {
     "complete": "to their end",
     "pruned": "ended early",
@@ -52,30 +52,30 @@ STATES = {
     "failed": "lost",
 }
 
-# What a study is called in its database where nothing else is said, its own database, and what its
-# folder says of it.
+# The default name of a study in its database, its own database, and the record of its folder.
 STUDY_NAME, DATABASE_FILE, STUDY_FILE = "study", "study.db", "tune.json"
 
-# A trial is looked at so often; bad ones end at a look.
+# Evaluations of a trial; each may prune it.
 _EVALUATIONS = 8
-# As many trials run to their end before one is compared with them, and before what is tried next
-# depends on how they went.
+# Complete trials before the pruner compares others with them, and before the sampler learns from
+# them.
 _COMPARED, _STARTING = 4, 8
 
-# Who comes behind so many of them at a look, in percent, ends. Half is too few: while the learning
-# rate is high, the best of all may well lie in the lower half.
-_BEHIND = 75.0
+# Prune a trial worse than this percentile of the others. The median is too strict: while the
+# learning rate is high, the best of all may well lie in the worse half.
+_PRUNED_PERCENTILE = 75.0
 
-# A process that has not been heard of for so long is dead, and its trial begins again elsewhere.
+# The interval of heartbeats, and the age of the last one at which a process counts as dead: its
+# trial is repeated.
 _HEARTBEAT_SECONDS, DEAD_SECONDS = 20, 90
 
-# What the file of a trained model has more than that of one which was not: where it comes from.
+# Bytes of the provenance in the file of a trained model.
 _PROVENANCE_BYTES = 400
 
-# How often a database is opened before it is given up.
+# Attempts to open a database.
 _ATTEMPTS = 10
 
-# So much is decoded to measure how fast that is.
+# Tokens that are generated to measure the speed.
 _PROBE_TOKENS = 100
 
 
@@ -83,28 +83,28 @@ _PROBE_TOKENS = 100
 
 
 @dataclass(frozen=True)
-class Terms:
-    """What all trials of a study have in common, wherever they run.
+class StudyConfig:
+    """The settings of a study, the same for all its trials.
 
     Attributes
     ----------
     space : tuple of Dimension
     model, training, data : records
-        The settings that are not searched, and where the search begins.
+        The settings that are not searched, and the first trial's values of those that are.
     sha256 : str
-        Of the text.
+        The hash of the text.
     seconds : float or None
-        How long a trial trains, which gives its number of steps; None: ``training.steps``.
+        The training time of a trial, from which its steps follow; None: ``training.steps``.
     sampler : {"tpe", "random", "grid"}
     objectives : tuple of {"loss", "bytes", "speed"}
-        The validation loss in nats a token, the size of the model's file, and how many tokens a
-        second it writes. Of several, the trials are wanted that no other beats in all.
+        The validation loss in nats per token, the size of the model's file, and the tokens per
+        second that it generates. Of several, the best trials are the Pareto front.
     most_bytes : int or None
         Larger models are not trained.
     least_speed : float or None
-        Nor are those that write fewer tokens a second.
+        Nor are those that generate fewer tokens per second.
     prune : bool
-        Whether bad trials end early.
+        Whether bad trials are pruned.
     """
 
     space: tuple[Dimension, ...]
@@ -121,17 +121,16 @@ class Terms:
 
     @property
     def length(self) -> str:
-        """How long a trial is, in words."""
+        """The length of a trial, in words."""
         if self.seconds is None:
             return f"{self.training.steps:,} steps"
         return f"{self.seconds:g} seconds"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what has to be the same wherever a trial runs; threads are a machine's own."""
-        terms = {key: getattr(self, key) for key in _PLAIN}
+        """Return the settings that all processes share; threads depend on the machine."""
         training = {**self.training.to_dict(), "threads": 1}
         return {
-            **terms,
+            **{key: getattr(self, key) for key in _PLAIN},
             "objectives": list(self.objectives),
             "space": [_without_none(asdict(dimension)) for dimension in self.space],
             "model": self.model.to_dict(),
@@ -140,8 +139,8 @@ class Terms:
         }
 
     @classmethod
-    def from_dict(cls, terms: Mapping[str, Any], threads: int) -> "Terms":
-        """Make terms of what ``to_dict`` has returned.
+    def from_dict(cls, values: Mapping[str, Any], threads: int) -> "StudyConfig":
+        """Return the settings of which ``to_dict`` has made a dictionary.
 
         Raises
         ------
@@ -151,20 +150,20 @@ class Terms:
         space = tuple(
             Dimension(
                 **{
-                    **told,
-                    "name": ALIASES.get(told["name"], told["name"]),
-                    "choices": tuple(told["choices"]) if "choices" in told else None,
+                    **each,
+                    "name": ALIASES.get(each["name"], each["name"]),
+                    "choices": tuple(each["choices"]) if "choices" in each else None,
                 }
             )
-            for told in terms["space"]
+            for each in values["space"]
         )
         return cls(
             space,
-            ModelConfig.from_dict(terms["model"]),
-            TrainingConfig.from_dict({**terms["training"], "threads": threads}),
-            DataConfig.from_dict(terms["data"]),
-            objectives=tuple(terms["objectives"]),
-            **{key: terms[key] for key in _PLAIN},
+            ModelConfig.from_dict(values["model"]),
+            TrainingConfig.from_dict({**values["training"], "threads": threads}),
+            DataConfig.from_dict(values["data"]),
+            objectives=tuple(values["objectives"]),
+            **{key: values[key] for key in _PLAIN},
         )
 
 
@@ -172,23 +171,24 @@ _PLAIN = ("sha256", "seconds", "sampler", "most_bytes", "least_speed", "prune")
 
 
 def _without_none(values: Mapping[str, Any]) -> dict[str, Any]:
-    found = {key: value for key, value in values.items() if value is not None}
-    return {**found, "choices": list(found["choices"])} if "choices" in found else found
+    set_values = {key: value for key, value in values.items() if value is not None}
+    if "choices" in set_values:
+        set_values["choices"] = list(set_values["choices"])
+    return set_values
 
 
 @dataclass(frozen=True)
 class Budget:
-    """When a search is over: whatever comes first.
+    """The limits of a search, which ends at the first that is reached.
 
     Attributes
     ----------
     minutes : float or None
         No trial begins that would not end within this time.
     trials : int or None
-        How many trials the study has then, those of earlier times included; models that are too
-        large, or none, do not count.
+        The number of trials of the study, earlier ones included, refused ones not.
     patience : int or None
-        So many trials, one behind the other, were no gain.
+        The number of trials in a row without a gain.
     """
 
     minutes: float | None = None
@@ -198,20 +198,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class StudyRecord:
-    """What a study's folder says of it.
+    """The record of a study in its folder.
 
     Attributes
     ----------
     study : str
-        What it is called in its database.
+        Its name in its database.
     source : dict
-        Where the text is.
+        Where the text comes from.
     own_database : bool
         Whether its database lies in the folder, too.
     command : str
-        The command line that began it.
+        The command line that started it.
     machine : dict
-        What it was begun on.
+        The hardware that it was started on.
     """
 
     study: str
@@ -221,39 +221,39 @@ class StudyRecord:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder."""
+        """Write the record into a folder."""
         atomic_write(folder / STUDY_FILE, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> "StudyRecord":
-        """Read what a folder says.
+        """Read the record of a folder.
 
         Raises
         ------
         ValueError
-            If it is no study's, or that is damaged.
+            If the folder is not a study, or its record is damaged.
         """
         try:
-            told = json.loads(read_regular(folder / STUDY_FILE))
+            record = json.loads(read_regular(folder / STUDY_FILE))
             kinds = [str, dict, bool, str, dict]
             fits = all(
-                type(told[one.name]) is kind for one, kind in zip(fields(cls), kinds, strict=True)
+                type(record[one.name]) is kind for one, kind in zip(fields(cls), kinds, strict=True)
             )
             if not fits:
                 raise ValueError("a value is of another kind")
-            return cls(**{**told, "source": located(told["source"], folder)})
+            return cls(**{**record, "source": located(record["source"], folder)})
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"{folder} is no study: it has no {STUDY_FILE}") from None
+            raise ValueError(f"{folder} is not a study: it has no {STUDY_FILE}") from None
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{folder / STUDY_FILE} is damaged: {error}") from None
 
     def url(self, folder: Path, storage: str | None) -> str:
-        """Return where its database is.
+        """Return the address of its database.
 
         Raises
         ------
         ValueError
-            If that has to be named, or is gone.
+            If it has to be named, or does not exist any more.
         """
         if storage is not None:
             return storage
@@ -265,12 +265,12 @@ class StudyRecord:
 
 
 def own_database(folder: Path) -> str:
-    """Return where the database of a study lies that has none elsewhere.
+    """Return the address of the database in a study's folder.
 
     Raises
     ------
     ValueError
-        If a name on the way there means something else in a database's address.
+        If the path has characters with a meaning in addresses.
     """
     if set("?%") & set(str(folder)):
         raise ValueError(f"{folder} has ? or % in its name: a study's database cannot lie there")
@@ -278,7 +278,7 @@ def own_database(folder: Path) -> str:
 
 
 def load_optuna() -> Any:
-    """Return the library that proposes what to try next.
+    """Return Optuna.
 
     Raises
     ------
@@ -297,9 +297,9 @@ def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
     Parameters
     ----------
     url : str
-        As SQLAlchemy writes it: ``sqlite:///study.db``, ``postgresql://user@host/name``.
+        As for SQLAlchemy: ``sqlite:///study.db``, ``postgresql://user@host/name``.
     dead_seconds : float
-        A trial that has not been heard of for so long begins again.
+        The age of the last heartbeat at which a trial is repeated.
 
     Raises
     ------
@@ -325,11 +325,13 @@ def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
             made = "already exist" in str(error)
             meanwhile = made or isinstance(error, sqlalchemy.exc.IntegrityError)
             if not meanwhile or attempt == _ATTEMPTS - 1:
-                raise ValueError(f"{shown(url)} cannot be opened: {_first_line(error)}") from None
+                raise ValueError(
+                    f"{hide_password(url)} cannot be opened: {_first_line(error)}"
+                ) from None
             time.sleep(0.5)
     if sqlite:
         # SQLite would let two processes read that a trial waits, and then both take it: here a
-        # transaction has the database to itself from its beginning.
+        # transaction locks the database from its beginning.
         event = sqlalchemy.event
 
         @event.listens_for(storage.engine, "connect")  # type: ignore[untyped-decorator]
@@ -347,13 +349,7 @@ def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
 
 @contextlib.contextmanager
 def study_at_hand() -> Iterator[None]:
-    """Work with a study whose database may be damaged, or go away.
-
-    Raises
-    ------
-    ValueError
-        In place of what the libraries raise.
-    """
+    """Turn the errors of a database that is damaged, or goes away, into ``ValueError``."""
     optuna = load_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy")
     known = (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError)
@@ -362,7 +358,7 @@ def study_at_hand() -> Iterator[None]:
     except (*known, KeyError, AssertionError) as error:
         if not (isinstance(error, known) or _is_of(error, "optuna")):
             raise
-        # The database's own error is what was wrong; what the library makes of it comes later.
+        # The first error is the database's own; those of the library follow from it.
         own = (one for one in _behind(error) if isinstance(one, sqlalchemy.exc.DBAPIError))
         first = next(own, error)
         raise ValueError(f"the study's database cannot be used: {_first_line(first)}") from None
@@ -376,7 +372,7 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_of(error: Exception, library: str) -> bool:
-    """Whether it was raised in a library."""
+    """Return whether an error was raised in a library."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return str(frame.f_globals["__name__"]).split(".")[0] == library
 
@@ -385,16 +381,16 @@ def _first_line(error: BaseException) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def shown(url: str) -> str:
-    """Return a database's name without the password in it."""
+def hide_password(url: str) -> str:
+    """Return the address of a database without its password."""
     head, at, tail = url.rpartition("@")
     return f"{head.rsplit(':', 1)[0]}:***@{tail}" if at and head.count(":") > 1 else url
 
 
 def _planned(plan: Sequence[Mapping[str, Any]] | GridSearch, rest: Any) -> Any:
-    """Return a sampler that gives the first trials what is planned, and leaves the others to one.
+    """Return a sampler with a plan for the first trials, and another sampler for the rest.
 
-    A trial's number is its own, so no two processes take the same of a plan.
+    The number of a trial is unique, so that no two processes run the same part of the plan.
     """
 
     class Planned(load_optuna().samplers.BaseSampler):  # type: ignore[misc]
@@ -422,43 +418,45 @@ def _planned(plan: Sequence[Mapping[str, Any]] | GridSearch, rest: Any) -> Any:
     return Planned()
 
 
-def open_study(storage: Any, name: str, terms: Terms | None, threads: int) -> tuple[Any, Terms]:
-    """Return a study and its terms; it is made where there is none.
+def open_study(
+    storage: Any, name: str, config: StudyConfig | None, threads: int
+) -> tuple[Any, StudyConfig]:
+    """Return a study and its settings; it is created where there is none.
 
     Parameters
     ----------
     storage : a database, from ``open_storage``
     name : str
-    terms : Terms, optional
-        Those of a new study, or of one that has the same.
+    config : StudyConfig, optional
+        The settings of a new study, or of an existing one.
     threads : int
-        How many a trial has here.
+        The threads of a trial on this machine.
 
     Raises
     ------
     ValueError
-        If there is no such study and no terms for one, or it has others.
+        If there is no such study and no ``config``, or the study has other settings.
     """
     optuna = load_optuna()
-    if terms is not None:
+    if config is not None:
         study = optuna.create_study(
             storage=storage,
             study_name=name,
-            directions=[OBJECTIVES[objective] for objective in terms.objectives],
+            directions=[OBJECTIVES[objective] for objective in config.objectives],
             load_if_exists=True,
         )
         known = study.user_attrs.get("terms")
         if known is None:
-            study.set_user_attr("terms", terms.to_dict())
-        elif (known := Terms.from_dict(known, 1).to_dict()) != terms.to_dict():
-            different = [key for key, value in terms.to_dict().items() if known.get(key) != value]
+            study.set_user_attr("terms", config.to_dict())
+        elif (known := StudyConfig.from_dict(known, 1).to_dict()) != config.to_dict():
+            different = [key for key, value in config.to_dict().items() if known.get(key) != value]
             raise ValueError(
                 f"the study {name} has another {different[0]}: expected the same, or another name"
             )
-        return study, terms
+        return study, config
     try:
         study = optuna.load_study(storage=storage, study_name=name)
-        return study, Terms.from_dict(study.user_attrs["terms"], threads)
+        return study, StudyConfig.from_dict(study.user_attrs["terms"], threads)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"there is no study {name} that can be read: {error}") from None
 
@@ -468,34 +466,34 @@ def open_study(storage: Any, name: str, terms: Terms | None, threads: int) -> tu
 
 @dataclass(frozen=True)
 class TrialResult:
-    """What is known of a trial that has ended.
+    """The result of a trial that has ended.
 
     Attributes
     ----------
     number : int
     state : {"complete", "pruned", "refused", "failed"}
-        "refused" where there is no such model, or it is beyond a limit; "failed" where its process
-        ended.
-    chosen : dict
+        "refused" where the settings are not a model, or it is beyond a limit; "failed" where its
+        process ended.
+    params : dict
         The values of the settings that are searched.
     model, training : dict
         All settings; empty where they do not go together.
     loss : float or None
-        Of a complete trial its best model's, on the validation set, in nats a token; else that of
-        its last look.
+        The validation loss in nats per token: of the best model of a complete trial, else of the
+        last evaluation.
     bytes : int or None
         The size of the model's file.
     speed : float or None
-        Tokens written a second, where that was measured.
+        Generated tokens per second, where that was measured.
     seconds : float
-        How long it trained.
+        The training time.
     reason : str
-        Why it was refused or ended early.
+        Why it was refused or pruned.
     """
 
     number: int
     state: str
-    chosen: dict[str, Any]
+    params: dict[str, Any]
     model: dict[str, Any]
     training: dict[str, Any]
     loss: float | None
@@ -507,44 +505,46 @@ class TrialResult:
 
 def results_of(study: Any) -> list[TrialResult]:
     """Return the trials of a study that have ended, in their order."""
-    found = []
+    results = []
     for trial in study.get_trials(deepcopy=False):
         state = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(trial.state.name)
         if state is None:
             continue
-        told = trial.user_attrs
-        if "excess" in told:
+        attributes = trial.user_attrs
+        if "excess" in attributes:
             state = "refused"
-        looks = trial.intermediate_values
-        loss = told.get("loss", looks[max(looks)] if looks else None)
-        found.append(
+        losses = trial.intermediate_values
+        loss = attributes.get("loss", losses[max(losses)] if losses else None)
+        results.append(
             TrialResult(
                 trial.number,
                 state,
                 renamed(trial.params),
-                told.get("model", {}),
-                told.get("training", {}),
+                attributes.get("model", {}),
+                attributes.get("training", {}),
                 loss,
-                told.get("bytes"),
-                told.get("speed"),
-                told.get("seconds", 0.0),
-                told.get("reason", ""),
+                attributes.get("bytes"),
+                attributes.get("speed"),
+                attributes.get("seconds", 0.0),
+                attributes.get("reason", ""),
             )
         )
-    return found
+    return results
 
 
 def best_of(results: Sequence[TrialResult], objectives: Sequence[str]) -> list[TrialResult]:
-    """Return the complete trials that no other beats in all objectives, the lowest loss first."""
+    """Return the Pareto front of the complete trials, the lowest loss first."""
 
     def values(result: TrialResult) -> tuple[float, ...]:
-        found = (getattr(result, objective) for objective in objectives)
         signs = (1 if OBJECTIVES[objective] == "minimize" else -1 for objective in objectives)
-        return tuple(sign * value for sign, value in zip(signs, found, strict=True))
+        return tuple(
+            sign * getattr(result, objective)
+            for sign, objective in zip(signs, objectives, strict=True)
+        )
 
     front: list[TrialResult] = []
     complete = [result for result in results if result.state == "complete"]
-    # In this order none is beaten by a later one.
+    # In this order no trial dominates an earlier one.
     for result in sorted(complete, key=values):
         own = values(result)
         if not any(
@@ -561,51 +561,51 @@ class Tuner:
     Parameters
     ----------
     study : an Optuna study
-    terms : Terms
+    config : StudyConfig
     corpus_of : callable
-        Gets a model's settings and returns a corpus for them, and the settings with as many tokens
-        as that has.
+        Called with a model's settings; returns a corpus for them, and the settings with the
+        vocabulary size of the corpus.
     source : dict
         Where the corpus comes from.
     folder : Path
-        Where the trials' runs go: ``trials/0000`` and so on.
+        The runs of the trials are in ``trials/0000`` and so on.
     on_evaluation : callable, optional
-        Gets a trial's number, its share that is done, and its loss, whenever it was measured.
+        Called with a trial's number, its progress from 0 to 1, and its loss.
     on_end : callable, optional
-        Gets the result of every trial that has ended.
+        Called with the result of every trial that has ended.
     """
 
     def __init__(
         self,
         study: Any,
-        terms: Terms,
+        config: StudyConfig,
         corpus_of: Callable[[ModelConfig], tuple[Corpus, ModelConfig]],
         source: dict[str, Any],
         folder: Path,
         on_evaluation: Callable[[int, float, float], None] | None = None,
         on_end: Callable[[TrialResult], None] | None = None,
     ) -> None:
-        self.study, self.terms, self.folder = study, terms, folder
+        self.study, self.config, self.folder = study, config, folder
         self._optuna = load_optuna()
         self._corpus_of, self._source = corpus_of, source
         self._on_evaluation, self._on_end = on_evaluation, on_end
         self.should_stop: Callable[[], bool] = lambda: False
         self._grid: GridSearch | None = None
-        if terms.sampler == "grid":
-            self._grid = GridSearch({each.name: each.values() for each in terms.space})
+        if config.sampler == "grid":
+            self._grid = GridSearch({each.name: each.values() for each in config.space})
         study.sampler = self._sampler()
         study.pruner = self._optuna.pruners.NopPruner()
-        if terms.prune and len(terms.objectives) == 1:
+        if config.prune and len(config.objectives) == 1:
             study.pruner = self._optuna.pruners.PercentilePruner(
-                _BEHIND, n_startup_trials=_COMPARED, n_warmup_steps=2
+                _PRUNED_PERCENTILE, n_startup_trials=_COMPARED, n_warmup_steps=2
             )
 
     def _sampler(self) -> Any:
         samplers = self._optuna.samplers
-        # A process that begins anew has not drawn the same before.
-        seed = (self.terms.training.seed, len(self.study.get_trials(deepcopy=False)), os.getpid())
+        # Another process, or the same one later, draws other values.
+        seed = (self.config.training.seed, len(self.study.get_trials(deepcopy=False)), os.getpid())
         drawn = int.from_bytes(_digest(seed)) % 2**32
-        if self.terms.sampler == "tpe":
+        if self.config.sampler == "tpe":
             rest = samplers.TPESampler(
                 seed=drawn,
                 multivariate=True,
@@ -616,16 +616,16 @@ class Tuner:
         return _planned([self._beginning()] if self._grid is None else self._grid, rest)
 
     def _beginning(self) -> dict[str, Any]:
-        """Return the settings that are not searched for yet, as far as they lie in the space."""
-        base = {**asdict(self.terms.model), **asdict(self.terms.training)}
+        """Return the params of the first trial: the base settings that lie in the space."""
+        base = {**asdict(self.config.model), **asdict(self.config.training)}
         return {
             each.name: base[each.name]
-            for each in self.terms.space
+            for each in self.config.space
             if not each.of_steps and each.contains(base[each.name])
         }
 
     def run(self, budget: Budget, stop: Callable[[], bool] = lambda: False) -> None:
-        """Run trials until the budget is used up, or one is told to stop.
+        """Run trials until the budget is used up, or ``stop`` returns true.
 
         Raises
         ------
@@ -640,18 +640,18 @@ class Tuner:
             try:
                 self.study.optimize(self._objective, n_trials=1, callbacks=[self._ended])
             except _Stopped as stopped:
-                # It begins again when the study goes on.
+                # It is repeated when the study is resumed.
                 again = self._optuna.storages.RetryHeartbeatStaleTrialCallback()
                 again(self.study, self.study.get_trials(deepcopy=False)[stopped.number])
 
     def _left(self, budget: Budget, end: float) -> bool:
-        """Whether there is something to do, and time for it."""
+        """Return whether the budget allows another trial."""
         states = self._optuna.trial.TrialState
         trials = self.study.get_trials(deepcopy=False)
         waiting = any(trial.state == states.WAITING for trial in trials)
         if self._grid is not None and len(trials) >= len(self._grid) and not waiting:
             return False
-        if time.monotonic() + (self.terms.seconds or 0.0) > end:
+        if time.monotonic() + (self.config.seconds or 0.0) > end:
             return False
         if budget.trials is not None:
             counted = (states.COMPLETE, states.PRUNED, states.RUNNING)
@@ -661,25 +661,25 @@ class Tuner:
         return budget.patience is None or self._gained(budget.patience)
 
     def _gained(self, patience: int) -> bool:
-        """Whether one of the last trials is among the best."""
+        """Return whether one of the last trials is among the best."""
         ended = [one for one in results_of(self.study) if one.state in ("complete", "pruned")]
         last = {one.number for one in ended[-patience:]}
-        best = best_of(ended, self.terms.objectives)
+        best = best_of(ended, self.config.objectives)
         return len(ended) < patience or any(one.number in last for one in best)
 
     # --- One trial
 
     def _objective(self, trial: Any) -> float | tuple[float, ...]:
-        terms = self.terms
+        config = self.config
         if self._grid is not None and trial.number >= len(self._grid) and not trial.params:
             raise self._refused(trial, 1.0, "the grid has no more")
-        chosen = {each.name: each.suggest(trial) for each in terms.space}
-        shares = {each.name for each in terms.space if each.of_steps}
+        params = {each.name: each.suggest(trial) for each in config.space}
+        fractions = {each.name for each in config.space if each.of_steps}
         try:
             model, training = apply(
-                {name: value for name, value in chosen.items() if name not in shares},
-                terms.model,
-                terms.training,
+                {name: value for name, value in params.items() if name not in fractions},
+                config.model,
+                config.training,
             )
         except ValueError as error:
             raise self._refused(trial, 1.0, str(error)) from None
@@ -687,16 +687,16 @@ class Tuner:
         speed = self._check_limits(trial, model, corpus)
         trial.set_constraint("limits", 0.0)
         try:
-            if terms.seconds is not None:
-                steps = steps_within(terms.seconds, model, training, corpus, terms.data)
+            if config.seconds is not None:
+                steps = steps_within(config.seconds, model, training, corpus, config.data)
                 training = replace(training, steps=steps)
             counted: dict[str, Any] = {
-                each.name: each.steps_of(chosen[each.name], training.steps)
-                for each in terms.space
+                each.name: each.steps_of(params[each.name], training.steps)
+                for each in config.space
                 if each.of_steps
             }
-            looks = max(-(-training.steps // _EVALUATIONS), 1)
-            training = replace(training, evaluate_every=looks, **counted)
+            every = max(-(-training.steps // _EVALUATIONS), 1)
+            training = replace(training, evaluate_every=every, **counted)
             trial.set_user_attr("model", model.to_dict())
             trial.set_user_attr("training", training.to_dict())
             loss, seconds = self._train(trial, model, training, corpus)
@@ -707,12 +707,12 @@ class Tuner:
         trial.set_user_attr("loss", loss)
         trial.set_user_attr("bytes", size)
         trial.set_user_attr("seconds", seconds)
-        found = {"loss": loss, "bytes": size, "speed": speed}
-        values = tuple(float(found[objective] or 0.0) for objective in terms.objectives)
+        results = {"loss": loss, "bytes": size, "speed": speed}
+        values = tuple(float(results[objective] or 0.0) for objective in config.objectives)
         return values if len(values) > 1 else values[0]
 
     def _refused(self, trial: Any, excess: float, reason: str) -> Exception:
-        """Return what ends a trial of a model that is beyond a limit."""
+        """Return the error that ends a trial of a model beyond a limit."""
         trial.set_constraint("limits", excess)
         trial.set_user_attr("excess", excess)
         trial.set_user_attr("reason", reason)
@@ -720,24 +720,24 @@ class Tuner:
         return error
 
     def _check_limits(self, trial: Any, config: ModelConfig, corpus: Corpus) -> float | None:
-        """Refuse a model that is too large or too slow; return how fast it writes, if that counts.
+        """Refuse a model that is too large or too slow; return its speed, where that matters.
 
-        Neither depends on what its weights are.
+        Neither depends on the values of its weights.
         """
         model = create_legacy_llm(config, 0)
         path = self._folder_of(trial.number)
         path.mkdir(parents=True, exist_ok=True)
         save_model(model, path)
-        most = self.terms.most_bytes
+        most = self.config.most_bytes
         size = Run(path).weights_file.stat().st_size + _PROVENANCE_BYTES
         trial.set_user_attr("bytes", size)
-        speed, least = None, self.terms.least_speed
+        speed, least = None, self.config.least_speed
         if most is not None and size > most:
             shutil.rmtree(path)
             raise self._refused(trial, size / most - 1, f"{size:,} bytes, more than {most:,}")
-        if least is not None or "speed" in self.terms.objectives:
-            generator = Generator(model, corpus.tokenizer, threads=self.terms.training.threads)
-            speed = max(_writing(generator) for _ in range(3))
+        if least is not None or "speed" in self.config.objectives:
+            generator = Generator(model, corpus.tokenizer, threads=self.config.training.threads)
+            speed = max(_generation_speed(generator) for _ in range(3))
             trial.set_user_attr("speed", speed)
             if least is not None and speed < least:
                 shutil.rmtree(path)
@@ -752,9 +752,9 @@ class Tuner:
     def _train(
         self, trial: Any, model: ModelConfig, training: TrainingConfig, corpus: Corpus
     ) -> tuple[float, float]:
-        """Return the loss that a trial comes to, and how long it trained."""
+        """Return the loss of a trial, and its training time in seconds."""
         path = self._folder_of(trial.number)
-        trainer = Trainer(path, model, training, corpus, self._source, self.terms.data)
+        trainer = Trainer(path, model, training, corpus, self._source, self.config.data)
         if not trainer.train(MetricsLogger(path), _TrialCallback(self, trial, trainer)):
             raise _Stopped(trial.number)
         return trainer.best_model()[1].loss, trainer.seconds
@@ -764,16 +764,16 @@ class Tuner:
         progress = trainer.step / trainer.config.steps
         if self._on_evaluation is not None:
             self._on_evaluation(trial.number, progress, loss)
-        if progress < 1 and len(self.terms.objectives) == 1:
+        if progress < 1 and len(self.config.objectives) == 1:
             trial.report(loss, round(_EVALUATIONS * progress))
             if trial.should_prune():
                 trial.set_user_attr("seconds", trainer.seconds)
                 raise self._optuna.TrialPruned
 
     def _ended(self, study: Any, trial: Any) -> None:
-        """Tell how a trial has ended, and keep the weights of the best alone."""
+        """Report a trial that has ended, and remove the weights of all but the best."""
         results = results_of(study)
-        best = {result.number for result in best_of(results, self.terms.objectives)}
+        best = {result.number for result in best_of(results, self.config.objectives)}
         for result in results:
             run = Run(self._folder_of(result.number))
             if result.number not in best and run.weights_file.exists():
@@ -803,8 +803,8 @@ class _Stopped(Exception):
         self.number = number
 
 
-def _writing(generator: Generator) -> float:
-    """Return how many tokens a second a model writes."""
+def _generation_speed(generator: Generator) -> float:
+    """Return the tokens per second that a model generates."""
     begin = time.perf_counter()
     for _ in generator.tokens([0], _PROBE_TOKENS, seed=0):
         pass

@@ -136,7 +136,7 @@ def make_newest(run: Run, checkpoint: Checkpoint) -> None:
 
 
 def best_is_missing(run: Run, settings: FixedSettings, best: tuple[float, int], step: int) -> bool:
-    """Return whether a crash came after a step was found to be the best, and before it was copied.
+    """Return whether a crash came after a step became the best, and before it was copied.
 
     A best model that was trained further is ahead of the run, and stays as it is.
     """

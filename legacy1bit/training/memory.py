@@ -1,4 +1,4 @@
-"""How much memory a training takes, and how much there is."""
+"""The memory that a training needs, and the memory that is free."""
 
 import contextlib
 import math
@@ -14,12 +14,12 @@ from legacy1bit.training.evaluation import EVALUATION_TOKENS
 
 _FLOAT = 4
 
-# How many copies of the logits of a batch there are while they are compared with the truth.
+# Copies of the logits while their loss is computed.
 _LOGIT_COPIES = 5
 
 
 def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, int]:
-    """Return how many bytes a training takes at most, by what they are for: the arrays.
+    """Return an upper bound of the bytes of a training's arrays, by their purpose.
 
     Parameters
     ----------
@@ -30,8 +30,8 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
     sizes = {name: math.prod(shape) for name, shape, _ in layout}
     codes = sum(math.prod(shape) for _, shape, kind in layout if kind == "quantized")
     parameters = sum(sizes.values())
-    shares = min(training.threads, training.batch_size)
-    rows = -(-training.batch_size // shares)
+    slices = min(training.threads, training.batch_size)
+    rows = -(-training.batch_size // slices)
     length = model.sequence_length
     sequence = backward_bytes(model, 1, length) + forward_bytes(
         model, 1, length, "inputs" if training.gradient_checkpointing else "all"
@@ -39,54 +39,54 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
     measured = max(EVALUATION_TOKENS, length)
     matrices = [math.prod(shape) for _, shape, _ in layout if len(shape) == 2]
     token = forward_bytes(model, 1, length, "none") // length
-    look = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
+    evaluation = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
     return {
         "weights": _FLOAT * parameters + codes,
-        "gradients": _FLOAT * parameters * shares,
+        "gradients": _FLOAT * parameters * slices,
         "the optimizer": _FLOAT * (2 * parameters + 3 * max(matrices)),
-        "activations": shares * rows * sequence,
-        # A checkpoint holds the weights and two moments, and is there once more while it is read.
-        "looks and checkpoints": max(look, _FLOAT * 3 * parameters),
+        "activations": slices * rows * sequence,
+        # A checkpoint holds the weights and two moments, twice while it is read.
+        "evaluation and checkpoints": max(evaluation, _FLOAT * 3 * parameters),
     }
 
 
 def free_bytes() -> int | None:
-    """Return how many bytes this process may still take, as far as the system tells."""
-    found = []
+    """Return the bytes that this process may still allocate, or None where that is unknown."""
+    limits = []
     with contextlib.suppress(OSError, ValueError, IndexError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                found.append(1024 * int(line.split()[1]))
-    found += free_memory()
+                limits.append(1024 * int(line.split()[1]))
+    limits += free_memory()
     limit, _ = resource.getrlimit(resource.RLIMIT_AS)
     if limit != resource.RLIM_INFINITY:
         with contextlib.suppress(OSError, ValueError):
             pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            found.append(max(limit - pages * resource.getpagesize(), 0))
-    return min(found, default=None)
+            limits.append(max(limit - pages * resource.getpagesize(), 0))
+    return min(limits, default=None)
 
 
 def check_memory(model: ModelConfig, training: TrainingConfig) -> None:
-    """Refuse a training that does not fit into memory.
+    """Check that a training fits into memory.
 
     Raises
     ------
     MemoryError
-        With the sum that shows it, and what makes it smaller.
+        If it does not; with the bytes of each part, and options that need less.
     """
     needed, free = training_bytes(model, training), free_bytes()
     total = sum(needed.values())
     if free is None or total <= free:
         return
-    parts = ", ".join(f"{name} {_shown(size)}" for name, size in needed.items())
+    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in needed.items())
     raise MemoryError(
-        f"training takes about {_shown(total)} ({parts}), and {_shown(free)} are free: less of "
-        "--batch-size, --sequence-length, --model-dim, --blocks or --threads takes less, and so "
-        "does --gradient-checkpointing"
+        f"training needs about {_format_bytes(total)} ({parts}), and {_format_bytes(free)} are "
+        "free: lower --batch-size, --sequence-length, --model-dim, --blocks or --threads, or use "
+        "--gradient-checkpointing"
     )
 
 
-def _shown(size: int) -> str:
+def _format_bytes(size: int) -> str:
     if size < 1 << 30:
         return f"{size / 2**20:,.0f} MiB"
     return f"{size / 2**30:,.1f} GiB"

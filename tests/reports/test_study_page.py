@@ -13,7 +13,7 @@ from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.reports import study_page as study_report
 from legacy1bit.reports.records import read_records
 from legacy1bit.search.space import Dimension
-from legacy1bit.search.study import StudyRecord, Terms, TrialResult, best_of
+from legacy1bit.search.study import StudyConfig, StudyRecord, TrialResult, best_of
 from legacy1bit.training.run import Run
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
@@ -30,16 +30,16 @@ def test_page_has_every_trial(study, tmp_path, say):
     assert b"page.html" in say("report", study, "--out", out).out
     parsed = Parsed(out.read_text())
     text = " ".join("".join(parsed.text).split())
-    _, terms, results = opened(study)
+    _, config, results = opened(study)
     assert len(results) >= 9
     for one in results:
         assert f"{one.loss:.4f}" in text if one.loss is not None else one.reason in text
     assert parsed.all("b") == []
     assert "<b>study" in text
-    assert len(parsed.all("svg")) == 3 + len(terms.space)
+    assert len(parsed.all("svg")) == 3 + len(config.space)
     assert len(set(parsed.ids)) == len(parsed.ids)
     assert "legacy1bit tune --data" in text
-    for dimension in terms.space:
+    for dimension in config.space:
         assert dimension.name in text
 
 
@@ -47,8 +47,8 @@ def opened(folder):
     from legacy1bit.search.study import open_storage, open_study, results_of
 
     record = StudyRecord.read(folder)
-    found, terms = open_study(open_storage(record.url(folder, None)), record.study, None, 1)
-    return record, terms, results_of(found)
+    found, config = open_study(open_storage(record.url(folder, None)), record.study, None, 1)
+    return record, config, results_of(found)
 
 
 def test_figures_show_the_trials(study, monkeypatch):
@@ -56,11 +56,11 @@ def test_figures_show_the_trials(study, monkeypatch):
     monkeypatch.setattr(
         study_report, "figure", lambda some, name, title: panels.extend(some) or "<p></p>"
     )
-    _, terms, results = opened(study)
+    _, config, results = opened(study)
     study_report.study_report(study, *opened(study))
     by_title = {panel.title: panel for panel in panels}
     complete = [one for one in results if one.state == "complete"]
-    trials = by_title["Loss by trial"].series
+    trials = by_title["Validation loss by trial"].series
     assert list(zip(trials[0].x, trials[0].y, strict=True)) == [
         (one.number, one.loss) for one in complete
     ]
@@ -68,27 +68,27 @@ def test_figures_show_the_trials(study, monkeypatch):
     assert trials[-1].y == [
         min(one.loss for one in complete[: i + 1]) for i in range(len(complete))
     ]
-    sizes, front = by_title["Loss against size"].series
+    sizes, front = by_title["Validation loss by model size"].series
     assert sorted(zip(sizes.x, sizes.y, strict=True)) == sorted(
         (one.bytes / 1000, one.loss) for one in complete
     )
-    assert [*front.y] == [one.loss for one in best_of(results, terms.objectives)]
-    for line in by_title["Loss on the way"].series:
+    assert [*front.y] == [one.loss for one in best_of(results, config.objectives)]
+    for line in by_title["Validation loss during training"].series:
         number = int(line.label.split()[1])
         assert line.y == read_records(Run(study / f"trials/{number:04}")).column("val_loss")
         assert line.x[-1] == 100
     rates = by_title["learning_rate"].series[0]
-    assert [*rates.x] == [math.log10(one.chosen["learning_rate"]) for one in complete]
+    assert [*rates.x] == [math.log10(one.params["learning_rate"]) for one in complete]
     words = by_title["activation"]
     assert words.x_label == "0: relu2, 1: relu"
     assert [*words.series[0].x] == [
-        ["relu2", "relu"].index(one.chosen["activation"]) for one in complete
+        ["relu2", "relu"].index(one.params["activation"]) for one in complete
     ]
 
 
 def test_page_of_a_study_without_results():
     space = (Dimension("model_dim", (8, 16)),)
-    terms = Terms(space, ModelConfig(), TrainingConfig(), DataConfig(), "0" * 64)
+    config = StudyConfig(space, ModelConfig(), TrainingConfig(), DataConfig(), "0" * 64)
     record = StudyRecord("study", {"name": "text"}, True)
     for results in (
         [],
@@ -96,7 +96,7 @@ def test_page_of_a_study_without_results():
         [TrialResult(0, "pruned", {"model_dim": 8}, {}, {}, None, None, None, 1.0, "diverged")],
         [TrialResult(0, "failed", {}, {}, {}, math.nan, None, None, 1.0, "")],
     ):
-        text = "".join(Parsed(study_report.study_report(Path(), record, terms, results)).text)
+        text = "".join(Parsed(study_report.study_report(Path(), record, config, results)).text)
         assert f"{len(results)} trials" in text
 
 

@@ -73,7 +73,7 @@ def test_default_space_has_the_defaults_in_it():
         ("[clip]\nlow = 1\nhigh = 2\nlog = 1", "line 4: clip.log is 1, expected true or false"),
         ("[clip]\nlow = 1\nhigh = 2\nlog = true\nstep = 1", "line 5: clip.step is 1, expected no"),
         ("[clip]\nlow = 1\nhigh = 2\nof_steps = true", "line 4: clip.of_steps is True, expected"),
-        ("[scheme]\nlow = 1\nhigh = 2", "line 1: scheme is no number, expected choices"),
+        ("[scheme]\nlow = 1\nhigh = 2", "line 1: scheme is not a number, expected choices"),
         ("[scheme]\nchoices = []", "line 2: scheme.choices is \\[\\], expected a list"),
         ("[scheme]\nchoices = ['ternary', 'tertiary']", "line 2: scheme.choices .*'tertiary'"),
         ("[num_heads]\nchoices = [2, 0]", "line 2: num_heads.choices .* 0, expected 1 to"),

@@ -133,13 +133,13 @@ def test_search_writes_settings_that_train(say):
     (best,) = best_of(found, ("loss",))
     assert f"trial {best.number:>4}  loss {best.loss:.4f}" in output
     # The search begins where one stands.
-    assert found[0].chosen["learning_rate"] == TrainingConfig().learning_rate
-    assert found[0].chosen["activation"] == "relu2"
+    assert found[0].params["learning_rate"] == TrainingConfig().learning_rate
+    assert found[0].params["activation"] == "relu2"
     for one in found:
         assert one.state in ("complete", "pruned")
-        assert 1e-3 <= one.chosen["learning_rate"] <= 1e-2
+        assert 1e-3 <= one.params["learning_rate"] <= 1e-2
         assert one.model["model_dim"] in (8, 16, 24)
-        assert one.training["float_steps"] == round(6 * one.chosen["float_steps"])
+        assert one.training["float_steps"] == round(6 * one.params["float_steps"])
         folder = Path(f"study/trials/{one.number:04}")
         records = read_metrics(folder / "metrics.jsonl")
         if one.state == "complete":
@@ -176,13 +176,13 @@ def test_search_leaves_what_the_command_line_names(say, fail, sampler):
     trials = results_in("study")
     assert len(trials) == 2
     for one in trials:
-        assert one.chosen.keys() == {"num_heads"}
+        assert one.params.keys() == {"num_heads"}
         assert (one.model["model_dim"], one.model["final_norm"]) == (24, False)
         assert one.training["learning_rate"] == 0.001
-    assert trials[0].chosen == {"num_heads": 2}
+    assert trials[0].params == {"num_heads": 2}
     # A study that goes on has the space that it began with.
     say("tune", "--resume", "study", "--trials", 3, "--cache", "cache", "--threads", 1)
-    assert all(one.chosen.keys() == {"num_heads"} for one in results_in("study"))
+    assert all(one.params.keys() == {"num_heads"} for one in results_in("study"))
     message = fail(*search("none", *options, *named, "--heads", 4))
     assert "leave out one of --learning-rate, --heads, --model-dim, --final-norm" in message
     assert not Path("none").exists()
@@ -287,11 +287,11 @@ def test_search_goes_on_after_models_that_fail(say):
     found = results_in("study")
     assert len(found) == 8
     for one in found:
-        if one.chosen["model_dim"] == 10 and one.chosen["num_heads"] == 4:
+        if one.params["model_dim"] == 10 and one.params["num_heads"] == 4:
             assert one.state == "refused"
             assert "expected a multiple" in one.reason
         elif one.state == "pruned":
-            assert one.chosen["learning_rate"] == 1e3
+            assert one.params["learning_rate"] == 1e3
     assert any(one.state == "complete" for one in found)
 
 
@@ -404,8 +404,8 @@ def test_search_says_what_is_wrong(fail):
         (("--storage", "klingon://here"), "cannot be opened"),
     ):
         assert message in fail(*search("new", "--trials", 1, *options)), options
-    assert "no empty folder" in fail(*search("full", "--trials", 1))
-    assert "is no study" in fail("tune", "--resume", "full")
+    assert "not an empty folder" in fail(*search("full", "--trials", 1))
+    assert "is not a study" in fail("tune", "--resume", "full")
     assert "is damaged" in fail("tune", "--resume", "broken")
 
 
@@ -473,11 +473,11 @@ def test_what_only_size_asks_for_is_searched_only_then(say, fail):
     )
     options = ("--trials", 1)
     say(*search("plain", *options))
-    assert set(results_in("plain")[0].chosen) == {"learning_rate"}
+    assert set(results_in("plain")[0].params) == {"learning_rate"}
     sized = {"limit": ("--max-bytes", "1MB"), "front": ("--objectives", "bytes,loss")}
     for name, more in sized.items():
         say(*search(name, *options, *more))
-        chosen = set(results_in(name)[0].chosen)
+        chosen = set(results_in(name)[0].params)
         assert chosen == {"learning_rate", "ternary_embedding", "model_dim"}
     Path("space.toml").write_text("[num_heads]\nchoices = [2]\nfor_bytes = true\n")
     assert "nothing to search without --max-bytes" in fail(*search("none", *options))
@@ -560,7 +560,7 @@ def test_two_processes_share_a_grid(database):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     found = results_in(None, url, name)
-    chosen = collections.Counter(tuple(one.chosen.values()) for one in found if one.chosen)
+    chosen = collections.Counter(tuple(one.params.values()) for one in found if one.params)
     assert len(chosen) == 12
     assert set(chosen.values()) == {1}
     folders = [sorted(Path(out, "trials").glob("*")) for out in ("one", "two")]

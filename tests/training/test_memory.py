@@ -83,7 +83,7 @@ def test_training_that_does_not_fit_is_refused_with_the_sum(tmp_path, monkeypatc
     monkeypatch.setattr(memory, "free_bytes", lambda: GIB)
     config = ModelConfig(model_dim=1024, num_blocks=24, num_heads=8)
     with pytest.raises(
-        MemoryError, match=r"takes about .* GiB \(weights .* GiB, gradients"
+        MemoryError, match=r"needs about .* GiB \(weights .* GiB, gradients"
     ) as error:
         check_memory(config, TrainingConfig())
     assert "and 1.0 GiB are free" in str(error.value)
@@ -98,7 +98,7 @@ def test_training_that_does_not_fit_is_refused_with_the_sum(tmp_path, monkeypatc
 def test_refusal_takes_one_line_and_leaves_nothing(tmp_path, monkeypatch, fail):
     monkeypatch.chdir(tmp_path)
     shape = ("--model-dim", 16384, "--blocks", 1000, "--heads", 128)
-    assert "not enough memory: training takes about" in fail("train", "--stories", 20, *shape)
+    assert "not enough memory: training needs about" in fail("train", "--stories", 20, *shape)
     assert not Path("runs").exists()
 
 
