@@ -1243,7 +1243,7 @@ def test_train_says_how_often_it_goes_through_the_text(say, text):
         _, errors = say(*tiny(out=f"run{steps}", steps=steps, **shape))
         (shown,) = re.findall(r", (\d+\.\d) epochs\n", errors.decode())
         assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
-        hint = f"{epochs:.0f} times through the text may be too often: give more text"
+        hint = f"{epochs:.0f} epochs may overfit: use more text"
         assert (hint in errors.decode()) == (steps == 900)
     errors = say(*tiny(out="patient", steps=900, **shape | {"patience": 1})).err
     assert b"may be too often" not in errors
