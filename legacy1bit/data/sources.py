@@ -73,6 +73,7 @@ _COMPRESSED = {
     ".xz": (b"\xfd7zXZ\0", b""),
     ".bz2": (b"BZh", rb"[1-9](?:1AY&SY|\x17rE8P\x90)"),
 }
+_UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc", ".bz2": "bzip2 -dc"}
 _JSON_LINES = (".jsonl", ".ndjson")
 _PLAIN = (".txt", ".md", ".text")
 _PARQUET = ".parquet"
@@ -292,6 +293,7 @@ class Source:
     def _rows_or_text(self, file: "_Input", path: str, name: str) -> tuple[bool, Iterator[bytes]]:
         """Return whether a file has JSON lines, and what is in it, as UTF-8."""
         stem, compression = _parted(name)
+        compression = _compression_of(file, compression)
         blocks = _decompressed(file, path, compression)
         head, blocks = _peek(blocks, lambda head: len(head) >= HEAD_BYTES)
         if kind := kind_of_file(head):
@@ -304,11 +306,17 @@ class Source:
         if stem.endswith(_PLAIN):
             return False, blocks
         head, blocks = _peek(blocks, _has_first_line)
-        if re.match(rb'\s*\[\s*\{\s*"', head):
+        of_objects = re.match(rb'\s*\[\s*\{\s*"', head)
+        # A list of words in brackets may begin a text that is no JSON.
+        if of_objects or (stem.endswith(".json") and re.match(rb'\s*\[\s*"', head)):
+            command = "jq -c '.[]'" if of_objects else "jq -c '.[] | {text: .}'"
+            if compression:
+                command = f"{_UNPACK[compression]} {shlex.quote(path)} | {command}"
+            else:
+                command = f"{command} {shlex.quote(path)}"
             raise ValueError(
                 f"{path} holds one JSON list, expected an object on each line: "
-                f"jq -c '.[]' {shlex.quote(path)} > lines.jsonl; .txt at its name's end means "
-                "the list as text"
+                f"{command} > lines.jsonl; .txt at its name's end means the list as text"
             )
         return stem.endswith(_JSON_LINES) or _begins_with_object(head), blocks
 
@@ -628,15 +636,19 @@ def _blocks(file: io.BufferedIOBase) -> Iterator[bytes]:
         yield block
 
 
-def _decompressed(file: _Input, path: str, compression: str) -> Iterator[bytes]:
-    """Return what is in a file, as its first bytes or its suffix say."""
+def _compression_of(file: _Input, suffix: str) -> str:
+    """Return how a file is compressed, as its first bytes or else its suffix say."""
     head = file.peek(16)
-    for suffix, (magic, more) in _COMPRESSED.items():
+    for known, (magic, more) in _COMPRESSED.items():
         if re.match(re.escape(magic) + more, head):
-            compression = suffix
+            return known
+    return suffix
+
+
+def _decompressed(file: _Input, path: str, compression: str) -> Iterator[bytes]:
     if not compression:
         return _blocks(file)
-    magic, _ = _COMPRESSED[compression]
+    head, magic = file.peek(16), _COMPRESSED[compression][0]
     if len(head) < len(magic) and magic.startswith(head):
         raise _cut_off(path)
     return _READERS[compression](file, path)

@@ -961,6 +961,27 @@ def test_a_list_of_json_says_what_to_type(write, small, name, indent):
     assert read(write("a.txt", content)) == [content.encode()]
 
 
+def test_a_list_of_strings_named_json_says_what_to_type(write):
+    content = json.dumps(["one", "two"])
+    path = write("a.json", content)
+    fails(
+        path,
+        "{} holds one JSON list, expected an object on each line: jq -c '.[] | {text: .}' "
+        f"{path} > lines.jsonl; .txt at its name's end means the list as text",
+    )
+    assert read(write("a", content)) == [content.encode()]
+
+
+@pytest.mark.parametrize("name", ["a.json.gz", "a"])
+def test_a_list_of_json_that_is_compressed_says_how_to_unpack_it(write, name):
+    path = write(name, gzip.compress(b'[{"text": "one"}, {"text": "two"}]'))
+    fails(
+        path,
+        "{} holds one JSON list, expected an object on each line: "
+        f"gzip -dc {path} | jq -c '.[]' > lines.jsonl",
+    )
+
+
 # --- Other things than text -----------------------------------------------------------------------
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
