@@ -186,7 +186,7 @@ class Trainer:
             )
         _check_source(source)
         check_memory(model_config, config)
-        self.run = Run(folder)
+        self.run = Run(Path(folder))
         if config.precision == "auto":
             config = replace(config, precision=product_precisions()[-1])
         # Fixed from here on: more steps later do not change the warm-up.
@@ -337,7 +337,9 @@ class Trainer:
         # A run ends with its codes, never in full precision.
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = self._measure(_QUICK_TOKENS)
-        if self.metrics.loss < self.best[0] and not self.model.full_precision:
+        # A run that was stopped between two evaluations ends like one that was not stopped.
+        regular = last or self.step % self.config.evaluate_every == 0
+        if regular and self.metrics.loss < self.best[0] and not self.model.full_precision:
             self.best = (self.metrics.loss, self.step)
         ended = last or self.config.patience_ends(self.step, self.best[1])
         if ended:

@@ -727,6 +727,13 @@ def test_trainer_refuses_a_source_that_it_could_not_save(tmp_path, source, messa
         Trainer(run.folder, run.model.config, run.config, run.corpus, source)
 
 
+def test_trainer_takes_a_folder_as_text(tmp_path):
+    run = make(tmp_path / "run")
+    again = Trainer(str(run.folder), run.model.config, run.config, run.corpus, run.source)
+    assert train(again)[0]
+    assert newest(again).step == STEPS
+
+
 @pytest.mark.parametrize("which", ["training", "validation"])
 def test_trainer_refuses_a_corpus_of_other_tokens_than_the_models(tmp_path, which):
     """The validation set would fail at the first look only."""
@@ -1579,6 +1586,19 @@ def test_patience_counts_what_came_before_a_run_went_on(tmp_path, monkeypatch, s
     run = resumed(tmp_path / "run", **settings)
     assert train(run)[0] is True
     assert run.step == 8
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_stop_between_two_looks_changes_neither_best_nor_patience(tmp_path, monkeypatch, stop):
+    """Even where the model was never better than there."""
+    losses = {2: 3.0, 4: 2.0, 6: 2.5, 8: 1.0, 10: 2.0, 12: 2.0}
+    with_losses(monkeypatch, {**losses, stop: 0.5})
+    settings = {"evaluate_every": 2, "patience": 2}
+    assert train(make(tmp_path / "run", **settings), stop_at=stop)[0] is False
+    run = resumed(tmp_path / "run", **settings)
+    assert train(run)[0] is True
+    assert (run.best, run.step) == ((1.0, 8), 12)
+    assert step_of(run.folder / BEST_FOLDER) == 8
 
 
 def test_patience_begins_with_the_end_of_a_warm_start(tmp_path, monkeypatch):
