@@ -354,5 +354,9 @@ def _report(trainer: Trainer) -> None:
     elif tokenizer.kind != "unknown":
         print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
-    print(f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights); next:")
-    print(f'  legacy1bit generate --model {folder} --prompt "{prompt}"')
+    ending = f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights)"
+    if tokenizer.kind == "unknown":
+        print(ending)
+    else:
+        print(f"{ending}; next:")
+        print(f'  legacy1bit generate --model {folder} --prompt "{prompt}"')

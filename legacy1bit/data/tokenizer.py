@@ -24,7 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.bpe import learn_merges, load_tokenizers
+from legacy1bit.data.sources import is_token_file
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
+from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.system.files import atomic_write, mistaken_file, read_regular
 from legacy1bit.threads import available_cores
 
@@ -648,19 +650,34 @@ def fit_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer:
 def tokenizer_of(model: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
     """Return the tokenizer that lies beside a model; bytes, as many as it knows, where none does.
 
+    What tokens of another program stand for is not known, however few there are.
+
     Raises
     ------
     ValueError
         If the file is damaged, or is of other tokens than the model.
     """
     if not (Path(model) / TOKENIZER_FILE).exists():
-        return ByteTokenizer(vocab_size) if vocab_size <= _BYTES else UnknownTokenizer(vocab_size)
+        if vocab_size > _BYTES or _has_learned_tokens(Path(model)):
+            return UnknownTokenizer(vocab_size)
+        return ByteTokenizer(vocab_size)
     tokenizer = load_tokenizer(model)
     if tokenizer.vocab_size < vocab_size:
         raise ValueError(
             f"{model} has {vocab_size} tokens, and its {TOKENIZER_FILE} {tokenizer.vocab_size}"
         )
     return fit_tokenizer(tokenizer, vocab_size)
+
+
+def _has_learned_tokens(run: Path) -> bool:
+    """Whether the text of a run is a file of tokens; what tells of none, or is damaged, is not."""
+    try:
+        source = json.loads(read_regular(run / SETTINGS_FILE))["source"]
+        # The module that knows such records imports this one.
+        paths = source["path"]
+        return any(map(is_token_file, [paths] if isinstance(paths, str) else paths))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 def check_bytes(tokenizer: Tokenizer | None) -> None:

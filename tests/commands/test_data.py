@@ -252,6 +252,21 @@ def test_settings_that_would_be_ignored_are_refused(fail, say, text):
     assert "holds tokens already" in fail("data", "inspect", "tokens.bin")
 
 
+def test_tokens_of_another_program_are_never_taken_for_bytes(fail, say):
+    """A vocabulary of characters has fewer of them than there are bytes."""
+    (np.arange(3000, dtype=np.uint16) % 65).tofile("tokens.bin")
+    trained = say("train", "--data", "tokens.bin", *TINY, "--out", "run").out
+    measured = say("evaluate", "--model", "run").out
+    for output in (trained, measured):
+        assert b"nats a token" in output
+        assert b"bits per byte" not in output
+    # What would fail is not what to do next.
+    assert b"generate" not in trained
+    for model in ("run", "run/best"):
+        assert "stand for is not known" in fail("generate", "--model", model, "--prompt", "a")
+    say("train", "--resume", "run", "--steps", 4)
+
+
 def test_train_says_what_is_wrong_with_tokenizers(fail, text):
     for more, reason in (
         (("--tokenizer-from", "nowhere"), "nowhere/tokenizer.json: No such file"),
