@@ -262,26 +262,48 @@ def program() -> NoReturn:
         _flush(sys.stdout, sys.stderr)
 
 
+# The commands that threads of a program run at this moment, and what puts its streams back.
+_streams_lock = threading.Lock()
+_commands: list[object] = []
+_undo = contextlib.ExitStack()
+
+
 @contextlib.contextmanager
 def _any_character() -> Iterator[None]:
-    """Escape characters that standard output cannot encode, and provide a standard error."""
-    output, missing = sys.stdout, sys.stderr is None
-    before = output.errors if isinstance(output, io.TextIOWrapper) else None
+    """Have standard output take characters that its encoding lacks, and standard error be there.
+
+    Of commands that run side by side, the first changes the streams, and the last to end puts them
+    back.
+    """
+    command = object()
+    with _streams_lock:
+        if not _commands:
+            _change_streams()
+        _commands.append(command)
     try:
-        if missing:
-            # print writes to standard output where standard error is None.
-            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="backslashreplace")
         yield
     finally:
-        if isinstance(output, io.TextIOWrapper):
-            # This also flushes, which fails on a closed pipe.
-            with contextlib.suppress(OSError, ValueError):
-                output.reconfigure(errors=before)
-        if missing:
-            sys.stderr.close()
-            sys.stderr = None
+        with _streams_lock:
+            _commands.remove(command)
+            if not _commands:
+                _undo.close()
+
+
+def _change_streams() -> None:
+    output = sys.stdout
+    if sys.stderr is None:
+        # print would take a closed one for standard output.
+        sys.stderr = _undo.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        _undo.callback(setattr, sys, "stderr", None)
+    if isinstance(output, io.TextIOWrapper) and not output.closed:
+        _undo.callback(_set_errors, output, output.errors)
+        output.reconfigure(errors="backslashreplace")
+
+
+def _set_errors(output: io.TextIOWrapper, errors: str | None) -> None:
+    # It is flushed, too, which fails where nobody reads any more.
+    with contextlib.suppress(OSError, ValueError):
+        output.reconfigure(errors=errors)
 
 
 @contextlib.contextmanager

@@ -2494,7 +2494,7 @@ def test_commands_say_which_file_of_a_model_is_a_pointer(fail, run, name):
 
 
 CALLER = """
-import contextlib, os, sys
+import contextlib, os, sys, threading
 from legacy1bit.main import main
 path = sys.argv[1]
 def kept(*arguments):
@@ -2510,6 +2510,22 @@ sys.stderr, held = None, sys.stderr
 main(["info", "--model", path])
 assert sys.stderr is None
 sys.stderr = held
+# Two commands at a time, of which the first to begin is the first to end.
+begun, over = threading.Event(), threading.Event()
+def later():
+    begun.set()
+    assert over.wait(20)
+    yield from ["info", "--model", path]
+def sooner():
+    other.start()
+    assert begun.wait(20)
+    yield from ["info", "--model", path]
+other = threading.Thread(target=main, args=[later()])
+main(sooner())
+assert sys.stdout.errors == "backslashreplace"
+over.set()
+other.join()
+assert sys.stdout.errors == "strict"
 print("still heard")
 """
 
