@@ -416,12 +416,12 @@ def _target(path: Path) -> Path:
     OSError
         If it is a folder, a device or a pipe.
     """
-    target = Path(os.path.realpath(path)) if path.is_symlink() else path
-    if target.is_dir():
+    if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
-    if target.exists() and not target.is_file():
+    # What a link such as /dev/stdout leads to may have no name of its own.
+    if path.exists() and not path.is_file():
         raise _not_regular(path)
-    return target
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def temporary_of(path: Path) -> Path:

@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -601,6 +602,22 @@ def test_atomic_path_demands_a_folder_and_a_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="never"), atomic_path(tmp_path / "never"):
         pass
     assert names(tmp_path) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="no links to open files")
+def test_atomic_writes_refuse_links_to_what_has_no_name():
+    """As /dev/stdout is, where it is a pipe: what that leads to is called "pipe:[number]"."""
+    reading, writing = os.pipe()
+    try:
+        path = Path(f"/proc/self/fd/{writing}")
+        with pytest.raises(OSError, match="Is no regular file") as caught:
+            atomic_write(path, b"x")
+        with pytest.raises(OSError, match="Is no regular file") as same, atomic_path(path):
+            pass
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert caught.value.filename == same.value.filename == str(path)
 
 
 def test_atomic_path_has_the_content_on_the_disk_before_it_takes_the_name(old_file, monkeypatch):
