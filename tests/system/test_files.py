@@ -610,9 +610,9 @@ def test_atomic_writes_refuse_links_to_what_has_no_name():
     reading, writing = os.pipe()
     try:
         path = Path(f"/proc/self/fd/{writing}")
-        with pytest.raises(OSError, match="Is no regular file") as caught:
+        with pytest.raises(OSError, match="Is not a regular file") as caught:
             atomic_write(path, b"x")
-        with pytest.raises(OSError, match="Is no regular file") as same, atomic_path(path):
+        with pytest.raises(OSError, match="Is not a regular file") as same, atomic_path(path):
             pass
     finally:
         os.close(reading)
