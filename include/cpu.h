@@ -72,6 +72,27 @@ static inline int cpu_has_amx(void)
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bf16);
 }
 
+/* The bytes of a core's data cache of a level, 1 or 2; 0 if the CPU does not say. Intel lists its
+ * caches in leaf 4, AMD since Zen the same way in leaf 0x8000001D, and before in two leaves of their
+ * own. */
+static inline long cpu_cache_bytes(int level)
+{
+    const unsigned int lists[] = {4, 0x8000001D};
+    unsigned int eax, ebx, ecx, edx;
+
+    for (int list = 0; list < 2; list++)
+        for (unsigned int i = 0; i < 16 && __get_cpuid_count(lists[list], i, &eax, &ebx, &ecx, &edx)
+                                 && (eax & 31); i++)
+            if ((eax & 31) != 2 && (int)(eax >> 5 & 7) == level)
+                return (long)((ebx >> 22) + 1) * ((ebx >> 12 & 1023) + 1) * ((ebx & 4095) + 1)
+                       * (ecx + 1L);
+    if (level == 1 && __get_cpuid(0x80000005, &eax, &ebx, &ecx, &edx))
+        return (long)(ecx >> 24) << 10;
+    if (level == 2 && __get_cpuid(0x80000006, &eax, &ebx, &ecx, &edx))
+        return (long)(ecx >> 16) << 10;
+    return 0;
+}
+
 /* Whether the CPU has all of x86-64-v2, which other packages are compiled for. */
 static inline int cpu_has_x86_64_v2(void)
 {
@@ -90,6 +111,7 @@ static inline int cpu_has_x86_64_v2(void)
 
 static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
 static inline int cpu_has_amx(void) { return 0; }
+static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
 static inline int cpu_has_x86_64_v2(void) { return 1; }
 
 #endif

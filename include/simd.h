@@ -72,13 +72,12 @@
 #include "simd_scalar.h"
 #endif
 
-/* The matrix product packs PACK_DEPTH x PACK_COLUMNS of the right-hand matrix (half a megabyte,
- * sized for the L2 cache) and PACK_ROWS x PACK_DEPTH of the left-hand one. */
+/* The matrix product packs up to PACK_RIGHT floats of the right-hand matrix and PACK_LEFT of the
+ * left-hand one: in panels whose sizes follow from the caches of the CPU. */
 enum {
     TILE_COLUMNS = TILE_VECTORS * VF32_LANES,
-    PACK_DEPTH = 256,
-    PACK_COLUMNS = 512,
-    PACK_ROWS = 112 / TILE_ROWS * TILE_ROWS
+    PACK_RIGHT = 512 * 256,
+    PACK_LEFT = 240 * 256
 };
 
 /* Each tile of packed codes prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
@@ -92,6 +91,11 @@ static inline void prefetch_tile(const unsigned char *tile)
 {
     __builtin_prefetch(tile + PREFETCH_BYTES);
     __builtin_prefetch(tile + PREFETCH_BYTES + 64);
+}
+
+static inline void prefetch_float(const float *x)
+{
+    __builtin_prefetch(x);
 }
 
 /* Hides the contents of memory from the compiler, so that it cannot optimize computations away. */

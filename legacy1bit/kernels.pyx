@@ -13,6 +13,7 @@ from cpython.pycapsule cimport PyCapsule_New
 from libc.math cimport INFINITY, fabsf, isnan, log, sqrtf
 from libc.string cimport memcpy, memset
 
+from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
     KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_TRITS, Attention, CachedHead, Int8Rows,
     KernelTable, Matrix, Operand, PackedMatrix, Scheme, Update, strided,
@@ -26,9 +27,8 @@ cdef extern from "simd.h" nogil:
         TILE_ROWS
         TILE_VECTORS
         TILE_COLUMNS
-        PACK_DEPTH
-        PACK_COLUMNS
-        PACK_ROWS
+        PACK_RIGHT
+        PACK_LEFT
     const char *TIER_NAME
     vf32 vf32_zero()
     vf32 vf32_splat(float x)
@@ -71,7 +71,9 @@ cdef extern from "simd.h" nogil:
     vact3 vact3_load(const signed char *x)
     vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+    void prefetch_float(const float *x)
     void prefetch_tile(const unsigned char *tile)
+    void prefetch_float(const float *x)
     void do_not_optimize(void *memory)
     ctypedef struct amx_operand:
         const float *dense
@@ -620,6 +622,37 @@ cdef void matrix_transpose_vector(const Matrix *matrix, const float *x,
 # The algorithm of Goto & van de Geijn (ACM TOMS 34(3), 2008): panels of both matrices are packed so
 # that the inner loop reads memory sequentially, and a tile of the result stays in registers.
 
+cdef enum:
+    TILE_GROUPS = (TILE_ROWS + 2) / 3       # groups of three rows
+    TRANSPOSED_ROWS = 16                    # packed together, to stay in the L1 cache
+
+
+cdef struct Panels:
+    # The sizes of what is packed: depth x columns of the right-hand matrix, rows x depth of the
+    # left-hand one. They are multiples of a tile's and do not change a bit of the product.
+    Py_ssize_t depth
+    Py_ssize_t rows
+    Py_ssize_t columns
+
+
+cdef Panels panels_for(Py_ssize_t l1_bytes, Py_ssize_t l2_bytes) noexcept:
+    # A tile's columns of the right-hand panel take half of the L1 cache, the left-hand panel a
+    # quarter of the L2 cache, which the right-hand panel shares where it is large enough (Low et
+    # al., "Analytical modeling is enough for high-performance BLIS", ACM TOMS 43(2), 2016).
+    cdef Panels p
+    p.depth = l1_bytes // (2 * <Py_ssize_t>sizeof(float) * TILE_COLUMNS) // 64 * 64
+    p.depth = max(256, min(p.depth, 384))
+    p.rows = min(l2_bytes // (4 * <Py_ssize_t>sizeof(float)), <Py_ssize_t>PACK_LEFT) // p.depth
+    p.rows = max(p.rows // TILE_ROWS, 1) * TILE_ROWS
+    p.columns = PACK_RIGHT // p.depth // TILE_COLUMNS * TILE_COLUMNS
+    return p
+
+
+cdef Py_ssize_t l1_bytes, l2_bytes
+l1_bytes, l2_bytes = cache_sizes()
+cdef Panels panels = panels_for(l1_bytes, l2_bytes)
+
+
 cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
                                const float *start, float *c, Py_ssize_t c_row) noexcept nogil:
     # c[TILE_ROWS, TILE_COLUMNS] = start + a b, where every row starts from `start`, or from c
@@ -651,6 +684,40 @@ cdef inline void multiply_tile(Py_ssize_t depth, const float *a, const float *b,
             vf32_store(c + i * c_row + j * VF32_LANES, total[i][j])
 
 
+cdef inline void multiply_rows(Py_ssize_t depth, const float *a, Py_ssize_t a_row, const float *b,
+                               const float *start, float *c, Py_ssize_t c_row) noexcept nogil:
+    # As multiply_tile, with rows of a that are a_row apart. One address for three rows: x86 adds
+    # once or twice the distance to it for free.
+    cdef vf32 total[TILE_ROWS][TILE_VECTORS]
+    cdef vf32 right[TILE_VECTORS]
+    cdef vf32 left
+    cdef const float *rows[TILE_GROUPS]
+    cdef Py_ssize_t i, j, _k
+    if start:
+        for i in range(TILE_ROWS):
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_load(start + j * VF32_LANES)
+    else:
+        for i in range(TILE_ROWS):
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_load(c + i * c_row + j * VF32_LANES)
+    for i in range(TILE_GROUPS):
+        rows[i] = a + 3 * i * a_row
+    for _k in range(depth):
+        for j in range(TILE_VECTORS):
+            right[j] = vf32_load(b + j * VF32_LANES)
+        for i in range(TILE_ROWS):
+            left = vf32_splat(rows[i // 3][i % 3 * a_row])
+            for j in range(TILE_VECTORS):
+                total[i][j] = vf32_fmadd(left, right[j], total[i][j])
+        for i in range(TILE_GROUPS):
+            rows[i] += 1
+        b += TILE_COLUMNS
+    for i in range(TILE_ROWS):
+        for j in range(TILE_VECTORS):
+            vf32_store(c + i * c_row + j * VF32_LANES, total[i][j])
+
+
 cdef inline void copy_block(const float *source, Py_ssize_t source_row, float *target,
                             Py_ssize_t target_row, Py_ssize_t rows,
                             Py_ssize_t cols) noexcept nogil:
@@ -659,55 +726,80 @@ cdef inline void copy_block(const float *source, Py_ssize_t source_row, float *t
         memcpy(target + i * target_row, source + i * source_row, cols * sizeof(float))
 
 
-cdef inline void multiply_edge(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth,
-                               const float *a, const float *b, const float *start, float *c,
-                               Py_ssize_t c_row) noexcept nogil:
-    # A tile that extends past the edge of c is computed in a buffer and copied without the excess.
-    cdef float tile[TILE_ROWS * TILE_COLUMNS]
-    memset(tile, 0, sizeof(tile))
-    if not start:
-        copy_block(c, c_row, tile, TILE_COLUMNS, rows, cols)
-    multiply_tile(depth, a, b, start, tile, TILE_COLUMNS)
-    copy_block(tile, TILE_COLUMNS, c, c_row, rows, cols)
+cdef inline void multiply_block(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth,
+                                const float *a, Py_ssize_t a_row, const float *b,
+                                const float *start, float *c, Py_ssize_t c_row) noexcept nogil:
+    # A tile, of which rows x cols are in c. a is packed if a_row is 0. What extends past the edge
+    # of c is computed in a buffer and copied without the excess.
+    cdef float buffer[TILE_ROWS * TILE_COLUMNS]
+    cdef bint whole = rows == TILE_ROWS and cols == TILE_COLUMNS
+    cdef float *out = c if whole else buffer
+    cdef Py_ssize_t out_row = c_row if whole else TILE_COLUMNS
+    if not whole:
+        memset(buffer, 0, sizeof(buffer))
+        if not start:
+            copy_block(c, c_row, buffer, TILE_COLUMNS, rows, cols)
+    if a_row:
+        multiply_rows(depth, a, a_row, b, start, out, out_row)
+    else:
+        multiply_tile(depth, a, b, start, out, out_row)
+    if not whole:
+        copy_block(buffer, TILE_COLUMNS, c, c_row, rows, cols)
+
+
+cdef inline void pack_columns(const float *a, Py_ssize_t a_col, Py_ssize_t tiles,
+                              Py_ssize_t depth, float *packed) noexcept nogil:
+    # Whole tiles of a matrix whose columns are contiguous. A few of its columns at a time, which
+    # are in as many pages: they are prefetched.
+    cdef Py_ssize_t k, block, tile
+    cdef const float *source
+    cdef float *target
+    for block from 0 <= block < depth by TRANSPOSED_ROWS:
+        for tile in range(tiles):
+            for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
+                source = a + tile * TILE_ROWS + k * a_col
+                target = packed + tile * depth * TILE_ROWS + k * TILE_ROWS
+                prefetch_float(source + TRANSPOSED_ROWS * a_col)
+                if TILE_ROWS < VF32_LANES and tile + 1 < tiles and k + 1 < depth:
+                    # The excess is overwritten by the next column.
+                    vf32_store(target, vf32_load(source))
+                else:
+                    memcpy(target, source, TILE_ROWS * sizeof(float))
 
 
 cdef inline void pack_left(const float *a, Py_ssize_t a_row, Py_ssize_t a_col, Py_ssize_t rows,
                            Py_ssize_t depth, float *packed) noexcept nogil:
     # Tiles of TILE_ROWS rows, each [depth, TILE_ROWS]; rows past the last are zeros. Except in the
     # scalar tier, TILE_ROWS <= VF32_LANES.
-    cdef Py_ssize_t i, k, tile, here, whole = depth - depth % VF32_LANES
+    cdef Py_ssize_t i, k, tile = 0, here, whole = depth - depth % VF32_LANES
     cdef vf32 square[VF32_LANES]
-    for tile from 0 <= tile < rows by TILE_ROWS:
+    if a_row == 1:
+        pack_columns(a, a_col, rows // TILE_ROWS, depth, packed)
+        tile = rows - rows % TILE_ROWS
+        packed += tile * depth
+    for tile from tile <= tile < rows by TILE_ROWS:
         here = min(rows - tile, TILE_ROWS)
         if here < TILE_ROWS:
             memset(packed, 0, depth * TILE_ROWS * sizeof(float))
-        if a_row == 1 and here == TILE_ROWS:
-            for k in range(depth):
-                memcpy(packed + k * TILE_ROWS, a + tile + k * a_col, TILE_ROWS * sizeof(float))
-        elif a_col == 1 and VF32_LANES > 1:
+        if a_col == 1 and VF32_LANES > 1:
             for k from 0 <= k < whole by VF32_LANES:
                 for i in range(VF32_LANES):
                     square[i] = vf32_zero()
                     if i < here:
                         square[i] = vf32_load(a + (tile + i) * a_row + k)
                 vf32_transpose(square)
+                # In this order a vector's excess is overwritten by the next one, and that of the
+                # last by the next tile; behind the last tile there is space.
                 for i in range(VF32_LANES):
-                    if TILE_ROWS < VF32_LANES:
-                        vf32_store_first(packed + (k + i) * TILE_ROWS, TILE_ROWS, square[i])
-                    else:
-                        vf32_store(packed + (k + i) * TILE_ROWS, square[i])
-            for i in range(here):
+                    vf32_store(packed + (k + i) * TILE_ROWS, square[i])
+            for i in range(TILE_ROWS):
                 for k in range(whole, depth):
-                    packed[k * TILE_ROWS + i] = a[(tile + i) * a_row + k]
+                    packed[k * TILE_ROWS + i] = a[(tile + i) * a_row + k] if i < here else 0.0
         else:
             for i in range(here):
                 for k in range(depth):
                     packed[k * TILE_ROWS + i] = a[(tile + i) * a_row + k * a_col]
         packed += depth * TILE_ROWS
-
-
-cdef enum:
-    TRANSPOSED_ROWS = 16
 
 
 cdef inline void pack_right(const float *b, Py_ssize_t b_row, Py_ssize_t b_col,
@@ -844,44 +936,53 @@ cdef void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b
     # c[m, n] = a[m, k] b[k, n] + bias[n], or c += ... if accumulate is set. a holds floats; rows of
     # c are c_row apart.
     cdef float *right = workspace
-    cdef float *left = right + PACK_DEPTH * PACK_COLUMNS
-    cdef float *start = left + PACK_ROWS * PACK_DEPTH
+    cdef float *left = right + PACK_RIGHT
+    cdef float *start = left + PACK_LEFT + VF32_LANES
+    cdef const float *a_block
     cdef const float *begin
-    cdef const float *a_tile
     cdef float *corner
-    cdef Py_ssize_t jc, pc, ic, jr, ir, columns, depth, rows, tile_rows, tile_columns
+    cdef Py_ssize_t jc, pc, ic, jr, ir, i, columns, depth, rows, tile_rows, tile_columns, unpacked
     if MATRIX_UNIT:
         matrix_unit_product(m, n, k, a, b, bias, accumulate, c, c_row, workspace)
         return
-    for jc from 0 <= jc < n by PACK_COLUMNS:
-        columns = min(n - jc, PACK_COLUMNS)
+    for jc from 0 <= jc < n by panels.columns:
+        columns = min(n - jc, panels.columns)
         if not accumulate:
             memset(start, 0, (columns + TILE_COLUMNS) * sizeof(float))
             if bias:
                 memcpy(start, bias + jc, columns * sizeof(float))
-        for pc from 0 <= pc < k by PACK_DEPTH:
-            depth = min(k - pc, PACK_DEPTH)
+        for pc from 0 <= pc < k by panels.depth:
+            depth = min(k - pc, panels.depth)
             if b.codes == NULL:
                 pack_right(b.data + pc * b.row + jc * b.col, b.row, b.col, depth, columns, right)
             elif b.transposed:
                 pack_codes_transposed(b.codes, jc, pc, depth, columns, right)
             else:
                 pack_codes(b.codes, pc, jc, depth, columns, right)
-            for ic from 0 <= ic < m by PACK_ROWS:
-                rows = min(m - ic, PACK_ROWS)
-                pack_left(a.data + ic * a.row + pc * a.col, a.row, a.col, rows, depth, left)
+            for ic from 0 <= ic < m by panels.rows:
+                rows = min(m - ic, panels.rows)
+                a_block = a.data + ic * a.row + pc * a.col
+                # Contiguous rows are read where they are; only the last ones, which fill no tile,
+                # are packed.
+                unpacked = rows - rows % TILE_ROWS if a.col == 1 else 0
+                pack_left(a_block + unpacked * a.row, a.row, a.col, rows - unpacked, depth, left)
                 for jr from 0 <= jr < columns by TILE_COLUMNS:
                     tile_columns = min(columns - jr, TILE_COLUMNS)
                     begin = NULL if accumulate or pc else start + jr
                     for ir from 0 <= ir < rows by TILE_ROWS:
                         tile_rows = min(rows - ir, TILE_ROWS)
-                        a_tile = left + ir * depth
                         corner = c + (ic + ir) * c_row + jc + jr
-                        if tile_rows == TILE_ROWS and tile_columns == TILE_COLUMNS:
-                            multiply_tile(depth, a_tile, right + jr * depth, begin, corner, c_row)
+                        # What the next tile adds to is on its way while this one is computed.
+                        for i in range(TILE_ROWS):
+                            prefetch_float(corner + (TILE_ROWS + i) * c_row)
+                            prefetch_float(corner + (TILE_ROWS + i) * c_row + TILE_COLUMNS - 1)
+                        if ir < unpacked:
+                            multiply_block(TILE_ROWS, tile_columns, depth, a_block + ir * a.row,
+                                           a.row, right + jr * depth, begin, corner, c_row)
                         else:
-                            multiply_edge(tile_rows, tile_columns, depth, a_tile,
-                                          right + jr * depth, begin, corner, c_row)
+                            multiply_block(tile_rows, tile_columns, depth,
+                                           left + (ir - unpacked) * depth, 0, right + jr * depth,
+                                           begin, corner, c_row)
 
 
 cdef void matmul(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
@@ -1508,8 +1609,8 @@ cdef KernelTable kernels
 simd_prepare()
 kernels.name = TIER_NAME
 kernels.peak_floats = CHAINS * VF32_LANES
-kernels.workspace_floats = (PACK_DEPTH * PACK_COLUMNS + PACK_ROWS * PACK_DEPTH
-                            + PACK_COLUMNS + TILE_COLUMNS)
+kernels.workspace_floats = (PACK_RIGHT + PACK_LEFT + VF32_LANES
+                            + panels.columns + TILE_COLUMNS)
 if MATRIX_UNIT:
     kernels.workspace_floats = AMX_WORKSPACE
     if not amx_request():

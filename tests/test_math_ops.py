@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,7 +38,7 @@ from helpers.models import (
     run_child,
     scaled_matrices,
 )
-from legacy1bit import math_ops
+from legacy1bit import cpu, math_ops
 from legacy1bit.model import TernaryMatrix
 
 SIZES = (1, 2, 3, 5, 7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65, 97)
@@ -892,6 +893,69 @@ def test_matmul_with_more_threads_than_rows():
 def test_matmul_rejects_fewer_than_one_thread(threads):
     with pytest.raises(ValueError, match="threads"):
         math_ops.matmul(normal(3, 3), normal(3, 3), threads=threads)
+
+
+# The products of every instruction set, whose panels have edges at any size of the caches.
+PANELS = """
+import hashlib
+import numpy as np
+from legacy1bit import math_ops
+
+rng = np.random.default_rng(0)
+normal = lambda *shape: rng.standard_normal(shape, np.float32)
+operands = [(normal(m, k), normal(k, n)) for m, k, n in ((70, 520, 385), (241, 300, 37), (7, 5, 3))]
+for name in math_ops.simd_levels():
+    math_ops.set_simd_level(name)
+    digest = hashlib.sha256()
+    for a, b in operands:
+        for left, right in ((a, b), (a.T.copy(), b), (a, b.T.copy())):
+            flags = left is not a, right is not b
+            digest.update(math_ops.matmul(left, right, None, *flags))
+    print(name, digest.hexdigest())
+"""
+
+
+def run_with_caches(program, sizes):
+    return subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "LEGACY1BIT_CACHES": sizes},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_matmul_has_the_same_bits_for_caches_of_any_size():
+    by_sizes = {sizes: run_with_caches(PANELS, sizes) for sizes in ("", "4,4", "32,512", "64,8192")}
+    outputs = {sizes: done.stdout for sizes, done in by_sizes.items()}
+    assert all(done.returncode == 0 for done in by_sizes.values())
+    assert outputs[""].count("\n") == len(math_ops.simd_levels())
+    assert len(set(outputs.values())) == 1
+
+
+@pytest.mark.parametrize("sizes", ["32", "32,512,1", "0,512", "32,-1", "x,512", "32,9999999"])
+def test_import_with_wrong_sizes_of_caches_is_one_clear_line(sizes):
+    done = run_with_caches(IMPORT, sizes)
+    assert done.stdout.startswith("ImportError: LEGACY1BIT_CACHES is ")
+    assert "32,512" in done.stdout
+    assert done.stdout.count("\n") == 1
+
+
+def test_cache_sizes_are_those_of_the_environment(monkeypatch):
+    monkeypatch.setenv("LEGACY1BIT_CACHES", "48,2048")
+    assert cpu.cache_sizes() == (48 << 10, 2048 << 10)
+
+
+def test_cache_sizes_are_those_of_the_system(monkeypatch):
+    monkeypatch.delenv("LEGACY1BIT_CACHES", raising=False)
+    folder = Path("/sys/devices/system/cpu/cpu0/cache")
+    sizes = {}
+    for cache in folder.glob("index*"):
+        if (cache / "type").read_text().strip() != "Instruction":
+            kib = (cache / "size").read_text().strip().removesuffix("K")
+            sizes[int((cache / "level").read_text())] = int(kib) << 10
+    if not {1, 2} <= set(sizes):
+        pytest.skip("the system does not list the caches")
+    assert cpu.cache_sizes() == (sizes[1], sizes[2])
 
 
 # --- What every function rejects ------------------------------------------------------------------
