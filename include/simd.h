@@ -31,10 +31,14 @@
  * register file; and the products of packed codes with int8 activations, in integers:
  *
  *   vsum                      sums of VSUM_ROWS rows; vsum_zero(), vsum_store(int *p, s)
+ *   vpart, vpart_zero()       sums of up to VPART_TILES tiles, perhaps in fewer bits
+ *   vsum_add(s, part)         s plus such a part
  *   vact, vact_load(x)        the 16 activations for a tile of codes
- *   vsum_tile(s, w, x)        s plus, for each row, the product of its 16 codes at w with x
- *   vact3, vact3_load(x), vsum_tile3(s, w, x), vsum3_store(int *p, s)
+ *   vpart_tile(part, w, x)    part plus, for each row, the product of its 16 codes at w with x
+ *   vact3, vact3_load(x), vpart_tile3(part, w, x), vsum3_store(int *p, s)
  *                             the same for a tile of trits: 20 columns
+ *   vpart_rows(part, w, x, stride), vpart_rows3(part, w, x, stride)
+ *                             the same for VSUM_AT_ONCE rows of activations, stride apart
  *
  * A tile is two cache lines, 32 rows of four bytes. Byte j of a row holds columns j, 4 + j, 8 + j
  * and 12 + j of the tile's 16 in its bits 0-1, 2-3, 4-5 and 6-7, as unsigned numbers; or columns
@@ -58,6 +62,23 @@
 #define FORCE_INLINE static inline __attribute__((always_inline))
 #endif
 
+/* Each tile of packed codes prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
+ * stops at pages of 4096 bytes, and a strip is often shorter. */
+enum {
+    VSUM_TILES = 1024,
+    PREFETCH_BYTES = 2048
+};
+
+/* Keeps the compiler from reordering additions, which may need more registers than there are. */
+#define KEEP_ORDER(v) __asm__("" : "+x"(v))
+
+/* Where sums are added up in all their bits at once, they are their only part. */
+#define VPART_IS_VSUM                                                                              \
+    enum { VPART_TILES = VSUM_TILES };                                                             \
+    typedef vsum vpart;                                                                            \
+    static inline vpart vpart_zero(void) { return vsum_zero(); }                                   \
+    static inline vsum vsum_add(vsum s, vpart part) { (void)s; return part; }
+
 #if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
     defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"
@@ -80,12 +101,20 @@ enum {
     PACK_LEFT = 240 * 256
 };
 
-/* Each tile of packed codes prefetches the memory PREFETCH_BYTES ahead: the hardware prefetcher
- * stops at pages of 4096 bytes, and a strip is often shorter. */
-enum {
-    VSUM_TILES = 1024,
-    PREFETCH_BYTES = 2048
-};
+#ifndef VPART_ROWS
+static inline void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
+{
+    for (int t = 0; t < VSUM_AT_ONCE; t++)
+        part[t] = vpart_tile(part[t], w, vact_load(x + t * stride));
+}
+
+static inline void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x,
+                               long stride)
+{
+    for (int t = 0; t < VSUM_AT_ONCE; t++)
+        part[t] = vpart_tile3(part[t], w, vact3_load(x + t * stride));
+}
+#endif
 
 static inline void prefetch_tile(const unsigned char *tile)
 {

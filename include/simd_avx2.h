@@ -113,13 +113,14 @@ static inline void i8_round(signed char *p, vf32 v)
 }
 
 /* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
- * 3,810 for five of them. */
-enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 4 };
-typedef __m256i vsum;
+ * and 30,480 for the five fields of eight tiles. */
+enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 8, VPART_TILES = 8 };
+typedef __m256i vsum, vpart;
 typedef struct { __m256i field[4]; } vact;
 typedef struct { __m256i field[5]; } vact3;
 
 static inline vsum vsum_zero(void) { return _mm256_setzero_si256(); }
+static inline vpart vpart_zero(void) { return _mm256_setzero_si256(); }
 static inline void vsum_store(int *p, vsum s) { _mm256_storeu_si256((__m256i *)p, s); }
 static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
@@ -143,38 +144,62 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
-static inline vsum avx2_widen(vsum s, __m256i pairs)
+static inline vsum vsum_add(vsum s, vpart part)
 {
-    return _mm256_add_epi32(s, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(s, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart part, const unsigned char *w, vact x)
 {
     const __m256i three = _mm256_set1_epi8(3), v = _mm256_loadu_si256((const __m256i *)w);
-    __m256i even = _mm256_maddubs_epi16(_mm256_and_si256(v, three), x.field[0]);
-    __m256i odd = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 2), three),
-                                       x.field[1]);
-    even = _mm256_add_epi16(even, _mm256_maddubs_epi16(
-        _mm256_and_si256(_mm256_srli_epi16(v, 4), three), x.field[2]));
-    odd = _mm256_add_epi16(odd, _mm256_maddubs_epi16(
-        _mm256_and_si256(_mm256_srli_epi16(v, 6), three), x.field[3]));
-    return avx2_widen(s, _mm256_add_epi16(even, odd));
+    for (int i = 0; i < 4; i++)
+        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(
+            _mm256_and_si256(_mm256_srli_epi16(v, 2 * i), three), x.field[i]));
+    return part;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+/* All rows use a field before the next one is unpacked: so the sums stay in registers. */
+#define VPART_ROWS
+static inline void avx2_rows(vpart *part, __m256i field, const signed char *x, long stride)
 {
-    const __m256i three = _mm256_set1_epi8(3), zero = _mm256_setzero_si256();
-    __m256i v = _mm256_loadu_si256((const __m256i *)w), pairs = zero;
-    for (int i = 0; i < 5; i++) {
-        /* Two averages give 3/4 of the byte, whose top two bits are the trit. Averages round up;
-         * subtracting 1 first makes them round down. */
-        const __m256i less = _mm256_subs_epu8(v, _mm256_set1_epi8(1));
-        const __m256i top = _mm256_avg_epu8(less, _mm256_avg_epu8(less, zero));
-        pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(
-            _mm256_and_si256(_mm256_srli_epi16(top, 6), three), x.field[i]));
-        v = _mm256_add_epi8(v, _mm256_add_epi8(v, v));
+    for (int t = 0; t < VSUM_AT_ONCE; t++) {
+        part[t] = _mm256_add_epi16(part[t],
+                                   _mm256_maddubs_epi16(field, avx2_four(x + t * stride)));
+        KEEP_ORDER(part[t]);
     }
-    return avx2_widen(s, pairs);
+}
+
+static inline void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
+{
+    const __m256i three = _mm256_set1_epi8(3), v = _mm256_loadu_si256((const __m256i *)w);
+    for (int i = 0; i < 4; i++)
+        avx2_rows(part, _mm256_and_si256(_mm256_srli_epi16(v, 2 * i), three), x + 4 * i, stride);
+}
+
+/* The next trit of every byte: two averages give 3/4 of the byte, whose top two bits are the trit.
+ * Averages round up; subtracting 1 first makes them round down. */
+static inline __m256i avx2_trit(__m256i *v)
+{
+    const __m256i less = _mm256_subs_epu8(*v, _mm256_set1_epi8(1));
+    const __m256i top = _mm256_avg_epu8(less, _mm256_avg_epu8(less, _mm256_setzero_si256()));
+    *v = _mm256_add_epi8(*v, _mm256_add_epi8(*v, *v));
+    return _mm256_and_si256(_mm256_srli_epi16(top, 6), _mm256_set1_epi8(3));
+}
+
+static inline vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
+{
+    __m256i v = _mm256_loadu_si256((const __m256i *)w);
+    for (int i = 0; i < 5; i++)
+        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(avx2_trit(&v), x.field[i]));
+    return part;
+}
+
+static inline void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x,
+                               long stride)
+{
+    __m256i v = _mm256_loadu_si256((const __m256i *)w);
+    for (int i = 0; i < 5; i++)
+        avx2_rows(part, avx2_trit(&v), x + 4 * i, stride);
 }
 
 static inline void simd_prepare(void) {}

@@ -97,7 +97,7 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
-enum { VSUM_ROWS = 16, VSUM_AT_ONCE = 4 };
+enum { VSUM_ROWS = 16 };
 typedef struct { __m512i field[4]; } vact;
 typedef struct { __m512i field[5]; } vact3;
 
@@ -133,6 +133,8 @@ static inline __m512i avx512_trit(__m512i *v)
 
 #ifdef __AVX512VNNI__
 
+enum { VSUM_AT_ONCE = 4 };
+
 /* Fields are masked in place, and each has its own sums, weighted 1, 4, 16 and 64: no shifts, and
  * four independent chains of additions. */
 typedef struct { __m512i field[4]; } vsum;
@@ -143,6 +145,7 @@ static inline vsum vsum_zero(void)
     vsum s = {{zero, zero, zero, zero}};
     return s;
 }
+VPART_IS_VSUM
 
 static inline void vsum_store(int *p, vsum s)
 {
@@ -153,7 +156,7 @@ static inline void vsum_store(int *p, vsum s)
     _mm512_storeu_si512(p, total);
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart s, const unsigned char *w, vact x)
 {
     const __m512i v = _mm512_loadu_si512(w);
     for (int i = 0; i < 4; i++)
@@ -165,7 +168,7 @@ static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
 /* A fraction f in 256ths has the trit t = (3 f - g) / 256, where g, the fraction of the other
  * trits, is 3 f modulo 256. So trits need not be extracted: fractions are multiplied instead, and
  * 256 times the sum of t x is 3 sum(f x) - sum(g x), even if intermediate sums wrap around. */
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+static inline vpart vpart_tile3(vpart s, const unsigned char *w, vact3 x)
 {
     __m512i f = _mm512_loadu_si512(w);
     for (int i = 0; i < 5; i++) {
@@ -188,37 +191,61 @@ static inline void vsum3_store(int *p, vsum s)
 #else
 
 /* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
- * 3,810 for five of them. */
-typedef __m512i vsum;
+ * and 30,480 for the five fields of eight tiles. */
+enum { VSUM_AT_ONCE = 8, VPART_TILES = 8 };
+typedef __m512i vsum, vpart;
 
 static inline vsum vsum_zero(void) { return _mm512_setzero_si512(); }
+static inline vpart vpart_zero(void) { return _mm512_setzero_si512(); }
 static inline void vsum_store(int *p, vsum s) { _mm512_storeu_si512(p, s); }
 static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
-static inline vsum avx512_widen(vsum s, __m512i pairs)
+static inline vsum vsum_add(vsum s, vpart part)
 {
-    return _mm512_add_epi32(s, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+    return _mm512_add_epi32(s, _mm512_madd_epi16(part, _mm512_set1_epi16(1)));
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart part, const unsigned char *w, vact x)
 {
     const __m512i three = _mm512_set1_epi8(3), v = _mm512_loadu_si512(w);
-    __m512i even = _mm512_maddubs_epi16(_mm512_and_si512(v, three), x.field[0]);
-    __m512i odd = _mm512_maddubs_epi16(_mm512_and_si512(_mm512_srli_epi16(v, 2), three),
-                                       x.field[1]);
-    even = _mm512_add_epi16(even, _mm512_maddubs_epi16(
-        _mm512_and_si512(_mm512_srli_epi16(v, 4), three), x.field[2]));
-    odd = _mm512_add_epi16(odd, _mm512_maddubs_epi16(
-        _mm512_and_si512(_mm512_srli_epi16(v, 6), three), x.field[3]));
-    return avx512_widen(s, _mm512_add_epi16(even, odd));
+    for (int i = 0; i < 4; i++)
+        part = _mm512_add_epi16(part, _mm512_maddubs_epi16(
+            _mm512_and_si512(_mm512_srli_epi16(v, 2 * i), three), x.field[i]));
+    return part;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+/* All rows use a field before the next one is unpacked: so the sums stay in registers. */
+#define VPART_ROWS
+static inline void avx512_rows(vpart *part, __m512i field, const signed char *x, long stride)
 {
-    __m512i v = _mm512_loadu_si512(w), pairs = _mm512_setzero_si512();
+    for (int t = 0; t < VSUM_AT_ONCE; t++) {
+        part[t] = _mm512_add_epi16(part[t],
+                                   _mm512_maddubs_epi16(field, avx512_four(x + t * stride)));
+        KEEP_ORDER(part[t]);
+    }
+}
+
+static inline void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
+{
+    const __m512i three = _mm512_set1_epi8(3), v = _mm512_loadu_si512(w);
+    for (int i = 0; i < 4; i++)
+        avx512_rows(part, _mm512_and_si512(_mm512_srli_epi16(v, 2 * i), three), x + 4 * i, stride);
+}
+
+static inline void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x,
+                               long stride)
+{
+    __m512i v = _mm512_loadu_si512(w);
     for (int i = 0; i < 5; i++)
-        pairs = _mm512_add_epi16(pairs, _mm512_maddubs_epi16(avx512_trit(&v), x.field[i]));
-    return avx512_widen(s, pairs);
+        avx512_rows(part, avx512_trit(&v), x + 4 * i, stride);
+}
+
+static inline vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
+{
+    __m512i v = _mm512_loadu_si512(w);
+    for (int i = 0; i < 5; i++)
+        part = _mm512_add_epi16(part, _mm512_maddubs_epi16(avx512_trit(&v), x.field[i]));
+    return part;
 }
 
 #endif

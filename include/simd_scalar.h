@@ -64,12 +64,13 @@ typedef const signed char *vact;
 typedef const signed char *vact3;
 
 static inline vsum vsum_zero(void) { return 0; }
+VPART_IS_VSUM
 static inline void vsum_store(int *p, vsum s) { *p = s; }
 static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 static inline vact vact_load(const signed char *x) { return x; }
 static inline vact3 vact3_load(const signed char *x) { return x; }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart s, const unsigned char *w, vact x)
 {
     for (int byte = 0; byte < 4; byte++)
         for (int field = 0; field < 4; field++)
@@ -77,7 +78,7 @@ static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
     return s;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+static inline vpart vpart_tile3(vpart s, const unsigned char *w, vact3 x)
 {
     for (int byte = 0; byte < 4; byte++) {
         unsigned int rest = w[byte];

@@ -135,6 +135,7 @@ typedef struct { vf32 byte[4]; } vact;
 typedef struct { vf32 byte[4], fifth; } vact3;
 
 static inline vsum vsum_zero(void) { return _mm_setzero_ps(); }
+VPART_IS_VSUM
 
 static inline void vsum_store(int *p, vsum s)
 {
@@ -154,7 +155,7 @@ static inline vact vact_load(const signed char *x)
     return a;
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart s, const unsigned char *w, vact x)
 {
     for (int i = 0; i < 4; i++)
         s = _mm_add_ps(s, _mm_mul_ps(_mm_load_ps(sse_codes[w[i]]), x.byte[i]));
@@ -169,7 +170,7 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+static inline vpart vpart_tile3(vpart s, const unsigned char *w, vact3 x)
 {
     for (int i = 0; i < 4; i++)
         s = _mm_add_ps(s, _mm_mul_ps(_mm_load_ps(sse_trits[w[i]]), x.byte[i]));

@@ -67,7 +67,6 @@ static inline void i8_round(signed char *p, vf32 v)
     memcpy(p, &four, 4);
 }
 
-enum { VSUM_ROWS = 4, VSUM_AT_ONCE = 1 };
 typedef __m128i vsum;
 
 static inline vsum vsum_zero(void) { return _mm_setzero_si128(); }
@@ -75,10 +74,13 @@ static inline vsum vsum_zero(void) { return _mm_setzero_si128(); }
 #ifdef __SSSE3__
 
 /* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
- * 3,810 for five of them. */
+ * and 30,480 for the five fields of eight tiles. */
+enum { VSUM_ROWS = 4, VSUM_AT_ONCE = 1, VPART_TILES = 8 };
+typedef __m128i vpart;
 typedef struct { __m128i field[4]; } vact;
 typedef struct { __m128i field[5]; } vact3;
 
+static inline vpart vpart_zero(void) { return _mm_setzero_si128(); }
 static inline void vsum_store(int *p, vsum s) { _mm_storeu_si128((__m128i *)p, s); }
 static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
@@ -100,40 +102,40 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
-static inline vsum ssse3_widen(vsum s, __m128i pairs)
+static inline vsum vsum_add(vsum s, vpart part)
 {
-    return _mm_add_epi32(s, _mm_madd_epi16(pairs, _mm_set1_epi16(1)));
+    return _mm_add_epi32(s, _mm_madd_epi16(part, _mm_set1_epi16(1)));
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart part, const unsigned char *w, vact x)
 {
     const __m128i three = _mm_set1_epi8(3), v = _mm_loadu_si128((const __m128i *)w);
-    __m128i even = _mm_maddubs_epi16(_mm_and_si128(v, three), x.field[0]);
-    __m128i odd = _mm_maddubs_epi16(_mm_and_si128(_mm_srli_epi16(v, 2), three), x.field[1]);
-    even = _mm_add_epi16(even, _mm_maddubs_epi16(_mm_and_si128(_mm_srli_epi16(v, 4), three),
-                                                 x.field[2]));
-    odd = _mm_add_epi16(odd, _mm_maddubs_epi16(_mm_and_si128(_mm_srli_epi16(v, 6), three),
-                                               x.field[3]));
-    return ssse3_widen(s, _mm_add_epi16(even, odd));
+    for (int i = 0; i < 4; i++)
+        part = _mm_add_epi16(part, _mm_maddubs_epi16(
+            _mm_and_si128(_mm_srli_epi16(v, 2 * i), three), x.field[i]));
+    return part;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+static inline vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
 {
     const __m128i three = _mm_set1_epi8(3);
-    __m128i v = _mm_loadu_si128((const __m128i *)w), pairs = _mm_setzero_si128();
+    __m128i v = _mm_loadu_si128((const __m128i *)w);
     for (int i = 0; i < 5; i++) {
         /* Two averages give 3/4 of the byte, whose top two bits are the trit. Averages round up;
          * subtracting 1 first makes them round down. */
         const __m128i less = _mm_subs_epu8(v, _mm_set1_epi8(1));
         const __m128i top = _mm_avg_epu8(less, _mm_avg_epu8(less, _mm_setzero_si128()));
-        pairs = _mm_add_epi16(pairs, _mm_maddubs_epi16(
+        part = _mm_add_epi16(part, _mm_maddubs_epi16(
             _mm_and_si128(_mm_srli_epi16(top, 6), three), x.field[i]));
         v = _mm_add_epi8(v, _mm_add_epi8(v, v));
     }
-    return ssse3_widen(s, pairs);
+    return part;
 }
 
 #else
+
+enum { VSUM_ROWS = 4, VSUM_AT_ONCE = 1 };
+VPART_IS_VSUM
 
 /* 16-bit words hold the byte of an even column and above it that of an odd column. Fields are
  * masked in place, so they are weighted 1, 4, 16 and 64, and the activations 64, 16, 4 and 1: every
@@ -161,7 +163,7 @@ static inline vact vact_load(const signed char *x)
     return a;
 }
 
-static inline vsum vsum_tile(vsum s, const unsigned char *w, vact x)
+static inline vpart vpart_tile(vpart s, const unsigned char *w, vact x)
 {
     const __m128i low = _mm_loadu_si128((const __m128i *)w), high = _mm_srli_epi16(low, 8);
     for (int i = 0; i < 4; i++) {
@@ -186,7 +188,7 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
-static inline vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+static inline vpart vpart_tile3(vpart s, const unsigned char *w, vact3 x)
 {
     const __m128i byte = _mm_set1_epi16(255), v = _mm_loadu_si128((const __m128i *)w);
     __m128i low = _mm_and_si128(v, byte), high = _mm_srli_epi16(v, 8);

@@ -58,7 +58,10 @@ cdef extern from "simd.h" nogil:
         VSUM_ROWS
         VSUM_TILES
         VSUM_AT_ONCE
+        VPART_TILES
     ctypedef struct vsum:
+        pass
+    ctypedef struct vpart:
         pass
     ctypedef struct vact:
         pass
@@ -69,8 +72,12 @@ cdef extern from "simd.h" nogil:
     void vsum3_store(int *p, vsum s)
     vact vact_load(const signed char *x)
     vact3 vact3_load(const signed char *x)
-    vsum vsum_tile(vsum s, const unsigned char *w, vact x)
-    vsum vsum_tile3(vsum s, const unsigned char *w, vact3 x)
+    vpart vpart_zero()
+    vsum vsum_add(vsum s, vpart part)
+    vpart vpart_tile(vpart part, const unsigned char *w, vact x)
+    vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
+    void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
+    void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x, long stride)
     void prefetch_float(const float *x)
     void prefetch_tile(const unsigned char *tile)
     void prefetch_float(const float *x)
@@ -1089,28 +1096,36 @@ cdef inline void strip_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
                             const signed char *x, int *totals) noexcept nogil:
     # totals[STRIP_ROWS] for one row of activations; all parts of the strip share each load of it.
     cdef vsum s[STRIP_PARTS]
+    cdef vpart part[STRIP_PARTS]
     cdef vact a
     cdef vact3 a3
-    cdef Py_ssize_t i, j
+    cdef Py_ssize_t i, j, begin, end
     for j in range(STRIP_PARTS):
         s[j] = vsum_zero()
-    if trits:
-        for i in range(tiles):
-            prefetch_tile(strip)
-            a3 = vact3_load(x + i * TILE_TRITS)
-            for j in range(STRIP_PARTS):
-                s[j] = vsum_tile3(s[j], strip + j * PART_BYTES, a3)
-            strip += TILE_BYTES
+    for begin from 0 <= begin < tiles by VPART_TILES:
         for j in range(STRIP_PARTS):
+            part[j] = vpart_zero()
+        end = min(begin + VPART_TILES, tiles)
+        if trits:
+            for i in range(begin, end):
+                prefetch_tile(strip)
+                a3 = vact3_load(x + i * TILE_TRITS)
+                for j in range(STRIP_PARTS):
+                    part[j] = vpart_tile3(part[j], strip + j * PART_BYTES, a3)
+                strip += TILE_BYTES
+        else:
+            for i in range(begin, end):
+                prefetch_tile(strip)
+                a = vact_load(x + i * TILE_CODES)
+                for j in range(STRIP_PARTS):
+                    part[j] = vpart_tile(part[j], strip + j * PART_BYTES, a)
+                strip += TILE_BYTES
+        for j in range(STRIP_PARTS):
+            s[j] = vsum_add(s[j], part[j])
+    for j in range(STRIP_PARTS):
+        if trits:
             vsum3_store(totals + j * VSUM_ROWS, s[j])
-    else:
-        for i in range(tiles):
-            prefetch_tile(strip)
-            a = vact_load(x + i * TILE_CODES)
-            for j in range(STRIP_PARTS):
-                s[j] = vsum_tile(s[j], strip + j * PART_BYTES, a)
-            strip += TILE_BYTES
-        for j in range(STRIP_PARTS):
+        else:
             vsum_store(totals + j * VSUM_ROWS, s[j])
 
 
@@ -1119,25 +1134,29 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
                             int *totals) noexcept nogil:
     # totals[VSUM_AT_ONCE][STRIP_ROWS] for rows of activations that share the unpacking of codes.
     cdef vsum s[VSUM_AT_ONCE]
+    cdef vpart part[VSUM_AT_ONCE]
     cdef const unsigned char *w
-    cdef Py_ssize_t i, j, t
+    cdef Py_ssize_t i, j, t, begin, end
     for j in range(STRIP_PARTS):
+        w = strip + j * PART_BYTES
         for t in range(VSUM_AT_ONCE):
             s[t] = vsum_zero()
-        w = strip + j * PART_BYTES
-        if trits:
-            for i in range(tiles):
-                for t in range(VSUM_AT_ONCE):
-                    s[t] = vsum_tile3(s[t], w + i * TILE_BYTES,
-                                      vact3_load(x + t * stride + i * TILE_TRITS))
+        for begin from 0 <= begin < tiles by VPART_TILES:
             for t in range(VSUM_AT_ONCE):
+                part[t] = vpart_zero()
+            end = min(begin + VPART_TILES, tiles)
+            if trits:
+                for i in range(begin, end):
+                    vpart_rows3(part, w + i * TILE_BYTES, x + i * TILE_TRITS, stride)
+            else:
+                for i in range(begin, end):
+                    vpart_rows(part, w + i * TILE_BYTES, x + i * TILE_CODES, stride)
+            for t in range(VSUM_AT_ONCE):
+                s[t] = vsum_add(s[t], part[t])
+        for t in range(VSUM_AT_ONCE):
+            if trits:
                 vsum3_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
-        else:
-            for i in range(tiles):
-                for t in range(VSUM_AT_ONCE):
-                    s[t] = vsum_tile(s[t], w + i * TILE_BYTES,
-                                     vact_load(x + t * stride + i * TILE_CODES))
-            for t in range(VSUM_AT_ONCE):
+            else:
                 vsum_store(totals + t * STRIP_ROWS + j * VSUM_ROWS, s[t])
 
 

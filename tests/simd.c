@@ -226,8 +226,8 @@ static void packed_products(void)
     int *out = guarded(VSUM_ROWS * sizeof *out);
     for (int round = 0; round < 300; round++) {
         int expected[VSUM_ROWS] = {0};
-        vsum s = vsum_zero();
-        for (int tile = 0; tile < 3; tile++) {
+        vpart part = vpart_zero();
+        for (int tile = 0; tile < 8; tile++) {
             for (int i = 0; i < 4 * VSUM_ROWS; i++)
                 w[i] = round % 4 == 0 ? 255 : (unsigned char)below(256);
             for (int i = 0; i < 16; i++)
@@ -235,30 +235,30 @@ static void packed_products(void)
             /* Four times -1 is a word of ones. */
             if (round % 2)
                 memset(x16 + 4 * below(4), -1, 4);
-            s = vsum_tile(s, w, vact_load(x16));
+            part = vpart_tile(part, w, vact_load(x16));
             for (int row = 0; row < VSUM_ROWS; row++)
                 for (int i = 0; i < 16; i++)
                     expected[row] += code_at(w + 4 * row, i) * x16[i];
         }
-        vsum_store(out, s);
+        vsum_store(out, vsum_add(vsum_zero(), part));
         NEED(memcmp(out, expected, sizeof expected) == 0);
     }
     for (int round = 0; round < 300; round++) {
         int expected[VSUM_ROWS] = {0};
-        vsum s = vsum_zero();
-        for (int tile = 0; tile < 3; tile++) {
+        vpart part = vpart_zero();
+        for (int tile = 0; tile < 8; tile++) {
             for (int i = 0; i < 4 * VSUM_ROWS; i++)
                 w[i] = trits(round % 4 == 0 ? 242 : round < 243 ? (round + i) % 243 : below(243));
             for (int i = 0; i < 20; i++)
                 x20[i] = (signed char)(round == 0 ? 127 : round == 4 ? -127 : below(255) - 127);
             if (round % 2)
                 memset(x20 + 4 * below(5), -1, 4);
-            s = vsum_tile3(s, w, vact3_load(x20));
+            part = vpart_tile3(part, w, vact3_load(x20));
             for (int row = 0; row < VSUM_ROWS; row++)
                 for (int i = 0; i < 20; i++)
                     expected[row] += trit_at(w + 4 * row, i) * x20[i];
         }
-        vsum3_store(out, s);
+        vsum3_store(out, vsum_add(vsum_zero(), part));
         NEED(memcmp(out, expected, sizeof expected) == 0);
     }
 }
