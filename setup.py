@@ -30,6 +30,7 @@ TIERS = {
     "ssse3": ["-mssse3"],
     "sse41": ["-msse4.1"],
     "avx2": ["-mavx2", "-mfma"],
+    "avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 TIERS["avx512vnni"] = [*TIERS["avx512"], "-mavx512vnni"]
@@ -180,13 +181,15 @@ class BuildPy(build_py):
 
 def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
-    if "-mamx-tile" not in flags:
+    newest = {"-mamx-tile": "products in bfloat16", "-mavxvnni": "AVX-VNNI"}
+    [lacking] = [newest[flag] for flag in flags if flag in newest] or [None]
+    if lacking is None:
         return True
     with tempfile.TemporaryDirectory() as folder:
         command = [*compiler, *flags, "-x", "c", "-c", os.devnull]
         known = subprocess.run(command, capture_output=True, cwd=folder).returncode == 0
     if not known:
-        print(f"legacy1bit: {compiler[0]} knows no AMX: built without products in bfloat16")
+        print(f"legacy1bit: {compiler[0]} is too old for {lacking}: built without")
     return known
 
 

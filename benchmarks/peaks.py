@@ -47,7 +47,7 @@ def peaks(
             peak_name(PACKED, count),
             "GMAC/s",
             1e-9,
-            _together(count, lambda _: math_ops.peak_packed(max(rounds >> 4, 1))),
+            _together(count, lambda _: math_ops.peak_dot(rounds)),
             counted=True,
         )
         for kind, array, repeats in ((MEMORY, memory, 1), (CACHE, cache, 8)):

@@ -70,7 +70,7 @@ static inline void amx_begin(void)
         layout.rows[i] = AMX_SIDE;
     }
     /* Compilers may assume that the instruction reads only the pointer. */
-    do_not_optimize(&layout);
+    __asm__ volatile("" : : "r"(&layout) : "memory");
     _tile_loadconfig(&layout);
 }
 

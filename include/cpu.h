@@ -1,11 +1,13 @@
 /* Detects the widest instruction set that CPU and operating system support, as a ladder from the
- * narrowest tier to the widest. A vector unit counts only when the operating system saves its
+ * narrowest tier to the widest: a CPU has all that are below its own, but for CPU_AVXVNNI, which
+ * those with AVX-512 may lack. A vector unit counts only when the operating system saves its
  * registers (XGETBV), regardless of cpuid. */
 #ifndef LEGACY1BIT_CPU_H
 #define LEGACY1BIT_CPU_H
 
 enum cpu_tier {
-    CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVX512, CPU_AVX512VNNI
+    CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVXVNNI,
+    CPU_AVX512, CPU_AVX512VNNI
 };
 
 #if defined(__x86_64__) || defined(__i386__)
@@ -16,6 +18,15 @@ static inline unsigned long long cpu_saved_state(void)
     unsigned int low, high;
     __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     return ((unsigned long long)high << 32) | low;
+}
+
+/* Whether a CPU with AVX2 has a dot product of int8 vectors of 256 bits without AVX-512. */
+static inline int cpu_has_avx_vnni(void)
+{
+    const unsigned int vnni = 1u << 4;                               /* leaf 7.1, eax */
+    unsigned int eax, ebx, ecx, edx;
+
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & vnni);
 }
 
 static inline int cpu_widest_tier(void)
@@ -47,7 +58,7 @@ static inline int cpu_widest_tier(void)
     if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(ebx & avx2))
         return CPU_SSE41;
     if ((ebx & avx512) != avx512 || (state & zmm) != zmm)
-        return CPU_AVX2;
+        return cpu_has_avx_vnni() ? CPU_AVXVNNI : CPU_AVX2;
     return ecx & vnni ? CPU_AVX512VNNI : CPU_AVX512;
 }
 
@@ -110,6 +121,7 @@ static inline int cpu_has_x86_64_v2(void)
 #else
 
 static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
+static inline int cpu_has_avx_vnni(void) { return 0; }
 static inline int cpu_has_amx(void) { return 0; }
 static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
 static inline int cpu_has_x86_64_v2(void) { return 1; }

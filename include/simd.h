@@ -82,7 +82,7 @@ enum {
 #if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
     defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"
-#elif defined(LEGACY1BIT_TIER_AVX2)
+#elif defined(LEGACY1BIT_TIER_AVX2) || defined(LEGACY1BIT_TIER_AVXVNNI)
 #include "simd_avx2.h"
 #elif defined(LEGACY1BIT_TIER_SSE41) || defined(LEGACY1BIT_TIER_SSSE3) || \
     defined(LEGACY1BIT_TIER_SSE2)
@@ -125,12 +125,6 @@ static inline void prefetch_tile(const unsigned char *tile)
 static inline void prefetch_float(const float *x)
 {
     __builtin_prefetch(x);
-}
-
-/* Hides the contents of memory from the compiler, so that it cannot optimize computations away. */
-static inline void do_not_optimize(void *memory)
-{
-    __asm__ volatile("" : : "r"(memory) : "memory");
 }
 
 #include "amx.h"

@@ -1,10 +1,15 @@
-/* The vector operations of simd.h for AVX2 with FMA (Haswell and later): eight lanes. */
+/* The vector operations of simd.h for AVX2 with FMA (Haswell and later), and for AVX-VNNI (Alder
+ * Lake, Zen 5 and later), which has a dot product of bytes: eight lanes. */
 #ifndef LEGACY1BIT_SIMD_AVX2_H
 #define LEGACY1BIT_SIMD_AVX2_H
 
 #include <immintrin.h>
 
+#ifdef __AVXVNNI__
+#define TIER_NAME "avxvnni"
+#else
 #define TIER_NAME "avx2"
+#endif
 
 typedef __m256 vf32;
 
@@ -112,15 +117,12 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 
-/* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
- * and 30,480 for the five fields of eight tiles. */
-enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 8, VPART_TILES = 8 };
-typedef __m256i vsum, vpart;
+enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 8 };
+typedef __m256i vsum;
 typedef struct { __m256i field[4]; } vact;
 typedef struct { __m256i field[5]; } vact3;
 
 static inline vsum vsum_zero(void) { return _mm256_setzero_si256(); }
-static inline vpart vpart_zero(void) { return _mm256_setzero_si256(); }
 static inline void vsum_store(int *p, vsum s) { _mm256_storeu_si256((__m256i *)p, s); }
 static inline void vsum3_store(int *p, vsum s) { vsum_store(p, s); }
 
@@ -144,17 +146,42 @@ static inline vact3 vact3_load(const signed char *x)
     return a;
 }
 
+#ifdef __AVXVNNI__
+
+VPART_IS_VSUM
+
+/* part plus the products of unsigned and signed bytes. */
+static inline vpart vpart_dot(vpart part, __m256i codes, __m256i x)
+{
+    return _mm256_dpbusd_avx_epi32(part, codes, x);
+}
+
+#else
+
+/* Unsigned codes times signed activations, in pairs of 16 bits: at most 2 * 3 * 127 = 762 a field,
+ * and 30,480 for the five fields of eight tiles. */
+enum { VPART_TILES = 8 };
+typedef __m256i vpart;
+
+static inline vpart vpart_zero(void) { return _mm256_setzero_si256(); }
+
 static inline vsum vsum_add(vsum s, vpart part)
 {
     return _mm256_add_epi32(s, _mm256_madd_epi16(part, _mm256_set1_epi16(1)));
 }
 
+static inline vpart vpart_dot(vpart part, __m256i codes, __m256i x)
+{
+    return _mm256_add_epi16(part, _mm256_maddubs_epi16(codes, x));
+}
+
+#endif
+
 static inline vpart vpart_tile(vpart part, const unsigned char *w, vact x)
 {
     const __m256i three = _mm256_set1_epi8(3), v = _mm256_loadu_si256((const __m256i *)w);
     for (int i = 0; i < 4; i++)
-        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(
-            _mm256_and_si256(_mm256_srli_epi16(v, 2 * i), three), x.field[i]));
+        part = vpart_dot(part, _mm256_and_si256(_mm256_srli_epi16(v, 2 * i), three), x.field[i]);
     return part;
 }
 
@@ -163,8 +190,7 @@ static inline vpart vpart_tile(vpart part, const unsigned char *w, vact x)
 static inline void avx2_rows(vpart *part, __m256i field, const signed char *x, long stride)
 {
     for (int t = 0; t < VSUM_AT_ONCE; t++) {
-        part[t] = _mm256_add_epi16(part[t],
-                                   _mm256_maddubs_epi16(field, avx2_four(x + t * stride)));
+        part[t] = vpart_dot(part[t], field, avx2_four(x + t * stride));
         KEEP_ORDER(part[t]);
     }
 }
@@ -190,7 +216,7 @@ static inline vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
 {
     __m256i v = _mm256_loadu_si256((const __m256i *)w);
     for (int i = 0; i < 5; i++)
-        part = _mm256_add_epi16(part, _mm256_maddubs_epi16(avx2_trit(&v), x.field[i]));
+        part = vpart_dot(part, avx2_trit(&v), x.field[i]);
     return part;
 }
 

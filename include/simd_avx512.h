@@ -145,6 +145,7 @@ static inline vsum vsum_zero(void)
     vsum s = {{zero, zero, zero, zero}};
     return s;
 }
+
 VPART_IS_VSUM
 
 static inline void vsum_store(int *p, vsum s)

@@ -132,6 +132,7 @@ cdef struct Update:
 cdef struct KernelTable:
     const char *name
     Py_ssize_t peak_floats          # fused multiply-adds in a round of peak_fused
+    Py_ssize_t peak_products        # products of integers in a round of peak_dot
     Py_ssize_t workspace_floats     # scratch that a thread needs for matmul and attention
 
     void (*add)(float *x, const float *y, Py_ssize_t n) noexcept nogil
@@ -206,7 +207,7 @@ cdef struct KernelTable:
                 const Update *settings) noexcept nogil
 
     float (*peak_fused)(Py_ssize_t rounds) noexcept nogil
-    int (*peak_packed)(Py_ssize_t rounds) noexcept nogil
+    void (*peak_dot)(Py_ssize_t rounds) noexcept nogil
     float (*peak_read)(const float *x, Py_ssize_t n) noexcept nogil
 
     int (*measuring)() noexcept nogil

@@ -81,7 +81,6 @@ cdef extern from "simd.h" nogil:
     void prefetch_float(const float *x)
     void prefetch_tile(const unsigned char *tile)
     void prefetch_float(const float *x)
-    void do_not_optimize(void *memory)
     ctypedef struct amx_operand:
         const float *dense
         long line_stride
@@ -123,6 +122,12 @@ cdef extern from "cache.h" nogil:
                     float *out, long out_row, long queries)
     void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
                          float *out, long row)
+
+cdef extern from "peak.h" nogil:
+    enum:
+        PEAK_SUMS
+        PEAK_PRODUCTS
+    void peak_of_dots(long rounds)
 
 cdef extern from "measure.h" nogil:
     ctypedef struct timer_counter:
@@ -1574,20 +1579,8 @@ cdef float peak_fused(Py_ssize_t rounds) noexcept nogil:
     return vf32_sum(total[0])
 
 
-cdef int peak_packed(Py_ssize_t rounds) noexcept nogil:
-    # `rounds` products of a row of activations and a strip of 16,384 codes, in the L1 cache.
-    cdef unsigned char tiles[32 * TILE_BYTES]
-    cdef signed char x[32 * TILE_CODES]
-    cdef int totals[STRIP_ROWS]
-    cdef Py_ssize_t _round
-    memset(tiles, 0x55, sizeof(tiles))
-    memset(x, 1, sizeof(x))
-    for _round in range(rounds):
-        do_not_optimize(tiles)
-        do_not_optimize(x)
-        strip_sums(tiles, 32, False, x, totals)
-        do_not_optimize(totals)
-    return totals[0]
+cdef void peak_dot(Py_ssize_t rounds) noexcept nogil:
+    peak_of_dots(rounds)
 
 
 cdef float peak_read(const float *x, Py_ssize_t n) noexcept nogil:
@@ -1628,6 +1621,7 @@ cdef KernelTable kernels
 simd_prepare()
 kernels.name = TIER_NAME
 kernels.peak_floats = CHAINS * VF32_LANES
+kernels.peak_products = PEAK_SUMS * PEAK_PRODUCTS
 kernels.workspace_floats = (PACK_RIGHT + PACK_LEFT + VF32_LANES
                             + panels.columns + TILE_COLUMNS)
 if MATRIX_UNIT:
@@ -1673,7 +1667,7 @@ kernels.packed_product = packed_product
 kernels.adamw = adamw
 kernels.sgd = sgd
 kernels.peak_fused = peak_fused
-kernels.peak_packed = peak_packed
+kernels.peak_dot = peak_dot
 kernels.peak_read = peak_read
 kernels.measuring = measuring
 kernels.timer_name = timer_name

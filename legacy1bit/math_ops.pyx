@@ -30,9 +30,11 @@ from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thre
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
+    bint cpu_has_avx_vnni()
     bint cpu_has_amx()
 
-_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avx512", "avx512vnni")
+_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512",
+          "avx512vnni")
 
 # Detected once: in a virtual machine cpuid is slow, and every training step needs the result.
 _HAS_AMX = cpu_has_amx()
@@ -68,6 +70,8 @@ def simd_levels() -> list:
     """
     levels = []
     for name in _TIERS[:cpu_widest_tier() + 1]:
+        if name == "avxvnni" and not cpu_has_avx_vnni():
+            continue
         if importlib.util.find_spec(f"legacy1bit._kernels_{name}") is not None:
             levels.append(name)
     return levels
@@ -212,8 +216,8 @@ def peak_fused(Py_ssize_t rounds) -> int:
     return 2 * rounds * active.peak_floats
 
 
-def peak_packed(Py_ssize_t rounds) -> int:
-    """Multiply packed codes by int8 activations in the L1 cache.
+def peak_dot(Py_ssize_t rounds) -> int:
+    """Multiply and add small integers in registers, with the best instructions for it.
 
     Returns
     -------
@@ -221,8 +225,8 @@ def peak_packed(Py_ssize_t rounds) -> int:
         The number of multiplications.
     """
     with nogil:
-        active.peak_packed(rounds)
-    return 16384 * rounds
+        active.peak_dot(rounds)
+    return rounds * active.peak_products
 
 
 def peak_read(const float[::1] x not None) -> int:

@@ -22,7 +22,7 @@ static __attribute__((noinline)) void fill_the_stack(void)
 {
     unsigned char bytes[4096];
     memset(bytes, 0xa5, sizeof bytes);
-    do_not_optimize(bytes);
+    __asm__ volatile("" : : "r"(bytes) : "memory");
 }
 
 /* Memory that ends at an inaccessible page. */

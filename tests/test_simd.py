@@ -20,6 +20,7 @@ FLAGS = {
     "ssse3": "-mssse3",
     "sse41": "-msse4.1",
     "avx2": "-mavx2 -mfma",
+    "avxvnni": "-mavx2 -mfma -mavxvnni",
     "avx512": AVX512,
     "avx512vnni": f"{AVX512} -mavx512vnni",
     # With the matrix unit's tiles in C.
