@@ -15,7 +15,7 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.model import parameter_layout
+from legacy1bit.layout import parameter_layout
 from legacy1bit.schemes import SCHEMES
 
 # The longest span, short enough to balance the load of threads.
@@ -150,16 +150,14 @@ def _check(**settings):
 
 def _spans(config, rule_of):
     """Return the spans of a model's parameters, whole matrices first, as they take longest."""
-    whole, cut, start = [], [], 0
-    for name, shape, kind in parameter_layout(config):
-        stop = start + int(np.prod(shape))
-        rule, decays = rule_of(name, kind), kind != "vector"
+    whole, cut = [], []
+    for part in parameter_layout(config):
+        rule, decays = rule_of(part.name, part.kind), part.kind != "vector"
         if rule == BY_MUON:
-            whole.append((start, stop, *shape, rule, decays))
+            whole.append((part.start, part.stop, *part.shape, rule, decays))
         else:
-            cut += [(begin, min(begin + _LONGEST, stop), 0, 0, rule, decays)
-                    for begin in range(start, stop, _LONGEST)]
-        start = stop
+            cut += [(start, min(start + _LONGEST, part.stop), 0, 0, rule, decays)
+                    for start in range(part.start, part.stop, _LONGEST)]
     return np.array(whole + cut, _SPAN)
 
 

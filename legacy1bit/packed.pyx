@@ -22,10 +22,9 @@ from legacy1bit.kernels cimport (
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
-from legacy1bit.model import (
-    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, model_folder,
-    parameter_layout, read_folder,
-)
+from legacy1bit.formats.native import StoredParameter, model_folder, read_folder
+from legacy1bit.layout import parameter_layout
+from legacy1bit.model import RotaryTable, TernaryMatrix as _TernaryMatrix, load_model
 from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
@@ -384,8 +383,8 @@ cdef class PackedModel:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         scheme = SCHEMES.get(config.scheme)
-        sizes = {name: packed_size(shape, form) for name, shape, kind in parameter_layout(config)
-                 if kind == "quantized"}
+        sizes = {part.name: packed_size(part.shape, form) for part in parameter_layout(config)
+                 if part.kind == "quantized"}
         # One contiguous buffer, read in order: large enough for huge pages.
         buffer = _aligned(sum(sizes.values()))
         self.config = config

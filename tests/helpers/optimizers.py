@@ -7,7 +7,7 @@ import numpy as np
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, gamma
 from helpers.models import rounding_effect
-from legacy1bit.model import parameter_layout
+from legacy1bit.layout import parameter_layout
 from legacy1bit.optimizer import SGD, AdamW, Muon
 
 OPTIMIZERS = (AdamW, Muon, SGD)
@@ -31,19 +31,18 @@ def float32(value):
 
 def rules(optimizer):
     """Start, stop, shape and rule of every parameter: "sign", "muon", "sgd" or "adamw"."""
-    config, start = optimizer.model.config, 0
-    for name, shape, kind in parameter_layout(config):
-        stop = start + math.prod(shape)
-        if config.scheme == "sign" and kind == "quantized":
+    config = optimizer.model.config
+    for part in parameter_layout(config):
+        matrix = part.kind != "vector"
+        if config.scheme == "sign" and part.kind == "quantized":
             rule = "sign"
         elif isinstance(optimizer, SGD):
             rule = "sgd"
-        elif isinstance(optimizer, Muon) and name.startswith("blocks.") and kind != "vector":
+        elif isinstance(optimizer, Muon) and matrix and part.name.startswith("blocks."):
             rule = "muon"
         else:
             rule = "adamw"
-        yield start, stop, shape, rule
-        start = stop
+        yield part.start, part.stop, part.shape, rule
 
 
 def exact_adamw(arrays, rate, step, beta1, beta2, epsilon, weight_decay):

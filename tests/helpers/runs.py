@@ -12,9 +12,9 @@ from legacy1bit.data.corpus import Corpus, text_corpus
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.native import CHECKPOINT_FILE
 from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.model import CHECKPOINT_FILE
 from legacy1bit.training.checkpoint import newest_checkpoint
 from legacy1bit.training.evaluation import Metrics
 from legacy1bit.training.trainer import Trainer, TrainingCallback

@@ -50,15 +50,13 @@ from legacy1bit.data.corpus import Corpus, story_corpus
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.tokenizer import UnknownTokenizer
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.native import BEST_FOLDER, CHECKPOINT_FILE, WEIGHTS_FILE
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, SETTINGS_FILE, DataConfig, ModelConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    WEIGHTS_FILE,
     ModelFileError,
     create_legacy_llm,
     load_model,
