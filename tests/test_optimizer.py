@@ -122,7 +122,7 @@ def test_step_is_exact_but_for_rounding(config, make):
         (AdamW, {"beta1": 0.0, "beta2": 0.999}),
         (AdamW, {"epsilon": 0.01}),
         (Muon, {"beta1": 0.0, "beta2": 0.999, "momentum": 0.0}),
-        (Muon, {"epsilon": 0.01, "matrix_ratio": 0.5}),
+        (Muon, {"epsilon": 0.01, "muon_lr_ratio": 0.5}),
         (SGD, {"momentum": 0.0}),
         (SGD, {"momentum": 0.999, "weight_decay": 3.0}),
     ],

@@ -15,7 +15,7 @@ OPTIMIZERS = (AdamW, Muon, SGD)
 ADAMW = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1}
 DEFAULTS = {
     AdamW: ADAMW,
-    Muon: {**ADAMW, "matrix_ratio": 3.3, "momentum": 0.95},
+    Muon: {**ADAMW, "muon_lr_ratio": 3.3, "momentum": 0.95},
     SGD: {"momentum": 0.9, "weight_decay": 0.1},
 }
 
@@ -107,7 +107,7 @@ def exact_step(optimizer, gradient, rate, factor, given):
     settings = {**DEFAULTS[type(optimizer)], **given, "weight_decay": optimizer.weight_decay}
     direction = settings.pop("sign_direction", "descend")
     settings = {name: float32(value) for name, value in settings.items()}
-    ratio, decay = settings.pop("matrix_ratio", 1.0), settings.pop("weight_decay")
+    ratio, decay = settings.pop("muon_lr_ratio", 1.0), settings.pop("weight_decay")
     adam = {name: settings[name] for name in ("beta1", "beta2", "epsilon") if name in settings}
     before = {
         "weight": flat(optimizer.model),
