@@ -104,7 +104,7 @@ cdef class PackedMatrix:
         self.shape, self.scales, self.group = shape, scales, group
         self.levels = tuple(int(level) for level in levels)
         if self.trits and (len(levels) > 3 or self.scales.shape[1] > 1):
-            raise ValueError("trits are three levels at most and one scale a row at most, not "
+            raise ValueError("trits are three levels at most and one scale per row at most, not "
                              f"{len(levels)} and {self.scales.shape[1]}")
 
     cdef int _point(self) except -1:

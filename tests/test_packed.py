@@ -493,11 +493,11 @@ BAD_MATRICES = {
     ),
     "four levels in trits": (
         lambda: PackedMatrix(ONE, levels=(-3, -1, 1, 3), form="trits"),
-        "trits are three levels at most and one scale a row at most, not 4 and 1",
+        "trits are three levels at most and one scale per row at most, not 4 and 1",
     ),
     "groups in trits": (
         lambda: PackedMatrix(ONE, np.ones((2, 3), np.float32), 16, form="trits"),
-        "trits are three levels at most and one scale a row at most, not 3 and 3",
+        "trits are three levels at most and one scale per row at most, not 3 and 3",
     ),
     "group": (lambda: PackedMatrix(ONE, np.ones((2, 3), np.float32), 15), "group is 15, expected"),
     "scales": (lambda: PackedMatrix(ONE, np.ones((2, 2), np.float32)), "scale has shape"),
@@ -576,7 +576,7 @@ settings = pytest.mark.parametrize(
 def test_packed_model_keeps_codes_and_scales(changes, form):
     model = random_model(make_config(**changes))
     if form == "trits" and not has_trits(model.config):
-        with pytest.raises(ValueError, match="trits are three levels at most and one scale a row"):
+        with pytest.raises(ValueError, match="three levels at most and one scale per row"):
             PackedModel(model, form)
         return
     packed = PackedModel(model, form)
@@ -614,7 +614,7 @@ def test_packed_model_is_as_small_as_it_says():
     count = sum(w.values.size for w in model.parameters.values() if isinstance(w, TernaryMatrix))
     rest = sum(w.nbytes for w in model.parameters.values() if not isinstance(w, TernaryMatrix))
     scales = sum(w.scales.nbytes for w in model.parameters.values() if isinstance(w, TernaryMatrix))
-    # All sides are multiples of 32, of 16 and of 20: two bits a weight, or eight fifths of one.
+    # All sides are multiples of 32, of 16 and of 20: two bits per weight, or eight fifths of one.
     assert PackedModel(model).nbytes == count // 4 + rest + scales
     assert PackedModel(model, "trits").nbytes == count // 5 + rest + scales
 

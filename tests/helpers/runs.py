@@ -80,8 +80,8 @@ def documents_corpus(data, length):
     begins = np.concatenate([[0], ends[:-1]])
     store = TokenStore([np.concatenate([*encoded, encoded[0][:1]])], begins, int(ends[-1]))
     pad = tokenizer.vocab_size
-    training = TokenDataset(store, length, pad, order=data.order, apart=data.document_mask)
-    validation = TokenDataset(store, length, pad, apart=data.document_mask)
+    training = TokenDataset(store, length, pad, order=data.order, document_mask=data.document_mask)
+    validation = TokenDataset(store, length, pad, document_mask=data.document_mask)
     return Corpus("documents", training, validation, tokenizer=tokenizer)
 
 

@@ -1097,7 +1097,7 @@ def half_padding(rows=12):
 
 
 def in_parts(folder, parts, corpus, **changes):
-    """A run that works at its 12 sequences a step in so many parts, within float32's bounds."""
+    """A run that works at its 12 sequences per step in so many parts, within float32's bounds."""
     changes["precision"] = "float32"
     run = make(folder, batch_size=12 // parts, gradient_accumulation=parts, **changes)
     run.corpus = corpus or run.corpus
@@ -1163,7 +1163,7 @@ def test_run_in_parts_goes_on_to_the_bit(tmp_path, threads):
 
 
 def test_speed_counts_every_part(tmp_path, monkeypatch):
-    """Tokens a second: of all sequences of a step."""
+    """Tokens per second: of all sequences of a step."""
     run = make(tmp_path / "run", batch_size=2, gradient_accumulation=3, steps=1)
     ticks = iter(range(1000))
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
