@@ -17,7 +17,6 @@ from pathlib import Path
 import numpy as np
 
 from legacy1bit.formats import native
-from legacy1bit.formats.native import ModelFileError
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -31,6 +30,8 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
+
+ModelFileError = native.ModelFileError
 
 
 # ---------------------------------------------------------------------------------------------
@@ -100,10 +101,10 @@ cdef class TernaryMatrix:
     Parameters
     ----------
     values : int8[R, C]
-        The codes; kept, not copied.
+        The codes, which are not copied.
     scale : float, float32[1, 1] or float32[R, G]
         One scale for all codes, or one for each of G groups of consecutive columns in every row.
-        An array is kept, not copied. The C original has no scale (departure 10).
+        An array is not copied. The C original has no scale (departure 10).
     group : int
         The number of consecutive columns that share a scale, a multiple of 16; 0 means the row.
     levels : tuple of int
@@ -956,7 +957,7 @@ cdef class TransformerBlockContext:
     """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
 
     The C original keeps the block's input and the statistics of its norms, and recomputes the
-    rest; here all activations are kept. Attributes are float32 arrays.
+    rest; here all activations are stored. Attributes are float32 arrays.
 
     Attributes
     ----------

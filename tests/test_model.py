@@ -893,7 +893,7 @@ def test_allocations_that_fail_raise_memory_error(tmp_path, monkeypatch):
         lambda: load_model(tmp_path / "model"),
         lambda: forward_llm_batch(model, [[1, 2]]),
         lambda: BackwardPass(model, 2, 3, 2),
-        lambda: Decoder(PackedModel(model), 2).extend([1]),
+        lambda: Decoder(PackedModel(model), 2).prefill([1]),
         lambda: AdamW(model),
     ):
         count = fails_at(use, monkeypatch, None)
@@ -1385,7 +1385,7 @@ def loaded_from(folder, capsys):
     packed = PackedModel.load(folder)
     assert capsys.readouterr().err.splitlines() == lines
     tokens, logits = [1, 2, 3], [Decoder(each, 4) for each in (packed, PackedModel(model))]
-    assert_same_bits(*(np.array(each.extend(tokens)) for each in logits))
+    assert_same_bits(*(np.array(each.prefill(tokens)) for each in logits))
     return model, lines
 
 

@@ -624,39 +624,39 @@ def test_packed_model_lives_on_without_the_model(changes):
     config = make_config(sub_norm=True, **changes)
     model = random_model(config)
     packed, decoder = PackedModel(model), Decoder(PackedModel(model))
-    before = Decoder(packed).extend([1, 2, 3])
+    before = Decoder(packed).prefill([1, 2, 3])
     for weights in model.latent.values():
         weights[...] = 9.0
     model.quantize()
     for weights in model.parameters.values():
         if not isinstance(weights, TernaryMatrix):
             weights[...] = np.nan
-    assert_same_bits(Decoder(packed).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(packed).prefill([1, 2, 3]), before)
     free_legacy_llm(model)
     del model
     gc.collect()
-    assert_same_bits(Decoder(packed).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(packed).prefill([1, 2, 3]), before)
     # And the decoder holds on to the packed one.
     del packed
     gc.collect()
-    assert_same_bits(decoder.extend([1, 2, 3]), before)
+    assert_same_bits(decoder.prefill([1, 2, 3]), before)
 
 
 def test_packed_model_has_the_codes_even_in_full_precision():
     model = random_model(make_config())
-    before = Decoder(PackedModel(model)).extend([1, 2, 3])
+    before = Decoder(PackedModel(model)).prefill([1, 2, 3])
     exact = forward_llm_batch(model, [[1, 2, 3]], logits=True)
     model.use_full_precision(True)
     assert np.abs(forward_llm_batch(model, [[1, 2, 3]], logits=True) - exact).max() > 1e-3
-    assert_same_bits(Decoder(PackedModel(model)).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(PackedModel(model)).prefill([1, 2, 3]), before)
 
 
 def test_packed_model_needs_no_latent_weights(tmp_path):
     model = random_model(make_config())
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
-    expected = Decoder(PackedModel(model)).extend([1, 2])
-    assert_same_bits(Decoder(PackedModel(loaded)).extend([1, 2]), expected)
+    expected = Decoder(PackedModel(model)).prefill([1, 2])
+    assert_same_bits(Decoder(PackedModel(loaded)).prefill([1, 2]), expected)
 
 
 def test_packed_model_rejects_what_is_none():
@@ -678,8 +678,8 @@ def test_packed_model_that_was_never_made_does_not_crash():
     printed = run_child(
         "from legacy1bit.inference import Decoder\nfrom legacy1bit.packed import PackedModel\n"
         + rejection("Decoder(PackedModel.__new__(PackedModel))")
-        + rejection("Decoder.__new__(Decoder).extend([0])")
-        + rejection("Decoder.__new__(Decoder).write([0], [0.5])")
+        + rejection("Decoder.__new__(Decoder).prefill([0])")
+        + rejection("Decoder.__new__(Decoder).generate([0], [0.5])")
     )
     assert printed.count("Error") == 3
 

@@ -223,7 +223,7 @@ def use_model(model: LegacyLLM, packed: PackedModel | None) -> None:
     decoder = Decoder(packed, 1, length)
     # What sound weights come to need not be finite, which says so without the file's name.
     with contextlib.suppress(ValueError):
-        decoder.write(two[: max(length - 1, 1)], np.array([0.1, 0.9][:length]))
+        decoder.generate(two[: max(length - 1, 1)], np.array([0.1, 0.9][:length]))
 
 
 def fuzz_c_v1(folder: Path, parts: list[bytes]) -> None:
