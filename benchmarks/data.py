@@ -66,8 +66,8 @@ def tokenize(path: Path, tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def reading(folder: Path, order: str, seconds: float, ahead: bool) -> float:
-    """Return how many tokens a second come from shards, in batches, or are handed over by a thread
-    that makes them ahead."""
+    """Return how many tokens per second come from shards, in batches or from a thread that reads
+    ahead."""
     index = read_index(folder)
     store = open_store(folder, index, TEXT)
     dataset = TokenDataset(store, _LENGTH, 256, order=order)

@@ -33,7 +33,7 @@ config = ModelConfig(
     model_dim=128, num_blocks=4, num_heads=4, ffn_multiplier=4, sequence_length=64
 )
 decoder = Decoder(PackedModel(create_legacy_llm(config, 1, trainable=False)))
-decoder.write([1], np.linspace(0.01, 0.99, int(sys.argv[1])))
+decoder.generate([1], np.linspace(0.01, 0.99, int(sys.argv[1])))
 """
 
 
@@ -62,7 +62,7 @@ def count(level: str, tokens: int = TOKENS) -> float | None:
                 "valgrind",
                 "--tool=callgrind",
                 f"--callgrind-out-file={told}",
-                "--toggle-collect=*pass_through*",
+                "--toggle-collect=*forward_tokens*",
                 sys.executable,
                 "-c",
                 _CHILD,

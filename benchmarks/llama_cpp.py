@@ -136,7 +136,7 @@ def write_model(config: ModelConfig, kind: str, file: Path) -> None:
 
 
 def read_rates(told: str) -> dict[str, list[float]]:
-    """Return the tokens a second that ``llama-bench -o json`` has printed.
+    """Return the tokens per second that ``llama-bench -o json`` has printed.
 
     Returns
     -------

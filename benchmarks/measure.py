@@ -26,7 +26,7 @@ class Benchmark:
     Attributes
     ----------
     name, unit : str
-        The unit is one of rates: so much of something a second.
+        The unit is one of rates: an amount per second.
     work : float
         How much of it one call does.
     call : callable

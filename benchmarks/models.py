@@ -112,7 +112,7 @@ def decode_call(decoder: Decoder, count: int = DECODED) -> Call:
 
     def decode() -> None:
         decoder.clear()
-        decoder.write([1], uniforms)
+        decoder.generate([1], uniforms)
 
     return decode
 
@@ -123,7 +123,7 @@ def prompt_call(decoder: Decoder, count: int = PROMPT) -> Call:
 
     def prompt() -> None:
         decoder.clear()
-        decoder.extend(tokens)
+        decoder.prefill(tokens)
 
     return prompt
 

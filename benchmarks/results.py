@@ -59,7 +59,7 @@ class Variant:
 TABLES = {
     "schemes": (
         Variant(_BASE),
-        Variant("ternary, a scale a row", "--scale row"),
+        Variant("ternary, a scale per row", "--scale row"),
         Variant("ternary, a scale for 128 weights", "--scale 128"),
         Variant("ternary-median", "--scheme ternary-median"),
         Variant("binary", "--scheme binary"),
@@ -264,7 +264,7 @@ def token_table(data: str, out: Path) -> Iterator[str]:
         for name, options in _TOKENS.items():
             folder = out / f"tokens-{name.replace(', ', '-').replace(',', '')}-{seed}"
             runs[name].append(_run_seed(data, f"{_SHAPE} {options}", seed, folder))
-    yield "| tokens | options | bits a byte | nats a token | training | bytes |"
+    yield "| tokens | options | bits per byte | nats per token | training | bytes |"
     yield "| --- | --- | --- | ---: | ---: | ---: |"
     for name, done in runs.items():
         bits = [run["bits_per_byte"] for run in done]

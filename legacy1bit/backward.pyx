@@ -27,7 +27,7 @@ from legacy1bit.model cimport (
 from legacy1bit.threads cimport parallel_for, scratch
 
 from legacy1bit.forward import as_token_rows, document_starts, padding_mask
-from legacy1bit.model import block_layout
+from legacy1bit.layout import block_layout
 
 # C clamps the probability of the target to this before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9

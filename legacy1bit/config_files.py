@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data.sources import decode_text
+from legacy1bit.formats.native import CONFIG_FILE
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     SETTINGS_FILE,
@@ -29,7 +30,6 @@ from legacy1bit.hyperparams import (
     default_warmup,
     renamed,
 )
-from legacy1bit.model import CONFIG_FILE
 from legacy1bit.system.errors import SettingError, format_value
 from legacy1bit.system.files import HEAD_BYTES, atomic_write, kind_of_file
 from legacy1bit.training.run import Run

@@ -165,7 +165,7 @@ class TokenDataset:
     ----------
     tokens : TokenStore
     sequence_length : int
-        T, the number of tokens a sequence predicts.
+        T, the number of tokens per sequence predicts.
     pad_token : int
         What fills a sequence that reaches past the end.
     starts : int64[S] or None
@@ -176,7 +176,7 @@ class TokenDataset:
         Which sequences a batch has: random ones; all of a text, one behind the other, in an order
         that is another one in every epoch; whole documents, packed into rows, or in rows of their
         own, by length.
-    apart : bool
+    document_mask : bool
         Whether a token sees its own document only.
     """
 
@@ -186,7 +186,7 @@ class TokenDataset:
     starts: _Integers | None = None
     stops: _Integers | None = None
     order: str = "windows"
-    apart: bool = False
+    document_mask: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in BATCH_ORDERS:
@@ -218,7 +218,7 @@ class TokenDataset:
             return PackedReader(self, batch_size, seed)
         if self.order == "buckets":
             return BucketReader(self, batch_size, seed)
-        kind = PassReader if self.order == "epochs" else WindowReader
+        kind = EpochReader if self.order == "epochs" else WindowReader
         return kind(self, batch_size, seed)
 
     @property
@@ -262,7 +262,7 @@ class TokenDataset:
         width = self.sequence_length
         rows = self.tokens.rows(starts, stops, width + 1, self.pad_token)
         seen = None
-        if self.apart:
+        if self.document_mask:
             begins = self.tokens.document_begins(starts, width)
             seen = np.maximum(begins - starts[:, None], 0).astype(np.int32)
         return Batch(rows[:, :-1], rows[:, 1:], seen)
@@ -315,7 +315,7 @@ class WindowReader:
         return batch
 
 
-class PassReader:
+class EpochReader:
     """Every sequence once an epoch, in another order each; the position counts sequences."""
 
     def __init__(self, dataset: TokenDataset, batch_size: int, seed: int) -> None:
@@ -445,7 +445,7 @@ class PackedReader:
         pad = self._dataset.pad_token
         tokens = np.full((len(rows), width), pad, np.int32)
         targets = tokens.copy()
-        starts = np.zeros((len(rows), width), np.int32) if self._dataset.apart else None
+        starts = np.zeros((len(rows), width), np.int32) if self._dataset.document_mask else None
         for i, row in enumerate(rows):
             at = 0
             for begin, size in row:

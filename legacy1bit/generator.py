@@ -333,7 +333,7 @@ class Generator:
                 new = history = _newer_half(history, decoder.capacity)
             count = min(at_once, left, decoder.capacity - decoder.length - len(new) + 1)
             begin = time.perf_counter()
-            sampled = decoder.write(new, rng.random(count), sampling).tolist()
+            sampled = decoder.generate(new, rng.random(count), sampling).tolist()
             if time.perf_counter() - begin < _AT_ONCE_SECONDS:
                 at_once = min(2 * at_once, _MOST_AT_ONCE)
             history += sampled
@@ -444,19 +444,19 @@ class Generator:
         active = list(range(len(prompts))) if max_tokens else []
         for i in active:
             if len(history[i]) > 1:
-                decoder.extend(history[i][:-1], i)
+                decoder.prefill(history[i][:-1], i)
         while active:
             for i in active:
                 if decoder.length_of(i) == capacity:
                     decoder.truncate(0, i)
                     history[i] = _newer_half(history[i], capacity)
                     if len(history[i]) > 1:
-                        decoder.extend(history[i][:-1], i)
+                        decoder.prefill(history[i][:-1], i)
             free = min(capacity - decoder.length_of(i) for i in active)
             count = min([free, _MOST_AT_ONCE // 4, *(max_tokens - sizes[i] for i in active)])
             uniforms = np.stack([rngs[i].random(count) for i in active])
             newest = [history[i][-1] for i in active]
-            sampled = decoder.write_together(newest, uniforms, sampling, active).tolist()
+            sampled = decoder.generate_batch(newest, uniforms, sampling, active).tolist()
             for i, tokens in zip(active, sampled, strict=True):
                 history[i] += tokens
                 for token in tokens:
@@ -495,9 +495,9 @@ class Generator:
                 decoder.clear()
                 back = min(decoder.capacity // 2, at)
                 if back:
-                    decoder.extend(tokens[at - back : at])
+                    decoder.prefill(tokens[at - back : at])
                 continue
-            logits = decoder.extend_all(tokens[at : at + block]).astype(np.float64)
+            logits = decoder.prefill_logits(tokens[at : at + block]).astype(np.float64)
             logits -= logits.max(axis=1, keepdims=True)
             truth = np.take_along_axis(logits, tokens[at + 1 : at + block + 1, None], axis=1)
             sums = np.log(np.exp(logits).sum(axis=1))
@@ -527,7 +527,7 @@ class Generator:
             raise ValueError(
                 f"the text has {tokens.size} tokens, expected at most {decoder.capacity}"
             )
-        return decoder.extend_states(tokens)[int(begins) :]
+        return decoder.prefill_states(tokens)[int(begins) :]
 
 
 def new_seed() -> int:

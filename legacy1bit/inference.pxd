@@ -4,33 +4,33 @@ from legacy1bit.kernels cimport Int8Rows
 from legacy1bit.packed cimport Int8Buffer, PackedModel, PackedModelView
 from legacy1bit.threads cimport thread_team
 
-cdef struct Member:
-    # The buffers of one thread of the team.
+cdef struct ThreadBuffers:
+    # The buffers of one thread.
     float *normed           # [max(C, F)], the input of a product of one token, also in int8
     Int8Rows quantized
     float *probs            # [rows, cache_rows]
     float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
     float *token_probs      # [2, V], for sampling, with scratch
-    int *candidates         # [V], token ids by falling probability
+    int *candidates         # [V], token ids
 
 cdef struct Sampling:
     double temperature
     double top_p
     double min_p
-    float penalty           # of tokens among the last `window`; 0: all
+    float penalty           # of repetition, for tokens among the last `window`; 0: all
     Py_ssize_t top_k
     Py_ssize_t window
 
-cdef struct Place:
+cdef struct Position:
     # The position of a token: its sequence, and the number of tokens before it.
     Py_ssize_t sequence
     Py_ssize_t past
 
-cdef enum Wanted:
-    NOTHING
-    LAST                    # the logits after the last token
-    EVERY                   # the logits after every token
-    STATES                  # the hidden states after the final norm
+cdef enum Output:
+    NO_OUTPUT
+    LAST_LOGITS             # after the last token
+    ALL_LOGITS              # after every token
+    HIDDEN_STATES           # after the final norm
 
 cdef struct DecoderView:
     const PackedModelView *model
@@ -51,31 +51,36 @@ cdef struct DecoderView:
     float *heads
     float *hidden           # [rows, F]
     float *logits           # [rows or 1, V]
-    Member *members
+    ThreadBuffers *threads
     thread_team team
     # The job:
     int *tokens             # [rows], the input
-    Place *places           # [rows]
+    Position *positions     # [rows]
     Py_ssize_t rows
-    bint together           # consecutive tokens of one sequence, else one each of several
-    Wanted wanted
+    bint single_sequence    # rows are consecutive tokens of one, else each row has its own
+    Output output
     int *sampled            # [rows or 1, to_sample], the sampled tokens
     Py_ssize_t to_sample
     const double *uniforms  # [rows or 1, to_sample], a random number for each
     Sampling sampling
     bint out_of_memory
-    bint damaged            # logits that are not finite
+    bint nonfinite          # a logit is not finite
 
 
 cdef class Decoder:
     cdef readonly PackedModel model
     cdef readonly Py_ssize_t capacity, sequences
     cdef readonly int threads
-    cdef Py_ssize_t most
+    cdef Py_ssize_t max_rows
     cdef object lengths, tokens, logits
-    cdef list kept
+    cdef list arrays        # what the view points at
     cdef bint busy
     cdef DecoderView view
-    cdef float *_buffer(self, size) except NULL
-    cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
+    cdef float *_floats(self, size) except NULL
+    cdef int *_ints(self, size) except NULL
+    cdef signed char *_int8(self, size) except NULL
+    cdef int _allocate_cache(self) except -1
+    cdef int _allocate_rows(self) except -1
+    cdef int _allocate_thread(self, ThreadBuffers *own) except -1
+    cdef int _run(self, Output output, int[:, ::1] sampled,
                   const double[:, ::1] uniforms) except -1

@@ -1,10 +1,12 @@
-"""Letting a model write (C: ``inference.c``).
+"""Decoding and sampling (C: ``inference.c``).
 
-A ``Decoder`` holds the keys and values of sequences. Their tokens pass through a packed model
-without returning to Python, the drawing of the next one included. Threads do it side by side: each
-has some rows of every matrix and some of the heads, and they meet where one needs what others have
-written. A prompt goes through in blocks of tokens, several sequences in blocks of one token each.
+A ``Decoder`` has a cache of the keys and values of sequences. Their tokens pass through a packed
+model without returning to Python, sampling included. The threads of a team share the work: each
+computes some rows of every product and some of the heads, and barriers separate the stages. A
+prompt passes in blocks of tokens, several sequences in blocks of one token each.
 """
+
+from operator import index
 
 import numpy as np
 
@@ -28,41 +30,42 @@ from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
 
 cdef float EPSILON = _EPSILON
+cdef double GREEDY = 1e-30      # the temperature below which the likeliest token is taken
 
 _SAMPLING = SamplingConfig()
 
 cdef enum:
     PROMPT_BLOCK = 128
-    IN_ORDER = 256          # keys, up to which sums of attention have one order
-    SAMPLED_AT_ONCE = 64    # tokens, between two looks whether the user has pressed Ctrl-C
-    SUMMED = 1024           # weights that are added up in float32
-    STRETCH = 64
+    ORDERED_KEYS = 256      # up to this number, attention has the same bits on every CPU
+    TOKENS_PER_CALL = 64    # between two checks for Ctrl-C
+    SUM_BLOCK = 1024        # probabilities whose sum is in float32
+    MAX_BLOCK = 64          # probabilities of which the largest bounds the others
 
 
 # ---------------------------------------------------------------------------------------------
-# What the members of a team do
+# The stages of a pass, each as one thread of the team does its part
 
-cdef inline Py_ssize_t slice_start(Py_ssize_t count, Py_ssize_t member,
-                                   Py_ssize_t members) noexcept nogil:
-    # Where the member's share of so many things begins; the next one's share begins at its end.
-    return count * member // members
+cdef inline Py_ssize_t slice_start(Py_ssize_t count, Py_ssize_t thread,
+                                   Py_ssize_t threads) noexcept nogil:
+    # The start of the thread's slice of `count` items; its stop is the start of the next one.
+    return count * thread // threads
 
 
-cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t index, const float *source,
+cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t thread, const float *source,
                              Py_ssize_t cols, Py_ssize_t rows, const NormView *norm,
                              const Projection *reader, const float **dense) noexcept nogil:
-    # The input of the next products: normalised where there is a norm, and in the form they read.
-    # One token every member prepares for itself; of more, each prepares some, and they meet.
+    # The input of the next products: normalized if there is a norm, and quantized if they read
+    # int8. Every thread prepares a single token for itself, of several tokens its slice.
     cdef const KernelTable *kernel = kernels()
-    cdef Member *member = &d.members[index]
-    cdef Int8Rows quantized = member.quantized if rows == 1 else d.quantized
-    cdef float *normed = member.normed if rows == 1 else d.normed
+    cdef ThreadBuffers *own = &d.threads[thread]
+    cdef Int8Rows quantized = own.quantized if rows == 1 else d.quantized
+    cdef float *normed = own.normed if rows == 1 else d.normed
     cdef float mean[PROMPT_BLOCK]
     cdef float inv_std[PROMPT_BLOCK]
     cdef Py_ssize_t first = 0, count = rows
     if rows > 1:
-        first = slice_start(rows, index, d.team.size)
-        count = slice_start(rows, index + 1, d.team.size) - first
+        first = slice_start(rows, thread, d.team.size)
+        count = slice_start(rows, thread + 1, d.team.size) - first
     if norm.gamma:
         kernel.layer_norm(source + first * cols, norm.gamma, norm.beta, EPSILON,
                           normed + first * cols, mean, inv_std, count, cols)
@@ -75,16 +78,16 @@ cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t index, const float *sour
     if rows > 1:
         barrier(&d.team)
     dense[0] = source
-    return &member.quantized if rows == 1 else &d.quantized
+    return &own.quantized if rows == 1 else &d.quantized
 
 
-cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection,
+cdef void project(DecoderView *d, Py_ssize_t thread, const Projection *projection,
                   const Int8Rows *quantized, const float *dense, Py_ssize_t rows, bint accumulate,
                   float *out, float *workspace) noexcept nogil:
-    # This member's strips of out[rows, projection.rows] (+)= the product + bias.
+    # This thread's strips of out[rows, projection.rows] (+)= the product + bias.
     cdef Py_ssize_t strips = (projection.rows + STRIP_ROWS - 1) // STRIP_ROWS
-    cdef Py_ssize_t first = slice_start(strips, index, d.team.size)
-    cdef Py_ssize_t last = slice_start(strips, index + 1, d.team.size)
+    cdef Py_ssize_t first = slice_start(strips, thread, d.team.size)
+    cdef Py_ssize_t last = slice_start(strips, thread + 1, d.team.size)
     cdef Py_ssize_t low = first * STRIP_ROWS, t
     cdef Py_ssize_t count = min(projection.rows, last * STRIP_ROWS) - low
     cdef const float *bias = projection.bias
@@ -118,27 +121,27 @@ cdef void project(DecoderView *d, Py_ssize_t index, const Projection *projection
             kernels().add(out + t * projection.rows + low, bias + low, count)
 
 
-cdef void attend(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, const Place *places,
+cdef void attend(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
                  Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
-    # This member's heads: keys and values go into the cache, and out come the heads' outputs.
+    # This thread's heads: appends their keys and values to the cache, and computes their outputs.
     cdef Py_ssize_t row
-    if rows > 1 and d.together:
-        attend_sequence(d, index, layer, places.sequence, places.past, 0, rows, workspace)
+    if rows > 1 and d.single_sequence:
+        attend_sequence(d, thread, layer, positions.sequence, positions.past, 0, rows, workspace)
         return
     for row in range(rows):
-        attend_sequence(d, index, layer, places[row].sequence, places[row].past + step, row, 1,
-                        workspace)
+        attend_sequence(d, thread, layer, positions[row].sequence, positions[row].past + step, row,
+                        1, workspace)
 
 
-cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
+cdef void attend_sequence(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer,
                           Py_ssize_t sequence, Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows,
                           float *workspace) noexcept nogil:
-    # The same for neighbours in one sequence, from a row on.
+    # The same for consecutive tokens of one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
     cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
-    cdef Py_ssize_t first = slice_start(heads, index, d.team.size)
-    cdef Py_ssize_t last = slice_start(heads, index + 1, d.team.size)
+    cdef Py_ssize_t first = slice_start(heads, thread, d.team.size)
+    cdef Py_ssize_t last = slice_start(heads, thread + 1, d.team.size)
     cdef float *q = d.q + row * d.dim
     cdef float *k = d.k + row * d.dim
     cdef float *v = d.v + row * d.dim
@@ -150,13 +153,13 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t index, Py_ssize_t layer,
     for head in range(first, last):
         at = ((sequence * model.num_blocks + layer) * heads + head) * d.cache_rows
         store_keys(k + head * dim, d.dim, rows, dim, d.keys + at * dim, past, d.key_scales + at,
-                   <signed char *>d.members[index].head)
+                   <signed char *>d.threads[thread].head)
         store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
               d.value_scales + at + past)
-        if past + rows <= IN_ORDER or rows == 1:
-            attend_in_order(d, index, head, at, past, row, rows)
+        if past + rows <= ORDERED_KEYS or rows == 1:
+            attend_rows(d, thread, head, at, past, row, rows)
         else:
-            attend_together(d, index, head, at, past, rows, workspace)
+            attend_block(d, thread, head, at, past, rows, workspace)
 
 
 cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
@@ -176,7 +179,7 @@ cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t d
 cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
                      signed char *tiles, Py_ssize_t past, float *scales,
                      signed char *codes) noexcept nogil:
-    # Rows of keys into their tiles; codes has room for them.
+    # Rows of keys into their tiles; codes is int8[rows, dim] of scratch.
     cdef Py_ssize_t t, i
     cdef signed char *to
     store(x, stride, rows, dim, codes, scales + past)
@@ -186,17 +189,18 @@ cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssiz
             to[i * KEY_TILE] = codes[t * dim + i]
 
 
-cdef void attend_in_order(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
-                          Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows) noexcept nogil:
-    # Rows of neighbouring tokens, whose cache begins at `at`.
+cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t head, Py_ssize_t at,
+                      Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows) noexcept nogil:
+    # Rows of consecutive tokens, summed in the same order on every CPU; `at` is the first row of
+    # the head's cache.
     cdef CachedHead view
     cdef Py_ssize_t dim = d.dim // d.model.num_heads, window = d.model.window, t = 0, low
     view.head_dim = dim
     view.stride = d.dim
     view.probs_stride = d.cache_rows
-    view.probs = d.members[index].probs
+    view.probs = d.threads[thread].probs
     while t < rows:
-        # With a span each of them has a first key of its own.
+        # With an attention window each query has another first key.
         view.queries = 1 if window else min(rows - t, CACHED_QUERIES)
         low = past + t + 1 - window if window and window < past + t + 1 else 0
         view.keys = past + t + 1 - low
@@ -211,10 +215,10 @@ cdef void attend_in_order(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
         t += view.queries
 
 
-cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_ssize_t at,
-                          Py_ssize_t past, Py_ssize_t rows, float *workspace) noexcept nogil:
-    # A block of tokens, as training does it, with what the cache has kept of their keys.
-    cdef Member *member = &d.members[index]
+cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t head, Py_ssize_t at,
+                       Py_ssize_t past, Py_ssize_t rows, float *workspace) noexcept nogil:
+    # A block of a long prompt, by the kernel of training, with keys and values from the cache.
+    cdef ThreadBuffers *own = &d.threads[thread]
     cdef Py_ssize_t dim = d.dim // d.model.num_heads, t
     cdef Attention view
     memset(&view, 0, sizeof(view))
@@ -225,28 +229,28 @@ cdef void attend_together(DecoderView *d, Py_ssize_t index, Py_ssize_t head, Py_
     view.k_key = 1
     view.k_dim = d.cache_rows
     view.window = d.model.window
-    view.probs = member.probs
-    view.q = member.head
-    view.k = member.head + d.cache_rows * dim
-    view.v = member.head + 2 * d.cache_rows * dim
-    view.out = member.head + 3 * d.cache_rows * dim
+    view.probs = own.probs
+    view.q = own.head
+    view.k = own.head + d.cache_rows * dim
+    view.v = own.head + 2 * d.cache_rows * dim
+    view.out = own.head + 3 * d.cache_rows * dim
     for t in range(rows):
-        memcpy(member.head + t * dim, d.q + t * d.dim + head * dim, dim * sizeof(float))
+        memcpy(own.head + t * dim, d.q + t * d.dim + head * dim, dim * sizeof(float))
     kernels().dequantize_keys(d.keys + at * dim, d.key_scales + at, dim,
                               (view.keys + KEY_TILE - 1) // KEY_TILE,
-                              member.head + d.cache_rows * dim, d.cache_rows)
+                              own.head + d.cache_rows * dim, d.cache_rows)
     kernels().dequantize_rows(d.values + at * dim, d.value_scales + at, view.keys, dim,
-                              member.head + 2 * d.cache_rows * dim)
+                              own.head + 2 * d.cache_rows * dim)
     kernels().attention(&view, workspace)
     for t in range(rows):
         memcpy(d.heads + t * d.dim + head * dim, view.out + t * dim, dim * sizeof(float))
 
 
-cdef void activate(DecoderView *d, Py_ssize_t index, Py_ssize_t rows) noexcept nogil:
-    # The activation of this member's strips of the hidden layer, in place.
+cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept nogil:
+    # The activation of this thread's strips of the hidden layer, in place.
     cdef Py_ssize_t strips = (d.wide + STRIP_ROWS - 1) // STRIP_ROWS, t
-    cdef Py_ssize_t low = slice_start(strips, index, d.team.size) * STRIP_ROWS
-    cdef Py_ssize_t next = slice_start(strips, index + 1, d.team.size) * STRIP_ROWS
+    cdef Py_ssize_t low = slice_start(strips, thread, d.team.size) * STRIP_ROWS
+    cdef Py_ssize_t next = slice_start(strips, thread + 1, d.team.size) * STRIP_ROWS
     cdef Py_ssize_t count = min(d.wide, next) - low
     cdef float *row
     if count <= 0:
@@ -259,46 +263,47 @@ cdef void activate(DecoderView *d, Py_ssize_t index, Py_ssize_t rows) noexcept n
             kernels().relu(row, row, count)
 
 
-cdef void transform(DecoderView *d, Py_ssize_t index, Py_ssize_t layer, const Place *places,
+cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
                     Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
     # One block: stream += attention(norm1(stream)); stream += ffn(norm2(stream)).
     cdef const PackedBlock *block = &d.model.blocks[layer]
     cdef const float *dense = NULL
-    cdef const Int8Rows *quantized = prepare(d, index, d.stream, d.dim, rows, &block.norm1,
+    cdef const Int8Rows *quantized = prepare(d, thread, d.stream, d.dim, rows, &block.norm1,
                                              &block.wq, &dense)
-    project(d, index, &block.wq, quantized, dense, rows, False, d.q, workspace)
-    project(d, index, &block.wk, quantized, dense, rows, False, d.k, workspace)
-    project(d, index, &block.wv, quantized, dense, rows, False, d.v, workspace)
+    project(d, thread, &block.wq, quantized, dense, rows, False, d.q, workspace)
+    project(d, thread, &block.wk, quantized, dense, rows, False, d.k, workspace)
+    project(d, thread, &block.wv, quantized, dense, rows, False, d.v, workspace)
     barrier(&d.team)
-    attend(d, index, layer, places, rows, step, workspace)
+    attend(d, thread, layer, positions, rows, step, workspace)
     barrier(&d.team)
-    quantized = prepare(d, index, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
-    project(d, index, &block.wo, quantized, dense, rows, True, d.stream, workspace)
+    quantized = prepare(d, thread, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
+    project(d, thread, &block.wo, quantized, dense, rows, True, d.stream, workspace)
     barrier(&d.team)
-    quantized = prepare(d, index, d.stream, d.dim, rows, &block.norm2, &block.wi, &dense)
-    project(d, index, &block.wi, quantized, dense, rows, False, d.hidden, workspace)
-    activate(d, index, rows)
+    quantized = prepare(d, thread, d.stream, d.dim, rows, &block.norm2, &block.wi, &dense)
+    project(d, thread, &block.wi, quantized, dense, rows, False, d.hidden, workspace)
+    activate(d, thread, rows)
     barrier(&d.team)
-    quantized = prepare(d, index, d.hidden, d.wide, rows, &block.hidden_norm, &block.wo_ffn,
+    quantized = prepare(d, thread, d.hidden, d.wide, rows, &block.hidden_norm, &block.wo_ffn,
                         &dense)
-    project(d, index, &block.wo_ffn, quantized, dense, rows, True, d.stream, workspace)
+    project(d, thread, &block.wo_ffn, quantized, dense, rows, True, d.stream, workspace)
     barrier(&d.team)
 
 
-cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py_ssize_t rows,
-                       Py_ssize_t step, Wanted wanted, float *workspace) noexcept nogil:
-    # Some tokens, each `step` behind its place, and what is wanted of them.
+cdef void forward_tokens(DecoderView *d, Py_ssize_t thread, const Position *positions,
+                         Py_ssize_t rows, Py_ssize_t step, Output output,
+                         float *workspace) noexcept nogil:
+    # The forward pass of one token for each row, `step` tokens behind its position.
     cdef const Projection *embedding = &d.model.embedding
     cdef const NormView *norm = &d.model.final_norm
     cdef const float *dense = NULL
     cdef const Int8Rows *quantized
     cdef float mean[PROMPT_BLOCK]
     cdef float inv_std[PROMPT_BLOCK]
-    cdef Py_ssize_t t, layer, first = slice_start(rows, index, d.team.size)
-    cdef Py_ssize_t last = slice_start(rows, index + 1, d.team.size)
+    cdef Py_ssize_t t, layer, first = slice_start(rows, thread, d.team.size)
+    cdef Py_ssize_t last = slice_start(rows, thread + 1, d.team.size)
     cdef float *stream = d.stream
     for t in range(first, last):
-        d.history[places[t].sequence * d.capacity + places[t].past + step] = d.tokens[t]
+        d.history[positions[t].sequence * d.capacity + positions[t].past + step] = d.tokens[t]
         if embedding.packed.tiles:
             unpack_row(&embedding.packed, d.tokens[t], d.stream + t * d.dim)
         else:
@@ -306,267 +311,309 @@ cdef void pass_through(DecoderView *d, Py_ssize_t index, const Place *places, Py
                    d.dim * sizeof(float))
     barrier(&d.team)
     for layer in range(d.model.num_blocks):
-        transform(d, index, layer, places, rows, step, workspace)
-    if wanted == STATES:
+        transform(d, thread, layer, positions, rows, step, workspace)
+    if output == HIDDEN_STATES:
         if norm.gamma:
             kernels().layer_norm(stream + first * d.dim, norm.gamma, norm.beta, EPSILON,
                                  d.normed + first * d.dim, mean, inv_std, last - first, d.dim)
         else:
             memcpy(d.normed + first * d.dim, stream + first * d.dim,
                    (last - first) * d.dim * sizeof(float))
-    elif wanted != NOTHING:
-        if wanted == LAST:
+    elif output != NO_OUTPUT:
+        if output == LAST_LOGITS:
             stream += (rows - 1) * d.dim
             rows = 1
-        quantized = prepare(d, index, stream, d.dim, rows, norm, &d.model.output, &dense)
-        project(d, index, &d.model.output, quantized, dense, rows, False, d.logits, workspace)
+        quantized = prepare(d, thread, stream, d.dim, rows, norm, &d.model.output, &dense)
+        project(d, thread, &d.model.output, quantized, dense, rows, False, d.logits, workspace)
         barrier(&d.team)
 
 
-cdef void decode(void *context, long index) noexcept nogil:
-    # The whole of a job: some tokens, and then those that are drawn, one after the other; of one
-    # sequence, or side by side of several.
+cdef void decode(void *context, long thread) noexcept nogil:
+    # A job: the forward pass of the input tokens, then sampling and a pass for each new token.
     cdef DecoderView *d = <DecoderView *>context
-    cdef const Place *places = d.places
+    cdef const Position *positions = d.positions
     cdef Py_ssize_t rows = d.rows, i, row, length
     cdef const int *history
-    cdef Member *member = &d.members[index]
+    cdef ThreadBuffers *own = &d.threads[thread]
     cdef float *workspace = scratch(packed_kernels().workspace_floats)
     if workspace == NULL:
         d.out_of_memory = True
     barrier(&d.team)
     if d.out_of_memory:
         return
-    pass_through(d, index, places, rows, 0, d.wanted, workspace)
-    if d.together:
-        places += rows - 1
+    forward_tokens(d, thread, positions, rows, 0, d.output, workspace)
+    if d.single_sequence:
+        positions += rows - 1
         rows = 1
     for i in range(d.to_sample):
-        for row in range(slice_start(rows, index, d.team.size),
-                         slice_start(rows, index + 1, d.team.size)):
-            history = d.history + places[row].sequence * d.capacity
-            length = places[row].past + i + 1
+        for row in range(slice_start(rows, thread, d.team.size),
+                         slice_start(rows, thread + 1, d.team.size)):
+            history = d.history + positions[row].sequence * d.capacity
+            length = positions[row].past + i + 1
             d.tokens[row] = sample(d.logits + row * d.vocab, d.vocab, &d.sampling, history, length,
-                                   d.uniforms[row * d.to_sample + i], member.token_probs,
-                                   member.candidates)
+                                   d.uniforms[row * d.to_sample + i], own.token_probs,
+                                   own.candidates)
             d.sampled[row * d.to_sample + i] = d.tokens[row]
             if d.tokens[row] < 0:
-                d.damaged = True
+                d.nonfinite = True
         barrier(&d.team)
-        if d.damaged:
+        if d.nonfinite:
             return
-        # The last one's place in the cache stays open: nobody has asked what follows it.
+        # The last token has no pass: nothing follows it in this job.
         if i + 1 < d.to_sample:
-            pass_through(d, index, places, rows, i + 1, EVERY, workspace)
+            forward_tokens(d, thread, positions, rows, i + 1, ALL_LOGITS, workspace)
 
 
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
-cdef inline bint comes_before(const float *weights, const float *logits, int a,
-                              int b) noexcept nogil:
-    # Weights of a high temperature are all but the same: then the logits say which is likelier.
-    if weights[a] != weights[b]:
-        return weights[a] > weights[b]
+cdef inline bint is_likelier(const float *probs, const float *logits, int a,
+                             int b) noexcept nogil:
+    # A high temperature makes probabilities equal: then the logits decide, then the token ids.
+    if probs[a] != probs[b]:
+        return probs[a] > probs[b]
     return logits[a] > logits[b] or (logits[a] == logits[b] and a < b)
 
 
-cdef inline void sift(const float *weights, const float *logits, int *heap, Py_ssize_t size,
-                      Py_ssize_t at) noexcept nogil:
-    # Lets the place at the root of a part of the heap sink; the likeliest come to the top.
+cdef inline void sift_down(const float *probs, const float *logits, int *heap, Py_ssize_t size,
+                           Py_ssize_t at) noexcept nogil:
+    # Restores the heap below one of its elements; the likeliest token is on top.
     cdef Py_ssize_t child
     cdef int moved = heap[at]
     while 2 * at + 1 < size:
         child = 2 * at + 1
-        if child + 1 < size and comes_before(weights, logits, heap[child + 1], heap[child]):
+        if child + 1 < size and is_likelier(probs, logits, heap[child + 1], heap[child]):
             child += 1
-        if not comes_before(weights, logits, heap[child], moved):
+        if not is_likelier(probs, logits, heap[child], moved):
             break
         heap[at] = heap[child]
         at = child
     heap[at] = moved
 
 
-cdef double sum_of(const float *weights, Py_ssize_t n) noexcept nogil:
+cdef double sum_of(const float *probs, Py_ssize_t n) noexcept nogil:
     cdef Py_ssize_t start
     cdef double total = 0.0
-    for start from 0 <= start < n by SUMMED:
-        total += kernels().sum(weights + start, min(n - start, SUMMED))
+    for start from 0 <= start < n by SUM_BLOCK:
+        total += kernels().sum(probs + start, min(n - start, SUM_BLOCK))
     return total
 
 
-cdef Py_ssize_t find(const float *weights, Py_ssize_t n, double bound) noexcept nogil:
-    # Where the sum of the weights passes the bound, or -1.
+cdef Py_ssize_t inverse_cdf(const float *probs, Py_ssize_t n, double mass) noexcept nogil:
+    # The first token at which the cumulative sum exceeds the mass, or -1.
     cdef Py_ssize_t start, i
     cdef double passed = 0.0, here
-    for start from 0 <= start < n by SUMMED:
-        here = kernels().sum(weights + start, min(n - start, SUMMED))
-        if passed + here > bound:
-            for i in range(start, min(start + SUMMED, n)):
-                passed += weights[i]
-                if passed > bound:
+    for start from 0 <= start < n by SUM_BLOCK:
+        here = kernels().sum(probs + start, min(n - start, SUM_BLOCK))
+        if passed + here > mass:
+            for i in range(start, min(start + SUM_BLOCK, n)):
+                passed += probs[i]
+                if passed > mass:
                     return i
         else:
             passed += here
     return -1
 
 
-cdef float least_of_most(const float *weights, Py_ssize_t n, Py_ssize_t count,
-                         float *heap) noexcept nogil:
-    # A bound that at least `count` weights reach, and hardly more do: of stretches of the weights,
-    # the largest one of the stretch that is number `count` by that. 0 where there are too few.
-    cdef Py_ssize_t stretches = (n + STRETCH - 1) // STRETCH, i, child, at
-    cdef float least
-    if stretches < 2 * count:
+cdef float top_k_bound(const float *probs, Py_ssize_t n, Py_ssize_t top_k,
+                       float *heap) noexcept nogil:
+    # A lower bound of the top_k largest: of the maxima of blocks, number top_k. 0 if there are few
+    # blocks. heap holds top_k floats.
+    cdef Py_ssize_t blocks = (n + MAX_BLOCK - 1) // MAX_BLOCK, i, child, at
+    cdef float largest
+    if blocks < 2 * top_k:
         return 0.0
-    # The `count` largest so far lie in a heap with the least of them on top.
-    for i in range(stretches):
-        least = kernels().largest(weights + i * STRETCH, min(n - i * STRETCH, STRETCH))
-        if i < count:
+    # The heap has the top_k largest maxima so far, the least of them on top.
+    for i in range(blocks):
+        largest = kernels().largest(probs + i * MAX_BLOCK, min(n - i * MAX_BLOCK, MAX_BLOCK))
+        if i < top_k:
             at = i
-            while at and heap[(at - 1) // 2] > least:
+            while at and heap[(at - 1) // 2] > largest:
                 heap[at] = heap[(at - 1) // 2]
                 at = (at - 1) // 2
-            heap[at] = least
-        elif least > heap[0]:
+            heap[at] = largest
+        elif largest > heap[0]:
             at = 0
-            while 2 * at + 1 < count:
+            while 2 * at + 1 < top_k:
                 child = 2 * at + 1
-                if child + 1 < count and heap[child + 1] < heap[child]:
+                if child + 1 < top_k and heap[child + 1] < heap[child]:
                     child += 1
-                if heap[child] >= least:
+                if heap[child] >= largest:
                     break
                 heap[at] = heap[child]
                 at = child
-            heap[at] = least
+            heap[at] = largest
     return heap[0]
 
 
-cdef int sample(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
-                Py_ssize_t length, double uniform, float *weights, int *candidates) noexcept nogil:
-    # A token, or -1 where logits are not finite. weights holds 2 n floats, candidates n.
-    cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t i, likeliest, count, kept
+cdef void penalize_repetition(const Sampling *sampling, const float *logits, const int *history,
+                              Py_ssize_t length, float *out) noexcept nogil:
+    # The repetition penalty: lowers the logits of tokens that the window of the history has.
+    cdef Py_ssize_t i = 0 if sampling.window == 0 else max(length - sampling.window, 0)
     cdef int token
-    cdef float best, floor = 0.0, temperature = <float>min(sampling.temperature, 3e38)
-    cdef double total, bound, passed = 0.0
-    memcpy(weights, logits, n * sizeof(float))
-    if sampling.penalty != 1.0:
-        i = 0 if sampling.window == 0 else max(length - sampling.window, 0)
-        for i in range(i, length):
-            token = history[i]
-            if logits[token] > 0.0:
-                weights[token] = logits[token] / sampling.penalty
-            else:
-                weights[token] = logits[token] * sampling.penalty
-    best = kernel.largest(weights, n)
-    if kernel.select(weights, n, best, candidates) == 0:
+    for i in range(i, length):
+        token = history[i]
+        if logits[token] > 0.0:
+            out[token] = logits[token] / sampling.penalty
+        else:
+            out[token] = logits[token] * sampling.penalty
+
+
+cdef int softmax(float *probs, Py_ssize_t n, float temperature, int *candidates,
+                 double *total) noexcept nogil:
+    # Logits to probabilities times their sum, `total`; the largest is 1. Returns the likeliest
+    # token, the first of several, or -1 if a logit is not finite. candidates is scratch.
+    cdef const KernelTable *kernel = kernels()
+    cdef float largest = kernel.largest(probs, n)
+    cdef int likeliest
+    if kernel.select(probs, n, largest, candidates) == 0:
         return -1
     likeliest = candidates[0]
-    kernel.shift(weights, -best, n)
-    if temperature >= 1e-30:
-        kernel.divide(weights, temperature, n)
-    kernel.exp(weights, n)
-    total = sum_of(weights, n)
-    # What is no number makes the sum none, and so does infinity less infinity.
-    if not total > 0.0:
-        return -1
-    if temperature < 1e-30:
+    kernel.shift(probs, -largest, n)
+    if temperature >= GREEDY:
+        kernel.divide(probs, temperature, n)
+    kernel.exp(probs, n)
+    total[0] = sum_of(probs, n)
+    # A NaN makes the sum NaN, and so does infinity less infinity.
+    return likeliest if total[0] > 0.0 else -1
+
+
+cdef Py_ssize_t select_candidates(float *probs, Py_ssize_t n, const Sampling *sampling,
+                                  double total, int *candidates) noexcept nogil:
+    # Collects the tokens that the filters may keep, and leaves out most of the others.
+    cdef float bound
+    if sampling.top_k:
+        bound = top_k_bound(probs, n, sampling.top_k, probs + n)
+    elif sampling.top_p < 1.0:
+        # All tokens below it together have less than the mass that top_p may leave out.
+        bound = 0.99 * (1.0 - sampling.top_p) * total / n
+    else:
+        bound = sampling.min_p
+    return kernels().select(probs, n, bound, candidates)
+
+
+cdef Py_ssize_t rank(const float *probs, const float *logits, int *candidates, Py_ssize_t count,
+                     Py_ssize_t most, double mass) noexcept nogil:
+    # Heapsort that stops at `most` tokens or at this mass: the likeliest is the last candidate, the
+    # second before it, and so on. Returns the number of ranked tokens.
+    cdef Py_ssize_t i
+    cdef double passed = 0.0
+    cdef int token
+    for i in range(count // 2 - 1, -1, -1):
+        sift_down(probs, logits, candidates, count, i)
+    for i in range(most):
+        token = candidates[0]
+        candidates[0] = candidates[count - 1 - i]
+        candidates[count - 1 - i] = token
+        sift_down(probs, logits, candidates, count - 1 - i, 0)
+        passed += probs[token]
+        if passed >= mass:
+            return i + 1
+    return most
+
+
+cdef Py_ssize_t filter_top_p(const float *probs, const int *likeliest, Py_ssize_t count,
+                             double top_p) noexcept nogil:
+    # How many of the ranked tokens, which end at `likeliest`, have the fraction top_p of the mass.
+    cdef Py_ssize_t i
+    cdef double total = 0.0, passed = 0.0
+    for i in range(count):
+        total += probs[likeliest[-i]]
+    for i in range(count):
+        passed += probs[likeliest[-i]]
+        if passed >= top_p * total:
+            return i + 1
+    return count
+
+
+cdef int sample_min_p(const float *probs, const int *last, Py_ssize_t count, double min_p,
+                      double uniform) noexcept nogil:
+    # Samples from the candidates, which end at `last`, that have min_p times the largest
+    # probability; -1 if the sum is not reached. min_p is 0 without this filter.
+    cdef Py_ssize_t i
+    cdef double total = 0.0, passed = 0.0
+    cdef int token
+    for i in range(count):
+        if probs[last[-i]] >= min_p:
+            total += probs[last[-i]]
+    for i in range(count):
+        token = last[-i]
+        if probs[token] >= min_p:
+            passed += probs[token]
+            if passed > uniform * total:
+                return token
+    return -1
+
+
+cdef int sample(const float *logits, Py_ssize_t n, const Sampling *sampling, const int *history,
+                Py_ssize_t length, double uniform, float *probs, int *candidates) noexcept nogil:
+    # A token, or -1 if a logit is not finite. probs holds 2 n floats, candidates n.
+    cdef float temperature = <float>min(sampling.temperature, 3e38)
+    cdef Py_ssize_t count, ranked
+    cdef double total = 0.0
+    cdef int likeliest, token
+    memcpy(probs, logits, n * sizeof(float))
+    if sampling.penalty != 1.0:
+        penalize_repetition(sampling, logits, history, length, probs)
+    likeliest = softmax(probs, n, temperature, candidates, &total)
+    if likeliest < 0 or temperature < GREEDY:
         return likeliest
     if not sampling.top_k and sampling.top_p >= 1.0 and sampling.min_p <= 0.0:
-        i = find(weights, n, uniform * total)
-        return i if i >= 0 else likeliest
-    # Few are looked at one by one: those that no filter leaves out for sure.
+        token = <int>inverse_cdf(probs, n, uniform * total)
+        return token if token >= 0 else likeliest
+    count = ranked = select_candidates(probs, n, sampling, total, candidates)
     if sampling.top_k:
-        floor = least_of_most(weights, n, sampling.top_k, weights + n)
+        ranked = rank(probs, logits, candidates, count, min(count, sampling.top_k), INFINITY)
+        if sampling.top_p < 1.0:
+            ranked = filter_top_p(probs, candidates + count - 1, ranked, sampling.top_p)
     elif sampling.top_p < 1.0:
-        # All below it together have less than what top_p may leave out.
-        floor = 0.99 * (1.0 - sampling.top_p) * total / n
-    else:
-        floor = sampling.min_p
-    count = kept = kernel.select(weights, n, floor, candidates)
-    if sampling.top_k or sampling.top_p < 1.0:
-        # They come off a heap, the likeliest first, and end up behind one another from the back.
-        for i in range(count // 2 - 1, -1, -1):
-            sift(weights, logits, candidates, count, i)
-        if sampling.top_k:
-            kept = min(kept, sampling.top_k)
-        bound = INFINITY if sampling.top_k else sampling.top_p * total
-        for i in range(kept):
-            token = candidates[0]
-            candidates[0] = candidates[count - 1 - i]
-            candidates[count - 1 - i] = token
-            sift(weights, logits, candidates, count - 1 - i, 0)
-            passed += weights[token]
-            if passed >= bound:
-                kept = i + 1
-                break
-        if sampling.top_k and sampling.top_p < 1.0:
-            bound = sampling.top_p * passed
-            passed = 0.0
-            for i in range(kept):
-                passed += weights[candidates[count - 1 - i]]
-                if passed >= bound:
-                    kept = i + 1
-                    break
-    total = 0.0
-    for i in range(kept):
-        if weights[candidates[count - 1 - i]] >= sampling.min_p:
-            total += weights[candidates[count - 1 - i]]
-    passed = 0.0
-    bound = uniform * total
-    for i in range(kept):
-        token = candidates[count - 1 - i]
-        if weights[token] >= sampling.min_p:
-            passed += weights[token]
-            if passed > bound:
-                return token
-    return likeliest
+        ranked = rank(probs, logits, candidates, count, count, sampling.top_p * total)
+    token = sample_min_p(probs, candidates + count - 1, ranked, sampling.min_p, uniform)
+    return token if token >= 0 else likeliest
 
 
 def sample_token(logits, rng, sampling=_SAMPLING, history=()) -> int:
-    """Draw a token.
+    """Sample a token.
 
     Parameters
     ----------
     logits : float32[V]
     rng : numpy.random.Generator
-        Gives one number between 0 and 1.
+        Of which one number is taken, unless the temperature is 0.
     sampling : SamplingConfig
     history : int[T]
-        The tokens so far, for the repetition penalty.
+        The tokens before it, for the repetition penalty.
 
     Returns
     -------
     int
-        At temperature 0 the likeliest, the first of several.
+        At temperature 0 the likeliest token, the first of several.
 
     Raises
     ------
     ValueError
         If a logit is NaN or infinity.
     IndexError
-        If ``history`` holds what is no token.
+        If ``history`` holds an id that is not a token's.
 
     Notes
     -----
     C: ``inference.c``, whose strategies are greedy, temperature and top-k.
     """
     cdef const float[::1] given = logits
-    cdef float[::1] weights
+    cdef float[::1] probs
     cdef int[::1] candidates
     cdef const int[::1] before
     cdef Sampling view
     if given.shape[0] == 0:
         raise ValueError("logits is empty")
-    weights = np.empty(2 * given.shape[0], np.float32)
+    probs = np.empty(2 * given.shape[0], np.float32)
     candidates = np.empty(given.shape[0], np.int32)
     before = check_tokens(history if len(history) else [0], given.shape[0], "history")
     fill_sampling(&view, sampling, given.shape[0])
-    # The likeliest is no matter of chance.
     uniform = rng.random() if view.temperature else 0.0
     token = sample(&given[0], given.shape[0], &view, &before[0], len(history), uniform,
-                   &weights[0], &candidates[0])
+                   &probs[0], &candidates[0])
     if token < 0:
         raise ValueError("the model's logits are not finite: its weights are damaged")
     return token
@@ -592,12 +639,12 @@ def check_tokens(tokens, vocab, name):
     tokens : int[T]
     vocab : int
     name : str
-        What errors call them.
+        The name in error messages.
 
     Raises
     ------
     ValueError, TypeError, IndexError
-        If there is none, one is no whole number, or none of the vocabulary's.
+        If there are no tokens, they are not whole numbers, or an id is not in the vocabulary.
     """
     array = np.asarray(tokens)
     if array.size == 0:
@@ -611,31 +658,30 @@ def check_tokens(tokens, vocab, name):
 
 
 # ---------------------------------------------------------------------------------------------
-# From Python
+# The decoder
 
 cdef class Decoder:
-    """Sequences that a model reads and writes, with the keys and values of their tokens so far.
+    """Sequences of tokens, with a cache of their keys and values.
 
     Parameters
     ----------
     model : PackedModel
     threads : int
-        How many threads may share the work. Packed products give the same bits with any number,
-        others may round differently.
+        The number of threads. Products of packed codes have the same bits for any number, others
+        may be rounded differently.
     capacity : int, optional
-        The longest sequence; the model's ``sequence_length`` when not given.
+        The maximum length of a sequence; by default the model's ``sequence_length``.
     sequences : int
-        How many there are, at most 128. They are written side by side, so that the weights are
-        read once for all of them.
+        The number of sequences, at most 128. ``generate_batch`` reads the weights once for all.
 
     Notes
     -----
-    A decoder is for one thread of Python at a time; several can share a model. Its memory goes with
-    the last reference to it, or at ``close``, or at the end of a ``with``.
+    Only one Python thread at a time may use a decoder; several decoders can share a model. Its
+    memory is freed with the last reference to it, at ``close``, or at the end of a ``with``.
 
-    Activations are rounded to int8 before every product with codes, whether or not the model was
-    trained so (``int8_activations``), and so are keys and values, with one scale a token and head:
-    logits are near those of ``forward_llm``, not the same.
+    Activations are quantized to int8 before every product with codes, whether or not the model was
+    trained so (``int8_activations``), and so are keys and values, with one scale per token and
+    head: logits are near those of ``forward_llm``, not equal.
     """
 
     def __cinit__(self):
@@ -643,12 +689,10 @@ cdef class Decoder:
 
     def __init__(self, PackedModel model not None, threads=1, capacity=None, sequences=1):
         cdef DecoderView *view = &self.view
-        cdef Int8Buffer rows
-        cdef Py_ssize_t i
-        cdef int[::1] numbers
-        cdef signed char[::1] keys, values
+        cdef int i
         config = model.config
-        capacity = config.sequence_length if capacity is None else capacity
+        threads, sequences = index(threads), index(sequences)
+        capacity = config.sequence_length if capacity is None else index(capacity)
         if not 1 <= capacity <= config.sequence_length:
             raise ValueError(f"capacity is {capacity}, expected 1 to {config.sequence_length}")
         if not 1 <= threads <= 256:
@@ -657,67 +701,97 @@ cdef class Decoder:
             raise ValueError(f"sequences is {sequences}, expected 1 to {PROMPT_BLOCK}")
         self.model, self.threads = model, threads
         self.capacity, self.sequences = capacity, sequences
+        self.max_rows = max(min(capacity, PROMPT_BLOCK), sequences)
         self.lengths = [0] * sequences
-        self.kept = []
-        self.most = max(min(capacity, PROMPT_BLOCK), sequences)
+        self.arrays = []
         view.model = &model.view
         view.capacity = capacity
         view.dim, view.wide, view.vocab = config.model_dim, config.ffn_dim, config.vocab_size
-        widest = max(view.dim, view.wide)
         view.cache_rows = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
-        cached = sequences * config.num_blocks * config.num_heads * view.cache_rows
-        # Tiles are read as a whole, before all their keys are there.
-        keys = np.zeros(cached * config.head_dim, np.int8)
-        values = np.empty(cached * config.head_dim, np.int8)
-        view.keys, view.values = &keys[0], &values[0]
-        view.key_scales = self._buffer(cached)
-        memset(view.key_scales, 0, cached * sizeof(float))
-        view.value_scales = self._buffer(cached)
-        numbers = np.empty(sequences * capacity, np.int32)
-        view.history = &numbers[0]
-        self.kept += [keys, values, numbers]
-        self.tokens = np.empty(self.most, np.int32)
-        numbers = self.tokens
-        view.tokens = &numbers[0]
-        view.stream = self._buffer(self.most * view.dim)
-        view.q = self._buffer(self.most * view.dim)
-        view.k = self._buffer(self.most * view.dim)
-        view.v = self._buffer(self.most * view.dim)
-        view.heads = self._buffer(self.most * view.dim)
-        view.hidden = self._buffer(self.most * view.wide)
-        view.normed = self._buffer(self.most * widest)
-        self.logits = np.empty(sequences * view.vocab, np.float32)
-        view.logits = float_pointer(self.logits)
-        rows = Int8Buffer(self.most, widest)
-        view.quantized = rows.view
-        self.kept.append(rows)
-        view.places = <Place *>calloc(self.most, sizeof(Place))
-        view.members = <Member *>calloc(threads, sizeof(Member))
-        if view.members == NULL or view.places == NULL:
+        self._allocate_cache()
+        self._allocate_rows()
+        view.threads = <ThreadBuffers *>calloc(threads, sizeof(ThreadBuffers))
+        if view.threads == NULL:
             raise MemoryError("no memory for the threads' buffers")
-        for i in range(threads):
-            rows = Int8Buffer(1, widest)
-            numbers = np.empty(view.vocab, np.int32)
-            view.members[i].quantized = rows.view
-            view.members[i].normed = self._buffer(widest)
-            view.members[i].probs = self._buffer(
-                max(min(capacity, PROMPT_BLOCK), CACHED_QUERIES) * view.cache_rows)
-            view.members[i].head = self._buffer(4 * view.cache_rows * config.head_dim)
-            view.members[i].token_probs = self._buffer(2 * view.vocab)
-            view.members[i].candidates = &numbers[0]
-            self.kept += [rows, numbers]
+        for i in range(self.threads):
+            self._allocate_thread(&view.threads[i])
+
+    cdef int _allocate_cache(self) except -1:
+        # Keys and values of all sequences, and their tokens.
+        cdef DecoderView *view = &self.view
+        config = self.model.config
+        cached = self.sequences * config.num_blocks * config.num_heads * view.cache_rows
+        view.keys = self._int8(cached * config.head_dim)
+        view.values = self._int8(cached * config.head_dim)
+        view.key_scales = self._floats(cached)
+        view.value_scales = self._floats(cached)
+        memset(view.key_scales, 0, cached * sizeof(float))
+        view.history = self._ints(self.sequences * self.capacity)
+        return 0
+
+    cdef int _allocate_rows(self) except -1:
+        # The activations of the tokens of one pass, which all threads share.
+        cdef DecoderView *view = &self.view
+        cdef Int8Buffer quantized = Int8Buffer(self.max_rows, max(view.dim, view.wide))
+        cdef int[::1] tokens
+        self.tokens = tokens = np.empty(self.max_rows, np.int32)
+        view.tokens = &tokens[0]
+        view.positions = <Position *>calloc(self.max_rows, sizeof(Position))
+        if view.positions == NULL:
+            raise MemoryError("no memory for the tokens' positions")
+        view.stream = self._floats(self.max_rows * view.dim)
+        view.q = self._floats(self.max_rows * view.dim)
+        view.k = self._floats(self.max_rows * view.dim)
+        view.v = self._floats(self.max_rows * view.dim)
+        view.heads = self._floats(self.max_rows * view.dim)
+        view.hidden = self._floats(self.max_rows * view.wide)
+        view.normed = self._floats(self.max_rows * max(view.dim, view.wide))
+        self.arrays.append(quantized)
+        view.quantized = quantized.view
+        self.logits = np.empty(self.sequences * view.vocab, np.float32)
+        view.logits = float_pointer(self.logits)
+        return 0
+
+    cdef int _allocate_thread(self, ThreadBuffers *own) except -1:
+        cdef DecoderView *view = &self.view
+        cdef Int8Buffer quantized = Int8Buffer(1, max(view.dim, view.wide))
+        queries = max(min(self.capacity, PROMPT_BLOCK), CACHED_QUERIES)
+        own.normed = self._floats(max(view.dim, view.wide))
+        self.arrays.append(quantized)
+        own.quantized = quantized.view
+        own.probs = self._floats(queries * view.cache_rows)
+        own.head = self._floats(4 * view.cache_rows * self.model.config.head_dim)
+        own.token_probs = self._floats(2 * view.vocab)
+        own.candidates = self._ints(view.vocab)
+        return 0
+
+    cdef float *_floats(self, size) except NULL:
+        self.arrays.append(np.empty(size, np.float32))
+        return float_pointer(self.arrays[-1])
+
+    cdef int *_ints(self, size) except NULL:
+        cdef int[::1] array = np.empty(size, np.int32)
+        self.arrays.append(array.base)
+        return &array[0]
+
+    cdef signed char *_int8(self, size) except NULL:
+        # Zeros: the kernel reads a tile of keys as a whole, before it is full. Those of a large
+        # cache take no memory before they are written.
+        cdef signed char[::1] array = np.zeros(size, np.int8)
+        self.arrays.append(array.base)
+        return &array[0]
 
     def __dealloc__(self):
-        free(self.view.members)
-        free(self.view.places)
+        free(self.view.threads)
+        free(self.view.positions)
 
     def __reduce__(self):
         raise TypeError("a decoder cannot be copied or pickled: make another one of its model")
 
     def close(self) -> None:
-        """Let go of the model, and of all that is remembered; nothing can be asked any more."""
+        """Release the model and the cache; using the decoder afterwards raises ``ValueError``."""
         self._check_busy()
-        self.model = self.kept = self.lengths = self.tokens = self.logits = None
+        self.model = self.arrays = self.lengths = self.tokens = self.logits = None
 
     def __enter__(self):
         self._check_open()
@@ -726,38 +800,34 @@ cdef class Decoder:
     def __exit__(self, *error):
         self.close()
 
-    cdef float *_buffer(self, size) except NULL:
-        self.kept.append(np.empty(size, np.float32))
-        return float_pointer(self.kept[-1])
-
     @property
     def nbytes(self) -> int:
         """The bytes of the cache and of the threads' buffers."""
-        return sum(buffer.nbytes for buffer in (*self.kept, self.tokens, self.logits))
+        return sum(buffer.nbytes for buffer in (*self.arrays, self.tokens, self.logits))
 
     @property
     def length(self) -> int:
-        """The number of tokens so far, of the first sequence."""
+        """The number of tokens in the first sequence."""
         self._check_open()
         return self.lengths[0]
 
     def length_of(self, sequence) -> int:
-        """Return the number of tokens so far of one sequence."""
+        """Return the number of tokens in a sequence."""
         self._check_sequence(sequence)
         return self.lengths[sequence]
 
     def clear(self) -> None:
-        """Forget all tokens of all sequences."""
+        """Remove all tokens of all sequences."""
         self._check_idle()
         self.lengths = [0] * self.sequences
 
     def truncate(self, length, sequence=0) -> None:
-        """Forget the tokens of a sequence from ``length`` on.
+        """Remove the tokens of a sequence from ``length`` on.
 
         Raises
         ------
         ValueError
-            If there are not so many.
+            If the sequence is shorter.
         """
         self._check_idle()
         self._check_sequence(sequence)
@@ -766,7 +836,7 @@ cdef class Decoder:
         self.lengths[sequence] = length
 
     def _check_open(self):
-        if self.kept is None:
+        if self.arrays is None:
             raise ValueError("the decoder is closed")
 
     def _check_idle(self):
@@ -782,8 +852,8 @@ cdef class Decoder:
         if not 0 <= sequence < self.sequences:
             raise IndexError(f"sequence is {sequence}, expected 0 to {self.sequences - 1}")
 
-    def extend(self, tokens, sequence=0):
-        """Take in more tokens of a sequence and return the logits after the last of them.
+    def prefill(self, tokens, sequence=0):
+        """Append tokens to a sequence and return the logits after the last of them.
 
         Parameters
         ----------
@@ -797,134 +867,135 @@ cdef class Decoder:
         Raises
         ------
         ValueError
-            If there is no room for them.
+            If the sequence would exceed its capacity.
         IndexError
-            If an id is no token's.
+            If an id is not a token's.
         """
-        prompt = self._checked(tokens, 0, sequence)
-        self._run_alone(self._begin(prompt, sequence), sequence, LAST)
+        prompt = self._check_prompt(tokens, sequence)
+        self._run_prompt(self._prefill_blocks(prompt, sequence), sequence, LAST_LOGITS)
         return self.logits[:self.view.vocab].copy()
 
-    def extend_all(self, tokens, sequence=0):
-        """Take in more tokens of a sequence and return the logits after each: float32[T, V].
+    def prefill_logits(self, tokens, sequence=0):
+        """Append tokens to a sequence and return the logits after each: float32[T, V].
 
-        Parameters and errors are those of ``extend``.
+        Parameters and errors are those of ``prefill``.
         """
-        prompt = self._checked(tokens, 0, sequence)
+        prompt = self._check_prompt(tokens, sequence)
         block = min(prompt.size, PROMPT_BLOCK)
         if self.logits.size < block * self.view.vocab:
             self.logits = np.empty(block * self.view.vocab, np.float32)
             self.view.logits = float_pointer(self.logits)
         result = np.empty((prompt.size, self.view.vocab), np.float32)
         for start in range(0, prompt.size, PROMPT_BLOCK):
-            here = result[start:start + PROMPT_BLOCK]
-            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, EVERY)
-            here[...] = self.logits[:here.size].reshape(here.shape)
+            part = result[start:start + PROMPT_BLOCK]
+            self._run_prompt(prompt[start:start + PROMPT_BLOCK], sequence, ALL_LOGITS)
+            part[...] = self.logits[:part.size].reshape(part.shape)
         return result
 
-    def extend_states(self, tokens, sequence=0):
-        """Take in more tokens and return what the output layer would get for each: float32[T, C].
+    def prefill_states(self, tokens, sequence=0):
+        """Append tokens to a sequence and return the last hidden state of each: float32[T, C].
 
-        That is the residual stream behind the last block, and behind the final norm where there
-        is one. Parameters and errors are those of ``extend``.
+        That is the input of the output layer: the residual stream after the last block and, if
+        there is one, the final norm. Parameters and errors are those of ``prefill``.
         """
-        prompt = self._checked(tokens, 0, sequence)
+        prompt = self._check_prompt(tokens, sequence)
         result = np.empty((prompt.size, self.view.dim), np.float32)
         for start in range(0, prompt.size, PROMPT_BLOCK):
-            here = result[start:start + PROMPT_BLOCK]
-            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, STATES)
-            here[...] = np.asarray(<float[:here.size]>self.view.normed).reshape(here.shape)
+            part = result[start:start + PROMPT_BLOCK]
+            self._run_prompt(prompt[start:start + PROMPT_BLOCK], sequence, HIDDEN_STATES)
+            part[...] = np.asarray(<float[:part.size]>self.view.normed).reshape(part.shape)
         return result
 
-    def write(self, tokens, uniforms, sampling=_SAMPLING, sequence=0):
-        """Take in more tokens of a sequence and draw those that follow, one after the other.
+    def generate(self, tokens, uniforms, sampling=_SAMPLING, sequence=0):
+        """Append tokens to a sequence and sample those that follow.
 
         Parameters
         ----------
         tokens : int[T]
         uniforms : float64[N]
-            Numbers in [0, 1), each of which decides what is drawn.
+            Random numbers in [0, 1), one for each token to sample.
         sampling : SamplingConfig
         sequence : int
 
         Returns
         -------
         int32[N]
-            The last of them is not taken in: the sequence grows by T + N - 1.
+            The sampled tokens. All but the last are appended: the sequence grows by T + N - 1.
 
         Raises
         ------
         ValueError
-            If there is no room for them, or logits are not finite.
+            If the sequence would exceed its capacity, or a logit is not finite.
         IndexError
-            If an id is no token's.
+            If an id is not a token's.
         """
-        numbers = _checked_uniforms(uniforms, 1)
+        numbers = _check_uniforms(uniforms, 1)
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)
-        drawn = np.empty(numbers.size, np.int32)
-        prompt = self._begin(self._checked(tokens, drawn.size - 1, sequence), sequence)
-        for start in range(0, drawn.size, SAMPLED_AT_ONCE):
-            here = drawn[start:start + SAMPLED_AT_ONCE]
-            self._run_alone(prompt, sequence, LAST, here[None],
-                            numbers[None, start:start + SAMPLED_AT_ONCE])
-            prompt = here[-1:]
-        return drawn
+        sampled = np.empty(numbers.size, np.int32)
+        prompt = self._check_prompt(tokens, sequence, sampled.size - 1)
+        prompt = self._prefill_blocks(prompt, sequence)
+        for start in range(0, sampled.size, TOKENS_PER_CALL):
+            part = sampled[start:start + TOKENS_PER_CALL]
+            self._run_prompt(prompt, sequence, LAST_LOGITS, part[None],
+                             numbers[None, start:start + TOKENS_PER_CALL])
+            prompt = part[-1:]
+        return sampled
 
-    def write_together(self, tokens, uniforms, sampling=_SAMPLING, sequences=None):
-        """Take in a token of each of several sequences and draw those that follow, side by side.
+    def generate_batch(self, tokens, uniforms, sampling=_SAMPLING, sequences=None):
+        """Append a token to each of several sequences and sample those that follow, side by side.
 
         Parameters
         ----------
         tokens : int[S]
         uniforms : float64[S, N]
-            Numbers in [0, 1), each of which decides what is drawn.
+            Random numbers in [0, 1), one for each token to sample.
         sampling : SamplingConfig
         sequences : int[S], optional
-            Which ones, each once; all when not given.
+            Different sequences; by default all.
 
         Returns
         -------
         int32[S, N]
-            The last of each is not taken in: every sequence grows by N.
+            The sampled tokens. All but the last of each are appended: every sequence grows by N.
 
         Raises
         ------
         ValueError
-            If there is no room for them, or logits are not finite.
+            If a sequence would exceed its capacity, or a logit is not finite.
         IndexError
-            If an id is no token's, or a sequence is none.
+            If an id is not a token's, or a sequence does not exist.
         """
-        cdef Place *places = self.view.places
+        cdef Position *positions = self.view.positions
         self._check_open()
-        numbers = _checked_uniforms(uniforms, 2)
+        numbers = _check_uniforms(uniforms, 2)
         selected = list(range(self.sequences) if sequences is None else sequences)
         fill_sampling(&self.view.sampling, sampling, self.view.vocab)
-        given = check_tokens(tokens, self.view.vocab, "tokens")
+        newest = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
         if len(set(selected)) != len(selected):
             raise ValueError("a sequence is named twice")
-        if not len(selected) == given.size == len(numbers):
-            raise ValueError(f"there are {len(selected)} sequences, {given.size} tokens and "
+        if not len(selected) == newest.size == len(numbers):
+            raise ValueError(f"there are {len(selected)} sequences, {newest.size} tokens and "
                              f"{len(numbers)} rows of uniforms, expected as many of each")
         for sequence in selected:
             self._check_capacity(sequence, numbers.shape[1])
-        drawn = np.empty(numbers.shape, np.int32)
-        at_once = max(SAMPLED_AT_ONCE // len(selected), 1)
-        for start in range(0, drawn.shape[1], at_once):
-            here = np.empty((len(selected), min(at_once, drawn.shape[1] - start)), np.int32)
-            self.tokens[:given.size] = given
+        sampled = np.empty(numbers.shape, np.int32)
+        steps = max(TOKENS_PER_CALL // len(selected), 1)
+        for start in range(0, sampled.shape[1], steps):
+            part = np.empty((len(selected), min(steps, sampled.shape[1] - start)), np.int32)
+            self.tokens[:newest.size] = newest
             for i, sequence in enumerate(selected):
-                places[i].sequence, places[i].past = sequence, self.lengths[sequence]
-            self.view.rows, self.view.together = len(selected), False
-            self._run(EVERY, here, np.ascontiguousarray(numbers[:, start:start + at_once]))
+                positions[i].sequence, positions[i].past = sequence, self.lengths[sequence]
+            self.view.rows, self.view.single_sequence = len(selected), False
+            self._run(ALL_LOGITS, part, np.ascontiguousarray(numbers[:, start:start + steps]))
             for sequence in selected:
-                self.lengths[sequence] += here.shape[1]
-            drawn[:, start:start + at_once] = here
-            given = here[:, -1]
-        return drawn
+                self.lengths[sequence] += part.shape[1]
+            sampled[:, start:start + steps] = part
+            newest = part[:, -1]
+        return sampled
 
-    def _checked(self, tokens, more, sequence):
-        """Return checked tokens of a sequence that has room for them and so many more."""
+    def _check_prompt(self, tokens, sequence, more=0):
+        """Return tokens as int32[T] that fit a sequence, with a number of others after them."""
         self._check_sequence(sequence)
         prompt = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
@@ -939,55 +1010,55 @@ cdef class Decoder:
         if self.model.rotary is not None:
             self.model.rotary.fill(self.lengths[sequence] + more)
 
-    def _begin(self, prompt, sequence):
-        """Take in a prompt but for its last block, and return that."""
+    def _prefill_blocks(self, prompt, sequence):
+        """Append all of a prompt but its last block, and return that."""
         last = (prompt.size - 1) // PROMPT_BLOCK * PROMPT_BLOCK
         for start in range(0, last, PROMPT_BLOCK):
-            self._run_alone(prompt[start:start + PROMPT_BLOCK], sequence, NOTHING)
+            self._run_prompt(prompt[start:start + PROMPT_BLOCK], sequence, NO_OUTPUT)
         return prompt[last:]
 
-    def _run_alone(self, prompt, sequence, wanted, drawn=None, uniforms=None):
-        """Let a block of one sequence's tokens through, and draw those that follow."""
-        cdef Place *places = self.view.places
-        cdef Py_ssize_t i, past = self.lengths[sequence], which = sequence
+    def _run_prompt(self, prompt, sequence, output, sampled=None, uniforms=None):
+        """Append a block of one sequence's tokens, and sample those that follow."""
+        cdef Position *positions = self.view.positions
+        cdef Py_ssize_t i, past = self.lengths[sequence], number = sequence
         self._check_idle()
         for i in range(prompt.size):
-            places[i].sequence, places[i].past = which, past + i
+            positions[i].sequence, positions[i].past = number, past + i
         self.tokens[:prompt.size] = prompt
-        self.view.rows, self.view.together = prompt.size, True
-        self._run(wanted, drawn, uniforms)
-        self.lengths[sequence] += prompt.size + (0 if drawn is None else drawn.shape[1] - 1)
+        self.view.rows, self.view.single_sequence = prompt.size, True
+        self._run(output, sampled, uniforms)
+        self.lengths[sequence] += prompt.size + (0 if sampled is None else sampled.shape[1] - 1)
 
-    cdef int _run(self, Wanted wanted, int[:, ::1] drawn,
+    cdef int _run(self, Output output, int[:, ::1] sampled,
                   const double[:, ::1] uniforms) except -1:
         cdef DecoderView *view = &self.view
         cdef int threads = self.threads
         PyErr_CheckSignals()
         self._check_idle()
-        view.wanted = wanted
+        view.output = output
         view.to_sample = 0
-        if drawn is not None:
-            view.sampled = &drawn[0, 0]
+        if sampled is not None:
+            view.sampled = &sampled[0, 0]
             view.uniforms = &uniforms[0, 0]
-            view.to_sample = drawn.shape[1]
-        view.out_of_memory = view.damaged = False
+            view.to_sample = sampled.shape[1]
+        view.out_of_memory = view.nonfinite = False
         self.busy = True
         with nogil:
             parallel_region(decode, view, &view.team, threads)
         self.busy = False
         if view.out_of_memory:
             raise MemoryError("no memory for the kernels' packing buffers")
-        if view.damaged:
+        if view.nonfinite:
             raise ValueError("the model's logits are not finite: its weights are damaged")
         return 0
 
 
-def _checked_uniforms(uniforms, axes):
+def _check_uniforms(uniforms, axes):
     numbers = np.ascontiguousarray(uniforms, np.float64)
     if numbers.ndim != axes:
         raise ValueError(f"uniforms has {numbers.ndim} axes, expected {axes}")
     if numbers.size == 0:
-        raise ValueError("uniforms is empty: no token is to be drawn")
+        raise ValueError("uniforms is empty, expected a number for each token to sample")
     if not (np.min(numbers) >= 0.0 and np.max(numbers) < 1.0):
         raise ValueError("uniforms holds a number that is not in [0, 1)")
     return numbers

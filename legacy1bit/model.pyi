@@ -1,11 +1,10 @@
 import os
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.formats.native import ModelFileError as ModelFileError
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.schemes import FLOAT as FLOAT
@@ -17,12 +16,6 @@ _Path = str | os.PathLike[str]
 _Seed = int | np.random.Generator
 
 LAYER_NORM_EPSILON: float
-WEIGHTS_FILE: str
-CONFIG_FILE: str
-CHECKPOINT_FILE: str
-BEST_FOLDER: str
-
-class ModelFileError(ValueError): ...
 
 class TernaryMatrix:
     def __init__(
@@ -149,13 +142,6 @@ class TransformerBlock:
     @property
     def norm2(self) -> LayerNorm: ...
 
-def block_layout(
-    model_dim: int, ffn_dim: int, sub_norm: bool = False
-) -> list[tuple[str, tuple[int, ...]]]: ...
-def parameter_layout(
-    config: ModelConfig,
-) -> list[tuple[str, tuple[int, ...], Literal["quantized", "matrix", "vector"]]]: ...
-
 class LegacyLLM:
     def __init__(self, config: ModelConfig, trainable: bool = False) -> None: ...
     @property
@@ -237,14 +223,4 @@ def save_model(
     format: Literal["legacy1bit", "c-v1"] = "legacy1bit",
 ) -> None: ...
 def serialize_c_v1(model: LegacyLLM) -> bytes: ...
-
-class StoredParameter(NamedTuple):
-    name: str
-    shape: tuple[int, ...]
-    values: npt.NDArray[np.float32] | npt.NDArray[np.uint8]
-    scales: _Floats | None = None
-    group: int = 0
-
-def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredParameter]]: ...
-def model_folder(run: _Path) -> Path: ...
 def load_model(path: _Path) -> LegacyLLM: ...

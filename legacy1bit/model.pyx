@@ -7,26 +7,20 @@ and optimizer states have the same layout. All parameters are views into these:
 
     [ latent weights of quantized matrices | float matrices | vectors ]
 
-Weight decay applies to the first two parts; the third is small.
+Weight decay applies to the first two parts; the third is small. ``layout.py`` has the names, shapes
+and offsets, and ``formats/native.py`` reads and writes the files.
 """
 
-import json
 import math
-import os
-import struct
-import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
+from legacy1bit.formats import native
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.layout import parameter_layout, views
 from legacy1bit.schemes import FLOAT, SCHEMES
-from legacy1bit.system.errors import describe, one_line
-from legacy1bit.system.files import (atomic_write, atomic_write_all, check_regular, mistaken_file,
-                                     open_regular, read_regular, serialize_tensors)
+from legacy1bit.system.files import atomic_write
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
@@ -37,20 +31,7 @@ from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
-# Of a run: what it goes on from, and the folder of its best model.
-CHECKPOINT_FILE = "checkpoint.safetensors"
-BEST_FOLDER = "best"
-_FORMAT = "legacy1bit"
-_FORMAT_VERSION = 2
-
-_V1_MAGIC = 0x1B1B1
-_V1_VERSION = 1
-
-
-class ModelFileError(ValueError):
-    """A file that is not a complete, valid model of a known format."""
+ModelFileError = native.ModelFileError
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,10 +101,10 @@ cdef class TernaryMatrix:
     Parameters
     ----------
     values : int8[R, C]
-        The codes; kept, not copied.
+        The codes, which are not copied.
     scale : float, float32[1, 1] or float32[R, G]
         One scale for all codes, or one for each of G groups of consecutive columns in every row.
-        An array is kept, not copied. The C original has no scale (departure 10).
+        An array is not copied. The C original has no scale (departure 10).
     group : int
         The number of consecutive columns that share a scale, a multiple of 16; 0 means the row.
     levels : tuple of int
@@ -453,108 +434,13 @@ cdef class TransformerBlock:
 
 
 # ---------------------------------------------------------------------------------------------
-# The layout of a model's parameters
-
-cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil:
-    return <const char *>field - <const char *>start
-
-
-cdef BlockGradient _gradient
-
-# The parameters of a block: name, axes, and the offset of the gradient in a BlockGradient.
-cdef list _PARAMETERS = [
-    ("attention.wq", "CC", offset(&_gradient, &_gradient.attention.wq)),
-    ("attention.wk", "CC", offset(&_gradient, &_gradient.attention.wk)),
-    ("attention.wv", "CC", offset(&_gradient, &_gradient.attention.wv)),
-    ("attention.wo", "CC", offset(&_gradient, &_gradient.attention.wo)),
-    ("attention.bq", "C", offset(&_gradient, &_gradient.attention.bq)),
-    ("attention.bk", "C", offset(&_gradient, &_gradient.attention.bk)),
-    ("attention.bv", "C", offset(&_gradient, &_gradient.attention.bv)),
-    ("attention.bo", "C", offset(&_gradient, &_gradient.attention.bo)),
-    ("ffn.wi", "FC", offset(&_gradient, &_gradient.ffn.wi)),
-    ("ffn.bi", "F", offset(&_gradient, &_gradient.ffn.bi)),
-    ("ffn.wo", "CF", offset(&_gradient, &_gradient.ffn.wo)),
-    ("ffn.bo", "C", offset(&_gradient, &_gradient.ffn.bo)),
-    ("norm1.gamma", "C", offset(&_gradient, &_gradient.norm1.gamma)),
-    ("norm1.beta", "C", offset(&_gradient, &_gradient.norm1.beta)),
-    ("norm2.gamma", "C", offset(&_gradient, &_gradient.norm2.gamma)),
-    ("norm2.beta", "C", offset(&_gradient, &_gradient.norm2.beta)),
-]
-# Those of blocks with sub_norm.
-cdef list _SUB_NORM_PARAMETERS = [
-    ("attention.gamma", "C", offset(&_gradient, &_gradient.attention.norm.gamma)),
-    ("attention.beta", "C", offset(&_gradient, &_gradient.attention.norm.beta)),
-    ("ffn.gamma", "F", offset(&_gradient, &_gradient.ffn.norm.gamma)),
-    ("ffn.beta", "F", offset(&_gradient, &_gradient.ffn.norm.beta)),
-]
-cdef dict _GRADIENT_OFFSETS = {name: at for name, _, at in _PARAMETERS + _SUB_NORM_PARAMETERS}
-
-
-def block_layout(model_dim, ffn_dim, sub_norm=False) -> list:
-    """Return the parameters of a block: a list of (name, shape)."""
-    axes = {"C": model_dim, "F": ffn_dim}
-    return [(name, tuple(axes[axis] for axis in letters))
-            for name, letters, _ in _PARAMETERS + (_SUB_NORM_PARAMETERS if sub_norm else [])]
-
-
-def parameter_layout(config) -> list:
-    """Return the parameters of a model of these settings, in their order in memory.
-
-    Returns
-    -------
-    list of (str, tuple of int, str)
-        Name, shape and kind of each parameter: "quantized" (latent weights with codes), "matrix"
-        (float32, with weight decay) or "vector" (float32, without).
-    """
-    dim, hidden, vocab = config.model_dim, config.ffn_dim, config.vocab_size
-    block_kind = "matrix" if config.scheme == FLOAT else "quantized"
-    edge_kind = block_kind if config.ternary_embedding else "matrix"
-    layout = [("embedding.weight", (vocab, dim), edge_kind)]
-    for i in range(config.num_blocks):
-        layout += [(f"blocks.{i}.{name}", shape, block_kind if len(shape) == 2 else "vector")
-                   for name, shape in block_layout(dim, hidden, config.sub_norm)]
-    if config.final_norm:
-        layout += [(f"final_norm.{part}", (dim,), "vector") for part in ("gamma", "beta")]
-    layout.append(("output.weight", (vocab, dim), edge_kind))
-    if config.output_bias:
-        layout.append(("output.bias", (vocab,), "vector"))
-    return sorted(layout, key=lambda entry: ("quantized", "matrix", "vector").index(entry[2]))
-
-
-def _scale_shape(config, shape):
-    """Return the shape of a quantized matrix's scales, and the number of columns that share one."""
-    rows, cols = shape
-    if config.scale in ("tensor", "one"):
-        return (1, 1), cols
-    group = cols if config.scale == "row" else int(config.scale)
-    return (rows, (cols + group - 1) // group), group
-
-
-def _spread(config, name):
-    """Return the standard deviation of a matrix's initial weights."""
-    if config.scale == "one" and config.scheme != FLOAT:
-        return 0.6
-    return 0.02 / np.sqrt(2.0 * config.num_blocks) if name.endswith(".wo") else 0.02
-
-
-def _views(flat, layout):
-    """Return the parameters of ``layout`` as views into ``flat``, by name."""
-    views, start = {}, 0
-    for name, shape, _ in layout:
-        stop = start + int(np.prod(shape))
-        views[name] = flat[start:stop].reshape(shape)
-        start = stop
-    return views
-
+# The model
 
 def _layer(parameters, prefix):
     """Return the parameters whose name starts with ``prefix``, by the rest of their names."""
     return {name[len(prefix):]: value for name, value in parameters.items()
             if name.startswith(prefix)}
 
-
-# ---------------------------------------------------------------------------------------------
-# The model
 
 cdef class LegacyLLM:
     """A decoder-only transformer with ternary weights (C: ``LegacyLLM``).
@@ -579,31 +465,26 @@ cdef class LegacyLLM:
 
     def __init__(self, config, trainable=False):
         layout = parameter_layout(config)
-        quantized = [(name, shape) for name, shape, kind in layout if kind == "quantized"]
-        scale_shapes = [_scale_shape(config, shape) for _, shape in quantized]
+        quantized = [part for part in layout if part.kind == "quantized"]
         self.config = config
         self.provenance = Provenance()
-        self.quantized_parts = _quantized_parts(config)
-        self.quantized_size = sum(int(np.prod(shape)) for _, shape in quantized)
-        self.total_size = sum(int(np.prod(shape)) for _, shape, _ in layout)
+        self.quantized_parts = _quantized_parts(config, quantized)
+        self.quantized_size = sum(part.size for part in quantized)
+        self.total_size = layout[-1].stop
         levels, inner = (), 0
         if quantized:
             levels, inner = SCHEMES[config.scheme].levels, SCHEMES[config.scheme].inner
         self.codes = np.full(self.quantized_size, inner, np.int8)
-        self.scales = np.ones(sum(int(np.prod(shape)) for shape, _ in scale_shapes), np.float32)
+        self.scales = np.ones(layout[-1].scale_stop, np.float32)
         self.weights = np.zeros(self.total_size - (0 if trainable else self.quantized_size),
                                 np.float32)
         floats = self.weights[self.quantized_size:] if trainable else self.weights
-        values = _views(floats, [entry for entry in layout if entry[2] != "quantized"])
-        start = begin = 0
-        for (name, shape), (scale_shape, group) in zip(quantized, scale_shapes):
-            stop, end = start + int(np.prod(shape)), begin + int(np.prod(scale_shape))
-            values[name] = TernaryMatrix(self.codes[start:stop].reshape(shape),
-                                         self.scales[begin:end].reshape(scale_shape), group,
-                                         levels)
-            start, begin = stop, end
-        self.parameters = values
-        self._connect(values)
+        self.parameters = views(floats, layout[len(quantized):])
+        for part in quantized:
+            scales = self.scales[part.scale_start:part.scale_stop].reshape(part.scale_shape)
+            self.parameters[part.name] = TernaryMatrix(
+                self.codes[part.start:part.stop].reshape(part.shape), scales, part.group, levels)
+        self._connect(self.parameters)
 
     def _connect(self, parameters):
         """Create the layers of these parameters, and the structs that point at them."""
@@ -673,7 +554,7 @@ cdef class LegacyLLM:
         """
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
-        return _views(self.weights, parameter_layout(self.config))
+        return views(self.weights, parameter_layout(self.config))
 
     def use_full_precision(self, wanted) -> None:
         """Let the forward pass use the latent weights instead of the codes, or the codes again.
@@ -720,19 +601,20 @@ cdef class LegacyLLM:
     def stored_bytes(self) -> int:
         """Return the size of the weights as ``save_model`` packs them."""
         self.alive()
-        packed = 0
-        if self.quantized_size:
-            bits = SCHEMES[self.config.scheme].bits
-            packed = 2 * self.scales.size + sum(
-                shape[0] * ((shape[1] * bits + 7) // 8)
-                for _, shape, kind in parameter_layout(self.config) if kind == "quantized")
-        return packed + 4 * (self.num_parameters - self.quantized_size)
+        return native.stored_bytes(self.config)
 
     def __repr__(self):
         if self.parameters is None:
             return "LegacyLLM(freed)"
         return (f"LegacyLLM({self.num_parameters:,} parameters, {self.config.num_blocks} blocks of "
                 f"{self.config.model_dim})")
+
+
+def _spread(config, name):
+    """Return the standard deviation of a matrix's initial weights."""
+    if config.scale == "one" and config.scheme != FLOAT:
+        return 0.6
+    return 0.02 / np.sqrt(2.0 * config.num_blocks) if name.endswith(".wo") else 0.02
 
 
 cdef struct QuantizedPart:
@@ -747,24 +629,18 @@ _QUANTIZED_PART = np.dtype(
      ("group", np.intp), ("fixed", np.float32)], align=True)
 
 
-def _quantized_parts(config):
-    """Return the quantized matrices of a model as ``_QUANTIZED_PART`` records."""
-    quantized_parts, start, scale = [], 0, 0
-    for name, shape, kind in parameter_layout(config):
-        if kind != "quantized":
-            break
-        rows, cols = shape
-        scale_shape, group = _scale_shape(config, shape)
+def _quantized_parts(config, layout):
+    """Return the quantized matrices of a layout as ``_QUANTIZED_PART`` records."""
+    records = []
+    for part in layout:
         fixed = 1.0 if config.scale == "one" else 0.0
         if not SCHEMES[config.scheme].learns and not fixed:
-            fixed = float(np.float16(_spread(config, name) * np.sqrt(2.0 / np.pi)))
-        if config.scale in ("tensor", "one"):
-            quantized_parts.append((start, scale, 1, rows * cols, rows * cols, fixed))
+            fixed = float(np.float16(_spread(config, part.name) * np.sqrt(2.0 / np.pi)))
+        if part.scale_shape == (1, 1):
+            records.append((part.start, part.scale_start, 1, part.size, part.size, fixed))
         else:
-            quantized_parts.append((start, scale, rows, cols, group, fixed))
-        start += rows * cols
-        scale += int(np.prod(scale_shape))
-    return np.array(quantized_parts, _QUANTIZED_PART)
+            records.append((part.start, part.scale_start, *part.shape, part.group, fixed))
+    return np.array(records, _QUANTIZED_PART)
 
 
 cdef struct QuantizeJob:
@@ -825,14 +701,15 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
     rng = np.random.default_rng(seed)
     model = LegacyLLM(config, trainable=True)
     latent = model.latent
-    for name, shape, kind in parameter_layout(config):
-        if kind == "quantized" and not SCHEMES[config.scheme].learns:
-            latent[name][...] = rng.integers(-1, 2, shape)
-        elif kind != "vector":
-            values = rng.standard_normal(shape, np.float32)
-            latent[name][...] = values * np.float32(_spread(config, name))
-        elif name.endswith("gamma"):
-            latent[name][...] = 1.0
+    for part in parameter_layout(config):
+        weights = latent[part.name]
+        if part.kind == "quantized" and not SCHEMES[config.scheme].learns:
+            weights[...] = rng.integers(-1, 2, part.shape)
+        elif part.kind != "vector":
+            values = rng.standard_normal(part.shape, np.float32)
+            weights[...] = values * np.float32(_spread(config, part.name))
+        elif part.name.endswith("gamma"):
+            weights[...] = 1.0
     model.quantize()
     return model if trainable else _without_latent(model)
 
@@ -860,6 +737,37 @@ def free_legacy_llm(LegacyLLM model not None) -> None:
 
 # ---------------------------------------------------------------------------------------------
 # Gradients
+
+cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil:
+    return <const char *>field - <const char *>start
+
+
+cdef BlockGradient _gradient
+
+# The parameters of a block, and the offsets of their gradients in a BlockGradient.
+cdef dict _GRADIENT_OFFSETS = {
+    "attention.wq": offset(&_gradient, &_gradient.attention.wq),
+    "attention.wk": offset(&_gradient, &_gradient.attention.wk),
+    "attention.wv": offset(&_gradient, &_gradient.attention.wv),
+    "attention.wo": offset(&_gradient, &_gradient.attention.wo),
+    "attention.bq": offset(&_gradient, &_gradient.attention.bq),
+    "attention.bk": offset(&_gradient, &_gradient.attention.bk),
+    "attention.bv": offset(&_gradient, &_gradient.attention.bv),
+    "attention.bo": offset(&_gradient, &_gradient.attention.bo),
+    "attention.gamma": offset(&_gradient, &_gradient.attention.norm.gamma),
+    "attention.beta": offset(&_gradient, &_gradient.attention.norm.beta),
+    "ffn.wi": offset(&_gradient, &_gradient.ffn.wi),
+    "ffn.bi": offset(&_gradient, &_gradient.ffn.bi),
+    "ffn.wo": offset(&_gradient, &_gradient.ffn.wo),
+    "ffn.bo": offset(&_gradient, &_gradient.ffn.bo),
+    "ffn.gamma": offset(&_gradient, &_gradient.ffn.norm.gamma),
+    "ffn.beta": offset(&_gradient, &_gradient.ffn.norm.beta),
+    "norm1.gamma": offset(&_gradient, &_gradient.norm1.gamma),
+    "norm1.beta": offset(&_gradient, &_gradient.norm1.beta),
+    "norm2.gamma": offset(&_gradient, &_gradient.norm2.gamma),
+    "norm2.beta": offset(&_gradient, &_gradient.norm2.beta),
+}
+
 
 cdef int point_gradients(BlockGradient *block, dict arrays) except -1:
     # Points the gradients of some of a block's parameters at arrays.
@@ -889,8 +797,8 @@ cdef class LegacyLLMGradients:
         cdef ModelGradient *view = &self.view
         layout = parameter_layout(config)
         self.config = config
-        self.flat = np.zeros(sum(int(np.prod(shape)) for _, shape, _ in layout), np.float32)
-        self.parameters = _views(self.flat, layout)
+        self.flat = np.zeros(layout[-1].stop, np.float32)
+        self.parameters = views(self.flat, layout)
         view.blocks = <BlockGradient *>calloc(config.num_blocks, sizeof(BlockGradient))
         if view.blocks == NULL:
             raise MemoryError("no memory for the model's gradients")
@@ -981,7 +889,7 @@ def apply_ternary_weight_updates(LegacyLLM model not None, LegacyLLMGradients gr
     sign = 1 if direction == "ascend" else -1
     for name, gradient in gradients.parameters.items():
         weights = model.parameters[name]
-        _check_finite(f"the gradient of {name}", gradient)
+        native.check_finite(f"the gradient of {name}", gradient)
         if isinstance(weights, TernaryMatrix):
             moved = gradient != 0.0
             weights.values[moved] = sign * np.sign(gradient[moved]).astype(np.int8)
@@ -1049,7 +957,7 @@ cdef class TransformerBlockContext:
     """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
 
     The C original keeps the block's input and the statistics of its norms, and recomputes the
-    rest; here all activations are kept. Attributes are float32 arrays.
+    rest; here all activations are stored. Attributes are float32 arrays.
 
     Attributes
     ----------
@@ -1155,98 +1063,16 @@ def save_model(LegacyLLM model not None, path, format="legacy1bit") -> None:
     if format == "c-v1":
         atomic_write(path, serialize_c_v1(model))
     elif format == "legacy1bit":
-        _save_folder(model, Path(path))
+        model.alive()
+        native.write_folder(Path(path), model.config, model.provenance, model.parameters)
     else:
         raise ValueError(f"format is {format!r}, expected legacy1bit or c-v1")
 
 
-def _check_finite(name, value, error=ValueError):
-    array = value.scales if isinstance(value, TernaryMatrix) else value
-    if not np.isfinite(array).all():
-        raise error(f"{name} holds a number that is not finite")
-
-
-def _as_float16(name, scales):
-    """Return scales as float16; those that ``quantize`` computes are exact."""
-    with np.errstate(over="ignore"):
-        halves = scales.astype(np.float16)
-    if (halves != scales).any():
-        raise ValueError(f"{name} has a scale that float16 does not hold: {scales.max()}")
-    return halves
-
-
-cdef _check_all_finite(LegacyLLM model):
+def serialize_c_v1(LegacyLLM model not None) -> bytes:
+    """Return the content of a C original's file; errors are those of ``save_model``."""
     model.alive()
-    for name, value in model.parameters.items():
-        _check_finite(name, value)
-
-
-def _save_folder(model, path):
-    _check_all_finite(model)
-    tensors = {}
-    for name, value in model.parameters.items():
-        if isinstance(value, TernaryMatrix):
-            tensors[f"{name}.codes"] = SCHEMES[model.config.scheme].pack(value.values)
-            tensors[f"{name}.scale"] = _as_float16(name, value.scales)
-        else:
-            tensors[name] = value
-    config = {"format": _FORMAT, "format_version": _FORMAT_VERSION, **model.config.to_dict()}
-    # The weights file has the settings, too: a crash between the two files cannot pair the weights
-    # of one model with the settings of another.
-    header = {"config": json.dumps(config), "provenance": json.dumps(model.provenance.to_dict())}
-    path.mkdir(parents=True, exist_ok=True)
-    atomic_write_all({
-        path / WEIGHTS_FILE: serialize_tensors(tensors, header),
-        path / CONFIG_FILE: json.dumps(config, indent=2) + "\n",
-    })
-
-
-def model_folder(run) -> Path:
-    """Return where the model of a run lies: the folder ``best`` in it, or the run's own.
-
-    A run's model is its best one, if the whole of it can be read; where it cannot, a line on
-    standard error says so.
-
-    Parameters
-    ----------
-    run : path-like
-        A folder. One that is not a run's, or whose last model is the best, is returned as it is.
-    """
-    run = Path(run)
-    best = run / BEST_FOLDER
-    if not (run / WEIGHTS_FILE).is_file():
-        return run
-    last, best_step = _steps_of(run)
-    kept = _steps_of(best)[0]
-    if not last:
-        # Nothing here knows what the best was, besides the best itself.
-        best_step = kept
-    if best_step in (0, last):
-        return run
-    try:
-        # Its checkpoint is copied last.
-        if kept != best_step:
-            raise ModelFileError(f"{best} does not hold the model of step {best_step}")
-        for _ in read_folder(best)[2]:
-            pass
-    except (ModelFileError, OSError) as error:
-        print(f"{describe(error)}: using the last model instead of the best", file=sys.stderr)
-        return run
-    return best
-
-
-def _steps_of(folder):
-    """Return the step of a folder's checkpoint and that of the best before it; 0 where unknown."""
-    file = folder / CHECKPOINT_FILE
-    try:
-        check_regular(file)
-        header = safe_open(file, framework="numpy").metadata() or {}
-        # Taken apart, not indexed: nothing checks bounds here.
-        _, best_step = json.loads(header["best"])
-        return int(header["step"]), int(best_step)
-    except (SafetensorError, OSError, KeyError, OverflowError, TypeError, ValueError,
-            RecursionError):
-        return 0, 0
+    return native.serialize_c_v1(model.config, model.parameters)
 
 
 def load_model(path) -> LegacyLLM:
@@ -1255,7 +1081,7 @@ def load_model(path) -> LegacyLLM:
     Parameters
     ----------
     path : path-like
-        Of a run, its best model is read; see ``model_folder``.
+        Of a run, its best model is read; see ``native.model_folder``.
 
     Returns
     -------
@@ -1276,24 +1102,14 @@ def load_model(path) -> LegacyLLM:
     matter because its tokens see only themselves.
     """
     path = Path(path)
-    if path.is_dir():
-        return _load_folder(model_folder(path))
-    return _from_c_v1(path)
-
-
-def _read_json(path):
-    try:
-        content = json.loads(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        known = mistaken_file(path)
-        raise ModelFileError(f"{path} is not JSON: {known or error}") from None
-    if not isinstance(content, dict):
-        raise ModelFileError(f"{path} holds no JSON object")
-    return content
-
-
-def _load_folder(path):
-    config, provenance, stored = read_folder(path)
+    if not path.is_dir():
+        config, parameters = native.read_c_v1(path)
+        model = LegacyLLM(config)
+        for name, values in parameters.items():
+            weights = model.parameters[name]
+            (weights.values if isinstance(weights, TernaryMatrix) else weights)[...] = values
+        return model
+    config, provenance, stored = native.read_folder(native.model_folder(path))
     model = LegacyLLM(config)
     model.provenance = provenance
     for part in stored:
@@ -1303,240 +1119,4 @@ def _load_folder(path):
         else:
             weights.values[...] = SCHEMES[config.scheme].unpack(part.values, part.shape[1])
             weights.scales[...] = part.scales
-    return model
-
-
-class StoredParameter(NamedTuple):
-    """A parameter as stored in a file.
-
-    Attributes
-    ----------
-    name : str
-    shape : tuple of int
-    values : float32 array or uint8[R, bytes]
-        Numbers, or packed codes as ``Scheme.pack`` returns them.
-    scales : float32[1, 1] or float32[R, G] or None
-        The scales of codes.
-    group : int
-        The number of columns that share a scale.
-    """
-
-    name: str
-    shape: tuple
-    values: object
-    scales: object = None
-    group: int = 0
-
-
-def read_folder(path):
-    """Read a model folder one parameter at a time, without creating a model.
-
-    Parameters
-    ----------
-    path : Path
-
-    Returns
-    -------
-    config : ModelConfig
-    provenance : Provenance
-    stored : iterator of StoredParameter
-        Each parameter, in the order of ``parameter_layout``.
-
-    Raises
-    ------
-    ModelFileError
-        If a file is damaged or the two do not belong together; errors in the content of a tensor
-        are raised when it is reached.
-    OSError
-        If a file cannot be read.
-    """
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (path / name).is_file():
-            raise ModelFileError(f"{path} is not a model folder: it has no {name}")
-    settings = _read_json(path / CONFIG_FILE)
-    if "model_type" in settings:
-        raise ModelFileError(f"{path} is a model of transformers, which cannot be read: name a "
-                             "folder that legacy1bit has trained or imported")
-    file = path / WEIGHTS_FILE
-    check_regular(file)
-    try:
-        # The library maps the file into memory and checks its header; tensors are read one by one.
-        opened = safe_open(file, framework="numpy")
-        header = opened.metadata() or {}
-        tensors = {name: opened.get_slice(name) for name in opened.keys()}
-        tensors = {name: (part.get_dtype(), tuple(part.get_shape()))
-                   for name, part in tensors.items()}
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        known = mistaken_file(file)
-        raise ModelFileError(f"{file} is not a safetensors file: {known or one_line(error)}") \
-            from None
-    if "config" in header and _parsed(header["config"]) != settings:
-        raise ModelFileError(f"{path / CONFIG_FILE} is not the one that {file.name} was saved "
-                             "with; the latter's own settings are in its metadata")
-    config = _config_of(settings, path / CONFIG_FILE)
-    try:
-        provenance = Provenance.from_json(header.get("provenance", "{}"))
-    except ValueError as error:
-        raise ModelFileError(f"{file}: {error}") from None
-    _check_stored(config, tensors, file)
-    return config, provenance, _stored(config, opened, file)
-
-
-def _parsed(text):
-    """Return the value of a JSON text, or None if it is invalid."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _config_of(settings, file):
-    """Return the settings of a model folder's ``config.json``, which must be complete."""
-    kind, version = settings.pop("format", None), settings.pop("format_version", None)
-    if kind != _FORMAT or type(version) is not int or version != _FORMAT_VERSION:
-        raise ModelFileError(f"{file} has format {kind!r} version {version!r}, expected "
-                             f"{_FORMAT!r} version {_FORMAT_VERSION}")
-    missing = sorted(set(ModelConfig().to_dict()) - set(settings))
-    if missing:
-        raise ModelFileError(f"{file} has no setting {missing[0]!r}")
-    try:
-        return ModelConfig.from_dict(settings)
-    except (TypeError, ValueError) as error:
-        raise ModelFileError(f"{file}: {error}") from None
-
-
-def _check_stored(config, tensors, file):
-    """Compare the dtypes and shapes in a file with those of a model of these settings.
-
-    The settings may declare more than fits memory, so this comes before any allocation.
-    """
-    expected = {}
-    for name, shape, kind in parameter_layout(config):
-        if kind == "quantized":
-            bits = SCHEMES[config.scheme].bits
-            expected[f"{name}.codes"] = "U8", (shape[0], (shape[1] * bits + 7) // 8)
-            expected[f"{name}.scale"] = "F16", _scale_shape(config, shape)[0]
-        else:
-            expected[name] = "F32", shape
-    for name, (dtype, shape) in expected.items():
-        if name not in tensors:
-            raise ModelFileError(f"{file} has no tensor {name}")
-        if tensors[name][1] != shape:
-            raise ModelFileError(f"{file}: {name} has shape {list(tensors[name][1])}, expected "
-                                 f"{list(shape)}")
-        if tensors[name][0] != dtype:
-            raise ModelFileError(f"{file}: {name} is {tensors[name][0]}, expected {dtype}")
-    unknown = sorted(set(tensors) - set(expected))
-    if unknown:
-        raise ModelFileError(f"{file} has an unknown tensor {unknown[0]!r}")
-
-
-def _stored(config, opened, file):
-    """Yield the parameters for ``read_folder``."""
-    for name, shape, kind in parameter_layout(config):
-        if kind != "quantized":
-            part = StoredParameter(name, shape, opened.get_tensor(name))
-            _check_finite(f"{file}: {name}", part.values, ModelFileError)
-            yield part
-            continue
-        part = StoredParameter(name, shape, opened.get_tensor(f"{name}.codes"),
-                               opened.get_tensor(f"{name}.scale").astype(np.float32),
-                               _scale_shape(config, shape)[1])
-        _check_finite(f"{file}: {name}", part.scales, ModelFileError)
-        if config.scale == "one" and (part.scales != 1.0).any():
-            raise ModelFileError(f"{file}: {name} has scale {part.scales.ravel()[0]}, expected 1")
-        try:
-            SCHEMES[config.scheme].check(part.values, shape[1])
-        except ValueError as error:
-            raise ModelFileError(f"{file}: {name}: {error}") from None
-        yield part
-
-
-# The v1 file: five integers, then matrices (rows, cols, codes) and arrays (size, floats).
-
-def _v1_order(config):
-    """Return the parameters of a C model in the order of its file."""
-    names = ["embedding.weight"]
-    for i in range(config.num_blocks):
-        names += [f"blocks.{i}.attention.{part}{which}" for part in "wb" for which in "qkvo"]
-        names += [f"blocks.{i}.ffn.{part}" for part in ("wi", "wo", "bi", "bo")]
-        names += [f"blocks.{i}.{norm}.{part}" for norm in ("norm1", "norm2")
-                  for part in ("gamma", "beta")]
-    return [*names, "output.weight", "output.bias"]
-
-
-def serialize_c_v1(LegacyLLM model not None) -> bytes:
-    """Return the content of a C original's file; errors are those of ``save_model``."""
-    _check_all_finite(model)
-    config = model.config
-    if not config.is_c_original:
-        raise ValueError("the C original has no such models: train with --model-dim 256 "
-                         "--ffn-multiplier 4 --ternary-embedding --scale one --activation relu "
-                         "--positions none --no-final-norm --attention-window 1 --output-bias "
-                         "(in Python: ModelConfig.c_original)")
-    if config.vocab_size != config.model_dim:
-        raise ValueError(f"vocab_size is {config.vocab_size} and model_dim {config.model_dim}: the "
-                         "C original's file is defined only where they are equal")
-    parts = [struct.pack("<IIiii", _V1_MAGIC, _V1_VERSION, config.vocab_size, config.model_dim,
-                         config.num_blocks)]
-    for name in _v1_order(config):
-        value = model.parameters[name]
-        if isinstance(value, TernaryMatrix):
-            if value.scale != 1.0:
-                raise ValueError(f"{name} has scale {value.scale}, and the C original knows only 1")
-            parts += [struct.pack("<ii", *value.shape), value.values.tobytes()]
-        else:
-            parts += [struct.pack("<i", value.size), value.astype("<f4").tobytes()]
-    return b"".join(parts)
-
-
-def _from_c_v1(path):
-    size = os.stat(path).st_size
-    with open_regular(path) as file:
-        header = file.read(20)
-        known = mistaken_file(path)
-        if known is not None:
-            raise ModelFileError(f"{path} is neither a model folder nor a file of the C original: "
-                                 f"{known}")
-        if len(header) < 20:
-            raise ModelFileError(f"{path} has {size} bytes, too few for a model file")
-        magic, version, vocab, dim, blocks = struct.unpack("<IIiii", header)
-        if magic != _V1_MAGIC:
-            raise ModelFileError(f"{path} is neither a model folder nor a file of the C original: "
-                                 f"it starts with {magic:#x}, expected {_V1_MAGIC:#x}")
-        if version != _V1_VERSION:
-            raise ModelFileError(f"{path} has version {version}, expected {_V1_VERSION}")
-        if vocab != dim:
-            raise ModelFileError(f"{path} has {vocab} tokens and dimension {dim}: the format is "
-                                 "defined only where they are equal")
-        try:
-            heads = 4 if dim % 4 == 0 else 1
-            config = ModelConfig.c_original(vocab, dim, blocks, num_heads=heads)
-        except ValueError as error:
-            raise ModelFileError(f"{path}: {error}") from None
-        layout = {name: shape for name, shape, _ in parameter_layout(config)}
-        expected = 20 + sum(
-            8 + shape[0] * shape[1] if len(shape) == 2 else 4 + 4 * shape[0]
-            for shape in layout.values())
-        if size != expected:
-            raise ModelFileError(f"{path} has {size} bytes, expected {expected} for {blocks} "
-                                 f"blocks of dimension {dim}")
-        return _read_c_v1(file, path, LegacyLLM(config))
-
-
-def _read_c_v1(file, path, LegacyLLM model):
-    for name in _v1_order(model.config):
-        value = model.parameters[name]
-        shape = value.shape
-        came = struct.unpack(f"<{len(shape)}i", file.read(4 * len(shape)))
-        if came != shape:
-            raise ModelFileError(f"{path}: {name} has shape {list(came)}, expected {list(shape)}")
-        if isinstance(value, TernaryMatrix):
-            codes = np.frombuffer(file.read(shape[0] * shape[1]), np.int8)
-            if codes.min() < -1 or codes.max() > 1:
-                raise ModelFileError(f"{path}: {name} holds a number other than -1, 0 and 1")
-            value.values[...] = codes.reshape(shape)
-        else:
-            value[...] = np.frombuffer(file.read(4 * value.size), "<f4")
-            _check_finite(f"{path}: {name}", value, ModelFileError)
     return model

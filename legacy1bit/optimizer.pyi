@@ -44,7 +44,7 @@ class Muon(AdamW):
         epsilon: float = 1e-8,
         weight_decay: float = 0.1,
         sign_direction: str = "descend",
-        matrix_ratio: float = 3.3,
+        muon_lr_ratio: float = 3.3,
         momentum: float = 0.95,
     ) -> None: ...
 

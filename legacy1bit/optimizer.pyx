@@ -15,7 +15,7 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.model import parameter_layout
+from legacy1bit.layout import parameter_layout
 from legacy1bit.schemes import SCHEMES
 
 # The longest span, short enough to balance the load of threads.
@@ -150,16 +150,14 @@ def _check(**settings):
 
 def _spans(config, rule_of):
     """Return the spans of a model's parameters, whole matrices first, as they take longest."""
-    whole, cut, start = [], [], 0
-    for name, shape, kind in parameter_layout(config):
-        stop = start + int(np.prod(shape))
-        rule, decays = rule_of(name, kind), kind != "vector"
+    whole, cut = [], []
+    for part in parameter_layout(config):
+        rule, decays = rule_of(part.name, part.kind), part.kind != "vector"
         if rule == BY_MUON:
-            whole.append((start, stop, *shape, rule, decays))
+            whole.append((part.start, part.stop, *part.shape, rule, decays))
         else:
-            cut += [(begin, min(begin + _LONGEST, stop), 0, 0, rule, decays)
-                    for begin in range(start, stop, _LONGEST)]
-        start = stop
+            cut += [(start, min(start + _LONGEST, part.stop), 0, 0, rule, decays)
+                    for start in range(part.start, part.stop, _LONGEST)]
     return np.array(whole + cut, _SPAN)
 
 
@@ -192,7 +190,7 @@ cdef class Optimizer:
     cdef public float weight_decay
     cdef public long steps
     cdef Update settings
-    cdef float matrix_ratio, direction
+    cdef float muon_lr_ratio, direction
     cdef object squares, spans
 
     def __init__(self, LegacyLLM model not None, weight_decay, sign_direction):
@@ -204,7 +202,7 @@ cdef class Optimizer:
         scheme = SCHEMES.get(model.config.scheme)
         self.model = model
         self.weight_decay = weight_decay
-        self.matrix_ratio = 1.0
+        self.muon_lr_ratio = 1.0
         self.direction = -1.0 if sign_direction == "descend" else 1.0
         self.first = np.zeros(model.num_parameters, np.float32)
         self.second = np.zeros(model.num_parameters, np.float32)
@@ -286,7 +284,7 @@ cdef class Optimizer:
         job.decay = job.plain
         job.decay.weight_decay = self.weight_decay
         job.matrix = job.decay
-        job.matrix.learning_rate = learning_rate * self.matrix_ratio
+        job.matrix.learning_rate = learning_rate * self.muon_lr_ratio
         with nogil:
             parallel_for(update_task, &job, spans.shape[0], threads)
         if job.out_of_memory:
@@ -332,17 +330,17 @@ cdef class Muon(AdamW):
     ----------
     model, beta1, beta2, epsilon, weight_decay, sign_direction
         As for ``AdamW``.
-    matrix_ratio : float
+    muon_lr_ratio : float
         Muon's learning rate over that of AdamW.
     momentum : float
         Decay rate of the momentum.
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, sign_direction="descend", matrix_ratio=3.3, momentum=0.95):
+                 weight_decay=0.1, sign_direction="descend", muon_lr_ratio=3.3, momentum=0.95):
         super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction)
         _check(momentum=momentum)
-        self.matrix_ratio = matrix_ratio
+        self.muon_lr_ratio = muon_lr_ratio
         self.settings.momentum = momentum
 
     def _rule(self, name, kind):

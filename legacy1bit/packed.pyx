@@ -22,10 +22,9 @@ from legacy1bit.kernels cimport (
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
-from legacy1bit.model import (
-    RotaryTable, StoredParameter, TernaryMatrix as _TernaryMatrix, load_model, model_folder,
-    parameter_layout, read_folder,
-)
+from legacy1bit.formats.native import StoredParameter, model_folder, read_folder
+from legacy1bit.layout import parameter_layout
+from legacy1bit.model import RotaryTable, TernaryMatrix as _TernaryMatrix, load_model
 from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
@@ -105,7 +104,7 @@ cdef class PackedMatrix:
         self.shape, self.scales, self.group = shape, scales, group
         self.levels = tuple(int(level) for level in levels)
         if self.trits and (len(levels) > 3 or self.scales.shape[1] > 1):
-            raise ValueError("trits are three levels at most and one scale a row at most, not "
+            raise ValueError("trits are three levels at most and one scale per row at most, not "
                              f"{len(levels)} and {self.scales.shape[1]}")
 
     cdef int _point(self) except -1:
@@ -384,8 +383,8 @@ cdef class PackedModel:
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         scheme = SCHEMES.get(config.scheme)
-        sizes = {name: packed_size(shape, form) for name, shape, kind in parameter_layout(config)
-                 if kind == "quantized"}
+        sizes = {part.name: packed_size(part.shape, form) for part in parameter_layout(config)
+                 if part.kind == "quantized"}
         # One contiguous buffer, read in order: large enough for huge pages.
         buffer = _aligned(sum(sizes.values()))
         self.config = config

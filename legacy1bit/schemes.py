@@ -92,7 +92,7 @@ class Scheme:
         if packed.dtype != np.uint8 or cols < 1 or packed.shape[1:] != (-(-cols // each),):
             raise ValueError(
                 f"packed is {packed.dtype}{list(packed.shape)}, which does not hold {cols} codes "
-                "a row"
+                "per row"
             )
         if cols % each and (packed[:, -1] >> np.uint8(cols % each * self.bits)).any():
             raise ValueError("the unused bits of a row are not 0")

@@ -117,7 +117,7 @@ def models(scheme, at_end):
         for step in (1, 4, 272):
             decoder = Decoder(PackedModel(model))
             for start in range(0, 272, step):
-                decoder.extend(tokens[0, start : start + step])
+                decoder.prefill(tokens[0, start : start + step])
 
 
 def everything():

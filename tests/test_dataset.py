@@ -381,12 +381,12 @@ def test_pack_takes_the_row_that_fits_best():
 BLANK = 1 << 30
 
 
-def told(lengths, length, order, apart=False, followed=True):
+def told(lengths, length, order, document_mask=False, followed=True):
     """A dataset of documents of such lengths, whose tokens tell where they stand."""
     ends = np.cumsum(lengths)
     tokens = np.arange(ends[-1] + followed, dtype=np.int32)
     store = TokenStore([tokens], ends - np.array(lengths), int(ends[-1]))
-    return TokenDataset(store, length, BLANK, order=order, apart=apart)
+    return TokenDataset(store, length, BLANK, order=order, document_mask=document_mask)
 
 
 def read(reader, count):
@@ -570,8 +570,8 @@ orders = pytest.mark.parametrize("order", ORDERS)
 MIXED = [1, 8, 9, 40, 7, 7, 2, 3, 5, 16, 30, 1, 1]
 
 
-def mixed(order, apart=True):
-    return told(MIXED, 8, order, apart)
+def mixed(order, document_mask=True):
+    return told(MIXED, 8, order, document_mask)
 
 
 @orders
@@ -631,7 +631,7 @@ def test_passes_over_stories_take_each_one_once(corpus):
     assert begins[:60] != begins[60:120]
 
 
-# --- Documents apart ------------------------------------------------------------------------------
+# --- The document mask ----------------------------------------------------------------------------
 
 
 def expected_starts(dataset, tokens):
@@ -644,8 +644,8 @@ def expected_starts(dataset, tokens):
 
 @orders
 @pytest.mark.parametrize("length", [1, 2, 8, 13, 50])
-def test_apart_rows_tell_where_documents_begin(order, length):
-    dataset = told(MIXED, length, order, apart=True)
+def test_masked_rows_tell_where_documents_begin(order, length):
+    dataset = told(MIXED, length, order, document_mask=True)
     inside = 0
     for tokens, _, starts in read(dataset.reader(5, 1), 40):
         assert starts.dtype == np.int32
@@ -657,7 +657,7 @@ def test_apart_rows_tell_where_documents_begin(order, length):
     assert bool(inside) == (length > 1 and order != "buckets")
 
 
-def test_apart_sweep_tells_where_documents_begin():
+def test_masked_sweep_tells_where_documents_begin():
     dataset = mixed("windows")
     for tokens, _, starts in dataset.sweep(4):
         document_starts(starts, *tokens.shape)
@@ -671,7 +671,7 @@ def test_packed_rows_are_learned_as_if_each_document_were_alone():
     ends = np.cumsum(lengths)
     tokens = np.random.default_rng(3).integers(0, config.vocab_size, ends[-1] + 1, np.int32)
     store = TokenStore([tokens], ends - lengths, int(ends[-1]))
-    dataset = TokenDataset(store, 16, pad, order="packed", apart=True)
+    dataset = TokenDataset(store, 16, pad, order="packed", document_mask=True)
 
     def loss(rows, targets, starts=None):
         gradients = create_legacy_llm_gradients(config)
@@ -689,7 +689,7 @@ def test_packed_rows_are_learned_as_if_each_document_were_alone():
         for at in range(begin, end, 16):
             piece = tokens[at : min(at + 16, end) + 1]
             alone += loss(piece[None, :-1], piece[None, 1:])[0]
-    # As the trainer's: some hundred roundings a token.
+    # As the trainer's: some hundred roundings per token.
     assert_close(together / count, alone / count, rtol=0, atol=2e-5)
     assert abs(mingled - alone) / count > 1e-3
 
@@ -755,8 +755,8 @@ def test_prefetcher_changes_batches_by_the_position_before_them(prefetched):
         seen.append(position)
         return batch._replace(tokens=batch.tokens + 1)
 
-    reader = mixed("epochs", apart=False).reader(3, 1)
-    ahead = prefetched(mixed("epochs", apart=False).reader(3, 1), change)
+    reader = mixed("epochs", document_mask=False).reader(3, 1)
+    ahead = prefetched(mixed("epochs", document_mask=False).reader(3, 1), change)
     for _ in range(5):
         assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
     assert seen[:5] == [(0,), (3,), (6,), (9,), (12,)]
@@ -785,8 +785,8 @@ def test_prefetcher_without_a_thread_changes_batches_and_raises(prefetched):
             raise ValueError(f"no change at {position}")
         return batch._replace(tokens=batch.tokens + 1)
 
-    reader = mixed("epochs", apart=False).reader(3, 1)
-    ahead = prefetched(mixed("epochs", apart=False).reader(3, 1), change)
+    reader = mixed("epochs", document_mask=False).reader(3, 1)
+    ahead = prefetched(mixed("epochs", document_mask=False).reader(3, 1), change)
     for _ in range(2):
         assert_same_bits(ahead.next_batch().tokens, reader.next_batch().tokens + 1)
     with pytest.raises(ValueError, match=r"no change at \(6,\)"):

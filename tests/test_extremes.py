@@ -694,7 +694,7 @@ def test_decoders_of_every_shape_answer_as_the_oracle(config, time, seed, thread
         assume(False)
     packed, first = PackedModel(model), None
     for decoder in in_every_tier(lambda: Decoder(packed, threads)):
-        found = decoder.extend_all(tokens)
+        found = decoder.prefill_logits(tokens)
         near(found, answer["logits"], effects["logits"], "logits")
         first = found if first is None else first
         if config.ternary_embedding and config.scheme != "float":

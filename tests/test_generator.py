@@ -270,7 +270,7 @@ def step_by_step(packed, prompt, count, sampling=SAMPLING, seed=0):
         if decoder.length + len(fresh) > decoder.capacity:
             decoder.clear()
             fresh = seen = seen[-max(decoder.capacity // 2, 1) :]
-        written.append(sample_token(decoder.extend(fresh), rng, sampling, seen))
+        written.append(sample_token(decoder.prefill(fresh), rng, sampling, seen))
         fresh = written[-1:]
         seen = seen + fresh
     return written
@@ -300,9 +300,9 @@ def test_tokens_are_the_same_however_many_come_at_once(monkeypatch, context, mos
     counts = []
 
     class Watched(Decoder):
-        def write(self, tokens, uniforms, *more):
+        def generate(self, tokens, uniforms, *more):
             counts.append(len(uniforms))
-            return super().write(tokens, uniforms, *more)
+            return super().generate(tokens, uniforms, *more)
 
     packed = exact_model(sequence_length=context)
     expected = step_by_step(packed, b"abc", 150, SAMPLINGS["all"], 4)
@@ -823,14 +823,14 @@ def log_softmax(logits):
 
 def log_p(packed, seen, token):
     """Log p of a token after those that are seen."""
-    return log_softmax(Decoder(packed).extend(seen))[token]
+    return log_softmax(Decoder(packed).prefill(seen))[token]
 
 
 @pytest.mark.parametrize("size", [1, 2, 7, 15, 16])
 def test_log_probabilities_are_the_decoders(generator, size):
     text = random_bytes(size)
     tokens = [10, *text]
-    expected = log_softmax(Decoder(generator.model).extend_all(tokens[:-1]))
+    expected = log_softmax(Decoder(generator.model).prefill_logits(tokens[:-1]))
     expected = expected[np.arange(size), tokens[1:]]
     found = generator.log_probabilities(text)
     assert_close(found, expected, rtol=1e-12, atol=0, dtype=np.float64)
@@ -861,7 +861,7 @@ def test_log_probabilities_of_texts_of_several_blocks():
     found, tokens = Generator(packed).log_probabilities(text), [10, *text]
     # After a full context it goes on with the newer half, up to a full one again.
     for begin, first, last in ((0, 1, 301), (150, 301, 451), (300, 451, 601), (450, 601, 701)):
-        logits = log_softmax(Decoder(packed).extend_all(tokens[begin : last - 1]))
+        logits = log_softmax(Decoder(packed).prefill_logits(tokens[begin : last - 1]))
         expected = logits[np.arange(first - 1, last - 1) - begin, tokens[first:last]]
         # So long a text may be rounded differently where it is cut otherwise.
         assert_close(found[first - 1 : last - 1], expected, rtol=0, atol=1e-4)
@@ -908,7 +908,7 @@ def test_embed_is_what_the_output_layer_gets(changes, size):
     packed, text = PackedModel(wild_model(**changes)), random_bytes(size)
     found = Generator(packed).embed(text)
     assert found.shape == (size, 16)
-    assert_same_bits(found, Decoder(packed).extend_states([10, *text])[1:])
+    assert_same_bits(found, Decoder(packed).prefill_states([10, *text])[1:])
     assert np.isfinite(found).all()
 
 
@@ -921,7 +921,7 @@ def test_embed_without_a_line_break():
     text = bytes(range(10)) + bytes(6)
     found = generator.embed(text)
     assert found.shape == (CONTEXT, 16)
-    assert_same_bits(found, Decoder(generator.model).extend_states(list(text)))
+    assert_same_bits(found, Decoder(generator.model).prefill_states(list(text)))
     with pytest.raises(ValueError, match="17 tokens, expected at most 16"):
         generator.embed(text + b"\0")
 
@@ -969,7 +969,7 @@ def check_loaded(model, path, form, file_format="legacy1bit"):
         assert generator.threads == 2
     # What the kernels read, too.
     prompt = [0, 1, model.config.vocab_size - 1]
-    assert_same_bits(Decoder(loaded).extend(prompt), Decoder(expected).extend(prompt))
+    assert_same_bits(Decoder(loaded).prefill(prompt), Decoder(expected).prefill(prompt))
 
 
 @models
@@ -1004,10 +1004,10 @@ def test_load_leaves_the_folder_and_forgets_it(tmp_path):
     save_model(random_model(make_config()), tmp_path / "model")
     before = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     packed = PackedModel.load(tmp_path / "model")
-    expected = Decoder(packed).extend([1, 2, 3])
+    expected = Decoder(packed).prefill([1, 2, 3])
     assert {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()} == before
     (tmp_path / "model" / "model.safetensors").write_bytes(b"")
-    assert_same_bits(Decoder(packed).extend([1, 2, 3]), expected)
+    assert_same_bits(Decoder(packed).prefill([1, 2, 3]), expected)
 
 
 def test_load_refuses_other_forms(tmp_path):

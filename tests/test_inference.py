@@ -347,7 +347,7 @@ def test_sampling_refuses_settings_out_of_range(settings):
 def test_sampling_refuses_what_are_no_settings(model):
     for call in (
         lambda: inference.sample_token(LOGITS, rng(), 0.5),
-        lambda: Decoder(PackedModel(model)).write([1], [0.5], 0.5),
+        lambda: Decoder(PackedModel(model)).generate([1], [0.5], 0.5),
         lambda: next(Generator(model).tokens([1], 5, 0.5)),
     ):
         with pytest.raises(TypeError, match=r"sampling is 0\.5, expected a SamplingConfig"):
@@ -403,15 +403,15 @@ def test_generate_does_what_a_decoder_does_token_by_token(model):
     decoder, text, random = Decoder(PackedModel(model)), [72, 105], rng(7)
     settings = {"temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.01,
                 "repetition_penalty": 1.2, "repetition_window": 3}  # fmt: skip
-    logits = decoder.extend(text)
+    logits = decoder.prefill(text)
     for token in continuation(model, text, 50, seed=7, **settings):
         assert token == sample_token(logits, random, history=text, **settings)
         text.append(token)
         if decoder.length == CONTEXT:
             decoder.clear()
-            logits = decoder.extend(text[-CONTEXT // 2 :])
+            logits = decoder.prefill(text[-CONTEXT // 2 :])
         else:
-            logits = decoder.extend([token])
+            logits = decoder.prefill([token])
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -537,7 +537,7 @@ def check_pieces(config, time, pieces, threads=1, form="2bit", **kwargs):
     decoder, start = Decoder(PackedModel(model_of(config), form), threads, **kwargs), 0
     found = []
     for piece in pieces:
-        found.append(decoder.extend(tokens[start : start + piece]))
+        found.append(decoder.prefill(tokens[start : start + piece]))
         start += piece
         assert decoder.length == start
         assert_near_token(found[-1], expected, start - 1)
@@ -605,7 +605,7 @@ def test_decoder_makes_nothing_of_nothing():
     model = create_legacy_llm(config, 1)
     model.parameters["embedding.weight"][...] = 0.0
     for length in (10, 300):
-        logits = Decoder(PackedModel(model)).extend([1] * length)
+        logits = Decoder(PackedModel(model)).prefill([1] * length)
         assert (logits == 0.0).all()
 
 
@@ -617,8 +617,8 @@ def test_decoder_rounds_what_is_too_small_for_int8_to_nothing():
     model.parameters["embedding.weight"][2] = 0.0
     model.parameters["blocks.0.norm2.beta"][...] = 1e-37
     decoder = Decoder(PackedModel(model))
-    assert decoder.extend([1]).all()
-    assert (decoder.extend([2]) == 0.0).all()
+    assert decoder.prefill([1]).all()
+    assert (decoder.prefill([2]) == 0.0).all()
 
 
 @every_tier
@@ -678,7 +678,7 @@ def test_decoder_is_near_the_forward_pass():
     for changes in ({}, {"int8_activations": True}, {"scheme": "float"}, {"sub_norm": True}):
         model = model_of(make_config(**changes))
         exact = forward_llm_batch(model, [tokens], logits=True)[0, -1]
-        error = np.abs(Decoder(PackedModel(model)).extend(tokens) - exact).max()
+        error = np.abs(Decoder(PackedModel(model)).prefill(tokens) - exact).max()
         assert 0 < error < 0.05 * np.ptp(exact)
 
 
@@ -695,25 +695,25 @@ def test_decoder_nbytes_grows_by_the_cache_of_a_sequence():
 
 def test_decoder_starts_over_after_clear():
     decoder = Decoder(packed_model(), 2)
-    first = decoder.extend([1, 2, 3])
-    decoder.extend([4, 5])
+    first = decoder.prefill([1, 2, 3])
+    decoder.prefill([4, 5])
     decoder.clear()
     assert decoder.length == 0
-    assert_same_bits(decoder.extend([1, 2, 3]), first)
+    assert_same_bits(decoder.prefill([1, 2, 3]), first)
     decoder.clear()
-    assert_same_bits(decoder.extend(range(10)), Decoder(packed_model(), 2).extend(range(10)))
+    assert_same_bits(decoder.prefill(range(10)), Decoder(packed_model(), 2).prefill(range(10)))
 
 
 def test_decoder_keeps_its_answers():
     decoder = Decoder(packed_model())
-    first = decoder.extend([1])
+    first = decoder.prefill([1])
     before = first.copy()
     assert first.shape == (11,)
     assert first.dtype == np.float32
-    decoder.extend([2])
-    drawn = decoder.write([3], [0.5, 0.1])
+    decoder.prefill([2])
+    drawn = decoder.generate([3], [0.5, 0.1])
     kept = drawn.copy()
-    decoder.write([3], [0.9, 0.3])
+    decoder.generate([3], [0.9, 0.3])
     assert_same_bits(first, before)
     assert_same_bits(drawn, kept)
 
@@ -731,7 +731,7 @@ def test_decoder_says_what_it_is():
 
 def test_decoder_takes_any_whole_numbers():
     decoder = Decoder(packed_model())
-    expected = decoder.extend([3, 1, 4])
+    expected = decoder.prefill([3, 1, 4])
     for tokens in (
         (3, 1, 4),
         np.array([3, 1, 4], np.uint8),
@@ -740,7 +740,7 @@ def test_decoder_takes_any_whole_numbers():
         np.array([3, 1, 4], ">i4"),
     ):
         decoder.clear()
-        assert_same_bits(decoder.extend(tokens), expected)
+        assert_same_bits(decoder.prefill(tokens), expected)
 
 
 @pytest.mark.parametrize("capacity", [1, 6, 15])
@@ -750,17 +750,17 @@ def test_decoder_has_a_capacity(capacity):
     decoder = Decoder(packed_model(), 1, capacity)
     message = f"0 tokens and {capacity + 1} more do not fit a sequence of {capacity}"
     with pytest.raises(ValueError, match=message):
-        decoder.extend(tokens[: capacity + 1])
+        decoder.prefill(tokens[: capacity + 1])
     with pytest.raises(ValueError, match=message):
-        decoder.write(tokens[:1], np.full(capacity + 1, 0.5))
+        decoder.generate(tokens[:1], np.full(capacity + 1, 0.5))
     assert decoder.length == 0
     # Those that are drawn last need no room.
-    assert decoder.write(tokens[:1], np.full(capacity, 0.5)).shape == (capacity,)
+    assert decoder.generate(tokens[:1], np.full(capacity, 0.5)).shape == (capacity,)
     assert decoder.length == capacity
     decoder.clear()
-    assert_near_token(decoder.extend(tokens[:capacity]), expected, capacity - 1)
+    assert_near_token(decoder.prefill(tokens[:capacity]), expected, capacity - 1)
     with pytest.raises(ValueError, match=f"{capacity} tokens and 1 more do not fit"):
-        decoder.extend([1])
+        decoder.prefill([1])
     assert decoder.length == capacity
 
 
@@ -817,13 +817,13 @@ def test_decoder_is_unchanged_by_what_it_rejects(case):
     tokens, error, message = NO_TOKENS[case]
     decoder, fresh = (Decoder(packed_model()) for _ in range(2))
     for one in (decoder, fresh):
-        one.extend([1, 2])
+        one.prefill([1, 2])
     with pytest.raises(error, match=message):
-        decoder.extend(tokens)
+        decoder.prefill(tokens)
     with pytest.raises(error, match=message):
-        decoder.write(tokens, [0.5])
+        decoder.generate(tokens, [0.5])
     assert decoder.length == 2
-    assert_same_bits(decoder.extend([3]), fresh.extend([3]))
+    assert_same_bits(decoder.prefill([3]), fresh.prefill([3]))
 
 
 def test_decoder_of_the_c_original_answers_each_token_alone():
@@ -831,7 +831,7 @@ def test_decoder_of_the_c_original_answers_each_token_alone():
     packed = PackedModel(model_of(config))
     decoder = Decoder(packed)
     for token in range(8):
-        assert_same_bits(decoder.extend([token]), Decoder(packed).extend([token]))
+        assert_same_bits(decoder.prefill([token]), Decoder(packed).prefill([token]))
     check_pieces(config, 8, (3, 1, 4))
 
 
@@ -840,7 +840,7 @@ def test_decoder_that_is_closed_says_so():
     decoder = Decoder(model)
     with decoder as same:
         assert same is decoder
-        decoder.extend([1, 2])
+        decoder.prefill([1, 2])
     decoder.close()
     assert decoder.model is None
     for call in (
@@ -848,11 +848,11 @@ def test_decoder_that_is_closed_says_so():
         lambda: decoder.length_of(0),
         decoder.clear,
         lambda: decoder.truncate(0),
-        lambda: decoder.extend([1]),
-        lambda: decoder.extend_all([1]),
-        lambda: decoder.extend_states([1]),
-        lambda: decoder.write([1], [0.5]),
-        lambda: decoder.write_together([1], [[0.5]]),
+        lambda: decoder.prefill([1]),
+        lambda: decoder.prefill_logits([1]),
+        lambda: decoder.prefill_states([1]),
+        lambda: decoder.generate([1], [0.5]),
+        lambda: decoder.generate_batch([1], [[0.5]]),
         decoder.__enter__,
     ):
         with pytest.raises(ValueError, match="the decoder is closed"):
@@ -875,12 +875,12 @@ def test_decoder_lets_go_of_its_memory_when_closed():
 
 
 def draws_of(packed, prompt, uniforms, **settings):
-    """What ``write`` should draw, a step at a time, and the number of tokens taken in."""
+    """What ``generate`` should sample, a step at a time, and the number of tokens taken in."""
     decoder, drawn = Decoder(packed), []
-    logits = decoder.extend(prompt)
+    logits = decoder.prefill(prompt)
     for number in uniforms:
         if drawn:
-            logits = decoder.extend(drawn[-1:])
+            logits = decoder.prefill(drawn[-1:])
         sampling = SamplingConfig(**settings)
         drawn.append(inference.sample_token(logits, always(number), sampling, [*prompt, *drawn]))
     return drawn, decoder.length
@@ -901,39 +901,41 @@ def draws_of(packed, prompt, uniforms, **settings):
     ],
     ids=str,
 )
-def test_write_draws_what_extend_and_sample_token_do(settings, threads):
+def test_generate_samples_what_prefill_and_sample_token_do(settings, threads):
     packed = PackedModel(wild_model(ternary_embedding=True))
     uniforms = rng(4).random(12)
     for prompt in ([72], [72, 105, 33, 9]):
         expected, length = draws_of(packed, prompt, uniforms, **settings)
         decoder = Decoder(packed, threads)
-        drawn = decoder.write(prompt, uniforms, SamplingConfig(**settings))
+        drawn = decoder.generate(prompt, uniforms, SamplingConfig(**settings))
         assert drawn.dtype == np.int32
         assert drawn.tolist() == expected
         assert decoder.length == length == len(prompt) + 11
         # The last one drawn is not taken in: it is what goes on.
         longer, _ = draws_of(packed, prompt, [*uniforms, 0.3], **settings)
-        assert decoder.write(drawn[-1:], [0.3], SamplingConfig(**settings)).tolist() == longer[-1:]
+        assert (
+            decoder.generate(drawn[-1:], [0.3], SamplingConfig(**settings)).tolist() == longer[-1:]
+        )
 
 
-def test_write_greedily_is_extend_and_argmax(model):
+def test_greedy_generate_is_prefill_and_argmax(model):
     packed = PackedModel(model)
     decoder = Decoder(packed)
-    written = decoder.write([72, 105], np.zeros(CONTEXT - 1), SamplingConfig(0.0))
+    written = decoder.generate([72, 105], np.zeros(CONTEXT - 1), SamplingConfig(0.0))
     assert decoder.length == CONTEXT
     other, token = Decoder(packed), [72, 105]
     for expected in written:
-        token = [int(np.argmax(other.extend(token)))]
+        token = [int(np.argmax(other.prefill(token)))]
         assert token == [expected]
 
 
 def test_write_goes_on_from_where_it_was(model):
     """One call for all is the same as one for each."""
     packed, uniforms = PackedModel(model), rng(3).random(14)
-    whole = Decoder(packed).write([72, 105], uniforms)
+    whole = Decoder(packed).generate([72, 105], uniforms)
     decoder, text = Decoder(packed), [72, 105]
     for count in (1, 3, 1, 9):
-        drawn = decoder.write(text[decoder.length :], uniforms[len(text) - 2 :][:count])
+        drawn = decoder.generate(text[decoder.length :], uniforms[len(text) - 2 :][:count])
         text += drawn.tolist()
         assert decoder.length == len(text) - 1
     assert text[2:] == whole.tolist()
@@ -945,7 +947,7 @@ def test_write_takes_long_prompts():
     expected, length = draws_of(packed, prompt, rng(5).random(21))
     for threads in (1, 2, 3):
         decoder = Decoder(packed, threads)
-        assert decoder.write(prompt, rng(5).random(21)).tolist() == expected
+        assert decoder.generate(prompt, rng(5).random(21)).tolist() == expected
         assert decoder.length == length == 300
 
 
@@ -953,9 +955,9 @@ def test_write_takes_long_prompts():
 @pytest.mark.parametrize("number", [0.0, np.nextafter(1.0, 0.0)])
 def test_write_takes_numbers_at_either_end(settings, number):
     packed = packed_model()
-    drawn = Decoder(packed).write([1, 2], np.full(10, number), SamplingConfig(**settings))
+    drawn = Decoder(packed).generate([1, 2], np.full(10, number), SamplingConfig(**settings))
     assert drawn.tolist() == draws_of(packed, [1, 2], [number] * 10, **settings)[0]
-    p = probabilities(Decoder(packed).extend([1, 2]), 0.8, **settings)
+    p = probabilities(Decoder(packed).prefill([1, 2]), 0.8, **settings)
     if number:
         last = np.flatnonzero(p)[-1] if not settings else np.where(p > 0, p, 2).argmin()
     else:
@@ -965,35 +967,37 @@ def test_write_takes_numbers_at_either_end(settings, number):
 
 def test_write_takes_numbers_of_any_kind():
     packed, numbers = packed_model(), np.array([0.25, 0.5, 0.75])
-    expected = Decoder(packed).write([1], numbers)
+    expected = Decoder(packed).generate([1], numbers)
     frozen = numbers.copy()
     frozen.flags.writeable = False
     for given in (numbers.tolist(), numbers.astype(np.float32), np.repeat(numbers, 2)[::2], frozen):
-        assert_same_bits(Decoder(packed).write([1], given), expected)
+        assert_same_bits(Decoder(packed).generate([1], given), expected)
 
 
 def test_write_refuses_what_it_cannot_draw():
     decoder = Decoder(packed_model())
-    decoder.extend([1])
+    decoder.prefill([1])
     for call, error, message in (
-        (lambda: decoder.write([1], []), ValueError, "uniforms is empty: no token is to be drawn"),
-        (lambda: decoder.write([1], [[0.5]]), ValueError, "uniforms has 2 axes, expected 1"),
-        (lambda: decoder.write([1], ["a"]), ValueError, "could not convert"),
-        (lambda: decoder.write([1], [0.5] * 16), ValueError, "1 tokens and 16 more do not fit"),
-        (lambda: decoder.write([1] * 15, [0.5] * 2), ValueError, "1 tokens and 16 more do not"),
-        (lambda: decoder.write([], [0.5]), (TypeError, ValueError), "tokens is"),
+        (lambda: decoder.generate([1], []), ValueError, "uniforms is empty, expected a number"),
+        (lambda: decoder.generate([1], [[0.5]]), ValueError, "uniforms has 2 axes, expected 1"),
+        (lambda: decoder.generate([1], ["a"]), ValueError, "could not convert"),
+        (lambda: decoder.generate([1], [0.5] * 16), ValueError, "1 tokens and 16 more do not fit"),
+        (lambda: decoder.generate([1] * 15, [0.5] * 2), ValueError, "1 tokens and 16 more do not"),
+        (lambda: decoder.generate([], [0.5]), (TypeError, ValueError), "tokens is"),
     ):
         with pytest.raises(error, match=message):
             call()
         assert decoder.length == 1
-    assert decoder.write([1] * 14, [0.5, 0.5]).shape == (2,)
+    assert decoder.generate([1] * 14, [0.5, 0.5]).shape == (2,)
 
 
 def test_write_allows_all_tokens_where_top_k_is_more():
     packed, numbers = packed_model(), rng(1).random(8)
-    expected = Decoder(packed).write([1], numbers).tolist()
+    expected = Decoder(packed).generate([1], numbers).tolist()
     for top_k in (11, 12, 1 << 31):
-        assert Decoder(packed).write([1], numbers, SamplingConfig(top_k=top_k)).tolist() == expected
+        assert (
+            Decoder(packed).generate([1], numbers, SamplingConfig(top_k=top_k)).tolist() == expected
+        )
 
 
 # --- Several sequences ----------------------------------------------------------------------------
@@ -1002,52 +1006,52 @@ def test_write_allows_all_tokens_where_top_k_is_more():
 @every_tier
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 9, "repetition_penalty": 1.5}], ids=str)
-def test_write_together_writes_what_each_would_alone(settings, threads):
+def test_generate_batch_samples_what_each_would_alone(settings, threads):
     packed = PackedModel(wild_model(ternary_embedding=True))
     prompts = [[72], [1, 2, 3], [9, 8], [200, 100, 50, 25, 12], [0]]
     uniforms, sampling = rng(6).random((5, 11)), SamplingConfig(**settings)
     decoder = Decoder(packed, threads, sequences=6)
     for i, prompt in enumerate(prompts):
         if len(prompt) > 1:
-            decoder.extend(prompt[:-1], i + 1)
+            decoder.prefill(prompt[:-1], i + 1)
     newest = [prompt[-1] for prompt in prompts]
     # In pieces, and in another order than they are numbered.
-    first = decoder.write_together(newest, uniforms[:, :4], sampling, range(1, 6))
+    first = decoder.generate_batch(newest, uniforms[:, :4], sampling, range(1, 6))
     order = [3, 0, 4, 1, 2]
-    second = decoder.write_together(
+    second = decoder.generate_batch(
         first[order, -1], uniforms[order, 4:], sampling, [i + 1 for i in order]
     )
     for i, prompt in enumerate(prompts):
-        alone = Decoder(packed).write(prompt, uniforms[i], sampling).tolist()
+        alone = Decoder(packed).generate(prompt, uniforms[i], sampling).tolist()
         assert [*first[i], *second[order.index(i)]] == alone
         assert decoder.length_of(i + 1) == len(prompt) + 10
     assert decoder.length == 0
 
 
-def test_write_together_of_many_draws_all():
+def test_generate_batch_of_many_samples_all():
     packed = PackedModel(wild_model(sequence_length=200, ternary_embedding=True))
     decoder, uniforms = Decoder(packed, 2, sequences=128), rng(2).random((128, 3))
-    drawn = decoder.write_together(np.arange(128), uniforms)
+    drawn = decoder.generate_batch(np.arange(128), uniforms)
     for i in (0, 63, 127):
-        assert drawn[i].tolist() == Decoder(packed).write([i], uniforms[i]).tolist()
+        assert drawn[i].tolist() == Decoder(packed).generate([i], uniforms[i]).tolist()
 
 
-def test_write_together_refuses_what_does_not_fit(model):
+def test_generate_batch_refuses_what_does_not_fit(model):
     decoder = Decoder(PackedModel(model), sequences=2)
-    decoder.extend(range(14), 1)
+    decoder.prefill(range(14), 1)
     for call, error, message in (
-        (lambda: decoder.write_together([1], [[0.5]]), ValueError, "2 sequences, 1 tokens and 1"),
-        (lambda: decoder.write_together([1, 2], [[0.5]]), ValueError, "2 tokens and 1 rows"),
-        (lambda: decoder.write_together([1, 2], [0.5, 0.5]), ValueError, "1 axes, expected 2"),
-        (lambda: decoder.write_together([1, 2], [[], []]), ValueError, "uniforms is empty"),
-        (lambda: decoder.write_together([1, 2], [[0.5] * 3] * 2), ValueError, "14 tokens and 3"),
-        (lambda: decoder.write_together([1, 256], [[0.5]] * 2), IndexError, r"tokens\[1\] is 256"),
-        (lambda: decoder.write_together([1, 2], [[0.5]] * 2, sequences=[0, 0]), ValueError,
+        (lambda: decoder.generate_batch([1], [[0.5]]), ValueError, "2 sequences, 1 tokens and 1"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5]]), ValueError, "2 tokens and 1 rows"),
+        (lambda: decoder.generate_batch([1, 2], [0.5, 0.5]), ValueError, "1 axes, expected 2"),
+        (lambda: decoder.generate_batch([1, 2], [[], []]), ValueError, "uniforms is empty"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5] * 3] * 2), ValueError, "14 tokens and 3"),
+        (lambda: decoder.generate_batch([1, 256], [[0.5]] * 2), IndexError, r"tokens\[1\] is 256"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, sequences=[0, 0]), ValueError,
          "named twice"),
-        (lambda: decoder.write_together([1, 2], [[0.5]] * 2, sequences=[0, 2]), IndexError,
+        (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, sequences=[0, 2]), IndexError,
          "sequence is 2, expected 0 to 1"),
-        (lambda: decoder.extend([1], 2), IndexError, "sequence is 2, expected 0 to 1"),
-        (lambda: decoder.extend([1], -1), IndexError, "sequence is -1, expected 0 to 1"),
+        (lambda: decoder.prefill([1], 2), IndexError, "sequence is 2, expected 0 to 1"),
+        (lambda: decoder.prefill([1], -1), IndexError, "sequence is -1, expected 0 to 1"),
         (lambda: decoder.length_of(2), IndexError, "sequence is 2"),
         (lambda: decoder.truncate(15, 1), ValueError, "length is 15, expected 0 to 14"),
         (lambda: decoder.truncate(-1, 1), ValueError, "length is -1, expected 0 to 14"),
@@ -1062,11 +1066,11 @@ def test_write_together_refuses_what_does_not_fit(model):
 
 def test_truncate_forgets_the_newest(model):
     decoder, other = (Decoder(PackedModel(model), sequences=2) for _ in range(2))
-    decoder.extend(range(9), 1)
+    decoder.prefill(range(9), 1)
     decoder.truncate(4, 1)
-    other.extend(range(4), 1)
+    other.prefill(range(4), 1)
     assert decoder.length_of(1) == 4
-    assert_same_bits(decoder.extend([50], 1), other.extend([50], 1))
+    assert_same_bits(decoder.prefill([50], 1), other.prefill([50], 1))
 
 
 # --- All of a sequence ----------------------------------------------------------------------------
@@ -1075,17 +1079,17 @@ def test_truncate_forgets_the_newest(model):
 @every_tier
 @pytest.mark.parametrize("changes", [{}, {"ternary_embedding": True}, {"scheme": "float"},
                                      {"final_norm": False}], ids=str)  # fmt: skip
-def test_extend_all_gives_the_logits_after_each_token(changes):
+def test_prefill_logits_gives_the_logits_after_each_token(changes):
     packed = PackedModel(wild_model(sequence_length=300, **changes))
     tokens = rng(1).integers(0, 256, 290)
     decoder, other = Decoder(packed, 2), Decoder(packed)
-    found = [decoder.extend_all(tokens[:1]), decoder.extend_all(tokens[1:])]
+    found = [decoder.prefill_logits(tokens[:1]), decoder.prefill_logits(tokens[1:])]
     assert [one.shape for one in found] == [(1, 256), (289, 256)]
     assert decoder.length == 290
     found = np.concatenate(found)
     for i in (0, 1, 127, 128, 200, 289):
         other.clear()
-        alone = other.extend(tokens[: i + 1])
+        alone = other.prefill(tokens[: i + 1])
         # In another order of sums, which now and then moves a number to the next int8.
         assert np.abs(found[i] - alone).max() < 0.05 * np.ptp(alone)
 
@@ -1093,16 +1097,18 @@ def test_extend_all_gives_the_logits_after_each_token(changes):
 @every_tier
 @pytest.mark.parametrize("changes", [{}, {"scheme": "float"}, {"final_norm": False}], ids=str)
 @pytest.mark.parametrize("threads", [1, 3])
-def test_extend_states_gives_what_the_output_layer_gets(changes, threads):
+def test_prefill_states_gives_what_the_output_layer_gets(changes, threads):
     config = make_config(**changes)
     decoder = Decoder(PackedModel(model_of(config)), threads)
     tokens = [1, 2, 3, 4, 5, 6, 7]
-    states = np.concatenate([decoder.extend_states(tokens[:1]), decoder.extend_states(tokens[1:])])
+    states = np.concatenate(
+        [decoder.prefill_states(tokens[:1]), decoder.prefill_states(tokens[1:])]
+    )
     assert states.shape == (7, config.model_dim)
     assert decoder.length == 7
     weights = decoder_weights(model_of(config))
     decoder.clear()
-    logits = decoder.extend_all(tokens)
+    logits = decoder.prefill_logits(tokens)
     expected = states.astype(np.float64) @ weights["output.weight"].T + weights["output.bias"]
     assert np.abs(logits - expected).max() < 0.05 * np.ptp(expected)
 
@@ -1119,25 +1125,25 @@ def test_decoder_of_damaged_weights_says_so_and_can_be_used_again(bad, threads):
     # After any good token the damaged one is drawn.
     model.parameters["output.bias"][5] = 1e6
     decoder, good = Decoder(PackedModel(model), threads), [1, 2, 3]
-    expected = decoder.extend(good)
+    expected = decoder.prefill(good)
     assert np.isfinite(expected).all()
     decoder.clear()
     for prompt, count in (([5], 1), ([1, 2, 5], 3), (good, 2), ([1], 9)):
         for temperature in (0.0, 1.0):
             with pytest.raises(ValueError, match="not finite: its weights are damaged"):
-                decoder.write(prompt, np.full(count, 0.5), SamplingConfig(temperature))
+                decoder.generate(prompt, np.full(count, 0.5), SamplingConfig(temperature))
             assert decoder.length == 0
-    assert decoder.write(good, [0.5]).tolist() == [5]
-    assert not np.isfinite(decoder.extend([5])).all()
+    assert decoder.generate(good, [0.5]).tolist() == [5]
+    assert not np.isfinite(decoder.prefill([5])).all()
     decoder.clear()
-    assert_same_bits(decoder.extend(good), expected)
+    assert_same_bits(decoder.prefill(good), expected)
     # And what was not taken in, has not happened.
     with pytest.raises(ValueError, match="not finite"):
-        decoder.write([1], [0.5, 0.5])
+        decoder.generate([1], [0.5, 0.5])
     assert decoder.length == 3
     fresh = Decoder(PackedModel(model), threads)
-    fresh.extend(good)
-    assert_same_bits(decoder.extend([4]), fresh.extend([4]))
+    fresh.prefill(good)
+    assert_same_bits(decoder.prefill([4]), fresh.prefill([4]))
 
 
 @pytest.mark.parametrize("name", ["output.bias", "blocks.0.attention.bk", "blocks.1.ffn.bo",
@@ -1148,8 +1154,8 @@ def test_decoder_finds_damage_anywhere(name, prompt):
     model.parameters[name].flat[3] = np.nan
     decoder = Decoder(PackedModel(model))
     with pytest.raises(ValueError, match="not finite"):
-        decoder.write(prompt, [0.5])
-    assert np.isnan(decoder.extend(prompt)).any()
+        decoder.generate(prompt, [0.5])
+    assert np.isnan(decoder.prefill(prompt)).any()
 
 
 # --- At the same time -----------------------------------------------------------------------------
@@ -1172,7 +1178,7 @@ def test_decoder_is_for_one_thread_at_a_time():
     for _ in range(50):
         # Cleared between two of its pieces, it can run out of room no earlier.
         with contextlib.suppress(RuntimeError, ValueError):
-            decoder.write([1], np.full(2000, 0.5))
+            decoder.generate([1], np.full(2000, 0.5))
         if refused:
             break
         decoder.clear()
@@ -1189,13 +1195,13 @@ def test_ctrl_c_ends_a_long_text():
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.05)
         with pytest.raises(KeyboardInterrupt):
-            decoder.write([1], np.full(1 << 15, 0.5))
+            decoder.generate([1], np.full(1 << 15, 0.5))
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert 0 <= decoder.length < 1 << 15
     decoder.clear()
-    assert np.isfinite(decoder.extend([1])).all()
+    assert np.isfinite(decoder.prefill([1])).all()
 
 
 @every_tier
@@ -1203,7 +1209,7 @@ def test_ctrl_c_ends_a_long_text():
 def test_decoders_of_one_model_work_at_the_same_time(threads):
     packed = PackedModel(wild_model(ternary_embedding=True, num_blocks=2))
     prompts = [rng(seed).integers(0, 256, 5) for seed in range(4)]
-    expected = [Decoder(packed).write(prompt, rng(8).random(12)).tolist() for prompt in prompts]
+    expected = [Decoder(packed).generate(prompt, rng(8).random(12)).tolist() for prompt in prompts]
     found, start = [[] for _ in prompts], threading.Barrier(len(prompts))
 
     def work(i):
@@ -1211,7 +1217,7 @@ def test_decoders_of_one_model_work_at_the_same_time(threads):
         start.wait()
         for _ in range(10):
             decoder.clear()
-            found[i].append(decoder.write(prompts[i], rng(8).random(12)).tolist())
+            found[i].append(decoder.generate(prompts[i], rng(8).random(12)).tolist())
 
     workers = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
     for worker in workers:
@@ -1227,11 +1233,11 @@ def test_decoders_of_one_model_do_not_disturb_each_other():
     alone = []
     for text in texts:
         decoder = Decoder(packed)
-        alone.append([decoder.extend([token]) for token in text])
+        alone.append([decoder.prefill([token]) for token in text])
     pair = [Decoder(packed) for _ in texts]
     for i in range(5):
         for decoder, text, logits in zip(pair, texts, alone, strict=True):
-            assert_same_bits(decoder.extend([text[i]]), logits[i])
+            assert_same_bits(decoder.prefill([text[i]]), logits[i])
 
 
 # --- The same everywhere --------------------------------------------------------------------------
@@ -1243,13 +1249,13 @@ def test_decoder_computes_the_same_bits_everywhere(changes):
     config = make_config(**{**changes, "sequence_length": 70})
     packed = PackedModel(model_of(config))
     tokens = rng(3).integers(0, config.vocab_size, 65)
-    expected = Decoder(packed).extend_states(tokens)
+    expected = Decoder(packed).prefill_states(tokens)
 
     def found():
-        yield Decoder(packed, 3).extend_states(tokens)
+        yield Decoder(packed, 3).prefill_states(tokens)
         decoder = Decoder(packed, 2, sequences=2)
         parts = np.split(tokens, [1, 2, 3, 30, 31, 60])
-        yield np.concatenate([decoder.extend_states(part, 1) for part in parts])
+        yield np.concatenate([decoder.prefill_states(part, 1) for part in parts])
 
     for states in in_every_tier(lambda: list(found())):
         for one in states:

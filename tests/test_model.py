@@ -47,6 +47,7 @@ from legacy1bit.backward import (
     backward_llm,
     backward_llm_batch,
 )
+from legacy1bit.formats.native import model_folder
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.forward import (
     ForwardContext,
@@ -56,6 +57,7 @@ from legacy1bit.forward import (
 )
 from legacy1bit.hyperparams import ALIASES, SCALES, ModelConfig
 from legacy1bit.inference import Decoder
+from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
     FeedForward,
     LayerNorm,
@@ -77,8 +79,6 @@ from legacy1bit.model import (
     free_ternary_matrix,
     free_transformer_block_context,
     load_model,
-    model_folder,
-    parameter_layout,
     save_model,
     zero_legacy_llm_gradients,
 )
@@ -673,15 +673,15 @@ def test_parameter_layout_names_every_parameter(changes):
     if config.final_norm:
         expected |= {"final_norm.gamma": (dim,), "final_norm.beta": (dim,)}
     layout = parameter_layout(config)
-    assert {name: shape for name, shape, _ in layout} == expected
+    assert {part.name: part.shape for part in layout} == expected
     assert len(layout) == len(expected)
-    kinds = {name: kind for name, _, kind in layout}
+    kinds = {part.name: part.kind for part in layout}
     for name, shape in expected.items():
         edge = name in ("embedding.weight", "output.weight")
         quantized = config.scheme != "float" and (config.ternary_embedding or not edge)
         kind = "vector" if len(shape) == 1 else "quantized" if quantized else "matrix"
         assert kinds[name] == kind, name
-    order = [KINDS.index(kind) for _, _, kind in layout]
+    order = [KINDS.index(part.kind) for part in layout]
     assert order == sorted(order)
 
 
@@ -690,14 +690,14 @@ def test_parameters_and_gradients_follow_the_layout(changes):
     config = make_config(**changes)
     model, gradients = random_model(config), create_legacy_llm_gradients(config)
     layout = parameter_layout(config)
-    names = [name for name, _, _ in layout]
+    names = [part.name for part in layout]
     assert model.num_parameters == gradients.flat.size
     assert list(model.latent) == list(gradients.parameters) == names
     assert sorted(model.parameters) == sorted(names)
     gradients.flat[...] = np.arange(gradients.flat.size)
     flat = np.concatenate([array.ravel() for array in gradients.parameters.values()])
     assert_same_bits(flat, gradients.flat)
-    for name, shape, kind in layout:
+    for name, shape, kind, *_ in layout:
         assert gradients.parameters[name].shape == model.latent[name].shape == shape
         value = model.parameters[name]
         assert isinstance(value, TernaryMatrix) == (kind == "quantized")
@@ -893,7 +893,7 @@ def test_allocations_that_fail_raise_memory_error(tmp_path, monkeypatch):
         lambda: load_model(tmp_path / "model"),
         lambda: forward_llm_batch(model, [[1, 2]]),
         lambda: BackwardPass(model, 2, 3, 2),
-        lambda: Decoder(PackedModel(model), 2).extend([1]),
+        lambda: Decoder(PackedModel(model), 2).prefill([1]),
         lambda: AdamW(model),
     ):
         count = fails_at(use, monkeypatch, None)
@@ -1385,7 +1385,7 @@ def loaded_from(folder, capsys):
     packed = PackedModel.load(folder)
     assert capsys.readouterr().err.splitlines() == lines
     tokens, logits = [1, 2, 3], [Decoder(each, 4) for each in (packed, PackedModel(model))]
-    assert_same_bits(*(np.array(each.extend(tokens)) for each in logits))
+    assert_same_bits(*(np.array(each.prefill(tokens)) for each in logits))
     return model, lines
 
 

@@ -21,12 +21,12 @@ from helpers.models import (
 from helpers.optimizers import OPTIMIZERS, exact_step, flat, float32, rules
 from legacy1bit.backward import backward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
     TernaryMatrix,
     apply_ternary_weight_updates,
     create_legacy_llm,
     create_legacy_llm_gradients,
-    parameter_layout,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.schemes import SCHEMES
@@ -57,7 +57,7 @@ def random_gradients(config, seed=1, std=0.1):
 def decays(config):
     """bool[N]: whether the weight is a matrix's."""
     return np.concatenate(
-        [np.full(math.prod(shape), kind != "vector") for _, shape, kind in parameter_layout(config)]
+        [np.full(part.size, part.kind != "vector") for part in parameter_layout(config)]
     )
 
 
@@ -122,7 +122,7 @@ def test_step_is_exact_but_for_rounding(config, make):
         (AdamW, {"beta1": 0.0, "beta2": 0.999}),
         (AdamW, {"epsilon": 0.01}),
         (Muon, {"beta1": 0.0, "beta2": 0.999, "momentum": 0.0}),
-        (Muon, {"epsilon": 0.01, "matrix_ratio": 0.5}),
+        (Muon, {"epsilon": 0.01, "muon_lr_ratio": 0.5}),
         (SGD, {"momentum": 0.0}),
         (SGD, {"momentum": 0.999, "weight_decay": 3.0}),
     ],

@@ -493,11 +493,11 @@ BAD_MATRICES = {
     ),
     "four levels in trits": (
         lambda: PackedMatrix(ONE, levels=(-3, -1, 1, 3), form="trits"),
-        "trits are three levels at most and one scale a row at most, not 4 and 1",
+        "trits are three levels at most and one scale per row at most, not 4 and 1",
     ),
     "groups in trits": (
         lambda: PackedMatrix(ONE, np.ones((2, 3), np.float32), 16, form="trits"),
-        "trits are three levels at most and one scale a row at most, not 3 and 3",
+        "trits are three levels at most and one scale per row at most, not 3 and 3",
     ),
     "group": (lambda: PackedMatrix(ONE, np.ones((2, 3), np.float32), 15), "group is 15, expected"),
     "scales": (lambda: PackedMatrix(ONE, np.ones((2, 2), np.float32)), "scale has shape"),
@@ -576,7 +576,7 @@ settings = pytest.mark.parametrize(
 def test_packed_model_keeps_codes_and_scales(changes, form):
     model = random_model(make_config(**changes))
     if form == "trits" and not has_trits(model.config):
-        with pytest.raises(ValueError, match="trits are three levels at most and one scale a row"):
+        with pytest.raises(ValueError, match="three levels at most and one scale per row"):
             PackedModel(model, form)
         return
     packed = PackedModel(model, form)
@@ -614,7 +614,7 @@ def test_packed_model_is_as_small_as_it_says():
     count = sum(w.values.size for w in model.parameters.values() if isinstance(w, TernaryMatrix))
     rest = sum(w.nbytes for w in model.parameters.values() if not isinstance(w, TernaryMatrix))
     scales = sum(w.scales.nbytes for w in model.parameters.values() if isinstance(w, TernaryMatrix))
-    # All sides are multiples of 32, of 16 and of 20: two bits a weight, or eight fifths of one.
+    # All sides are multiples of 32, of 16 and of 20: two bits per weight, or eight fifths of one.
     assert PackedModel(model).nbytes == count // 4 + rest + scales
     assert PackedModel(model, "trits").nbytes == count // 5 + rest + scales
 
@@ -624,39 +624,39 @@ def test_packed_model_lives_on_without_the_model(changes):
     config = make_config(sub_norm=True, **changes)
     model = random_model(config)
     packed, decoder = PackedModel(model), Decoder(PackedModel(model))
-    before = Decoder(packed).extend([1, 2, 3])
+    before = Decoder(packed).prefill([1, 2, 3])
     for weights in model.latent.values():
         weights[...] = 9.0
     model.quantize()
     for weights in model.parameters.values():
         if not isinstance(weights, TernaryMatrix):
             weights[...] = np.nan
-    assert_same_bits(Decoder(packed).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(packed).prefill([1, 2, 3]), before)
     free_legacy_llm(model)
     del model
     gc.collect()
-    assert_same_bits(Decoder(packed).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(packed).prefill([1, 2, 3]), before)
     # And the decoder holds on to the packed one.
     del packed
     gc.collect()
-    assert_same_bits(decoder.extend([1, 2, 3]), before)
+    assert_same_bits(decoder.prefill([1, 2, 3]), before)
 
 
 def test_packed_model_has_the_codes_even_in_full_precision():
     model = random_model(make_config())
-    before = Decoder(PackedModel(model)).extend([1, 2, 3])
+    before = Decoder(PackedModel(model)).prefill([1, 2, 3])
     exact = forward_llm_batch(model, [[1, 2, 3]], logits=True)
     model.use_full_precision(True)
     assert np.abs(forward_llm_batch(model, [[1, 2, 3]], logits=True) - exact).max() > 1e-3
-    assert_same_bits(Decoder(PackedModel(model)).extend([1, 2, 3]), before)
+    assert_same_bits(Decoder(PackedModel(model)).prefill([1, 2, 3]), before)
 
 
 def test_packed_model_needs_no_latent_weights(tmp_path):
     model = random_model(make_config())
     save_model(model, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
-    expected = Decoder(PackedModel(model)).extend([1, 2])
-    assert_same_bits(Decoder(PackedModel(loaded)).extend([1, 2]), expected)
+    expected = Decoder(PackedModel(model)).prefill([1, 2])
+    assert_same_bits(Decoder(PackedModel(loaded)).prefill([1, 2]), expected)
 
 
 def test_packed_model_rejects_what_is_none():
@@ -678,8 +678,8 @@ def test_packed_model_that_was_never_made_does_not_crash():
     printed = run_child(
         "from legacy1bit.inference import Decoder\nfrom legacy1bit.packed import PackedModel\n"
         + rejection("Decoder(PackedModel.__new__(PackedModel))")
-        + rejection("Decoder.__new__(Decoder).extend([0])")
-        + rejection("Decoder.__new__(Decoder).write([0], [0.5])")
+        + rejection("Decoder.__new__(Decoder).prefill([0])")
+        + rejection("Decoder.__new__(Decoder).generate([0], [0.5])")
     )
     assert printed.count("Error") == 3
 

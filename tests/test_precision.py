@@ -232,7 +232,7 @@ def written_and_changed(heads, span):
     rng = np.random.default_rng(heads)
     decoder = Decoder(PackedModel(random_model(config)), 1)
     for count in (1, 2, 5, 6, 7, 1, 3, 7, 7, 7, 7, 7, 7, 7, 7):
-        yield np.array(decoder.extend(rng.integers(0, 60, count)))
+        yield np.array(decoder.prefill(rng.integers(0, 60, count)))
     for kind in (AdamW, SGD):
         model, gradients = random_model(config), LegacyLLMGradients(config)
         gradients.flat[...] = rng.standard_normal(gradients.flat.size)

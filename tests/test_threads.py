@@ -186,8 +186,8 @@ def test_what_has_the_same_bits_for_any_number_of_threads():
     works = (
         WORK["matmul"],
         WORK["forward"],
-        lambda threads: Decoder(packed, threads).extend_all(TOKENS[0]),
-        lambda threads: Decoder(packed, threads).write([1, 2, 3], np.linspace(0, 0.99, 6)),
+        lambda threads: Decoder(packed, threads).prefill_logits(TOKENS[0]),
+        lambda threads: Decoder(packed, threads).generate([1, 2, 3], np.linspace(0, 0.99, 6)),
     )
     for work in works:
         alone = work(1)
@@ -292,7 +292,7 @@ def learn_and_write(threads=3):
         gradients = create_legacy_llm_gradients(CONFIG)
         run.run(TOKENS, TOKENS[:, ::-1], gradients)
         optimizer.step(gradients, 0.01, 1.0, threads)
-    written = Decoder(PackedModel(model), threads).write([1, 2, 3], np.linspace(0, 0.99, 6))
+    written = Decoder(PackedModel(model), threads).generate([1, 2, 3], np.linspace(0, 0.99, 6))
     weights = [values.ravel() for values in model.latent.values()]
     return np.concatenate([written.astype(np.float32), *weights])
 
@@ -401,7 +401,7 @@ def long_kernels():
         "forward": lambda: forward_llm_batch(model, tokens, 2),
         "backward": lambda: run.run(tokens, tokens, gradients),
         "step": lambda: optimizer.step(gradients, 0.0, 0.0, 2),
-        "decode": lambda: Decoder(packed, 2).extend(tokens[0]),
+        "decode": lambda: Decoder(packed, 2).prefill(tokens[0]),
         "packed": lambda: codes.multiply(a),
     }
 

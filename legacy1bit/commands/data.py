@@ -195,10 +195,10 @@ def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, ca
     print(f"{'characters':<18}{inspection.characters:,}")
     print(f"{'lines':<18}{inspection.lines:,}")
     print(f"{'tokens':<18}{inspection.tokens:,} ({tokenizer.kind}, {tokenizer.vocab_size:,} kinds)")
-    print(f"{'bytes a token':<18}{inspection.bytes_per_token:.3f}")
+    print(f"{'bytes per token':<18}{inspection.bytes_per_token:.3f}")
     for name, length in inspection.lengths.items():
         print(f"{name:<18}{length:,} bytes")
-    print("\nbytes a document")
+    print("\nbytes per document")
     _print_bars([(f"< {limit:,}", count) for limit, count in inspection.histogram])
     print("\nthe most frequent tokens")
     _print_bars([(json.dumps(text, ensure_ascii=False), n) for text, n in inspection.most_frequent])

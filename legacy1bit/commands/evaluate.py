@@ -94,7 +94,7 @@ def print_recall(fraction: float) -> None:
 def print_metrics(metrics: Metrics, kind: str = "bytes", tokens: int = 0) -> None:
     """Print how well a model predicts tokens of a kind, and on how many of them."""
     unit = "character" if kind in ("bytes", "chars") else "token"
-    print(f"{'validation loss':<18}{metrics.loss:.4f} nats a {unit}")
+    print(f"{'validation loss':<18}{metrics.loss:.4f} nats per {unit}")
     print(f"{'perplexity':<18}{metrics.perplexity:.4f}")
     if metrics.bytes:
         print(f"{'bits per byte':<18}{metrics.bits_per_byte:.4f}")

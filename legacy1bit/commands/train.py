@@ -339,7 +339,7 @@ def _report(trainer: Trainer) -> None:
     print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
     if corpus.floor is not None:
         print(
-            f"{'entropy floor':<18}{corpus.floor:.4f} nats a character "
+            f"{'entropy floor':<18}{corpus.floor:.4f} nats per character "
             f"(the loss is {metrics.loss / corpus.floor - 1:.1%} above)"
         )
     generator = Generator(model, tokenizer)

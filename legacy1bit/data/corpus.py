@@ -100,7 +100,7 @@ class Corpus:
     name : str
     training, validation : TokenDataset
     floor : float or None
-        The lowest loss any model can reach on the validation set, in nats a token, where that is
+        The lowest loss any model can reach on the validation set, in nats per token, where that is
         known.
     stories : tuple of str
         The stories of the validation set, where it is made of the bundled ones.
@@ -515,9 +515,9 @@ def _datasets(
 ) -> tuple[TokenDataset, TokenDataset]:
     return (
         TokenDataset(
-            training, sequence_length, pad_token, order=data.order, apart=data.document_mask
+            training, sequence_length, pad_token, order=data.order, document_mask=data.document_mask
         ),
-        TokenDataset(held_out, sequence_length, pad_token, apart=data.document_mask),
+        TokenDataset(held_out, sequence_length, pad_token, document_mask=data.document_mask),
     )
 
 

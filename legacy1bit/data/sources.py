@@ -328,7 +328,7 @@ def _parted(name: str) -> tuple[str, str]:
 
 
 def _holds_rows(name: str) -> bool:
-    """Whether a file has a document a line or row, by its name."""
+    """Whether a file has a document per line or row, by its name."""
     return _parted(name)[0].endswith((*_JSON_LINES, _PARQUET))
 
 
@@ -1183,7 +1183,7 @@ def is_token_file(path: str | os.PathLike[str]) -> bool:
 def token_file_info(path: str | os.PathLike[str]) -> TokenFileInfo:
     """Return what a file of token ids holds.
 
-    Known are llm.c's, of 16 bits a token for GPT-2 and 32 for Llama 3, and nanoGPT's, which are
+    Known are llm.c's, of 16 bits per token for GPT-2 and 32 for Llama 3, and nanoGPT's, which are
     tokens of 16 bits and nothing else: so a file of another kind, or of text, is refused.
 
     Raises

@@ -1,6 +1,6 @@
 """The C original's ``llm_model.bin``, with a second file for the model's provenance.
 
-``model.pyx`` reads and writes the file itself, as in C.
+``native.py`` reads and writes the file itself.
 """
 
 import hashlib

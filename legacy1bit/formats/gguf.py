@@ -28,15 +28,9 @@ from legacy1bit.data.tokenizer import (
 from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import (
-    FLOAT,
-    LAYER_NORM_EPSILON,
-    SCHEMES,
-    LegacyLLM,
-    ModelFileError,
-    TernaryMatrix,
-    parameter_layout,
-)
+from legacy1bit.layout import parameter_layout
+from legacy1bit.model import LAYER_NORM_EPSILON, LegacyLLM, ModelFileError, TernaryMatrix
+from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_path, open_regular
 from legacy1bit.system.optional import load_extra
 
@@ -322,7 +316,7 @@ def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
     """Return the matrices of codes by name, in the order of the layout."""
     return {
         name: value
-        for name, _, _ in parameter_layout(model.config)
+        for name, *_ in parameter_layout(model.config)
         if isinstance(value := model.parameters[name], TernaryMatrix)
     }
 
@@ -582,7 +576,7 @@ def _check_tensors(
     ValueError
         If they are not those of such a model, one after the other, or the file is too small.
     """
-    layout = {name: (shape, role) for name, shape, role in parameter_layout(config)}
+    layout = {part.name: part for part in parameter_layout(config)}
     ours = {names.llama_cpp: name for name, names in tensor_names(config).items()}
     if tensors.keys() != ours.keys():
         odd = sorted(tensors.keys() ^ ours.keys())[0]
@@ -590,13 +584,13 @@ def _check_tensors(
     kinds = {kind.number: name for name, kind in KINDS.items()}
     stored, coded, end = [], set(), 0
     for name, (shape, number, start) in tensors.items():
-        expected, role = layout[ours[name]]
-        if shape != expected:
-            raise ValueError(f"{name} has shape {list(shape)}, expected {list(expected)}")
+        part = layout[ours[name]]
+        if shape != part.shape:
+            raise ValueError(f"{name} has shape {list(shape)}, expected {list(part.shape)}")
         kind = kinds.get(number)
-        if kind is None or (role != "quantized" and kind != "f32"):
+        if kind is None or (part.kind != "quantized" and kind != "f32"):
             raise ValueError(f"{name} has type {number}, expected one of its own")
-        if role == "quantized":
+        if part.kind == "quantized":
             check_kind(config, kind)
             coded.add(kind)
         if start != -(-end // _ALIGNMENT) * _ALIGNMENT:

@@ -18,15 +18,10 @@ from legacy1bit.data.tokenizer import (
     description_in_template,
     fit_tokenizer,
 )
+from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE
 from legacy1bit.formats.nemotron import check_model, tensor_names
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import (
-    CONFIG_FILE,
-    LAYER_NORM_EPSILON,
-    WEIGHTS_FILE,
-    LegacyLLM,
-    TernaryMatrix,
-)
+from legacy1bit.model import LAYER_NORM_EPSILON, LegacyLLM, TernaryMatrix
 from legacy1bit.system.files import atomic_write_all, read_regular, serialize_tensors
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

@@ -50,6 +50,7 @@ class Provenance:
 
     def lines(self) -> list[str]:
         """Return the provenance as lines of text."""
+        # C files have these lines: other words would change the bytes of earlier exports.
         loss = self.validation_loss
         return [
             f"trained on {self.data or 'unknown data'}"

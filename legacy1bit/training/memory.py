@@ -1,14 +1,13 @@
 """The memory that a training needs, and the memory that is free."""
 
 import contextlib
-import math
 import resource
 from pathlib import Path
 
 from legacy1bit.backward import backward_bytes
 from legacy1bit.forward import forward_bytes
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.model import parameter_layout
+from legacy1bit.layout import parameter_layout
 from legacy1bit.system.cgroups import free_memory
 from legacy1bit.training.evaluation import EVALUATION_TOKENS
 
@@ -27,9 +26,8 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
     training : TrainingConfig
     """
     layout = parameter_layout(model)
-    sizes = {name: math.prod(shape) for name, shape, _ in layout}
-    codes = sum(math.prod(shape) for _, shape, kind in layout if kind == "quantized")
-    parameters = sum(sizes.values())
+    codes = sum(part.size for part in layout if part.kind == "quantized")
+    parameters = layout[-1].stop
     slices = min(training.threads, training.batch_size)
     rows = -(-training.batch_size // slices)
     length = model.sequence_length
@@ -37,7 +35,7 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
         model, 1, length, "inputs" if training.gradient_checkpointing else "all"
     )
     measured = max(EVALUATION_TOKENS, length)
-    matrices = [math.prod(shape) for _, shape, _ in layout if len(shape) == 2]
+    matrices = [part.size for part in layout if len(part.shape) == 2]
     token = forward_bytes(model, 1, length, "none") // length
     evaluation = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
     return {

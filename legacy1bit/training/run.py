@@ -14,6 +14,14 @@ from safetensors import SafetensorError
 
 from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, located
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
+from legacy1bit.formats.native import (
+    BEST_FOLDER,
+    CHECKPOINT_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    ModelFileError,
+    model_folder,
+)
 from legacy1bit.hyperparams import (
     CHANGEABLE,
     SETTINGS_FILE,
@@ -22,14 +30,6 @@ from legacy1bit.hyperparams import (
     TrainingConfig,
 )
 from legacy1bit.logger import EVENTS_FOLDER, METRICS_FILE, SAMPLES_FILE, read_metrics
-from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    ModelFileError,
-    model_folder,
-)
 from legacy1bit.system.files import (
     atomic_copies,
     atomic_write,

@@ -258,7 +258,7 @@ def test_tokens_of_another_program_are_never_taken_for_bytes(fail, say):
     trained = say("train", "--data", "tokens.bin", *TINY, "--out", "run").out
     measured = say("evaluate", "--model", "run").out
     for output in (trained, measured):
-        assert b"nats a token" in output
+        assert b"nats per token" in output
         assert b"bits per byte" not in output
     # What would fail is not what to do next.
     assert b"generate" not in trained

@@ -733,8 +733,8 @@ def test_evaluate_measures_bytes(saved, say):
     Path("text").write_bytes(text)
     output, _ = say("evaluate", "--model", "model", "--data", "text")
     found = dict(line.split("  ", 1) for line in output.decode().splitlines())
-    assert ("nats a token" in found["validation loss"]) == (saved.kind == "bpe")
-    assert ("nats a character" in found["validation loss"]) == (saved.kind != "bpe")
+    assert ("nats per token" in found["validation loss"]) == (saved.kind == "bpe")
+    assert ("nats per character" in found["validation loss"]) == (saved.kind != "bpe")
     loss, bits = (float(found[name].split()[0]) for name in ("validation loss", "bits per byte"))
     # Of a document every token is predicted; a text of bytes begins nowhere.
     bytes_there = len(text) - (saved.kind == "bytes")

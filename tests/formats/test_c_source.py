@@ -127,7 +127,7 @@ def greedy(model, prompt, count):
 
 
 def logits_of(model, prompt):
-    return Decoder(PackedModel(model)).extend(tokens_of(model, prompt))
+    return Decoder(PackedModel(model)).prefill(tokens_of(model, prompt))
 
 
 def wild_model(config, seed):

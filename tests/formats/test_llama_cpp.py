@@ -71,7 +71,7 @@ class Pair:
     def ours(self, tokens):
         """Logits behind each token, float32[T, V]."""
         self.decoder.clear()
-        return np.stack([self.decoder.extend([token]) for token in tokens])
+        return np.stack([self.decoder.prefill([token]) for token in tokens])
 
     def exact(self, tokens):
         """The same in float32 throughout, but for a number that is the same for all tokens."""
@@ -256,5 +256,8 @@ def test_logits_behind_subwords_are_ours(subword):
     assert 32 < tokens.size < 256
     twin.reset()
     twin.eval(tokens.tolist())
-    theirs, ours = np.array(twin.scores[: tokens.size]), Decoder(generator.model).extend_all(tokens)
+    theirs, ours = (
+        np.array(twin.scores[: tokens.size]),
+        Decoder(generator.model).prefill_logits(tokens),
+    )
     assert np.linalg.norm(theirs - ours) / np.linalg.norm(ours) < 0.02

@@ -7,7 +7,7 @@ import numpy as np
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, gamma
 from helpers.models import rounding_effect
-from legacy1bit.model import parameter_layout
+from legacy1bit.layout import parameter_layout
 from legacy1bit.optimizer import SGD, AdamW, Muon
 
 OPTIMIZERS = (AdamW, Muon, SGD)
@@ -15,7 +15,7 @@ OPTIMIZERS = (AdamW, Muon, SGD)
 ADAMW = {"beta1": 0.9, "beta2": 0.99, "epsilon": 1e-8, "weight_decay": 0.1}
 DEFAULTS = {
     AdamW: ADAMW,
-    Muon: {**ADAMW, "matrix_ratio": 3.3, "momentum": 0.95},
+    Muon: {**ADAMW, "muon_lr_ratio": 3.3, "momentum": 0.95},
     SGD: {"momentum": 0.9, "weight_decay": 0.1},
 }
 
@@ -31,19 +31,18 @@ def float32(value):
 
 def rules(optimizer):
     """Start, stop, shape and rule of every parameter: "sign", "muon", "sgd" or "adamw"."""
-    config, start = optimizer.model.config, 0
-    for name, shape, kind in parameter_layout(config):
-        stop = start + math.prod(shape)
-        if config.scheme == "sign" and kind == "quantized":
+    config = optimizer.model.config
+    for part in parameter_layout(config):
+        matrix = part.kind != "vector"
+        if config.scheme == "sign" and part.kind == "quantized":
             rule = "sign"
         elif isinstance(optimizer, SGD):
             rule = "sgd"
-        elif isinstance(optimizer, Muon) and name.startswith("blocks.") and kind != "vector":
+        elif isinstance(optimizer, Muon) and matrix and part.name.startswith("blocks."):
             rule = "muon"
         else:
             rule = "adamw"
-        yield start, stop, shape, rule
-        start = stop
+        yield part.start, part.stop, part.shape, rule
 
 
 def exact_adamw(arrays, rate, step, beta1, beta2, epsilon, weight_decay):
@@ -108,7 +107,7 @@ def exact_step(optimizer, gradient, rate, factor, given):
     settings = {**DEFAULTS[type(optimizer)], **given, "weight_decay": optimizer.weight_decay}
     direction = settings.pop("sign_direction", "descend")
     settings = {name: float32(value) for name, value in settings.items()}
-    ratio, decay = settings.pop("matrix_ratio", 1.0), settings.pop("weight_decay")
+    ratio, decay = settings.pop("muon_lr_ratio", 1.0), settings.pop("weight_decay")
     adam = {name: settings[name] for name in ("beta1", "beta2", "epsilon") if name in settings}
     before = {
         "weight": flat(optimizer.model),

@@ -12,9 +12,9 @@ from legacy1bit.data.corpus import Corpus, text_corpus
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.native import CHECKPOINT_FILE
 from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.model import CHECKPOINT_FILE
 from legacy1bit.training.checkpoint import newest_checkpoint
 from legacy1bit.training.evaluation import Metrics
 from legacy1bit.training.trainer import Trainer, TrainingCallback
@@ -80,8 +80,8 @@ def documents_corpus(data, length):
     begins = np.concatenate([[0], ends[:-1]])
     store = TokenStore([np.concatenate([*encoded, encoded[0][:1]])], begins, int(ends[-1]))
     pad = tokenizer.vocab_size
-    training = TokenDataset(store, length, pad, order=data.order, apart=data.document_mask)
-    validation = TokenDataset(store, length, pad, apart=data.document_mask)
+    training = TokenDataset(store, length, pad, order=data.order, document_mask=data.document_mask)
+    validation = TokenDataset(store, length, pad, document_mask=data.document_mask)
     return Corpus("documents", training, validation, tokenizer=tokenizer)
 
 

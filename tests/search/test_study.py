@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from helpers.paths import ROOT
 from helpers.studies import SPACE
 from legacy1bit.config_files import read_config
+from legacy1bit.formats.native import WEIGHTS_FILE
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main
-from legacy1bit.model import WEIGHTS_FILE, load_model
+from legacy1bit.model import load_model
 from legacy1bit.search import study as tune
 from legacy1bit.search.space import (
     default_space,

@@ -29,9 +29,9 @@ from helpers.runs import (
     state_of,
     train,
 )
+from legacy1bit.formats.native import BEST_FOLDER, CHECKPOINT_FILE, ModelFileError
 from legacy1bit.hyperparams import CHANGEABLE, SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, read_metrics
-from legacy1bit.model import BEST_FOLDER, CHECKPOINT_FILE, ModelFileError
 from legacy1bit.system import files
 from legacy1bit.system.files import held
 from legacy1bit.training.checkpoint import (

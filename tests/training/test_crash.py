@@ -18,9 +18,9 @@ import pytest
 
 from helpers.paths import ROOT
 from helpers.runs import assert_same_files, measured, tiny
+from legacy1bit.formats.native import BEST_FOLDER, CHECKPOINT_FILE
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
-from legacy1bit.model import BEST_FOLDER, CHECKPOINT_FILE
 from legacy1bit.training.checkpoint import (
     newest_checkpoint,
 )

@@ -50,15 +50,13 @@ from legacy1bit.data.corpus import Corpus, story_corpus
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data.tokenizer import UnknownTokenizer
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.native import BEST_FOLDER, CHECKPOINT_FILE, WEIGHTS_FILE
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, SETTINGS_FILE, DataConfig, ModelConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
 from legacy1bit.math_ops import product_precisions, simd_level
 from legacy1bit.model import (
-    BEST_FOLDER,
-    CHECKPOINT_FILE,
-    WEIGHTS_FILE,
     ModelFileError,
     create_legacy_llm,
     load_model,
@@ -1099,7 +1097,7 @@ def half_padding(rows=12):
 
 
 def in_parts(folder, parts, corpus, **changes):
-    """A run that works at its 12 sequences a step in so many parts, within float32's bounds."""
+    """A run that works at its 12 sequences per step in so many parts, within float32's bounds."""
     changes["precision"] = "float32"
     run = make(folder, batch_size=12 // parts, gradient_accumulation=parts, **changes)
     run.corpus = corpus or run.corpus
@@ -1165,7 +1163,7 @@ def test_run_in_parts_goes_on_to_the_bit(tmp_path, threads):
 
 
 def test_speed_counts_every_part(tmp_path, monkeypatch):
-    """Tokens a second: of all sequences of a step."""
+    """Tokens per second: of all sequences of a step."""
     run = make(tmp_path / "run", batch_size=2, gradient_accumulation=3, steps=1)
     ticks = iter(range(1000))
     monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
