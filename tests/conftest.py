@@ -31,13 +31,30 @@ with contextlib.suppress(ImportError):
     settings.load_profile("same")
 
 
-@pytest.fixture(params=math_ops.simd_levels() if math_ops else [])
+TIERS = math_ops.simd_levels() if math_ops else []
+
+
+@contextlib.contextmanager
+def in_use(level):
+    """An instruction set, in use until the end of the block."""
+    former = math_ops.simd_level()
+    math_ops.set_simd_level(level)
+    yield level
+    math_ops.set_simd_level(former)
+
+
+@pytest.fixture(params=TIERS)
 def tier(request):
     """The name of an instruction set this CPU has, in use while the test runs."""
-    former = math_ops.simd_level()
-    math_ops.set_simd_level(request.param)
-    yield request.param
-    math_ops.set_simd_level(former)
+    with in_use(request.param) as level:
+        yield level
+
+
+@pytest.fixture(params=dict.fromkeys([*TIERS[:1], *TIERS[-1:]]))
+def outer_tier(request):
+    """The same of the first and the last one only."""
+    with in_use(request.param) as level:
+        yield level
 
 
 @pytest.fixture(autouse=True, scope="session")

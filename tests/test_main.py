@@ -29,6 +29,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from helpers.arrays import assert_same_bits
+from helpers.cases import together
 from helpers.events import expected_events, set_apart, shown, without_tensorboardx
 from helpers.models import make_config, random_model
 from helpers.paths import ROOT
@@ -2149,7 +2150,7 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
+@together(
     ("command", "option", "value"),
     [
         (command, option, value)

@@ -941,7 +941,7 @@ def test_create_legacy_llm_of_a_size_beyond_memory_raises_memory_error():
 
 
 every_scheme = pytest.mark.parametrize("scheme", SCHEMES)
-every_scale = pytest.mark.parametrize("scale", SCALES)
+every_scale = together("scale", SCALES)
 
 
 @functools.cache

@@ -9,12 +9,14 @@ import pytest
 
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.cases import together
 from helpers.models import (
     assert_quantized,
     every_tier,
     make_config,
     oracle_config,
     oracle_weights,
+    outer_tiers,
     random_model,
     random_tokens,
 )
@@ -41,7 +43,7 @@ CONFIGS = {
     "sign": make_config(num_blocks=1, scheme="sign", sub_norm=True),
     "2bit": make_config(num_blocks=1, scheme="2bit", scale="row", int8_activations=True),
 }
-configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+configs = together("config", CONFIGS.values())
 
 
 def random_gradients(config, seed=1, std=0.1):
@@ -273,7 +275,7 @@ def test_optimizers_go_on_from_their_moments(make):
     assert_same_state(state(one), state(other))
 
 
-@every_tier
+@outer_tiers
 @optimizers
 @pytest.mark.parametrize("scheme", [*SCHEMES, "float"])
 def test_optimizers_lower_the_loss(make, scheme):
