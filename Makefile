@@ -80,9 +80,10 @@ build/state: always $(filter .venv/%,$(PYTHON))
 	@mkdir -p build && $(STATE) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-build/done: build/state pyproject.toml setup.py legacy1bit/__init__.py $(NATIVE)
+build/done: build/state pyproject.toml setup.py legacy1bit/version.py $(NATIVE)
 	@$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
 	$(PIP) install -q $(call needs,["build-system"]["requires"])
+	$(PYTHON) setup.py -q build_ext
 	$(PIP) install -q --no-build-isolation -e '.[test]'
 	@if $(PYTHON) -c 'import legacy1bit' 2>&1 | grep -F 'numpy<2.4'; then \
 	    $(PIP) install -q 'numpy<2.4'; fi
