@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -13,10 +14,11 @@ pytest.register_assert_rewrite("helpers")
 
 try:
     from legacy1bit import math_ops
+    from legacy1bit.data import stories
     from legacy1bit.system.old_cpus import runs_here
 except ImportError:
     # The oracle's own tests need no package; a test that needs it imports it, and fails.
-    math_ops = None
+    math_ops = stories = None
 else:
     # Tests that need it are skipped where importing it would end them all.
     if not runs_here("pyarrow"):
@@ -62,6 +64,16 @@ def _cache_of_its_own(tmp_path_factory):
     """Tokens that tests make stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _each_story_once():
+    """Most trainings of tests learn from the same stories, and writing these is half of the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("generate_stories", "endings") if stories else ():
+            once = functools.lru_cache(4096, typed=True)(getattr(stories, name))
+            patch.setattr(stories, name, once)
         yield
 
 

@@ -15,6 +15,13 @@ from legacy1bit.data import stories
 SAMPLE = stories.generate_stories(3000, seed=7)
 FEW = SAMPLE[:40]
 
+
+@pytest.fixture(autouse=True)
+def _each_story_every_time(monkeypatch):
+    for name in ("generate_stories", "endings"):
+        monkeypatch.setattr(stories, name, getattr(stories, name).__wrapped__)
+
+
 # Small enough to list whole, and it has all that the stories use: words and templates drawn
 # without repetition, labels, forms, articles, and alternatives of unequal entropy and length.
 SMALL_RULES = {
