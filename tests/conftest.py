@@ -69,7 +69,7 @@ def _cache_of_its_own(tmp_path_factory):
 
 @pytest.fixture(autouse=True, scope="session")
 def _each_story_once():
-    """Most trainings of tests learn from the same stories, and writing these is half of the work."""
+    """Most trainings of tests learn from the same stories; to write these is half of the work."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("generate_stories", "endings") if stories else ():
             once = functools.lru_cache(4096, typed=True)(getattr(stories, name))
