@@ -51,8 +51,8 @@ help:
 	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
-	@echo 'make test-wheel         the quick tests on an installed wheel, away from the source'
-	@echo 'make test-oldest        the same with the oldest of all packages, in Python 3.11'
+	@echo 'make test-wheel         that an installed wheel is whole; WHEEL_TESTS=tests: every quick test'
+	@echo 'make test-oldest        the quick tests with the oldest of all packages, in Python 3.11'
 	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
@@ -80,9 +80,10 @@ build/state: always $(filter .venv/%,$(PYTHON))
 	@mkdir -p build && $(STATE) > $@.new
 	@if cmp -s $@.new $@; then rm $@.new; else mv $@.new $@; fi
 
-build/done: build/state pyproject.toml setup.py legacy1bit/__init__.py $(NATIVE)
+build/done: build/state pyproject.toml setup.py legacy1bit/version.py $(NATIVE)
 	@$(PIP) --version > /dev/null 2>&1 || $(PYTHON) -m ensurepip
 	$(PIP) install -q $(call needs,["build-system"]["requires"])
+	$(PYTHON) setup.py -q build_ext
 	$(PIP) install -q --no-build-isolation -e '.[test]'
 	@if $(PYTHON) -c 'import legacy1bit' 2>&1 | grep -F 'numpy<2.4'; then \
 	    $(PIP) install -q 'numpy<2.4'; fi
@@ -195,14 +196,18 @@ sdist: build
 	$(PIP) install -q build
 	$(PYTHON) -m build --sdist
 
+# A wheel may lack files: modules, data, headers, the command. These tests reach all of them, and
+# every compiled module; what these compute does not depend on where they lie.
 ELSEWHERE := build/test-wheel
+WHEEL_TESTS := tests/test_packaging.py tests/test_bounds.py tests/training/test_recorded.py \
+    tests/search/test_space.py tests/reports/test_run_page.py tests/system tests/commands tests/formats
 
 test-wheel: wheel
 	rm -rf $(ELSEWHERE)
 	$(PYTHON) -m venv $(ELSEWHERE)/venv
 	cp -r tests benchmarks tools pyproject.toml $(ELSEWHERE)
 	$(ELSEWHERE)/venv/bin/pip install -q "$$(echo dist/*.whl)[test]"
-	cd $(ELSEWHERE) && venv/bin/python -m $(QUICK_TESTS) $(ARGS)
+	cd $(ELSEWHERE) && venv/bin/python -m $(QUICK_TESTS) $(ARGS) $(WHEEL_TESTS)
 
 # Exactly the versions that the bounds name, those of the build too; what these need is the newest.
 OLDEST := build/test-oldest

@@ -5,6 +5,7 @@ asan, fuzz or trace chooses a build that looks for mistakes and is slow. Generat
 note of the flags they were made with lie in ``build/``; other flags rebuild everything.
 """
 
+import itertools
 import os
 import platform
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+import threading
 from pathlib import Path
 
 import Cython
@@ -47,16 +49,17 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
 # These check and call; what takes time is in the kernels, and alone is worth -O3.
+# The longest comes first, so that no core waits for it in the end.
 MODULES = [
-    "cpu",
-    "threads",
-    "math_ops",
     "model",
     "forward",
-    "backward",
-    "optimizer",
     "packed",
     "inference",
+    "backward",
+    "math_ops",
+    "optimizer",
+    "threads",
+    "cpu",
 ]
 
 # No -ffast-math: infinities and NaN keep their meaning. Contraction is off so that a multiply
@@ -153,18 +156,26 @@ class BuildExt(build_ext):
         note = Path(self.build_temp, "flags")
         self.force = self.force or not note.exists() or note.read_text() != flags
         note.unlink(missing_ok=True)
-        for module in self.extensions:
-            # A folder for each, because the kernels' modules have one source.
+        self.built, self.in_cython = itertools.count(1), threading.Lock()
+        super().build_extensions()
+        note.write_text(flags)
+
+    def build_extension(self, module):
+        # Cython is for one thread at a time; the others' C is compiled meanwhile. Each module has a
+        # folder of its own, because the kernels' modules have one source.
+        with self.in_cython:
             [made] = cythonize(
                 [module],
                 build_dir=str(Path(self.build_temp).parent / "c" / module.name),
                 compiler_directives=DIRECTIVES,
                 force=self.force,
                 emit_linenums=CHECKED in ("asan", "fuzz"),
+                quiet=True,
             )
-            module.sources = made.sources
-        super().build_extensions()
-        note.write_text(flags)
+        module.sources = made.sources
+        super().build_extension(module)
+        count = f"{next(self.built)} of {len(self.extensions)}"
+        print(f"{count} modules are built: {module.name}", flush=True)
 
 
 class BuildPy(build_py):
@@ -203,6 +214,6 @@ def check_tools(compiler):
 
 
 setup(
-    ext_modules=KERNELS + [extension(name, name, ["-O2"]) for name in MODULES],
+    ext_modules=[extension(name, name, ["-O2"]) for name in MODULES] + KERNELS,
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

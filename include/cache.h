@@ -53,7 +53,7 @@ static inline void score_one_query(const signed char *k, const float *q, long di
 static inline void score_queries(const signed char *k, const float *q, long q_row, long dim,
                                  long tiles, float *out, long out_row, long queries)
 {
-    enum { FEW = SCORE_TILES < CACHED_QUERIES ? SCORE_TILES : CACHED_QUERIES,
+    enum { FEW = (int)SCORE_TILES < (int)CACHED_QUERIES ? SCORE_TILES : (int)CACHED_QUERIES,
            AT_ONCE = SCORE_TILES / FEW };
     long i = 0;
     for (; i + FEW <= queries; i += FEW) {

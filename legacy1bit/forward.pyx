@@ -733,6 +733,7 @@ def forward_llm_batch(LegacyLLM model not None, tokens, threads=1, logits=False,
     cdef const int[:, ::1] start_rows
     cdef ForwardContext part
     cdef float[:, :, ::1] out
+    cdef long i
     if threads < 1:
         raise ValueError(f"threads is {threads}, expected at least 1")
     job.model = model.alive()

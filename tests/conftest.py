@@ -1,6 +1,7 @@
 """Fixtures shared by the tests."""
 
 import contextlib
+import functools
 import os
 import re
 import signal
@@ -13,10 +14,11 @@ pytest.register_assert_rewrite("helpers")
 
 try:
     from legacy1bit import math_ops
+    from legacy1bit.data import stories
     from legacy1bit.system.old_cpus import runs_here
 except ImportError:
     # The oracle's own tests need no package; a test that needs it imports it, and fails.
-    math_ops = None
+    math_ops = stories = None
 else:
     # Tests that need it are skipped where importing it would end them all.
     if not runs_here("pyarrow"):
@@ -31,13 +33,30 @@ with contextlib.suppress(ImportError):
     settings.load_profile("same")
 
 
-@pytest.fixture(params=math_ops.simd_levels() if math_ops else [])
+TIERS = math_ops.simd_levels() if math_ops else []
+
+
+@contextlib.contextmanager
+def in_use(level):
+    """An instruction set, in use until the end of the block."""
+    former = math_ops.simd_level()
+    math_ops.set_simd_level(level)
+    yield level
+    math_ops.set_simd_level(former)
+
+
+@pytest.fixture(params=TIERS)
 def tier(request):
     """The name of an instruction set this CPU has, in use while the test runs."""
-    former = math_ops.simd_level()
-    math_ops.set_simd_level(request.param)
-    yield request.param
-    math_ops.set_simd_level(former)
+    with in_use(request.param) as level:
+        yield level
+
+
+@pytest.fixture(params=dict.fromkeys([*TIERS[:1], *TIERS[-1:]]))
+def outer_tier(request):
+    """The same of the first and the last one only."""
+    with in_use(request.param) as level:
+        yield level
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,6 +64,16 @@ def _cache_of_its_own(tmp_path_factory):
     """Tokens that tests make stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _each_story_once():
+    """Most trainings of tests learn from the same stories; to write these is half of the work."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("generate_stories", "endings") if stories else ():
+            once = functools.lru_cache(4096, typed=True)(getattr(stories, name))
+            patch.setattr(stories, name, once)
         yield
 
 

@@ -27,6 +27,7 @@ from helpers.models import (
     models,
     oracle_config,
     oracle_weights,
+    outer_tiers,
     places_of,
     random_matrix,
     random_model,
@@ -774,8 +775,11 @@ def test_forward_llm_batch_answers_every_item_of_any_batch():
 
 @every_tier
 @schemes
-@pytest.mark.parametrize("padding", ["none", "left", "row"])
-@pytest.mark.parametrize(("batch", "time"), [(5, 7), (7, 1), (20, 1), (3, 16), (1, 9)])
+@pytest.mark.parametrize(
+    ("batch", "time", "padding"),
+    [(5, 7, "none"), (5, 7, "left"), (5, 7, "row"), (7, 1, "none"), (20, 1, "row"),
+     (3, 16, "left"), (1, 9, "none"), (1, 9, "left")],
+)  # fmt: skip
 def test_forward_llm_batch_has_the_same_bits_with_the_same_number_of_threads(
     scheme, padding, batch, time
 ):
@@ -810,7 +814,7 @@ def test_forward_llm_takes_a_token_a_batch_or_sequences():
 # --- Full precision -------------------------------------------------------------------------------
 
 
-@every_tier
+@outer_tiers
 @pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
 def test_full_precision_is_the_float_twin_of_the_same_latent_weights(changes):
     model = random_model(make_config(**changes))
@@ -893,7 +897,7 @@ def check_documents(config, documents, padding):
         assert_near({"logits": alone}, ({"logits": exact["logits"][place]}, effects))
 
 
-@every_tier
+@outer_tiers
 @models
 def test_forward_llm_batch_answers_documents_in_a_row_as_alone(changes):
     for padding in ("none", "left", "middle"):
@@ -934,7 +938,7 @@ def test_forward_llm_batch_with_documents_has_the_same_bits_with_the_same_number
         assert_model_near(model, tokens, expected, threads, starts)
 
 
-@every_tier
+@outer_tiers
 @models
 def test_forward_llm_batch_with_one_document_to_a_row_has_the_bits_of_none(changes):
     config = make_config(**changes)

@@ -96,7 +96,7 @@ records = pytest.mark.parametrize("record", [ModelConfig, TrainingConfig])
 def cases(which):
     """(record, field, value) for the first, second or third entry of every field."""
     return [
-        pytest.param(record, field, value, id=f"{field}={value!r:.20}")
+        (record, field, value)
         for record, table in RECORDS
         for field, values in table.items()
         for value in values[which]
@@ -147,7 +147,7 @@ def test_choices_are_those_of_the_fields():
     assert choices["schedule"] == SCHEDULES
 
 
-@pytest.mark.parametrize(("record", "field", "value"), cases(0))
+@together("record, field, value", cases(0))
 def test_configs_accept_their_ranges(record, field, value):
     base = {}
     if field == "model_dim":
@@ -160,14 +160,14 @@ def test_configs_accept_their_ranges(record, field, value):
     assert record.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize(("record", "field", "value"), cases(1))
+@together("record, field, value", cases(1))
 def test_configs_reject_values_out_of_range(record, field, value):
     with pytest.raises(ValueError, match=f"{field} is .*expected") as caught:
         record(**{field: value})
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("record", "field", "value"), cases(2))
+@together("record, field, value", cases(2))
 def test_configs_reject_other_kinds(record, field, value):
     with pytest.raises(TypeError, match=f"{field} is .*expected"):
         record(**{field: value})

@@ -29,6 +29,7 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from helpers.arrays import assert_same_bits
+from helpers.cases import together
 from helpers.events import expected_events, set_apart, shown, without_tensorboardx
 from helpers.models import make_config, random_model
 from helpers.paths import ROOT
@@ -517,8 +518,7 @@ def last_command(errors):
     return arguments
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("number", "threads"), [(signal.SIGINT, 2), (signal.SIGTERM, 1)])
 def test_stopped_run_goes_on_as_if_nothing_had_been(say, monkeypatch, number, threads):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     say(*tiny(out="whole", steps=20, threads=threads))
@@ -635,8 +635,7 @@ sys.exit(main.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_process_saves_when_it_is_told_to_stop(say, number):
+def test_process_saves_when_it_is_told_to_stop(say):
     arguments = tiny(out="parts", steps=150)
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *arguments],
@@ -650,7 +649,7 @@ def test_process_saves_when_it_is_told_to_stop(say, number):
         for line in process.stderr:
             if b"in the middle" in line:
                 break
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         output, errors = process.communicate()
     alarm.cancel()
     assert process.returncode == 130
@@ -680,7 +679,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 def stopped_in_a_step(number, out):
     """Seconds from a signal to the answer, in a step that takes much longer than that."""
-    sizes = {"model-dim": 96, "blocks": 2, "sequence-length": 128, "batch-size": 48, "threads": 2}
+    sizes = {"model-dim": 96, "blocks": 2, "sequence-length": 128, "batch-size": 16, "threads": 2}
     process = subprocess.Popen(
         [sys.executable, "-c", LONG, *tiny(out=out, steps=9, **sizes)],
         env={**os.environ, "PYTHONPATH": str(ROOT), "LEGACY1BIT_SIMD": "scalar"},
@@ -706,9 +705,8 @@ def stopped_in_a_step(number, out):
     return taken
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_in_a_long_step_is_answered_before_its_end(number):
-    stopped_in_a_step(number, "parts")
+def test_signal_in_a_long_step_is_answered_before_its_end():
+    stopped_in_a_step(signal.SIGINT, "parts")
 
 
 @pytest.mark.usefixtures("no_threads")
@@ -867,23 +865,23 @@ def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
         return training.warmup_steps
 
     short = {"evaluate_every": 1, "schedule": "constant"}
-    say(*tiny(out="steps", **short | {"steps": 20}))
-    assert warmup_of("steps") == 2
+    say(*tiny(out="steps", **short | {"steps": 10}))
+    assert warmup_of("steps") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(train, "steps_within", lambda *arguments: 30)
+        patch.setattr(train, "steps_within", lambda *arguments: 20)
         say(*tiny("--minutes", 1, out="minutes", **short | {"steps": None}))
-    assert warmup_of("minutes") == 3
-    say("train", "--config", "steps", "--steps", 40, "--out", "again")
-    assert warmup_of("again") == 4
-    say("train", "--resume", "steps", "--steps", 40)
-    assert warmup_of("steps") == 2
+    assert warmup_of("minutes") == 2
+    say("train", "--config", "steps", "--steps", 20, "--out", "again")
+    assert warmup_of("again") == 2
+    say("train", "--resume", "steps", "--steps", 20)
+    assert warmup_of("steps") == 1
     Path("mine.toml").write_text("[training]\nwarmup_steps = 12\n")
     say(*tiny("--config", "mine.toml", out="file", **short))
     assert warmup_of("file") == 12
-    say(*tiny("--config", "mine.toml", out="named", **short | {"steps": 20, "warmup_steps": 0}))
+    say(*tiny("--config", "mine.toml", out="named", **short | {"steps": 10, "warmup_steps": 0}))
     assert warmup_of("named") == 0
     assert b"\n#warmup_steps =\n" in say("train", "--print-config", "--steps", 60).out
-    say("train", "--config", "named", "--steps", 40, "--out", "kept")
+    say("train", "--config", "named", "--steps", 20, "--out", "kept")
     assert warmup_of("kept") == 0
 
 
@@ -1237,15 +1235,15 @@ def test_train_ends_after_its_patience_and_goes_on_with_more(say, fail, monkeypa
 
 def test_train_says_how_often_it_goes_through_the_text(say, text):
     shape = {"stories": None, "data": text, "sequence_length": 16, "batch_size": 2}
-    for steps in (3, 900):
+    for steps in (3, 600):
         # Nine tenths are learned from, as far as the whole of documents or sequences allows.
         epochs = steps * 32 / (0.9 * len(TEXT.encode()))
         _, errors = say(*tiny(out=f"run{steps}", steps=steps, **shape))
         (shown,) = re.findall(r", (\d+\.\d) epochs\n", errors.decode())
         assert float(shown) == pytest.approx(epochs, rel=0.01, abs=0.05)
         hint = f"{epochs:.0f} epochs may overfit: use more text"
-        assert (hint in errors.decode()) == (steps == 900)
-    errors = say(*tiny(out="patient", steps=900, **shape | {"patience": 1})).err
+        assert (hint in errors.decode()) == (steps == 600)
+    errors = say(*tiny(out="patient", steps=600, **shape | {"patience": 1})).err
     assert b"may be too often" not in errors
 
 
@@ -1506,7 +1504,7 @@ def test_generate_takes_bytes_that_are_no_text(say, wild):
     assert re.fullmatch(SPEED, done.stderr)
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict", "utf-16"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-16"])
 def test_generate_writes_bytes_whatever_the_terminal_speaks(wild, encoding):
     done = shell(
         "generate",
@@ -1741,14 +1739,13 @@ def test_generate_asks_for_prompts(wild):
     assert interact(b"a\xff\n").stdout.startswith(b"a\xff")
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
-def test_generate_drops_the_mark_of_prompts_through_a_pipe(wild, encoding):
+def test_generate_drops_the_mark_of_prompts_through_a_pipe(wild):
     arguments = ("generate", "--model", str(wild), "--interactive", "--max-tokens=8", "--seed=0")
     typed = "d\u00e9\r\nOnce\n"
-    marked = typed.encode(encoding) if "sig" in encoding else ("\ufeff" + typed).encode(encoding)
-    expected = shell(*arguments, input=typed.encode())
-    assert expected.stdout.startswith("d\u00e9".encode())
-    assert shell(*arguments, input=marked).stdout == expected.stdout
+    expected = shell(*arguments, input=typed.encode()).stdout
+    assert expected.startswith("d\u00e9".encode())
+    for encoding in ("utf-8", "utf-16-le", "utf-16-be"):
+        assert shell(*arguments, input=("\ufeff" + typed).encode(encoding)).stdout == expected
 
 
 def test_generate_goes_on_asking_after_a_prompt_it_cannot_read(tmp_path):
@@ -2149,7 +2146,7 @@ BAD_OPTIONS = {
 }
 
 
-@pytest.mark.parametrize(
+@together(
     ("command", "option", "value"),
     [
         (command, option, value)
@@ -2362,7 +2359,7 @@ def test_error_of_a_process_is_one_line():
     assert done.stderr.decode() == "legacy1bit: error: nowhere: No such file or directory\n"
 
 
-@pytest.mark.parametrize("command", ["generate", "info", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "info"])
 def test_reader_that_leaves_early_is_no_error(finished, command):
     reader, writer = os.pipe()
     os.close(reader)
@@ -2375,7 +2372,7 @@ def test_reader_that_leaves_early_is_no_error(finished, command):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-@pytest.mark.parametrize("command", ["generate", "info", "evaluate"])
+@pytest.mark.parametrize("command", ["generate", "info"])
 def test_output_that_cannot_be_written_is_an_error(finished, command):
     with open("/dev/full", "wb") as full:
         done = shell(
@@ -2397,7 +2394,7 @@ def test_closed_output_is_no_traceback(finished, command):
     assert b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8:strict"])
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
 def test_report_is_printed_whatever_the_terminal_speaks(encoding):
     """An untrained model writes any bytes, and a folder's name may be any bytes."""
     arguments = [os.fsencode(text) for text in tiny()] + [b"--out", b"run \xff"]
@@ -2562,8 +2559,11 @@ main.program()
 """
 
 
-@pytest.mark.parametrize("when", ["before", "within", "after"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("when", "number"),
+    [("before", signal.SIGINT), ("within", signal.SIGINT), ("after", signal.SIGINT),
+     ("within", signal.SIGTERM), ("within", signal.SIGHUP), ("after", signal.SIGTERM)],
+)  # fmt: skip
 def test_signals_end_the_program_without_a_traceback(wild, when, number):
     def ended(ignored):
         options = [when, str(int(number)), ignored, "info", "--model", str(wild)]

@@ -129,7 +129,7 @@ VECTORS = {
     "ones": lambda n: np.ones(n, dtype=np.float32),
     "zeros": lambda n: np.zeros(n, dtype=np.float32),
 }
-kinds = pytest.mark.parametrize("kind", VECTORS)
+kinds = together("kind", VECTORS)
 
 
 # --- Instruction sets -----------------------------------------------------------------------------
@@ -308,7 +308,7 @@ def test_multiply_vector_inplace_is_correctly_rounded(n, kind):
 
 # Float32 numbers, so that handing them over rounds nothing.
 SCALARS = (0.0, 1.0, -1.0, 0.375, -3.0, 12345.0, float(np.float32(0.1)))
-scalars = pytest.mark.parametrize("scalar", SCALARS)
+scalars = together("scalar", SCALARS)
 
 
 @every_tier
@@ -1000,7 +1000,7 @@ CALLS = {
     "matmul": ({"a": normal(19, 23), "b": normal(23, 29), "output": normal(19, 29)}, {"output"}),
 }
 every_function = pytest.mark.parametrize("name", CALLS)
-every_array = pytest.mark.parametrize(
+every_array = together(
     ("name", "argument"),
     [
         (name, argument)

@@ -9,12 +9,14 @@ import pytest
 
 from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
+from helpers.cases import together
 from helpers.models import (
     assert_quantized,
     every_tier,
     make_config,
     oracle_config,
     oracle_weights,
+    outer_tiers,
     random_model,
     random_tokens,
 )
@@ -41,7 +43,9 @@ CONFIGS = {
     "sign": make_config(num_blocks=1, scheme="sign", sub_norm=True),
     "2bit": make_config(num_blocks=1, scheme="2bit", scale="row", int8_activations=True),
 }
-configs = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+configs = together("config", CONFIGS.values())
+# One below a span and one of several, with codes that follow the gradient's sign in the first.
+two_configs = together("config", [CONFIGS["sign"], CONFIGS["large"]])
 
 
 def random_gradients(config, seed=1, std=0.1):
@@ -187,7 +191,7 @@ def test_weight_decay_may_change_between_steps(make):
 
 @every_tier
 @optimizers
-@configs
+@two_configs
 def test_step_clips_the_whole_gradient(make, config):
     gradients = random_gradients(config)
     norm = check_step(make(random_model(config)), gradients, 0.01, clip=0.0)
@@ -223,7 +227,7 @@ def test_step_leaves_a_gradient_within_the_limit(make):
 
 @every_tier
 @optimizers
-@configs
+@two_configs
 def test_step_changes_nothing_for_a_gradient_that_is_not_finite(make, config):
     optimizer = make(random_model(config))
     optimizer.step(random_gradients(config), 0.01)
@@ -238,7 +242,7 @@ def test_step_changes_nothing_for_a_gradient_that_is_not_finite(make, config):
     check_step(optimizer, gradients, 0.01)
 
 
-@every_tier
+@outer_tiers
 @optimizers
 @configs
 def test_step_has_the_same_bits_with_any_number_of_threads(make, config):
@@ -273,7 +277,7 @@ def test_optimizers_go_on_from_their_moments(make):
     assert_same_state(state(one), state(other))
 
 
-@every_tier
+@outer_tiers
 @optimizers
 @pytest.mark.parametrize("scheme", [*SCHEMES, "float"])
 def test_optimizers_lower_the_loss(make, scheme):

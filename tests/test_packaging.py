@@ -3,9 +3,12 @@
 import importlib.metadata
 import importlib.util
 import io
+import os
+import pkgutil
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import tokenize
 import tomllib
@@ -16,6 +19,8 @@ import pytest
 
 import legacy1bit
 from helpers.paths import ROOT
+from helpers.runs import tiny
+from legacy1bit.math_ops import simd_levels
 
 PACKAGE = Path(legacy1bit.__file__).parent
 
@@ -37,6 +42,25 @@ def test_version_is_that_of_the_metadata():
 def test_console_command_is_the_program():
     [command] = importlib.metadata.entry_points(group="console_scripts", name="legacy1bit")
     assert command.load() is importlib.import_module("legacy1bit.main").program
+
+
+def test_console_command_trains_and_writes(tmp_path):
+    program = Path(sysconfig.get_path("scripts"), "legacy1bit")
+    if not program.exists():
+        pytest.skip("the package is not installed in this environment")
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+
+    def run(*arguments):
+        done = subprocess.run(
+            [program, *arguments], cwd=tmp_path, env=environment, capture_output=True, check=True
+        )
+        return done.stdout
+
+    assert run("--version").decode().strip().endswith(legacy1bit.__version__)
+    run(*tiny(out="run"))
+    text = run("generate", "--model", "run", "--prompt", "Kim", "--max-tokens", "9")
+    assert text.startswith(b"Kim")
+    assert len(text) >= 12
 
 
 def test_every_public_compiled_module_has_a_stub():
@@ -63,6 +87,24 @@ def installed(tmp_path_factory):
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", folder]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder / "legacy1bit"
+
+
+def test_wheel_has_every_file_of_the_package(installed):
+    def files(folder):
+        kinds = {".py", ".pyi", ".pxd", ".toml", ".c", ".typed"}
+        paths = (path.relative_to(folder) for path in folder.rglob("*"))
+        return {path for path in paths if path.suffix in kinds}
+
+    assert files(installed) == files(PACKAGE)
+
+
+def test_every_module_can_be_imported():
+    names = {one.name for one in pkgutil.walk_packages(legacy1bit.__path__, "legacy1bit.")}
+    # Those of wider instruction sets may end the process.
+    kernels = {name for name in names if name.startswith("legacy1bit._kernels_")}
+    assert kernels >= {f"legacy1bit._kernels_{level}" for level in simd_levels()}
+    for name in names - kernels - {"legacy1bit.__main__"}:
+        importlib.import_module(name)
 
 
 def test_wheel_has_every_header_that_a_declaration_names(installed):

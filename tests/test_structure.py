@@ -1,12 +1,14 @@
 """The structure: imports run one way, and tests share helpers only; read from the files."""
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from graphlib import TopologicalSorter
 
 import pytest
 
+from helpers.cases import together
 from helpers.paths import ROOT, TESTS
 
 PACKAGE = ROOT / "legacy1bit"
@@ -73,9 +75,11 @@ def modules():
     return files
 
 
+@functools.cache
 def imports_of(path):
+    """Return the names that a file imports."""
     read = imports_of_python if path.suffix == ".py" else imports_of_cython
-    return read(path.read_text(encoding="utf-8"))
+    return list(read(path.read_text(encoding="utf-8")))
 
 
 def graph():
@@ -139,7 +143,7 @@ def test_few_modules_lie_flat():
     assert len([path for path in PACKAGE.iterdir() if path.suffix in (".py", ".pyx")]) <= 24
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: path.stem)
+@together("path", sorted(TESTS.rglob("*.py")))
 def test_no_test_module_is_imported(path):
     names = {name.partition(".")[0] for name in imports_of_python(path.read_text("utf-8"))}
     assert not {name for name in names if name.startswith("test_") or name == "conftest"}

@@ -30,6 +30,8 @@ from legacy1bit.packed import (
 from legacy1bit.schemes import SCHEMES
 
 every_tier = pytest.mark.usefixtures("tier")
+# For the order of work around the kernels, where these have tests of their own in every tier.
+outer_tiers = pytest.mark.usefixtures("outer_tier")
 schemes = pytest.mark.parametrize("scheme", ["ternary", "float"])
 
 

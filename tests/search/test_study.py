@@ -2,7 +2,6 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import errno
 import itertools
 import os
@@ -17,7 +16,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.paths import ROOT
 from helpers.studies import SPACE
 from legacy1bit.config_files import read_config
 from legacy1bit.formats.native import WEIGHTS_FILE
@@ -446,25 +444,6 @@ def test_share_that_rounds_to_nothing_is_the_least_there_is(say, fail):
         assert not Path(name).exists()
 
 
-def test_signal_to_the_first_process_stops_the_others(say):
-    pytest.importorskip("optuna")
-    options = ("--seconds", "60", "--minutes", "5", "--jobs", "2")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "legacy1bit.main", *search("study", *options)],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    try:
-        wait_for(lambda: len(list(Path("study").glob("trials/*/metrics.jsonl"))) == 2)
-        process.terminate()
-        assert process.wait(60) == 130
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_what_only_size_asks_for_is_searched_only_then(say, fail):
     pytest.importorskip("optuna")
     Path("space.toml").write_text(
@@ -552,7 +531,6 @@ def test_two_processes_share_a_grid(database):
     url, name = database
     Path("space.toml").write_text(
         "[model_dim]\nchoices = [8, 16, 24]\n[activation]\nchoices = ['relu', 'relu2']\n"
-        "[num_blocks]\nchoices = [1, 2]\n"
     )
     options = ("--sampler", "grid", "--storage", url, "--study", name, "--steps", 30)
     first = started("-m", "legacy1bit.main", *search("one", *options))
@@ -562,10 +540,10 @@ def test_two_processes_share_a_grid(database):
         assert process.returncode == 0, errors
     found = results_in(None, url, name)
     chosen = collections.Counter(tuple(one.params.values()) for one in found if one.params)
-    assert len(chosen) == 12
+    assert len(chosen) == 6
     assert set(chosen.values()) == {1}
     folders = [sorted(Path(out, "trials").glob("*")) for out in ("one", "two")]
-    assert len(folders[0]) + len(folders[1]) == 12
+    assert len(folders[0]) + len(folders[1]) == 6
 
 
 def wait_for(condition, seconds=60.0):
@@ -647,7 +625,7 @@ def test_jobs_end_with_the_process_that_began_them(say):
     wait_for(lambda: [t.state.name for t in trials_of("study")][:2] == ["FAIL", "FAIL"])
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT], [signal.SIGHUP], [signal.SIGINT] * 2])
+@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=len)
 def test_jobs_end_when_the_first_process_is_told(signals):
     """As by a terminal, which tells all of them, and as by somebody who tells that one only."""
     pytest.importorskip("optuna")
@@ -664,7 +642,7 @@ def test_jobs_end_when_the_first_process_is_told(signals):
         assert sorted(states) == ["FAIL", "FAIL", "WAITING", "WAITING"]
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize("seconds", [0.1, 0.6])
 def test_jobs_that_are_starting_end_without_a_traceback(seconds):
     """A terminal's Ctrl-C comes to those, too, that have just begun to load."""
     pytest.importorskip("optuna")
