@@ -455,7 +455,7 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named = [*named, *(key for key in given(arguments, record) if key != "threads")]
     if named or arguments.no_prune:
-        option = (named or ["no_prune"])[0].replace("_", "-")
+        option = option_of((named or ["no_prune"])[0])
         raise ValueError(f"--{option} cannot be changed when a study goes on")
     study = StudyRecord.read(folder)
     url = study.url(folder, arguments.storage)

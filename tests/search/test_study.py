@@ -359,6 +359,8 @@ def test_study_goes_on(say, fail):
     for options, message in (
         (("--seconds", 3), "--seconds cannot be changed"),
         (("--model-dim", 3), "--model-dim cannot be changed"),
+        (("--heads", 3), "--heads cannot be changed"),
+        (("--vocab-size", 300), "--vocab-size cannot be changed"),
         (("--no-prune",), "--no-prune cannot be changed"),
         (("--validation", "text.txt"), "--validation goes with a run that has such a text"),
     ):
