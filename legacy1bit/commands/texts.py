@@ -117,10 +117,11 @@ def moved(
     Raises
     ------
     ValueError
-        If the run has no such text, or no hash to compare it with.
+        If the run has no such text, none with a path, or no hash to compare it with.
     OSError
         If a text does not exist.
     """
+    origin.check_path()
     changes: dict[str, Any] = {}
     for (option, paths), field in zip(options.items(), ("paths", "validation_paths"), strict=True):
         if paths is None:

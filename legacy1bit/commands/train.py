@@ -173,6 +173,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     settings = run.settings()
     config, source = settings.training, settings.source
     origin = DataOrigin.from_dict(source)
+    origin.check_path()
     new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.

@@ -31,6 +31,10 @@ _LEVELS = 3
 _MOST_NAMES = 3
 
 
+class TextChanged(ValueError):
+    """A text is not the recorded one."""
+
+
 class Kind(enum.Enum):
     """The kinds of corpora; each is opened in its own way."""
 
@@ -123,8 +127,7 @@ class DataOrigin:
 
     def check(self) -> None:
         """Raise ``ValueError`` for an origin from which no corpus can be opened again."""
-        if self.kind is Kind.UNKNOWN:
-            raise ValueError("the run's source has no path, which is damaged")
+        self.check_path()
         if self.kind is Kind.STORIES and not 1 <= (self.stories or 0) <= MOST_STORIES:
             raise SettingError(
                 f"stories is {self.stories}, expected 1 to {MOST_STORIES}", "stories"
@@ -143,6 +146,14 @@ class DataOrigin:
         if self.kind is Kind.TOKEN_FOLDER and self.validation_paths:
             raise ValueError("--validation goes with a text, and not with a folder of tokens")
 
+    def check_path(self) -> None:
+        """Raise ``ValueError`` for the text of a program, which has no path."""
+        if self.kind is Kind.UNKNOWN:
+            raise ValueError(
+                f"the run's text was given by a program, as {self.name!r} and without a path: "
+                "evaluate --data PATH and train --config RUN --data PATH take one"
+            )
+
     def check_there(self, remedy: str) -> None:
         """Raise ``FileNotFoundError``, with a remedy, for a text that does not exist."""
         for path in (*self.paths, *self.validation_paths):
@@ -154,13 +165,13 @@ class DataOrigin:
 
         Raises
         ------
-        ValueError
+        TextChanged
             If it is another one.
         """
         if self.sha256 not in (None, sha256):
             several = len(self.paths) + len(self.validation_paths) > 1
             whose = "its SHA-256" + (" with the others'" if several else "")
-            raise ValueError(
+            raise TextChanged(
                 f"{self.paths[0]} has changed since the run began, or is another text: {whose} is "
                 f"{sha256}, expected {self.sha256}"
             )

@@ -24,8 +24,8 @@ from helpers.runs import assert_same_files
 from legacy1bit.commands.report import train_command
 from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
-from legacy1bit.hyperparams import DataConfig
-from legacy1bit.logger import read_metrics
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.logger import MetricsLogger, read_metrics
 from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer
 
@@ -545,6 +545,49 @@ def test_run_that_has_moved_finds_the_text_that_moved_with_it(say, fail, monkeyp
     assert Run(Path("new/runs/mine")).settings().source["path"] == os.path.abspath(f"new/{data}")
     words = shlex.split(train_command(Path("new/runs/mine")))
     assert words[words.index("--data") + 1] == os.path.abspath(f"new/{data}")
+
+
+def test_run_that_is_trained_again_names_the_options_of_its_texts(say, fail, text):
+    valid = put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="run", validation=valid))
+    say(*tiny(text, out="alone"))
+    again = ("train", "--cache", "cache", "--out", "again", "--config")
+    alone = "(--data says where the text is)"
+    both = "(--data says where the text is, and --validation its validation text)"
+    Path(valid).rename("held_out.txt")
+    assert f"valid.txt: No such file or directory {both}" in fail(*again, "run")
+    put(valid, TEXT[:220])
+    assert fail(*again, "run").endswith(both)
+    put(text, TEXT.upper())
+    message = fail(*again, "alone")
+    assert "text.txt has changed" in message
+    assert message.endswith(alone)
+    Path(text).unlink()
+    assert f"text.txt: No such file or directory {alone}" in fail(*again, "alone")
+    put("learned.txt", TEXT)
+    say(*again, "run", "--data", "learned.txt", "--validation", "held_out.txt")
+
+
+def test_run_of_a_program_says_that_its_text_has_no_path(say, fail, text):
+    """A Trainer takes any source that has a name."""
+    config = ModelConfig(256, model_dim=8, num_blocks=1, num_heads=1, sequence_length=8)
+    training = TrainingConfig(steps=2, batch_size=2, threads=1)
+    data = corpus.text_corpus(TEXT, "mine", 8, 256)
+    Path("run").mkdir()
+    trainer = Trainer("run", config, training, data, {"name": "mine"})
+    trainer.train(MetricsLogger(Path("run")))
+    for command in (
+        ("train", "--resume", "run", "--steps", 4),
+        ("train", "--resume", "run", "--steps", 4, "--data", text),
+        ("train", "--config", "run", "--out", "again"),
+        ("evaluate", "--model", "run"),
+        ("evaluate", "--model", "run", "--run-data", text),
+    ):
+        message = fail(*command)
+        assert "was given by a program, as 'mine'" in message
+        assert "evaluate --data PATH and train --config RUN --data PATH" in message
+    say("evaluate", "--model", "run", "--data", text)
+    say("train", "--config", "run", "--data", text, "--out", "again", "--cache", "cache")
 
 
 def test_run_finds_the_text_beside_it(say, fail, tmp_path):
