@@ -809,8 +809,8 @@ def test_resume_refuses_a_text_that_changed(fail, say, text):
     before = content_of(Path("run"))
     for change in (TEXT + "x", TEXT.upper(), TEXT[:-1]):
         text.write_bytes(change.encode())
-        assert "has changed since" in fail("train", "--resume", "run", "--steps", 5)
-        assert "has changed since" in fail("evaluate", "--model", "run")
+        assert "has changed, or is" in fail("train", "--resume", "run", "--steps", 5)
+        assert "has changed, or is" in fail("evaluate", "--model", "run")
     text.unlink()
     assert "text.txt" in fail("train", "--resume", "run", "--steps", 5)
     text.mkdir()
@@ -1131,7 +1131,7 @@ def test_text_of_a_run_is_where_it_can_be_read_again(fail, impatient, key, place
         ("evaluate", "--model", "run"),
     ):
         told = fail(*command, "--cache", "cache")
-        assert told == f"the run's source has {key} {place!r}, expected a file or a folder"
+        assert told == f"the recorded source has {key} {place!r}, expected a file or a folder"
     assert not Path("again").exists()
 
 

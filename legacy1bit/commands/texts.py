@@ -117,7 +117,7 @@ def moved(
     Raises
     ------
     ValueError
-        If the run has no such text, none with a path, or no hash to compare it with.
+        If there is no such text, none with a path, or no hash to compare it with.
     OSError
         If a text does not exist.
     """
@@ -127,7 +127,7 @@ def moved(
         if paths is None:
             continue
         if not getattr(origin, field):
-            raise ValueError(f"--{option} goes with a run that has such a text, unlike {folder}")
+            raise ValueError(f"--{option} names a text that {folder} does not have")
         if origin.sha256 is None:
             raise ValueError(f"--{option} cannot be checked: {folder} has no SHA-256 of its text")
         changes[field] = tuple(paths_named(paths, option, cache))

@@ -97,7 +97,7 @@ class DataOrigin:
         for key, kind in required.items():
             if type(record.get(key)) is not kind:
                 raise ValueError(
-                    f"the run's source has {key} {record.get(key)!r}, which is damaged"
+                    f"the recorded source has {key} {record.get(key)!r}, which is damaged"
                 )
         return cls(
             record["name"],
@@ -136,7 +136,7 @@ class DataOrigin:
             for path in paths:
                 if not path or "\0" in path or is_stream(path):
                     raise ValueError(
-                        f"the run's source has {key} {path!r}, expected a file or a folder"
+                        f"the recorded source has {key} {path!r}, expected a file or a folder"
                     )
         for path in self.validation_paths:
             if is_token_file(path) != is_token_file(self.paths[0]):
@@ -172,7 +172,7 @@ class DataOrigin:
             several = len(self.paths) + len(self.validation_paths) > 1
             whose = "its SHA-256" + (" with the others'" if several else "")
             raise TextChanged(
-                f"{self.paths[0]} has changed since the run began, or is another text: {whose} is "
+                f"{self.paths[0]} has changed, or is another text: {whose} is "
                 f"{sha256}, expected {self.sha256}"
             )
         return replace(self, sha256=sha256)
@@ -197,7 +197,7 @@ def paths_of(record: Mapping[str, Any], key: str) -> list[str]:
     paths = value if isinstance(value, list) and value else [value]
     for path in paths:
         if not isinstance(path, str):
-            raise ValueError(f"the run's source has {key} {value!r}, which is damaged")
+            raise ValueError(f"the recorded source has {key} {value!r}, which is damaged")
     return paths
 
 
