@@ -209,7 +209,18 @@ def open_text(
     origin.check()
     path = Path(origin.paths[0])
     if origin.kind is Kind.TOKEN_FILE:
-        return TokenStore([read_token_file(path)]), ()
+        tokens = read_token_file(path)
+        if tokenizer.kind != "unknown":
+            raise ValueError(
+                f"{path} has tokens of another program, and the model's are {tokenizer.kind}: "
+                "expected text"
+            )
+        highest, _ = _highest_and_sha256(tokens)
+        if highest >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} has token {highest}, expected 0 to {tokenizer.vocab_size - 1}, the model's"
+            )
+        return TokenStore([tokens]), ()
     if origin.kind is Kind.TOKEN_FOLDER:
         index = read_index(path)
         if index.tokenizer != tokenizer.sha256:

@@ -154,6 +154,19 @@ def test_token_file_without_a_header_has_to_look_like_tokens(say, refuse, text):
     assert b"head.bin: 300 tokens of a vocabulary of 60,300, as the highest token says;" in told
 
 
+def test_evaluate_refuses_tokens_that_are_not_the_models(say, fail, text):
+    put("few.bin", np.arange(100, 200, dtype="<u2").tobytes())
+    put("many.bin", np.arange(150, 250, dtype="<u2").tobytes())
+    say(*tiny("few.bin", out="tokens"))
+    say(*tiny(text, out="bytes"))
+    measure = ("evaluate", "--cache", "cache", "--model")
+    say(*measure, "tokens", "--data", "few.bin")
+    message = fail(*measure, "tokens", "--data", "many.bin")
+    assert message.endswith("many.bin has token 249, expected 0 to 199, the model's")
+    message = fail(*measure, "bytes", "--data", "few.bin")
+    assert "few.bin has tokens of another program, and the model's are bytes" in message
+
+
 def test_standard_input_is_kept(say, monkeypatch):
     typed(monkeypatch, TEXT)
     say(*tiny("-", out="run", tokenizer="bpe", vocab_size=280))
