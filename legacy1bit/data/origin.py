@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data.shards import INDEX_FILE
-from legacy1bit.data.sources import is_stream, is_token_file
+from legacy1bit.data.sources import is_stream, is_token_file, text_name
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.system.errors import SettingError
 
@@ -76,7 +76,7 @@ class DataOrigin:
     @classmethod
     def of_texts(cls, paths: Sequence[str], validation_paths: Sequence[str] = ()) -> "DataOrigin":
         """Return the origin of texts or tokens, by their absolute paths."""
-        names = [Path(path).name for path in paths]
+        names = [text_name(Path(path)) for path in paths]
         if len(names) > _MOST_NAMES:
             names[_MOST_NAMES:] = ["..."]
         return cls(" + ".join(names), tuple(paths), tuple(validation_paths))

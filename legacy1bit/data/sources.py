@@ -38,6 +38,8 @@ from legacy1bit.system.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.system.old_cpus import runs_here
 
 STANDARD_INPUT = "-"
+# The folder of the cache with the texts of streams, each in a file named by its hash.
+STREAMS = "standard-input"
 
 # The field of a JSON line that has the text, where nothing else is said.
 DEFAULT_FIELD = "text"
@@ -470,7 +472,7 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
         if not stat.S_ISDIR(mode):
             path = _absolute(Path(data))
             # A pipe's own name may be no more than a number.
-            return (path,), path.name if stat.S_ISREG(mode) else data
+            return (path,), text_name(path) if stat.S_ISREG(mode) else data
         matches = [Path(path) for path in _files_below(data)]
         if not matches:
             kinds = ", ".join((*_PLAIN, *_JSON_LINES, _PARQUET))
@@ -568,6 +570,12 @@ def is_stream(path: str) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def text_name(path: Path) -> str:
+    """Return the name of a text: that of its file, which a stream does not have."""
+    saved = path.parent.name == STREAMS and re.fullmatch("[0-9a-f]{16}", path.name)
+    return "standard input" if saved else path.name
 
 
 def _is_regular(path: Path) -> bool:

@@ -188,6 +188,16 @@ def test_standard_input_is_kept(say, monkeypatch):
     assert kept.read_bytes() == TEXT
 
 
+def test_standard_input_is_not_called_by_its_hash(say, fail, monkeypatch, text):
+    typed(monkeypatch, TEXT)
+    assert b") on standard input, " in say(*tiny("-", out="run")).err
+    assert re.search(rb"\ndata +standard input\n", say("info", "--model", "run").out)
+    typed(monkeypatch, TEXT)
+    assert b") on standard input + text.txt, " in say(*tiny("-", "--data", text, out="other")).err
+    typed(monkeypatch, TEXT[:9])
+    assert fail(*tiny("-", out="short")).startswith("standard input has 11 tokens, too few")
+
+
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
 def test_pipe_is_kept_like_standard_input(say):
     read, write = os.pipe()
