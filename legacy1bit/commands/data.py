@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from legacy1bit.commands.options import add_settings, given, path_of
 from legacy1bit.commands.progress import progress_of_bytes
-from legacy1bit.commands.texts import add_cache
+from legacy1bit.commands.texts import add_cache, check_different
 from legacy1bit.data.cache import cache_errors, saved_streams
 from legacy1bit.data.corpus import TEXT, text_source, tokenize_source, tokenizer_for, tokens_of
 from legacy1bit.data.shards import default_cache, open_store
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
+    check_different(arguments.paths)
     paths = saved_streams(arguments.paths, cache)
     for path in paths:
         if is_token_file(path):

@@ -10,7 +10,7 @@ from typing import Any
 from legacy1bit.commands.options import add_settings, path_of
 from legacy1bit.data.cache import saved_streams
 from legacy1bit.data.origin import DataOrigin
-from legacy1bit.data.sources import is_stream
+from legacy1bit.data.sources import STANDARD_INPUT, is_stream
 from legacy1bit.hyperparams import DataConfig
 
 DEFAULT_STORIES = 20000
@@ -87,7 +87,18 @@ def paths_named(paths: Sequence[str], option: str, cache: Path | None) -> list[s
             raise ValueError(f"--{option} is empty, expected a path")
         if option != "data" and is_stream(path):
             raise ValueError(f"--{option} is {path}, which is a stream: expected a file")
+    check_different(paths)
     return [_absolute(path) for path in saved_streams(paths, cache)]
+
+
+def check_different(paths: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a text is named twice."""
+    seen: set[str] = set()
+    for path in paths:
+        place = path if path == STANDARD_INPUT else _absolute(path)
+        if place in seen:
+            raise ValueError(f"{path} is named twice, expected each text once")
+        seen.add(place)
 
 
 def _absolute(path: str) -> str:

@@ -704,7 +704,10 @@ def test_several_texts_that_cannot_be_taken(refuse, text):
         (("train.bin",), "train.bin holds tokens"),
         (("none.txt",), "none.txt: No such file"),
         (("",), "--data is empty"),
+        (("./text.txt",), "./text.txt is named twice, expected each text once"),
     ):
         assert reason in refuse(*tiny(text, "--data", *more))
     assert "holds tokens" in refuse(*tiny("train.bin", "--data", "val.bin"))
+    assert "text.txt is named twice" in refuse("data", "inspect", text, text)
+    assert "- is named twice" in refuse(*tiny("-", "--data", "-"))
     assert "holds tokens" in refuse(*tiny("train.bin", "--validation", "val.bin", "train.bin"))
