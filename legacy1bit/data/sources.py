@@ -420,11 +420,28 @@ def open_source(
         _check_separator(separator)
     files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
+        _check_suffix(path)
         if library := _LIBRARIES.get(path.suffix.lower()):
             library()
     if field != DEFAULT_FIELD and files and not any(_may_hold_rows(path.name) for path in files):
         raise _no_fields(name, field)
     return Source(files, name, field, encoding, separator)
+
+
+def _check_suffix(path: Path) -> None:
+    """Raise ``ValueError`` for a file that has to be decompressed before it can be read."""
+    stem, compression = _parted(path.name)
+    quoted = shlex.quote(str(path))
+    if stem.endswith(".lzma"):
+        raise ValueError(
+            f"{path} is compressed by an earlier form of xz, which is not read: "
+            f"xz -dc {quoted} | legacy1bit train --data -"
+        )
+    if compression and is_token_file(stem):
+        raise ValueError(
+            f"{path} holds compressed tokens, expected a file of tokens: "
+            f"{_UNPACK[compression]} {quoted} > {shlex.quote(stem)}"
+        )
 
 
 def _known_encoding(encoding: str) -> str:
@@ -725,7 +742,7 @@ def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
 
     try:
         # Its streams may be padded.
-        yield from _of_about(BLOCK_BYTES, _streams(begin, b"\0", file, path))
+        yield from _of_about(BLOCK_BYTES, _streams(begin, ".xz", b"\0", file, path))
     except library.LZMAError as error:
         if "limit" in str(error):
             raise _needs_memory(path, "xz -dc") from None
@@ -734,7 +751,8 @@ def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
 
 def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
     try:
-        yield from _of_about(BLOCK_BYTES, _streams(_bz2_library().BZ2Decompressor, b"", file, path))
+        begin = _bz2_library().BZ2Decompressor
+        yield from _of_about(BLOCK_BYTES, _streams(begin, ".bz2", b"", file, path))
     except OSError as error:
         # The library's own have no number.
         if error.errno is not None:
@@ -742,11 +760,14 @@ def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
         raise ValueError(f"{path} is damaged, or not of bzip2: {error}") from None
 
 
-def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) -> Iterator[bytes]:
+def _streams(
+    begin: Callable[[], Any], compression: str, padding: bytes, file: _Input, path: str
+) -> Iterator[bytes]:
     """Return what is in compressed streams that follow each other.
 
     The libraries' own readers take what follows the first stream and is none for its end.
     """
+    magic, _ = _COMPRESSED[compression]
     stream, ended = begin(), False
     for block in _blocks(file):
         while block:
@@ -754,6 +775,12 @@ def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) 
                 block = block.lstrip(padding)
                 if not block:
                     break
+                # The library waits for more of too few other bytes.
+                if not (block.startswith(magic) or magic.startswith(block)):
+                    raise ValueError(
+                        f"{path} is damaged, or not of {_UNPACK[compression].split()[0]}: "
+                        "other bytes follow its end"
+                    )
                 stream, ended = begin(), False
             yield stream.decompress(block, BLOCK_BYTES)
             while not (stream.eof or stream.needs_input):

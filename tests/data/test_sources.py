@@ -779,6 +779,29 @@ def test_xz_may_be_padded(write):
     fails(write("a.txt.xz", bytes(16)), "{} is damaged, or not of xz")
 
 
+@pytest.mark.parametrize(
+    ("suffix", "compress", "kind"), [(".xz", lzma.compress, "xz"), (".bz2", bz2.compress, "bzip2")]
+)
+def test_few_bytes_after_the_end_are_not_taken_for_a_cut(write, suffix, compress, kind):
+    """Fewer than a stream's header, for which a library waits."""
+    packed = compress(b"one")
+    for junk in (b"\n", b"junk"):
+        path = write("a.txt" + suffix, packed + junk)
+        fails(path, f"{{}} is damaged, or not of {kind}: other bytes follow its end")
+    fails(write("a.txt" + suffix, packed + packed[:3]), "{} ends too early")
+
+
+def test_files_that_have_to_be_decompressed_first_say_how(write):
+    path = write("a.lzma", lzma.compress(b"text", lzma.FORMAT_ALONE))
+    remedy = f"xz -dc {path} | legacy1bit train --data -"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        open_source(str(path))
+    path = write("a b.bin.gz", gzip.compress(bytes(64)))
+    remedy = f"holds compressed tokens, expected a file of tokens: gzip -dc '{path}' > 'a b.bin'"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        open_source(str(path))
+
+
 @compressed
 def test_file_that_changes_while_it_is_read_is_refused(write, suffix, compress, small):
     # What is read before the change must not be all of it.
