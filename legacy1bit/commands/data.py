@@ -207,7 +207,7 @@ def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, ca
 
 
 def _warn(source: Source, documents: int) -> None:
-    if warning := source.warning(documents):
+    for warning in source.warnings(documents):
         print(warning, file=sys.stderr)
 
 

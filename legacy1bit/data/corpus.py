@@ -475,8 +475,7 @@ def _split(
 
 
 def _remarks(source: Source, index: Index) -> tuple[str, ...]:
-    warning = source.warning(index.parts[TEXT].documents)
-    return () if warning is None else (warning,)
+    return source.warnings(index.parts[TEXT].documents)
 
 
 def shard_corpus(

@@ -249,14 +249,37 @@ class Source:
         with open(path, "rb") as file:
             return self._rows_or_text(_Input(file), str(path), path.name)[0]
 
-    def warning(self, documents: int) -> str | None:
-        """Return what a user should know who has named a separator, if it parts nothing.
+    def warnings(self, documents: int) -> tuple[str, ...]:
+        """Return lines about a text that was read: on its separator, and on JSON taken for text.
 
         Parameters
         ----------
         documents : int
-            How many there are.
+            The number of its documents.
+
+        Raises
+        ------
+        OSError, ValueError
+            If it cannot be read any more.
         """
+        return tuple(filter(None, (self._warning_of_separator(documents), self._warning_of_json())))
+
+    def _warning_of_json(self) -> str | None:
+        """Return a warning if the first file called .json holds JSON, but not lines of objects."""
+        path = next((one for one in self.files if _parted(one.name)[0].endswith(".json")), None)
+        if path is None or self._is_stream():
+            return None
+        with open(path, "rb") as file:
+            has_rows, blocks = self._rows_or_text(_Input(file), str(path), path.name)
+            if has_rows or not re.match(rb"\s*[{\[]", next(blocks, b"")):
+                return None
+        return (
+            f"warning: {path.name} is JSON without an object on each line: its brackets, names and "
+            "numbers are read as text (jq -c . makes lines of objects)"
+        )
+
+    def _warning_of_separator(self, documents: int) -> str | None:
+        """Return a warning if the separator separates nothing."""
         if self.separator is None:
             return None
         if self.files and all(_holds_rows(path.name) for path in self.files):
