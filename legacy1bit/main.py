@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
+from legacy1bit.commands.streams import unfailing
 from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
 from legacy1bit.version import __version__
 
@@ -295,7 +296,7 @@ _undo = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def _any_character() -> Iterator[None]:
-    """Have standard output take characters that its encoding lacks, and standard error be there.
+    """Let standard output take characters that its encoding lacks, and standard error anything.
 
     Of commands that run side by side, the first changes the streams, and the last to end puts them
     back.
@@ -316,10 +317,8 @@ def _any_character() -> Iterator[None]:
 
 def _change_streams() -> None:
     output = sys.stdout
-    if sys.stderr is None:
-        # print would take a closed one for standard output.
-        sys.stderr = _undo.enter_context(open(os.devnull, "w"))  # noqa: SIM115
-        _undo.callback(setattr, sys, "stderr", None)
+    _undo.callback(setattr, sys, "stderr", sys.stderr)
+    sys.stderr = unfailing(sys.stderr)
     if isinstance(output, io.TextIOWrapper) and not output.closed:
         _undo.callback(_set_errors, output, output.errors)
         output.reconfigure(errors="backslashreplace")

@@ -1768,6 +1768,7 @@ def test_generate_goes_on_asking_after_a_prompt_it_cannot_read(tmp_path):
     [
         ("--interactive <&-", 2, b"", b"standard input is closed"),
         ("2>&-", 0, None, b""),
+        ("2>/dev/full", 0, None, b""),
         ("--temperature nan 2>&-", 2, b"", b""),
         ("--temperature nan 2>/dev/full", 2, b"", b""),
     ],
@@ -2419,6 +2420,22 @@ def test_report_is_printed_whatever_the_terminal_speaks(encoding):
     assert b"error" not in done.stderr
     assert done.returncode == 0
     assert b"\nthe run is in run " in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_errors_that_cannot_be_written_do_not_end_a_run(command):
+    words, out = tiny("--data", "text.txt", out="run", stories=None), "run/metrics.jsonl"
+    if command == "tune":
+        pytest.importorskip("optuna")
+        words = ["tune", *words[1:], "--trials", "2", "--jobs", "2", "--threads", "2"]
+        out = "run/best.toml"
+    Path("text.txt").write_text(TEXT)
+    with open("/dev/full", "wb") as full:
+        done = shell(*words, check=False, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0
+    assert b"; next:\n  legacy1bit " in done.stdout
+    assert Path(out).exists()
 
 
 def unread(arguments, lines):

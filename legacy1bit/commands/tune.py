@@ -24,6 +24,7 @@ from legacy1bit.commands.options import (
 )
 from legacy1bit.commands.progress import progress_of_bytes, progress_of_tuning
 from legacy1bit.commands.run_settings import add_config, plan_run
+from legacy1bit.commands.streams import unfailing
 from legacy1bit.commands.texts import add_data, moved, options_of
 from legacy1bit.config_files import write_config
 from legacy1bit.data.corpus import Corpus, open_corpus
@@ -526,5 +527,7 @@ def _job(again: tuple[Any, ...], budget: Budget) -> None:
         # Without the first process nothing would end the others.
         return interrupts.requested or not parent.is_alive()
 
+    # To the end of the process, which writes what is left.
+    sys.stderr = unfailing(sys.stderr)
     with Interrupts() as interrupts, study_at_hand():
         _Work(*again).run(budget, stop)
