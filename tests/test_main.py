@@ -1405,6 +1405,23 @@ def test_empty_paths_are_refused(fail, arguments):
     assert told.startswith(f"argument {arguments[-1][:-1]}: is empty, expected a path")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "tune --data text.txt",
+        "data tokenize text.txt",
+        "data train-tokenizer text.txt --tokenizer bpe",
+        "import --model model.gguf",
+    ],
+)
+def test_link_to_nothing_is_no_folder_to_write(fail, command):
+    os.symlink("nowhere/at/all", "link")
+    message = fail(*command.split(), "--out", "link")
+    assert "argument --out: link is a link to nowhere/at/all, which does not exist" in message
+    assert os.readlink("link") == "nowhere/at/all"
+
+
 # --- A full disk ----------------------------------------------------------------------------------
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.commands.options import add_settings, given, path_of
+from legacy1bit.commands.options import add_settings, given, new_folder
 from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.commands.texts import add_cache, check_different
 from legacy1bit.data.cache import cache_errors, saved_streams
@@ -53,7 +53,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         if name == "inspect":
             action.add_argument("--json", action="store_true", help="one line of JSON")
         else:
-            action.add_argument("--out", type=path_of, required=True, metavar="DIR")
+            action.add_argument("--out", type=new_folder, required=True, metavar="DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:

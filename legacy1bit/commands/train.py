@@ -16,6 +16,7 @@ from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
     given,
+    new_folder,
     option_of,
     path_of,
     threads_of,
@@ -67,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print all settings as such a file, and exit"
     )
     command.add_argument(
-        "--out", metavar="DIR", type=path_of, help="folder of the run (default: new)"
+        "--out", metavar="DIR", type=new_folder, help="folder of the run (default: new)"
     )
     command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(

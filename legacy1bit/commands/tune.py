@@ -18,6 +18,7 @@ from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
     given,
+    new_folder,
     option_of,
     path_of,
     threads_of,
@@ -90,7 +91,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     group = command.add_argument_group("the search")
     option = group.add_argument
-    option("--out", metavar="DIR", type=path_of, help="the study's folder (default: new)")
+    option("--out", metavar="DIR", type=new_folder, help="the study's folder (default: new)")
     option("--resume", metavar="DIR", type=path_of, help="resume a study, or join it")
     option("--space", metavar="FILE", type=path_of, help="the settings to search, and their ranges")
     option("--print-space", action="store_true", help="print the default --space, and exit")
