@@ -54,7 +54,7 @@ from legacy1bit.search.study import (
     study_at_hand,
 )
 from legacy1bit.system.cgroups import can_start_threads
-from legacy1bit.system.errors import INTERRUPTED
+from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.system.files import remove
 from legacy1bit.system.hardware import machine
 
@@ -530,5 +530,9 @@ def _job(again: tuple[Any, ...], budget: Budget) -> None:
 
     # To the end of the process, which writes what is left.
     sys.stderr = unfailing(sys.stderr)
-    with Interrupts() as interrupts, study_at_hand():
-        _Work(*again).run(budget, stop)
+    try:
+        with Interrupts() as interrupts, study_at_hand():
+            _Work(*again).run(budget, stop)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"legacy1bit: error: {describe(error)}", file=sys.stderr)
+        sys.exit(2)

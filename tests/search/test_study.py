@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -422,6 +423,24 @@ def test_only_errors_of_the_database_are_called_so():
         optuna.load_study(study_name="missing", storage=storage)
     with pytest.raises(AssertionError), tune.study_at_hand():
         raise AssertionError
+
+
+def test_databases_of_another_version_or_damaged_are_refused_in_a_line(say, fail):
+    pytest.importorskip("optuna")
+    say(*search("study", "--trials", 1))
+    intact = Path("study/study.db").read_bytes()
+    go_on = ("tune", "--resume", "study", "--trials", 2, "--cache", "cache", "--threads", 1)
+    for change, message in (
+        ("UPDATE alembic_version SET version_num = 'v9'", "study.db cannot be opened: "),
+        ("UPDATE study_directions SET direction = 'BOGUS'", "database cannot be used: "),
+        ("DELETE FROM studies", "there is no study study that can be read"),
+    ):
+        Path("study/study.db").write_bytes(intact)
+        with contextlib.closing(sqlite3.connect("study/study.db")) as database, database:
+            database.execute(change)
+        assert message in fail(*go_on), change
+    Path("study/study.db").write_bytes(intact[: len(intact) // 2])
+    assert "malformed" in fail(*go_on)
 
 
 def test_what_was_wrong_is_told_where_the_library_fails_once_more():
