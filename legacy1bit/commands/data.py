@@ -3,6 +3,7 @@
 import argparse
 import array
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -253,5 +254,9 @@ def _train_tokenizer(
     tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(arguments.out)
+    # One document more than files shows that a separator separates something.
+    most = 0 if source.separator is None else len(source.files) + 1
+    begins = (piece for piece in source.pieces() if piece.begins)
+    _warn(source, sum(1 for _ in itertools.islice(begins, most)))
     print(f"{arguments.out / TOKENIZER_FILE}: {tokenizer.vocab_size:,} tokens")
     return 0

@@ -219,6 +219,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     corpus = open_corpus(
         origin, settings.data, length, arguments.cache, tokenizer, progress_of_bytes
     )
+    for remark in corpus.remarks:
+        print(remark, file=sys.stderr)
     source = source | corpus.origin.to_dict()
     trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)

@@ -183,7 +183,10 @@ def _search(arguments: argparse.Namespace) -> int:
     threads = max(threads_of(arguments) // arguments.jobs, 1)
     work = _begin(arguments, threads, budget)
     # Errors in the text come before anything else.
-    work.corpus_of(work.config.model)
+    corpus, _ = work.corpus_of(work.config.model)
+    if arguments.resume is not None:
+        for remark in corpus.remarks:
+            print(remark, file=sys.stderr)
     print(
         f"searching {len(work.config.space)} settings, trials of {work.config.length} on {threads} "
         f"threads each, {arguments.jobs} at a time: {work.folder}",

@@ -545,9 +545,11 @@ def _token_file_corpus(
         token_file_info(path).format == "nanoGPT" for path in paths
     )
     most = NANOGPT_TOKENS if headless else _MOST_TOKENS
-    return token_corpus(
+    corpus = token_corpus(
         tokens, origin.name, data, sequence_length, validation[0] if validation else None, most
     )
+    # A vocabulary that is known needs no remark.
+    return corpus if tokenizer is None else replace(corpus, remarks=())
 
 
 def token_corpus(

@@ -384,6 +384,14 @@ def test_study_goes_on(say, fail):
     say("tune", "--resume", "there/study", *go_on[3:], 6)
 
 
+def test_study_that_is_resumed_warns_of_a_separator_that_separates_nothing(say):
+    pytest.importorskip("optuna")
+    warning = b"warning: the separator '<|end|>' separates nothing in text.txt: 1 document\n"
+    assert warning in say(*search("study", "--trials", 1, "--separator", "<|end|>")).err
+    go_on = ("tune", "--resume", "study", "--trials", 2, "--cache", "cache", "--threads", 1)
+    assert say(*go_on).err.count(warning) == 1
+
+
 def test_search_says_what_is_wrong(fail):
     pytest.importorskip("optuna")
     Path("full").mkdir()
