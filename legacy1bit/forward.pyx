@@ -290,13 +290,17 @@ def as_token_rows(tokens, str name="tokens"):
     Raises
     ------
     ValueError
-        If there are none.
+        If there are none, or the sequences have several lengths.
     TypeError
         For anything but integers.
     IndexError
         If a number is too large for a token id.
     """
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(f"{name} has sequences of several lengths, expected [B] or [B, T]"
+                         ) from None
     if array.size == 0:
         raise ValueError(f"{name} is empty, expected at least one token")
     if array.dtype.kind not in "iu" or array.ndim > 2:

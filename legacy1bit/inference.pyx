@@ -646,7 +646,10 @@ def check_tokens(tokens, vocab, name):
     ValueError, TypeError, IndexError
         If there are no tokens, they are not whole numbers, or an id is not in the vocabulary.
     """
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        raise ValueError(f"{name} has sequences of several lengths, expected [T]") from None
     if array.size == 0:
         raise ValueError(f"{name} is empty, expected at least one token")
     if array.dtype.kind not in "iu" or array.ndim != 1:

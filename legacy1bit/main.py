@@ -9,13 +9,16 @@ import contextlib
 import difflib
 import importlib
 import io
+import itertools
 import os
+import shlex
 import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
+from legacy1bit.commands.streams import unfailing
 from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
 from legacy1bit.version import __version__
 
@@ -84,6 +87,9 @@ COMMANDS = {
 # Options that are not those of train, where there is no command.
 _OF_PROGRAM = ("-h", "--help", "--version")
 
+# A folder with one of these holds a run or a model.
+_OF_MODELS = ("training.json", "config.json")
+
 # Options of other programs, and the nearest ones here.
 _ELSEWHERE = {
     **dict.fromkeys(("lr", "max-lr", "rate"), ("learning-rate",)),
@@ -133,7 +139,7 @@ class _Parser(argparse.ArgumentParser):
         """Refuse unknown options in the parser that has the known ones."""
         parsed, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            near = dict.fromkeys(filter(None, map(self._nearest, unknown)))
+            near = dict.fromkeys(filter(None, (self._named(unknown), *map(self._nearest, unknown))))
             meant = f"; did you mean {', '.join(near)}?" if near else ""
             self.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
         return parsed, unknown
@@ -143,12 +149,32 @@ class _Parser(argparse.ArgumentParser):
         if not word.startswith("-"):
             return None
         name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
-        options = [option[2:] for option in self._option_string_actions if option[:2] == "--"]
+        options = self._options()
         known = [
             option for option in (_today(name), *_ELSEWHERE.get(name, ())) if option in options
         ]
         near = known or difflib.get_close_matches(name, options, 1)
         return f"--{near[0]}" if near else None
+
+    def _named(self, words: Sequence[str]) -> str | None:
+        """Return words without an option behind the one that probably takes them."""
+        paths = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+        if not paths:
+            return None
+        if any(os.path.isfile(os.path.join(paths[0], name)) for name in _OF_MODELS):
+            takers = ["model", "resume"]
+        else:
+            takers = ["data", "prompt-file" if os.path.isfile(paths[0]) else "prompt", "model"]
+        taker = next((one for one in takers if one in self._options()), None)
+        if taker is None:
+            return None
+        # Only --data takes several words; a prompt of several has lost its quotes.
+        values = {"data": paths, "prompt": [" ".join(paths)]}.get(taker, paths[:1])
+        return f"--{taker} {shlex.join(values)}"
+
+    def _options(self) -> list[str]:
+        """Return the names of the options, without their dashes."""
+        return [option[2:] for option in self._option_string_actions if option[:2] == "--"]
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
@@ -270,7 +296,7 @@ _undo = contextlib.ExitStack()
 
 @contextlib.contextmanager
 def _any_character() -> Iterator[None]:
-    """Have standard output take characters that its encoding lacks, and standard error be there.
+    """Let standard output take characters that its encoding lacks, and standard error anything.
 
     Of commands that run side by side, the first changes the streams, and the last to end puts them
     back.
@@ -291,10 +317,8 @@ def _any_character() -> Iterator[None]:
 
 def _change_streams() -> None:
     output = sys.stdout
-    if sys.stderr is None:
-        # print would take a closed one for standard output.
-        sys.stderr = _undo.enter_context(open(os.devnull, "w"))  # noqa: SIM115
-        _undo.callback(setattr, sys, "stderr", None)
+    _undo.callback(setattr, sys, "stderr", sys.stderr)
+    sys.stderr = unfailing(sys.stderr)
     if isinstance(output, io.TextIOWrapper) and not output.closed:
         _undo.callback(_set_errors, output, output.errors)
         output.reconfigure(errors="backslashreplace")

@@ -1053,6 +1053,13 @@ def test_forward_llm_rejects_other_kinds_of_tokens(tokens):
             call()
 
 
+def test_forward_llm_rejects_sequences_of_several_lengths():
+    model = model_of(make_config())
+    for call in (forward_llm, forward_llm_batch):
+        with pytest.raises(ValueError, match=r"^tokens has sequences of several lengths, expected"):
+            call(model, [[1], [2, 3]])
+
+
 @pytest.mark.parametrize(
     "tokens", [[], [[]], (), *(np.zeros(shape, np.int32) for shape in ((0,), (0, 3), (3, 0)))]
 )

@@ -805,6 +805,7 @@ NO_TOKENS = {
     "floats": ([1.0], TypeError, r"tokens is float64\[1\], expected whole numbers, \[T\]"),
     "truth": ([True], TypeError, "tokens is bool"),
     "none": (None, TypeError, "expected whole numbers"),
+    "ragged": ([[1], [2, 3]], ValueError, r"sequences of several lengths, expected \[T\]"),
     "text": ("ab", TypeError, "expected whole numbers"),
     "bytes": (b"ab", TypeError, "expected whole numbers"),
     "one token": (3, TypeError, r"tokens is int64\[\], expected whole numbers, \[T\]"),

@@ -807,8 +807,8 @@ def test_resume_refuses_a_text_that_changed(fail, say, text):
     before = content_of(Path("run"))
     for change in (TEXT + "x", TEXT.upper(), TEXT[:-1]):
         text.write_bytes(change.encode())
-        assert "has changed since" in fail("train", "--resume", "run", "--steps", 5)
-        assert "has changed since" in fail("evaluate", "--model", "run")
+        assert "has changed, or is" in fail("train", "--resume", "run", "--steps", 5)
+        assert "has changed, or is" in fail("evaluate", "--model", "run")
     text.unlink()
     assert "text.txt" in fail("train", "--resume", "run", "--steps", 5)
     text.mkdir()
@@ -1129,7 +1129,7 @@ def test_text_of_a_run_is_where_it_can_be_read_again(fail, impatient, key, place
         ("evaluate", "--model", "run"),
     ):
         told = fail(*command, "--cache", "cache")
-        assert told == f"the run's source has {key} {place!r}, expected a file or a folder"
+        assert told == f"the recorded source has {key} {place!r}, expected a file or a folder"
     assert not Path("again").exists()
 
 
@@ -1401,6 +1401,23 @@ def test_empty_paths_are_refused(fail, arguments):
     """And not taken for the folder one is in."""
     told = fail(*arguments)
     assert told.startswith(f"argument {arguments[-1][:-1]}: is empty, expected a path")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train",
+        "tune --data text.txt",
+        "data tokenize text.txt",
+        "data train-tokenizer text.txt --tokenizer bpe",
+        "import --model model.gguf",
+    ],
+)
+def test_link_to_nothing_is_no_folder_to_write(fail, command):
+    os.symlink("nowhere/at/all", "link")
+    message = fail(*command.split(), "--out", "link")
+    assert "argument --out: link is a link to nowhere/at/all, which does not exist" in message
+    assert os.readlink("link") == "nowhere/at/all"
 
 
 # --- A full disk ----------------------------------------------------------------------------------
@@ -1765,6 +1782,7 @@ def test_generate_goes_on_asking_after_a_prompt_it_cannot_read(tmp_path):
     [
         ("--interactive <&-", 2, b"", b"standard input is closed"),
         ("2>&-", 0, None, b""),
+        ("2>/dev/full", 0, None, b""),
         ("--temperature nan 2>&-", 2, b"", b""),
         ("--temperature nan 2>/dev/full", 2, b"", b""),
     ],
@@ -2238,7 +2256,18 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
         "generate --temp 1 --context 3": "--temperature, --max-tokens",
         "data inspect x --tokeniser bpe": "--tokenizer",
         "train --bogus 1": None,
-        "train extra": None,
+        "train extra": "--data extra",
+        "train text.txt more.txt": "--data text.txt more.txt",
+        "train --steps 1 text.txt": "--data text.txt",
+        "tune text.txt --bogus 1": "--data text.txt",
+        "train run": "--resume run",
+        "evaluate run": "--model run",
+        "evaluate text.txt": "--data text.txt",
+        "info run": "--model run",
+        "info runs/missing": "--model runs/missing",
+        "generate Once upon": "--prompt 'Once upon'",
+        "generate text.txt": "--prompt-file text.txt",
+        "generate run": "--model run",
         "info --lr 1": None,
         **{
             f"train --{earlier.replace('_', '-')} 1": f"--{name.replace('_', '-')}"
@@ -2248,10 +2277,13 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
     ids=str,
 )
 def test_unknown_options_are_reported_with_what_may_have_been_meant(fail, words, meant):
+    Path("text.txt").touch()
+    Path("run").mkdir()
+    Path("run/training.json").touch()
     message = fail(*words.split())
     assert "unrecognized arguments: " in message
     guess = re.search(
-        r"; did you mean (.*)\? \(see legacy1bit (train|tune|generate|data inspect) --help\)",
+        r"; did you mean (.*)\? \(see legacy1bit ([a-z ]+) --help\)",
         message,
     )
     assert (guess and guess[1]) == meant
@@ -2402,6 +2434,22 @@ def test_report_is_printed_whatever_the_terminal_speaks(encoding):
     assert b"error" not in done.stderr
     assert done.returncode == 0
     assert b"\nthe run is in run " in done.stdout
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_errors_that_cannot_be_written_do_not_end_a_run(command):
+    words, out = tiny("--data", "text.txt", out="run", stories=None), "run/metrics.jsonl"
+    if command == "tune":
+        pytest.importorskip("optuna")
+        words = ["tune", *words[1:], "--trials", "2", "--jobs", "2", "--threads", "2"]
+        out = "run/best.toml"
+    Path("text.txt").write_text(TEXT)
+    with open("/dev/full", "wb") as full:
+        done = shell(*words, check=False, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == 0
+    assert b"; next:\n  legacy1bit " in done.stdout
+    assert Path(out).exists()
 
 
 def unread(arguments, lines):

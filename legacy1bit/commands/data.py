@@ -3,6 +3,7 @@
 import argparse
 import array
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -13,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.commands.options import add_settings, given, path_of
+from legacy1bit.commands.options import add_settings, given, new_folder
 from legacy1bit.commands.progress import progress_of_bytes
-from legacy1bit.commands.texts import add_cache
+from legacy1bit.commands.texts import add_cache, check_different
 from legacy1bit.data.cache import cache_errors, saved_streams
 from legacy1bit.data.corpus import TEXT, text_source, tokenize_source, tokenizer_for, tokens_of
 from legacy1bit.data.shards import default_cache, open_store
@@ -53,7 +54,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         if name == "inspect":
             action.add_argument("--json", action="store_true", help="one line of JSON")
         else:
-            action.add_argument("--out", type=path_of, required=True, metavar="DIR")
+            action.add_argument("--out", type=new_folder, required=True, metavar="DIR")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -61,6 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
     data = DataConfig(**given(arguments, DataConfig))
     cache = arguments.cache or default_cache()
     # A vocabulary is learned in one reading, and text turned into tokens in another.
+    check_different(arguments.paths)
     paths = saved_streams(arguments.paths, cache)
     for path in paths:
         if is_token_file(path):
@@ -206,7 +208,7 @@ def _inspect(arguments: argparse.Namespace, source: Source, data: DataConfig, ca
 
 
 def _warn(source: Source, documents: int) -> None:
-    if warning := source.warning(documents):
+    for warning in source.warnings(documents):
         print(warning, file=sys.stderr)
 
 
@@ -252,5 +254,9 @@ def _train_tokenizer(
     tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(arguments.out)
+    # One document more than files shows that a separator separates something.
+    most = 0 if source.separator is None else len(source.files) + 1
+    begins = (piece for piece in source.pieces() if piece.begins)
+    _warn(source, sum(1 for _ in itertools.islice(begins, most)))
     print(f"{arguments.out / TOKENIZER_FILE}: {tokenizer.vocab_size:,} tokens")
     return 0

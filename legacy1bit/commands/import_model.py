@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from legacy1bit.commands.options import path_of
+from legacy1bit.commands.options import new_folder, path_of
 from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer
 from legacy1bit.model import LegacyLLM, save_model
 from legacy1bit.system.files import open_regular
@@ -21,7 +21,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--model", type=path_of, required=True, metavar="FILE", help="the file to read"
     )
     command.add_argument(
-        "--out", type=path_of, required=True, metavar="DIR", help="the model's folder, a new one"
+        "--out", type=new_folder, required=True, metavar="DIR", help="the model's folder, a new one"
     )
 
 

@@ -1,6 +1,7 @@
 """Options that commands share: those made from settings, and the path of a model."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
@@ -94,6 +95,16 @@ def path_of(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected a path")
     return Path(text)
+
+
+def new_folder(text: str) -> Path:
+    """Return the path of an option for a folder that is written, unless it is a dangling link."""
+    folder = path_of(text)
+    if folder.is_symlink() and not folder.exists():
+        raise argparse.ArgumentTypeError(
+            f"{folder} is a link to {os.readlink(folder)}, which does not exist"
+        )
+    return folder
 
 
 def add_model(command: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus, open_corpus
-from legacy1bit.data.origin import DataOrigin
+from legacy1bit.data.origin import DataOrigin, TextChanged
 from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.system.errors import SettingError
@@ -139,9 +139,11 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
     model, training, data = _records(arguments, settings)
     if "source" in settings:
         origin = DataOrigin.from_dict(settings["source"])
-        origin.check_there("--data says where the text lies")
+        also = ", and --validation its validation text" if origin.validation_paths else ""
+        remedy = f"--data says where the text is{also}"
+        origin.check_there(remedy)
     else:
-        origin = origin_of(arguments, training.seed)
+        origin, remedy = origin_of(arguments, training.seed), ""
     tokenizer = _tokenizer_of(arguments, settings)
     try:
         corpus = open_corpus(
@@ -150,6 +152,8 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
     except SettingError as error:
         error.place = None if arguments.config is None else str(arguments.config)
         raise
+    except TextChanged as error:
+        raise ValueError(f"{error} ({remedy})") from None
     for remark in corpus.remarks:
         print(remark, file=sys.stderr)
     tokens = settings["model"].get("vocab_size")

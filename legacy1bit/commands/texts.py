@@ -10,7 +10,7 @@ from typing import Any
 from legacy1bit.commands.options import add_settings, path_of
 from legacy1bit.data.cache import saved_streams
 from legacy1bit.data.origin import DataOrigin
-from legacy1bit.data.sources import is_stream
+from legacy1bit.data.sources import STANDARD_INPUT, is_stream
 from legacy1bit.hyperparams import DataConfig
 
 DEFAULT_STORIES = 20000
@@ -87,7 +87,18 @@ def paths_named(paths: Sequence[str], option: str, cache: Path | None) -> list[s
             raise ValueError(f"--{option} is empty, expected a path")
         if option != "data" and is_stream(path):
             raise ValueError(f"--{option} is {path}, which is a stream: expected a file")
+    check_different(paths)
     return [_absolute(path) for path in saved_streams(paths, cache)]
+
+
+def check_different(paths: Sequence[str]) -> None:
+    """Raise ``ValueError`` if a text is named twice."""
+    seen: set[str] = set()
+    for path in paths:
+        place = path if path == STANDARD_INPUT else _absolute(path)
+        if place in seen:
+            raise ValueError(f"{path} is named twice, expected each text once")
+        seen.add(place)
 
 
 def _absolute(path: str) -> str:
@@ -117,16 +128,17 @@ def moved(
     Raises
     ------
     ValueError
-        If the run has no such text, or no hash to compare it with.
+        If there is no such text, none with a path, or no hash to compare it with.
     OSError
         If a text does not exist.
     """
+    origin.check_path()
     changes: dict[str, Any] = {}
     for (option, paths), field in zip(options.items(), ("paths", "validation_paths"), strict=True):
         if paths is None:
             continue
         if not getattr(origin, field):
-            raise ValueError(f"--{option} goes with a run that has such a text, unlike {folder}")
+            raise ValueError(f"--{option} names a text that {folder} does not have")
         if origin.sha256 is None:
             raise ValueError(f"--{option} cannot be checked: {folder} has no SHA-256 of its text")
         changes[field] = tuple(paths_named(paths, option, cache))

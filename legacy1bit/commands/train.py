@@ -16,6 +16,7 @@ from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
     given,
+    new_folder,
     option_of,
     path_of,
     threads_of,
@@ -67,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--print-config", action="store_true", help="print all settings as such a file, and exit"
     )
     command.add_argument(
-        "--out", metavar="DIR", type=path_of, help="folder of the run (default: new)"
+        "--out", metavar="DIR", type=new_folder, help="folder of the run (default: new)"
     )
     command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(
@@ -173,6 +174,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     settings = run.settings()
     config, source = settings.training, settings.source
     origin = DataOrigin.from_dict(source)
+    origin.check_path()
     new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.
@@ -217,6 +219,8 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     corpus = open_corpus(
         origin, settings.data, length, arguments.cache, tokenizer, progress_of_bytes
     )
+    for remark in corpus.remarks:
+        print(remark, file=sys.stderr)
     source = source | corpus.origin.to_dict()
     trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)

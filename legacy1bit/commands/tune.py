@@ -18,12 +18,14 @@ from legacy1bit.commands.options import (
     add_settings,
     check_above_zero,
     given,
+    new_folder,
     option_of,
     path_of,
     threads_of,
 )
 from legacy1bit.commands.progress import progress_of_bytes, progress_of_tuning
 from legacy1bit.commands.run_settings import add_config, plan_run
+from legacy1bit.commands.streams import unfailing
 from legacy1bit.commands.texts import add_data, moved, options_of
 from legacy1bit.config_files import write_config
 from legacy1bit.data.corpus import Corpus, open_corpus
@@ -52,7 +54,7 @@ from legacy1bit.search.study import (
     study_at_hand,
 )
 from legacy1bit.system.cgroups import can_start_threads
-from legacy1bit.system.errors import INTERRUPTED
+from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.system.files import remove
 from legacy1bit.system.hardware import machine
 
@@ -89,7 +91,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_config(command)
     group = command.add_argument_group("the search")
     option = group.add_argument
-    option("--out", metavar="DIR", type=path_of, help="the study's folder (default: new)")
+    option("--out", metavar="DIR", type=new_folder, help="the study's folder (default: new)")
     option("--resume", metavar="DIR", type=path_of, help="resume a study, or join it")
     option("--space", metavar="FILE", type=path_of, help="the settings to search, and their ranges")
     option("--print-space", action="store_true", help="print the default --space, and exit")
@@ -181,7 +183,10 @@ def _search(arguments: argparse.Namespace) -> int:
     threads = max(threads_of(arguments) // arguments.jobs, 1)
     work = _begin(arguments, threads, budget)
     # Errors in the text come before anything else.
-    work.corpus_of(work.config.model)
+    corpus, _ = work.corpus_of(work.config.model)
+    if arguments.resume is not None:
+        for remark in corpus.remarks:
+            print(remark, file=sys.stderr)
     print(
         f"searching {len(work.config.space)} settings, trials of {work.config.length} on {threads} "
         f"threads each, {arguments.jobs} at a time: {work.folder}",
@@ -455,7 +460,7 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named = [*named, *(key for key in given(arguments, record) if key != "threads")]
     if named or arguments.no_prune:
-        option = (named or ["no_prune"])[0].replace("_", "-")
+        option = option_of((named or ["no_prune"])[0])
         raise ValueError(f"--{option} cannot be changed when a study goes on")
     study = StudyRecord.read(folder)
     url = study.url(folder, arguments.storage)
@@ -526,5 +531,11 @@ def _job(again: tuple[Any, ...], budget: Budget) -> None:
         # Without the first process nothing would end the others.
         return interrupts.requested or not parent.is_alive()
 
-    with Interrupts() as interrupts, study_at_hand():
-        _Work(*again).run(budget, stop)
+    # To the end of the process, which writes what is left.
+    sys.stderr = unfailing(sys.stderr)
+    try:
+        with Interrupts() as interrupts, study_at_hand():
+            _Work(*again).run(budget, stop)
+    except (ValueError, OSError, MemoryError) as error:
+        print(f"legacy1bit: error: {describe(error)}", file=sys.stderr)
+        sys.exit(2)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from legacy1bit.data.shards import default_cache
-from legacy1bit.data.sources import STANDARD_INPUT, is_stream, standard_input
+from legacy1bit.data.sources import STANDARD_INPUT, STREAMS, is_stream, standard_input
 from legacy1bit.system.files import (
     atomic_write,
     read_regular,
@@ -33,7 +33,6 @@ from legacy1bit.system.files import (
 )
 
 NOTE_FILE = "about.json"
-STREAMS = "standard-input"
 LIMIT_VARIABLE = "LEGACY1BIT_CACHE_GB"
 
 # By default the cache may take one part in this number of its disk.

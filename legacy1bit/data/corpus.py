@@ -209,7 +209,18 @@ def open_text(
     origin.check()
     path = Path(origin.paths[0])
     if origin.kind is Kind.TOKEN_FILE:
-        return TokenStore([read_token_file(path)]), ()
+        tokens = read_token_file(path)
+        if tokenizer.kind != "unknown":
+            raise ValueError(
+                f"{path} has tokens of another program, and the model's are {tokenizer.kind}: "
+                "expected text"
+            )
+        highest, _ = _highest_and_sha256(tokens)
+        if highest >= tokenizer.vocab_size:
+            raise ValueError(
+                f"{path} has token {highest}, expected 0 to {tokenizer.vocab_size - 1}, the model's"
+            )
+        return TokenStore([tokens]), ()
     if origin.kind is Kind.TOKEN_FOLDER:
         index = read_index(path)
         if index.tokenizer != tokenizer.sha256:
@@ -464,8 +475,7 @@ def _split(
 
 
 def _remarks(source: Source, index: Index) -> tuple[str, ...]:
-    warning = source.warning(index.parts[TEXT].documents)
-    return () if warning is None else (warning,)
+    return source.warnings(index.parts[TEXT].documents)
 
 
 def shard_corpus(
@@ -535,9 +545,11 @@ def _token_file_corpus(
         token_file_info(path).format == "nanoGPT" for path in paths
     )
     most = NANOGPT_TOKENS if headless else _MOST_TOKENS
-    return token_corpus(
+    corpus = token_corpus(
         tokens, origin.name, data, sequence_length, validation[0] if validation else None, most
     )
+    # A vocabulary that is known needs no remark.
+    return corpus if tokenizer is None else replace(corpus, remarks=())
 
 
 def token_corpus(

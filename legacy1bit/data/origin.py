@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data.shards import INDEX_FILE
-from legacy1bit.data.sources import is_stream, is_token_file
+from legacy1bit.data.sources import is_stream, is_token_file, text_name
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.system.errors import SettingError
 
@@ -29,6 +29,10 @@ _LEVELS = 3
 
 # A name lists at most this number of texts.
 _MOST_NAMES = 3
+
+
+class TextChanged(ValueError):
+    """A text is not the recorded one."""
 
 
 class Kind(enum.Enum):
@@ -72,7 +76,7 @@ class DataOrigin:
     @classmethod
     def of_texts(cls, paths: Sequence[str], validation_paths: Sequence[str] = ()) -> "DataOrigin":
         """Return the origin of texts or tokens, by their absolute paths."""
-        names = [Path(path).name for path in paths]
+        names = [text_name(Path(path)) for path in paths]
         if len(names) > _MOST_NAMES:
             names[_MOST_NAMES:] = ["..."]
         return cls(" + ".join(names), tuple(paths), tuple(validation_paths))
@@ -93,7 +97,7 @@ class DataOrigin:
         for key, kind in required.items():
             if type(record.get(key)) is not kind:
                 raise ValueError(
-                    f"the run's source has {key} {record.get(key)!r}, which is damaged"
+                    f"the recorded source has {key} {record.get(key)!r}, which is damaged"
                 )
         return cls(
             record["name"],
@@ -123,8 +127,7 @@ class DataOrigin:
 
     def check(self) -> None:
         """Raise ``ValueError`` for an origin from which no corpus can be opened again."""
-        if self.kind is Kind.UNKNOWN:
-            raise ValueError("the run's source has no path, which is damaged")
+        self.check_path()
         if self.kind is Kind.STORIES and not 1 <= (self.stories or 0) <= MOST_STORIES:
             raise SettingError(
                 f"stories is {self.stories}, expected 1 to {MOST_STORIES}", "stories"
@@ -133,7 +136,7 @@ class DataOrigin:
             for path in paths:
                 if not path or "\0" in path or is_stream(path):
                     raise ValueError(
-                        f"the run's source has {key} {path!r}, expected a file or a folder"
+                        f"the recorded source has {key} {path!r}, expected a file or a folder"
                     )
         for path in self.validation_paths:
             if is_token_file(path) != is_token_file(self.paths[0]):
@@ -142,6 +145,14 @@ class DataOrigin:
                 )
         if self.kind is Kind.TOKEN_FOLDER and self.validation_paths:
             raise ValueError("--validation goes with a text, and not with a folder of tokens")
+
+    def check_path(self) -> None:
+        """Raise ``ValueError`` for the text of a program, which has no path."""
+        if self.kind is Kind.UNKNOWN:
+            raise ValueError(
+                f"the run's text was given by a program, as {self.name!r} and without a path: "
+                "evaluate --data PATH and train --config RUN --data PATH take one"
+            )
 
     def check_there(self, remedy: str) -> None:
         """Raise ``FileNotFoundError``, with a remedy, for a text that does not exist."""
@@ -154,14 +165,14 @@ class DataOrigin:
 
         Raises
         ------
-        ValueError
+        TextChanged
             If it is another one.
         """
         if self.sha256 not in (None, sha256):
             several = len(self.paths) + len(self.validation_paths) > 1
             whose = "its SHA-256" + (" with the others'" if several else "")
-            raise ValueError(
-                f"{self.paths[0]} has changed since the run began, or is another text: {whose} is "
+            raise TextChanged(
+                f"{self.paths[0]} has changed, or is another text: {whose} is "
                 f"{sha256}, expected {self.sha256}"
             )
         return replace(self, sha256=sha256)
@@ -186,7 +197,7 @@ def paths_of(record: Mapping[str, Any], key: str) -> list[str]:
     paths = value if isinstance(value, list) and value else [value]
     for path in paths:
         if not isinstance(path, str):
-            raise ValueError(f"the run's source has {key} {value!r}, which is damaged")
+            raise ValueError(f"the recorded source has {key} {value!r}, which is damaged")
     return paths
 
 

@@ -38,6 +38,8 @@ from legacy1bit.system.files import HEAD_BYTES, HTML_PAGE, kind_of_file
 from legacy1bit.system.old_cpus import runs_here
 
 STANDARD_INPUT = "-"
+# The folder of the cache with the texts of streams, each in a file named by its hash.
+STREAMS = "standard-input"
 
 # The field of a JSON line that has the text, where nothing else is said.
 DEFAULT_FIELD = "text"
@@ -247,14 +249,37 @@ class Source:
         with open(path, "rb") as file:
             return self._rows_or_text(_Input(file), str(path), path.name)[0]
 
-    def warning(self, documents: int) -> str | None:
-        """Return what a user should know who has named a separator, if it parts nothing.
+    def warnings(self, documents: int) -> tuple[str, ...]:
+        """Return lines about a text that was read: on its separator, and on JSON taken for text.
 
         Parameters
         ----------
         documents : int
-            How many there are.
+            The number of its documents.
+
+        Raises
+        ------
+        OSError, ValueError
+            If it cannot be read any more.
         """
+        return tuple(filter(None, (self._warning_of_separator(documents), self._warning_of_json())))
+
+    def _warning_of_json(self) -> str | None:
+        """Return a warning if the first file called .json holds JSON, but not lines of objects."""
+        path = next((one for one in self.files if _parted(one.name)[0].endswith(".json")), None)
+        if path is None or self._is_stream():
+            return None
+        with open(path, "rb") as file:
+            has_rows, blocks = self._rows_or_text(_Input(file), str(path), path.name)
+            if has_rows or not re.match(rb"\s*[{\[]", next(blocks, b"")):
+                return None
+        return (
+            f"warning: {path.name} is JSON without an object on each line: its brackets, names and "
+            "numbers are read as text (jq -c . makes lines of objects)"
+        )
+
+    def _warning_of_separator(self, documents: int) -> str | None:
+        """Return a warning if the separator separates nothing."""
         if self.separator is None:
             return None
         if self.files and all(_holds_rows(path.name) for path in self.files):
@@ -418,11 +443,28 @@ def open_source(
         _check_separator(separator)
     files, name = _find(data) if isinstance(data, str) else _find_several(data)
     for path in files:
+        _check_suffix(path)
         if library := _LIBRARIES.get(path.suffix.lower()):
             library()
     if field != DEFAULT_FIELD and files and not any(_may_hold_rows(path.name) for path in files):
         raise _no_fields(name, field)
     return Source(files, name, field, encoding, separator)
+
+
+def _check_suffix(path: Path) -> None:
+    """Raise ``ValueError`` for a file that has to be decompressed before it can be read."""
+    stem, compression = _parted(path.name)
+    quoted = shlex.quote(str(path))
+    if stem.endswith(".lzma"):
+        raise ValueError(
+            f"{path} is compressed by an earlier form of xz, which is not read: "
+            f"xz -dc {quoted} | legacy1bit train --data -"
+        )
+    if compression and is_token_file(stem):
+        raise ValueError(
+            f"{path} holds compressed tokens, expected a file of tokens: "
+            f"{_UNPACK[compression]} {quoted} > {shlex.quote(stem)}"
+        )
 
 
 def _known_encoding(encoding: str) -> str:
@@ -470,7 +512,7 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
         if not stat.S_ISDIR(mode):
             path = _absolute(Path(data))
             # A pipe's own name may be no more than a number.
-            return (path,), path.name if stat.S_ISREG(mode) else data
+            return (path,), text_name(path) if stat.S_ISREG(mode) else data
         matches = [Path(path) for path in _files_below(data)]
         if not matches:
             kinds = ", ".join((*_PLAIN, *_JSON_LINES, _PARQUET))
@@ -568,6 +610,12 @@ def is_stream(path: str) -> bool:
     except OSError:
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def text_name(path: Path) -> str:
+    """Return the name of a text: that of its file, which a stream does not have."""
+    saved = path.parent.name == STREAMS and re.fullmatch("[0-9a-f]{16}", path.name)
+    return "standard input" if saved else path.name
 
 
 def _is_regular(path: Path) -> bool:
@@ -717,7 +765,7 @@ def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
 
     try:
         # Its streams may be padded.
-        yield from _of_about(BLOCK_BYTES, _streams(begin, b"\0", file, path))
+        yield from _of_about(BLOCK_BYTES, _streams(begin, ".xz", b"\0", file, path))
     except library.LZMAError as error:
         if "limit" in str(error):
             raise _needs_memory(path, "xz -dc") from None
@@ -726,7 +774,8 @@ def _xz_decompressed(file: _Input, path: str) -> Iterator[bytes]:
 
 def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
     try:
-        yield from _of_about(BLOCK_BYTES, _streams(_bz2_library().BZ2Decompressor, b"", file, path))
+        begin = _bz2_library().BZ2Decompressor
+        yield from _of_about(BLOCK_BYTES, _streams(begin, ".bz2", b"", file, path))
     except OSError as error:
         # The library's own have no number.
         if error.errno is not None:
@@ -734,11 +783,14 @@ def _bz2_decompressed(file: _Input, path: str) -> Iterator[bytes]:
         raise ValueError(f"{path} is damaged, or not of bzip2: {error}") from None
 
 
-def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) -> Iterator[bytes]:
+def _streams(
+    begin: Callable[[], Any], compression: str, padding: bytes, file: _Input, path: str
+) -> Iterator[bytes]:
     """Return what is in compressed streams that follow each other.
 
     The libraries' own readers take what follows the first stream and is none for its end.
     """
+    magic, _ = _COMPRESSED[compression]
     stream, ended = begin(), False
     for block in _blocks(file):
         while block:
@@ -746,6 +798,12 @@ def _streams(begin: Callable[[], Any], padding: bytes, file: _Input, path: str) 
                 block = block.lstrip(padding)
                 if not block:
                     break
+                # The library waits for more of too few other bytes.
+                if not (block.startswith(magic) or magic.startswith(block)):
+                    raise ValueError(
+                        f"{path} is damaged, or not of {_UNPACK[compression].split()[0]}: "
+                        "other bytes follow its end"
+                    )
                 stream, ended = begin(), False
             yield stream.decompress(block, BLOCK_BYTES)
             while not (stream.eof or stream.needs_input):

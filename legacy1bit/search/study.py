@@ -308,6 +308,7 @@ def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
     """
     optuna = load_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy")
+    alembic = importlib.import_module("alembic.util")
     sqlite = url.startswith("sqlite")
     interval = max(int(min(_HEARTBEAT_SECONDS, dead_seconds / 3)), 1)
     for attempt in range(_ATTEMPTS):
@@ -320,7 +321,10 @@ def open_storage(url: str, dead_seconds: float = DEAD_SECONDS) -> Any:
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )
             break
-        except (ImportError, ValueError, sqlalchemy.exc.SQLAlchemyError) as error:
+        except (
+            *(ImportError, ValueError, RuntimeError, AssertionError),
+            *(sqlalchemy.exc.SQLAlchemyError, alembic.CommandError),
+        ) as error:
             # Another process may be making the tables of a new database at the same time.
             made = "already exist" in str(error)
             meanwhile = made or isinstance(error, sqlalchemy.exc.IntegrityError)
@@ -352,11 +356,16 @@ def study_at_hand() -> Iterator[None]:
     """Turn the errors of a database that is damaged, or goes away, into ``ValueError``."""
     optuna = load_optuna()
     sqlalchemy = importlib.import_module("sqlalchemy")
-    known = (optuna.exceptions.OptunaError, sqlalchemy.exc.SQLAlchemyError)
+    alembic = importlib.import_module("alembic.util")
+    known = (
+        optuna.exceptions.OptunaError,
+        sqlalchemy.exc.SQLAlchemyError,
+        alembic.CommandError,
+    )
     try:
         yield
-    except (*known, KeyError, AssertionError) as error:
-        if not (isinstance(error, known) or _is_of(error, "optuna")):
+    except (*known, LookupError, AssertionError, AttributeError, RuntimeError) as error:
+        if not (isinstance(error, known) or _is_of(error, "optuna", "sqlalchemy", "alembic")):
             raise
         # The first error is the database's own; those of the library follow from it.
         own = (one for one in _behind(error) if isinstance(one, sqlalchemy.exc.DBAPIError))
@@ -371,10 +380,10 @@ def _behind(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def _is_of(error: Exception, library: str) -> bool:
-    """Return whether an error was raised in a library."""
+def _is_of(error: Exception, *libraries: str) -> bool:
+    """Return whether an error was raised in one of these libraries."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return str(frame.f_globals["__name__"]).split(".")[0] == library
+    return str(frame.f_globals["__name__"]).split(".")[0] in libraries
 
 
 def _first_line(error: BaseException) -> str:

@@ -215,6 +215,7 @@ def test_commands_warn_of_a_separator_that_separates_nothing(say, text):
         ("train", "--data", text, *TINY, "--out", "run"),
         ("data", "inspect", text),
         ("data", "tokenize", text, "--out", "tokens"),
+        ("data", "train-tokenizer", text, "--tokenizer", "bpe", "--out", "tokenizer"),
         ("evaluate", "--model", "run", "--data", text),
     )
     warning = b"warning: the separator '<|end|>' separates nothing in text.txt: 1 document\n"
@@ -224,6 +225,9 @@ def test_commands_warn_of_a_separator_that_separates_nothing(say, text):
     say("train", "--data", text, *TINY, "--out", "more", "--separator", "<|end|>")
     assert warning in say(*commands[0][:-1], "third", "--separator", "<|end|>").err
     assert b"warning" not in say("data", "inspect", text, "--separator", "word1 ").err
+    words = ("data", "train-tokenizer", text, "--tokenizer", "bpe", "--separator", "word1 ")
+    assert b"warning" not in say(*words, "--out", "other").err
+    assert warning in say("train", "--resume", "run", "--steps", 9).err
 
 
 def test_standard_input_is_inspected_with_bpe(say, text, monkeypatch):

@@ -24,8 +24,8 @@ from helpers.runs import assert_same_files
 from legacy1bit.commands.report import train_command
 from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
-from legacy1bit.hyperparams import DataConfig
-from legacy1bit.logger import read_metrics
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.logger import MetricsLogger, read_metrics
 from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer
 
@@ -154,6 +154,19 @@ def test_token_file_without_a_header_has_to_look_like_tokens(say, refuse, text):
     assert b"head.bin: 300 tokens of a vocabulary of 60,300, as the highest token says;" in told
 
 
+def test_evaluate_refuses_tokens_that_are_not_the_models(say, fail, text):
+    put("few.bin", np.arange(100, 200, dtype="<u2").tobytes())
+    put("many.bin", np.arange(150, 250, dtype="<u2").tobytes())
+    say(*tiny("few.bin", out="tokens"))
+    say(*tiny(text, out="bytes"))
+    measure = ("evaluate", "--cache", "cache", "--model")
+    say(*measure, "tokens", "--data", "few.bin")
+    message = fail(*measure, "tokens", "--data", "many.bin")
+    assert message.endswith("many.bin has token 249, expected 0 to 199, the model's")
+    message = fail(*measure, "bytes", "--data", "few.bin")
+    assert "few.bin has tokens of another program, and the model's are bytes" in message
+
+
 def test_standard_input_is_kept(say, monkeypatch):
     typed(monkeypatch, TEXT)
     say(*tiny("-", out="run", tokenizer="bpe", vocab_size=280))
@@ -173,6 +186,16 @@ def test_standard_input_is_kept(say, monkeypatch):
     typed(monkeypatch, TEXT)
     say(*tiny("-", out="third"))
     assert kept.read_bytes() == TEXT
+
+
+def test_standard_input_is_not_called_by_its_hash(say, fail, monkeypatch, text):
+    typed(monkeypatch, TEXT)
+    assert b") on standard input, " in say(*tiny("-", out="run")).err
+    assert re.search(rb"\ndata +standard input\n", say("info", "--model", "run").out)
+    typed(monkeypatch, TEXT)
+    assert b") on standard input + text.txt, " in say(*tiny("-", "--data", text, out="other")).err
+    typed(monkeypatch, TEXT[:9])
+    assert fail(*tiny("-", out="short")).startswith("standard input has 11 tokens, too few")
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
@@ -454,13 +477,13 @@ def test_resume_refuses_a_text_that_has_changed(say, fail, text, cache):
     say(*tiny(text, out="both", validation="valid.txt"))
     before = {path: path.read_bytes() for path in Path("both").iterdir() if path.is_file()}
     put("valid.txt", TEXT[:199])
-    assert "has changed since" in fail("train", "--resume", "both", "--steps", 3, "--cache", cache)
+    assert "has changed, or is" in fail("train", "--resume", "both", "--steps", 3, "--cache", cache)
     put("valid.txt", TEXT[:200])
     for changed in (TEXT[:-1], TEXT.upper()):
         put(text, changed)
         for run in ("alone", "both"):
             message = fail("train", "--resume", run, "--steps", 3, "--cache", cache)
-            assert "text.txt has changed since the run began" in message
+            assert "text.txt has changed, or is another text" in message
     assert before == {path: path.read_bytes() for path in before}
     put(text, TEXT)
     say("train", "--resume", "both", "--steps", 3, "--cache", cache)
@@ -545,6 +568,49 @@ def test_run_that_has_moved_finds_the_text_that_moved_with_it(say, fail, monkeyp
     assert Run(Path("new/runs/mine")).settings().source["path"] == os.path.abspath(f"new/{data}")
     words = shlex.split(train_command(Path("new/runs/mine")))
     assert words[words.index("--data") + 1] == os.path.abspath(f"new/{data}")
+
+
+def test_run_that_is_trained_again_names_the_options_of_its_texts(say, fail, text):
+    valid = put("valid.txt", TEXT[:200])
+    say(*tiny(text, out="run", validation=valid))
+    say(*tiny(text, out="alone"))
+    again = ("train", "--cache", "cache", "--out", "again", "--config")
+    alone = "(--data says where the text is)"
+    both = "(--data says where the text is, and --validation its validation text)"
+    Path(valid).rename("held_out.txt")
+    assert f"valid.txt: No such file or directory {both}" in fail(*again, "run")
+    put(valid, TEXT[:220])
+    assert fail(*again, "run").endswith(both)
+    put(text, TEXT.upper())
+    message = fail(*again, "alone")
+    assert "text.txt has changed" in message
+    assert message.endswith(alone)
+    Path(text).unlink()
+    assert f"text.txt: No such file or directory {alone}" in fail(*again, "alone")
+    put("learned.txt", TEXT)
+    say(*again, "run", "--data", "learned.txt", "--validation", "held_out.txt")
+
+
+def test_run_of_a_program_says_that_its_text_has_no_path(say, fail, text):
+    """A Trainer takes any source that has a name."""
+    config = ModelConfig(256, model_dim=8, num_blocks=1, num_heads=1, sequence_length=8)
+    training = TrainingConfig(steps=2, batch_size=2, threads=1)
+    data = corpus.text_corpus(TEXT, "mine", 8, 256)
+    Path("run").mkdir()
+    trainer = Trainer("run", config, training, data, {"name": "mine"})
+    trainer.train(MetricsLogger(Path("run")))
+    for command in (
+        ("train", "--resume", "run", "--steps", 4),
+        ("train", "--resume", "run", "--steps", 4, "--data", text),
+        ("train", "--config", "run", "--out", "again"),
+        ("evaluate", "--model", "run"),
+        ("evaluate", "--model", "run", "--run-data", text),
+    ):
+        message = fail(*command)
+        assert "was given by a program, as 'mine'" in message
+        assert "evaluate --data PATH and train --config RUN --data PATH" in message
+    say("evaluate", "--model", "run", "--data", text)
+    say("train", "--config", "run", "--data", text, "--out", "again", "--cache", "cache")
 
 
 def test_run_finds_the_text_beside_it(say, fail, tmp_path):
@@ -638,7 +704,10 @@ def test_several_texts_that_cannot_be_taken(refuse, text):
         (("train.bin",), "train.bin holds tokens"),
         (("none.txt",), "none.txt: No such file"),
         (("",), "--data is empty"),
+        (("./text.txt",), "./text.txt is named twice, expected each text once"),
     ):
         assert reason in refuse(*tiny(text, "--data", *more))
     assert "holds tokens" in refuse(*tiny("train.bin", "--data", "val.bin"))
+    assert "text.txt is named twice" in refuse("data", "inspect", text, text)
+    assert "- is named twice" in refuse(*tiny("-", "--data", "-"))
     assert "holds tokens" in refuse(*tiny("train.bin", "--validation", "val.bin", "train.bin"))

@@ -473,15 +473,37 @@ def test_warning_tells_of_a_separator_that_separates_nothing(write, tmp_path):
     path = write("a.txt", "a text")
     write("b.jsonl", rows(["one"]))
 
-    def warning(count, data=path, separator=r"\n\n"):
-        return open_source(str(data), separator=separator).warning(count)
+    def warnings(count, data=path, separator=r"\n\n"):
+        return open_source(str(data), separator=separator).warnings(count)
 
-    assert warning(1) == r"warning: the separator '\n\n' separates nothing in a.txt: 1 document"
-    assert warning(2) is warning(1, separator=None) is warning(3, tmp_path) is None
-    assert warning(2, tmp_path).endswith("(2 files): 2 documents")
-    assert warning(1, "-").endswith("in standard input: 1 document")
-    assert warning(9, tmp_path / "b.jsonl") == (
-        "warning: the separator is for plain text, and b.jsonl has none"
+    (warning,) = warnings(1)
+    assert warning == r"warning: the separator '\n\n' separates nothing in a.txt: 1 document"
+    assert warnings(2) == warnings(1, separator=None) == warnings(3, tmp_path) == ()
+    assert warnings(2, tmp_path)[0].endswith("(2 files): 2 documents")
+    assert warnings(1, "-")[0].endswith("in standard input: 1 document")
+    assert warnings(9, tmp_path / "b.jsonl") == (
+        "warning: the separator is for plain text, and b.jsonl has none",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "warned"),
+    [
+        ("a.json", json.dumps({"text": "one"}, indent=2), True),
+        ("a.json", "[1, 2, 3]", True),
+        ("a.json.gz", gzip.compress(b"[0.5]"), True),
+        ("a.json", '{"text": "one"}\n{"text": "two"}\n', False),
+        ("a.json", "a text", False),
+        ("a.txt", "[1, 2, 3]", False),
+        ("a", "[1, 2, 3]", False),
+    ],
+)
+def test_warning_tells_of_json_that_is_read_as_text(write, name, content, warned):
+    warnings = open_source(str(write(name, content))).warnings(1)
+    assert len(warnings) == warned
+    assert all(
+        line.startswith(f"warning: {name} is JSON without an object on each line: ")
+        for line in warnings
     )
 
 
@@ -777,6 +799,29 @@ def test_xz_may_be_padded(write):
     packed = lzma.compress(b"one ") + bytes(4) + lzma.compress(b"two") + bytes(8)
     assert read(write("a.txt.xz", packed)) == [b"one two"]
     fails(write("a.txt.xz", bytes(16)), "{} is damaged, or not of xz")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress", "kind"), [(".xz", lzma.compress, "xz"), (".bz2", bz2.compress, "bzip2")]
+)
+def test_few_bytes_after_the_end_are_not_taken_for_a_cut(write, suffix, compress, kind):
+    """Fewer than a stream's header, for which a library waits."""
+    packed = compress(b"one")
+    for junk in (b"\n", b"junk"):
+        path = write("a.txt" + suffix, packed + junk)
+        fails(path, f"{{}} is damaged, or not of {kind}: other bytes follow its end")
+    fails(write("a.txt" + suffix, packed + packed[:3]), "{} ends too early")
+
+
+def test_files_that_have_to_be_decompressed_first_say_how(write):
+    path = write("a.lzma", lzma.compress(b"text", lzma.FORMAT_ALONE))
+    remedy = f"xz -dc {path} | legacy1bit train --data -"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        open_source(str(path))
+    path = write("a b.bin.gz", gzip.compress(bytes(64)))
+    remedy = f"holds compressed tokens, expected a file of tokens: gzip -dc '{path}' > 'a b.bin'"
+    with pytest.raises(ValueError, match=re.escape(remedy)):
+        open_source(str(path))
 
 
 @compressed

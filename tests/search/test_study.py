@@ -6,6 +6,7 @@ import errno
 import itertools
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -358,8 +359,10 @@ def test_study_goes_on(say, fail):
     for options, message in (
         (("--seconds", 3), "--seconds cannot be changed"),
         (("--model-dim", 3), "--model-dim cannot be changed"),
+        (("--heads", 3), "--heads cannot be changed"),
+        (("--vocab-size", 300), "--vocab-size cannot be changed"),
         (("--no-prune",), "--no-prune cannot be changed"),
-        (("--validation", "text.txt"), "--validation goes with a run that has such a text"),
+        (("--validation", "text.txt"), "--validation names a text that study does not have"),
     ):
         assert message in fail("tune", "--resume", "study", "--trials", 5, *options)
     assert "holds a study already" in fail(*search("study", "--trials", 3))
@@ -369,13 +372,23 @@ def test_study_goes_on(say, fail):
     say(*go_on, 5, "--data", "moved.txt")
     Path("text.txt").write_text("other " * 1000)
     for more in ((), ("--data", "text.txt")):
-        assert "has changed" in fail(*go_on, 6, *more)
+        message = fail(*go_on, 6, *more)
+        assert "has changed" in message
+        assert "the run" not in message
     # Beside a study that has moved its text is known by its name.
     Path("moved.txt").rename("text.txt")
     Path("there").mkdir()
     for name in ("study", "text.txt"):
         Path(name).rename(Path("there", name))
     say("tune", "--resume", "there/study", *go_on[3:], 6)
+
+
+def test_study_that_is_resumed_warns_of_a_separator_that_separates_nothing(say):
+    pytest.importorskip("optuna")
+    warning = b"warning: the separator '<|end|>' separates nothing in text.txt: 1 document\n"
+    assert warning in say(*search("study", "--trials", 1, "--separator", "<|end|>")).err
+    go_on = ("tune", "--resume", "study", "--trials", 2, "--cache", "cache", "--threads", 1)
+    assert say(*go_on).err.count(warning) == 1
 
 
 def test_search_says_what_is_wrong(fail):
@@ -417,6 +430,24 @@ def test_only_errors_of_the_database_are_called_so():
         optuna.load_study(study_name="missing", storage=storage)
     with pytest.raises(AssertionError), tune.study_at_hand():
         raise AssertionError
+
+
+def test_databases_of_another_version_or_damaged_are_refused_in_a_line(say, fail):
+    pytest.importorskip("optuna")
+    say(*search("study", "--trials", 1))
+    intact = Path("study/study.db").read_bytes()
+    go_on = ("tune", "--resume", "study", "--trials", 2, "--cache", "cache", "--threads", 1)
+    for change, message in (
+        ("UPDATE alembic_version SET version_num = 'v9'", "study.db cannot be opened: "),
+        ("UPDATE study_directions SET direction = 'BOGUS'", "database cannot be used: "),
+        ("DELETE FROM studies", "there is no study study that can be read"),
+    ):
+        Path("study/study.db").write_bytes(intact)
+        with contextlib.closing(sqlite3.connect("study/study.db")) as database, database:
+            database.execute(change)
+        assert message in fail(*go_on), change
+    Path("study/study.db").write_bytes(intact[: len(intact) // 2])
+    assert "malformed" in fail(*go_on)
 
 
 def test_what_was_wrong_is_told_where_the_library_fails_once_more():
