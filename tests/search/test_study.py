@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import errno
 import itertools
 import os
