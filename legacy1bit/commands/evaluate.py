@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
     if arguments.data is None:
         settings = Run(folder).settings()
-        origin = DataOrigin.from_dict(settings.source)
+        origin = settings.origin
         origin = moved(origin, folder, places, arguments.cache)
         length = config.sequence_length
         corpus = open_corpus(

@@ -89,7 +89,7 @@ def train_command(folder: Path) -> str:
     """
     run = Run(folder)
     settings = run.settings()
-    origin = DataOrigin.from_dict(settings.source)
+    origin = settings.origin
     options = {**options_of(origin), **_of_tokenizer(run, settings.data, origin)}
     for record in (settings.model, settings.training, settings.data):
         options |= _given(record)

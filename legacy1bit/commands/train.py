@@ -34,7 +34,6 @@ from legacy1bit.commands.texts import add_data, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
-from legacy1bit.data.origin import DataOrigin
 from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
@@ -172,8 +171,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     folder = arguments.resume
     run = Run(folder)
     settings = run.settings()
-    config, source = settings.training, settings.source
-    origin = DataOrigin.from_dict(source)
+    config, origin = settings.training, settings.origin
     origin.check_path()
     new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
     named = [name for name in new_only if getattr(arguments, name) is not None]
@@ -221,7 +219,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     )
     for remark in corpus.remarks:
         print(remark, file=sys.stderr)
-    source = source | corpus.origin.to_dict()
+    source = settings.source | corpus.origin.to_dict()
     trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)
     print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, located
+from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, DataOrigin, located
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.formats.native import (
     BEST_FOLDER,
@@ -72,7 +72,7 @@ class RunSettings:
     training : TrainingConfig
     data : DataConfig
     source : dict
-        Where its corpus comes from.
+        ``origin`` as it is stored, with what a program has noted beside it.
     machine : dict
         The hardware that it was trained on; empty in runs of earlier versions.
     """
@@ -82,6 +82,11 @@ class RunSettings:
     data: DataConfig
     source: dict[str, Any]
     machine: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> DataOrigin:
+        """Where the corpus comes from, without what a program has noted beside it."""
+        return DataOrigin.from_dict(self.source)
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Return the settings as plain dictionaries, a table for each record."""
