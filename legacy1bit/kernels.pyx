@@ -1203,13 +1203,14 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
     cdef int totals[VSUM_BLOCK * STRIP_ROWS]
     cdef Py_ssize_t width = TILE_TRITS if matrix.trits else TILE_CODES
     cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width
-    cdef Py_ssize_t groups = 1, group, strip, begin, t, i, row, here, count, low
+    cdef Py_ssize_t groups = 1, group, strip, begin, t, i, row, here, count, low, inside
     cdef const unsigned char *w
-    cdef const float *scales
+    cdef float scales[STRIP_ROWS]
+    cdef float values[STRIP_ROWS]
     cdef float *to
-    cdef float value
     cdef int x_sum
     START_TIMER(TIMER_PACKED)
+    memset(scales, 0, sizeof(scales))
     if matrix.scale_row > 1:
         groups = matrix.scale_row
     count = tiles if groups == 1 else matrix.group // width
@@ -1222,23 +1223,28 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                 packed_sums(w, min(tiles - low, count), matrix.trits,
                             x.codes + begin * x.stride + low * width, x.stride, here, totals,
                             workspace)
+                row = strip * STRIP_ROWS
+                inside = min(matrix.rows - row, STRIP_ROWS)
+                for i in range(inside):
+                    scales[i] = matrix.scale[(row + i) * matrix.scale_row + group]
                 for t in range(here):
                     x_sum = x.sums[begin + t]
                     if groups > 1:
                         x_sum = sum_of_codes(x.codes + (begin + t) * x.stride + low * width,
                                              min(tiles - low, count) * width)
-                    row = strip * STRIP_ROWS
+                    # All 32 rows, in vectors, whether they are inside the matrix or not.
+                    for i in range(STRIP_ROWS):
+                        values[i] = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
+                                             + matrix.offset * x_sum)
+                                     * (scales[i] * x.scales[begin + t]))
                     to = out + (begin + t) * out_row + row
-                    scales = matrix.scale + row * matrix.scale_row + group
-                    for i in range(min(matrix.rows - row, STRIP_ROWS)):
-                        value = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
-                                         + matrix.offset * x_sum)
-                                 * (scales[i * matrix.scale_row] * x.scales[begin + t]))
-                        if accumulate or group:
-                            to[i] += value
-                        else:
-                            to[i] = value
-                        if bias and group == 0:
+                    if accumulate or group:
+                        for i in range(inside):
+                            to[i] += values[i]
+                    else:
+                        memcpy(to, values, inside * sizeof(float))
+                    if bias and group == 0:
+                        for i in range(inside):
                             to[i] += bias[row + i]
     STOP_TIMER(TIMER_PACKED)
 
