@@ -1210,7 +1210,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
     cdef float *to
     cdef int x_sum
     START_TIMER(TIMER_PACKED)
-    memset(scales, 0, sizeof(scales))
+    for i in range(STRIP_ROWS):
+        scales[i] = matrix.scale[0]
     if matrix.scale_row > 1:
         groups = matrix.scale_row
     count = tiles if groups == 1 else matrix.group // width
@@ -1225,8 +1226,9 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                             workspace)
                 row = strip * STRIP_ROWS
                 inside = min(matrix.rows - row, STRIP_ROWS)
-                for i in range(inside):
-                    scales[i] = matrix.scale[(row + i) * matrix.scale_row + group]
+                if matrix.scale_row:
+                    for i in range(inside):
+                        scales[i] = matrix.scale[(row + i) * matrix.scale_row + group]
                 for t in range(here):
                     x_sum = x.sums[begin + t]
                     if groups > 1:
@@ -1241,6 +1243,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                     if accumulate or group:
                         for i in range(inside):
                             to[i] += values[i]
+                    elif inside == STRIP_ROWS:
+                        memcpy(to, values, sizeof(values))
                     else:
                         memcpy(to, values, inside * sizeof(float))
                     if bias and group == 0:
