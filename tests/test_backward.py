@@ -432,7 +432,7 @@ def test_backward_multi_head_attention_is_the_oracles(scheme, positions, span):
             check_attention(config, batch, time, padding)
 
 
-@every_tier
+@outer_tiers
 @layers
 def test_backward_multi_head_attention_with_other_settings_is_the_oracles(changes):
     paddings = itertools.cycle(("none", "left", "row"))
@@ -781,7 +781,7 @@ def assert_gradients_near(gradients, loss, expected, times=1):
     assert_close(loss, expected[0]["loss"], rtol=0, atol=atol, what="loss")
 
 
-@every_tier
+@outer_tiers
 @models
 def test_backward_llm_batch_is_the_oracles(changes):
     config = make_config(**changes)
@@ -828,7 +828,7 @@ def slopes(config):
     ]  # fmt: skip
 
 
-@every_tier
+@outer_tiers
 @pytest.mark.parametrize("changes", [{}, {"scheme": "float", "activation": "relu"},
                                      {"positions": "none", "final_norm": False,
                                       "ternary_embedding": True},

@@ -204,7 +204,7 @@ def test_forward_multi_head_attention_is_the_oracles(scheme, positions, span):
             check_attention(config, batch, time, padding)
 
 
-@every_tier
+@outer_tiers
 @layers
 def test_forward_multi_head_attention_with_other_settings_is_the_oracles(changes):
     for config, batch, time in attention_cases(changes):
@@ -741,7 +741,7 @@ def assert_model_near(model, tokens, expected, threads=1, starts=None):
         assert_near({name: actual}, ({name: exact[name]}, effects))
 
 
-@every_tier
+@outer_tiers
 @models
 def test_forward_llm_batch_is_the_oracles(changes):
     config = make_config(**changes)

@@ -597,7 +597,7 @@ def test_decoder_takes_long_prompts_in_blocks(changes, span):
     """A block is 128 tokens; what came before it is in the cache."""
     config = make_config(model_dim=8, num_heads=2, num_blocks=1, ffn_multiplier=1,
                          sequence_length=260, attention_window=span, **changes)  # fmt: skip
-    for pieces in ((260,), (1, 127, 132), (128, 1, 129, 1, 1), (200, 60), (129, 130, 1)):
+    for pieces in ((260,), (1, 127, 132), (129, 130, 1)):
         check_pieces(config, 260, pieces)
     check_pieces(config, 260, (259, 1), threads=3)
 
