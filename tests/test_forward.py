@@ -204,7 +204,7 @@ def test_forward_multi_head_attention_is_the_oracles(scheme, positions, span):
             check_attention(config, batch, time, padding)
 
 
-@every_tier
+@outer_tiers
 @layers
 def test_forward_multi_head_attention_with_other_settings_is_the_oracles(changes):
     for config, batch, time in attention_cases(changes):
@@ -332,9 +332,9 @@ def test_forward_feed_forward_is_the_oracles(scheme, activation, dim):
 
 @every_tier
 @layers
-@pytest.mark.parametrize("activation", ["relu2", "relu"])
-def test_forward_feed_forward_with_other_settings_is_the_oracles(changes, activation):
-    for dim in (1, 6, 33) + ((129, 257) if "scale" in changes else ()):
+def test_forward_feed_forward_with_other_settings_is_the_oracles(changes):
+    dims = (1, 6, 33) + ((129, 257) if "scale" in changes else ())
+    for dim, activation in zip(dims, itertools.cycle(("relu2", "relu")), strict=False):
         config = make_config(model_dim=dim, num_heads=1, positions="none", activation=activation,
                              num_blocks=1, ffn_multiplier=3 if dim < 99 else 1,
                              **changes)  # fmt: skip
@@ -385,7 +385,7 @@ def check_block(config, batch, time, padding, documents=None):
     assert_same_bits(forward_transformer_block_batch(block, x, allowed, starts), out)
 
 
-@every_tier
+@outer_tiers
 @schemes
 @pytest.mark.parametrize("options", [{}, {"activation": "relu", "positions": "none"},
                                      {"attention_window": 2}], ids=str)  # fmt: skip
@@ -398,7 +398,7 @@ def test_forward_transformer_block_is_the_oracles(scheme, options, dim, heads, b
         check_block(config, batch, time, padding)
 
 
-@every_tier
+@outer_tiers
 @layers
 def test_forward_transformer_block_with_other_settings_is_the_oracles(changes):
     for dim, heads, batch, time in ((6, 3, 2, 5), (34, 1, 3, 7)):
@@ -701,17 +701,19 @@ SMALL_ROOM = {
 }
 
 
-@pytest.mark.parametrize("case", SMALL_ROOM)
-def test_layers_reject_room_that_does_not_fit(case):
-    setup, call = SMALL_ROOM[case]
+def test_layers_reject_room_that_does_not_fit():
     printed = run_child(
         "from legacy1bit.forward import *\n"
         "from legacy1bit.hyperparams import ModelConfig\n"
         "model = create_legacy_llm(ModelConfig(model_dim=256, num_blocks=1, num_heads=2), 1)\n"
         "block, x = model.blocks[0], np.ones((3, 5, 256), np.float32)\n"
-        f"{setup}\n" + rejection(f"{call}; print('no error')")
+        + "".join(
+            f"{setup}\n" + rejection(f"{call}; print('no error')")
+            for setup, call in SMALL_ROOM.values()
+        )
     )
-    assert printed.startswith("ValueError")
+    for case, line in zip(SMALL_ROOM, printed.splitlines(), strict=True):
+        assert line.startswith("ValueError"), case
 
 
 # --- The whole model ------------------------------------------------------------------------------
@@ -739,7 +741,7 @@ def assert_model_near(model, tokens, expected, threads=1, starts=None):
         assert_near({name: actual}, ({name: exact[name]}, effects))
 
 
-@every_tier
+@outer_tiers
 @models
 def test_forward_llm_batch_is_the_oracles(changes):
     config = make_config(**changes)
@@ -773,7 +775,7 @@ def test_forward_llm_batch_answers_every_item_of_any_batch():
     assert all(not np.allclose(answers[0], answer, atol=1e-3) for answer in answers[1:])
 
 
-@every_tier
+@outer_tiers
 @schemes
 @pytest.mark.parametrize(
     ("batch", "time", "padding"),

@@ -272,11 +272,11 @@ def test_sample_token_of_any_vocabulary_draws_what_the_filters_leave(settings):
                                          (("top_k", 0), ("top_p", 1.0))))  # fmt: skip
         p[p < min_p * p.max() * (1 - 1e-6)] = 0.0
         p /= p.sum()
-        drawn = [sample_token(logits, always(u), **settings) for u in np.arange(0.004, 1, 0.008)]
+        drawn = [sample_token(logits, always(u), **settings) for u in np.arange(0.01, 1, 0.02)]
         assert (p[drawn] > 0).all(), size
-        # 125 numbers, evenly: a token has as many as its probability says, give or take two.
+        # 50 numbers, evenly: a token has as many as its probability says, give or take two.
         counts = np.bincount(drawn, minlength=size)
-        assert np.abs(counts - 125 * p).max() < 2.01, size
+        assert np.abs(counts - 50 * p).max() < 2.01, size
 
 
 def penalised(logits, history, penalty, window):
@@ -579,7 +579,7 @@ def test_decoder_answers_as_the_oracle(changes):
                 assert_same_bits(logits, other)
 
 
-@every_tier
+@outer_tiers
 @decoded
 def test_decoder_of_a_full_context_answers_as_the_oracle(changes):
     config = make_config(**changes)
@@ -597,7 +597,7 @@ def test_decoder_takes_long_prompts_in_blocks(changes, span):
     """A block is 128 tokens; what came before it is in the cache."""
     config = make_config(model_dim=8, num_heads=2, num_blocks=1, ffn_multiplier=1,
                          sequence_length=260, attention_window=span, **changes)  # fmt: skip
-    for pieces in ((260,), (1, 127, 132), (128, 1, 129, 1, 1), (200, 60), (129, 130, 1)):
+    for pieces in ((260,), (1, 127, 132), (129, 130, 1)):
         check_pieces(config, 260, pieces)
     check_pieces(config, 260, (259, 1), threads=3)
 
@@ -634,7 +634,7 @@ def test_decoder_answers_token_by_token_as_block_by_block():
     check_pieces(config, 140, (140,))
 
 
-@every_tier
+@outer_tiers
 @pytest.mark.parametrize(
     "changes",
     [{}, {"ternary_embedding": True}, {"scheme": "float"}, {"sub_norm": True, "model_dim": 66},

@@ -134,7 +134,7 @@ def test_step_is_exact_but_for_rounding(config, make):
 def test_step_heeds_its_settings(make, settings, config):
     optimizer = make(random_model(CONFIGS[config]), **settings)
     assert optimizer.weight_decay == float32(settings.get("weight_decay", 0.1))
-    for step in range(3):
+    for step in range(2):
         gradients = random_gradients(CONFIGS[config], seed=step)
         check_step(optimizer, gradients, 0.01 / (step + 1), given=settings)
 
@@ -386,7 +386,7 @@ SIGN_CONFIGS = {
 }
 
 
-@every_tier
+@outer_tiers
 @optimizers
 @pytest.mark.parametrize("direction", ["descend", "ascend"])
 @pytest.mark.parametrize("config", SIGN_CONFIGS.values(), ids=SIGN_CONFIGS)
@@ -412,7 +412,7 @@ def test_codes_of_sign_become_the_signs_of_their_gradients(config, direction, ma
         assert_same_bits(optimizer.model.latent[name], expected.astype(np.float32), name)
 
 
-@every_tier
+@outer_tiers
 @optimizers
 @pytest.mark.parametrize("config", SIGN_CONFIGS.values(), ids=SIGN_CONFIGS)
 def test_floats_of_sign_follow_the_optimizer(config, make):

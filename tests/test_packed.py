@@ -238,7 +238,7 @@ def long_matrix(code, levels, form, cols):
 
 @every_tier
 @kinds
-@pytest.mark.parametrize("batch", [1, 3, 8, 9])
+@pytest.mark.parametrize("batch", [1, 9])
 def test_the_largest_sums_do_not_overflow(batch, levels, form):
     """Instructions that add up in 16 bits would, within a tile; longer sums, after some tiles."""
     cols = 65536

@@ -391,11 +391,11 @@ def long_kernels():
     """Calls that compute for a while, each in one go."""
     config = make_config(vocab_size=256, model_dim=192, num_heads=4, sequence_length=128)
     model = create_legacy_llm(config, 1)
-    tokens, gradients = random_tokens(config, 8, 128), create_legacy_llm_gradients(config)
+    tokens, gradients = random_tokens(config, 4, 128), create_legacy_llm_gradients(config)
     optimizer, packed = Muon(model), PackedModel(model)
-    a = np.ones((900, 900), np.float32)
-    codes = PackedMatrix(np.ones((900, 900), np.int8))
-    run = BackwardPass(model, 8, 128, 2)
+    a = np.ones((600, 600), np.float32)
+    codes = PackedMatrix(np.ones((600, 600), np.int8))
+    run = BackwardPass(model, 4, 128, 2)
     return {
         "matmul": lambda: matmul(a, a, threads=2),
         "forward": lambda: forward_llm_batch(model, tokens, 2),

@@ -657,7 +657,7 @@ def test_flipped_bytes_are_refused_or_make_no_difference_to_the_shape(file, cont
     refused = 0
     config = make_config(output_bias=False, **WIDE)
     header_size = content.index(b"output_norm.bias") + 1000
-    for draw in range(1200):
+    for draw in range(400):
         place = int(rng.integers(header_size if draw % 10 else len(content)))
         flipped = bytearray(content)
         flipped[place] ^= int(rng.integers(1, 256))
@@ -668,4 +668,4 @@ def test_flipped_bytes_are_refused_or_make_no_difference_to_the_shape(file, cont
             refused += 1
         else:
             assert found.config.model_dim == config.model_dim
-    assert refused > 120
+    assert refused > 40

@@ -237,8 +237,9 @@ def test_strange_runs_are_drawn(run, say, kind, name):
     (run / "training.json").unlink()
     say("plot", run, run, "--kind", kind, "--out", "a.svg")
     assert_parses(Path("a.svg").read_bytes())
-    say("plot", run, "--kind", kind, "--out", "a.png")
-    assert Path("a.png").read_bytes().startswith(b"\x89PNG")
+    if name in ("empty", "diverged", "too large for a float"):
+        say("plot", run, "--kind", kind, "--out", "a.png")
+        assert Path("a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_gaps_stay_gaps():
