@@ -40,7 +40,8 @@ help:
 	@echo 'make run                python -m legacy1bit.main; ARGS="--help" says what it can do'
 	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
 	@echo 'make bench-compare A=COMMIT B=COMMIT  which of two commits is faster'
-	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one'
+	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one;'
+	@echo '                        BITNET_CPP=DIR: beside the kernels of bitnet.cpp, too'
 	@echo 'make bench-data         text to tokens, tokens to batches; ARGS="--megabytes 64" for less'
 	@echo 'make mca                cycles of inner loops on other CPUs; ARGS="--cpus znver2" for some'
 	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
@@ -106,7 +107,7 @@ bench-compare: build
 
 bench-peers: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["bench"])
-	$(PYTHON) -m benchmarks.peers $(ARGS)
+	$(PYTHON) -m benchmarks.peers $(if $(BITNET_CPP),--bitnet-cpp '$(BITNET_CPP)') $(ARGS)
 
 bench-data: build
 	$(PYTHON) -m benchmarks.data $(ARGS)
