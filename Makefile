@@ -19,7 +19,7 @@ PIP := $(PYTHON) -m pip
 # MEASURE_PERFORMANCE=1 builds the kernels' timers in. `make build` leaves them out unless told;
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
-TAKES_IT := run bench bench-compare bench-peers bench-data results test test-slow test-c test-crash \
+TAKES_IT := run bench bench-compare bench-peers bench-data mca results test test-slow test-c test-crash \
     test-browser test-debug test-asan test-memcheck test-coverage test-mutants fuzz fuzz-asan lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
@@ -28,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A list of requirements out of pyproject.toml.
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
-.PHONY: build help run bench bench-compare bench-peers bench-data results
+.PHONY: build help run bench bench-compare bench-peers bench-data mca results
 .PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage test-mutants
 .PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
@@ -40,8 +40,10 @@ help:
 	@echo 'make run                python -m legacy1bit.main; ARGS="--help" says what it can do'
 	@echo 'make bench SSE=0|1      how fast: without vector instructions, or in every set of them'
 	@echo 'make bench-compare A=COMMIT B=COMMIT  which of two commits is faster'
-	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one'
+	@echo 'make bench-peers        beside PyTorch and llama.cpp; ARGS="--only torch" for one;'
+	@echo '                        BITNET_CPP=DIR: beside the kernels of bitnet.cpp, too'
 	@echo 'make bench-data         text to tokens, tokens to batches; ARGS="--megabytes 64" for less'
+	@echo 'make mca                cycles of inner loops on other CPUs; ARGS="--cpus znver2" for some'
 	@echo 'make results DATA=FILE  train all that docs/RESULTS.md compares; FILE is tinyshakespeare'
 	@echo 'make test               the quick tests; ARGS="-k name" for some of them'
 	@echo 'make test-slow          the tests that take minutes'
@@ -106,10 +108,14 @@ bench-compare: build
 
 bench-peers: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["bench"])
-	$(PYTHON) -m benchmarks.peers $(ARGS)
+	$(PYTHON) -m benchmarks.peers $(if $(BITNET_CPP),--bitnet-cpp '$(BITNET_CPP)') $(ARGS)
 
 bench-data: build
 	$(PYTHON) -m benchmarks.data $(ARGS)
+
+# binutils and llvm-mca are not installed by this: the newest llvm-mca-N on the PATH is taken.
+mca: build
+	@$(PYTHON) -m benchmarks.mca $(ARGS)
 
 results: build
 	$(PYTHON) -m benchmarks.results $(if $(DATA),--data $(DATA)) $(ARGS)

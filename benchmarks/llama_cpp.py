@@ -41,8 +41,8 @@ BUILDS = {
 }
 
 
-def _run(command: list[str], what: str) -> str:
-    """Run a program and return what it printed.
+def run(command: list[str], what: str) -> str:
+    """Run a program and return its output.
 
     Raises
     ------
@@ -71,7 +71,7 @@ def fetch_source(folder: Path) -> Path:
     if places:
         return places[-1]
     folder.mkdir(parents=True, exist_ok=True)
-    _run(
+    run(
         [
             *(sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"),
             *("--no-build-isolation", "--dest", str(folder), "llama-cpp-python"),
@@ -108,12 +108,12 @@ def build(source: Path, folder: Path, name: str) -> Path:
         return program
     print(f"building llama-bench in {place}", file=sys.stderr, flush=True)
     generator = ["-GNinja"] if shutil.which("ninja") else []
-    _run(
+    run(
         ["cmake", "-S", str(source), "-B", str(place), *generator, *_CMAKE, *BUILDS[name]],
         "cmake",
     )
     jobs = str(available_cores())
-    _run(["cmake", "--build", str(place), "--target", "llama-bench", "-j", jobs], "the build")
+    run(["cmake", "--build", str(place), "--target", "llama-bench", "-j", jobs], "the build")
     return program
 
 
@@ -166,4 +166,4 @@ def run_bench(
         If it fails.
     """
     counts = ["-p", str(prompt), "-n", str(decoded), "-t", str(threads), "-r", str(repeats)]
-    return read_rates(_run([str(program), "-m", str(model), *counts, "-o", "json"], "llama-bench"))
+    return read_rates(run([str(program), "-m", str(model), *counts, "-o", "json"], "llama-bench"))

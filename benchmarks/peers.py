@@ -1,8 +1,9 @@
 """The package beside others, in turns: ``make bench-peers``.
 
-Training beside a twin of the model in PyTorch; decoding and taking in a prompt beside llama.cpp,
-once built for this CPU and held against our widest instruction set, and once built without AVX and
-held against our narrower ones.
+Training beside a twin of the model in PyTorch, eagerly and under ``torch.compile``; decoding and
+prompts beside llama.cpp, built for this CPU and compared with our widest instruction set, and built
+without AVX and compared with our narrower ones; products of ternary matrices beside bitnet.cpp's
+I2_S kernels, where its source is given. Every row names its CPU and instruction set.
 """
 
 import argparse
@@ -11,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import llama_cpp, torch_twin
-from benchmarks.measure import machine_load, rate
+from benchmarks import bitnet_cpp, llama_cpp, torch_twin
+from benchmarks.kernels import packed_products
+from benchmarks.measure import Benchmark, Call, machine_load, rate
 from benchmarks.models import (
     DECODED,
     LARGE,
@@ -29,9 +31,10 @@ from benchmarks.report import Result, content, markdown, median, number, prepare
 from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
+from legacy1bit.system.hardware import cpu_name
 from legacy1bit.threads import available_cores
 
-PARTS = ("torch", "llama")
+PARTS = ("torch", "llama", "bitnet")
 PAUSE = 0.2
 # Longer than our own kernels take: what starts threads of its own varies more.
 LEAST_SECONDS = 0.2
@@ -39,13 +42,21 @@ LEAST_SECONDS = 0.2
 # What our instruction sets are held against; the widest is added for the native build.
 NARROW = ("sse2", "ssse3", "sse41")
 
-_PEERS = ("torch", *llama_cpp.BUILDS)
+# By column; ratios are to the first of a row.
+_PEERS = {
+    "torch": "PyTorch",
+    "torch.compile": "PyTorch, torch.compile",
+    **{build: f"llama.cpp, {build}" for build in llama_cpp.BUILDS},
+    "bitnet.cpp": "bitnet.cpp, I2_S",
+}
 
 # A turn: the row, the column, and what returns rates.
 Turn = tuple[str, str, Callable[[], Sequence[float]]]
 
 
-def take_turns(turns: Sequence[Turn], rounds: int, pause: float = PAUSE) -> dict[str, Result]:
+def take_turns(
+    turns: Sequence[Turn], rounds: int, pause: float = PAUSE, unit: str = "tokens/s"
+) -> dict[str, Result]:
     """Run everything in turns; the first warms up.
 
     All threads of one peer have time to fall asleep before the next one's turn.
@@ -56,7 +67,7 @@ def take_turns(turns: Sequence[Turn], rounds: int, pause: float = PAUSE) -> dict
             time.sleep(pause)
             values = call()
             if turn:
-                rates = results.setdefault(name, Result("tokens/s", {})).rates
+                rates = results.setdefault(name, Result(unit, {})).rates
                 rates.setdefault(column, []).extend(values)
     return results
 
@@ -68,6 +79,8 @@ def training_turns(
     least: float = LEAST_SECONDS,
 ) -> list[Turn]:
     """Return the turns of training: PyTorch's, ours, and ours with products in bfloat16.
+
+    Where ``torch.compile`` fails, a line on standard error gives the reason.
 
     Raises
     ------
@@ -83,13 +96,25 @@ def training_turns(
         with math_ops.product_precision(precision):
             return [rate(work, ours, least=least)]
 
-    turns: list[Turn] = [
-        (name, "torch", lambda: [rate(work, twin, least=least)]),
-        (name, "float32", lambda: run_ours("float32")),
-    ]
+    turns: list[Turn] = [(name, "torch", lambda: [rate(work, twin, least=least)])]
+    if compiled := _compiled_step(config, batch, threads):
+        turns.append((name, "torch.compile", lambda: [rate(work, compiled, least=least)]))
+    turns.append((name, "float32", lambda: run_ours("float32")))
     if "bf16" in math_ops.product_precisions():
         turns.append((name, "bf16", lambda: run_ours("bf16")))
     return turns
+
+
+def _compiled_step(config: ModelConfig, batch: int, threads: int) -> Call | None:
+    """Return PyTorch's step under ``torch.compile``, compiled, or None where that fails."""
+    try:
+        step = torch_twin.twin_step(config, batch, threads, compiled=True)
+        step()
+    except Exception as error:  # the compiler's parts have errors of their own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        print(f"torch.compile failed, and is left out: {reason}", file=sys.stderr, flush=True)
+        return None
+    return step
 
 
 def decoding_turns(
@@ -156,28 +181,77 @@ def decoding_turns(
     return turns
 
 
+def bitnet_turns(
+    program: Path, size: int = 2048, rows: int = 128, least: float = LEAST_SECONDS
+) -> list[Turn]:
+    """Return the turns of products of ternary matrices: bitnet.cpp's and ours, on one thread.
+
+    Parameters
+    ----------
+    program : Path
+        What ``bitnet_cpp.build`` returned.
+    size : int
+        Rows and columns of the matrix.
+    rows : int
+        Rows of activations; one row is measured, too.
+    least : float
+        How long a measurement takes at least, in seconds.
+    """
+    turns: list[Turn] = []
+    levels = math_ops.simd_levels()
+    # Its kernels are written for AVX2.
+    ours = [level for level in levels if level in ("avx2", levels[-1])]
+    products = [one for one in packed_products(size, rows) if one.name.startswith("2bit")]
+    for one, count in zip(products, (1, rows), strict=True):
+
+        def run_theirs(count: int = count) -> list[float]:
+            return [bitnet_cpp.run_kernels(program, size, count, least)]
+
+        turns.append((one.name, "bitnet.cpp", run_theirs))
+        for level in ours:
+
+            def run_ours(level: str = level, one: Benchmark = one) -> list[float]:
+                math_ops.set_simd_level(level)
+                return [rate(one.work, one.call, least=least)]
+
+            turns.append((one.name, level, run_ours))
+    return turns
+
+
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def table(results: Mapping[str, Result]) -> list[str]:
-    """Return the lines of a table: every rate, and how much of the peer's it is."""
+def table(results: Mapping[str, Result], cpu: str, tiers: Mapping[str, str]) -> list[str]:
+    """Return the lines of a table: every rate with its CPU, and its ratio to the peer's.
+
+    Parameters
+    ----------
+    results : mapping of str to Result
+    cpu : str
+        The CPU's name.
+    tiers : mapping of str to str
+        The instruction sets of columns that are not named after one.
+    """
     rows = []
     for name, result in results.items():
-        [peer] = [column for column in result.rates if column in _PEERS]
+        peer = next(column for column in result.rates if column in _PEERS)
         theirs = median(result.rates[peer])
         for column, values in result.rates.items():
             middle = median(values)
-            spread = f"{number(min(values))} to {number(max(values))}"
-            ratio = "" if column == peer else f"{middle / theirs:.2f}"
-            rows.append((name, _label(column), number(middle), spread, ratio))
-    return markdown(("what", "who", "tokens/s", "from turn to turn", "x the peer"), rows)
-
-
-def _label(column: str) -> str:
-    if column in llama_cpp.BUILDS:
-        return f"llama.cpp, {column}"
-    return "PyTorch" if column == "torch" else f"ours, {column}"
+            rows.append(
+                (
+                    name,
+                    _PEERS.get(column, f"ours, {column}"),
+                    f"{cpu}, {tiers.get(column, column)}",
+                    number(middle),
+                    f"{number(min(values))} to {number(max(values))}",
+                    result.unit,
+                    "" if column == peer else f"{middle / theirs:.2f}",
+                )
+            )
+    head = ("what", "who", "CPU", "rate", "from turn to turn", "unit", "x the peer")
+    return markdown(head, rows, texts=3)
 
 
 def find_programs(arguments: argparse.Namespace) -> dict[str, Path]:
@@ -232,6 +306,10 @@ def _parser() -> argparse.ArgumentParser:
     group.add_argument("--llama-source", type=Path, metavar="DIR", help="llama.cpp's source")
     group.add_argument("--llama-bench-native", type=Path, metavar="FILE", help="a built one")
     group.add_argument("--llama-bench-noavx", type=Path, metavar="FILE", help="a built one")
+    parser.add_argument(
+        "--bitnet-cpp", type=Path, metavar="DIR", help="the source of bitnet.cpp, whose kernels "
+        "are compiled and measured, too",
+    )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("build/peers"), metavar="DIR")
     parser.add_argument(
         "--json",
@@ -255,11 +333,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     counts = arguments.threads or list(range(1, min(cores, 2) + 1))
     if arguments.rounds < 1 or not all(1 <= count <= cores for count in counts):
         parser.error(f"expected at least 1 round, and 1 to {cores} threads")
+    if arguments.bitnet_cpp is None and list(arguments.only) == ["bitnet"]:
+        parser.error("expected the source of bitnet.cpp: --bitnet-cpp DIR")
     load = machine_load()
     before = math_ops.simd_level()
+    tiers = {"float32": before, "bf16": before, "bitnet.cpp": "native"}
     results: dict[str, Result] = {}
     try:
+        # Compiled first: a wrong path is known before minutes have passed.
+        kernels = None
+        if "bitnet" in arguments.only:
+            if arguments.bitnet_cpp is not None:
+                kernels = bitnet_cpp.build(arguments.bitnet_cpp, arguments.folder)
+            else:
+                print("bitnet.cpp is left out: BITNET_CPP=DIR names its source", file=sys.stderr)
         if "torch" in arguments.only:
+            tiers |= dict.fromkeys(("torch", "torch.compile"), torch_twin.capability())
             for count in counts:
                 results |= take_turns(training_turns(count), arguments.rounds)
         if "llama" in arguments.only:
@@ -270,12 +359,14 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for count in counts:
                     turns = decoding_turns(programs, models, count, config, label)
                     results |= take_turns(turns, arguments.rounds)
+        if kernels is not None:
+            results |= take_turns(bitnet_turns(kernels), arguments.rounds, unit="GMAC/s")
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     finally:
         math_ops.set_simd_level(before)
     report = content(results, math_ops.simd_levels(), counts, arguments.rounds, load)
-    publish(report, table(results), arguments.json)
+    publish(report, table(results, cpu_name(), tiers), arguments.json)
     return 0
 
 

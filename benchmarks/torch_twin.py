@@ -1,8 +1,8 @@
 """The model that training is measured on, once more in PyTorch.
 
 The same sizes and the same layers (layer norms before attention and feed-forward, rotary positions,
-squared ReLU, biases everywhere), in float32 and without a compiler, trained by AdamW with the
-gradient's norm limited. What it has not is ternary weights.
+squared ReLU, biases everywhere), in float32, eagerly or under ``torch.compile``, trained by AdamW
+with the gradient's norm limited. It has no ternary weights.
 """
 
 import importlib
@@ -89,8 +89,21 @@ def create_twin(torch: Any, config: ModelConfig) -> Any:
     return Twin()
 
 
-def twin_step(config: ModelConfig, batch: int, threads: int) -> Call:
+def capability() -> str:
+    """Return the instruction set that PyTorch's kernels use here, as PyTorch names it."""
+    return str(load_torch().backends.cpu.get_cpu_capability())
+
+
+def twin_step(config: ModelConfig, batch: int, threads: int, compiled: bool = False) -> Call:
     """Return a call that does one step of training.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    batch, threads : int
+    compiled : bool
+        Whether the model runs under ``torch.compile``; the first call compiles it then, and raises
+        errors of the compiler.
 
     Raises
     ------
@@ -101,6 +114,10 @@ def twin_step(config: ModelConfig, batch: int, threads: int) -> Call:
     torch.manual_seed(0)
     model = create_twin(torch, config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1)
+    # Compiled code may be for one number of threads.
+    if compiled:
+        torch.compiler.reset()
+    predict = torch.compile(model) if compiled else model
     rows = torch.randint(0, config.vocab_size, (64, batch, config.sequence_length + 1))
     steps = 0
 
@@ -109,7 +126,7 @@ def twin_step(config: ModelConfig, batch: int, threads: int) -> Call:
         torch.set_num_threads(threads)
         tokens = rows[steps % len(rows)]
         optimizer.zero_grad(set_to_none=True)
-        logits = model(tokens[:, :-1])
+        logits = predict(tokens[:, :-1])
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, config.vocab_size), tokens[:, 1:].reshape(-1)
         )

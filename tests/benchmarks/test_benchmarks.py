@@ -12,6 +12,7 @@ import pytest
 import legacy1bit
 from benchmarks import (
     __main__,
+    bitnet_cpp,
     compare,
     instructions,
     kernels,
@@ -406,17 +407,25 @@ def test_peers_take_turns():
     assert results["row"].rates == {"torch": [3.0, 5.0], "float32": [4.0, 6.0]}
 
 
-def test_peers_table_has_ratios():
+def test_peers_table_has_ratios_and_cpus():
+    training = {"torch": [10.0, 20.0, 30.0], "torch.compile": [22.0], "float32": [30.0]}
     results = {
-        "training": Result("tokens/s", {"torch": [10.0, 20.0, 30.0], "float32": [30.0]}),
+        "training": Result("tokens/s", training),
         "decoding": Result("tokens/s", {"noavx": [100.0], "sse2": [250.0]}),
+        "product": Result("GMAC/s", {"bitnet.cpp": [50.0], "avx2": [100.0]}),
     }
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in peers.table(results)]
+    tiers = {"torch": "AVX2", "torch.compile": "AVX2", "float32": "avx2", "bitnet.cpp": "native"}
+    lines = peers.table(results, "EPYC", tiers)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    spread, t, g = "10.00 to 30.00", "tokens/s", "GMAC/s"
     assert cells[2:] == [
-        ["training", "PyTorch", "20.00", "10.00 to 30.00", ""],
-        ["training", "ours, float32", "30.00", "30.00 to 30.00", "1.50"],
-        ["decoding", "llama.cpp, noavx", "100.0", "100.0 to 100.0", ""],
-        ["decoding", "ours, sse2", "250.0", "250.0 to 250.0", "2.50"],
+        ["training", "PyTorch", "EPYC, AVX2", "20.00", spread, t, ""],
+        ["training", "PyTorch, torch.compile", "EPYC, AVX2", "22.00", "22.00 to 22.00", t, "1.10"],
+        ["training", "ours, float32", "EPYC, avx2", "30.00", "30.00 to 30.00", t, "1.50"],
+        ["decoding", "llama.cpp, noavx", "EPYC, noavx", "100.0", "100.0 to 100.0", t, ""],
+        ["decoding", "ours, sse2", "EPYC, sse2", "250.0", "250.0 to 250.0", t, "2.50"],
+        ["product", "bitnet.cpp, I2_S", "EPYC, native", "50.00", "50.00 to 50.00", g, ""],
+        ["product", "ours, avx2", "EPYC, avx2", "100.0", "100.0 to 100.0", g, "2.00"],
     ]
 
 
@@ -443,6 +452,37 @@ def test_training_turns_run():
     assert name == "training, 1 thread"
     assert list(result.rates)[:2] == ["torch", "float32"]
     assert all(value > 0 for [value] in result.rates.values())
+
+
+def test_torch_compile_that_fails_is_one_line(monkeypatch, capsys):
+    def twin_step(config, batch, threads, compiled=False):
+        def step():
+            if compiled:
+                raise RuntimeError("no compiler\nand a long trace")
+
+        return step
+
+    monkeypatch.setattr(torch_twin, "twin_step", twin_step)
+    columns = [column for _, column, _ in peers.training_turns(1, TINY, 2, least=0.0)]
+    assert columns[:2] == ["torch", "float32"]
+    expected = "torch.compile failed, and is left out: no compiler\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_torch_compile_has_its_own_row(monkeypatch):
+    steps = []
+
+    def twin_step(config, batch, threads, compiled=False):
+        return lambda: steps.append(compiled)
+
+    monkeypatch.setattr(torch_twin, "twin_step", twin_step)
+    turns = peers.training_turns(1, TINY, 2, least=0.0)
+    assert [column for _, column, _ in turns][:3] == ["torch", "torch.compile", "float32"]
+    assert steps == [True]
+    turns[1][2]()
+    turns[0][2]()
+    assert steps[1] is True
+    assert steps[-1] is False
 
 
 def test_decoding_turns_run(monkeypatch, tmp_path):
@@ -495,6 +535,83 @@ def test_a_build_that_is_there_is_taken(tmp_path):
     program.parent.mkdir(parents=True)
     program.touch()
     assert llama_cpp.build(tmp_path / "source", tmp_path, "native") == program
+
+
+# Kernels like bitnet.cpp's: a row of codes times one row of activations, or more, four at a time.
+BITNET = """
+#include "ggml-bitnet.h"
+#include "ggml-quants.h"
+#define PARALLEL_SIZE 4
+size_t quantize_i2_s(const float *src, void *dst, int64_t rows, int64_t size, const float *)
+{
+    uint8_t *codes = (uint8_t *)dst;
+    for (int64_t i = 0; i < rows * size; i++)
+        codes[i / 4] = (uint8_t)((i % 4 ? codes[i / 4] : 0) | ((int)src[i] + 1) << i % 4 * 2);
+    return ggml_row_size(GGML_TYPE_I2_S, size);
+}
+void ggml_vec_dot_i2_i8_s(int n, float *s, size_t bs, const void *vx, size_t, const void *vy,
+                          size_t by, int nrc)
+{
+    const uint8_t *codes = (const uint8_t *)vx;
+    for (int row = 0; row < nrc; row++) {
+        const int8_t *y = (const int8_t *)vy + row * by;
+        long sum = 0;
+        for (int i = 0; i < n; i++) sum += (codes[i / 4] >> i % 4 * 2 & MASK) * y[i];
+        s[row * bs] = (float)sum;
+    }
+}
+"""
+
+
+@pytest.fixture
+def bitnet_source(tmp_path):
+    """A function that writes a source tree like bitnet.cpp's."""
+    if shutil.which("c++") is None:
+        pytest.skip("c++ is not installed")
+
+    def write(mask):
+        for folder in ("src", "include"):
+            (tmp_path / "bitnet" / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bitnet" / "include" / "ggml-bitnet.h").write_text('#include "ggml.h"\n')
+        text = BITNET.replace("MASK", mask)
+        (tmp_path / "bitnet" / bitnet_cpp.KERNELS).write_text(text)
+        return tmp_path / "bitnet"
+
+    return write
+
+
+def test_bitnet_turns_run(bitnet_source, tmp_path):
+    program = bitnet_cpp.build(bitnet_source("3"), tmp_path / "peers")
+    before = math_ops.simd_level()
+    turns = peers.bitnet_turns(program, 128, 4, least=0.0)
+    results = peers.take_turns(turns, 1, pause=0.0, unit="GMAC/s")
+    math_ops.set_simd_level(before)
+    assert list(results) == ["2bit 128x128 x 1", "2bit 128x128 x 4"]
+    for result in results.values():
+        assert result.unit == "GMAC/s"
+        ours = [level for level in LEVELS if level in ("avx2", LEVELS[-1])]
+        assert list(result.rates) == ["bitnet.cpp", *ours]
+        assert all(value > 0 for [value] in result.rates.values())
+
+
+def test_bitnet_kernels_that_are_wrong_are_one_line(bitnet_source, tmp_path):
+    program = bitnet_cpp.build(bitnet_source("1"), tmp_path / "peers")
+    with pytest.raises(ValueError, match=r"bitnet\.cpp failed with status 1: wrong sums"):
+        bitnet_cpp.run_kernels(program, 128, 1, 0.0)
+    with pytest.raises(ValueError, match=r"the build of bitnet\.cpp's kernels failed with "):
+        bitnet_cpp.build(bitnet_source("("), tmp_path / "peers")
+
+
+def test_bitnet_path_that_is_wrong_is_one_line(tmp_path, capsys):
+    words = ["--only", "bitnet", "--json", str(tmp_path / "x.json")]
+    for more, message in (
+        ([], "expected the source of bitnet.cpp: --bitnet-cpp DIR"),
+        (["--bitnet-cpp", str(tmp_path)], f"{tmp_path}: not the source of bitnet.cpp"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            peers.main([*words, *more])
+        assert ended.value.code == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("kind", llama_cpp.TYPES)
