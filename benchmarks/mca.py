@@ -192,8 +192,9 @@ def hottest(loops: Iterable[Loop]) -> list[Loop]:
     """Return of each kernel the loops that its time goes to, by name.
 
     That is the loop that multiplies most, or has the most vector arithmetic where none multiplies;
-    and with many products, other forms of the same product that multiply a third as much. Loops
-    over the rest of a row, and those that pack, prefetch or reduce, have less.
+    and with many products, other forms of the same product: loops that multiply a third as much,
+    and do little else. Loops over the rest of a row, and those that pack, prefetch or reduce, are
+    not among them.
     """
     kernels: dict[str, list[Loop]] = {}
     for loop in loops:
@@ -205,7 +206,11 @@ def hottest(loops: Iterable[Loop]) -> list[Loop]:
         best, *others = (forms[form] for form in sorted(forms, reverse=True))
         chosen.append(best)
         if best.multiplied >= MANY:
-            chosen += [loop for loop in others if 3 * loop.multiplied >= best.multiplied]
+            chosen += [
+                loop
+                for loop in others
+                if 3 * loop.multiplied >= best.multiplied and 3 * loop.vectors > len(loop.body)
+            ]
     return chosen
 
 

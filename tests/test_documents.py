@@ -52,8 +52,9 @@ def spans_of(text):
     return re.findall(r"`([^`\n]+)`", prose_of(text))
 
 
-def test_readme_is_short():
-    assert (ROOT / "README.md").stat().st_size <= 10_240
+@pytest.mark.parametrize(("name", "most"), [("README.md", 10_240), ("docs/SPEED.md", 12_288)])
+def test_document_is_short(name, most):
+    assert (ROOT / name).stat().st_size <= most
 
 
 # --- Links ----------------------------------------------------------------------------------------

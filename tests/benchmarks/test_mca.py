@@ -100,6 +100,7 @@ def test_hottest_is_one_loop_of_a_kernel():
 def test_hottest_keeps_forms_of_a_product_once():
     loops = [loop(vectors=60, multiplied=16), loop(vectors=113, multiplied=40)]
     rest = [loop(vectors=113, multiplied=40, body=("the same",)), loop(vectors=50, multiplied=13)]
+    rest.append(loop(vectors=50, multiplied=16, body=("mov %rax,%rdx",) * 200))
     assert mca.hottest(loops + rest) == [loops[1], loops[0]]
 
 
