@@ -6,6 +6,7 @@ held against our narrower ones.
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def training_turns(
     batch: int = TRAINING_BATCH,
     least: float = LEAST_SECONDS,
 ) -> list[Turn]:
-    """Return the turns of training: PyTorch's, ours, and ours with products in bfloat16.
+    """Return the turns of training: PyTorch's, and ours in each precision of products.
 
     Raises
     ------
@@ -83,12 +84,9 @@ def training_turns(
         with math_ops.product_precision(precision):
             return [rate(work, ours, least=least)]
 
-    turns: list[Turn] = [
-        (name, "torch", lambda: [rate(work, twin, least=least)]),
-        (name, "float32", lambda: run_ours("float32")),
-    ]
-    if "bf16" in math_ops.product_precisions():
-        turns.append((name, "bf16", lambda: run_ours("bf16")))
+    turns: list[Turn] = [(name, "torch", lambda: [rate(work, twin, least=least)])]
+    for one in math_ops.product_precisions():
+        turns.append((name, one, functools.partial(run_ours, one)))
     return turns
 
 
