@@ -46,7 +46,7 @@ def float_products(threads: int) -> Iterator[Benchmark]:
             "GFLOP/s",
             2e-9 * m * n * k,
             ours,
-            bf16=True,
+            precisions=("bf16",),
             others={"numpy": functools.partial(np.matmul, left, right, out=out)},
             share_of=peak_name(FUSED, threads),
         )

@@ -15,7 +15,7 @@ BUSY = 0.5
 _BLAS_THREADS = "OPENBLAS_NUM_THREADS"
 
 Call = Callable[[], object]
-# By benchmark and column (an instruction set, "bf16", "numpy", ...) the rates of all turns.
+# By benchmark and column (an instruction set, "int8", "bf16", "numpy", ...) the rates of all turns.
 Rates = dict[str, dict[str, list[float]]]
 
 
@@ -32,8 +32,8 @@ class Benchmark:
     call : callable
     counted : bool
         Whether the call returns a number that ``work`` is to be multiplied by.
-    bf16 : bool
-        Whether products in bfloat16 change it.
+    precisions : tuple of str
+        The precisions of products, besides float32, that change it.
     others : mapping of str to callable
         Who else does the same work.
     known : mapping of str to float
@@ -49,7 +49,7 @@ class Benchmark:
     work: float
     call: Call
     counted: bool = False
-    bf16: bool = False
+    precisions: tuple[str, ...] = ()
     others: Mapping[str, Call] = field(default_factory=dict)
     known: Mapping[str, float] = field(default_factory=dict)
     share_of: str | None = None
@@ -77,8 +77,8 @@ def measure(
     """Run every benchmark in every column, in turns.
 
     The instruction sets of one benchmark follow each other at once, so that a machine whose speed
-    drifts slows all alike. Where there is more than one, products in bfloat16 and the others take
-    their turns, too.
+    drifts slows all alike. Where there is more than one, other precisions of products and others
+    take their turns, too.
 
     Parameters
     ----------
@@ -96,12 +96,12 @@ def measure(
     # Before any other is chosen: only the widest has products in bfloat16.
     everything = len(levels) > 1
     math_ops.set_simd_level(levels[-1])
-    bf16 = everything and "bf16" in math_ops.product_precisions()
+    precisions = math_ops.product_precisions()
     runs: list[tuple[Benchmark, str, Call]] = []
     for one in benchmarks:
         runs += [(one, level, one.call) for level in levels]
-        if bf16 and one.bf16:
-            runs.append((one, "bf16", one.call))
+        if everything:
+            runs += [(one, name, one.call) for name in one.precisions if name in precisions]
     # A BLAS keeps its threads spinning for a while after a product. They would take the cores from
     # whoever comes next: so it comes last, and they get time to fall asleep.
     if everything:
@@ -112,7 +112,7 @@ def measure(
             time.sleep(pause)
             for one, column, call in runs:
                 math_ops.set_simd_level(column if column in levels else levels[-1])
-                with math_ops.product_precision("bf16" if column == "bf16" else "float32"):
+                with math_ops.product_precision(column if column in precisions else "float32"):
                     value = rate(one.work, call, one.counted, least)
                 if turn:
                     rates[one.name].setdefault(column, []).append(value)

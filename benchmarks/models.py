@@ -89,14 +89,14 @@ def training(
         "tokens/s",
         float(batch * config.sequence_length),
         training_step(config, batch, threads),
-        bf16=True,
+        precisions=("int8", "bf16"),
     )
     yield Benchmark(
         "training, C's shape",
         "tokens/s",
         float(c_batch * c_config.sequence_length),
         training_step(c_config, c_batch, threads),
-        bf16=True,
+        precisions=("int8", "bf16"),
         known={"C original": C_TOKENS_PER_SECOND},
     )
 

@@ -7,6 +7,7 @@ I2_S kernels, where its source is given. Every row names its CPU and instruction
 """
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +79,7 @@ def training_turns(
     batch: int = TRAINING_BATCH,
     least: float = LEAST_SECONDS,
 ) -> list[Turn]:
-    """Return the turns of training: PyTorch's, ours, and ours with products in bfloat16.
+    """Return the turns of training: PyTorch's, and ours in each precision of products.
 
     Where ``torch.compile`` fails, a line on standard error gives the reason.
 
@@ -99,9 +100,8 @@ def training_turns(
     turns: list[Turn] = [(name, "torch", lambda: [rate(work, twin, least=least)])]
     if compiled := _compiled_step(config, batch, threads):
         turns.append((name, "torch.compile", lambda: [rate(work, compiled, least=least)]))
-    turns.append((name, "float32", lambda: run_ours("float32")))
-    if "bf16" in math_ops.product_precisions():
-        turns.append((name, "bf16", lambda: run_ours("bf16")))
+    for one in math_ops.product_precisions():
+        turns.append((name, one, functools.partial(run_ours, one)))
     return turns
 
 

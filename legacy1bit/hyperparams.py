@@ -221,6 +221,11 @@ class ModelConfig(_Record):
             )
 
     @property
+    def has_int8_products(self) -> bool:
+        """Whether training can multiply the quantized matrices in int8."""
+        return self.scheme != FLOAT and self.scale in ("tensor", "row", "one")
+
+    @property
     def head_dim(self) -> int:
         """D = C / H."""
         return self.model_dim // self.num_heads
@@ -416,8 +421,9 @@ class TrainingConfig(_Record):
     )
     precision: str = _choice(
         "auto",
-        ("auto", "float32", "bf16"),
-        "of the matrix products in training; bf16 needs a CPU with AMX, and auto takes it there",
+        ("auto", "float32", "int8", "bf16"),
+        "of the matrix products in training; int8: of ternary matrices; bf16 needs a CPU with AMX; "
+        "auto: the fastest",
     )
     gradient_checkpointing: bool = _flag(
         False, "compute the blocks' activations twice rather than store them: less memory"

@@ -1,8 +1,9 @@
 """The table of kernels that every instruction set fills in.
 
 ``kernels.pyx`` is compiled once for each instruction set; each of those modules exports one
-``KernelTable``. ``math_ops`` selects the table at import, and everything above it calls through
-``math_ops.kernels()``. Kernels do not check their arguments and do not need the GIL.
+``KernelTable``, and another whose linear maps of codes are products in int8. ``math_ops`` selects
+the table at import, and everything above it calls through ``math_ops.kernels()``. Kernels do not
+check their arguments and do not need the GIL.
 """
 
 cdef extern from "layout.h":
@@ -29,6 +30,7 @@ cdef struct Matrix:
     Py_ssize_t scale_row      # scales per row; 0 with one scale for all rows
     Py_ssize_t group          # consecutive weights of a row that share a scale
     const float *dense
+    int reach                 # codes are -1 to 1, or -3, -1, 1 and 3; 0: others
 
 cdef struct Operand:
     # A factor of a matrix product: element (i, j) is data[i * row + j * col], or that weight of a

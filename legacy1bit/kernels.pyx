@@ -15,8 +15,9 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
-    KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_TRITS, Attention, CachedHead, Int8Rows,
-    KernelTable, Matrix, Operand, PackedMatrix, Scheme, Update, strided,
+    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES,
+    TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable, Matrix, Operand,
+    PackedMatrix, Scheme, Update, strided,
 )
 
 cdef extern from "simd.h" nogil:
@@ -1043,18 +1044,28 @@ cdef enum:
 
 cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *nonfinite) noexcept nogil:
     # The largest |x|; nonfinite is 0 if every x is finite, else NaN: x - x is 0 for finite x only.
-    cdef Py_ssize_t i, whole = n - n % VF32_LANES
-    cdef vf32 v, most = vf32_zero(), total = vf32_zero()
-    for i from 0 <= i < whole by VF32_LANES:
+    # Two of each, so that one vector does not wait for the previous one.
+    cdef Py_ssize_t i = 0, whole = n - n % VF32_LANES
+    cdef vf32 v, w, zero = vf32_zero()
+    cdef vf32 most = zero, most2 = zero, total = zero, total2 = zero
+    while i + 2 * VF32_LANES <= n:
         v = vf32_load(x + i)
-        most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
+        w = vf32_load(x + i + VF32_LANES)
+        most = vf32_max(most, vf32_max(v, vf32_sub(zero, v)))
+        most2 = vf32_max(most2, vf32_max(w, vf32_sub(zero, w)))
+        total = vf32_add(total, vf32_sub(v, v))
+        total2 = vf32_add(total2, vf32_sub(w, w))
+        i += 2 * VF32_LANES
+    if i < whole:
+        v = vf32_load(x + i)
+        most = vf32_max(most, vf32_max(v, vf32_sub(zero, v)))
         total = vf32_add(total, vf32_sub(v, v))
     if whole < n:
         v = vf32_load_first(x + whole, n - whole)
-        most = vf32_max(most, vf32_max(v, vf32_sub(vf32_zero(), v)))
-        total = vf32_add(total, vf32_sub(v, v))
-    nonfinite[0] = vf32_sum(total)
-    return vf32_largest(most)
+        most2 = vf32_max(most2, vf32_max(v, vf32_sub(zero, v)))
+        total2 = vf32_add(total2, vf32_sub(v, v))
+    nonfinite[0] = vf32_sum(vf32_add(total, total2))
+    return vf32_largest(vf32_max(most, most2))
 
 
 cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
@@ -1216,6 +1227,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
         groups = matrix.scale_row
     count = tiles if groups == 1 else matrix.group // width
     for strip in range(first, last):
+        row = strip * STRIP_ROWS
+        inside = min(matrix.rows - row, STRIP_ROWS)
         for begin from 0 <= begin < rows by VSUM_BLOCK:
             here = min(rows - begin, VSUM_BLOCK)
             for group in range(groups):
@@ -1224,8 +1237,6 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                 packed_sums(w, min(tiles - low, count), matrix.trits,
                             x.codes + begin * x.stride + low * width, x.stride, here, totals,
                             workspace)
-                row = strip * STRIP_ROWS
-                inside = min(matrix.rows - row, STRIP_ROWS)
                 if matrix.scale_row:
                     for i in range(inside):
                         scales[i] = matrix.scale[(row + i) * matrix.scale_row + group]
@@ -1251,6 +1262,157 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                         for i in range(inside):
                             to[i] += bias[row + i]
     STOP_TIMER(TIMER_PACKED)
+
+
+# ---------------------------------------------------------------------------------------------
+# Linear maps of codes in int8, for training: as above, with codes that are packed where they are
+# used. A row of activations is one factor, quantized; the codes are the other one, as they are.
+
+cdef enum:
+    INT8_MIN_ROWS = 16      # with fewer, packing and quantizing cost more than they save
+    INT8_BLOCK = 512        # rows that are quantized at a time
+    INT8_COLUMNS = 12288    # columns of the widest matrix whose strips and rows fit the workspace
+
+
+cdef inline unsigned long long code_bits(unsigned long long codes, int reach) noexcept nogil:
+    # Eight codes, a byte each, as the numbers 0 to 3: code + 1, or (code + 3) / 2. A code's lowest
+    # bits, two or three, tell it from the others, and the sum with them stays in its byte.
+    if reach == 1:
+        codes = (codes & 0x0303030303030303ULL) + 0x0101010101010101ULL
+    else:
+        codes = ((codes & 0x0707070707070707ULL) + 0x0303030303030303ULL) >> 1
+    return codes & 0x0303030303030303ULL
+
+
+cdef void pack_strip(const Matrix *matrix, Py_ssize_t first, unsigned char *out) noexcept nogil:
+    # Packs STRIP_ROWS rows, of which the last may be missing, in tiles.
+    cdef Py_ssize_t rows = min(matrix.rows - first, STRIP_ROWS), whole = matrix.cols // TILE_CODES
+    cdef Py_ssize_t i, j, left = matrix.cols - whole * TILE_CODES
+    cdef const signed char *codes
+    cdef signed char last[TILE_CODES]
+    cdef unsigned long long low, high
+    cdef unsigned int halves[2]
+    for i in range(rows):
+        codes = matrix.codes + (first + i) * matrix.cols
+        for j in range(whole + (left > 0)):
+            if j == whole:
+                memset(last, 0, TILE_CODES)
+                memcpy(last, codes, left)
+                codes = last
+            memcpy(&low, codes, 8)
+            memcpy(&high, codes + 8, 8)
+            low = code_bits(low, matrix.reach) | code_bits(high, matrix.reach) << 4
+            memcpy(halves, &low, 8)
+            halves[0] |= halves[1] << 2
+            memcpy(out + j * TILE_BYTES + i * TILE_ROW_BYTES, halves, TILE_ROW_BYTES)
+            codes += TILE_CODES
+
+
+cdef void pack_strip_transposed(const Matrix *matrix, Py_ssize_t first,
+                                unsigned char *out) noexcept nogil:
+    # The same for columns: STRIP_ROWS rows of the transposed matrix.
+    cdef Py_ssize_t cols = min(matrix.cols - first, STRIP_ROWS), start, here, i, j
+    cdef signed char codes[TILE_CODES * STRIP_ROWS]
+    cdef unsigned char fields[TILE_ROW_BYTES * STRIP_ROWS]
+    cdef unsigned long long part[CODES_PER_BYTE]
+    memset(codes, 0, TILE_CODES * STRIP_ROWS)
+    for start from 0 <= start < matrix.rows by TILE_CODES:
+        here = min(matrix.rows - start, TILE_CODES)
+        if cols == STRIP_ROWS:
+            for i in range(here):
+                memcpy(codes + i * STRIP_ROWS, matrix.codes + (start + i) * matrix.cols + first,
+                       STRIP_ROWS)
+        else:
+            for i in range(here):
+                memcpy(codes + i * STRIP_ROWS, matrix.codes + (start + i) * matrix.cols + first,
+                       cols)
+        # Byte j of a row holds codes j, 4 + j, 8 + j and 12 + j.
+        for i from 0 <= i < TILE_ROW_BYTES * STRIP_ROWS by 8:
+            for j in range(CODES_PER_BYTE):
+                memcpy(&part[j], codes + j * TILE_ROW_BYTES * STRIP_ROWS + i, 8)
+                part[j] = code_bits(part[j], matrix.reach)
+            part[0] |= part[1] << 2 | part[2] << 4 | part[3] << 6
+            memcpy(fields + i, &part[0], 8)
+        for i in range(STRIP_ROWS):
+            for j in range(TILE_ROW_BYTES):
+                out[i * TILE_ROW_BYTES + j] = fields[j * STRIP_ROWS + i]
+        out += TILE_BYTES
+
+
+cdef inline bint fits_int8(const Matrix *matrix, Py_ssize_t rows) noexcept nogil:
+    return (matrix.codes != NULL and matrix.reach > 0 and matrix.scale_row <= 1
+            and rows >= INT8_MIN_ROWS and max(matrix.rows, matrix.cols) <= INT8_COLUMNS)
+
+
+cdef inline void int8_product(const Matrix *matrix, bint backward, const float *x,
+                              Py_ssize_t rows, const float *bias, bint accumulate, float *out,
+                              float *workspace) noexcept nogil:
+    # out = x matrix^T + bias, or out (+)= x matrix in the backward pass. There the scale of a row
+    # of the matrix multiplies a column of x before it is quantized.
+    cdef float one = 1.0
+    cdef float row_scales[INT8_BLOCK]
+    cdef int sums[INT8_BLOCK]
+    cdef Py_ssize_t cols = matrix.rows if backward else matrix.cols
+    cdef Py_ssize_t out_cols = matrix.cols if backward else matrix.rows
+    cdef Py_ssize_t begin = 0, here, first, i
+    cdef float *scaled = workspace + PACK_RIGHT
+    cdef unsigned char *tiles = <unsigned char *>(scaled + INT8_COLUMNS)
+    cdef bint scaled_first = backward and matrix.scale_row
+    cdef Int8Rows block, line
+    cdef PackedMatrix strip
+    block.stride = ((cols + TILE_TRITS - 2 + ACTIVATION_COLUMNS)
+                    // ACTIVATION_COLUMNS * ACTIVATION_COLUMNS)
+    block.codes = <signed char *>workspace
+    block.scales = row_scales
+    block.sums = sums
+    line.stride = block.stride
+    strip.cols = strip.group = cols
+    strip.tiles = tiles
+    strip.trits = False
+    strip.factor = 1 if matrix.reach == 1 else 2
+    strip.offset = -matrix.reach
+    strip.scale = matrix.scale
+    if scaled_first:
+        strip.scale = &one
+    strip.scale_row = 0 if backward else matrix.scale_row
+    while begin < rows:
+        here = min(rows - begin, INT8_BLOCK,
+                   PACK_RIGHT * <Py_ssize_t>sizeof(float) // block.stride)
+        if scaled_first:
+            for i in range(here):
+                line.codes = block.codes + i * block.stride
+                line.scales = row_scales + i
+                line.sums = sums + i
+                elementwise_binary(scaled, x + (begin + i) * cols, matrix.scale, cols, vf32_mul)
+                quantize_rows(scaled, 1, cols, &line)
+        else:
+            quantize_rows(x + begin * cols, here, cols, &block)
+        for first from 0 <= first < out_cols by STRIP_ROWS:
+            strip.rows = min(out_cols - first, STRIP_ROWS)
+            if backward:
+                pack_strip_transposed(matrix, first, tiles)
+            else:
+                pack_strip(matrix, first, tiles)
+                strip.scale = matrix.scale + first * matrix.scale_row
+            packed_product(&strip, 0, 1, &block, here, bias + first if bias else NULL, accumulate,
+                           out + begin * out_cols + first, out_cols, NULL)
+        begin += here
+
+
+cdef void int8_linear(const Matrix *matrix, const float *bias, const float *x, Py_ssize_t rows,
+                      float *out, float *workspace) noexcept nogil:
+    if fits_int8(matrix, rows):
+        int8_product(matrix, False, x, rows, bias, False, out, workspace)
+    else:
+        linear(matrix, bias, x, rows, out, workspace)
+
+
+cdef void int8_linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t rows,
+                               bint accumulate, float *d_x, float *workspace) noexcept nogil:
+    if fits_int8(matrix, rows):
+        int8_product(matrix, True, d_out, rows, NULL, accumulate, d_x, workspace)
+    else:
+        linear_backward(matrix, d_out, rows, accumulate, d_x, workspace)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1686,3 +1848,11 @@ kernels.timer_nanoseconds = timer_nanoseconds
 kernels.timers = TIMER_COUNT
 
 table = PyCapsule_New(&kernels, "legacy1bit.kernels", NULL)
+
+# The same with linear maps of codes in int8.
+cdef KernelTable int8_kernels = kernels
+
+int8_kernels.linear = int8_linear
+int8_kernels.linear_backward = int8_linear_backward
+
+int8_table = PyCapsule_New(&int8_kernels, "legacy1bit.kernels", NULL)

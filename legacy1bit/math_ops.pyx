@@ -105,10 +105,11 @@ def set_simd_level(str name not None) -> None:
 _loaded = {}
 
 
-cdef const KernelTable *_table(str name) except NULL:
+cdef const KernelTable *_table(str name, bint int8=False) except NULL:
     if name not in _loaded:
-        _loaded[name] = importlib.import_module(f"legacy1bit._kernels_{name}").table
-    return <const KernelTable *>PyCapsule_GetPointer(_loaded[name], "legacy1bit.kernels")
+        _loaded[name] = importlib.import_module(f"legacy1bit._kernels_{name}")
+    capsule = _loaded[name].int8_table if int8 else _loaded[name].table
+    return <const KernelTable *>PyCapsule_GetPointer(capsule, "legacy1bit.kernels")
 
 
 def _use(str name):
@@ -121,11 +122,34 @@ def _use(str name):
 
 
 def product_precisions() -> list:
-    """Return the precisions of matrix products: float32, and possibly bf16.
+    """Return the precisions of matrix products: float32, int8 and possibly bf16.
 
     bf16 needs a CPU with AMX, and its widest instruction set in use.
     """
-    return ["float32", "bf16"] if packed.name == b"amx" else ["float32"]
+    return ["float32", "int8", "bf16"] if packed.name == b"amx" else ["float32", "int8"]
+
+
+# Where an int8 product is faster than that of floats.
+_INT8_TIERS = ("ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni")
+
+
+def fastest_precision(bint codes=True) -> str:
+    """Return the precision of the fastest matrix products of the instruction set in use.
+
+    Parameters
+    ----------
+    codes : bool
+        Whether the matrices are codes that int8 products can use.
+
+    Returns
+    -------
+    str
+        One of ``product_precisions()``: bf16 where it is available, and otherwise int8 from SSSE3
+        on, for codes.
+    """
+    if "bf16" in product_precisions():
+        return "bf16"
+    return "int8" if codes and active.name.decode() in _INT8_TIERS else "float32"
 
 
 @contextlib.contextmanager
@@ -133,25 +157,37 @@ def product_precision(str name not None):
     """Context manager that sets the precision of matrix products in the calling thread.
 
     With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
-    float32 on the CPU's matrix unit; everything else is as with ``avx512vnni``. The error bounds of
-    float32 no longer hold.
+    float32 on the CPU's matrix unit; everything else is as with ``avx512vnni``.
+
+    With ``int8`` linear maps of codes, and their gradients of inputs, round the float factor to
+    int8 with one scale per row, as a ``PackedMatrix`` does. The codes are exact, and the sums are
+    integers: such a product has the same bits in every instruction set. Everything else remains
+    float32: gradients of weights, float matrices, codes in groups of a row or of other values than
+    a scheme's, products of fewer than 16 rows, and matrices of more than 12,288 rows or columns.
+
+    The error bounds of float32 no longer hold in either of them.
 
     Raises
     ------
     ValueError
         If this CPU, this build or the instruction set in use does not support the precision.
     """
-    if name not in ("float32", "bf16"):
-        raise ValueError(f"unknown precision {name!r}: expected float32 or bf16")
-    cdef bint before = thread_override() != NULL
+    cdef const void *before = thread_override()
+    if name not in ("float32", "int8", "bf16"):
+        raise ValueError(f"unknown precision {name!r}: expected float32, int8 or bf16")
     if name not in product_precisions():
-        raise ValueError("precision is bf16, expected float32: bf16 products need a CPU with AMX "
-                         "and its widest instruction set")
-    set_thread_override(_table("amx") if name == "bf16" else NULL)
+        raise ValueError("precision is bf16, expected float32 or int8: bf16 products need a CPU "
+                         "with AMX and its widest instruction set")
+    if name == "float32":
+        set_thread_override(NULL)
+    elif name == "int8":
+        set_thread_override(_table(active.name.decode(), int8=True))
+    else:
+        set_thread_override(_table("amx"))
     try:
         yield
     finally:
-        set_thread_override(_table("amx") if before else NULL)
+        set_thread_override(before)
 
 
 def timings() -> dict:
@@ -296,6 +332,7 @@ cdef object ternary_product(object matrix, object vector, object output, object 
     view.scale = &scales[0, 0]
     view.scale_row = 0 if scales.shape[0] * scales.shape[1] == 1 else scales.shape[1]
     view.dense = NULL
+    view.reach = 0
     with nogil:
         if transpose:
             active.matrix_transpose_vector(&view, &x[0], &out[0])

@@ -116,6 +116,7 @@ cdef class TernaryMatrix:
     cdef readonly object scales
     cdef readonly Py_ssize_t group
     cdef bint freed
+    cdef int reach
     cdef int fill(self, Matrix *view) except -1
 
 

@@ -83,6 +83,7 @@ cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
     view.scale_row = 0
     view.group = view.cols
     view.dense = &dense[0, 0]
+    view.reach = 0
     return 0
 
 
@@ -128,6 +129,12 @@ cdef class TernaryMatrix:
                              f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
         self.codes = values
         self.freed = False
+        # Codes that have a product in int8.
+        self.reach = 0
+        if set(levels) <= {-1, 0, 1}:
+            self.reach = 1
+        elif set(levels) <= {-3, -1, 1, 3}:
+            self.reach = 3
         self.group = codes.shape[1] if group == 0 else _size("group", group)
         if self.group < codes.shape[1] and self.group % 16:
             raise ValueError(f"group is {self.group}, expected a multiple of 16: no vector may "
@@ -182,6 +189,7 @@ cdef class TernaryMatrix:
         view.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
         view.group = self.group
         view.dense = NULL
+        view.reach = self.reach
         return 0
 
     def __repr__(self):

@@ -79,7 +79,7 @@ TRAINING_FIELDS = {
     "float_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
     "momentum": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "sign_direction": (("descend", "ascend"), (*NOT_CHOICES, "up"), ()),
-    "precision": (("auto", "float32", "bf16"), NOT_CHOICES, ()),
+    "precision": (("auto", "float32", "int8", "bf16"), NOT_CHOICES, ()),
     "gradient_checkpointing": ((False, True), (), NOT_FLAGS),
     "muon_lr_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
     "clip": ((0, 1e9), (-1.0, 1.1e9, NAN, INF), NOT_NUMBERS),

@@ -15,7 +15,7 @@ from legacy1bit import math_ops
 from legacy1bit.backward import BackwardPass, backward_output_layer_batch
 from legacy1bit.forward import forward_output_layer_batch
 from legacy1bit.inference import Decoder
-from legacy1bit.math_ops import product_precision, product_precisions
+from legacy1bit.math_ops import fastest_precision, product_precision, product_precisions
 from legacy1bit.model import LegacyLLMGradients, TernaryMatrix
 from legacy1bit.optimizer import SGD, AdamW
 from legacy1bit.packed import PackedModel
@@ -203,19 +203,22 @@ def test_precision_lasts_as_long_as_its_context():
 
 def test_precision_rejects_other_names():
     with (
-        pytest.raises(ValueError, match=r"unknown precision 'fp8'.*float32 or bf16"),
+        pytest.raises(ValueError, match=r"unknown precision 'fp8'.*float32, int8 or bf16"),
         product_precision("fp8"),
     ):
         pass
 
 
-def test_narrower_instruction_sets_have_float32_alone(tier):
+def test_narrower_instruction_sets_have_no_bf16(tier):
     if tier == "avx512vnni":
-        assert product_precisions()[0] == "float32"
+        assert product_precisions()[:2] == ["float32", "int8"]
+        assert fastest_precision() == product_precisions()[-1]
         return
-    assert product_precisions() == ["float32"]
+    assert product_precisions() == ["float32", "int8"]
+    assert fastest_precision() == ("float32" if tier in ("scalar", "sse", "sse2") else "int8")
+    assert fastest_precision(codes=False) == "float32"
     with (
-        pytest.raises(ValueError, match=r"bf16, expected float32: .*AMX"),
+        pytest.raises(ValueError, match=r"bf16, expected float32 or int8: .*AMX"),
         product_precision("bf16"),
     ):
         pass

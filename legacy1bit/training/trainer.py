@@ -28,7 +28,7 @@ from legacy1bit.hyperparams import (
     TrainingConfig,
 )
 from legacy1bit.logger import MetricsLogger
-from legacy1bit.math_ops import product_precision, product_precisions
+from legacy1bit.math_ops import fastest_precision, product_precision
 from legacy1bit.model import (
     LegacyLLM,
     ModelFileError,
@@ -188,7 +188,8 @@ class Trainer:
         check_memory(model_config, config)
         self.run = Run(Path(folder))
         if config.precision == "auto":
-            config = replace(config, precision=product_precisions()[-1])
+            fastest = fastest_precision(model_config.has_int8_products)
+            config = replace(config, precision=fastest)
         # Fixed from here on: more steps later do not change the warm-up.
         config = replace(config, warmup_steps=config.warmup)
         try:

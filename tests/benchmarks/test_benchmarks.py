@@ -97,7 +97,7 @@ def test_columns_take_turns_and_the_first_warms_up():
 
 
 def test_one_instruction_set_has_no_company():
-    one = Benchmark("a", "x", 1.0, lambda: None, bf16=True, others={"numpy": lambda: None})
+    one = Benchmark("a", "x", 1.0, lambda: None, precisions=("int8",), others={"numpy": print})
     assert list(measure([one], ["scalar"], 1, least=0.0, pause=0.0)["a"]) == ["scalar"]
 
 

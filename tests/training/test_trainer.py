@@ -55,7 +55,7 @@ from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import OPTIMIZERS, SETTINGS_FILE, DataConfig, ModelConfig
 from legacy1bit.logger import METRICS_FILE, MetricsLogger, read_metrics
-from legacy1bit.math_ops import product_precisions, simd_level
+from legacy1bit.math_ops import fastest_precision, product_precisions, simd_level
 from legacy1bit.model import (
     ModelFileError,
     create_legacy_llm,
@@ -1197,21 +1197,21 @@ def test_gradient_checkpointing_changes_no_bit(tmp_path, monkeypatch, threads, s
 
 # --- Precision ------------------------------------------------------------------------------------
 
-needs_bf16 = pytest.mark.skipif(
-    "bf16" not in product_precisions(), reason="this CPU or build has no products in bfloat16"
-)
+rough = pytest.mark.parametrize("rough", product_precisions()[1:])
 
 
 @pytest.mark.usefixtures("tier")
 def test_precision_is_the_fastest_there_is_unless_told(tmp_path):
-    assert make(tmp_path / "run").config.precision == product_precisions()[-1]
+    assert make(tmp_path / "run").config.precision == fastest_precision()
     assert make(tmp_path / "run", precision="float32").config.precision == "float32"
+    for changes in ({"scheme": "float"}, {"scale": "128"}):
+        assert make(tmp_path / "run", **changes).config.precision == fastest_precision(codes=False)
 
 
-@needs_bf16
-def test_precision_is_that_of_training_alone(tmp_path):
+@rough
+def test_precision_is_that_of_training_alone(tmp_path, rough):
     """What is measured is what will run anywhere."""
-    runs = [make(tmp_path / name, precision=name) for name in ("float32", "bf16")]
+    runs = [make(tmp_path / name, precision=name) for name in ("float32", rough)]
     level = simd_level()
     (_, losses, _), (_, others, records) = map(train, runs)
     assert simd_level() == level
@@ -1221,15 +1221,16 @@ def test_precision_is_that_of_training_alone(tmp_path):
     assert records[-1]["val_loss"] == evaluate(model, runs[1].corpus.validation).loss
 
 
-@needs_bf16
-def test_run_may_go_on_in_another_precision(tmp_path):
-    run = make(tmp_path / "run", precision="bf16")
-    train(run, stop_at=6)
+@rough
+def test_run_resumes_in_its_precision_or_in_another(tmp_path, rough):
+    whole = train(make(tmp_path / "whole", precision=rough))[1]
+    run = make(tmp_path / "run", precision=rough)
+    begun = train(run, stop_at=6)[1]
+    assert Run(run.folder).settings().training.precision == rough
     shutil.copytree(run.folder, tmp_path / "copy")
-    same, other = (
-        train(resumed(tmp_path / name, precision=precision))[1]
-        for name, precision in (("run", "bf16"), ("copy", "float32"))
-    )
+    same = train(resumed(tmp_path / "run", precision=rough))[1]
+    assert begun + same == whole
+    other = train(resumed(tmp_path / "copy", precision="float32"))[1]
     assert len(other) == len(same)
     assert other != same
     assert other == pytest.approx(same, rel=0.02)
@@ -1239,7 +1240,7 @@ def test_run_may_go_on_in_another_precision(tmp_path):
 def test_precision_that_is_not_there_is_refused_before_anything_is_made(tmp_path):
     if "bf16" in product_precisions():
         return
-    with pytest.raises(ValueError, match=r"precision is bf16, expected float32"):
+    with pytest.raises(ValueError, match=r"precision is bf16, expected float32 or int8"):
         make(tmp_path / "run", precision="bf16")
     assert not (tmp_path / "run").exists()
 
