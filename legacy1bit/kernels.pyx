@@ -1207,6 +1207,28 @@ cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
             totals[i] += part[i]
 
 
+cdef inline void scale_sums(const int *sums, Py_ssize_t n, int factor, int shift,
+                            const float *scales, float x_scale, bint accumulate,
+                            const float *bias, float *out) noexcept nogil:
+    # out[n] (+)= (factor * sums + shift) * (scales * x_scale) + bias, n <= STRIP_ROWS.
+    cdef float values[STRIP_ROWS]
+    cdef Py_ssize_t i
+    if factor == 1:
+        # Multiplications of integers are slow in many CPUs.
+        for i in range(n):
+            values[i] = <float>(sums[i] + shift) * (scales[i] * x_scale)
+    else:
+        for i in range(n):
+            values[i] = <float>(factor * sums[i] + shift) * (scales[i] * x_scale)
+    if accumulate:
+        for i in range(n):
+            values[i] = out[i] + values[i]
+    if bias:
+        for i in range(n):
+            values[i] += bias[i]
+    memcpy(out, values, n * sizeof(float))
+
+
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
                          const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                          float *out, Py_ssize_t out_row, float *workspace) noexcept nogil:
@@ -1216,8 +1238,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
     cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width
     cdef Py_ssize_t groups = 1, group, strip, begin, t, i, row, here, count, low, inside
     cdef const unsigned char *w
+    cdef const float *bias_row
     cdef float scales[STRIP_ROWS]
-    cdef float values[STRIP_ROWS]
     cdef float *to
     cdef int x_sum
     START_TIMER(TIMER_PACKED)
@@ -1233,6 +1255,7 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
             here = min(rows - begin, VSUM_BLOCK)
             for group in range(groups):
                 low = group * count
+                bias_row = bias + row if bias and group == 0 else NULL
                 w = matrix.tiles + (strip * tiles + low) * TILE_BYTES
                 packed_sums(w, min(tiles - low, count), matrix.trits,
                             x.codes + begin * x.stride + low * width, x.stride, here, totals,
@@ -1245,22 +1268,16 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                     if groups > 1:
                         x_sum = sum_of_codes(x.codes + (begin + t) * x.stride + low * width,
                                              min(tiles - low, count) * width)
-                    # All 32 rows, in vectors, whether they are inside the matrix or not.
-                    for i in range(STRIP_ROWS):
-                        values[i] = (<float>(matrix.factor * totals[t * STRIP_ROWS + i]
-                                             + matrix.offset * x_sum)
-                                     * (scales[i] * x.scales[begin + t]))
                     to = out + (begin + t) * out_row + row
-                    if accumulate or group:
-                        for i in range(inside):
-                            to[i] += values[i]
-                    elif inside == STRIP_ROWS:
-                        memcpy(to, values, sizeof(values))
+                    # With a constant number the compiler uses vectors.
+                    if inside == STRIP_ROWS:
+                        scale_sums(totals + t * STRIP_ROWS, STRIP_ROWS, matrix.factor,
+                                   matrix.offset * x_sum, scales, x.scales[begin + t],
+                                   accumulate or group, bias_row, to)
                     else:
-                        memcpy(to, values, inside * sizeof(float))
-                    if bias and group == 0:
-                        for i in range(inside):
-                            to[i] += bias[row + i]
+                        scale_sums(totals + t * STRIP_ROWS, inside, matrix.factor,
+                                   matrix.offset * x_sum, scales, x.scales[begin + t],
+                                   accumulate or group, bias_row, to)
     STOP_TIMER(TIMER_PACKED)
 
 
