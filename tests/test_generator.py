@@ -806,7 +806,7 @@ WIDER = {
 
 
 @pytest.mark.usefixtures("tier")
-@pytest.mark.parametrize(("name", "threads"), zip(WIDER, (1, 3, 2), strict=True))
+@pytest.mark.parametrize(("name", "threads"), list(zip(WIDER, (1, 3, 2), strict=True)))
 def test_a_ternary_embedding_makes_every_instruction_set_write_the_same(name, threads):
     assert answers_of(Generator(exact_model(**WIDER[name]), threads=threads)) == answers(name)
 

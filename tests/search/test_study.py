@@ -512,7 +512,7 @@ import sys
 from legacy1bit.search.study import load_optuna, open_storage
 optuna = load_optuna()
 study = optuna.load_study(storage=open_storage(sys.argv[1]), study_name=sys.argv[2])
-for _ in range(25):
+for _ in range(10):
     trial = study.ask()
     print(trial.number, trial.suggest_int("x", 0, 1000), flush=True)
     study.tell(trial, 0.0)
@@ -546,7 +546,7 @@ def test_trials_are_taken_once(database):
     """Those that wait, and new ones."""
     url, name = database
     study = tune.load_optuna().create_study(storage=tune.open_storage(url), study_name=name)
-    for number in range(30):
+    for number in range(12):
         study.enqueue_trial({"x": number})
     processes = [started("-c", ASK, url, name) for _ in range(2)]
     taken = []
@@ -554,9 +554,9 @@ def test_trials_are_taken_once(database):
         output, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
         taken += [tuple(map(int, line.split())) for line in output.splitlines()]
-    assert sorted(number for number, _ in taken) == list(range(50))
-    waiting = sorted(value for number, value in taken if number < 30)
-    assert waiting == list(range(30))
+    assert sorted(number for number, _ in taken) == list(range(20))
+    waiting = sorted(value for number, value in taken if number < 12)
+    assert waiting == list(range(12))
 
 
 def test_two_processes_share_a_grid(database):
