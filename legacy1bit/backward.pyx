@@ -89,10 +89,8 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
     out.mean, out.inv_std = context.mean, context.inv_std
     out.d_weight, out.d_bias, out.d_norm = gradient.wo, gradient.bo, &gradient.norm
     backward_wo(&out, rows, d_out, buffers.d_hidden_normed, buffers.d_hidden, workspace)
-    if layer.squared:
-        kernel.relu2_backward(context.hidden, buffers.d_hidden, buffers.d_hidden, rows * wide)
-    else:
-        kernel.relu_backward(context.hidden, buffers.d_hidden, buffers.d_hidden, rows * wide)
+    kernel.activate_backward(layer.activation, context.hidden, buffers.d_hidden,
+                             buffers.d_hidden, rows * wide)
     add_weight_gradient(buffers.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
     kernel.linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
 

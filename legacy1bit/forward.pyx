@@ -107,10 +107,7 @@ cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
     # From the output of wi to the input of wo.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wi.rows
-    if layer.squared:
-        kernel.relu2(context.hidden, context.activated, rows * wide)
-    else:
-        kernel.relu(context.hidden, context.activated, rows * wide)
+    kernel.activate(layer.activation, context.hidden, context.activated, rows * wide)
     if layer.norm.gamma:
         kernel.layer_norm(context.activated, layer.norm.gamma, layer.norm.beta, EPSILON,
                           context.normed, context.mean, context.inv_std, rows, wide)

@@ -257,10 +257,7 @@ cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept 
         return
     for t in range(rows):
         row = d.hidden + t * d.wide + low
-        if d.model.squared:
-            kernels().relu2(row, row, count)
-        else:
-            kernels().relu(row, row, count)
+        kernels().activate(d.model.activation, row, row, count)
 
 
 cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,

@@ -131,6 +131,11 @@ cdef struct Update:
     float gradient_scale      # multiplies every gradient first (clipping)
     float momentum            # for SGD, which uses neither beta
 
+# The activations of the feed-forward layer; ``ACTIVATIONS`` in model.pyx has their names.
+cdef enum:
+    RELU
+    RELU2
+
 cdef struct KernelTable:
     const char *name
     Py_ssize_t peak_floats          # fused multiply-adds in a round of peak_fused
@@ -152,12 +157,9 @@ cdef struct KernelTable:
     void (*column_sums)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         float *sums) noexcept nogil
 
-    void (*relu)(const float *x, float *out, Py_ssize_t n) noexcept nogil
-    void (*relu2)(const float *x, float *out, Py_ssize_t n) noexcept nogil
-    void (*relu_backward)(const float *x, const float *d_out, float *d_x,
-                          Py_ssize_t n) noexcept nogil
-    void (*relu2_backward)(const float *x, const float *d_out, float *d_x,
-                           Py_ssize_t n) noexcept nogil
+    void (*activate)(int activation, const float *x, float *out, Py_ssize_t n) noexcept nogil
+    void (*activate_backward)(int activation, const float *x, const float *d_out, float *d_x,
+                              Py_ssize_t n) noexcept nogil
 
     void (*softmax)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
     double (*cross_entropy)(float *logits, const int *targets, Py_ssize_t rows,

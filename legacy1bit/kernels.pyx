@@ -15,7 +15,7 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
-    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, STRIP_ROWS, TILE_BYTES, TILE_CODES,
+    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, RELU2, STRIP_ROWS, TILE_BYTES, TILE_CODES,
     TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable, Matrix, Operand,
     PackedMatrix, Scheme, Update, strided,
 )
@@ -293,29 +293,22 @@ cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
 
 
-cdef void relu(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+cdef void activate(int activation, const float *x, float *out, Py_ssize_t n) noexcept nogil:
     START_TIMER(TIMER_ACTIVATION)
-    elementwise_unary(out, x, n, relu_lanes)
+    if activation == RELU2:
+        elementwise_unary(out, x, n, relu2_lanes)
+    else:
+        elementwise_unary(out, x, n, relu_lanes)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
-cdef void relu2(const float *x, float *out, Py_ssize_t n) noexcept nogil:
+cdef void activate_backward(int activation, const float *x, const float *d_out, float *d_x,
+                            Py_ssize_t n) noexcept nogil:
     START_TIMER(TIMER_ACTIVATION)
-    elementwise_unary(out, x, n, relu2_lanes)
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
-cdef void relu_backward(const float *x, const float *d_out, float *d_x,
-                        Py_ssize_t n) noexcept nogil:
-    START_TIMER(TIMER_ACTIVATION)
-    elementwise_binary(d_x, x, d_out, n, vf32_where_positive)
-    STOP_TIMER(TIMER_ACTIVATION)
-
-
-cdef void relu2_backward(const float *x, const float *d_out, float *d_x,
-                         Py_ssize_t n) noexcept nogil:
-    START_TIMER(TIMER_ACTIVATION)
-    elementwise_binary(d_x, x, d_out, n, relu2_backward_lanes)
+    if activation == RELU2:
+        elementwise_binary(d_x, x, d_out, n, relu2_backward_lanes)
+    else:
+        elementwise_binary(d_x, x, d_out, n, vf32_where_positive)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
@@ -1830,10 +1823,8 @@ kernels.select = select
 kernels.dot = dot
 kernels.sum_of_squares = sum_of_squares
 kernels.column_sums = column_sums
-kernels.relu = relu
-kernels.relu2 = relu2
-kernels.relu_backward = relu_backward
-kernels.relu2_backward = relu2_backward
+kernels.activate = activate
+kernels.activate_backward = activate_backward
 kernels.softmax = softmax
 kernels.cross_entropy = cross_entropy
 kernels.layer_norm = layer_norm

@@ -25,7 +25,7 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
-from legacy1bit.kernels cimport KernelTable, Matrix, Operand, strided
+from legacy1bit.kernels cimport RELU, RELU2, KernelTable, Matrix, Operand, strided
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
@@ -530,7 +530,7 @@ def relu(float[::1] x not None) -> None:
     """Replace every element of ``x``, float32[N], by ``max(x, 0)``. C: ``relu``."""
     check_not_empty("x", x.shape[0])
     with nogil:
-        active.relu(&x[0], &x[0], x.shape[0])
+        active.activate(RELU, &x[0], &x[0], x.shape[0])
 
 
 def relu2(float[::1] x not None) -> None:
@@ -540,7 +540,7 @@ def relu2(float[::1] x not None) -> None:
     """
     check_not_empty("x", x.shape[0])
     with nogil:
-        active.relu2(&x[0], &x[0], x.shape[0])
+        active.activate(RELU2, &x[0], &x[0], x.shape[0])
 
 
 def softmax(x) -> None:

@@ -29,7 +29,7 @@ cdef struct FeedForwardView:
     Matrix wo               # [C, F]
     const float *bi         # [F]
     const float *bo         # [C]
-    bint squared            # ReLU squared rather than ReLU
+    int activation          # RELU or RELU2
     NormView norm           # before wo
     bint int8_activations   # inputs of its matrices are quantized to int8
 

@@ -10,11 +10,13 @@ from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.schemes import FLOAT as FLOAT
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
+_Activation = Literal["relu2", "relu"]
 _Codes = npt.NDArray[np.int8]
 _Floats = npt.NDArray[np.float32]
 _Path = str | os.PathLike[str]
 _Seed = int | np.random.Generator
 
+ACTIVATIONS: dict[str, int]
 LAYER_NORM_EPSILON: float
 
 class TernaryMatrix:
@@ -100,7 +102,7 @@ class FeedForward:
         bi: _Floats,
         wo: _Matrix,
         bo: _Floats,
-        activation: Literal["relu2", "relu"] = "relu2",
+        activation: _Activation = "relu2",
         gamma: _Floats | None = None,
         beta: _Floats | None = None,
         int8_activations: bool = False,
@@ -114,7 +116,7 @@ class FeedForward:
     @property
     def bo(self) -> _Floats: ...
     @property
-    def activation(self) -> Literal["relu2", "relu"]: ...
+    def activation(self) -> _Activation: ...
     @property
     def norm(self) -> LayerNorm | None: ...
 

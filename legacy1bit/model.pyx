@@ -25,11 +25,14 @@ from legacy1bit.system.files import atomic_write
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport Matrix, Scheme
+from legacy1bit.kernels cimport RELU, RELU2, Matrix, Scheme
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
+
+# The activations of the feed-forward layer, and their numbers in the kernels.
+ACTIVATIONS = {"relu2": RELU2, "relu": RELU}
 
 ModelFileError = native.ModelFileError
 
@@ -389,7 +392,8 @@ cdef class FeedForward:
     bi : float32[F]
     wo : TernaryMatrix or float32[C, F]
     bo : float32[C]
-    activation : {"relu2", "relu"}
+    activation : str
+        One of ``ACTIVATIONS``.
     gamma, beta : float32[F], optional
         Of a layer norm before ``wo`` (SubLN).
     int8_activations : bool
@@ -399,14 +403,14 @@ cdef class FeedForward:
     def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None,
                  int8_activations=False):
         cdef FeedForwardView *view = &self.view
-        if activation not in ("relu2", "relu"):
-            raise ValueError(f"activation is {activation!r}, expected relu2 or relu")
+        if activation not in list(ACTIVATIONS):
+            raise ValueError(f"activation is {activation!r}, expected {' or '.join(ACTIVATIONS)}")
         fill_matrix(&view.wi, wi, "wi")
         fill_matrix(&view.wo, wo, "wo")
         check_matrix(&view.wo, view.wi.cols, view.wi.rows, "wo")
         view.bi = vector_pointer(bi, view.wi.rows, "bi")
         view.bo = vector_pointer(bo, view.wo.rows, "bo")
-        view.squared = activation == "relu2"
+        view.activation = ACTIVATIONS[activation]
         self.wi, self.bi, self.wo, self.bo = wi, bi, wo, bo
         self.activation = activation
         self.norm = _inner_norm(gamma, beta, view.wi.rows)

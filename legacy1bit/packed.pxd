@@ -21,7 +21,7 @@ cdef struct PackedModelView:
     Py_ssize_t num_blocks
     Py_ssize_t num_heads
     Py_ssize_t window       # attention window: tokens that a token sees, itself included; 0: all
-    bint squared            # ReLU squared rather than ReLU
+    int activation          # RELU or RELU2
     const float *cosines    # [T, D / 2]; NULL without rotary positions
     const float *sines
     NormView final_norm

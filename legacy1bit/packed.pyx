@@ -24,7 +24,9 @@ from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
 
 from legacy1bit.formats.native import StoredParameter, model_folder, read_folder
 from legacy1bit.layout import parameter_layout
-from legacy1bit.model import RotaryTable, TernaryMatrix as _TernaryMatrix, load_model
+from legacy1bit.model import (
+    ACTIVATIONS as _ACTIVATIONS, RotaryTable, TernaryMatrix as _TernaryMatrix, load_model,
+)
 from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
@@ -410,7 +412,7 @@ cdef class PackedModel:
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads
         self.view.window = config.attention_window
-        self.view.squared = config.activation == "relu2"
+        self.view.activation = _ACTIVATIONS[config.activation]
         if config.positions == "rope":
             self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
             table = self.rotary.cosines

@@ -333,7 +333,7 @@ def check_feed_forward(config, shapes):
 
 @every_tier
 @schemes
-@pytest.mark.parametrize("activation", ["relu2", "relu"])
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 @pytest.mark.parametrize("dim", [1, 6, 17, 33])
 def test_backward_feed_forward_is_the_oracles(scheme, activation, dim):
     config = make_config(model_dim=dim, num_heads=1, positions="none", scheme=scheme,
@@ -345,7 +345,7 @@ def test_backward_feed_forward_is_the_oracles(scheme, activation, dim):
 @layers
 def test_backward_feed_forward_with_other_settings_is_the_oracles(changes):
     dims = (1, 6, 33) + ((129, 257) if "scale" in changes else ())
-    for dim, activation in zip(dims, itertools.cycle(("relu2", "relu")), strict=False):
+    for dim, activation in zip(dims, itertools.cycle(oracle.ACTIVATIONS), strict=False):
         config = make_config(model_dim=dim, num_heads=1, positions="none", activation=activation,
                              num_blocks=1, ffn_multiplier=3 if dim < 99 else 1,
                              **changes)  # fmt: skip

@@ -526,7 +526,7 @@ def test_train_refuses_a_text_that_has_changed_or_gone(base, fail):
     Path("run/training.json").write_text(json.dumps(settings))
     assert "text.txt: No such file" in fail("train", "--config", "run", "--out", "again")
     file_of(TEXT.replace("cat", "cow"), "text.txt")
-    assert "has changed since" in fail("train", "--config", "run", "--out", "again")
+    assert "has changed, or is another text" in fail("train", "--config", "run", "--out", "again")
     assert not Path("again").exists()
 
 

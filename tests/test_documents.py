@@ -84,8 +84,9 @@ def test_links_lead_somewhere(document):
 
 def test_every_document_is_linked_from_the_readme():
     links = set(re.findall(r"\]\(([^)#\s]+)", text_of(ROOT / "README.md")))
-    missing = {str(path.relative_to(ROOT)) for path in DOCUMENTS} - links
-    assert missing <= {"README.md", "CHANGELOG.md"}
+    links |= {"README.md", "CHANGELOG.md"}
+    missing = sorted({str(path.relative_to(ROOT)) for path in DOCUMENTS} - links)
+    assert not missing, "documents that README.md does not link to"
 
 
 # --- Commands -------------------------------------------------------------------------------------
@@ -151,7 +152,23 @@ def test_make_targets_exist(document):
 
 def test_contributing_lists_every_target():
     listed = targets_of(re.findall(r"@echo '(.*)'", text_of(ROOT / "Makefile")))
-    assert listed <= targets_of(spans_of(text_of(ROOT / "CONTRIBUTING.md")))
+    missing = sorted(listed - targets_of(spans_of(text_of(ROOT / "CONTRIBUTING.md"))))
+    assert not missing, "targets of make help that CONTRIBUTING.md lacks"
+
+
+def test_names_of_contributing_exist():
+    """Of functions, constants and files, wherever in the sources."""
+    kinds = {".py", ".pyx", ".pxd", ".pyi", ".h", ".c", ".toml"}
+    folders = ("legacy1bit", "include", "tests", "benchmarks", "tools")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    paths = [path for path in [*ROOT.iterdir(), *paths] if path.suffix in kinds]
+    here = [path for path in paths if path.name != "test_documents.py"]
+    known = {path.name for path in paths}
+    known.update(*(re.findall(r"\w+", path.read_text(encoding="utf-8")) for path in here))
+    spans = spans_of(text_of(ROOT / "CONTRIBUTING.md"))
+    names = [span for span in spans if re.fullmatch(r"[\w.]*\w\w", span) and span[0] != "."]
+    lost = [name for name in names if name not in known and not known.issuperset(name.split("."))]
+    assert not lost, "names in CONTRIBUTING.md that the sources do not have"
 
 
 # --- Examples -------------------------------------------------------------------------------------
@@ -257,4 +274,7 @@ def test_the_map_has_every_file():
         for path in ROOT.glob(kind)
         if path.name != "__init__.py"
     }  # fmt: skip
-    assert set(files_of_map(text_of(ROOT / "docs/ARCHITECTURE.md"))) == known
+    listed = set(files_of_map(text_of(ROOT / "docs/ARCHITECTURE.md")))
+    missing, gone = sorted(known - listed), sorted(listed - known)
+    assert not missing, "files that the map in docs/ARCHITECTURE.md lacks"
+    assert not gone, "files in the map in docs/ARCHITECTURE.md that do not exist"

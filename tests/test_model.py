@@ -25,6 +25,7 @@ from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bound
 from helpers.cases import together
 from helpers.models import (
+    MODELS,
     assert_near,
     assert_quantized,
     assert_same_model,
@@ -60,6 +61,7 @@ from legacy1bit.hyperparams import ALIASES, SCALES, ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
+    ACTIVATIONS,
     FeedForward,
     LayerNorm,
     LegacyLLM,
@@ -512,6 +514,19 @@ LAYER_ERRORS = [
     (LayerNorm, NORM, {"beta": floats(5)}, "beta has 5"),
     (LayerNorm, NORM, {"gamma": floats(0), "beta": floats(0)}, "gamma is empty"),
 ]  # fmt: skip
+
+
+def test_every_activation_is_known_everywhere():
+    (setting,) = (one for one in dataclasses.fields(ModelConfig) if one.name == "activation")
+    places = {
+        "ModelConfig.activation": setting.metadata["choices"],
+        "ACTIVATIONS of model.pyx": ACTIVATIONS,
+        "ACTIVATIONS of oracle.py": oracle.ACTIVATIONS,
+        "MODELS of helpers/models.py": {make_config(**one).activation for one in MODELS.values()},
+    }
+    every = set().union(*places.values())
+    lacking = {place: every - set(names) for place, names in places.items() if every - set(names)}
+    assert not lacking, f"{lacking}: 'Add an activation' in CONTRIBUTING.md lists the places"
 
 
 @pytest.mark.parametrize(("layer", "good", "change", "message"), LAYER_ERRORS)

@@ -155,7 +155,7 @@ def test_layer_norm_gradients(size):
     )
 
 
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 def test_activate_gradients(activation):
     check_gradients(
         lambda x: oracle.activate(x, activation),
@@ -232,7 +232,7 @@ def test_attention_gradients(positions, span, padding, sub_norm):
 
 
 @sub_norms
-@pytest.mark.parametrize("activation", ["relu", "relu2"])
+@pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 def test_feed_forward_gradients(activation, sub_norm):
     config = make_config(activation=activation, sub_norm=sub_norm)
 

@@ -3,7 +3,7 @@
 import ast
 import functools
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from graphlib import TopologicalSorter
 
 import pytest
@@ -128,7 +128,9 @@ def test_imports_run_one_way():
         for other in others
         if part_of(other) not in {part_of(module), *MAY_IMPORT[part_of(module)]}
     }
-    assert against == set(EXCEPTIONS)
+    new, gone = sorted(against - set(EXCEPTIONS)), sorted(set(EXCEPTIONS) - against)
+    assert not new, "modules, and what they import against the order of MAY_IMPORT"
+    assert not gone, "EXCEPTIONS that no module needs any more"
 
 
 @in_the_source
@@ -140,15 +142,18 @@ def test_package_imports_nothing_beside_it():
 
 @in_the_source
 def test_few_modules_lie_flat():
-    assert len([path for path in PACKAGE.iterdir() if path.suffix in (".py", ".pyx")]) <= 24
+    flat = [path for path in PACKAGE.iterdir() if path.suffix in (".py", ".pyx")]
+    assert len(flat) <= 24, "what the C program never had belongs in a folder (ARCHITECTURE.md)"
 
 
 @together("path", sorted(TESTS.rglob("*.py")))
 def test_no_test_module_is_imported(path):
     names = {name.partition(".")[0] for name in imports_of_python(path.read_text("utf-8"))}
-    assert not {name for name in names if name.startswith("test_") or name == "conftest"}
+    imported = {name for name in names if name.startswith("test_") or name == "conftest"}
+    assert not imported, f"{path.name} imports a test module: what tests share is in helpers/"
 
 
 def test_test_modules_have_different_names():
-    paths = list(TESTS.rglob("test_*.py"))
-    assert len({path.name for path in paths}) == len(paths)
+    counts = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    several = [name for name, count in counts.items() if count > 1]
+    assert not several, "names that two test modules have"

@@ -79,6 +79,8 @@ _UNPACK = {".gz": "gzip -dc", ".zst": "zstd -dc", ".xz": "xz -dc", ".bz2": "bzip
 _JSON_LINES = (".jsonl", ".ndjson")
 _PLAIN = (".txt", ".md", ".text")
 _PARQUET = ".parquet"
+# What a folder is searched for; all but Parquet may be compressed.
+_KNOWN = (*_PLAIN, *_JSON_LINES, _PARQUET)
 _HTML = (".html", ".htm", ".xhtml")
 
 _UTF8_MARK = codecs.BOM_UTF8
@@ -515,7 +517,7 @@ def _find(data: str) -> tuple[tuple[Path, ...], str]:
             return (path,), text_name(path) if stat.S_ISREG(mode) else data
         matches = [Path(path) for path in _files_below(data)]
         if not matches:
-            kinds = ", ".join((*_PLAIN, *_JSON_LINES, _PARQUET))
+            kinds = ", ".join(_KNOWN)
             raise FileNotFoundError(errno.ENOENT, f"No file with text in it ({kinds})", data)
     files = sorted({_absolute(path) for path in matches}, key=lambda path: path.parts)
     if len(files) == 1:
@@ -574,7 +576,8 @@ def _files_below(folder: str) -> Iterator[str]:
 
 
 def _is_known(name: str) -> bool:
-    return _parted(name)[0].endswith((*_PLAIN, *_JSON_LINES)) or name.lower().endswith(_PARQUET)
+    stem, compression = _parted(name)
+    return stem.endswith(_KNOWN) and not (compression and stem.endswith(_PARQUET))
 
 
 def _state(status: os.stat_result) -> tuple[int, ...]:

@@ -112,7 +112,7 @@ def _constants(
         "ffn_dim": config.ffn_dim,
         "rope": int(config.positions == "rope"),
         "rope_base": repr(float(config.rope_base)),
-        "squared": int(config.activation == "relu2"),
+        "squared": {"relu": 0, "relu2": 1}[config.activation],
         "lowest": levels[0],
         "step": levels[1] - levels[0],
         "base": len(levels),

@@ -48,8 +48,9 @@ _BLOCK = {
 
 def check_nemotron(config: ModelConfig) -> None:
     """Raise ``ValueError``, with a remedy, if Nemotron cannot compute such a model."""
+    activation = {"relu": "plain ReLU"}.get(config.activation, config.activation)
     lacking = (
-        (config.activation == "relu", "plain ReLU", "--activation relu2"),
+        (config.activation != "relu2", activation, "--activation relu2"),
         (config.positions == "none", "attention without positions", "--positions rope"),
         (config.attention_window > 0, "attention window", "--attention-window 0"),
         (config.sub_norm, "norms inside their layers", "--no-sub-norm"),

@@ -18,7 +18,7 @@ The parameters of a model are a dict of arrays:
   has norms before the layers' last matrices
 
 The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
-``num_heads``, ``ffn_multiplier``, ``activation`` ("relu" or "relu2"), ``positions`` ("rope" or
+``num_heads``, ``ffn_multiplier``, ``activation`` (of ``ACTIVATIONS``), ``positions`` ("rope" or
 "none"), ``rope_base``, ``final_norm`` (bool), ``attention_window`` (0: no limit) and, where they
 are not False, ``sub_norm``, ``int8_activations``, ``int8_cache`` and ``ternary_embedding``. With
 the cache in int8, a token's key and value are rounded as activations are, each head by itself.
@@ -247,14 +247,21 @@ def linear_backward(d_output, x, weight):
     return d_output @ weight, _rows(d_output).T @ _rows(x), _sum_rows(d_output)
 
 
+# The feed forward's activations, each with its derivative.
+ACTIVATIONS = {
+    "relu2": (relu2, lambda x: 2.0 * relu(x)),
+    "relu": (relu, lambda x: (x > 0).astype(np.float64)),
+}
+
+
 def activate(x, activation):
     """The feed forward's activation, any shape."""
-    return {"relu": relu, "relu2": relu2}[activation](x)
+    return ACTIVATIONS[activation][0](x)
 
 
 def activate_backward(d_output, x, activation):
     """Backward of `activate`; the gradient of relu at 0 is 0."""
-    return d_output * {"relu": (x > 0).astype(np.float64), "relu2": 2.0 * relu(x)}[activation]
+    return d_output * ACTIVATIONS[activation][1](x)
 
 
 def _rounded(x, config):
