@@ -82,6 +82,10 @@ TABLES = {
         Variant("float for the first 20 %", "--float-steps 400"),
         Variant("products in float32", "--precision float32"),
     ),
+    "precisions": (
+        Variant("float32", "--optimizer adamw --precision float32"),
+        Variant("int8", "--optimizer adamw --precision int8"),
+    ),
     "shapes": (
         Variant("1 block of 176", "--blocks 1 --model-dim 176"),
         Variant("2 blocks of 152", "--blocks 2 --model-dim 152"),

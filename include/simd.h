@@ -23,6 +23,7 @@
  *   vf32_sum(v), vf32_largest(v)   across the lanes
  *   vf32_transpose(square)    VF32_LANES vectors, the rows of a square, become its columns
  *   i8_round(p, v)            VF32_LANES integers nearest to v, within -127 to 127, as int8
+ *   i8_round4(p, v)           the same for four vectors
  *
  *   simd_prepare()            called once, before anything else
  *
@@ -100,6 +101,14 @@ enum {
     PACK_RIGHT = 512 * 256,
     PACK_LEFT = 240 * 256
 };
+
+#ifndef I8_ROUND4
+static inline void i8_round4(signed char *p, const vf32 *v)
+{
+    for (int i = 0; i < 4; i++)
+        i8_round(p + i * VF32_LANES, v[i]);
+}
+#endif
 
 #ifndef VPART_ROWS
 static inline void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)

@@ -117,6 +117,17 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 
+/* Packing works within halves of a vector; fours of bytes are sorted at the end. */
+#define I8_ROUND4
+static inline void i8_round4(signed char *p, const vf32 *v)
+{
+    const __m256i low = _mm256_packs_epi32(_mm256_cvtps_epi32(v[0]), _mm256_cvtps_epi32(v[1]));
+    const __m256i high = _mm256_packs_epi32(_mm256_cvtps_epi32(v[2]), _mm256_cvtps_epi32(v[3]));
+    const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+    _mm256_storeu_si256((__m256i *)p, _mm256_permutevar8x32_epi32(
+        _mm256_packs_epi16(low, high), order));
+}
+
 enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 8 };
 typedef __m256i vsum;
 typedef struct { __m256i field[4]; } vact;

@@ -67,6 +67,14 @@ static inline void i8_round(signed char *p, vf32 v)
     memcpy(p, &four, 4);
 }
 
+#define I8_ROUND4
+static inline void i8_round4(signed char *p, const vf32 *v)
+{
+    const __m128i low = _mm_packs_epi32(_mm_cvtps_epi32(v[0]), _mm_cvtps_epi32(v[1]));
+    const __m128i high = _mm_packs_epi32(_mm_cvtps_epi32(v[2]), _mm_cvtps_epi32(v[3]));
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(low, high));
+}
+
 typedef __m128i vsum;
 
 static inline vsum vsum_zero(void) { return _mm_setzero_si128(); }

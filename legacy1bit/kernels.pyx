@@ -54,6 +54,7 @@ cdef extern from "simd.h" nogil:
     float vf32_largest(vf32 v)
     void vf32_transpose(vf32 *square)
     void i8_round(signed char *p, vf32 v)
+    void i8_round4(signed char *p, const vf32 *v)
     void simd_prepare()
     enum:
         VSUM_ROWS
@@ -1036,29 +1037,29 @@ cdef enum:
 
 
 cdef inline float largest_magnitude(const float *x, Py_ssize_t n, float *nonfinite) noexcept nogil:
-    # The largest |x|; nonfinite is 0 if every x is finite, else NaN: x - x is 0 for finite x only.
-    # Two of each, so that one vector does not wait for the previous one.
-    cdef Py_ssize_t i = 0, whole = n - n % VF32_LANES
-    cdef vf32 v, w, zero = vf32_zero()
-    cdef vf32 most = zero, most2 = zero, total = zero, total2 = zero
+    # The largest |x|; nonfinite is 0 if every x is finite, else NaN: 0 x is 0 for finite x only.
+    # Two of each, so that a vector does not wait for the previous one.
+    cdef Py_ssize_t i = 0
+    cdef vf32 v, zero = vf32_zero()
+    cdef vf32 most = zero, least = zero, total = zero, most2 = zero, least2 = zero, total2 = zero
     while i + 2 * VF32_LANES <= n:
         v = vf32_load(x + i)
-        w = vf32_load(x + i + VF32_LANES)
-        most = vf32_max(most, vf32_max(v, vf32_sub(zero, v)))
-        most2 = vf32_max(most2, vf32_max(w, vf32_sub(zero, w)))
-        total = vf32_add(total, vf32_sub(v, v))
-        total2 = vf32_add(total2, vf32_sub(w, w))
+        most = vf32_max(most, v)
+        least = vf32_min(least, v)
+        total = vf32_fmadd(v, zero, total)
+        v = vf32_load(x + i + VF32_LANES)
+        most2 = vf32_max(most2, v)
+        least2 = vf32_min(least2, v)
+        total2 = vf32_fmadd(v, zero, total2)
         i += 2 * VF32_LANES
-    if i < whole:
-        v = vf32_load(x + i)
-        most = vf32_max(most, vf32_max(v, vf32_sub(zero, v)))
-        total = vf32_add(total, vf32_sub(v, v))
-    if whole < n:
-        v = vf32_load_first(x + whole, n - whole)
-        most2 = vf32_max(most2, vf32_max(v, vf32_sub(zero, v)))
-        total2 = vf32_add(total2, vf32_sub(v, v))
+    while i < n:
+        v = vf32_load_first(x + i, n - i) if n - i < VF32_LANES else vf32_load(x + i)
+        most = vf32_max(most, v)
+        least = vf32_min(least, v)
+        total = vf32_fmadd(v, zero, total)
+        i += VF32_LANES
     nonfinite[0] = vf32_sum(vf32_add(total, total2))
-    return vf32_largest(vf32_max(most, most2))
+    return vf32_largest(vf32_max(vf32_max(most, most2), vf32_sub(zero, vf32_min(least, least2))))
 
 
 cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
@@ -1073,12 +1074,13 @@ cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         const Int8Rows *out) noexcept nogil:
     # Quantizes each row to int8 codes, -127 to 127, with its own scale max |x| / 127 (BitNet b1.58,
     # arXiv 2402.17764, section 2). The scale of a row that is not finite is NaN.
-    cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
+    cdef Py_ssize_t i, j, k, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *row
     cdef signed char *codes
     cdef signed char last[VF32_LANES]
     cdef float top, inverse, nonfinite
     cdef vf32 up
+    cdef vf32 four[4]
     START_TIMER(TIMER_QUANTIZE)
     for i in range(rows):
         row = x + i * cols
@@ -1091,8 +1093,15 @@ cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
             out.sums[i] = 0
             continue
         up = vf32_splat(inverse)
-        for j from 0 <= j < whole by VF32_LANES:
+        j = 0
+        while j + 4 * VF32_LANES <= cols:
+            for k in range(4):
+                four[k] = vf32_mul(up, vf32_load(row + j + k * VF32_LANES))
+            i8_round4(codes + j, four)
+            j += 4 * VF32_LANES
+        while j < whole:
             i8_round(codes + j, vf32_mul(up, vf32_load(row + j)))
+            j += VF32_LANES
         if left:
             i8_round(last, vf32_mul(up, vf32_load_first(row + whole, left)))
             memcpy(codes + whole, last, left)

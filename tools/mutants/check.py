@@ -40,6 +40,7 @@ TESTS = [
         "forward",
         "packed",
         "precision",
+        "int8_products",
         "inference",
         "model",
         "schemes",
