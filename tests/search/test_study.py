@@ -657,7 +657,11 @@ def test_jobs_end_with_the_process_that_began_them(say):
     wait_for(lambda: [t.state.name for t in trials_of("study")][:2] == ["FAIL", "FAIL"])
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGTERM], [signal.SIGINT] * 2], ids=len)
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], pytest.param([signal.SIGINT] * 2, marks=pytest.mark.slow)],
+    ids=len,
+)
 def test_jobs_end_when_the_first_process_is_told(signals):
     """As by a terminal, which tells all of them, and as by somebody who tells that one only."""
     pytest.importorskip("optuna")
