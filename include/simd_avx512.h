@@ -97,6 +97,16 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
+/* Packing works within quarters of a vector; fours of bytes are sorted at the end. */
+#define I8_ROUND4
+static inline void i8_round4(signed char *p, const vf32 *v)
+{
+    const __m512i low = _mm512_packs_epi32(_mm512_cvtps_epi32(v[0]), _mm512_cvtps_epi32(v[1]));
+    const __m512i high = _mm512_packs_epi32(_mm512_cvtps_epi32(v[2]), _mm512_cvtps_epi32(v[3]));
+    const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
+}
+
 enum { VSUM_ROWS = 16 };
 typedef struct { __m512i field[4]; } vact;
 typedef struct { __m512i field[5]; } vact3;

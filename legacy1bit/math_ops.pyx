@@ -130,7 +130,7 @@ def product_precisions() -> list:
 
 
 # Where an int8 product is faster than that of floats.
-_INT8_TIERS = ("ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni")
+_INT8_TIERS = ("sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni")
 
 
 def fastest_precision(bint codes=True) -> str:
@@ -144,7 +144,7 @@ def fastest_precision(bint codes=True) -> str:
     Returns
     -------
     str
-        One of ``product_precisions()``: bf16 where it is available, and otherwise int8 from SSSE3
+        One of ``product_precisions()``: bf16 where it is available, and otherwise int8 from SSE2
         on, for codes.
     """
     if "bf16" in product_precisions():

@@ -215,7 +215,7 @@ def test_narrower_instruction_sets_have_no_bf16(tier):
         assert fastest_precision() == product_precisions()[-1]
         return
     assert product_precisions() == ["float32", "int8"]
-    assert fastest_precision() == ("float32" if tier in ("scalar", "sse", "sse2") else "int8")
+    assert fastest_precision() == ("float32" if tier in ("scalar", "sse") else "int8")
     assert fastest_precision(codes=False) == "float32"
     with (
         pytest.raises(ValueError, match=r"bf16, expected float32 or int8: .*AMX"),
