@@ -71,8 +71,8 @@ typedef int peak_bytes;
 #define PEAK_REGISTER "+r"
 #endif
 
-/* rounds * PEAK_SUMS steps. What the compiler is told of the factors keeps it from moving products
- * out of the loop, and of the sums, from leaving them out. */
+/* rounds * PEAK_SUMS steps. The compiler has to assume that the factors change, and so cannot move
+ * products out of the loop, and that the sums are used. */
 static void peak_of_dots(long rounds)
 {
     peak_bytes b = (peak_bytes){0};

@@ -523,7 +523,7 @@ cdef class FeedForwardWorkspace:
         self.view.inv_std = float_pointer(self.arrays[3])
 
     def __reduce__(self):
-        raise TypeError("a FeedForwardRoom cannot be copied or pickled: make another one")
+        raise TypeError("a FeedForwardWorkspace cannot be copied or pickled: make another one")
 
 
 def forward_feed_forward(FeedForward ffn not None, x):
