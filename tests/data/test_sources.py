@@ -1207,6 +1207,16 @@ def test_zstd_of_the_standard_library_is_taken_where_there_is_one(write, monkeyp
 # --- Memory ---------------------------------------------------------------------------------------
 
 
+def size_and_peak(path):
+    """The bytes of a text that is read in pieces, and the most memory that this takes."""
+    tracemalloc.start()
+    try:
+        size = sum(len(piece.text) for piece in open_source(str(path)).pieces())
+        return size, tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @compressed
 def test_memory_does_not_grow_with_the_file(tmp_path, suffix, compress):
     block = b"some words and a line break\n" * (1 << 15)
@@ -1216,12 +1226,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix, compress):
         for _ in range(60):
             file.write(part)
     del block, part
-    tracemalloc.start()
-    try:
-        size = sum(len(piece.text) for piece in open_source(str(path)).pieces())
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    size, peak = size_and_peak(path)
     assert size > 50_000_000
     # The window of xz has 8 MiB, and is traced.
     assert peak < (20 if suffix == ".xz" else 12) << 20
@@ -1230,12 +1235,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, suffix, compress):
 @needs_zstd
 def test_memory_does_not_grow_with_how_much_a_frame_holds(write):
     path = write("a.zst", zstd(bytes(50_000_000)))
-    tracemalloc.start()
-    try:
-        size = sum(len(piece.text) for piece in open_source(str(path)).pieces())
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    size, peak = size_and_peak(path)
     assert size == 50_000_000
     # Nowhere to cut: pieces of 16 MiB, and one at a time in the making.
     assert peak < 64 << 20

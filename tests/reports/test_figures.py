@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from helpers import oracle
 from helpers.models import make_config, random_model
 from helpers.paths import ROOT
-from helpers.runs import SHORT, STRANGE, with_metrics
+from helpers.runs import STRANGE, with_metrics
 from legacy1bit.data.stories import entropy_per_character
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
@@ -55,20 +55,6 @@ KEYS = {
     "gradient-norm": "gradient_norm",
     "speed": "tokens_per_second",
 }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert main([*SHORT, "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path, monkeypatch):
-    """A copy of a run, to change; the working folder is where it lies."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def lines_of(figure):

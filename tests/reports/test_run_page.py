@@ -26,20 +26,6 @@ from legacy1bit.training.trainer import Trainer
 pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install matplotlib")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "finished"
-    assert main([*SHORT, "--out", str(folder)]) == 0
-    return folder
-
-
-@pytest.fixture
-def run(finished, tmp_path, monkeypatch):
-    """A copy of a run, to change; the working folder is where it lies."""
-    monkeypatch.chdir(tmp_path)
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 @pytest.fixture
 def written(say):
     """Write the page about a run and take it apart."""
