@@ -9,6 +9,7 @@ made from the fields. The learning-rate schedules keep the names of their C func
 import math
 from collections.abc import Mapping
 from dataclasses import Field, asdict, dataclass, field, fields
+from types import MappingProxyType
 from typing import Any, Self
 
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -37,7 +38,10 @@ FILE_KEYS = {"attention_window": "attention_span"}
 # Settings that may change when a run is resumed.
 CHANGEABLE = ("steps", "threads", "precision", "patience")
 
-SCALES = ("tensor", "row", "128", "256", "one")
+SCALES = ("tensor", "row", "64", "128", "256", "one")
+NORMS = ("layer", "rms")
+ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
+BIASES = ("all", "qkv", "none")
 OPTIMIZERS = ("muon", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")
 TOKENIZERS = ("bytes", "chars", "bpe")
@@ -49,6 +53,16 @@ BASIC, EXPERIMENTAL = "basic", "experimental"
 
 # The default peak of the learning rate, by optimizer.
 DEFAULT_RATES = {"muon": 5.7e-3, "adamw": 3e-3, "sgd": 0.1}
+
+
+def _later(setting: Any) -> Any:
+    """Mark a setting that files of earlier versions do not have.
+
+    It is written only where it differs from its default, so that a model that does not need it has
+    the same file as before.
+    """
+    setting.metadata = MappingProxyType({**setting.metadata, "later": True})
+    return setting
 
 
 def _integer(default: int | None, low: int, high: int, meaning: str, group: str = "") -> Any:
@@ -143,7 +157,23 @@ class _Record:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as a plain dictionary, under the keys of files (``FILE_KEYS``)."""
         settings = asdict(self)  # type: ignore[call-overload]
+        for setting in fields(self):  # type: ignore[arg-type]
+            name = setting.name
+            if setting.metadata.get("later") and settings[name] == self._default(setting):
+                del settings[name]
         return {FILE_KEYS.get(name, name): value for name, value in settings.items()}
+
+    def _default(self, setting: Field[Any]) -> Any:
+        """Return the value of a setting that is not given."""
+        return setting.default
+
+    def with_settings(self, **changes: Any) -> Self:
+        """Return a copy with some settings changed; those that derive from others follow them."""
+        settings = asdict(self)  # type: ignore[call-overload]
+        for setting in fields(self):  # type: ignore[arg-type]
+            if settings[setting.name] == self._default(setting):
+                del settings[setting.name]
+        return type(self)(**settings | changes)
 
     @classmethod
     def from_dict(cls, settings: dict[str, Any]) -> Self:
@@ -166,6 +196,18 @@ class _Record:
         return cls(**settings)
 
 
+def _parse_windows(pattern: str) -> list[int]:
+    """Return the numbers of a ``window_pattern``."""
+    parts = [part.strip() for part in pattern.split(",")]
+    if not all(part.isdecimal() and part.isascii() and len(part) <= 6 for part in parts):
+        raise SettingError(
+            f"window_pattern is {format_value(pattern)}, expected whole numbers separated by "
+            "commas",
+            "window_pattern",
+        )
+    return [int(part) for part in parts]
+
+
 # The upper limits of the sizes: a larger number in a file or on a command line is a mistake or an
 # attack, not a model.
 @dataclass(frozen=True)
@@ -175,27 +217,77 @@ class ModelConfig(_Record):
     vocab_size: int = _integer(256, 1, 1 << 20, "V, the number of tokens; the id V is padding")
     model_dim: int = _integer(192, 1, 1 << 14, "C, the width of the residual stream", BASIC)
     num_blocks: int = _integer(2, 1, 1 << 10, "transformer blocks", BASIC)
-    num_heads: int = _integer(
-        4, 1, 1 << 10, "H, attention heads of a block; divides the width", BASIC
+    num_heads: int = _integer(4, 1, 1 << 10, "H, attention heads of a block", BASIC)
+    num_kv_heads: int = _later(
+        _integer(
+            None,
+            1,
+            1 << 10,
+            "heads of keys and values, each for H / N heads of queries: grouped-query attention "
+            "(default: H)",
+        )
     )
+    head_dim: int = _later(_integer(None, 1, 1 << 12, "D, the width of a head (default: C / H)"))
     ffn_multiplier: int = _integer(3, 1, 1 << 6, "the feed-forward layer's width over C")
+    ffn_dim: int = _later(
+        _integer(
+            None, 1, 1 << 18, "F, the feed-forward layer's width (default: C times ffn_multiplier)"
+        )
+    )
     sequence_length: int = _integer(256, 1, 1 << 17, "T, the context length, in tokens", BASIC)
     scheme: str = _choice("ternary", (*SCHEMES, FLOAT), "quantization of the blocks' matrices")
     scale: str = _choice(
         "tensor",
         SCALES,
-        "the weights that share a scale: a matrix, a row, 128 or 256 weights of a row; one: the "
-        "scale is 1",
+        "the weights that share a scale: a matrix, a row, 64, 128 or 256 weights of a row; one: "
+        "the scale is 1",
+    )
+    scale_shards: int = _later(
+        _integer(1, 1, 1 << 10, "with scale tensor: shards of rows, each with a scale of its own")
     )
     ternary_embedding: bool = _flag(False, "quantize embedding and output matrix, too")
+    tied_embeddings: bool = _later(_flag(False, "the output matrix is the embedding"))
     int8_activations: bool = _flag(
         False, "round the inputs of quantized layers to int8, with one scale per token"
     )
-    sub_norm: bool = _flag(False, "a layer norm before every linear layer (SubLN)")
-    activation: str = _choice("relu2", ("relu2", "relu"), "the feed-forward layer's activation")
+    norm: str = _later(
+        _choice("layer", NORMS, "layer: layer norm; rms: RMS norm, without mean and bias")
+    )
+    norm_bias: bool = _later(_flag(True, "layer norms have a bias"))
+    norm_epsilon: float = _later(
+        _number(1e-5, 1e-12, 0.1, "added to the variance under the root of a norm")
+    )
+    sub_norm: bool = _flag(False, "a norm before every linear layer (SubLN)")
+    qk_norm: bool = _later(_flag(False, "an RMS norm of each head's queries and keys"))
+    biases: str = _later(
+        _choice(
+            "all",
+            BIASES,
+            "linear layers of the blocks that have a bias: qkv: queries, keys and values only",
+        )
+    )
+    gated: bool = _later(_flag(False, "feed-forward layer with a gate: act(wg x) times wi x (GLU)"))
+    activation: str = _choice("relu2", ACTIVATIONS, "the feed-forward layer's activation")
     positions: str = _choice("rope", ("rope", "none"), "rotary position embedding, or none")
     rope_base: float = _number(10000.0, 1.0, 1e9, "base of the rotary wavelengths")
-    final_norm: bool = _flag(True, "a layer norm before the output layer")
+    rope_pairs: str = _later(
+        _choice(
+            "halves",
+            ("halves", "adjacent"),
+            "elements of a head that rotate together: halves: i and i + D / 2; adjacent: 2 i and "
+            "2 i + 1",
+        )
+    )
+    rope_fraction: float = _later(
+        _number(1.0, 1e-3, 1.0, "fraction of a head, its first elements, that rotates")
+    )
+    rope_factor: float = _later(
+        _number(1.0, 1.0, 1e3, "YaRN: the context length over that of the pretraining; 1: no YaRN")
+    )
+    rope_original_length: int = _later(
+        _integer(0, 0, 1 << 17, "YaRN: the context length of the pretraining")
+    )
+    final_norm: bool = _flag(True, "a norm before the output layer")
     attention_window: int = _integer(
         0,
         0,
@@ -203,22 +295,74 @@ class ModelConfig(_Record):
         "the last tokens that a token attends to, itself included; 0: all",
         EXPERIMENTAL,
     )
+    window_pattern: str | None = _later(
+        _text(
+            None,
+            "attention windows by block, separated by commas and repeated: 512,512,0 lets every "
+            "third block attend to all tokens",
+        )
+    )
     output_bias: bool = _flag(False, "a bias for each token in the output layer")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model_dim % self.num_heads:
+        if self.head_dim is None and self.model_dim % self.num_heads:
             raise SettingError(
                 f"model_dim is {self.model_dim}, expected a multiple of num_heads "
-                f"({self.num_heads})",
+                f"({self.num_heads}), or a head_dim",
                 *("model_dim", "num_heads"),
             )
-        if self.positions == "rope" and self.head_dim % 2:
+        for name, value in self._derived().items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        if self.num_heads % self.num_kv_heads:
             raise SettingError(
-                f"model_dim / num_heads is {self.head_dim}, expected an even number: rotary "
-                "positions rotate pairs",
-                *("model_dim", "num_heads"),
+                f"num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads "
+                f"({self.num_heads})",
+                *("num_kv_heads", "num_heads"),
             )
+        if self.positions == "rope" and (
+            self.rotary_dim % 2 or self.rotary_dim != self.head_dim * self.rope_fraction
+        ):
+            raise SettingError(
+                f"{'head_dim' if self.rope_fraction == 1.0 else 'head_dim * rope_fraction'} is "
+                f"{self.head_dim * self.rope_fraction:g}, expected an even number: rotary "
+                "positions rotate pairs",
+                *("model_dim", "num_heads", "head_dim"),
+            )
+        if self.positions == "none" and (self.rope_factor, self.rope_fraction) != (1.0, 1.0):
+            raise SettingError("rope_factor and rope_fraction need positions rope", "positions")
+        if (self.rope_factor > 1.0) != (self.rope_original_length > 0):
+            raise SettingError(
+                f"rope_factor is {self.rope_factor:g} and rope_original_length "
+                f"{self.rope_original_length}: YaRN needs a factor above 1 and a length",
+                *("rope_factor", "rope_original_length"),
+            )
+        if self.scale_shards > 1 and self.scale != "tensor":
+            raise SettingError(
+                f"scale_shards is {self.scale_shards} with scale {self.scale}, expected scale "
+                "tensor",
+                *("scale_shards", "scale"),
+            )
+        if self.window_pattern is not None and self.attention_window:
+            raise SettingError(
+                f"window_pattern is {self.window_pattern} and attention_window "
+                f"{self.attention_window}, expected one of them",
+                *("window_pattern", "attention_window"),
+            )
+        if self.window_pattern is not None:
+            _parse_windows(self.window_pattern)
+
+    def _derived(self) -> dict[str, int]:
+        """Return the values of settings that follow from others where they are not given."""
+        return {
+            "num_kv_heads": self.num_heads,
+            "head_dim": self.model_dim // self.num_heads,
+            "ffn_dim": self.model_dim * self.ffn_multiplier,
+        }
+
+    def _default(self, setting: Field[Any]) -> Any:
+        return self._derived().get(setting.name, setting.default)
 
     @property
     def has_int8_products(self) -> bool:
@@ -226,14 +370,27 @@ class ModelConfig(_Record):
         return self.scheme != FLOAT and self.scale in ("tensor", "row", "one")
 
     @property
-    def head_dim(self) -> int:
-        """D = C / H."""
-        return self.model_dim // self.num_heads
+    def query_dim(self) -> int:
+        """H D, the width of all heads' queries."""
+        return self.num_heads * self.head_dim
 
     @property
-    def ffn_dim(self) -> int:
-        """F, the width of the feed-forward network's hidden layer."""
-        return self.model_dim * self.ffn_multiplier
+    def kv_dim(self) -> int:
+        """The width of all heads' keys, and of their values."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def rotary_dim(self) -> int:
+        """The elements of a head that rotate with the position."""
+        return round(self.head_dim * self.rope_fraction)
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """The attention window of each block; 0: all tokens."""
+        if self.window_pattern is None:
+            return (self.attention_window,) * self.num_blocks
+        windows = _parse_windows(self.window_pattern)
+        return tuple(windows[i % len(windows)] for i in range(self.num_blocks))
 
     @property
     def pad_token(self) -> int:
@@ -267,16 +424,35 @@ class ModelConfig(_Record):
             model_dim=model_dim,
             num_blocks=num_blocks,
             num_heads=num_heads,
-            ffn_multiplier=4,
             sequence_length=sequence_length,
-            scale="one",
-            ternary_embedding=True,
-            activation="relu",
-            positions="none",
-            final_norm=False,
-            attention_window=1,
-            output_bias=True,
+            **ARCHITECTURES["c-original"],
         )
+
+
+# The settings that make up the architectures that other programs know; the others are free.
+_ROOT_MEAN_SQUARE = {"norm": "rms", "norm_bias": False, "biases": "none", "gated": True}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
+    "nemotron": {},
+    "llama": {**_ROOT_MEAN_SQUARE, "activation": "silu"},
+    "qwen3": {**_ROOT_MEAN_SQUARE, "activation": "silu", "norm_epsilon": 1e-6, "qk_norm": True},
+    "bitnet": {
+        **_ROOT_MEAN_SQUARE,
+        "activation": "relu2",
+        "sub_norm": True,
+        "int8_activations": True,
+        "tied_embeddings": True,
+    },
+    "c-original": {
+        "ffn_multiplier": 4,
+        "scale": "one",
+        "ternary_embedding": True,
+        "activation": "relu",
+        "positions": "none",
+        "final_norm": False,
+        "attention_window": 1,
+        "output_bias": True,
+    },
+}
 
 
 @dataclass(frozen=True)

@@ -17,33 +17,34 @@ Kind = Literal["quantized", "matrix", "vector"]
 # The kinds in their order in memory.
 _KINDS: tuple[Kind, ...] = ("quantized", "matrix", "vector")
 
-# The parameters of a block by name, with their axes: C is the model's dimension, F that of the
-# hidden layer of the feed-forward network.
-_BLOCK = {
-    "attention.wq": "CC",
-    "attention.wk": "CC",
-    "attention.wv": "CC",
-    "attention.wo": "CC",
-    "attention.bq": "C",
-    "attention.bk": "C",
-    "attention.bv": "C",
-    "attention.bo": "C",
-    "ffn.wi": "FC",
-    "ffn.bi": "F",
-    "ffn.wo": "CF",
-    "ffn.bo": "C",
-    "norm1.gamma": "C",
-    "norm1.beta": "C",
-    "norm2.gamma": "C",
-    "norm2.beta": "C",
-}
-# Those of blocks with sub_norm besides.
-_SUB_NORM = {
-    "attention.gamma": "C",
-    "attention.beta": "C",
-    "ffn.gamma": "F",
-    "ffn.beta": "F",
-}
+# The parameters of a block by name, with their axes and the option that they belong to. The axes
+# are those of ``dimensions``; a block without the option has no such parameter.
+_BLOCK = (
+    ("attention.wq", "QC", ""),
+    ("attention.wk", "KC", ""),
+    ("attention.wv", "KC", ""),
+    ("attention.wo", "CQ", ""),
+    ("attention.bq", "Q", "qkv_bias"),
+    ("attention.bk", "K", "qkv_bias"),
+    ("attention.bv", "K", "qkv_bias"),
+    ("attention.bo", "C", "bias"),
+    ("attention.q_gamma", "D", "qk_norm"),
+    ("attention.k_gamma", "D", "qk_norm"),
+    ("ffn.wg", "FC", "gated"),
+    ("ffn.wi", "FC", ""),
+    ("ffn.bg", "F", "gated_bias"),
+    ("ffn.bi", "F", "bias"),
+    ("ffn.wo", "CF", ""),
+    ("ffn.bo", "C", "bias"),
+    ("norm1.gamma", "C", ""),
+    ("norm1.beta", "C", "norm_bias"),
+    ("norm2.gamma", "C", ""),
+    ("norm2.beta", "C", "norm_bias"),
+    ("attention.gamma", "Q", "sub_norm"),
+    ("attention.beta", "Q", "sub_norm_bias"),
+    ("ffn.gamma", "F", "sub_norm"),
+    ("ffn.beta", "F", "sub_norm_bias"),
+)
 
 
 class Parameter(NamedTuple):
@@ -59,7 +60,8 @@ class Parameter(NamedTuple):
     start : int
         The offset of its first element among all parameters.
     scale_shape : tuple of int
-        (1, 1), or (R, G) with G groups of columns; (0, 0) of a parameter without codes.
+        (1, 1), or (R, G) with G groups of columns; (0, 0) of a parameter without codes. Shards
+        have a scale for each row, too, so that all readers of scales know these two only.
     group : int
         The number of columns that share a scale; 0 without codes.
     scale_start : int
@@ -90,13 +92,45 @@ class Parameter(NamedTuple):
         return self.scale_start + math.prod(self.scale_shape)
 
 
-def block_layout(
-    model_dim: int, ffn_dim: int, sub_norm: bool = False
-) -> list[tuple[str, tuple[int, ...]]]:
+def dimensions(config: ModelConfig) -> dict[str, int]:
+    """Return the sizes of the axes that tables of parameters and activations name by a letter."""
+    return {
+        "C": config.model_dim,
+        "F": config.ffn_dim,
+        "V": config.vocab_size,
+        "H": config.num_heads,
+        "G": config.num_kv_heads,
+        "D": config.head_dim,
+        "Q": config.query_dim,
+        "K": config.kv_dim,
+    }
+
+
+def options(config: ModelConfig) -> set[str]:
+    """Return the options of a block, as tables of parameters and activations name them."""
+    norm_bias = config.norm == "layer" and config.norm_bias
+    chosen = {
+        "": True,
+        "qkv_bias": config.biases != "none",
+        "bias": config.biases == "all",
+        "gated_bias": config.gated and config.biases == "all",
+        "gated": config.gated,
+        "qk_norm": config.qk_norm,
+        "norm_bias": norm_bias,
+        "sub_norm": config.sub_norm,
+        "sub_norm_bias": config.sub_norm and norm_bias,
+    }
+    return {name for name, is_chosen in chosen.items() if is_chosen}
+
+
+def block_layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Return the parameters of a block: a list of (name, shape)."""
-    sizes = {"C": model_dim, "F": ffn_dim}
-    tables = _BLOCK | _SUB_NORM if sub_norm else _BLOCK
-    return [(name, tuple(sizes[axis] for axis in axes)) for name, axes in tables.items()]
+    sizes, chosen = dimensions(config), options(config)
+    return [
+        (name, tuple(sizes[axis] for axis in axes))
+        for name, axes, option in _BLOCK
+        if option in chosen
+    ]
 
 
 def parameter_layout(config: ModelConfig) -> list[Parameter]:
@@ -108,15 +142,18 @@ def parameter_layout(config: ModelConfig) -> list[Parameter]:
     inner: Kind = "matrix" if config.scheme == FLOAT else "quantized"
     outer: Kind = inner if config.ternary_embedding else "matrix"
     entries: list[tuple[str, tuple[int, ...], Kind]] = [("embedding.weight", (vocab, dim), outer)]
-    block = block_layout(dim, config.ffn_dim, config.sub_norm)
+    block = block_layout(config)
     for i in range(config.num_blocks):
         entries += [
             (f"blocks.{i}.{name}", shape, inner if len(shape) == 2 else "vector")
             for name, shape in block
         ]
     if config.final_norm:
-        entries += [(f"final_norm.{name}", (dim,), "vector") for name in ("gamma", "beta")]
-    entries.append(("output.weight", (vocab, dim), outer))
+        entries.append(("final_norm.gamma", (dim,), "vector"))
+        if "norm_bias" in options(config):
+            entries.append(("final_norm.beta", (dim,), "vector"))
+    if not config.tied_embeddings:
+        entries.append(("output.weight", (vocab, dim), outer))
     if config.output_bias:
         entries.append(("output.bias", (vocab,), "vector"))
     entries.sort(key=lambda entry: _KINDS.index(entry[2]))
@@ -132,9 +169,9 @@ def parameter_layout(config: ModelConfig) -> list[Parameter]:
 def _scales(config: ModelConfig, shape: tuple[int, ...]) -> tuple[tuple[int, int], int]:
     """Return the shape of a quantized matrix's scales, and the columns that share one."""
     rows, cols = shape
-    if config.scale in ("tensor", "one"):
+    if config.scale in ("tensor", "one") and config.scale_shards == 1:
         return (1, 1), cols
-    group = cols if config.scale == "row" else int(config.scale)
+    group = cols if config.scale in ("row", "tensor") else int(config.scale)
     return (rows, -(-cols // group)), group
 
 

@@ -314,4 +314,4 @@ def apply(
     if "optimizer" in of_training and training.learning_rate == DEFAULT_RATES[training.optimizer]:
         # Each has a default of its own.
         of_training = {"learning_rate": None, **of_training}
-    return replace(model, **of_model), replace(training, **of_training)
+    return model.with_settings(**of_model), replace(training, **of_training)
