@@ -59,8 +59,9 @@ PATHS += [
     f"legacy1bit/{name}.pyx"
     for name in ("kernels", "math_ops", "forward", "backward", "optimizer", "packed")
 ]
-# The faults of kernels.pyx are in the instruction set that is taken by default, and in that with
-# the matrix unit. There, they are harder to notice than in all of them.
+# The faults of kernels.pyx are in the widest instruction set without bfloat16, whose products in
+# float32 the wider ones have, and in that with the matrix unit. There, they are harder to notice
+# than in all of them.
 FAULTY = b'"faulty" if tier in ("avx512vnni", "amx") else "kernels", ['
 # Has run when a test begins: its faults are tried by a program of its own, with these tests.
 AT_IMPORT, OF_IMPORT = ":simd_prepare+", "tests/test_packed.py"
