@@ -53,7 +53,7 @@ def exportable(**changes):
     return model
 
 
-YARN = {"rope_factor": 4.0, "rope_original_length": 8}
+YARN = {"rope_factor": 4.0, "rope_original_length": 1000}
 # An architecture, changes of it, and the layer that transformers makes of its linear layers.
 IN_FAMILIES = {
     "nemotron": ("nemotron", {}, "Linear"),
@@ -214,7 +214,7 @@ def test_the_config_is_that_of_the_family(tmp_path):
     assert config["tie_word_embeddings"]
     assert not config["attention_bias"]
     assert config["rope_scaling"] == {
-        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 8
+        "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1000
     }  # fmt: skip
     assert "quantization_config" not in config
     export_hugging_face(exportable(**settings_of("llama, adjacent")), tmp_path)
@@ -567,7 +567,7 @@ def trained(name):
     """A model of a family that has learned a little, in a folder that is gone."""
     text = b"The cat sat on the mat. The dog ran to the cat. A hen saw the dog run.\n" * 40
     config = make_config(**{"output_bias": False, **settings_of(name), "vocab_size": 256})
-    training = TrainingConfig(steps=20, warmup_steps=5, batch_size=4, precision="float32")
+    training = TrainingConfig(steps=100, warmup_steps=10, batch_size=4, precision="float32")
     length = config.sequence_length
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
@@ -608,7 +608,7 @@ def test_transformers_has_the_log_probabilities_of_each_family(
     # Both round activations to int8 by the same rule. Where the last bits of one lie on different
     # sides of a half, it moves by a whole step, and that row's later tokens with it.
     flipped = apart > 1e-4
-    assert flipped.mean() <= (0.0 if linear == "Linear" else 0.2), apart.max()
+    assert flipped.mean() <= (0.0 if linear == "Linear" else 0.05), apart.max()
     assert apart.max() < 0.1
 
 
