@@ -70,21 +70,23 @@ static inline float ordered_squares(const float *x, float center, long n)
 }
 
 /* The layer norm of a row in float64, where float32 fails: squares that overflow, or a mean whose
- * rounding error is not small compared to the standard deviation. */
+ * rounding error is not small compared to the standard deviation. RMS norm if mean is NULL; without
+ * a bias if beta is. */
 static inline void layer_norm_float64(const float *x, const float *gamma, const float *beta,
                                       float epsilon, float *out, float *mean, float *inv_std,
                                       long n)
 {
     double center = 0.0, squares = 0.0, spread;
-    for (long i = 0; i < n; i++)
+    for (long i = 0; mean && i < n; i++)
         center += x[i];
     center /= n;
     for (long i = 0; i < n; i++)
         squares += (x[i] - center) * (x[i] - center);
     spread = 1.0 / sqrt(squares / n + epsilon);
     for (long i = 0; i < n; i++)
-        out[i] = gamma[i] * (float)((x[i] - center) * spread) + beta[i];
-    *mean = (float)center;
+        out[i] = gamma[i] * (float)((x[i] - center) * spread) + (beta ? beta[i] : 0.0f);
+    if (mean)
+        *mean = (float)center;
     *inv_std = (float)spread;
 }
 

@@ -11,11 +11,13 @@ cdef struct BackwardWorkspace:
     # Gradients of activations, which all blocks reuse; M = B T rows.
     float *d_x              # [M, C], the gradient on its way down the residual stream
     float *d_norm           # [M, C]
-    float *d_heads          # [M, C]
-    float *d_q              # [M, C]
-    float *d_k
-    float *d_v
+    float *d_heads          # [M, H D]
+    float *d_q              # [M, H D]
+    float *d_k              # [M, G D]
+    float *d_v              # [M, G D]
+    float *d_k_linear       # [M, G D], before the keys' norm; NULL without one
     float *d_hidden         # [M, F]
+    float *d_gate           # [M, F]; NULL without a gate
     float *d_hidden_normed  # [M, F] if layers have a norm before wo, else NULL
     float *d_probs          # [T, T]
 

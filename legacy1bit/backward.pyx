@@ -13,7 +13,7 @@ from libc.string cimport memset
 
 from legacy1bit.forward cimport (
     BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
-    fill_head, run_model, transform,
+    fill_head, rotate, run_model, transform,
 )
 from legacy1bit.kernels cimport Attention, KernelTable, Matrix, strided
 from legacy1bit.math_ops cimport kernels, pack_buffer
@@ -22,12 +22,12 @@ from legacy1bit.model cimport (
     FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
     ModelGradient, ModelView, MultiHeadAttention, NormGradient, NormView, TransformerBlock,
     TransformerBlockContext, allocate, allocated_bytes, check_context, fill_matrix, float_pointer,
-    gradient_pointer, offset, point_gradients, vector_pointer,
+    gradient_pointer, normalize_backward, offset, point_gradients, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
 from legacy1bit.forward import as_token_rows, document_starts, padding_mask
-from legacy1bit.layout import block_layout
+from legacy1bit.layout import block_options, dimensions
 
 # C clamps the probability of the target to this before it takes the logarithm.
 _SMALLEST_PROBABILITY = 1e-9
@@ -73,8 +73,8 @@ cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, con
         return
     kernel.linear_backward(layer.wo, d_out, rows, False, d_normed, workspace)
     memset(d_x, 0, rows * cols * sizeof(float))
-    kernel.layer_norm_backward(d_normed, layer.x, layer.norm.gamma, layer.mean, layer.inv_std, d_x,
-                               layer.d_norm.gamma, layer.d_norm.beta, rows, cols)
+    normalize_backward(layer.norm, d_normed, layer.x, layer.mean, layer.inv_std, d_x,
+                       layer.d_norm, rows, cols)
 
 
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
@@ -89,10 +89,18 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
     out.mean, out.inv_std = context.mean, context.inv_std
     out.d_weight, out.d_bias, out.d_norm = gradient.wo, gradient.bo, &gradient.norm
     backward_wo(&out, rows, d_out, buffers.d_hidden_normed, buffers.d_hidden, workspace)
-    kernel.activate_backward(layer.activation, context.hidden, buffers.d_hidden,
-                             buffers.d_hidden, rows * wide)
+    if layer.wg.rows:
+        kernel.gate_backward(layer.activation, context.gate, context.hidden, buffers.d_hidden,
+                             buffers.d_gate, buffers.d_hidden, rows * wide)
+    else:
+        kernel.activate_backward(layer.activation, context.hidden, buffers.d_hidden,
+                                 buffers.d_hidden, rows * wide)
     add_weight_gradient(buffers.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
     kernel.linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
+    if layer.wg.rows:
+        add_weight_gradient(buffers.d_gate, x, rows, wide, dim, gradient.wg, gradient.bg,
+                            workspace)
+        kernel.linear_backward(&layer.wg, buffers.d_gate, rows, True, d_x, workspace)
 
 
 cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
@@ -100,37 +108,48 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
                           AttentionGradient *gradient, const BackwardWorkspace *buffers,
                           float *d_x, float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
-    cdef Py_ssize_t i, j, row, rows = dims.batch * dims.time
+    cdef Py_ssize_t dim = layer.wq.cols, wide = layer.wq.rows, narrow = layer.wk.rows
+    cdef Py_ssize_t i, j, row, kv_row, rows = dims.batch * dims.time
+    cdef Py_ssize_t group = layer.num_heads // layer.num_kv_heads
+    cdef const float *d_q = buffers.d_q
+    cdef const float *d_k = buffers.d_k
     cdef Attention head
     cdef OutputProjection out
     out.wo, out.norm = &layer.wo, &layer.norm
     out.x, out.normed = context.heads, context.heads_normed
     out.mean, out.inv_std = context.heads_mean, context.heads_inv_std
     out.d_weight, out.d_bias, out.d_norm = gradient.wo, gradient.bo, &gradient.norm
-    # d_x is free until the end, so it serves as scratch of the same shape.
-    backward_wo(&out, rows, d_out, d_x, buffers.d_heads, workspace)
+    # d_q is not used yet, so it serves as scratch of the same shape.
+    backward_wo(&out, rows, d_out, buffers.d_q, buffers.d_heads, workspace)
     head.d_probs = buffers.d_probs
     for i in range(dims.batch):
         for j in range(layer.num_heads):
             fill_head(layer, dims, context, i, j, &head)
-            row = i * dims.time * dim + j * head.head_dim
+            row = i * dims.time * wide + j * layer.head_dim
+            kv_row = i * dims.time * narrow + j // group * layer.head_dim
             head.d_out = buffers.d_heads + row
             head.d_q = buffers.d_q + row
-            head.d_k = buffers.d_k + row
-            head.d_v = buffers.d_v + row
+            head.d_k = buffers.d_k + kv_row
+            head.d_v = buffers.d_v + kv_row
+            head.accumulate_kv = j % group != 0
             kernel.attention_backward(&head, workspace)
-        if layer.cosines:
-            row = i * dims.time * dim
-            kernel.rotary(buffers.d_q + row, layer.cosines, layer.sines, -1.0, dims.time, dim,
-                          layer.num_heads, 2 * half)
-            kernel.rotary(buffers.d_k + row, layer.cosines, layer.sines, -1.0, dims.time, dim,
-                          layer.num_heads, 2 * half)
-    add_weight_gradient(buffers.d_q, x, rows, dim, dim, gradient.wq, gradient.bq, workspace)
-    add_weight_gradient(buffers.d_k, x, rows, dim, dim, gradient.wk, gradient.bk, workspace)
-    add_weight_gradient(buffers.d_v, x, rows, dim, dim, gradient.wv, gradient.bv, workspace)
-    kernel.linear_backward(&layer.wq, buffers.d_q, rows, False, d_x, workspace)
-    kernel.linear_backward(&layer.wk, buffers.d_k, rows, True, d_x, workspace)
+    rotate(layer, dims, -1.0, buffers.d_q, buffers.d_k)
+    if layer.q_norm.gamma:
+        # d_heads has been used, so it takes the gradient of the queries before their norm.
+        memset(buffers.d_heads, 0, rows * wide * sizeof(float))
+        memset(buffers.d_k_linear, 0, rows * narrow * sizeof(float))
+        normalize_backward(&layer.q_norm, d_q, context.q_linear, NULL, context.q_inv_std,
+                           buffers.d_heads, &gradient.q_norm, rows * layer.num_heads,
+                           layer.head_dim)
+        normalize_backward(&layer.k_norm, d_k, context.k_linear, NULL, context.k_inv_std,
+                           buffers.d_k_linear, &gradient.k_norm, rows * layer.num_kv_heads,
+                           layer.head_dim)
+        d_q, d_k = buffers.d_heads, buffers.d_k_linear
+    add_weight_gradient(d_q, x, rows, wide, dim, gradient.wq, gradient.bq, workspace)
+    add_weight_gradient(d_k, x, rows, narrow, dim, gradient.wk, gradient.bk, workspace)
+    add_weight_gradient(buffers.d_v, x, rows, narrow, dim, gradient.wv, gradient.bv, workspace)
+    kernel.linear_backward(&layer.wq, d_q, rows, False, d_x, workspace)
+    kernel.linear_backward(&layer.wk, d_k, rows, True, d_x, workspace)
     kernel.linear_backward(&layer.wv, buffers.d_v, rows, True, d_x, workspace)
 
 
@@ -139,18 +158,15 @@ cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BackwardWorkspace *buffers, float *workspace) noexcept nogil:
     # buffers.d_x holds the gradient of the block's output on entry and of its input on return. The
     # residual path bypasses both norms, so their gradients add to it.
-    cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
+    cdef Py_ssize_t dim = block.attention.wq.cols, rows = dims.batch * dims.time
     backward_ffn(&block.ffn, rows, buffers.d_x, context.norm2, &context.ffn, &gradient.ffn,
                  buffers, buffers.d_norm, workspace)
-    kernel.layer_norm_backward(buffers.d_norm, context.residual, block.norm2.gamma, context.mean2,
-                               context.inv_std2, buffers.d_x, gradient.norm2.gamma,
-                               gradient.norm2.beta, rows, dim)
+    normalize_backward(&block.norm2, buffers.d_norm, context.residual, context.mean2,
+                       context.inv_std2, buffers.d_x, &gradient.norm2, rows, dim)
     backward_attend(&block.attention, dims, buffers.d_x, context.norm1, context,
                     &gradient.attention, buffers, buffers.d_norm, workspace)
-    kernel.layer_norm_backward(buffers.d_norm, context.input, block.norm1.gamma, context.mean1,
-                               context.inv_std1, buffers.d_x, gradient.norm1.gamma,
-                               gradient.norm1.beta, rows, dim)
+    normalize_backward(&block.norm1, buffers.d_norm, context.input, context.mean1,
+                       context.inv_std1, buffers.d_x, &gradient.norm1, rows, dim)
 
 
 cdef void backward_embed(const int *tokens, Py_ssize_t rows, Py_ssize_t vocab, Py_ssize_t dim,
@@ -179,10 +195,9 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
         kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
                                workspace)
         memset(buffers.d_x, 0, rows * dim * sizeof(float))
-        kernel.layer_norm_backward(buffers.d_norm, context.blocks[model.num_blocks - 1].output,
-                                   model.final_norm.gamma, context.mean, context.inv_std,
-                                   buffers.d_x, gradient.final_norm.gamma,
-                                   gradient.final_norm.beta, rows, dim)
+        normalize_backward(&model.final_norm, buffers.d_norm,
+                           context.blocks[model.num_blocks - 1].output, context.mean,
+                           context.inv_std, buffers.d_x, &gradient.final_norm, rows, dim)
     else:
         kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_x, workspace)
     for i in range(model.num_blocks - 1, -1, -1):
@@ -196,29 +211,30 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
 
 cdef BackwardWorkspace _workspace
 
-# The gradients of activations, as `allocate` takes them; M = B T.
+# The gradients of activations: name, axes with M = B T, the option that it belongs to (as in
+# layout.py), and the offset of the pointer in a BackwardWorkspace.
 cdef list _GRADIENTS = [
-    ("d_x", "MC", offset(&_workspace, &_workspace.d_x)),
-    ("d_norm", "MC", offset(&_workspace, &_workspace.d_norm)),
-    ("d_heads", "MC", offset(&_workspace, &_workspace.d_heads)),
-    ("d_q", "MC", offset(&_workspace, &_workspace.d_q)),
-    ("d_k", "MC", offset(&_workspace, &_workspace.d_k)),
-    ("d_v", "MC", offset(&_workspace, &_workspace.d_v)),
-    ("d_hidden", "MF", offset(&_workspace, &_workspace.d_hidden)),
-    ("d_probs", "TT", offset(&_workspace, &_workspace.d_probs)),
-]
-# That of blocks with sub_norm.
-cdef list _SUB_NORM_GRADIENTS = [
-    ("d_hidden_normed", "MF", offset(&_workspace, &_workspace.d_hidden_normed)),
+    ("d_x", "MC", "", offset(&_workspace, &_workspace.d_x)),
+    ("d_norm", "MC", "", offset(&_workspace, &_workspace.d_norm)),
+    ("d_heads", "MQ", "", offset(&_workspace, &_workspace.d_heads)),
+    ("d_q", "MQ", "", offset(&_workspace, &_workspace.d_q)),
+    ("d_k", "MK", "", offset(&_workspace, &_workspace.d_k)),
+    ("d_v", "MK", "", offset(&_workspace, &_workspace.d_v)),
+    ("d_k_linear", "MK", "qk_norm", offset(&_workspace, &_workspace.d_k_linear)),
+    ("d_hidden", "MF", "", offset(&_workspace, &_workspace.d_hidden)),
+    ("d_gate", "MF", "gated", offset(&_workspace, &_workspace.d_gate)),
+    ("d_probs", "TT", "", offset(&_workspace, &_workspace.d_probs)),
+    ("d_hidden_normed", "MF", "sub_norm", offset(&_workspace, &_workspace.d_hidden_normed)),
 ]
 
 
-cdef list _workspace_fields(bint sub_norm):
-    return _GRADIENTS + (_SUB_NORM_GRADIENTS if sub_norm else [])
+cdef list _workspace_fields(options):
+    return [(name, axes, at) for name, axes, option, at in _GRADIENTS
+            if not option or option in options]
 
 
 cdef class BackwardContext:
-    """Buffers for the gradients of activations over [B, T] positions."""
+    """Buffers for the gradients of activations, with axes and options of ``layout``."""
 
     cdef dict arrays
     cdef BackwardWorkspace view
@@ -226,9 +242,9 @@ cdef class BackwardContext:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, model_dim, ffn_dim, batch_size, time, sub_norm=False):
-        self.arrays = allocate(&self.view, _workspace_fields(sub_norm), {
-            "M": batch_size * time, "T": time, "C": model_dim, "F": ffn_dim})
+    def __init__(self, axes, options, batch_size, time):
+        self.arrays = allocate(&self.view, _workspace_fields(options),
+                               {**axes, "M": batch_size * time, "T": time})
 
     def __reduce__(self):
         raise TypeError("a BackwardContext cannot be copied or pickled: make another one")
@@ -241,8 +257,8 @@ cdef class BackwardContext:
 
 def backward_bytes(config, batch_size, time) -> int:
     """Return the bytes that a ``BackwardContext`` for a model would allocate."""
-    return allocated_bytes(_workspace_fields(config.sub_norm), {
-        "M": batch_size * time, "T": time, "C": config.model_dim, "F": config.ffn_dim})
+    axes = {**dimensions(config), "M": batch_size * time, "T": time}
+    return allocated_bytes(_workspace_fields(block_options(config)), axes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -376,16 +392,17 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
     return d_x
 
 
-def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradients):
+def backward_feed_forward(FeedForward ffn not None, d_output, x, hidden, gradients, gate=None):
     """As ``backward_feed_forward_batch``, for one position: d_output and x are [C].
 
     C: ``backward.c``, ``backward_feed_forward``.
     """
-    return backward_feed_forward_batch(ffn, d_output, x, hidden, gradients)
+    return backward_feed_forward_batch(ffn, d_output, x, hidden, gradients, gate)
 
 
-def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, gradients):
-    """Backward pass of ``wo act(wi x + bi) + bo``.
+def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, gradients,
+                                gate=None):
+    """Backward pass of ``wo act(wi x + bi) + bo``, or ``wo (act(wg x + bg) * (wi x + bi)) + bo``.
 
     Parameters
     ----------
@@ -396,8 +413,10 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     hidden : float32[..., F]
         ``wi x + bi``, before the activation.
     gradients : dict
-        ``wi``, ``bi``, ``wo`` and ``bo``, and ``gamma`` and ``beta`` if the layer has them,
-        added to: ``gradients.layer("blocks.0.ffn")``.
+        ``wi``, ``wo`` and the layer's other parameters, added to:
+        ``gradients.layer("blocks.0.ffn")``.
+    gate : float32[..., F], optional
+        ``wg x + bg`` of a layer with a gate.
 
     Returns
     -------
@@ -417,14 +436,20 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     inputs = _rows(x, shape, "x").copy()
     before = _rows(hidden, (*shape[:-1], wide), "hidden").copy()
+    if (gate is None) != (ffn.wg is None):
+        raise ValueError("gate is None, expected an array: the layer has a gate" if gate is None
+                         else "gate is an array, expected None: the layer has no gate")
+    gates = before if gate is None else _rows(gate, (*shape[:-1], wide), "gate").copy()
     cdef float *source = float_pointer(inputs)
     cdef Py_ssize_t rows = inputs.size // dim
     cdef float *workspace = pack_buffer()
-    cdef BackwardContext buffers = BackwardContext(dim, wide, rows, 1, ffn.norm is not None)
+    cdef BackwardContext buffers = BackwardContext(
+        {"C": dim, "F": wide, "Q": 1, "K": 1}, {"sub_norm", "gated"}, rows, 1)
     forward_workspace = FeedForwardWorkspace(ffn, rows)
     context = forward_workspace.view
     context.hidden = float_pointer(before)
-    _fill_gradients(&gradient, gradients, dim, wide, ffn.norm is not None, "ffn.")
+    context.gate = float_pointer(gates)
+    _fill_gradients(&gradient, gradients, {"ffn": ffn}, "ffn.")
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
@@ -436,15 +461,29 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     return d_x
 
 
-cdef int _fill_gradients(BlockGradient *block, object gradients, Py_ssize_t dim, Py_ssize_t wide,
-                         bint sub_norm, str layer="") except -1:
-    # Checks the gradients of a block, or of one layer of it such as "ffn.", and points at them.
+# The parameters of layers, by the name of the layer in a block.
+_LAYERS = {
+    "attention": ("wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "q_gamma", "k_gamma"),
+    "ffn": ("wg", "wi", "bg", "bi", "wo", "bo"),
+}
+
+
+cdef int _fill_gradients(BlockGradient *block, object gradients, dict layers,
+                         str prefix="") except -1:
+    # Checks the gradients of some layers by name, and points at them; `prefix` is a layer's, if
+    # they are named without it.
+    memset(block, 0, sizeof(BlockGradient))
     arrays = {}
-    for name, shape in block_layout(dim, wide, sub_norm):
-        if name.startswith(layer):
-            part = name[len(layer):]
-            arrays[name] = gradients[part]
-            gradient_pointer(arrays[name], shape, part)
+    for name, layer in layers.items():
+        parameters = {part: getattr(layer, part) for part in _LAYERS.get(name, ())}
+        norm = layer if name.startswith("norm") else layer.norm
+        if norm is not None:
+            parameters |= {"gamma": norm.gamma, "beta": norm.beta}
+        for part, parameter in parameters.items():
+            if parameter is not None:
+                key = f"{name}.{part}".removeprefix(prefix)
+                arrays[f"{name}.{part}"] = gradients[key]
+                gradient_pointer(gradients[key], parameter.shape, key)
     return point_gradients(block, arrays)
 
 
@@ -512,20 +551,20 @@ def backward_layer_norm_batch(d_output, x, gamma, mean, inv_std, d_gamma, d_beta
     return d_x
 
 
-cdef tuple _fill_batch_shape(BatchShape *dims, object x, const AttentionView *layer, object ffn,
-                             TransformerBlockContext context):
+cdef tuple _fill_batch_shape(BatchShape *dims, object x, MultiHeadAttention attention,
+                             FeedForward ffn, TransformerBlockContext context):
     """Fill a batch shape for [B, T, C], [B, C] or [C] activations; returns their shape."""
-    cdef Py_ssize_t dim = layer.wq.cols
-    shape = _shape_of(x, dim, "x")
+    cdef const AttentionView *layer = &attention.view
+    shape = _shape_of(x, layer.wq.cols, "x")
     dims.batch = shape[0] if len(shape) > 1 else 1
     dims.time = shape[1] if len(shape) > 2 else 1
     # The forward pass has left probability 0 at padding and before documents.
     dims.allowed = NULL
     dims.starts = NULL
-    check_context(context, dims.batch, dims.time, dim, ffn, layer.num_heads,
-                  layer.norm.gamma != NULL)
-    if layer.cosines != NULL and dims.time > layer.length:
-        raise ValueError(f"x has {dims.time} positions, expected at most {layer.length}")
+    check_context(context, attention, ffn, dims.batch, dims.time)
+    if layer.rotary.cosines != NULL and dims.time > layer.rotary.length:
+        raise ValueError(f"x has {dims.time} positions, expected at most {layer.rotary.length}")
+    attention.fill_rotary(dims.time)
     return shape
 
 
@@ -550,7 +589,7 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     context : TransformerBlockContext
         As filled by the forward pass of the same ``x``.
     gradients : dict
-        ``wq`` to ``bo``, and ``gamma`` and ``beta`` if the layer has them, added to:
+        ``wq``, ``wk``, ``wv``, ``wo`` and the layer's other parameters, added to:
         ``gradients.layer("blocks.0.attention")``.
 
     Returns
@@ -566,13 +605,13 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef BatchShape dims
     cdef BlockGradient gradient
     cdef Py_ssize_t dim = attention.view.wq.cols
-    shape = _fill_batch_shape(&dims, x, &attention.view, None, context)
-    attention.fill_rotary(dims.time)
-    _fill_gradients(&gradient, gradients, dim, 1, attention.norm is not None, "attention.")
+    shape = _fill_batch_shape(&dims, x, attention, None, context)
+    _fill_gradients(&gradient, gradients, {"attention": attention}, "attention.")
     cdef const float[::1] d_out = _rows(d_output, shape, "d_output")
     inputs = _rows(x, shape, "x").copy()
     cdef float *source = float_pointer(inputs)
-    cdef BackwardContext buffers = BackwardContext(dim, 1, dims.batch, dims.time)
+    cdef BackwardContext buffers = BackwardContext({**context.axes, "F": 1}, context.options,
+                                                   dims.batch, dims.time)
     cdef float *workspace = pack_buffer()
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
@@ -618,13 +657,12 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     """
     cdef BatchShape dims
     cdef BlockGradient gradient
-    cdef Py_ssize_t dim = block.view.attention.wq.cols, wide = block.view.ffn.wi.rows
-    shape = _fill_batch_shape(&dims, d_output, &block.view.attention, wide, context)
-    block.attention.fill_rotary(dims.time)
-    _fill_gradients(&gradient, gradients, dim, wide, block.view.ffn.norm.gamma != NULL)
+    shape = _fill_batch_shape(&dims, d_output, block.attention, block.ffn, context)
+    _fill_gradients(&gradient, gradients, {"attention": block.attention, "ffn": block.ffn,
+                                           "norm1": block.norm1, "norm2": block.norm2})
     rows = _rows(d_output, shape, "d_output")
-    cdef BackwardContext buffers = BackwardContext(dim, wide, dims.batch, dims.time,
-                                                   block.view.ffn.norm.gamma != NULL)
+    cdef BackwardContext buffers = BackwardContext(context.axes, context.options, dims.batch,
+                                                   dims.time)
     cdef float *workspace = pack_buffer()
     d_x = buffers.arrays["d_x"].reshape(-1)
     d_x[...] = rows
@@ -792,8 +830,7 @@ cdef class BackwardPass:
         self.contexts, self.workspaces, self.gradients = [], [], []
         for i in range(tasks):
             context = ForwardContext(config, largest, time, "inputs" if recompute else "all")
-            buffers = BackwardContext(config.model_dim, config.ffn_dim, largest, time,
-                                      config.sub_norm)
+            buffers = BackwardContext(dimensions(config), block_options(config), largest, time)
             self.contexts.append(context)
             self.workspaces.append(buffers)
             job.contexts[i] = context.view

@@ -24,6 +24,8 @@ cdef struct ModelContext:
 cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
                     const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
                     Attention *head) noexcept nogil
+cdef void rotate(const AttentionView *layer, const BatchShape *dims, float direction, float *q,
+                 float *k) noexcept nogil
 cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
                 float *out) noexcept nogil
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,

@@ -15,14 +15,12 @@ from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
     LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext, allocate,
-    allocated_bytes, block_fields, check_context, fill_matrix, float_pointer, offset,
-    vector_pointer,
+    allocated_bytes, block_fields, check_context, context_for, context_of, fill_matrix,
+    float_pointer, normalize, offset, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
-
-cdef float EPSILON = _EPSILON
+from legacy1bit.layout import block_options, dimensions
 
 
 # ---------------------------------------------------------------------------------------------
@@ -49,12 +47,16 @@ cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
 cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
                     const BlockContext *context, Py_ssize_t sequence, Py_ssize_t index,
                     Attention *head) noexcept nogil:
-    cdef Py_ssize_t dim = layer.wq.rows, head_dim = dim // layer.num_heads
-    cdef Py_ssize_t row = sequence * dims.time * dim + index * head_dim
+    # Consecutive heads share their keys and values.
+    cdef Py_ssize_t dim = layer.wq.rows, kv_dim = layer.wk.rows
+    cdef Py_ssize_t row = sequence * dims.time * dim + index * layer.head_dim
+    cdef Py_ssize_t kv_row = (sequence * dims.time * kv_dim
+                              + index * layer.num_kv_heads // layer.num_heads * layer.head_dim)
     head.queries = dims.time
     head.keys = dims.time
-    head.head_dim = head_dim
-    head.stride = head.k_key = dim
+    head.head_dim = layer.head_dim
+    head.stride = dim
+    head.kv_stride = head.k_key = kv_dim
     head.k_dim = 1
     head.window = layer.window
     head.allowed = NULL
@@ -64,10 +66,23 @@ cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
     if dims.starts:
         head.starts = dims.starts + sequence * head.queries
     head.q = context.q + row
-    head.k = context.k + row
-    head.v = context.v + row
+    head.k = context.k + kv_row
+    head.v = context.v + kv_row
     head.out = context.heads + row
     head.probs = context.probs + (sequence * layer.num_heads + index) * head.queries * head.keys
+
+
+cdef void rotate(const AttentionView *layer, const BatchShape *dims, float direction, float *q,
+                 float *k) noexcept nogil:
+    # Queries and keys, or their gradients back.
+    cdef Py_ssize_t i
+    if layer.rotary.cosines == NULL:
+        return
+    for i in range(dims.batch):
+        kernels().rotary(&layer.rotary, 0, direction, q + i * dims.time * layer.wq.rows, dims.time,
+                         layer.wq.rows, layer.num_heads, layer.head_dim)
+        kernels().rotary(&layer.rotary, 0, direction, k + i * dims.time * layer.wk.rows, dims.time,
+                         layer.wk.rows, layer.num_kv_heads, layer.head_dim)
 
 
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
@@ -75,28 +90,27 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
     # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. With int8 activations
     # x is quantized in place.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = layer.wq.rows, half = dim // layer.num_heads // 2
-    cdef Py_ssize_t i, j, start, rows = dims.batch * dims.time
+    cdef Py_ssize_t dim = layer.wq.rows, head_dim = layer.head_dim
+    cdef Py_ssize_t i, j, rows = dims.batch * dims.time
     cdef Attention head
     if layer.int8_activations:
-        kernel.fake_quantize_rows(x, rows, dim)
-    kernel.linear(&layer.wq, layer.bq, x, rows, context.q, workspace)
-    kernel.linear(&layer.wk, layer.bk, x, rows, context.k, workspace)
+        kernel.fake_quantize_rows(x, rows, layer.wq.cols)
+    kernel.linear(&layer.wq, layer.bq, x, rows, context.q_linear, workspace)
+    kernel.linear(&layer.wk, layer.bk, x, rows, context.k_linear, workspace)
     kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
+    if layer.q_norm.gamma:
+        normalize(&layer.q_norm, context.q_linear, context.q, NULL, context.q_inv_std,
+                  rows * layer.num_heads, head_dim)
+        normalize(&layer.k_norm, context.k_linear, context.k, NULL, context.k_inv_std,
+                  rows * layer.num_kv_heads, head_dim)
+    rotate(layer, dims, 1.0, context.q, context.k)
     for i in range(dims.batch):
-        if layer.cosines:
-            start = i * dims.time * dim
-            kernel.rotary(context.q + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
-                          layer.num_heads, 2 * half)
-            kernel.rotary(context.k + start, layer.cosines, layer.sines, 1.0, dims.time, dim,
-                          layer.num_heads, 2 * half)
         for j in range(layer.num_heads):
             fill_head(layer, dims, context, i, j, &head)
             kernel.attention(&head, workspace)
     if layer.norm.gamma:
-        kernel.layer_norm(context.heads, layer.norm.gamma, layer.norm.beta, EPSILON,
-                          context.heads_normed, context.heads_mean, context.heads_inv_std, rows,
-                          dim)
+        normalize(&layer.norm, context.heads, context.heads_normed, context.heads_mean,
+                  context.heads_inv_std, rows, dim)
     if layer.int8_activations:
         kernel.fake_quantize_rows(context.heads_normed, rows, dim)
     kernel.linear(&layer.wo, layer.bo, context.heads_normed, rows, out, workspace)
@@ -104,23 +118,28 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
 
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil:
-    # From the output of wi to the input of wo.
+    # From the outputs of wg and wi to the input of wo.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wi.rows
-    kernel.activate(layer.activation, context.hidden, context.activated, rows * wide)
+    if layer.wg.rows:
+        kernel.gate(layer.activation, context.gate, context.hidden, context.activated, rows * wide)
+    else:
+        kernel.activate(layer.activation, context.hidden, context.activated, rows * wide)
     if layer.norm.gamma:
-        kernel.layer_norm(context.activated, layer.norm.gamma, layer.norm.beta, EPSILON,
-                          context.normed, context.mean, context.inv_std, rows, wide)
+        normalize(&layer.norm, context.activated, context.normed, context.mean, context.inv_std,
+                  rows, wide)
     if layer.int8_activations:
         kernel.fake_quantize_rows(context.normed, rows, wide)
 
 
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
                        FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
-    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo. With int8 activations x is quantized in
-    # place.
+    # hidden = wi x + bi; out = wo norm(act(hidden)) + bo, or with a gate wg x + bg, which stays in
+    # the context, norm(act(gate) * hidden). With int8 activations x is quantized in place.
     if layer.int8_activations:
         kernels().fake_quantize_rows(x, rows, layer.wi.cols)
+    if layer.wg.rows:
+        kernels().linear(&layer.wg, layer.bg, x, rows, context.gate, workspace)
     kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
     activate(layer, rows, context)
     kernels().linear(&layer.wo, layer.bo, context.normed, rows, out, workspace)
@@ -131,13 +150,13 @@ cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext
     # residual = input + attention(norm1(input)); output = residual + ffn(norm2(residual)). Input
     # and output may be the same memory.
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = block.attention.wq.rows, rows = dims.batch * dims.time
-    kernel.layer_norm(context.input, block.norm1.gamma, block.norm1.beta, EPSILON, context.norm1,
-                      context.mean1, context.inv_std1, rows, dim)
+    cdef Py_ssize_t dim = block.attention.wq.cols, rows = dims.batch * dims.time
+    normalize(&block.norm1, context.input, context.norm1, context.mean1, context.inv_std1, rows,
+              dim)
     attend(&block.attention, dims, context.norm1, context, context.residual, workspace)
     kernel.add(context.residual, context.input, rows * dim)
-    kernel.layer_norm(context.residual, block.norm2.gamma, block.norm2.beta, EPSILON,
-                      context.norm2, context.mean2, context.inv_std2, rows, dim)
+    normalize(&block.norm2, context.residual, context.norm2, context.mean2, context.inv_std2,
+              rows, dim)
     feed_forward(&block.ffn, rows, context.norm2, &context.ffn, context.output, workspace)
     kernel.add(context.output, context.residual, rows * dim)
 
@@ -151,9 +170,8 @@ cdef void run_model(const ModelView *model, const BatchShape *dims, const int *t
     for i in range(model.num_blocks):
         transform(&model.blocks[i], dims, &context.blocks[i], workspace)
     if model.final_norm.gamma:
-        kernel.layer_norm(context.blocks[model.num_blocks - 1].output, model.final_norm.gamma,
-                          model.final_norm.beta, EPSILON, context.normed, context.mean,
-                          context.inv_std, rows, dim)
+        normalize(&model.final_norm, context.blocks[model.num_blocks - 1].output, context.normed,
+                  context.mean, context.inv_std, rows, dim)
     if model.int8_activations:
         kernel.fake_quantize_rows(context.normed, rows, dim)
     kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
@@ -194,11 +212,8 @@ cdef class ForwardContext:
             raise ValueError(f"keep is {keep!r}, expected all, inputs or none")
         self.config = config
         self.batch_size, self.time = batch_size, time
-        self.blocks = [
-            TransformerBlockContext(config.model_dim, config.ffn_dim, config.num_heads, batch_size,
-                                    time, config.sub_norm)
-            for _ in range(count if keep == "all" else 1)
-        ]
+        self.blocks = [context_of(config, batch_size, time)
+                       for _ in range(count if keep == "all" else 1)]
         self.inputs = [
             np.empty((batch_size, time, config.model_dim), np.float32)
             for _ in range(count - 1 if keep == "inputs" else 0)
@@ -247,14 +262,13 @@ cdef list _OUTPUTS = [
 
 
 cdef dict _axes(config, batch_size, time):
-    return {"B": batch_size, "T": time, "C": config.model_dim, "F": config.ffn_dim,
-            "H": config.num_heads, "V": config.vocab_size}
+    return {"B": batch_size, "T": time, **dimensions(config)}
 
 
 def forward_bytes(config, batch_size, time, keep="all") -> int:
     """Return the bytes that a ``ForwardContext`` of these parameters would allocate."""
     axes = _axes(config, batch_size, time)
-    block = allocated_bytes(block_fields(config.sub_norm), axes)
+    block = allocated_bytes(block_fields(block_options(config)), axes)
     total = allocated_bytes(_OUTPUTS, axes) + block
     if keep == "all":
         total += (config.num_blocks - 1) * block
@@ -267,10 +281,10 @@ cdef int check_tokens(LegacyLLM model, const int[:, ::1] tokens, str name) excep
     # Token ids and padding only, in sequences no longer than the rotary table.
     cdef Py_ssize_t i, j
     cdef int pad = model.config.pad_token
-    if model.view.blocks[0].attention.cosines and \
-            tokens.shape[1] > model.view.blocks[0].attention.length:
+    cdef const AttentionView *attention = &model.view.blocks[0].attention
+    if attention.rotary.cosines and tokens.shape[1] > attention.rotary.length:
         raise ValueError(f"{name} has {tokens.shape[1]} tokens in a sequence, expected at most "
-                         f"{model.view.blocks[0].attention.length}")
+                         f"{attention.rotary.length}")
     # The blocks share one table.
     (<TransformerBlock?>model.blocks[0]).attention.fill_rotary(tokens.shape[1])
     for i in range(tokens.shape[0]):
@@ -479,13 +493,12 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     cdef AttentionView *view = &attention.view
     cdef BatchShape dims
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
-    batch, time, dim = sequences.shape
-    if view.cosines != NULL and time > view.length:
-        raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    batch, time, _ = sequences.shape
+    if view.rotary.cosines != NULL and time > view.rotary.length:
+        raise ValueError(f"x has {time} positions, expected at most {view.rotary.length}")
     attention.fill_rotary(time)
     allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
-    context = _context_for(context, batch, time, dim, None, attention.num_heads,
-                           attention.norm is not None, starts)
+    context = _context_for(context, attention, None, batch, time, starts)
     out = np.empty(shape, np.float32)
     sequences = sequences.copy()
     cdef float *rows = float_pointer(sequences)
@@ -496,12 +509,12 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     return out
 
 
-cdef TransformerBlockContext _context_for(TransformerBlockContext context, batch, time, dim, ffn,
-                                          heads, sub_norm, starts):
+cdef TransformerBlockContext _context_for(TransformerBlockContext context,
+                                          MultiHeadAttention attention, FeedForward ffn, batch,
+                                          time, starts):
     if context is None:
-        return TransformerBlockContext(dim, 1 if ffn is None else ffn, heads, batch, time,
-                                       sub_norm=sub_norm)
-    check_context(context, batch, time, dim, ffn, heads, sub_norm)
+        return context_for(attention, ffn, batch, time)
+    check_context(context, attention, ffn, batch, time)
     if starts is not None:
         # Attention does not write the probabilities of earlier documents. The backward pass of a
         # single layer, which gets no starts, needs zeros there.
@@ -521,6 +534,7 @@ cdef class FeedForwardWorkspace:
             self.view.normed = float_pointer(self.arrays[1])
         self.view.mean = float_pointer(self.arrays[2])
         self.view.inv_std = float_pointer(self.arrays[3])
+        self.view.gate = NULL
 
     def __reduce__(self):
         raise TypeError("a FeedForwardWorkspace cannot be copied or pickled: make another one")
@@ -534,8 +548,8 @@ def forward_feed_forward(FeedForward ffn not None, x):
     return forward_feed_forward_batch(ffn, x)
 
 
-def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
-    """Return ``wo act(wi x + bi) + bo`` by rows.
+def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None, gate=None):
+    """Return ``wo act(wi x + bi) + bo`` by rows, or ``wo (act(wg x + bg) * (wi x + bi)) + bo``.
 
     Parameters
     ----------
@@ -543,6 +557,8 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     x : float32[B, C] or float32[B, T, C]
     hidden : float32[B, F] or float32[B, T, F], optional
         Receives ``wi x + bi`` for the backward pass.
+    gate : float32[B, F] or float32[B, T, F], optional
+        Receives ``wg x + bg``; of a layer without a gate None.
 
     Returns
     -------
@@ -557,10 +573,10 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     sequences, shape = _as_sequences(x, ffn.view.wi.cols, "x")
     cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
     wide = (*shape[:-1], ffn.view.wi.rows)
-    if hidden is None:
-        hidden = np.empty(wide, np.float32)
-    elif hidden.shape != wide:
-        raise ValueError(f"hidden has shape {hidden.shape}, expected {wide}")
+    if gate is not None and ffn.wg is None:
+        raise ValueError("gate is an array, expected None: the layer has no gate")
+    hidden = _buffer("hidden", hidden, wide)
+    gate = _buffer("gate", gate, wide if ffn.wg is not None else (1,))
     sequences = sequences.copy()
     buffers = FeedForwardWorkspace(ffn, rows)
     out = np.empty(shape, np.float32)
@@ -569,9 +585,19 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None):
     cdef float *to = float_pointer(out)
     cdef float *workspace = pack_buffer()
     context.hidden = float_pointer(hidden)
+    context.gate = float_pointer(gate)
     with nogil:
         feed_forward(&ffn.view, rows, source, &context, to, workspace)
     return out
+
+
+cdef object _buffer(str name, object array, tuple shape):
+    """Return an array to write to: the given one after a check, or another one."""
+    if array is None:
+        return np.empty(shape, np.float32)
+    if array.shape != shape:
+        raise ValueError(f"{name} has shape {array.shape}, expected {shape}")
+    return array
 
 
 def forward_transformer_block(TransformerBlock block not None, x):
@@ -624,13 +650,12 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     cdef BatchShape dims
     cdef AttentionView *view = &block.view.attention
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
-    batch, time, dim = sequences.shape
-    if view.cosines != NULL and time > view.length:
-        raise ValueError(f"x has {time} positions, expected at most {view.length}")
+    batch, time, _ = sequences.shape
+    if view.rotary.cosines != NULL and time > view.rotary.length:
+        raise ValueError(f"x has {time} positions, expected at most {view.rotary.length}")
     block.attention.fill_rotary(time)
     allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
-    context = _context_for(context, batch, time, dim, block.view.ffn.wi.rows,
-                           block.attention.num_heads, block.attention.norm is not None, starts)
+    context = _context_for(context, block.attention, block.ffn, batch, time, starts)
     context.input[...] = sequences
     cdef float *workspace = pack_buffer()
     with nogil:

@@ -6,7 +6,7 @@ from legacy1bit.threads cimport thread_team
 
 cdef struct ThreadBuffers:
     # The buffers of one thread.
-    float *normed           # [max(C, F)], the input of a product of one token, also in int8
+    float *normed           # [width], the input of a product of one token, also in int8
     Int8Rows quantized
     float *probs            # [rows, cache_rows]
     float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
@@ -35,20 +35,23 @@ cdef enum Output:
 cdef struct DecoderView:
     const PackedModelView *model
     Py_ssize_t capacity
-    Py_ssize_t dim, wide, vocab
+    Py_ssize_t dim, wide, vocab     # C, F, V
+    Py_ssize_t query_dim, kv_dim    # H D, G D
+    Py_ssize_t width        # of the widest input of a product
     Py_ssize_t cache_rows   # the capacity, rounded up to tiles of 16 keys
-    signed char *keys       # [sequences, blocks, H, cache_rows / 16, D, 16] in int8
-    signed char *values     # [sequences, blocks, H, cache_rows, D]
-    float *key_scales       # [sequences, blocks, H, cache_rows]
+    signed char *keys       # [sequences, blocks, G, cache_rows / 16, D, 16] in int8
+    signed char *values     # [sequences, blocks, G, cache_rows, D]
+    float *key_scales       # [sequences, blocks, G, cache_rows]
     float *value_scales
     int *history            # [sequences, capacity], the token ids
     float *stream           # [rows, C], the residual stream
-    float *normed           # [rows, max(C, F)]
+    float *normed           # [rows, width]
     Int8Rows quantized
-    float *q                # [rows, C]
-    float *k
+    float *q                # [rows, H D]
+    float *k                # [rows, G D]
     float *v
-    float *heads
+    float *heads            # [rows, H D]
+    float *gate             # [rows, F]; NULL without a gate
     float *hidden           # [rows, F]
     float *logits           # [rows or 1, V]
     ThreadBuffers *threads

@@ -20,16 +20,14 @@ from legacy1bit.kernels cimport (
     strided,
 )
 from legacy1bit.math_ops cimport kernels, packed_kernels
-from legacy1bit.model cimport NormView, float_pointer
+from legacy1bit.model cimport NormView, float_pointer, normalize
 from legacy1bit.packed cimport (
     Int8Buffer, PackedBlock, PackedModel, PackedModelView, Projection, unpack_row,
 )
 from legacy1bit.threads cimport barrier, parallel_region, scratch
 
 from legacy1bit.hyperparams import SamplingConfig
-from legacy1bit.model import LAYER_NORM_EPSILON as _EPSILON
 
-cdef float EPSILON = _EPSILON
 cdef double GREEDY = 1e-30      # the temperature below which the likeliest token is taken
 
 _SAMPLING = SamplingConfig()
@@ -67,8 +65,7 @@ cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t thread, const float *sou
         first = slice_start(rows, thread, d.team.size)
         count = slice_start(rows, thread + 1, d.team.size) - first
     if norm.gamma:
-        kernel.layer_norm(source + first * cols, norm.gamma, norm.beta, EPSILON,
-                          normed + first * cols, mean, inv_std, count, cols)
+        normalize(norm, source + first * cols, normed + first * cols, mean, inv_std, count, cols)
         source = normed
     if reader.packed.tiles:
         quantized.codes += first * quantized.stride
@@ -139,27 +136,40 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer,
     # The same for consecutive tokens of one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
-    cdef Py_ssize_t heads = model.num_heads, dim = d.dim // heads, half = dim // 2, head, at
-    cdef Py_ssize_t first = slice_start(heads, thread, d.team.size)
-    cdef Py_ssize_t last = slice_start(heads, thread + 1, d.team.size)
-    cdef float *q = d.q + row * d.dim
-    cdef float *k = d.k + row * d.dim
-    cdef float *v = d.v + row * d.dim
-    if model.cosines and last > first:
-        kernel.rotary(q + first * dim, model.cosines + past * half, model.sines + past * half,
-                      1.0, rows, d.dim, last - first, dim)
-        kernel.rotary(k + first * dim, model.cosines + past * half, model.sines + past * half,
-                      1.0, rows, d.dim, last - first, dim)
+    cdef const PackedBlock *block = &model.blocks[layer]
+    cdef Py_ssize_t dim = model.head_dim, group = model.num_heads // model.num_kv_heads, head, at
+    cdef Py_ssize_t first = slice_start(model.num_kv_heads, thread, d.team.size)
+    cdef Py_ssize_t last = slice_start(model.num_kv_heads, thread + 1, d.team.size)
+    cdef float *q = d.q + row * d.query_dim + first * group * dim
+    cdef float *k = d.k + row * d.kv_dim
+    cdef float *v = d.v + row * d.kv_dim
+    if block.q_norm.gamma:
+        normalize_heads(&block.q_norm, q, rows, d.query_dim, (last - first) * group, dim)
+        normalize_heads(&block.k_norm, k + first * dim, rows, d.kv_dim, last - first, dim)
+    if model.rotary.cosines:
+        kernel.rotary(&model.rotary, past, 1.0, q, rows, d.query_dim, (last - first) * group, dim)
+        kernel.rotary(&model.rotary, past, 1.0, k + first * dim, rows, d.kv_dim, last - first, dim)
     for head in range(first, last):
-        at = ((sequence * model.num_blocks + layer) * heads + head) * d.cache_rows
-        store_keys(k + head * dim, d.dim, rows, dim, d.keys + at * dim, past, d.key_scales + at,
-                   <signed char *>d.threads[thread].head)
-        store(v + head * dim, d.dim, rows, dim, d.values + (at + past) * dim,
+        at = ((sequence * model.num_blocks + layer) * model.num_kv_heads + head) * d.cache_rows
+        store_keys(k + head * dim, d.kv_dim, rows, dim, d.keys + at * dim, past,
+                   d.key_scales + at, <signed char *>d.threads[thread].head)
+        store(v + head * dim, d.kv_dim, rows, dim, d.values + (at + past) * dim,
               d.value_scales + at + past)
         if past + rows <= ORDERED_KEYS or rows == 1:
-            attend_rows(d, thread, head, at, past, row, rows)
+            attend_rows(d, thread, head, at, block.window, past, row, rows)
         else:
-            attend_block(d, thread, head, at, past, rows, workspace)
+            attend_block(d, thread, head, at, block.window, past, rows, workspace)
+
+
+cdef void normalize_heads(const NormView *norm, float *x, Py_ssize_t rows, Py_ssize_t stride,
+                          Py_ssize_t heads, Py_ssize_t dim) noexcept nogil:
+    # RMS norms of the heads in each row, in place.
+    cdef Py_ssize_t t, h
+    cdef float inv_std
+    for t in range(rows):
+        for h in range(heads):
+            normalize(norm, x + t * stride + h * dim, x + t * stride + h * dim, NULL, &inv_std, 1,
+                      dim)
 
 
 cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
@@ -189,65 +199,81 @@ cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssiz
             to[i * KEY_TILE] = codes[t * dim + i]
 
 
-cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t head, Py_ssize_t at,
-                      Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows) noexcept nogil:
-    # Rows of consecutive tokens, summed in the same order on every CPU; `at` is the first row of
-    # the head's cache.
+cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_ssize_t at,
+                      Py_ssize_t window, Py_ssize_t past, Py_ssize_t row,
+                      Py_ssize_t rows) noexcept nogil:
+    # Rows of consecutive tokens, summed in the same order on every CPU, for the heads that share
+    # keys and values; `at` is the first row of their cache. Several queries share each load: the
+    # heads of a single token, else several tokens of each head.
     cdef CachedHead view
-    cdef Py_ssize_t dim = d.dim // d.model.num_heads, window = d.model.window, t = 0, low
+    cdef Py_ssize_t group = d.model.num_heads // d.model.num_kv_heads, dim = d.model.head_dim
+    cdef Py_ssize_t t, i, low, column = kv_head * group * dim
     view.head_dim = dim
-    view.stride = d.dim
     view.probs_stride = d.cache_rows
     view.probs = d.threads[thread].probs
-    while t < rows:
-        # With an attention window each query has another first key.
-        view.queries = 1 if window else min(rows - t, CACHED_QUERIES)
+    view.step = 1 if rows > 1 else 0
+    view.stride = d.query_dim if rows > 1 else dim
+    t = i = 0
+    while i < group:
+        view.queries = min(group - i, CACHED_QUERIES)
+        if rows > 1:
+            # With an attention window each token has another first key.
+            view.queries = 1 if window else min(rows - t, CACHED_QUERIES)
         low = past + t + 1 - window if window and window < past + t + 1 else 0
         view.keys = past + t + 1 - low
         view.skipped = low % KEY_TILE
-        view.q = d.q + (row + t) * d.dim + head * dim
+        view.q = d.q + (row + t) * d.query_dim + column + i * dim
         view.k = d.keys + (at + low - view.skipped) * dim
         view.v = d.values + (at + low) * dim
         view.k_scales = d.key_scales + at + low
         view.v_scales = d.value_scales + at + low
-        view.out = d.heads + (row + t) * d.dim + head * dim
+        view.out = d.heads + (row + t) * d.query_dim + column + i * dim
         kernels().cached_attention(&view)
+        if rows == 1:
+            i += view.queries
+            continue
         t += view.queries
+        if t == rows:
+            t = 0
+            i += 1
 
 
-cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t head, Py_ssize_t at,
-                       Py_ssize_t past, Py_ssize_t rows, float *workspace) noexcept nogil:
+cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_ssize_t at,
+                       Py_ssize_t window, Py_ssize_t past, Py_ssize_t rows,
+                       float *workspace) noexcept nogil:
     # A block of a long prompt, by the kernel of training, with keys and values from the cache.
     cdef ThreadBuffers *own = &d.threads[thread]
-    cdef Py_ssize_t dim = d.dim // d.model.num_heads, t
+    cdef Py_ssize_t dim = d.model.head_dim, t, column
+    cdef Py_ssize_t group = d.model.num_heads // d.model.num_kv_heads
     cdef Attention view
     memset(&view, 0, sizeof(view))
     view.queries = rows
     view.keys = past + rows
     view.head_dim = dim
-    view.stride = dim
+    view.stride = view.kv_stride = dim
     view.k_key = 1
     view.k_dim = d.cache_rows
-    view.window = d.model.window
+    view.window = window
     view.probs = own.probs
     view.q = own.head
     view.k = own.head + d.cache_rows * dim
     view.v = own.head + 2 * d.cache_rows * dim
     view.out = own.head + 3 * d.cache_rows * dim
-    for t in range(rows):
-        memcpy(own.head + t * dim, d.q + t * d.dim + head * dim, dim * sizeof(float))
     kernels().dequantize_keys(d.keys + at * dim, d.key_scales + at, dim,
                               (view.keys + KEY_TILE - 1) // KEY_TILE,
                               own.head + d.cache_rows * dim, d.cache_rows)
     kernels().dequantize_rows(d.values + at * dim, d.value_scales + at, view.keys, dim,
                               own.head + 2 * d.cache_rows * dim)
-    kernels().attention(&view, workspace)
-    for t in range(rows):
-        memcpy(d.heads + t * d.dim + head * dim, view.out + t * dim, dim * sizeof(float))
+    for column from kv_head * group * dim <= column < (kv_head + 1) * group * dim by dim:
+        for t in range(rows):
+            memcpy(own.head + t * dim, d.q + t * d.query_dim + column, dim * sizeof(float))
+        kernels().attention(&view, workspace)
+        for t in range(rows):
+            memcpy(d.heads + t * d.query_dim + column, view.out + t * dim, dim * sizeof(float))
 
 
 cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept nogil:
-    # The activation of this thread's strips of the hidden layer, in place.
+    # The activation or gate of this thread's strips of the hidden layer, in place.
     cdef Py_ssize_t strips = (d.wide + STRIP_ROWS - 1) // STRIP_ROWS, t
     cdef Py_ssize_t low = slice_start(strips, thread, d.team.size) * STRIP_ROWS
     cdef Py_ssize_t next = slice_start(strips, thread + 1, d.team.size) * STRIP_ROWS
@@ -257,7 +283,10 @@ cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept 
         return
     for t in range(rows):
         row = d.hidden + t * d.wide + low
-        kernels().activate(d.model.activation, row, row, count)
+        if d.gate:
+            kernels().gate(d.model.activation, d.gate + t * d.wide + low, row, row, count)
+        else:
+            kernels().activate(d.model.activation, row, row, count)
 
 
 cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
@@ -273,10 +302,13 @@ cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const P
     barrier(&d.team)
     attend(d, thread, layer, positions, rows, step, workspace)
     barrier(&d.team)
-    quantized = prepare(d, thread, d.heads, d.dim, rows, &block.heads_norm, &block.wo, &dense)
+    quantized = prepare(d, thread, d.heads, d.query_dim, rows, &block.heads_norm, &block.wo,
+                        &dense)
     project(d, thread, &block.wo, quantized, dense, rows, True, d.stream, workspace)
     barrier(&d.team)
     quantized = prepare(d, thread, d.stream, d.dim, rows, &block.norm2, &block.wi, &dense)
+    if d.gate:
+        project(d, thread, &block.wg, quantized, dense, rows, False, d.gate, workspace)
     project(d, thread, &block.wi, quantized, dense, rows, False, d.hidden, workspace)
     activate(d, thread, rows)
     barrier(&d.team)
@@ -311,8 +343,8 @@ cdef void forward_tokens(DecoderView *d, Py_ssize_t thread, const Position *posi
         transform(d, thread, layer, positions, rows, step, workspace)
     if output == HIDDEN_STATES:
         if norm.gamma:
-            kernels().layer_norm(stream + first * d.dim, norm.gamma, norm.beta, EPSILON,
-                                 d.normed + first * d.dim, mean, inv_std, last - first, d.dim)
+            normalize(norm, stream + first * d.dim, d.normed + first * d.dim, mean, inv_std,
+                      last - first, d.dim)
         else:
             memcpy(d.normed + first * d.dim, stream + first * d.dim,
                    (last - first) * d.dim * sizeof(float))
@@ -707,6 +739,8 @@ cdef class Decoder:
         view.model = &model.view
         view.capacity = capacity
         view.dim, view.wide, view.vocab = config.model_dim, config.ffn_dim, config.vocab_size
+        view.query_dim, view.kv_dim = config.query_dim, config.kv_dim
+        view.width = max(config.model_dim, config.ffn_dim, config.query_dim)
         view.cache_rows = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
         self._allocate_cache()
         self._allocate_rows()
@@ -720,7 +754,7 @@ cdef class Decoder:
         # Keys and values of all sequences, and their tokens.
         cdef DecoderView *view = &self.view
         config = self.model.config
-        cached = self.sequences * config.num_blocks * config.num_heads * view.cache_rows
+        cached = self.sequences * config.num_blocks * config.num_kv_heads * view.cache_rows
         view.keys = self._int8(cached * config.head_dim)
         view.values = self._int8(cached * config.head_dim)
         view.key_scales = self._floats(cached)
@@ -732,7 +766,7 @@ cdef class Decoder:
     cdef int _allocate_rows(self) except -1:
         # The activations of the tokens of one pass, which all threads share.
         cdef DecoderView *view = &self.view
-        cdef Int8Buffer quantized = Int8Buffer(self.max_rows, max(view.dim, view.wide))
+        cdef Int8Buffer quantized = Int8Buffer(self.max_rows, view.width)
         cdef int[::1] tokens
         self.tokens = tokens = np.empty(self.max_rows, np.int32)
         view.tokens = &tokens[0]
@@ -740,12 +774,14 @@ cdef class Decoder:
         if view.positions == NULL:
             raise MemoryError("no memory for the tokens' positions")
         view.stream = self._floats(self.max_rows * view.dim)
-        view.q = self._floats(self.max_rows * view.dim)
-        view.k = self._floats(self.max_rows * view.dim)
-        view.v = self._floats(self.max_rows * view.dim)
-        view.heads = self._floats(self.max_rows * view.dim)
+        view.q = self._floats(self.max_rows * view.query_dim)
+        view.k = self._floats(self.max_rows * view.kv_dim)
+        view.v = self._floats(self.max_rows * view.kv_dim)
+        view.heads = self._floats(self.max_rows * view.query_dim)
+        if self.model.config.gated:
+            view.gate = self._floats(self.max_rows * view.wide)
         view.hidden = self._floats(self.max_rows * view.wide)
-        view.normed = self._floats(self.max_rows * max(view.dim, view.wide))
+        view.normed = self._floats(self.max_rows * view.width)
         self.arrays.append(quantized)
         view.quantized = quantized.view
         self.logits = np.empty(self.sequences * view.vocab, np.float32)
@@ -754,9 +790,9 @@ cdef class Decoder:
 
     cdef int _allocate_thread(self, ThreadBuffers *own) except -1:
         cdef DecoderView *view = &self.view
-        cdef Int8Buffer quantized = Int8Buffer(1, max(view.dim, view.wide))
+        cdef Int8Buffer quantized = Int8Buffer(1, view.width)
         queries = max(min(self.capacity, PROMPT_BLOCK), CACHED_QUERIES)
-        own.normed = self._floats(max(view.dim, view.wide))
+        own.normed = self._floats(view.width)
         self.arrays.append(quantized)
         own.quantized = quantized.view
         own.probs = self._floats(queries * view.cache_rows)

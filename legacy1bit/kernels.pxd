@@ -79,12 +79,23 @@ cdef struct Scheme:
     signed char inner
     signed char outer
 
+cdef struct Rotary:
+    # Rotary positions: position t rotates pair i of a head's first `dim` elements by the angle
+    # with cosines[t dim / 2 + i]; YaRN scales both tables.
+    const float *cosines      # [length, dim / 2]; NULL: none
+    const float *sines
+    Py_ssize_t length
+    Py_ssize_t dim
+    bint adjacent             # pairs are elements 2 i and 2 i + 1, else i and i + dim / 2
+
 cdef struct Attention:
-    # One head of one sequence. Rows of q, k, v and the outputs are `stride` floats apart.
+    # One head of one sequence. Rows of q and the outputs are `stride` floats apart, those of v
+    # and of the gradients of k and v `kv_stride`.
     Py_ssize_t queries        # rows of q
     Py_ssize_t keys           # rows of k and v; the last `queries` of them belong to the queries
     Py_ssize_t head_dim
     Py_ssize_t stride
+    Py_ssize_t kv_stride
     Py_ssize_t k_key          # in the forward pass dimension i of key j is k[j k_key + i k_dim]
     Py_ssize_t k_dim
     Py_ssize_t window         # attention window: keys that a query sees, itself included; 0: all
@@ -100,13 +111,15 @@ cdef struct Attention:
     float *d_q
     float *d_k
     float *d_v
+    bint accumulate_kv        # add to d_k and d_v: another head has used the same keys
     float *d_probs            # scratch, float32[queries, keys]
 
 cdef struct CachedHead:
-    # Consecutive queries of one head, and the cached int8 keys and values that they see. Rows of q
-    # and out are `stride` floats apart.
+    # Queries that share cached int8 keys and values: of consecutive tokens, or of one token's heads.
+    # Rows of q and out are `stride` floats apart.
     Py_ssize_t queries        # at most CACHED_QUERIES
-    Py_ssize_t keys           # of the first query; each query sees one more than the previous one
+    Py_ssize_t keys           # of the first query
+    Py_ssize_t step           # further keys that each query sees: 1 of tokens, 0 of heads
     Py_ssize_t skipped        # keys at the front of the first tile that no query sees
     Py_ssize_t head_dim
     Py_ssize_t stride
@@ -135,6 +148,8 @@ cdef struct Update:
 cdef enum:
     RELU
     RELU2
+    SILU
+    GELU
 
 cdef struct KernelTable:
     const char *name
@@ -160,6 +175,10 @@ cdef struct KernelTable:
     void (*activate)(int activation, const float *x, float *out, Py_ssize_t n) noexcept nogil
     void (*activate_backward)(int activation, const float *x, const float *d_out, float *d_x,
                               Py_ssize_t n) noexcept nogil
+    void (*gate)(int activation, const float *gate, const float *x, float *out,
+                 Py_ssize_t n) noexcept nogil
+    void (*gate_backward)(int activation, const float *gate, const float *x, const float *d_out,
+                          float *d_gate, float *d_x, Py_ssize_t n) noexcept nogil
 
     void (*softmax)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
     double (*cross_entropy)(float *logits, const int *targets, Py_ssize_t rows,
@@ -173,7 +192,7 @@ cdef struct KernelTable:
                                 float *d_x, float *d_gamma, float *d_beta,
                                 Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
 
-    void (*rotary)(float *x, const float *cosines, const float *sines, float direction,
+    void (*rotary)(const Rotary *table, Py_ssize_t position, float direction, float *x,
                    Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t heads,
                    Py_ssize_t head_dim) noexcept nogil
 

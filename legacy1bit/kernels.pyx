@@ -15,9 +15,9 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
-    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, RELU2, STRIP_ROWS, TILE_BYTES, TILE_CODES,
-    TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable, Matrix, Operand,
-    PackedMatrix, Scheme, Update, strided,
+    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, RELU, RELU2, SILU, STRIP_ROWS, TILE_BYTES,
+    TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
+    Operand, PackedMatrix, Rotary, Scheme, Update, strided,
 )
 
 cdef extern from "simd.h" nogil:
@@ -109,6 +109,10 @@ cdef extern from "elementwise.h" nogil:
     void elementwise_unary(float *out, const float *x, long n, unary_lanes f)
     void elementwise_scalar(float *out, const float *x, float scalar, long n, binary_lanes f)
     void elementwise_binary(float *out, const float *x, const float *y, long n, binary_lanes f)
+    void elementwise_gate(float *out, const float *gate, const float *x, long n, unary_lanes f)
+    void elementwise_gate_backward(float *d_gate, float *d_x, const float *gate, const float *x,
+                                   const float *d_out, long n, unary_lanes f,
+                                   binary_lanes backward)
 
 cdef extern from "sums.h" nogil:
     float ordered_sum(const float *x, long n)
@@ -282,6 +286,10 @@ cdef void column_sums(const float *x, Py_ssize_t rows, Py_ssize_t cols,
 # ---------------------------------------------------------------------------------------------
 # Activations
 
+# SiLU: Elfwing et al., arXiv 1702.03118, equation 4. GELU in its form with tanh: Hendrycks & Gimpel,
+# arXiv 1606.08415, section 2. Gates: Shazeer, arXiv 2002.05202. All instruction sets agree in the
+# forward pass.
+
 cdef inline vf32 relu_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, x)
 
@@ -294,12 +302,60 @@ cdef inline vf32 relu2_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     return vf32_where_positive(x, vf32_mul(vf32_add(x, x), d_out))
 
 
+cdef inline vf32 sigmoid_times(vf32 x, vf32 y) noexcept nogil:
+    # y / (1 + exp(-x)); the exponential is that of -|x|, which cannot overflow.
+    cdef vf32 minus = vf32_sub(vf32_zero(), x)
+    cdef vf32 e = exp_lanes(vf32_min(minus, x))
+    cdef vf32 below = vf32_sub(vf32_splat(1.0), vf32_where_positive(x, vf32_splat(1.0)))
+    # 1 where x is positive, else e; NaN is in e.
+    cdef vf32 weight = vf32_add(vf32_where_positive(x, vf32_splat(1.0)), vf32_mul(below, e))
+    return vf32_div(vf32_mul(y, weight), vf32_add(vf32_splat(1.0), e))
+
+
+cdef inline vf32 silu_lanes(vf32 x) noexcept nogil:
+    return sigmoid_times(x, x)
+
+
+cdef inline vf32 silu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
+    # With s = sigmoid(x): s (1 + x (1 - s)) = s + silu(x) sigmoid(-x).
+    cdef vf32 s = sigmoid_times(x, vf32_splat(1.0))
+    cdef vf32 rest = sigmoid_times(vf32_sub(vf32_zero(), x), sigmoid_times(x, x))
+    return vf32_mul(d_out, vf32_add(s, rest))
+
+
+cdef inline vf32 gelu_slope(vf32 x) noexcept nogil:
+    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1; beyond 10
+    # sigmoid(u) is 0 or 1.
+    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    cdef vf32 cube = vf32_mul(vf32_mul(near, near), vf32_mul(near, vf32_splat(0.044715)))
+    return vf32_mul(vf32_splat(1.5957691216057308), vf32_add(near, cube))
+
+
+cdef inline vf32 gelu_lanes(vf32 x) noexcept nogil:
+    return sigmoid_times(gelu_slope(x), x)
+
+
+cdef inline vf32 gelu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
+    # With s = sigmoid(u): s + x s (1 - s) du / dx.
+    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    cdef vf32 u = gelu_slope(x)
+    cdef vf32 s = sigmoid_times(u, vf32_splat(1.0))
+    cdef vf32 rise = vf32_mul(vf32_mul(near, near), vf32_splat(0.134145))
+    rise = vf32_mul(vf32_splat(1.5957691216057308), vf32_add(vf32_splat(1.0), rise))
+    rise = vf32_mul(vf32_mul(near, rise), sigmoid_times(vf32_sub(vf32_zero(), u), s))
+    return vf32_mul(d_out, vf32_add(s, rise))
+
+
 cdef void activate(int activation, const float *x, float *out, Py_ssize_t n) noexcept nogil:
     START_TIMER(TIMER_ACTIVATION)
     if activation == RELU2:
         elementwise_unary(out, x, n, relu2_lanes)
-    else:
+    elif activation == RELU:
         elementwise_unary(out, x, n, relu_lanes)
+    elif activation == SILU:
+        elementwise_unary(out, x, n, silu_lanes)
+    else:
+        elementwise_unary(out, x, n, gelu_lanes)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
@@ -308,8 +364,43 @@ cdef void activate_backward(int activation, const float *x, const float *d_out, 
     START_TIMER(TIMER_ACTIVATION)
     if activation == RELU2:
         elementwise_binary(d_x, x, d_out, n, relu2_backward_lanes)
-    else:
+    elif activation == RELU:
         elementwise_binary(d_x, x, d_out, n, vf32_where_positive)
+    elif activation == SILU:
+        elementwise_binary(d_x, x, d_out, n, silu_backward_lanes)
+    else:
+        elementwise_binary(d_x, x, d_out, n, gelu_backward_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void gate(int activation, const float *gate, const float *x, float *out,
+               Py_ssize_t n) noexcept nogil:
+    # out = act(gate) * x; out may be either.
+    START_TIMER(TIMER_ACTIVATION)
+    if activation == RELU2:
+        elementwise_gate(out, gate, x, n, relu2_lanes)
+    elif activation == RELU:
+        elementwise_gate(out, gate, x, n, relu_lanes)
+    elif activation == SILU:
+        elementwise_gate(out, gate, x, n, silu_lanes)
+    else:
+        elementwise_gate(out, gate, x, n, gelu_lanes)
+    STOP_TIMER(TIMER_ACTIVATION)
+
+
+cdef void gate_backward(int activation, const float *gate, const float *x, const float *d_out,
+                        float *d_gate, float *d_x, Py_ssize_t n) noexcept nogil:
+    # d_gate = d_out * x * act'(gate); d_x = d_out * act(gate). Either may be d_out.
+    START_TIMER(TIMER_ACTIVATION)
+    if activation == RELU2:
+        elementwise_gate_backward(d_gate, d_x, gate, x, d_out, n, relu2_lanes,
+                                  relu2_backward_lanes)
+    elif activation == RELU:
+        elementwise_gate_backward(d_gate, d_x, gate, x, d_out, n, relu_lanes, vf32_where_positive)
+    elif activation == SILU:
+        elementwise_gate_backward(d_gate, d_x, gate, x, d_out, n, silu_lanes, silu_backward_lanes)
+    else:
+        elementwise_gate_backward(d_gate, d_x, gate, x, d_out, n, gelu_lanes, gelu_backward_lanes)
     STOP_TIMER(TIMER_ACTIVATION)
 
 
@@ -400,7 +491,8 @@ cdef double cross_entropy(float *logits, const int *targets, Py_ssize_t rows, Py
 
 
 # ---------------------------------------------------------------------------------------------
-# Layer normalization (Ba, Kiros & Hinton, arXiv 1607.06450, equation 4)
+# Layer norm (Ba, Kiros & Hinton, arXiv 1607.06450, equation 4), and, where `mean` is NULL, RMS norm
+# (Zhang & Sennrich, arXiv 1910.07467, equation 4), whose mean is 0. `beta` may be NULL.
 
 cdef void layer_norm(const float *x, const float *gamma, const float *beta, float epsilon,
                      float *out, float *mean, float *inv_std,
@@ -415,24 +507,29 @@ cdef void layer_norm(const float *x, const float *gamma, const float *beta, floa
     for i in range(rows):
         row = x + i * cols
         to = out + i * cols
-        row_mean = sum(row, cols) / cols
+        row_mean = sum(row, cols) / cols if mean else 0.0
         deviation = sqrtf(ordered_squares(row, row_mean, cols) / cols + epsilon)
         # A mean of up to 1,000 standard deviations is exact enough. NaN fails the comparisons.
         if not (fabsf(row_mean) <= <float>1e3 * deviation and deviation < INFINITY):
-            layer_norm_float64(row, gamma, beta, epsilon, to, mean + i, inv_std + i, cols)
+            layer_norm_float64(row, gamma, beta, epsilon, to, mean + i if mean else NULL,
+                               inv_std + i, cols)
             continue
         center = vf32_splat(row_mean)
         spread = 1.0 / deviation
-        mean[i] = row_mean
+        if mean:
+            mean[i] = row_mean
         inv_std[i] = spread
         factor = vf32_splat(spread)
         for j from 0 <= j < whole by VF32_LANES:
             d = vf32_mul(vf32_sub(vf32_load(row + j), center), factor)
-            vf32_store(to + j, vf32_add(vf32_mul(d, vf32_load(gamma + j)), vf32_load(beta + j)))
+            d = vf32_mul(d, vf32_load(gamma + j))
+            vf32_store(to + j, vf32_add(d, vf32_load(beta + j)) if beta else d)
         if left:
             d = vf32_mul(vf32_sub(vf32_load_first(row + whole, left), center), factor)
             d = vf32_mul(d, vf32_load_first(gamma + whole, left))
-            vf32_store_first(to + whole, left, vf32_add(d, vf32_load_first(beta + whole, left)))
+            if beta:
+                d = vf32_add(d, vf32_load_first(beta + whole, left))
+            vf32_store_first(to + whole, left, d)
     STOP_TIMER(TIMER_LAYER_NORM_FORWARD)
 
 
@@ -442,7 +539,8 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
                               Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
     # With x^ = (x - mean) * inv_std and g = d_out * gamma:
     #   d_x     += inv_std * (g - mean(g) - x^ * mean(g * x^))
-    #   d_gamma += d_out * x^,  d_beta += d_out
+    #   d_gamma += d_out * x^,  d_beta += d_out, unless it is NULL
+    # RMS norm has x^ = x * inv_std, and no mean(g).
     # x^ is computed as (x / 2 - mean / 2) * (2 inv_std): half a difference cannot overflow.
     cdef Py_ssize_t i, j, whole = cols - cols % VF32_LANES, left = cols - whole
     cdef const float *dy
@@ -456,7 +554,7 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
         dy = d_out + i * cols
         row = x + i * cols
         dx = d_x + i * cols
-        center = vf32_splat(<float>-0.5 * mean[i])
+        center = vf32_splat(<float>-0.5 * mean[i] if mean else <float>0.0)
         factor = vf32_splat(inv_std[i])
         wide = vf32_add(factor, factor)
         if left:
@@ -468,7 +566,8 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
             hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
             d = vf32_load(dy + j)
             vf32_store(d_gamma + j, vf32_fmadd(d, hat, vf32_load(d_gamma + j)))
-            vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
+            if d_beta:
+                vf32_store(d_beta + j, vf32_add(d, vf32_load(d_beta + j)))
             g = vf32_mul(d, vf32_load(gamma + j))
             sum_g = vf32_add(sum_g, g)
             sum_gx = vf32_fmadd(g, hat, sum_gx)
@@ -478,12 +577,13 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
             d = vf32_load_first(dy + whole, left)
             vf32_store_first(d_gamma + whole, left,
                              vf32_fmadd(d, hat, vf32_load_first(d_gamma + whole, left)))
-            vf32_store_first(d_beta + whole, left,
-                             vf32_add(d, vf32_load_first(d_beta + whole, left)))
+            if d_beta:
+                vf32_store_first(d_beta + whole, left,
+                                 vf32_add(d, vf32_load_first(d_beta + whole, left)))
             g = vf32_mul(d, vf32_load_first(gamma + whole, left))
             sum_g = vf32_add(sum_g, g)
             sum_gx = vf32_fmadd(g, hat, sum_gx)
-        mean_g = vf32_splat(vf32_sum(sum_g) / cols)
+        mean_g = vf32_splat(vf32_sum(sum_g) / cols if mean else <float>0.0)
         mean_gx = vf32_splat(vf32_sum(sum_gx) / cols)
         for j from 0 <= j < whole by VF32_LANES:
             hat = vf32_mul(vf32_fmadd(half, vf32_load(row + j), center), wide)
@@ -501,39 +601,59 @@ cdef void layer_norm_backward(const float *d_out, const float *x, const float *g
 
 
 # ---------------------------------------------------------------------------------------------
-# Rotary positions (Su et al., arXiv 2104.09864, equation 34; element i pairs with i + D/2)
+# Rotary positions (Su et al., arXiv 2104.09864, equation 34)
 
-cdef void rotary(float *x, const float *cosines, const float *sines, float direction,
+cdef void rotary(const Rotary *table, Py_ssize_t position, float direction, float *x,
                  Py_ssize_t rows, Py_ssize_t stride, Py_ssize_t heads,
                  Py_ssize_t head_dim) noexcept nogil:
-    # Rotates each pair of row t by direction * (the angle whose cosine is cosines[t, i]); direction
-    # is 1 in the forward pass and -1 in the backward pass.
-    cdef Py_ssize_t t, h, i, half = head_dim // 2, whole = half - half % VF32_LANES
-    cdef Py_ssize_t left = half - whole
-    cdef float *low
-    cdef float *high
-    cdef vf32 a, b, c, s, sign = vf32_splat(direction)
+    # Rotates the pairs of row t by direction * (the angle of position + t); direction is 1 in the
+    # forward pass and -1 in the backward pass.
+    cdef Py_ssize_t t, h, half = table.dim // 2
+    cdef const float *cosines = table.cosines + position * half
+    cdef const float *sines = table.sines + position * half
     START_TIMER(TIMER_ROTARY)
     for t in range(rows):
         for h in range(heads):
-            low = x + t * stride + h * head_dim
-            high = low + half
-            for i from 0 <= i < whole by VF32_LANES:
-                a = vf32_load(low + i)
-                b = vf32_load(high + i)
-                c = vf32_load(cosines + t * half + i)
-                s = vf32_mul(sign, vf32_load(sines + t * half + i))
-                vf32_store(low + i, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
-                vf32_store(high + i, vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
-            if left:
-                a = vf32_load_first(low + whole, left)
-                b = vf32_load_first(high + whole, left)
-                c = vf32_load_first(cosines + t * half + whole, left)
-                s = vf32_mul(sign, vf32_load_first(sines + t * half + whole, left))
-                vf32_store_first(low + whole, left, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
-                vf32_store_first(high + whole, left,
-                                 vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
+            if table.adjacent:
+                rotate_adjacent(x + t * stride + h * head_dim, cosines + t * half,
+                                sines + t * half, direction, half)
+            else:
+                rotate_halves(x + t * stride + h * head_dim, cosines + t * half, sines + t * half,
+                              direction, half)
     STOP_TIMER(TIMER_ROTARY)
+
+
+cdef inline void rotate_halves(float *low, const float *cosines, const float *sines,
+                               float direction, Py_ssize_t half) noexcept nogil:
+    cdef Py_ssize_t i, whole = half - half % VF32_LANES, left = half - whole
+    cdef float *high = low + half
+    cdef vf32 a, b, c, s, sign = vf32_splat(direction)
+    for i from 0 <= i < whole by VF32_LANES:
+        a = vf32_load(low + i)
+        b = vf32_load(high + i)
+        c = vf32_load(cosines + i)
+        s = vf32_mul(sign, vf32_load(sines + i))
+        vf32_store(low + i, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
+        vf32_store(high + i, vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
+    if left:
+        a = vf32_load_first(low + whole, left)
+        b = vf32_load_first(high + whole, left)
+        c = vf32_load_first(cosines + whole, left)
+        s = vf32_mul(sign, vf32_load_first(sines + whole, left))
+        vf32_store_first(low + whole, left, vf32_sub(vf32_mul(a, c), vf32_mul(b, s)))
+        vf32_store_first(high + whole, left, vf32_add(vf32_mul(a, s), vf32_mul(b, c)))
+
+
+cdef inline void rotate_adjacent(float *x, const float *cosines, const float *sines,
+                                 float direction, Py_ssize_t half) noexcept nogil:
+    cdef Py_ssize_t i
+    cdef float a, b, s
+    for i in range(half):
+        a = x[2 * i]
+        b = x[2 * i + 1]
+        s = direction * sines[i]
+        x[2 * i] = a * cosines[i] - b * s
+        x[2 * i + 1] = a * s + b * cosines[i]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1455,9 +1575,9 @@ cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexce
 
 
 cdef void cached_attention(const CachedHead *head) noexcept nogil:
-    # out = softmax(q k^T / sqrt(D)) v; each query sees one key more than the previous one. All
-    # instruction sets agree.
-    cdef Py_ssize_t queries = head.queries, i, count, most = head.keys + queries - 1
+    # out = softmax(q k^T / sqrt(D)) v. All instruction sets agree.
+    cdef Py_ssize_t queries = head.queries, i, count
+    cdef Py_ssize_t most = head.keys + (queries - 1) * head.step
     cdef Py_ssize_t tiles = (head.skipped + most + KEY_TILE - 1) // KEY_TILE
     cdef float factor = 1.0 / sqrtf(head.head_dim)
     cdef float *row = head.probs
@@ -1469,7 +1589,7 @@ cdef void cached_attention(const CachedHead *head) noexcept nogil:
                       queries)
     for i in range(queries):
         row = head.probs + i * head.probs_stride + head.skipped
-        count = head.keys + i
+        count = head.keys + i * head.step
         multiply(row, head.k_scales, count)
         softmax_row(row, count, factor)
         multiply(row, head.v_scales, count)
@@ -1521,7 +1641,7 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
             memset(row + past + i + 1, 0, (last - past - i - 1) * sizeof(float))
         product(rows, head.head_dim, last - low,
                 strided(head.probs + block * keys + low, keys, 1),
-                strided(head.v + low * stride, stride, 1), NULL, False,
+                strided(head.v + low * head.kv_stride, head.kv_stride, 1), NULL, False,
                 head.out + block * stride, stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
 
@@ -1530,20 +1650,20 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
     # With p = probs and dp = d_out v^T:
     #   ds = p * (dp - sum(dp * p)) / sqrt(D);  d_q = ds k;  d_k = ds^T q;  d_v = p^T d_out
     cdef Py_ssize_t keys = head.keys, stride = head.stride, past = keys - head.queries
-    cdef Py_ssize_t block, rows, i, low, last
+    cdef Py_ssize_t kv_stride = head.kv_stride, block, rows, i, low, last
     cdef float factor = 1.0 / sqrtf(head.head_dim), spread
     cdef float *d_row
     cdef const float *row
     START_TIMER(TIMER_ATTENTION_BACKWARD)
-    for i in range(keys):
-        memset(head.d_k + i * stride, 0, head.head_dim * sizeof(float))
-        memset(head.d_v + i * stride, 0, head.head_dim * sizeof(float))
+    for i in range(0 if head.accumulate_kv else keys):
+        memset(head.d_k + i * kv_stride, 0, head.head_dim * sizeof(float))
+        memset(head.d_v + i * kv_stride, 0, head.head_dim * sizeof(float))
     for block from 0 <= block < head.queries by QUERY_BLOCK:
         rows = min(head.queries - block, QUERY_BLOCK)
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, strided(head.d_out + block * stride, stride, 1),
-                strided(head.v + low * stride, 1, stride), NULL, False,
+                strided(head.v + low * kv_stride, 1, kv_stride), NULL, False,
                 head.d_probs + block * keys + low, keys, workspace)
         for i in range(block, block + rows):
             row = head.probs + i * keys + low
@@ -1554,16 +1674,16 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
             scale(d_row, factor, last - low)
         product(rows, head.head_dim, last - low,
                 strided(head.d_probs + block * keys + low, keys, 1),
-                strided(head.k + low * stride, stride, 1), NULL, False,
+                strided(head.k + low * kv_stride, kv_stride, 1), NULL, False,
                 head.d_q + block * stride, stride, workspace)
         product(last - low, head.head_dim, rows,
                 strided(head.d_probs + block * keys + low, 1, keys),
                 strided(head.q + block * stride, stride, 1), NULL, True,
-                head.d_k + low * stride, stride, workspace)
+                head.d_k + low * kv_stride, kv_stride, workspace)
         product(last - low, head.head_dim, rows,
                 strided(head.probs + block * keys + low, 1, keys),
                 strided(head.d_out + block * stride, stride, 1), NULL, True,
-                head.d_v + low * stride, stride, workspace)
+                head.d_v + low * kv_stride, kv_stride, workspace)
     STOP_TIMER(TIMER_ATTENTION_BACKWARD)
 
 
@@ -1834,6 +1954,8 @@ kernels.sum_of_squares = sum_of_squares
 kernels.column_sums = column_sums
 kernels.activate = activate
 kernels.activate_backward = activate_backward
+kernels.gate = gate
+kernels.gate_backward = gate_backward
 kernels.softmax = softmax
 kernels.cross_entropy = cross_entropy
 kernels.layer_norm = layer_norm

@@ -106,7 +106,7 @@ def dimensions(config: ModelConfig) -> dict[str, int]:
     }
 
 
-def options(config: ModelConfig) -> set[str]:
+def block_options(config: ModelConfig) -> set[str]:
     """Return the options of a block, as tables of parameters and activations name them."""
     norm_bias = config.norm == "layer" and config.norm_bias
     chosen = {
@@ -125,7 +125,7 @@ def options(config: ModelConfig) -> set[str]:
 
 def block_layout(config: ModelConfig) -> list[tuple[str, tuple[int, ...]]]:
     """Return the parameters of a block: a list of (name, shape)."""
-    sizes, chosen = dimensions(config), options(config)
+    sizes, chosen = dimensions(config), block_options(config)
     return [
         (name, tuple(sizes[axis] for axis in axes))
         for name, axes, option in _BLOCK
@@ -150,7 +150,7 @@ def parameter_layout(config: ModelConfig) -> list[Parameter]:
         ]
     if config.final_norm:
         entries.append(("final_norm.gamma", (dim,), "vector"))
-        if "norm_bias" in options(config):
+        if "norm_bias" in block_options(config):
             entries.append(("final_norm.beta", (dim,), "vector"))
     if not config.tied_embeddings:
         entries.append(("output.weight", (vocab, dim), outer))

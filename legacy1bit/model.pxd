@@ -4,32 +4,37 @@ The structs hold borrowed pointers; the classes own the arrays behind them. Ever
 a gradient struct of the same shape.
 """
 
-from legacy1bit.kernels cimport Matrix
+from legacy1bit.kernels cimport Matrix, Rotary
+from legacy1bit.math_ops cimport kernels
 
 cdef struct NormView:
     const float *gamma      # [C]; NULL without a norm
-    const float *beta       # [C]
+    const float *beta       # [C]; NULL without a bias
+    float epsilon
+    bint rms                # RMS norm, else layer norm
 
 cdef struct AttentionView:
-    Matrix wq, wk, wv, wo   # [C, C]
-    const float *bq         # [C]
-    const float *bk
-    const float *bv
-    const float *bo
-    Py_ssize_t num_heads
+    Matrix wq, wk, wv, wo   # [H D, C], [G D, C], [G D, C], [C, H D]
+    const float *bq         # [H D]; each bias is NULL where there is none
+    const float *bk         # [G D]
+    const float *bv         # [G D]
+    const float *bo         # [C]
+    Py_ssize_t num_heads    # H, of queries
+    Py_ssize_t num_kv_heads     # G, of keys and values
+    Py_ssize_t head_dim     # D
     Py_ssize_t window       # how many tokens back a token sees, itself included; 0: all
-    const float *cosines    # [length, D / 2]; NULL without rotary positions
-    const float *sines
-    Py_ssize_t length       # rows of those tables
+    Rotary rotary
+    NormView q_norm, k_norm     # of each head, [D]
     NormView norm           # before wo
     bint int8_activations   # inputs of its matrices are quantized to int8
 
 cdef struct FeedForwardView:
-    Matrix wi               # [F, C]
+    Matrix wg, wi           # [F, C]; the gate has no rows where there is none
     Matrix wo               # [C, F]
+    const float *bg         # [F]
     const float *bi         # [F]
     const float *bo         # [C]
-    int activation          # RELU or RELU2
+    int activation          # RELU and so on
     NormView norm           # before wo
     bint int8_activations   # inputs of its matrices are quantized to int8
 
@@ -60,11 +65,13 @@ cdef struct AttentionGradient:
     float *bk
     float *bv
     float *bo
-    NormGradient norm
+    NormGradient q_norm, k_norm, norm
 
 cdef struct FeedForwardGradient:
+    float *wg
     float *wi
     float *wo
+    float *bg
     float *bi
     float *bo
     NormGradient norm
@@ -83,7 +90,8 @@ cdef struct ModelGradient:
 
 cdef struct FeedForwardContext:
     # The activations of a feed-forward layer, M = B T rows each.
-    float *hidden           # [M, F] before the activation
+    float *gate             # [M, F], wg x + bg; NULL without a gate
+    float *hidden           # [M, F] before the activation, or what the gate multiplies
     float *activated        # [M, F] after it
     float *normed           # [M, F], the input of wo; `activated` itself without a norm
     float *mean
@@ -96,12 +104,16 @@ cdef struct BlockContext:
     float *norm1
     float *mean1
     float *inv_std1
-    float *q
-    float *k
-    float *v
+    float *q                # [M, H D]
+    float *k                # [M, G D]
+    float *v                # [M, G D]
+    float *q_linear         # q before its norm; q itself without one
+    float *k_linear
+    float *q_inv_std        # [M, H]
+    float *k_inv_std        # [M, G]
     float *probs            # [B, H, T, keys]
-    float *heads
-    float *heads_normed     # [M, C], the input of wo; `heads` itself without a norm
+    float *heads            # [M, H D]
+    float *heads_normed     # [M, H D], the input of wo; `heads` itself without a norm
     float *heads_mean
     float *heads_inv_std
     float *residual
@@ -125,16 +137,31 @@ cdef class LayerNorm:
     cdef NormView view
 
 
+cdef inline void normalize(const NormView *norm, const float *x, float *out, float *mean,
+                           float *inv_std, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
+    kernels().layer_norm(x, norm.gamma, norm.beta, norm.epsilon, out, NULL if norm.rms else mean,
+                         inv_std, rows, cols)
+
+
+cdef inline void normalize_backward(const NormView *norm, const float *d_out, const float *x,
+                                    const float *mean, const float *inv_std, float *d_x,
+                                    const NormGradient *gradient, Py_ssize_t rows,
+                                    Py_ssize_t cols) noexcept nogil:
+    # Adds to d_x.
+    kernels().layer_norm_backward(d_out, x, norm.gamma, NULL if norm.rms else mean, inv_std, d_x,
+                                  gradient.gamma, gradient.beta, rows, cols)
+
+
 cdef class MultiHeadAttention:
     cdef readonly object wq, wk, wv, wo, bq, bk, bv, bo, rotary
-    cdef readonly Py_ssize_t num_heads, window
-    cdef readonly LayerNorm norm
+    cdef readonly Py_ssize_t num_heads, num_kv_heads, head_dim, window
+    cdef readonly LayerNorm q_norm, k_norm, norm
     cdef AttentionView view
     cdef int fill_rotary(self, Py_ssize_t length) except -1
 
 
 cdef class FeedForward:
-    cdef readonly object wi, bi, wo, bo
+    cdef readonly object wg, bg, wi, bi, wo, bo
     cdef readonly str activation
     cdef readonly LayerNorm norm
     cdef FeedForwardView view
@@ -170,16 +197,21 @@ cdef class LegacyLLMGradients:
 
 
 cdef class TransformerBlockContext:
-    cdef readonly dict arrays
+    cdef readonly dict arrays, axes
+    cdef readonly set options
     cdef BlockContext view
 
 cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil
 cdef dict allocate(void *view, list fields, dict axes)
 cdef object allocated_bytes(list fields, dict axes)
-cdef list block_fields(bint sub_norm)
+cdef list block_fields(options)
+cdef TransformerBlockContext context_of(config, batch_size, time)
+cdef TransformerBlockContext context_for(MultiHeadAttention attention, FeedForward ffn, batch,
+                                         time)
+cdef int check_context(TransformerBlockContext context, MultiHeadAttention attention,
+                       FeedForward ffn, batch, time) except -1
+cdef int fill_rotary_view(Rotary *view, object table, Py_ssize_t head_dim) except -1
 cdef int point_gradients(BlockGradient *block, dict arrays) except -1
-cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
-                       sub_norm) except -1
 cdef float *float_pointer(object array) except NULL
 cdef int fill_matrix(Matrix *view, object weights, str name) except -1
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL

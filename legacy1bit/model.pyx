@@ -18,21 +18,21 @@ import numpy as np
 
 from legacy1bit.formats import native
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.layout import parameter_layout, views
+from legacy1bit.layout import block_options, parameter_layout, views
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write
 
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport RELU, RELU2, Matrix, Scheme
+from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, Matrix, Rotary, Scheme
 from legacy1bit.math_ops cimport kernels
 from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
 
 # The activations of the feed-forward layer, and their numbers in the kernels.
-ACTIVATIONS = {"relu2": RELU2, "relu": RELU}
+ACTIVATIONS = {"relu2": RELU2, "relu": RELU, "silu": SILU, "gelu": GELU}
 
 ModelFileError = native.ModelFileError
 
@@ -88,6 +88,11 @@ cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
     view.dense = &dense[0, 0]
     view.reach = 0
     return 0
+
+
+cdef const float *optional_vector(object array, Py_ssize_t size, str name) except? NULL:
+    # NULL for None.
+    return NULL if array is None else vector_pointer(array, size, name)
 
 
 cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str name) except -1:
@@ -257,20 +262,42 @@ def free_float_array(array) -> None:
 class RotaryTable:
     """The cosines and sines of rotary positions (Su et al., arXiv 2104.09864, equation 15).
 
+    Parameters
+    ----------
+    rotary_dim : int
+        D, the number of elements of a head that rotate, an even number.
+    length : int
+        T, the number of positions.
+    base : float
+    factor : float
+        Above 1: YaRN (Peng et al., arXiv 2309.00071, section 3.4). Wavelengths that are long
+        compared with ``original_length`` become ``factor`` times as long, short ones stay, and both
+        tables are multiplied by ``1 + 0.1 ln(factor)`` (equation 22), at every position.
+    original_length : int
+        The context length before YaRN.
+    adjacent : bool
+        Whether pairs are elements 2 i and 2 i + 1 of a head, instead of i and i + D / 2.
+
     Attributes
     ----------
     cosines, sines : float32[T, D / 2]
-        Of the angle ``t * base ** (-2 i / D)`` by which position t rotates the pair (i, i + D / 2);
-        rows beyond those that ``fill`` has computed are 0.
+        Of the angle ``t * base ** (-2 i / D)`` by which position t rotates pair i; rows beyond those
+        that ``fill`` has computed are 0.
     """
 
-    def __init__(self, head_dim, length, base=10000.0):
-        if head_dim % 2:
-            raise ValueError(f"head_dim is {head_dim}, expected an even number")
-        self._rates = float(base) ** (-np.arange(head_dim // 2) * 2.0 / head_dim)
+    def __init__(self, rotary_dim, length, base=10000.0, factor=1.0, original_length=0,
+                 adjacent=False):
+        if rotary_dim % 2:
+            raise ValueError(f"rotary_dim is {rotary_dim}, expected an even number")
+        self.adjacent = adjacent
+        self._rates = float(base) ** (-np.arange(rotary_dim // 2) * 2.0 / rotary_dim)
+        self._amplitude = 1.0
+        if factor > 1.0:
+            self._rates *= _yarn_shares(rotary_dim, base, factor, original_length)
+            self._amplitude += 0.1 * math.log(factor)
         # A small file may declare a long context. Zeros take no memory before they are written.
-        self.cosines = np.zeros((length, head_dim // 2), np.float32)
-        self.sines = np.zeros((length, head_dim // 2), np.float32)
+        self.cosines = np.zeros((length, rotary_dim // 2), np.float32)
+        self.sines = np.zeros((length, rotary_dim // 2), np.float32)
         self._filled = 0
 
     def fill(self, length) -> None:
@@ -283,29 +310,82 @@ class RotaryTable:
         stop = min(max(length, 2 * start), len(self.cosines))
         if length > start and stop > start:
             angles = np.arange(start, stop)[:, None] * self._rates
-            self.cosines[start:stop] = np.cos(angles)
-            self.sines[start:stop] = np.sin(angles)
+            self.cosines[start:stop] = self._amplitude * np.cos(angles)
+            self.sines[start:stop] = self._amplitude * np.sin(angles)
             self._filled = max(self._filled, stop)
 
 
-cdef class LayerNorm:
-    """The weights of one layer norm: gamma and beta, both float32[C]."""
+def _yarn_shares(rotary_dim, base, factor, original_length):
+    """Return by what YaRN multiplies the rate of each pair: float64[D / 2], 1 / factor to 1."""
+    # The pair that turns `turns` times in the original length, equation 17 solved for the pair.
+    low, high = (rotary_dim * math.log(original_length / (2.0 * math.pi * turns))
+                 / (2.0 * math.log(base)) for turns in (32.0, 1.0))
+    low, high = max(math.floor(low), 0), min(math.ceil(high), rotary_dim - 1)
+    ramp = (np.arange(rotary_dim // 2) - low) / max(high - low, 0.001)
+    slow = np.clip(ramp, 0.0, 1.0)
+    return slow / factor + (1.0 - slow)
 
-    def __init__(self, gamma, beta):
+
+def rotary_table(config) -> RotaryTable | None:
+    """Return the rotary table of a model of these settings, or None without rotary positions."""
+    if config.positions == "none":
+        return None
+    return RotaryTable(config.rotary_dim, config.sequence_length, config.rope_base,
+                       config.rope_factor, config.rope_original_length,
+                       config.rope_pairs == "adjacent")
+
+
+cdef int fill_rotary_view(Rotary *view, object table, Py_ssize_t head_dim) except -1:
+    # Points at a rotary table for heads of this size; None: no rotary positions.
+    cdef const float[:, ::1] values
+    view.cosines = view.sines = NULL
+    view.length = view.dim = 0
+    if table is None:
+        return 0
+    values = table.cosines
+    if values.shape[1] * 2 > head_dim:
+        raise ValueError(f"the rotary table is for heads of {values.shape[1] * 2}, expected "
+                         f"{head_dim}")
+    view.cosines = &values[0, 0]
+    view.length, view.dim = values.shape[0], 2 * values.shape[1]
+    view.adjacent = table.adjacent
+    values = table.sines
+    view.sines = &values[0, 0]
+    return 0
+
+
+cdef class LayerNorm:
+    """The weights of one layer norm or RMS norm.
+
+    Parameters
+    ----------
+    gamma : float32[C]
+    beta : float32[C], optional
+        Not of an RMS norm.
+    epsilon : float
+        Added to the variance, or to the mean square.
+    rms : bool
+        RMS norm (Zhang & Sennrich, arXiv 1910.07467) instead of layer norm.
+    """
+
+    def __init__(self, gamma, beta=None, epsilon=LAYER_NORM_EPSILON, rms=False):
         self.view.gamma = vector_pointer(gamma, len(gamma), "gamma")
-        self.view.beta = vector_pointer(beta, len(gamma), "beta")
+        self.view.beta = optional_vector(beta, len(gamma), "beta")
+        if rms and beta is not None:
+            raise ValueError("an RMS norm has no beta")
+        self.view.epsilon, self.view.rms = epsilon, rms
         self.gamma, self.beta = gamma, beta
 
     def __reduce__(self):
         raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
 
 
-cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size):
+cdef LayerNorm _inner_norm(gamma, beta, Py_ssize_t size, epsilon, rms, name="gamma"):
     """Return the norm inside a layer, or None if it has none."""
     if gamma is None and beta is None:
         return None
-    vector_pointer(gamma, size, "gamma")
-    return LayerNorm(gamma, beta)
+    vector_pointer(gamma, size, name)
+    return LayerNorm(gamma, beta, epsilon, rms)
 
 
 cdef class MultiHeadAttention:
@@ -313,65 +393,90 @@ cdef class MultiHeadAttention:
 
     Parameters
     ----------
-    wq, wk, wv, wo : TernaryMatrix or float32[C, C]
-        Each maps rows x to ``x @ w.T + b``.
-    bq, bk, bv, bo : float32[C]
+    wq : TernaryMatrix or float32[H D, C]
+        Each matrix maps rows x to ``x @ w.T + b``.
+    wk, wv : TernaryMatrix or float32[G D, C]
+    wo : TernaryMatrix or float32[C, H D]
+    bq, bk, bv, bo : float32, optional
+        Of as many elements as the matrix has rows.
     num_heads : int
-        Divides C.
+        H, heads of queries; divides the rows of ``wq``.
     rotary : RotaryTable, optional
         Rotates queries and keys by their positions; without it attention ignores positions.
     window : int
         The number of tokens that a token sees, itself included; 0 means all.
-    gamma, beta : float32[C], optional
-        Of a layer norm before ``wo`` (SubLN).
+    gamma, beta : float32[H D], optional
+        Of a norm before ``wo`` (SubLN).
     int8_activations : bool
         Whether the inputs of the matrices are quantized to int8, with one scale per token.
+    num_kv_heads : int, optional
+        G, heads of keys and values, each for H / G heads of queries (grouped-query attention:
+        Ainslie et al., arXiv 2305.13245); by default H.
+    q_gamma, k_gamma : float32[D], optional
+        Of RMS norms of each head's queries and keys, before their rotation (QK-norm: Henry et al.,
+        arXiv 2010.04245).
+    epsilon : float
+        Of all norms.
+    rms : bool
+        Whether the norm before ``wo`` is an RMS norm.
     """
 
-    def __init__(self, wq, wk, wv, wo, bq, bk, bv, bo, num_heads, rotary=None, window=0,
-                 gamma=None, beta=None, int8_activations=False):
-        cdef Py_ssize_t dim
-        cdef const float[:, ::1] table
+    def __init__(self, wq, wk, wv, wo, bq=None, bk=None, bv=None, bo=None, num_heads=1,
+                 rotary=None, window=0, gamma=None, beta=None, int8_activations=False, *,
+                 num_kv_heads=None, q_gamma=None, k_gamma=None, epsilon=LAYER_NORM_EPSILON,
+                 rms=False):
+        cdef Py_ssize_t dim, wide, narrow
         cdef AttentionView *view = &self.view
         fill_matrix(&view.wq, wq, "wq")
         fill_matrix(&view.wk, wk, "wk")
         fill_matrix(&view.wv, wv, "wv")
         fill_matrix(&view.wo, wo, "wo")
-        dim = view.wq.cols
-        check_matrix(&view.wq, dim, dim, "wq")
-        check_matrix(&view.wk, dim, dim, "wk")
-        check_matrix(&view.wv, dim, dim, "wv")
-        check_matrix(&view.wo, dim, dim, "wo")
-        view.bq = vector_pointer(bq, dim, "bq")
-        view.bk = vector_pointer(bk, dim, "bk")
-        view.bv = vector_pointer(bv, dim, "bv")
-        view.bo = vector_pointer(bo, dim, "bo")
-        if _size("num_heads", num_heads) > dim or dim % num_heads:
-            raise ValueError(f"num_heads is {num_heads}, expected a divisor of {dim}")
+        dim, wide = view.wq.cols, view.wq.rows
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if _size("num_heads", num_heads) > wide or wide % num_heads:
+            raise ValueError(f"num_heads is {num_heads}, expected a divisor of {wide}")
+        if _size("num_kv_heads", num_kv_heads) > num_heads or num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads is {num_kv_heads}, expected a divisor of {num_heads}")
+        view.num_heads, view.num_kv_heads = num_heads, num_kv_heads
+        view.head_dim = wide // view.num_heads
+        narrow = view.num_kv_heads * view.head_dim
+        check_matrix(&view.wk, narrow, dim, "wk")
+        check_matrix(&view.wv, narrow, dim, "wv")
+        check_matrix(&view.wo, dim, wide, "wo")
+        view.bq = optional_vector(bq, wide, "bq")
+        view.bk = optional_vector(bk, narrow, "bk")
+        view.bv = optional_vector(bv, narrow, "bv")
+        view.bo = optional_vector(bo, dim, "bo")
         if window < 0:
             raise ValueError(f"window is {window}, expected 0 or more")
-        view.num_heads = num_heads
+        if (q_gamma is None) != (k_gamma is None):
+            raise ValueError("one of q_gamma and k_gamma is None, expected both or neither")
         view.window = window
-        view.cosines = view.sines = NULL
-        view.length = 0
-        if rotary is not None:
-            table = rotary.cosines
-            if table.shape[1] * 2 * num_heads != dim:
-                raise ValueError(f"the rotary table is for heads of {table.shape[1] * 2}, expected "
-                                 f"{dim // num_heads}")
-            view.cosines = &table[0, 0]
-            view.length = table.shape[0]
-            table = rotary.sines
-            view.sines = &table[0, 0]
+        fill_rotary_view(&view.rotary, rotary, view.head_dim)
         self.wq, self.wk, self.wv, self.wo = wq, wk, wv, wo
         self.bq, self.bk, self.bv, self.bo = bq, bk, bv, bo
-        self.num_heads = num_heads
+        self.num_heads, self.num_kv_heads = view.num_heads, view.num_kv_heads
+        self.head_dim = view.head_dim
         self.window = window
         self.rotary = rotary
-        self.norm = _inner_norm(gamma, beta, dim)
+        self.q_norm = _inner_norm(q_gamma, None, view.head_dim, epsilon, True, "q_gamma")
+        self.k_norm = _inner_norm(k_gamma, None, view.head_dim, epsilon, True, "k_gamma")
+        if self.q_norm is not None:
+            view.q_norm, view.k_norm = self.q_norm.view, self.k_norm.view
+        self.norm = _inner_norm(gamma, beta, wide, epsilon, rms)
         if self.norm is not None:
             view.norm = self.norm.view
         view.int8_activations = int8_activations
+
+    @property
+    def q_gamma(self):
+        """The gamma of the queries' norm, float32[D], or None."""
+        return None if self.q_norm is None else self.q_norm.gamma
+
+    @property
+    def k_gamma(self):
+        """The gamma of the keys' norm, float32[D], or None."""
+        return None if self.k_norm is None else self.k_norm.gamma
 
     cdef int fill_rotary(self, Py_ssize_t length) except -1:
         # Call this before a pass over `length` positions.
@@ -389,31 +494,47 @@ cdef class FeedForward:
     Parameters
     ----------
     wi : TernaryMatrix or float32[F, C]
-    bi : float32[F]
+    bi : float32[F], optional
     wo : TernaryMatrix or float32[C, F]
-    bo : float32[C]
+    bo : float32[C], optional
     activation : str
         One of ``ACTIVATIONS``.
     gamma, beta : float32[F], optional
-        Of a layer norm before ``wo`` (SubLN).
+        Of a norm before ``wo`` (SubLN).
     int8_activations : bool
         Whether the inputs of the matrices are quantized to int8, with one scale per token.
+    wg : TernaryMatrix or float32[F, C], optional
+        A gate: then the layer is ``wo (act(wg x + bg) * (wi x + bi)) + bo`` (Shazeer, arXiv
+        2002.05202, equation 6, with biases).
+    bg : float32[F], optional
+    epsilon, rms
+        As in a ``MultiHeadAttention``.
     """
 
-    def __init__(self, wi, bi, wo, bo, activation="relu2", gamma=None, beta=None,
-                 int8_activations=False):
+    def __init__(self, wi, bi=None, wo=None, bo=None, activation="relu2", gamma=None, beta=None,
+                 int8_activations=False, *, wg=None, bg=None, epsilon=LAYER_NORM_EPSILON,
+                 rms=False):
         cdef FeedForwardView *view = &self.view
         if activation not in list(ACTIVATIONS):
-            raise ValueError(f"activation is {activation!r}, expected {' or '.join(ACTIVATIONS)}")
+            raise ValueError(f"activation is {activation!r}, expected one of "
+                             f"{', '.join(ACTIVATIONS)}")
         fill_matrix(&view.wi, wi, "wi")
         fill_matrix(&view.wo, wo, "wo")
         check_matrix(&view.wo, view.wi.cols, view.wi.rows, "wo")
-        view.bi = vector_pointer(bi, view.wi.rows, "bi")
-        view.bo = vector_pointer(bo, view.wo.rows, "bo")
+        view.bi = optional_vector(bi, view.wi.rows, "bi")
+        view.bo = optional_vector(bo, view.wo.rows, "bo")
+        view.wg.rows = 0
+        if wg is not None:
+            fill_matrix(&view.wg, wg, "wg")
+            check_matrix(&view.wg, view.wi.rows, view.wi.cols, "wg")
+        elif bg is not None:
+            raise ValueError("bg is an array without wg")
+        view.bg = optional_vector(bg, view.wi.rows, "bg")
         view.activation = ACTIVATIONS[activation]
         self.wi, self.bi, self.wo, self.bo = wi, bi, wo, bo
+        self.wg, self.bg = wg, bg
         self.activation = activation
-        self.norm = _inner_norm(gamma, beta, view.wi.rows)
+        self.norm = _inner_norm(gamma, beta, view.wi.rows, epsilon, rms)
         if self.norm is not None:
             view.norm = self.norm.view
         view.int8_activations = int8_activations
@@ -503,12 +624,11 @@ cdef class LegacyLLM:
         cdef ModelView *view = &self.view
         cdef TransformerBlock block
         config = self.config
-        rotary = None
+        rotary = rotary_table(config)
+        norms = {"epsilon": config.norm_epsilon, "rms": config.norm == "rms"}
         # Matrices that are not quantized get float inputs.
         int8_activations = config.int8_activations and isinstance(
             parameters["blocks.0.attention.wq"], TernaryMatrix)
-        if config.positions == "rope":
-            rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
         view.num_blocks = config.num_blocks
         if view.blocks == NULL:
             view.blocks = <BlockView *>calloc(config.num_blocks, sizeof(BlockView))
@@ -518,19 +638,22 @@ cdef class LegacyLLM:
         for i in range(config.num_blocks):
             block = TransformerBlock(
                 MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, window=config.attention_window,
-                                   int8_activations=int8_activations),
+                                   num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+                                   window=config.windows[i], int8_activations=int8_activations,
+                                   **norms),
                 FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation, int8_activations=int8_activations),
-                LayerNorm(**_layer(parameters, f"blocks.{i}.norm1.")),
-                LayerNorm(**_layer(parameters, f"blocks.{i}.norm2.")))
+                            activation=config.activation, int8_activations=int8_activations,
+                            **norms),
+                LayerNorm(**_layer(parameters, f"blocks.{i}.norm1."), **norms),
+                LayerNorm(**_layer(parameters, f"blocks.{i}.norm2."), **norms))
             self.blocks.append(block)
             view.blocks[i] = block.view
         if config.final_norm:
-            self.final_norm = LayerNorm(**_layer(parameters, "final_norm."))
+            self.final_norm = LayerNorm(**_layer(parameters, "final_norm."), **norms)
             view.final_norm = self.final_norm.view
+        output = "embedding.weight" if config.tied_embeddings else "output.weight"
         fill_matrix(&view.embedding, parameters["embedding.weight"], "embedding.weight")
-        fill_matrix(&view.output, parameters["output.weight"], "output.weight")
+        fill_matrix(&view.output, parameters[output], output)
         if config.output_bias:
             view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
                                               "output.bias")
@@ -630,15 +753,16 @@ def _spread(config, name):
 
 
 cdef struct QuantizedPart:
-    # A quantized matrix: the offsets of its weights and scales, its shape, the number of columns
-    # that share a scale, and that scale if it is fixed, else 0.
-    Py_ssize_t start, scale, rows, cols, group
+    # A quantized matrix, or a shard of one: the offsets of its weights and scales, its shape, the
+    # number of columns that share a scale, how often each scale is stored, and the scale if it is
+    # fixed, else 0.
+    Py_ssize_t start, scale, rows, cols, group, copies
     float fixed
 
 
 _QUANTIZED_PART = np.dtype(
     [("start", np.intp), ("scale", np.intp), ("rows", np.intp), ("cols", np.intp),
-     ("group", np.intp), ("fixed", np.float32)], align=True)
+     ("group", np.intp), ("copies", np.intp), ("fixed", np.float32)], align=True)
 
 
 def _quantized_parts(config, layout):
@@ -649,9 +773,17 @@ def _quantized_parts(config, layout):
         if not SCHEMES[config.scheme].learns and not fixed:
             fixed = float(np.float16(_spread(config, part.name) * np.sqrt(2.0 / np.pi)))
         if part.scale_shape == (1, 1):
-            records.append((part.start, part.scale_start, 1, part.size, part.size, fixed))
+            records.append((part.start, part.scale_start, 1, part.size, part.size, 1, fixed))
+        elif config.scale_shards > 1:
+            rows, cols = part.shape
+            bounds = [-(-rows * i // config.scale_shards) for i in range(config.scale_shards + 1)]
+            for first, stop in zip(bounds, bounds[1:]):
+                size = (stop - first) * cols
+                if size:
+                    records.append((part.start + first * cols, part.scale_start + first, 1, size,
+                                    size, stop - first, fixed))
         else:
-            records.append((part.start, part.scale_start, *part.shape, part.group, fixed))
+            records.append((part.start, part.scale_start, *part.shape, part.group, 1, fixed))
     return np.array(records, _QUANTIZED_PART)
 
 
@@ -667,7 +799,7 @@ cdef struct QuantizeJob:
 cdef void quantize_task(void *context, long index) noexcept nogil:
     cdef QuantizeJob *job = <QuantizeJob *>context
     cdef const QuantizedPart *part = &job.quantized_parts[index]
-    cdef Py_ssize_t _row, first, count, start = part.start
+    cdef Py_ssize_t _row, first, count, i, start = part.start
     cdef float *scale = job.scales + part.scale
     cdef float *median_scratch = NULL
     if job.scheme.median:
@@ -680,7 +812,9 @@ cdef void quantize_task(void *context, long index) noexcept nogil:
             count = min(part.group, part.cols - first)
             scale[0] = kernels().quantize(job.weights + start, count, &job.scheme, part.fixed,
                                           job.codes + start, median_scratch)
-            scale += 1
+            for i in range(1, part.copies):
+                scale[i] = scale[0]
+            scale += part.copies
             start += count
 
 
@@ -766,8 +900,12 @@ cdef dict _GRADIENT_OFFSETS = {
     "attention.bk": offset(&_gradient, &_gradient.attention.bk),
     "attention.bv": offset(&_gradient, &_gradient.attention.bv),
     "attention.bo": offset(&_gradient, &_gradient.attention.bo),
+    "attention.q_gamma": offset(&_gradient, &_gradient.attention.q_norm.gamma),
+    "attention.k_gamma": offset(&_gradient, &_gradient.attention.k_norm.gamma),
     "attention.gamma": offset(&_gradient, &_gradient.attention.norm.gamma),
     "attention.beta": offset(&_gradient, &_gradient.attention.norm.beta),
+    "ffn.wg": offset(&_gradient, &_gradient.ffn.wg),
+    "ffn.bg": offset(&_gradient, &_gradient.ffn.bg),
     "ffn.wi": offset(&_gradient, &_gradient.ffn.wi),
     "ffn.bi": offset(&_gradient, &_gradient.ffn.bi),
     "ffn.wo": offset(&_gradient, &_gradient.ffn.wo),
@@ -815,12 +953,15 @@ cdef class LegacyLLMGradients:
         if view.blocks == NULL:
             raise MemoryError("no memory for the model's gradients")
         view.embedding = self._pointer("embedding.weight")
-        view.output = self._pointer("output.weight")
+        view.output = view.embedding
+        if not config.tied_embeddings:
+            view.output = self._pointer("output.weight")
         if config.output_bias:
             view.output_bias = self._pointer("output.bias")
         if config.final_norm:
             view.final_norm.gamma = self._pointer("final_norm.gamma")
-            view.final_norm.beta = self._pointer("final_norm.beta")
+            if "norm_bias" in block_options(config):
+                view.final_norm.beta = self._pointer("final_norm.beta")
         for i in range(config.num_blocks):
             point_gradients(&view.blocks[i], self.layer(f"blocks.{i}"))
 
@@ -929,47 +1070,52 @@ cdef object allocated_bytes(list fields, dict axes):
 
 cdef BlockContext _context
 
-# The activations of a block: name, axes, and the offset of the pointer in a BlockContext.
+# The activations of a block: name, axes, the option that it belongs to (as in layout.py), and the
+# offset of the pointer in a BlockContext.
 cdef list _ACTIVATIONS = [
-    ("input", "BTC", offset(&_context, &_context.input)),
-    ("output", "BTC", offset(&_context, &_context.output)),
-    ("norm1", "BTC", offset(&_context, &_context.norm1)),
-    ("mean1", "BT", offset(&_context, &_context.mean1)),
-    ("inv_std1", "BT", offset(&_context, &_context.inv_std1)),
-    ("q", "BTC", offset(&_context, &_context.q)),
-    ("k", "BTC", offset(&_context, &_context.k)),
-    ("v", "BTC", offset(&_context, &_context.v)),
-    ("probs", "BHTT", offset(&_context, &_context.probs)),
-    ("heads", "BTC", offset(&_context, &_context.heads)),
-    ("residual", "BTC", offset(&_context, &_context.residual)),
-    ("norm2", "BTC", offset(&_context, &_context.norm2)),
-    ("mean2", "BT", offset(&_context, &_context.mean2)),
-    ("inv_std2", "BT", offset(&_context, &_context.inv_std2)),
-    ("hidden", "BTF", offset(&_context, &_context.ffn.hidden)),
-    ("activated", "BTF", offset(&_context, &_context.ffn.activated)),
+    ("input", "BTC", "", offset(&_context, &_context.input)),
+    ("output", "BTC", "", offset(&_context, &_context.output)),
+    ("norm1", "BTC", "", offset(&_context, &_context.norm1)),
+    ("mean1", "BT", "", offset(&_context, &_context.mean1)),
+    ("inv_std1", "BT", "", offset(&_context, &_context.inv_std1)),
+    ("q", "BTQ", "", offset(&_context, &_context.q)),
+    ("k", "BTK", "", offset(&_context, &_context.k)),
+    ("v", "BTK", "", offset(&_context, &_context.v)),
+    ("q_linear", "BTQ", "qk_norm", offset(&_context, &_context.q_linear)),
+    ("k_linear", "BTK", "qk_norm", offset(&_context, &_context.k_linear)),
+    ("q_inv_std", "BTH", "qk_norm", offset(&_context, &_context.q_inv_std)),
+    ("k_inv_std", "BTG", "qk_norm", offset(&_context, &_context.k_inv_std)),
+    ("probs", "BHTT", "", offset(&_context, &_context.probs)),
+    ("heads", "BTQ", "", offset(&_context, &_context.heads)),
+    ("residual", "BTC", "", offset(&_context, &_context.residual)),
+    ("norm2", "BTC", "", offset(&_context, &_context.norm2)),
+    ("mean2", "BT", "", offset(&_context, &_context.mean2)),
+    ("inv_std2", "BT", "", offset(&_context, &_context.inv_std2)),
+    ("gate", "BTF", "gated", offset(&_context, &_context.ffn.gate)),
+    ("hidden", "BTF", "", offset(&_context, &_context.ffn.hidden)),
+    ("activated", "BTF", "", offset(&_context, &_context.ffn.activated)),
+    ("heads_normed", "BTQ", "sub_norm", offset(&_context, &_context.heads_normed)),
+    ("heads_mean", "BT", "sub_norm", offset(&_context, &_context.heads_mean)),
+    ("heads_inv_std", "BT", "sub_norm", offset(&_context, &_context.heads_inv_std)),
+    ("activated_normed", "BTF", "sub_norm", offset(&_context, &_context.ffn.normed)),
+    ("activated_mean", "BT", "sub_norm", offset(&_context, &_context.ffn.mean)),
+    ("activated_inv_std", "BT", "sub_norm", offset(&_context, &_context.ffn.inv_std)),
 ]
-# Those of blocks with sub_norm.
-cdef list _SUB_NORM_ACTIVATIONS = [
-    ("heads_normed", "BTC", offset(&_context, &_context.heads_normed)),
-    ("heads_mean", "BT", offset(&_context, &_context.heads_mean)),
-    ("heads_inv_std", "BT", offset(&_context, &_context.heads_inv_std)),
-    ("activated_normed", "BTF", offset(&_context, &_context.ffn.normed)),
-    ("activated_mean", "BT", offset(&_context, &_context.ffn.mean)),
-    ("activated_inv_std", "BT", offset(&_context, &_context.ffn.inv_std)),
-]
-cdef set _ACTIVATION_NAMES = {name for name, _, _ in _ACTIVATIONS + _SUB_NORM_ACTIVATIONS}
+cdef set _ACTIVATION_NAMES = {name for name, _, _, _ in _ACTIVATIONS}
 
 
-cdef list block_fields(bint sub_norm):
-    # The activations of a block, as `allocate` takes them.
-    return _ACTIVATIONS + (_SUB_NORM_ACTIVATIONS if sub_norm else [])
+cdef list block_fields(options):
+    # The activations of a block with these options, as `allocate` takes them.
+    return [(name, axes, at) for name, axes, option, at in _ACTIVATIONS
+            if not option or option in options]
 
 
 cdef class TransformerBlockContext:
     """The activations of one block that its backward pass needs (C: ``TransformerBlockContext``).
 
     The C original keeps the block's input and the statistics of its norms, and recomputes the
-    rest; here all activations are stored. Attributes are float32 arrays.
+    rest; here all activations are stored. Attributes are float32 arrays, None where the block has
+    no such activation. H are the heads of queries, G those of keys and values, D is their width.
 
     Attributes
     ----------
@@ -977,31 +1123,47 @@ cdef class TransformerBlockContext:
     norm1, norm2 : [B, T, C]
         The normalized inputs of attention and feed-forward layer.
     mean1, inv_std1, mean2, inv_std2 : [B, T]
-    q, k, v : [B, T, C]
+        RMS norms leave the means as they are.
+    q : [B, T, H D]
+    k, v : [B, T, G D]
         Queries and keys after their rotation.
+    q_linear, k_linear, q_inv_std, k_inv_std : [B, T, H D], [B, T, G D], [B, T, H], [B, T, G]
+        Queries and keys before their norm.
     probs : [B, H, T, T]
-    heads : [B, T, C]
+    heads : [B, T, H D]
         The heads' outputs, concatenated.
-    heads_normed, heads_mean, heads_inv_std : [B, T, C], [B, T], [B, T]
-        After the norm before ``wo``; None without that norm.
+    heads_normed, heads_mean, heads_inv_std : [B, T, H D], [B, T], [B, T]
+        After the norm before ``wo``.
     residual : [B, T, C]
         The input plus the attention's output.
+    gate : [B, T, F]
+        The gate before its activation.
     hidden, activated : [B, T, F]
-        The feed-forward network's hidden layer before and after its activation.
+        The feed-forward network's hidden layer before and after its activation or gate.
     activated_normed, activated_mean, activated_inv_std : [B, T, F], [B, T], [B, T]
-        After the norm before ``wo``; None without that norm.
+        After the norm before ``wo``.
     """
 
-    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, sub_norm=False):
+    def __init__(self, model_dim, ffn_dim, num_heads, batch_size, time, sub_norm=False, *,
+                 num_kv_heads=None, head_dim=None, gated=False, qk_norm=False):
         cdef BlockContext *view = &self.view
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         for name, value in (("model_dim", model_dim), ("ffn_dim", ffn_dim),
                             ("num_heads", num_heads), ("batch_size", batch_size),
-                            ("time", time)):
+                            ("time", time), ("num_kv_heads", num_kv_heads)):
             _size(name, value)
-        self.arrays = allocate(view, block_fields(sub_norm), {
-            "B": batch_size, "T": time, "C": model_dim, "F": ffn_dim, "H": num_heads})
+        head_dim = _size("head_dim", max(model_dim // num_heads, 1) if head_dim is None
+                         else head_dim)
+        self.options = {name for name, chosen in (("sub_norm", sub_norm), ("gated", gated),
+                                                  ("qk_norm", qk_norm)) if chosen}
+        self.axes = {"B": batch_size, "T": time, "C": model_dim, "F": ffn_dim, "H": num_heads,
+                     "G": num_kv_heads, "D": head_dim, "Q": num_heads * head_dim,
+                     "K": num_kv_heads * head_dim}
+        self.arrays = allocate(view, block_fields(self.options), self.axes)
         if not sub_norm:
             view.heads_normed, view.ffn.normed = view.heads, view.ffn.activated
+        if not qk_norm:
+            view.q_linear, view.k_linear = view.q, view.k
 
     def __getattr__(self, name):
         if name in _ACTIVATION_NAMES:
@@ -1017,27 +1179,56 @@ cdef class TransformerBlockContext:
         raise TypeError("a TransformerBlockContext cannot be copied or pickled: make another one")
 
 
-cdef int check_context(TransformerBlockContext context, batch, time, dim, ffn, heads,
-                       sub_norm) except -1:
-    # Checks that a context fits a layer's pass; ffn is None for attention alone.
-    if bool(sub_norm) != (context.heads_normed is not None):
-        raise ValueError(f"the context was made {'without' if sub_norm else 'with'} sub_norm, "
-                         "unlike the layer")
-    actual = (*context.input.shape, context.probs.shape[1], context.probs.shape[3])
-    expected = (batch, time, dim, heads, time)
-    if ffn is not None:
-        actual, expected = (*actual, context.hidden.shape[2]), (*expected, ffn)
-    if actual != expected:
-        raise ValueError(f"the context is for (B, T, C, H, keys, F) = {actual}, expected "
-                         f"{expected}")
+cdef TransformerBlockContext context_of(config, batch_size, time):
+    # For a block of a model of these settings.
+    return TransformerBlockContext(
+        config.model_dim, config.ffn_dim, config.num_heads, batch_size, time, config.sub_norm,
+        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, gated=config.gated,
+        qk_norm=config.qk_norm)
+
+
+cdef TransformerBlockContext context_for(MultiHeadAttention attention, FeedForward ffn, batch,
+                                         time):
+    # For a block of these layers; ffn is None for attention alone.
+    return TransformerBlockContext(
+        attention.view.wq.cols, 1 if ffn is None else ffn.view.wi.rows, attention.num_heads, batch,
+        time, attention.norm is not None, num_kv_heads=attention.num_kv_heads,
+        head_dim=attention.head_dim, gated=ffn is not None and ffn.wg is not None,
+        qk_norm=attention.q_norm is not None)
+
+
+cdef int check_context(TransformerBlockContext context, MultiHeadAttention attention,
+                       FeedForward ffn, batch, time) except -1:
+    # Checks that a context fits these layers; ffn is None for attention alone.
+    for option in sorted(context.options ^ _options_of(attention, ffn)):
+        if option != "gated" or ffn is not None:
+            made = "with" if option in context.options else "without"
+            raise ValueError(f"the context was made {made} {option}, unlike the layer")
+    letters = "BTCHGD" if ffn is None else "BTCHGDF"
+    expected = {"B": batch, "T": time, "C": attention.view.wq.cols, "H": attention.num_heads,
+                "G": attention.num_kv_heads, "D": attention.head_dim,
+                "F": None if ffn is None else ffn.view.wi.rows}
+    if any(context.axes[letter] != expected[letter] for letter in letters):
+        raise ValueError(f"the context is for ({', '.join(letters)}) = "
+                         f"{tuple(context.axes[letter] for letter in letters)}, expected "
+                         f"{tuple(expected[letter] for letter in letters)}")
     return 0
 
 
+cdef set _options_of(MultiHeadAttention attention, FeedForward ffn):
+    return {name for name, chosen in (
+        ("sub_norm", attention.norm is not None), ("qk_norm", attention.q_norm is not None),
+        ("gated", ffn is not None and ffn.wg is not None)) if chosen}
+
+
 def create_transformer_block_context(model_dim, ffn_dim, num_heads, batch_size, time,
-                                     sub_norm=False):
-    """Return buffers for one block's activations. C: ``create_transformer_block_context``."""
+                                     sub_norm=False, **options):
+    """Return buffers for one block's activations. C: ``create_transformer_block_context``.
+
+    Parameters are those of ``TransformerBlockContext``.
+    """
     return TransformerBlockContext(model_dim, ffn_dim, num_heads, batch_size, time,
-                                   sub_norm=sub_norm)
+                                   sub_norm=sub_norm, **options)
 
 
 def free_transformer_block_context(TransformerBlockContext context not None) -> None:

@@ -1,6 +1,6 @@
 """Models for decoding, for code that runs without the GIL."""
 
-from legacy1bit.kernels cimport Int8Rows, Matrix, PackedMatrix as PackedView
+from legacy1bit.kernels cimport Int8Rows, Matrix, PackedMatrix as PackedView, Rotary
 from legacy1bit.model cimport NormView
 
 cdef struct Projection:
@@ -12,18 +12,19 @@ cdef struct Projection:
     const float *bias
 
 cdef struct PackedBlock:
-    Projection wq, wk, wv, wo, wi, wo_ffn
-    NormView norm1, norm2, heads_norm, hidden_norm
+    Projection wq, wk, wv, wo, wg, wi, wo_ffn   # wg has no rows where there is no gate
+    NormView norm1, norm2, q_norm, k_norm, heads_norm, hidden_norm
+    Py_ssize_t window       # attention window: tokens that a token sees, itself included; 0: all
 
 cdef struct PackedModelView:
     Projection embedding    # [V, C]; its bias is NULL
     PackedBlock *blocks
     Py_ssize_t num_blocks
-    Py_ssize_t num_heads
-    Py_ssize_t window       # attention window: tokens that a token sees, itself included; 0: all
-    int activation          # RELU or RELU2
-    const float *cosines    # [T, D / 2]; NULL without rotary positions
-    const float *sines
+    Py_ssize_t num_heads    # of queries
+    Py_ssize_t num_kv_heads
+    Py_ssize_t head_dim
+    int activation          # RELU and so on
+    Rotary rotary
     NormView final_norm
     Projection output       # [V, C]
 
@@ -43,7 +44,7 @@ cdef class PackedModel:
     cdef readonly object rotary
     cdef PackedModelView view
     cdef int _projection(self, str name, str bias, Projection *view) except -1
-    cdef int _norm(self, str name, NormView *view) except -1
+    cdef int _norm(self, str gamma, str beta, NormView *view) except -1
 
 
 cdef class Int8Buffer:

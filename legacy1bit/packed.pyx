@@ -20,12 +20,12 @@ from legacy1bit.kernels cimport (
     TILE_ROW_BYTES, TILE_TRITS, TRITS_PER_BYTE, Int8Rows, PackedMatrix as PackedView,
 )
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
-from legacy1bit.model cimport LegacyLLM, fill_matrix, vector_pointer
+from legacy1bit.model cimport LegacyLLM, fill_matrix, fill_rotary_view, vector_pointer
 
 from legacy1bit.formats.native import StoredParameter, model_folder, read_folder
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
-    ACTIVATIONS as _ACTIVATIONS, RotaryTable, TernaryMatrix as _TernaryMatrix, load_model,
+    ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, load_model, rotary_table,
 )
 from legacy1bit.schemes import SCHEMES
 
@@ -381,7 +381,6 @@ cdef class PackedModel:
     def _fill(self, config, stored, form):
         """Pack parameters, from a file or with a TernaryMatrix for values."""
         cdef PackedBlock *block
-        cdef const float[:, ::1] table
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         scheme = SCHEMES.get(config.scheme)
@@ -406,35 +405,37 @@ cdef class PackedModel:
             buffer = buffer[size:]
         self.parameters = MappingProxyType(parameters)
         self._projection("embedding.weight", None, &self.view.embedding)
-        self._projection("output.weight", "output.bias" if config.output_bias else None,
-                         &self.view.output)
-        self._norm("final_norm", &self.view.final_norm)
+        self._projection("embedding.weight" if config.tied_embeddings else "output.weight",
+                         "output.bias", &self.view.output)
+        self._norm("final_norm.gamma", "final_norm.beta", &self.view.final_norm)
         self.view.num_blocks = config.num_blocks
         self.view.num_heads = config.num_heads
-        self.view.window = config.attention_window
+        self.view.num_kv_heads = config.num_kv_heads
+        self.view.head_dim = config.head_dim
         self.view.activation = _ACTIVATIONS[config.activation]
-        if config.positions == "rope":
-            self.rotary = RotaryTable(config.head_dim, config.sequence_length, config.rope_base)
-            table = self.rotary.cosines
-            self.view.cosines = &table[0, 0]
-            table = self.rotary.sines
-            self.view.sines = &table[0, 0]
+        self.rotary = rotary_table(config)
+        fill_rotary_view(&self.view.rotary, self.rotary, config.head_dim)
         self.view.blocks = <PackedBlock *>calloc(config.num_blocks, sizeof(PackedBlock))
         if self.view.blocks == NULL:
             raise MemoryError("no memory for the model")
         for i in range(config.num_blocks):
             block = &self.view.blocks[i]
             at = f"blocks.{i}"
+            block.window = config.windows[i]
             self._projection(f"{at}.attention.wq", f"{at}.attention.bq", &block.wq)
             self._projection(f"{at}.attention.wk", f"{at}.attention.bk", &block.wk)
             self._projection(f"{at}.attention.wv", f"{at}.attention.bv", &block.wv)
             self._projection(f"{at}.attention.wo", f"{at}.attention.bo", &block.wo)
+            if config.gated:
+                self._projection(f"{at}.ffn.wg", f"{at}.ffn.bg", &block.wg)
             self._projection(f"{at}.ffn.wi", f"{at}.ffn.bi", &block.wi)
             self._projection(f"{at}.ffn.wo", f"{at}.ffn.bo", &block.wo_ffn)
-            self._norm(f"{at}.norm1", &block.norm1)
-            self._norm(f"{at}.norm2", &block.norm2)
-            self._norm(f"{at}.attention", &block.heads_norm)
-            self._norm(f"{at}.ffn", &block.hidden_norm)
+            self._norm(f"{at}.norm1.gamma", f"{at}.norm1.beta", &block.norm1)
+            self._norm(f"{at}.norm2.gamma", f"{at}.norm2.beta", &block.norm2)
+            self._norm(f"{at}.attention.q_gamma", None, &block.q_norm)
+            self._norm(f"{at}.attention.k_gamma", None, &block.k_norm)
+            self._norm(f"{at}.attention.gamma", f"{at}.attention.beta", &block.heads_norm)
+            self._norm(f"{at}.ffn.gamma", f"{at}.ffn.beta", &block.hidden_norm)
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -488,15 +489,20 @@ cdef class PackedModel:
         else:
             fill_matrix(&view.dense, weights, name)
         view.rows, view.cols = weights.shape
-        if bias is not None:
+        if bias in self.parameters:
             view.bias = vector_pointer(self.parameters[bias], view.rows, bias)
         return 0
 
-    cdef int _norm(self, str name, NormView *view) except -1:
-        if f"{name}.gamma" in self.parameters:
-            gamma = self.parameters[f"{name}.gamma"]
-            view.gamma = vector_pointer(gamma, len(gamma), name)
-            view.beta = vector_pointer(self.parameters[f"{name}.beta"], len(gamma), name)
+    cdef int _norm(self, str gamma, str beta, NormView *view) except -1:
+        # Where there are no such parameters, there is no norm, or no bias.
+        if gamma in self.parameters:
+            size = len(self.parameters[gamma])
+            view.gamma = vector_pointer(self.parameters[gamma], size, gamma)
+            if beta in self.parameters:
+                view.beta = vector_pointer(self.parameters[beta], size, beta)
+            view.epsilon = self.config.norm_epsilon
+            # The norms of queries and keys always are.
+            view.rms = self.config.norm == "rms" or beta is None
         return 0
 
     def __reduce__(self):
