@@ -324,9 +324,9 @@ cdef inline vf32 silu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
 
 
 cdef inline vf32 gelu_slope(vf32 x) noexcept nogil:
-    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1; beyond 10
-    # sigmoid(u) is 0 or 1.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1. Beyond 13, where
+    # u is 177, sigmoid(u) is 0 or 1 in float32, whatever it is multiplied by.
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 cube = vf32_mul(vf32_mul(near, near), vf32_mul(near, vf32_splat(0.044715)))
     return vf32_mul(vf32_splat(1.5957691216057308), vf32_add(near, cube))
 
@@ -337,7 +337,7 @@ cdef inline vf32 gelu_lanes(vf32 x) noexcept nogil:
 
 cdef inline vf32 gelu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     # With s = sigmoid(u): s + x s (1 - s) du / dx.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 u = gelu_slope(x)
     cdef vf32 s = sigmoid_times(u, vf32_splat(1.0))
     cdef vf32 rise = vf32_mul(vf32_mul(near, near), vf32_splat(0.134145))

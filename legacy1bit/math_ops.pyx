@@ -25,7 +25,7 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
-from legacy1bit.kernels cimport RELU, RELU2, KernelTable, Matrix, Operand, strided
+from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, KernelTable, Matrix, Operand, strided
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
@@ -541,6 +541,27 @@ def relu2(float[::1] x not None) -> None:
     check_not_empty("x", x.shape[0])
     with nogil:
         active.activate(RELU2, &x[0], &x[0], x.shape[0])
+
+
+def silu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by ``x / (1 + exp(-x))``.
+
+    Elfwing et al., arXiv 1702.03118, equation 4. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(SILU, &x[0], &x[0], x.shape[0])
+
+
+def gelu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by its GELU in the form with tanh.
+
+    ``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``: Hendrycks & Gimpel, arXiv 1606.08415,
+    section 2. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(GELU, &x[0], &x[0], x.shape[0])
 
 
 def softmax(x) -> None:
