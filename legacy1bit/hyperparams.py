@@ -605,8 +605,8 @@ class TrainingConfig(_Record):
     precision: str = _choice(
         "auto",
         ("auto", "float32", "int8", "bf16"),
-        "of the matrix products in training; int8: of ternary matrices; bf16 needs a CPU with AMX; "
-        "auto: the fastest",
+        "of the matrix products in training; int8: of ternary matrices; bf16 needs AMX or AVX-512 "
+        "BF16; auto: the fastest",
     )
     gradient_checkpointing: bool = _flag(
         False, "compute the blocks' activations twice rather than store them: less memory"
