@@ -40,14 +40,22 @@ from helpers.models import (
 from helpers.optimizers import exact_step, flat, float32
 from helpers.torch_model import torch_loss
 from legacy1bit.backward import BackwardPass, backward_bytes
-from legacy1bit.forward import ForwardContext, forward_bytes, forward_llm_batch
+from legacy1bit.forward import (
+    ForwardContext,
+    forward_bytes,
+    forward_llm_batch,
+    forward_transformer_block_batch_with_context,
+)
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
+    FeedForward,
+    MultiHeadAttention,
     TernaryMatrix,
     create_legacy_llm,
     create_legacy_llm_gradients,
+    create_transformer_block_context,
     load_model,
     save_model,
 )
@@ -365,6 +373,80 @@ def test_tied_weights_have_one_gradient_and_one_set_of_codes(scheme):
         assert all(np.abs(total - part).max() > 1e-3 for part in parts)
         for name, value in found[0][1].items():
             assert_same_bits(value, found[1][1][name], name)
+
+
+# --- What the layers reject -----------------------------------------------------------------------
+
+
+def rejected(call, message):
+    with pytest.raises((TypeError, ValueError), match=message) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+def matrix(rows, cols):
+    return np.ones((rows, cols), np.float32)
+
+
+def test_attention_rejects_heads_that_do_not_fit():
+    def make(q=24, k=12, v=12, heads=4, **settings):
+        return MultiHeadAttention(
+            matrix(q, 9), matrix(k, 9), matrix(v, 9), matrix(9, q), num_heads=heads, **settings
+        )
+
+    one = np.ones(6, np.float32)
+    right = make(num_kv_heads=2, q_gamma=one, k_gamma=one)
+    assert (right.num_heads, right.num_kv_heads, right.head_dim) == (4, 2, 6)
+    assert right.bq is None
+    for call in (
+        lambda: make(num_kv_heads=3),
+        lambda: make(num_kv_heads=4),
+        lambda: make(num_kv_heads=0),
+        lambda: make(num_kv_heads=-2),
+        lambda: make(heads=5, num_kv_heads=1),
+        lambda: make(v=6, num_kv_heads=2),
+        lambda: make(q=25, num_kv_heads=2),
+        lambda: make(num_kv_heads=2, q_gamma=one),
+        lambda: make(num_kv_heads=2, k_gamma=one),
+        lambda: make(num_kv_heads=2, q_gamma=one, k_gamma=np.ones(12, np.float32)),
+        lambda: make(num_kv_heads=2, q_gamma=one.astype(float), k_gamma=one),
+        lambda: make(num_kv_heads=2, gamma=np.ones(9, np.float32)),
+    ):
+        rejected(call, ".")
+
+
+def test_feed_forward_rejects_gates_that_do_not_fit():
+    def make(**settings):
+        return FeedForward(matrix(7, 9), None, matrix(9, 7), None, "silu", **settings)
+
+    assert make(wg=matrix(7, 9)).wg.shape == (7, 9)
+    rejected(lambda: make(wg=matrix(7, 8)), r"wg has shape \(7, 8\), expected \(7, 9\)")
+    rejected(lambda: make(wg=matrix(8, 9)), r"wg has shape")
+    rejected(lambda: make(bg=np.ones(7, np.float32)), "bg .*without wg")
+    rejected(lambda: make(wg=matrix(7, 9), bg=np.ones(9, np.float32)), "bg")
+    rejected(lambda: make(wg=matrix(7, 9).astype(float)), "wg")
+    norm = {"gamma": np.ones(7, np.float32), "beta": np.ones(7, np.float32), "rms": True}
+    rejected(lambda: make(**norm), "RMS norm has no beta")
+    rejected(lambda: FeedForward(matrix(7, 9), None, matrix(9, 7), None, "swish"), "silu, gelu")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"qk_norm": True}, "without qk_norm"),
+        ({"gated": True}, "without gated"),
+        ({"sub_norm": True}, "without sub_norm"),
+        ({"num_heads": 6, "num_kv_heads": 3, "head_dim": 4}, "the context is for"),
+        ({"head_dim": 6}, "the context is for"),
+        ({"ffn_dim": 7}, "the context is for"),
+    ],
+)
+def test_blocks_reject_a_context_of_other_options(changes, message):
+    block = model_of(make_config(**changes)).blocks[0]
+    x = np.ones((2, 5, 12), np.float32)
+    # Of a block without any option.
+    context = create_transformer_block_context(12, 36, 3, 2, 5)
+    rejected(lambda: forward_transformer_block_batch_with_context(block, x, context, None), message)
 
 
 # --- Room -----------------------------------------------------------------------------------------
