@@ -12,8 +12,9 @@ import pytest
 from helpers.arrays import assert_same_bits
 from helpers.models import exact_dense, make_config, random_model
 from legacy1bit.data.tokenizer import visible_bytes
-from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
-from legacy1bit.formats.nemotron import check_nemotron
+from legacy1bit.formats.gguf import export_gguf, import_gguf
+from legacy1bit.formats.families import family_of
+from legacy1bit.formats.ggml import CODE_KINDS, load_gguf
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -48,13 +49,13 @@ MODELS = {
     "2bit, one": ({"scheme": "2bit", "scale": "one"}, ("f16", "f32")),
     "no line break": ({"vocab_size": 10, "rope_base": 12345.678}, ("f16", "f32")),
     "more than bytes": ({"vocab_size": 300}, ("f16", "f32")),
-    "wide": (WIDE, tuple(KINDS)),
-    "wide, a row": ({**WIDE, "scale": "row", "ternary_embedding": True}, tuple(KINDS)),
-    "wide, 256": ({**WIDE, "scale": "256", "ffn_multiplier": 2}, tuple(KINDS)),
+    "wide": (WIDE, CODE_KINDS),
+    "wide, a row": ({**WIDE, "scale": "row", "ternary_embedding": True}, CODE_KINDS),
+    "wide, 256": ({**WIDE, "scale": "256", "ffn_multiplier": 2}, CODE_KINDS),
     "wide, 128": ({**WIDE, "scale": "128"}, ("f16", "f32")),
-    "wide, one": ({**WIDE, "scale": "one"}, tuple(KINDS)),
-    "wide, binary": ({**WIDE, "scheme": "binary", "scale": "row"}, tuple(KINDS)),
-    "wide, sign": ({**WIDE, "scheme": "sign"}, tuple(KINDS)),
+    "wide, one": ({**WIDE, "scale": "one"}, CODE_KINDS),
+    "wide, binary": ({**WIDE, "scheme": "binary", "scale": "row"}, CODE_KINDS),
+    "wide, sign": ({**WIDE, "scheme": "sign"}, CODE_KINDS),
 }  # fmt: skip
 held = pytest.mark.parametrize(
     ("changes", "kind"),
@@ -126,7 +127,7 @@ def test_the_default_type_is_the_smallest_that_is_exact(file, changes, kinds):
 
 @pytest.mark.parametrize(("changes", "kinds"), MODELS.values(), ids=MODELS)
 def test_other_types_are_refused(file, changes, kinds):
-    for kind in KINDS:
+    for kind in CODE_KINDS:
         if kind not in kinds:
             with pytest.raises(ValueError, match=rf"{kind}.*: --type f"):
                 export_gguf(exportable(**changes), file, kind)
@@ -311,7 +312,7 @@ REFUSED = {
 def test_models_that_are_no_nemotrons_are_refused(file, changes, reason):
     model = exportable(**changes)
     with pytest.raises(ValueError, match=reason):
-        check_nemotron(model.config)
+        family_of(model.config, "llama_cpp")
     with pytest.raises(ValueError, match=reason):
         export_gguf(model, file)
     assert not file.exists()
