@@ -458,7 +458,9 @@ def _read(reader: _Reader) -> LegacyLLM:
     done = set()
     for name, kind, shape in stored:
         reader.align()
-        tensor = as_type(np.frombuffer(reader.take(math.prod(shape)), np.uint8).reshape(shape), kind)
+        tensor = as_type(
+            np.frombuffer(reader.take(math.prod(shape)), np.uint8).reshape(shape), kind
+        )
         value, order = model.parameters[name], row_order(config, name, pairs)
         if isinstance(value, TernaryMatrix):
             try:
