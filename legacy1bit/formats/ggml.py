@@ -106,7 +106,7 @@ def check_kind(config: ModelConfig, kind: str) -> None:
 
 def check_embedding_kind(config: ModelConfig, kind: str) -> None:
     """Raise ``ValueError``, with a remedy, if a type is none for embedding and output matrix."""
-    if config.ternary_embedding:
+    if config.ternary_embedding and kind in KINDS:
         if kind == "q8_0":
             raise ValueError(
                 f"{kind} does not hold the codes of a ternary embedding exactly: --embedding-type "
@@ -114,6 +114,11 @@ def check_embedding_kind(config: ModelConfig, kind: str) -> None:
             )
         check_kind(config, kind)
         return
+    if kind not in KINDS:
+        raise ValueError(
+            f"embedding type is {kind!r}, expected one of {', '.join(FLOAT_KINDS)}, or, for a "
+            f"ternary embedding, of {', '.join(CODE_KINDS)}"
+        )
     if kind not in FLOAT_KINDS:
         raise ValueError(
             f"{kind} holds codes, and the embedding has none: --embedding-type q8_0, or train with "

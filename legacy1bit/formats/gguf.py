@@ -533,11 +533,8 @@ def _check_tensors(
             raise ValueError(f"{name} has shape {list(shape)}, expected {list(part.shape)}")
         kind = kinds.get(number, "")
         is_outer = part.name in _EMBEDDINGS
-        if part.kind == "quantized":
-            allowed = CODE_KINDS
-        else:
-            allowed = FLOAT_KINDS if is_outer else ("f32",)
-        if kind not in allowed:
+        floats = FLOAT_KINDS if is_outer else ("f32",)
+        if kind not in (CODE_KINDS if part.kind == "quantized" else floats):
             raise ValueError(f"{name} has type {number}, expected one of its own")
         if is_outer:
             check_embedding_kind(config, kind)
