@@ -36,15 +36,10 @@ TIERS = {
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
 TIERS["avx512vnni"] = [*TIERS["avx512"], "-mavx512vnni"]
+TIERS["avx512bf16"] = [*TIERS["avx512vnni"], "-mavx512bf16"]
 # That with products on the matrix unit, where compiler and system know it.
 if sys.platform == "linux":
-    TIERS["amx"] = [
-        *TIERS["avx512vnni"],
-        "-mavx512bf16",
-        "-mamx-tile",
-        "-mamx-bf16",
-        "-mamx-int8",
-    ]
+    TIERS["amx"] = [*TIERS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
@@ -192,15 +187,15 @@ class BuildPy(build_py):
 
 def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
-    newest = {"-mamx-tile": "products in bfloat16", "-mavxvnni": "AVX-VNNI"}
-    [lacking] = [newest[flag] for flag in flags if flag in newest] or [None]
-    if lacking is None:
+    newest = {"-mavxvnni": "AVX-VNNI", "-mavx512bf16": "AVX-512 BF16", "-mamx-tile": "AMX"}
+    lacking = [name for flag, name in newest.items() if flag in flags]
+    if not lacking:
         return True
     with tempfile.TemporaryDirectory() as folder:
         command = [*compiler, *flags, "-x", "c", "-c", os.devnull]
         known = subprocess.run(command, capture_output=True, cwd=folder).returncode == 0
     if not known:
-        print(f"legacy1bit: {compiler[0]} is too old for {lacking}: built without")
+        print(f"legacy1bit: {compiler[0]} is too old for {lacking[-1]}: built without")
     return known
 
 

@@ -32,6 +32,7 @@ CPUS = {
     "avxvnni": ("alderlake",),
     "avx512": ("skylake-avx512",),
     "avx512vnni": ("icelake-server", "znver4"),
+    "avx512bf16": ("cooperlake", "znver4"),
     "amx": ("sapphirerapids",),
 }
 VERSIONS = range(30, 13, -1)

@@ -93,7 +93,7 @@ def measure(
         Seconds before each turn.
     """
     before = math_ops.simd_level()
-    # Before any other is chosen: only the widest has products in bfloat16.
+    # Before any other is chosen: only the widest ones have products in bfloat16.
     everything = len(levels) > 1
     math_ops.set_simd_level(levels[-1])
     precisions = math_ops.product_precisions()

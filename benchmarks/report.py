@@ -71,7 +71,7 @@ def shares(result: Result, results: Mapping[str, Result], widest: str) -> dict[s
     """Return by column which part of the peak was reached.
 
     The peak is that of the same instruction set, for others than us of the widest. Products in
-    bfloat16 have none: they are done by another unit.
+    bfloat16 have none: other instructions do them.
     """
     peak = results.get(result.share_of or "")
     if peak is None:

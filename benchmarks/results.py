@@ -92,6 +92,22 @@ TABLES = {
         Variant(_BASE),
         Variant("8 blocks of 104", "--blocks 8 --model-dim 104"),
     ),
+    # The hidden layer is as wide as makes the weights take as many bytes.
+    "architectures": (
+        Variant(_BASE),
+        Variant("RMS norms", "--norm rms"),
+        Variant("no biases", "--biases none --no-norm-bias"),
+        Variant("gated", "--gated --ffn-dim 341"),
+        Variant("gated, SiLU", "--gated --activation silu --ffn-dim 341"),
+        Variant("SiLU", "--activation silu"),
+        Variant("QK-norm", "--qk-norm"),
+        Variant("tied embeddings", "--tied-embeddings --ffn-dim 1024"),
+        Variant("2 heads of keys and values", "--num-kv-heads 2 --ffn-dim 576"),
+        Variant("1 head of keys and values", "--num-kv-heads 1 --ffn-dim 608"),
+        Variant("llama", "--architecture llama --ffn-dim 341"),
+        Variant("qwen3", "--architecture qwen3 --ffn-dim 341"),
+        Variant("RMS norms, QK-norm, gated", "--norm rms --qk-norm --gated --ffn-dim 341"),
+    ),
     "sizes": (
         Variant(_BASE),
         Variant("float", "--scheme float"),

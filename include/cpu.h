@@ -1,17 +1,21 @@
 /* Detects the widest instruction set that CPU and operating system support, as a ladder from the
  * narrowest tier to the widest: a CPU has all that are below its own, but for CPU_AVXVNNI, which
  * those with AVX-512 may lack. A vector unit counts only when the operating system saves its
- * registers (XGETBV), regardless of cpuid. */
+ * registers (XGETBV), and the matrix unit when it grants it to the process, regardless of cpuid. */
 #ifndef LEGACY1BIT_CPU_H
 #define LEGACY1BIT_CPU_H
 
 enum cpu_tier {
     CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVXVNNI,
-    CPU_AVX512, CPU_AVX512VNNI
+    CPU_AVX512, CPU_AVX512VNNI, CPU_AVX512BF16, CPU_AMX
 };
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static inline unsigned long long cpu_saved_state(void)
 {
@@ -29,6 +33,27 @@ static inline int cpu_has_avx_vnni(void)
     return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & vnni);
 }
 
+/* Whether there is a matrix unit for bfloat16 and int8, as edx of leaf 7 says; the system saves its
+ * tiles, as XCR0 says; and it grants them to this process, in all threads from now on. Emulated
+ * tiles, as in checked builds, need none of that. */
+static inline int cpu_has_amx(unsigned int features, unsigned long long state)
+{
+#if defined(EMULATED_TILES)
+    (void)features, (void)state;
+    return 1;
+#elif defined(__x86_64__) && defined(SYS_arch_prctl)
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+    const unsigned int amx = 1u << 22 | 1u << 24 | 1u << 25;         /* BF16 TILE INT8 */
+    const unsigned long long tiles = 0x60000;
+
+    return (features & amx) == amx && (state & tiles) == tiles
+           && syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    (void)features, (void)state;
+    return 0;
+#endif
+}
+
 static inline int cpu_widest_tier(void)
 {
     const unsigned int sse = 1u << 25, sse2 = 1u << 26;              /* leaf 1, edx */
@@ -37,6 +62,7 @@ static inline int cpu_widest_tier(void)
     const unsigned int avx2 = 1u << 5;                               /* leaf 7, ebx */
     const unsigned int avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;      /* F DQ BW VL */
     const unsigned int vnni = 1u << 11;                              /* leaf 7, ecx */
+    const unsigned int bf16 = 1u << 5;                               /* leaf 7.1, eax */
     const unsigned long long ymm = 0x06, zmm = 0xe6;                 /* bits of XCR0 */
     unsigned int eax, ebx, ecx, edx, features;
     unsigned long long state;
@@ -59,28 +85,12 @@ static inline int cpu_widest_tier(void)
         return CPU_SSE41;
     if ((ebx & avx512) != avx512 || (state & zmm) != zmm)
         return cpu_has_avx_vnni() ? CPU_AVXVNNI : CPU_AVX2;
-    return ecx & vnni ? CPU_AVX512VNNI : CPU_AVX512;
-}
-
-/* Whether there is a matrix unit for bfloat16 and int8 and the system saves its tiles. With
- * emulated tiles, as in checked builds, conversion to bfloat16 is enough. */
-static inline int cpu_has_amx(void)
-{
-#ifdef EMULATED_TILES
-    const unsigned int amx = 0;
-    const unsigned long long tiles = 0;
-#else
-    const unsigned int amx = 1u << 22 | 1u << 24 | 1u << 25;    /* leaf 7, edx: BF16 TILE INT8 */
-    const unsigned long long tiles = 0x60000;                   /* bits of XCR0 */
-#endif
-    const unsigned int bf16 = 1u << 5;                          /* leaf 7.1, eax */
-    unsigned int eax, ebx, ecx, edx;
-
-    if (cpu_widest_tier() != CPU_AVX512VNNI || (cpu_saved_state() & tiles) != tiles)
-        return 0;
-    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & amx) != amx)
-        return 0;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & bf16);
+    if (!(ecx & vnni))
+        return CPU_AVX512;
+    features = edx;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || !(eax & bf16))
+        return CPU_AVX512VNNI;
+    return cpu_has_amx(features, state) ? CPU_AMX : CPU_AVX512BF16;
 }
 
 /* The bytes of a core's data cache of a level, 1 or 2; 0 if the CPU does not say. Intel lists its
@@ -122,7 +132,6 @@ static inline int cpu_has_x86_64_v2(void)
 
 static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
 static inline int cpu_has_avx_vnni(void) { return 0; }
-static inline int cpu_has_amx(void) { return 0; }
 static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
 static inline int cpu_has_x86_64_v2(void) { return 1; }
 

@@ -80,8 +80,8 @@ enum {
     static inline vpart vpart_zero(void) { return vsum_zero(); }                                   \
     static inline vsum vsum_add(vsum s, vpart part) { (void)s; return part; }
 
-#if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512VNNI) || \
-    defined(LEGACY1BIT_TIER_AVX512)
+#if defined(LEGACY1BIT_TIER_AMX) || defined(LEGACY1BIT_TIER_AVX512BF16) || \
+    defined(LEGACY1BIT_TIER_AVX512VNNI) || defined(LEGACY1BIT_TIER_AVX512)
 #include "simd_avx512.h"
 #elif defined(LEGACY1BIT_TIER_AVX2) || defined(LEGACY1BIT_TIER_AVXVNNI)
 #include "simd_avx2.h"
@@ -137,5 +137,6 @@ static inline void prefetch_float(const float *x)
 }
 
 #include "amx.h"
+#include "bf16.h"
 
 #endif

@@ -1,5 +1,6 @@
 /* The vector operations of simd.h for AVX-512 (F, BW, DQ, VL; Skylake server and later), and with
- * VNNI (Cascade Lake, Ice Lake, Zen 4 and later): sixteen lanes, masked tails. */
+ * VNNI (Cascade Lake, Ice Lake, Zen 4 and later), which those with BF16 or AMX have, too: sixteen
+ * lanes, masked tails. */
 #ifndef LEGACY1BIT_SIMD_AVX512_H
 #define LEGACY1BIT_SIMD_AVX512_H
 
@@ -7,6 +8,8 @@
 
 #if defined(LEGACY1BIT_TIER_AMX)
 #define TIER_NAME "amx"
+#elif defined(LEGACY1BIT_TIER_AVX512BF16)
+#define TIER_NAME "avx512bf16"
 #elif defined(LEGACY1BIT_TIER_AVX512VNNI)
 #define TIER_NAME "avx512vnni"
 #else

@@ -442,7 +442,7 @@ def config_text(
     unset : collection of str
         Settings that are commented out. Settings without a value always are, and so are defaults
         that depend on something else: the vocabulary's size on the tokenizer, the learning rate on
-        the optimizer.
+        the optimizer, sizes on other sizes.
 
     Raises
     ------
@@ -456,6 +456,7 @@ def config_text(
     defaults = {
         "vocab_size": ModelConfig().vocab_size,
         "learning_rate": DEFAULT_RATES[training.optimizer],
+        **model.derived(),
     }
     for (table, kind), record in zip(TABLES.items(), (model, training, data), strict=True):
         lines += ["", f"[{table}]"]

@@ -312,7 +312,7 @@ class ModelConfig(_Record):
                 f"({self.num_heads}), or a head_dim",
                 *("model_dim", "num_heads"),
             )
-        for name, value in self._derived().items():
+        for name, value in self.derived().items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.num_heads % self.num_kv_heads:
@@ -322,7 +322,7 @@ class ModelConfig(_Record):
                 *("num_kv_heads", "num_heads"),
             )
         if self.positions == "rope" and (
-            self.rotary_dim % 2 or self.rotary_dim != self.head_dim * self.rope_fraction
+            self.rotary_dim % 2 or abs(self.rotary_dim - self.head_dim * self.rope_fraction) > 1e-9
         ):
             raise SettingError(
                 f"{'head_dim' if self.rope_fraction == 1.0 else 'head_dim * rope_fraction'} is "
@@ -337,6 +337,11 @@ class ModelConfig(_Record):
                 f"rope_factor is {self.rope_factor:g} and rope_original_length "
                 f"{self.rope_original_length}: YaRN needs a factor above 1 and a length",
                 *("rope_factor", "rope_original_length"),
+            )
+        if self.rope_factor > 1.0 and self.rope_base == 1.0:
+            raise SettingError(
+                "rope_base is 1 with a rope_factor: YaRN needs wavelengths that differ",
+                *("rope_base", "rope_factor"),
             )
         if self.scale_shards > 1 and self.scale != "tensor":
             raise SettingError(
@@ -353,7 +358,7 @@ class ModelConfig(_Record):
         if self.window_pattern is not None:
             _parse_windows(self.window_pattern)
 
-    def _derived(self) -> dict[str, int]:
+    def derived(self) -> dict[str, int]:
         """Return the values of settings that follow from others where they are not given."""
         return {
             "num_kv_heads": self.num_heads,
@@ -362,7 +367,7 @@ class ModelConfig(_Record):
         }
 
     def _default(self, setting: Field[Any]) -> Any:
-        return self._derived().get(setting.name, setting.default)
+        return self.derived().get(setting.name, setting.default)
 
     @property
     def has_int8_products(self) -> bool:
@@ -453,6 +458,13 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
         "output_bias": True,
     },
 }
+
+
+def architecture_settings(name: str) -> dict[str, Any]:
+    """Return the settings of an architecture, and the defaults of what other ones set."""
+    defaults = {setting.name: setting.default for setting in fields(ModelConfig)}
+    names = {setting for settings in ARCHITECTURES.values() for setting in settings}
+    return {setting: defaults[setting] for setting in sorted(names)} | dict(ARCHITECTURES[name])
 
 
 @dataclass(frozen=True)
@@ -598,8 +610,8 @@ class TrainingConfig(_Record):
     precision: str = _choice(
         "auto",
         ("auto", "float32", "int8", "bf16"),
-        "of the matrix products in training; int8: of ternary matrices; bf16 needs a CPU with AMX; "
-        "auto: the fastest",
+        "of the matrix products in training; int8: of ternary matrices; bf16 needs AMX or AVX-512 "
+        "BF16; auto: the fastest",
     )
     gradient_checkpointing: bool = _flag(
         False, "compute the blocks' activations twice rather than store them: less memory"

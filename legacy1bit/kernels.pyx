@@ -83,7 +83,7 @@ cdef extern from "simd.h" nogil:
     void prefetch_float(const float *x)
     void prefetch_tile(const unsigned char *tile)
     void prefetch_float(const float *x)
-    ctypedef struct amx_operand:
+    ctypedef struct bf16_operand:
         const float *dense
         long line_stride
         long depth_stride
@@ -93,13 +93,13 @@ cdef extern from "simd.h" nogil:
         long group
         int transposed
     enum:
+        BF16_PRODUCTS
+        BF16_WORKSPACE
         MATRIX_UNIT
-        AMX_WORKSPACE
         AMX_MIN_ROWS
-    int amx_request()
-    void amx_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
-                     float factor, const float *bias, int accumulate, float *c, long c_row,
-                     float *workspace)
+    void bf16_product(long m, long n, long k, const bf16_operand *a, const bf16_operand *b,
+                      float factor, const float *bias, int accumulate, float *c, long c_row,
+                      float *workspace)
     void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
                          long stride, long rows, int *totals, float *workspace)
 
@@ -324,9 +324,9 @@ cdef inline vf32 silu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
 
 
 cdef inline vf32 gelu_slope(vf32 x) noexcept nogil:
-    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1; beyond 10
-    # sigmoid(u) is 0 or 1.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1. Beyond 13, where
+    # u is 177, sigmoid(u) is 0 or 1 in float32, whatever it is multiplied by.
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 cube = vf32_mul(vf32_mul(near, near), vf32_mul(near, vf32_splat(0.044715)))
     return vf32_mul(vf32_splat(1.5957691216057308), vf32_add(near, cube))
 
@@ -337,7 +337,7 @@ cdef inline vf32 gelu_lanes(vf32 x) noexcept nogil:
 
 cdef inline vf32 gelu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     # With s = sigmoid(u): s + x s (1 - s) du / dx.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 u = gelu_slope(x)
     cdef vf32 s = sigmoid_times(u, vf32_splat(1.0))
     cdef vf32 rise = vf32_mul(vf32_mul(near, near), vf32_splat(0.134145))
@@ -1039,11 +1039,11 @@ cdef inline Operand weights_of(const Matrix *matrix, bint transposed) noexcept n
     return operand
 
 
-cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a,
-                                     Operand b, const float *bias, bint accumulate, float *c,
-                                     Py_ssize_t c_row, float *workspace) noexcept nogil:
+cdef inline void product_in_bf16(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
+                                 const float *bias, bint accumulate, float *c, Py_ssize_t c_row,
+                                 float *workspace) noexcept nogil:
     # As product, in bfloat16. A single scale is applied after the product, without rounding.
-    cdef amx_operand left, right
+    cdef bf16_operand left, right
     cdef float factor = 1.0
     memset(&left, 0, sizeof(left))
     memset(&right, 0, sizeof(right))
@@ -1054,7 +1054,7 @@ cdef inline void matrix_unit_product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, O
         right.scale_row, right.group = b.codes.scale_row, b.codes.group
         right.transposed = not b.transposed
         factor = b.codes.scale[0] if b.codes.scale_row == 0 else 1.0
-    amx_product(m, n, k, &left, &right, factor, bias, accumulate, c, c_row, workspace)
+    bf16_product(m, n, k, &left, &right, factor, bias, accumulate, c, c_row, workspace)
 
 
 cdef void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b,
@@ -1069,8 +1069,8 @@ cdef void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b
     cdef const float *begin
     cdef float *corner
     cdef Py_ssize_t jc, pc, ic, jr, ir, i, columns, depth, rows, tile_rows, tile_columns, unpacked
-    if MATRIX_UNIT:
-        matrix_unit_product(m, n, k, a, b, bias, accumulate, c, c_row, workspace)
+    if BF16_PRODUCTS:
+        product_in_bf16(m, n, k, a, b, bias, accumulate, c, c_row, workspace)
         return
     for jc from 0 <= jc < n by panels.columns:
         columns = min(n - jc, panels.columns)
@@ -1935,10 +1935,7 @@ kernels.peak_floats = CHAINS * VF32_LANES
 kernels.peak_products = PEAK_SUMS * PEAK_PRODUCTS
 kernels.workspace_floats = (PACK_RIGHT + PACK_LEFT + VF32_LANES
                             + panels.columns + TILE_COLUMNS)
-if MATRIX_UNIT:
-    kernels.workspace_floats = AMX_WORKSPACE
-    if not amx_request():
-        raise ImportError("the system does not grant the matrix unit")
+kernels.workspace_floats = max(kernels.workspace_floats, BF16_WORKSPACE)
 kernels.add = add
 kernels.add_scaled = add_scaled
 kernels.multiply = multiply

@@ -25,19 +25,17 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
-from legacy1bit.kernels cimport RELU, RELU2, KernelTable, Matrix, Operand, strided
+from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, KernelTable, Matrix, Operand, strided
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
     int cpu_widest_tier()
     bint cpu_has_avx_vnni()
-    bint cpu_has_amx()
 
-_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512",
-          "avx512vnni")
-
-# Detected once: in a virtual machine cpuid is slow, and every training step needs the result.
-_HAS_AMX = cpu_has_amx()
+_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni",
+          "avx512bf16", "amx")
+# Those whose kernels multiply matrices in bfloat16; products in float32 are those of avx512vnni.
+_BF16_TIERS = ("avx512bf16", "amx")
 
 cdef const KernelTable *active = NULL
 cdef const KernelTable *packed = NULL
@@ -78,11 +76,8 @@ def simd_levels() -> list:
 
 
 def simd_level() -> str:
-    """Return the name of the instruction set in use, one of ``simd_levels()``.
-
-    It is amx while matrices are multiplied in bf16.
-    """
-    return kernels().name.decode()
+    """Return the name of the instruction set in use, one of ``simd_levels()``."""
+    return packed.name.decode()
 
 
 def set_simd_level(str name not None) -> None:
@@ -114,23 +109,16 @@ cdef const KernelTable *_table(str name, bint int8=False) except NULL:
 
 def _use(str name):
     global active, packed
-    active = packed = _table(name)
-    if name == _TIERS[-1] and _HAS_AMX:
-        # The compiler may not support the unit, and the system may refuse it.
-        with contextlib.suppress(ImportError):
-            packed = _table("amx")
+    packed = _table(name)
+    active = _table("avx512vnni") if name in _BF16_TIERS else packed
 
 
 def product_precisions() -> list:
     """Return the precisions of matrix products: float32, int8 and possibly bf16.
 
-    bf16 needs a CPU with AMX, and its widest instruction set in use.
+    bf16 needs avx512bf16 or amx as the instruction set in use.
     """
-    return ["float32", "int8", "bf16"] if packed.name == b"amx" else ["float32", "int8"]
-
-
-# Where an int8 product is faster than that of floats.
-_INT8_TIERS = ("sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni")
+    return ["float32", "int8", "bf16"] if simd_level() in _BF16_TIERS else ["float32", "int8"]
 
 
 def fastest_precision(bint codes=True) -> str:
@@ -144,20 +132,21 @@ def fastest_precision(bint codes=True) -> str:
     Returns
     -------
     str
-        One of ``product_precisions()``: bf16 where it is available, and otherwise int8 from SSE2
-        on, for codes.
+        One of ``product_precisions()``: bf16 with AMX, and otherwise int8 from SSE2 on, for codes.
+        Not bf16 in vectors: on a Xeon that is slower than float32 (docs/SPEED.md).
     """
-    if "bf16" in product_precisions():
+    if simd_level() == "amx":
         return "bf16"
-    return "int8" if codes and active.name.decode() in _INT8_TIERS else "float32"
+    return "int8" if codes and simd_level() not in ("scalar", "sse") else "float32"
 
 
 @contextlib.contextmanager
 def product_precision(str name not None):
     """Context manager that sets the precision of matrix products in the calling thread.
 
-    With ``bf16`` both factors are rounded to bfloat16 (8 bits), and their products summed in
-    float32 on the CPU's matrix unit; everything else is as with ``avx512vnni``.
+    With ``bf16`` both factors are rounded to bfloat16 (8 bits), denormals to 0, and their products
+    summed in float32: with ``amx`` on the CPU's matrix unit, with ``avx512bf16`` in vectors, in
+    another order and so with other last bits. Everything else is as with ``avx512vnni``.
 
     With ``int8`` linear maps of codes, and their gradients of inputs, round the float factor to
     int8 with one scale per row, as a ``PackedMatrix`` does. The codes are exact, and the sums are
@@ -176,14 +165,14 @@ def product_precision(str name not None):
     if name not in ("float32", "int8", "bf16"):
         raise ValueError(f"unknown precision {name!r}: expected float32, int8 or bf16")
     if name not in product_precisions():
-        raise ValueError("precision is bf16, expected float32 or int8: bf16 products need a CPU "
-                         "with AMX and its widest instruction set")
+        raise ValueError("precision is bf16, expected float32 or int8: bf16 products need "
+                         "avx512bf16 or amx as the instruction set")
     if name == "float32":
         set_thread_override(NULL)
     elif name == "int8":
         set_thread_override(_table(active.name.decode(), int8=True))
     else:
-        set_thread_override(_table("amx"))
+        set_thread_override(packed)
     try:
         yield
     finally:
@@ -541,6 +530,27 @@ def relu2(float[::1] x not None) -> None:
     check_not_empty("x", x.shape[0])
     with nogil:
         active.activate(RELU2, &x[0], &x[0], x.shape[0])
+
+
+def silu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by ``x / (1 + exp(-x))``.
+
+    Elfwing et al., arXiv 1702.03118, equation 4. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(SILU, &x[0], &x[0], x.shape[0])
+
+
+def gelu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by its GELU in the form with tanh.
+
+    ``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``: Hendrycks & Gimpel, arXiv 1606.08415,
+    section 2. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(GELU, &x[0], &x[0], x.shape[0])
 
 
 def softmax(x) -> None:

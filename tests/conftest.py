@@ -52,6 +52,13 @@ def tier(request):
         yield level
 
 
+@pytest.fixture(params=[level for level in TIERS if level in ("avx512bf16", "amx")])
+def bf16_tier(request):
+    """The same of those with products in bfloat16."""
+    with in_use(request.param) as level:
+        yield level
+
+
 @pytest.fixture(params=dict.fromkeys([*TIERS[:1], *TIERS[-1:]]))
 def outer_tier(request):
     """The same of the first and the last one only."""

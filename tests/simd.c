@@ -1,6 +1,6 @@
-/* Checks every vector operation against its definition in include/simd.h, and products on the
- * matrix unit, in one instruction set. tests/test_simd.py compiles this for each; undefined behavior
- * traps. Arrays end at an inaccessible page. */
+/* Checks every vector operation against its definition in include/simd.h, and products in bfloat16
+ * and on the matrix unit, in one instruction set. tests/test_simd.py compiles this for each;
+ * undefined behavior traps. Arrays end at an inaccessible page. */
 #include "simd.h"
 
 #include <stdio.h>
@@ -263,11 +263,11 @@ static void packed_products(void)
     }
 }
 
-/* --- The matrix unit ------------------------------------------------------------------------- */
+/* --- Products in bfloat16 -------------------------------------------------------------------- */
 
-#ifdef EMULATED_TILES
+#ifdef __AVX512BF16__
 
-static float at(const amx_operand *x, long line, long depth)
+static float at(const bf16_operand *x, long line, long depth)
 {
     const long place = line * x->line_stride + depth * x->depth_stride;
     const long row = x->transposed ? depth : line, column = x->transposed ? line : depth;
@@ -276,9 +276,9 @@ static float at(const amx_operand *x, long line, long depth)
     return (float)x->codes[place] * x->scale[row * x->scale_row + column / x->group];
 }
 
-static amx_operand floats(long lines, long depth, long line_stride, long depth_stride)
+static bf16_operand floats(long lines, long depth, long line_stride, long depth_stride)
 {
-    amx_operand x = {0};
+    bf16_operand x = {0};
     const long count = (lines - 1) * line_stride + (depth - 1) * depth_stride + 1;
     float *p = guarded(count * sizeof *p);
     for (long i = 0; i < count; i++)
@@ -290,9 +290,9 @@ static amx_operand floats(long lines, long depth, long line_stride, long depth_s
 }
 
 /* Codes whose rows run along the depth, or transposed, with `scales` scales per row. */
-static amx_operand codes(long lines, long depth, int transposed, int scales, long group)
+static bf16_operand codes(long lines, long depth, int transposed, int scales, long group)
 {
-    amx_operand x = {0};
+    bf16_operand x = {0};
     const long rows = transposed ? depth : lines, cols = transposed ? lines : depth;
     signed char *p = guarded(rows * cols);
     float *scale = guarded(rows * scales * sizeof *scale);
@@ -311,15 +311,15 @@ static amx_operand codes(long lines, long depth, int transposed, int scales, lon
 }
 
 /* Integers, so that nothing is rounded. */
-static void unit_product(long m, long n, long k, const amx_operand *a, const amx_operand *b,
-                         int accumulate, float *workspace)
+static void one_product(long m, long n, long k, const bf16_operand *a, const bf16_operand *b,
+                        int accumulate, float *workspace)
 {
     float *c = guarded(m * n * sizeof *c), *bias = guarded(n * sizeof *bias);
     for (long j = 0; j < n; j++)
         bias[j] = (float)below(100);
     for (long i = 0; i < m * n; i++)
         c[i] = (float)(i % 7);
-    amx_product(m, n, k, a, b, 2.0f, bias, accumulate, c, n, workspace);
+    bf16_product(m, n, k, a, b, 2.0f, bias, accumulate, c, n, workspace);
     for (long i = 0; i < m; i++)
         for (long j = 0; j < n; j++) {
             float sum = accumulate ? (float)((i * n + j) % 7) : bias[j];
@@ -329,28 +329,39 @@ static void unit_product(long m, long n, long k, const amx_operand *a, const amx
         }
 }
 
-static void unit_products(float *workspace)
+static void bf16_products(void)
 {
     static const long sizes[][3] = {{1, 1, 1}, {5, 18, 3}, {18, 5, 37}, {32, 32, 1024},
                                     {17, 40, 1100}};
-    memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
+    float *workspace = guarded(BF16_WORKSPACE * sizeof *workspace);
+    memset(workspace, 0xa5, BF16_WORKSPACE * sizeof *workspace);
     for (int i = 0; i < 5; i++) {
         const long m = sizes[i][0], n = sizes[i][1], k = sizes[i][2];
-        const amx_operand rows = floats(m, k, k, 1), columns = floats(m, k, 1, m);
-        const amx_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
-        unit_product(m, n, k, &rows, &right_columns, 0, workspace);
-        unit_product(m, n, k, &columns, &right, 1, workspace);
+        const bf16_operand rows = floats(m, k, k, 1), columns = floats(m, k, 1, m);
+        const bf16_operand right = floats(n, k, k, 1), right_columns = floats(n, k, 1, n);
+        one_product(m, n, k, &rows, &right_columns, 0, workspace);
+        one_product(m, n, k, &columns, &right, 1, workspace);
         for (int transposed = 0; transposed < 2; transposed++) {
             const long cols = transposed ? n : k, group = (cols / 2 + 15) / 16 * 16;
-            const amx_operand one = codes(n, k, transposed, 1, cols);
-            unit_product(m, n, k, &rows, &one, transposed, workspace);
+            const bf16_operand one = codes(n, k, transposed, 1, cols);
+            one_product(m, n, k, &rows, &one, transposed, workspace);
             if (group > 0 && group < cols) {
-                const amx_operand two = codes(n, k, transposed, 2, group);
-                unit_product(m, n, k, &rows, &two, transposed, workspace);
+                const bf16_operand two = codes(n, k, transposed, 2, group);
+                one_product(m, n, k, &rows, &two, transposed, workspace);
             }
         }
     }
 }
+
+#else
+
+static void bf16_products(void) {}
+
+#endif
+
+/* --- The matrix unit ------------------------------------------------------------------------- */
+
+#ifdef EMULATED_TILES
 
 /* The padding of tiles and the contents of the workspace must have no effect. Rows are padded to a
  * multiple of 16. */
@@ -366,7 +377,7 @@ static void unit_sums(long rows, int form, long count, float *workspace)
         x[i] = (signed char)(below(255) - 127);
     for (long i = 0; i < count * TILE_BYTES; i++)
         strip[i] = form ? trits(below(243)) : (unsigned char)below(256);
-    memset(workspace, 0xa5, AMX_WORKSPACE * sizeof *workspace);
+    memset(workspace, 0xa5, BF16_WORKSPACE * sizeof *workspace);
     amx_packed_sums(strip, count, form, x, STRIDE, rows, totals, workspace);
     for (long t = 0; t < rows; t++)
         for (int row = 0; row < STRIP_ROWS; row++) {
@@ -384,12 +395,11 @@ static void unit_sums(long rows, int form, long count, float *workspace)
 static void matrix_unit(void)
 {
     static const long counts[] = {1, 3, 60, 256, 300};
-    float *workspace = guarded(AMX_WORKSPACE * sizeof *workspace);
+    float *workspace = guarded(BF16_WORKSPACE * sizeof *workspace);
     fill_the_stack();
     amx_begin();
     for (int i = 0; i < 8; i++)
         NEED(tiles.rows[i] == AMX_SIDE && tiles.row_bytes[i] == 64);
-    unit_products(workspace);
     for (int form = 0; form < 2; form++)
         for (int i = 0; i < 5; i++) {
             unit_sums(16, form, counts[i], workspace);
@@ -412,6 +422,7 @@ int main(void)
     powers_of_two();
     across_lanes();
     packed_products();
+    bf16_products();
     matrix_unit();
     return wrong != 0;
 }

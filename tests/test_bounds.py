@@ -60,6 +60,8 @@ def vectors(n, at_end):
     ops.dot_product(x, y)
     ops.relu(new())
     ops.relu2(new())
+    ops.silu(new())
+    ops.gelu(new())
     ops.exp_inplace(new())
     ops.softmax(new())
     ops.quantize_activations(new())

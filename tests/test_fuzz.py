@@ -47,6 +47,8 @@ def test_inputs_of_others_are_read_or_refused_in_one_line(target):
 @pytest.mark.parametrize("target", TARGETS)
 def test_files_that_are_whole_are_read(target):
     """What fuzzing begins with reaches the end of each reader, checksums included."""
+    if not WHOLE[target]:
+        pytest.skip("pyarrow is not there, which makes these files")
     for parts in WHOLE[target]:
         error = run(target, SPLIT.join(parts))
         if error is not None:

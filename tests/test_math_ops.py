@@ -182,9 +182,13 @@ def import_with_simd_level(name):
     return done.stdout.strip()
 
 
-def test_import_takes_the_level_from_the_environment():
-    narrowest = math_ops.simd_levels()[0]
-    assert import_with_simd_level(narrowest) == narrowest
+@pytest.mark.parametrize("level", math_ops.simd_levels())
+def test_import_takes_the_level_from_the_environment(level):
+    assert import_with_simd_level(level) == level
+
+
+def test_import_takes_the_widest_level_by_itself():
+    assert import_with_simd_level("") == math_ops.simd_levels()[-1]
 
 
 def test_import_with_an_unknown_level_is_one_clear_line():
@@ -986,6 +990,8 @@ CALLS = {
     ),
     "relu": ({"x": normal(19)}, {"x"}),
     "relu2": ({"x": normal(19)}, {"x"}),
+    "silu": ({"x": normal(19)}, {"x"}),
+    "gelu": ({"x": normal(19)}, {"x"}),
     "softmax": ({"x": normal(19)}, {"x"}),
     "quantize_activations": ({"x": normal(19)}, {"x"}),
     "exp_inplace": ({"x": normal(19)}, {"x"}),

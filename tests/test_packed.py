@@ -38,27 +38,10 @@ from legacy1bit.schemes import SCHEMES
 
 kinds = pytest.mark.parametrize(("levels", "form"), KINDS, ids=lambda value: str(value))
 
-WITHOUT_UNIT = "without the matrix unit"
-TIERS = math_ops.simd_levels()
-if "bf16" in math_ops.product_precisions():
-    TIERS.append(WITHOUT_UNIT)
-
 # Rows around a strip of 32, columns around tiles of 16 and 20 and around vectors of bytes.
 SHAPES = ((1, 1), (2, 15), (31, 16), (32, 17), (33, 19), (5, 20), (64, 21), (65, 40), (70, 63),
           (3, 64), (34, 65), (1, 127), (40, 160), (33, 321), (7, 700))  # fmt: skip
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 130)
-
-
-@pytest.fixture(params=TIERS)
-def tier(request, monkeypatch):
-    """As everywhere, and the widest one once more: its own products, and those of the unit."""
-    former, unit = math_ops.simd_level(), request.param != WITHOUT_UNIT
-    monkeypatch.setattr(math_ops, "_HAS_AMX", unit and math_ops._HAS_AMX)
-    math_ops.set_simd_level(request.param if unit else math_ops.simd_levels()[-1])
-    assert unit or "bf16" not in math_ops.product_precisions()
-    yield request.param
-    monkeypatch.undo()
-    math_ops.set_simd_level(former)
 
 
 def random_codes(shape, levels, seed=1):

@@ -1,4 +1,4 @@
-"""Products in bfloat16, on CPUs that have a unit for them, against float64 and exact integers."""
+"""Products in bfloat16, on the matrix unit and in vectors, against float64 and exact integers."""
 
 import shutil
 import subprocess
@@ -21,20 +21,21 @@ from legacy1bit.optimizer import SGD, AdamW
 from legacy1bit.packed import PackedModel
 from legacy1bit.schemes import SCHEMES
 
-needs_bf16 = pytest.mark.skipif(
-    "bf16" not in product_precisions(), reason="this CPU or build has no products in bfloat16"
-)
-# That unit itself; builds that look for mistakes have one in C.
+every_bf16_tier = pytest.mark.usefixtures("bf16_tier")
+# The matrix unit itself; builds that look for mistakes have one in C.
 try:
     HAS_UNIT = "amx_bf16" in Path("/proc/cpuinfo").read_text()
 except OSError:
     HAS_UNIT = False
 
-# Around the sides of a tile (16, 32), and past what is packed at a time (512 columns, 1024 deep).
+# Around the sides of a tile (16, 32) and the 8 rows of a vector product, and past what is packed at
+# a time (256 or 512 columns, 1024 deep).
 SIZES = (
     (1, 1, 1),
     (16, 16, 32),
     (17, 33, 31),
+    (9, 17, 3),
+    (25, 290, 7),
     (15, 48, 65),
     (64, 64, 96),
     (40, 530, 33),
@@ -43,6 +44,7 @@ SIZES = (
 
 
 PROGRAM = """
+#include "cpu.h"
 #include "simd.h"
 static __attribute__((noinline)) void fill_the_stack(void)
 {
@@ -58,7 +60,7 @@ int main(void)
         expected[16 + 2 * i] = 64;
         expected[48 + i] = AMX_SIDE;
     }
-    if (!amx_request())
+    if (cpu_widest_tier() != CPU_AMX)
         return 2;
     fill_the_stack();
     begin();
@@ -87,7 +89,7 @@ def normal(*shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-@needs_bf16
+@every_bf16_tier
 @pytest.mark.parametrize("accumulate", [False, True])
 @pytest.mark.parametrize("transpose_b", [False, True])
 @pytest.mark.parametrize("transpose_a", [False, True])
@@ -108,7 +110,20 @@ def test_matmul_multiplies_the_rounded_factors(size, transpose_a, transpose_b, a
     assert_close(actual, expected, rtol=0, atol=dot_bound(room, k + 1))
 
 
-@needs_bf16
+@every_bf16_tier
+@pytest.mark.parametrize("size", [(20, 50, 70), (5, 300, 1100)])
+def test_denormal_factors_are_zeros(size):
+    m, n, k = size
+    a, b = np.full((m, k), 2.0**-127, np.float32), np.full((k, n), 2.0**127, np.float32)
+    a[0, 0], b[1, 1] = 2.0**-126, 2.0**-140
+    with product_precision("bf16"):
+        actual = math_ops.matmul(a, b)
+    expected = np.zeros((m, n), np.float32)
+    expected[0] = 2.0
+    assert_same_bits(actual, expected)
+
+
+@every_bf16_tier
 def test_matmul_passes_on_what_is_not_finite():
     a, b = normal(20, 40), normal(40, 50, seed=1)
     a[3, 7], a[5, 0], b[8, 49] = np.nan, np.inf, -np.inf
@@ -132,7 +147,7 @@ def scaled(scheme, rows, cols, group, seed=0):
     return TernaryMatrix(values, scales, group, levels)
 
 
-@needs_bf16
+@every_bf16_tier
 @pytest.mark.parametrize("rows", [3, 16, 37])
 @pytest.mark.parametrize("group", [None, 0, 16, 128])
 @pytest.mark.parametrize("scheme", ["ternary", "binary", "2bit"])
@@ -153,7 +168,7 @@ def test_products_of_codes_and_whole_numbers_are_exact(shape, scheme, group, row
     assert_same_bits(gradients["weight"], d_out.T @ x + 1)
 
 
-@needs_bf16
+@every_bf16_tier
 def test_one_scale_for_all_is_not_rounded():
     matrix = scaled("ternary", 30, 60, None)
     x = np.random.default_rng(2).integers(-9, 10, (20, 60)).astype(np.float32)
@@ -164,7 +179,7 @@ def test_one_scale_for_all_is_not_rounded():
     assert_same_bits(out + 0, (sums * float(np.float16(0.3))).astype(np.float32) + 0)
 
 
-@needs_bf16
+@every_bf16_tier
 @pytest.mark.parametrize("changes", [{}, {"scale": "row"}, {"scheme": "2bit"}, {"scheme": "float"}])
 def test_gradients_are_near_those_of_float32(changes):
     config = make_config(vocab_size=60, model_dim=48, num_heads=4, sequence_length=40, **changes)
@@ -185,7 +200,7 @@ def test_gradients_are_near_those_of_float32(changes):
     assert np.linalg.norm(near - gradient) < 0.06 * np.linalg.norm(gradient)
 
 
-@needs_bf16
+@every_bf16_tier
 def test_precision_lasts_as_long_as_its_context():
     level, a, b = math_ops.simd_level(), normal(30, 30), normal(30, 30, seed=1)
     exact = math_ops.matmul(a, b)
@@ -209,16 +224,17 @@ def test_precision_rejects_other_names():
         pass
 
 
-def test_narrower_instruction_sets_have_no_bf16(tier):
-    if tier == "avx512vnni":
-        assert product_precisions()[:2] == ["float32", "int8"]
-        assert fastest_precision() == product_precisions()[-1]
+def test_instruction_sets_have_their_precisions(tier):
+    if tier in ("avx512bf16", "amx"):
+        assert product_precisions() == ["float32", "int8", "bf16"]
+        assert fastest_precision() == ("bf16" if tier == "amx" else "int8")
+        assert fastest_precision(codes=False) == ("bf16" if tier == "amx" else "float32")
         return
     assert product_precisions() == ["float32", "int8"]
     assert fastest_precision() == ("float32" if tier in ("scalar", "sse") else "int8")
     assert fastest_precision(codes=False) == "float32"
     with (
-        pytest.raises(ValueError, match=r"bf16, expected float32 or int8: .*AMX"),
+        pytest.raises(ValueError, match=r"bf16, expected float32 or int8: .*amx"),
         product_precision("bf16"),
     ):
         pass
@@ -243,7 +259,7 @@ def written_and_changed(heads, span):
         yield from model.latent.values()
 
 
-@needs_bf16
+@every_bf16_tier
 @pytest.mark.parametrize(("heads", "span"), [(1, 0), (2, 0), (5, 20)])
 def test_a_model_writes_and_its_optimizers_move_it_with_the_same_bits(heads, span):
     expected = list(written_and_changed(heads, span))

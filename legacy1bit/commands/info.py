@@ -17,11 +17,15 @@ def run(arguments: argparse.Namespace) -> int:
     """Print settings, sizes and the fraction of each code in every matrix."""
     folder = arguments.model or latest_run()
     model = read_model(folder)
-    print(f"{'model':<18}{folder}")
-    for name, value in (asdict(model.config) | model.provenance.to_dict()).items():
-        print(f"{name:<18}{'' if value is None else value}")
-    print(f"{'parameters':<18}{model.num_parameters:,}")
-    print(f"{'stored':<18}{model.stored_bytes():,} bytes of weights")
+    settings = asdict(model.config) | model.provenance.to_dict()
+    rows = {
+        "model": folder,
+        **{name: "" if value is None else value for name, value in settings.items()},
+        "parameters": f"{model.num_parameters:,}",
+        "stored": f"{model.stored_bytes():,} bytes of weights",
+    }
+    for name, value in rows.items():
+        print(f"{name:<{max(map(len, rows))}}  {value}")
     matrices = code_fractions(model)
     if matrices:
         width = max(map(len, matrices))

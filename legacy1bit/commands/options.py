@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.formats.c_v1 import import_c_v1
-from legacy1bit.hyperparams import BASIC, EXPERIMENTAL
+from legacy1bit.hyperparams import ARCHITECTURES, BASIC, EXPERIMENTAL, ModelConfig
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
 from legacy1bit.training import run as training_run
@@ -68,6 +68,17 @@ def add_settings(
             settings["metavar"] = {int: "N", float: "X", str: "TEXT"}[meta["kind"]]
         place = {BASIC: command, EXPERIMENTAL: experimental}.get(meta["group"], group)
         place.add_argument(f"--{option}", **settings)
+
+
+def add_model_settings(command: argparse.ArgumentParser) -> None:
+    """Add the options of a model's settings, and the one that names an architecture."""
+    command.add_argument(
+        "--architecture",
+        choices=tuple(ARCHITECTURES),
+        help="the settings of an architecture that other programs know; other options of the model "
+        "take precedence (default: nemotron)",
+    )
+    add_settings(command, "the model", ModelConfig)
 
 
 def _experimental_group(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:

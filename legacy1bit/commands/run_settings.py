@@ -13,7 +13,7 @@ from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus, open_corpus
 from legacy1bit.data.origin import DataOrigin, TextChanged
 from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
-from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import Run
 
@@ -41,6 +41,8 @@ def merged_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     settings = {} if arguments.config is None else read_config(arguments.config)
     options = {table: given(arguments, record) for table, record in TABLES.items()}
+    if arguments.architecture is not None:
+        options["model"] = architecture_settings(arguments.architecture) | options["model"]
     named = (arguments.data, arguments.stories, arguments.validation)
     other_text = any(name is not None for name in named)
     other_tokens = {"tokenizer", "vocabulary"} & options["data"].keys()
@@ -77,7 +79,16 @@ def _tokenizer_of(arguments: argparse.Namespace, settings: dict[str, Any]) -> To
 
 def is_first_run(arguments: argparse.Namespace) -> bool:
     """Whether the command line leaves text, settings and length of a new run to the defaults."""
-    named = ("data", "validation", "stories", "tokenizer_from", "config", "resume", "minutes")
+    named = (
+        "data",
+        "validation",
+        "stories",
+        "tokenizer_from",
+        "config",
+        "resume",
+        "minutes",
+        "architecture",
+    )
     return all(getattr(arguments, name) is None for name in named) and not any(
         given(arguments, record) for record in TABLES.values()
     )

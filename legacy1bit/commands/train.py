@@ -13,6 +13,7 @@ from legacy1bit.commands.evaluate import print_metrics, print_recall
 from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.commands.options import (
     RUNS,
+    add_model_settings,
     add_settings,
     check_above_zero,
     given,
@@ -79,7 +80,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard's events, too"
     )
-    add_settings(command, "the model", ModelConfig)
+    add_model_settings(command)
     add_settings(command, "the training", TrainingConfig)
 
 
@@ -173,7 +174,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     settings = run.settings()
     config, origin = settings.training, settings.origin
     origin.check_path()
-    new_only = ("config", "out", "minutes", "stories", "tokenizer_from")
+    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.
     named += [

@@ -15,6 +15,7 @@ from typing import Any
 
 from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.commands.options import (
+    add_model_settings,
     add_settings,
     check_above_zero,
     given,
@@ -131,7 +132,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     option("--storage", metavar="URL", help="the study's database (default: SQLite, in its folder)")
     option("--study", metavar="NAME", help=f"its name there (default: {STUDY_NAME})")
-    add_settings(command, "the model", ModelConfig)
+    add_model_settings(command)
     # --patience is the study's; that of a training is set in a file.
     names = [setting.name for setting in fields(TrainingConfig) if setting.name != "patience"]
     add_settings(command, "the training", TrainingConfig, names)

@@ -1,6 +1,7 @@
 """The page about a run: curves, generated texts, settings, weights, hardware."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 
 from legacy1bit.hyperparams import (
@@ -215,6 +216,8 @@ def defaults_of(record: ModelConfig | TrainingConfig | DataConfig) -> Any:
         warmup = None if record.warmup_steps is None else default_warmup(record.steps)
         rate = DEFAULT_RATES[record.optimizer]
         return replace(TrainingConfig(), learning_rate=rate, warmup_steps=warmup)
+    if isinstance(record, ModelConfig):
+        return SimpleNamespace(**asdict(ModelConfig()) | record.derived())
     return type(record)()
 
 
