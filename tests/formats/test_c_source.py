@@ -77,18 +77,20 @@ def random_settings(rng):
 
 OPTIONS = {
     **MODELS,
-    **{
-        name: {**settings, "vocab_size": 61} for name, settings in ARCHITECTURES.items() if settings
-    },
-    "llama, grouped": {**ARCHITECTURES["llama"], "num_heads": 6, "num_kv_heads": 2, "head_dim": 8},
-    **{f"random {i}": random_settings(random.Random(i)) for i in range(20)},
-}
+    **ARCHITECTURES,
+    "grouped": {**ARCHITECTURES["llama"], "num_heads": 6, "num_kv_heads": 2, "head_dim": 8,
+                "window_pattern": "3,0", "rope_pairs": "adjacent"},
+    "gelu": {"activation": "gelu", "norm_bias": False, "biases": "qkv", "scale_shards": 2,
+             "ternary_embedding": True, "tied_embeddings": True},
+    "silu, 64": {"activation": "silu", "qk_norm": True, "scale": "64", "ffn_dim": 150,
+                 "norm_epsilon": 0.03},
+    "gated relu": {"activation": "relu", "gated": True, "num_kv_heads": 1, "ffn_dim": 7},
+}  # fmt: skip
+RANDOM = {f"random {i}": random_settings(random.Random(i)) for i in range(20)}
+OPTIONS |= RANDOM
 options = pytest.mark.parametrize(
     "options",
-    [
-        name if i < 30 else pytest.param(name, marks=pytest.mark.slow)
-        for i, name in enumerate(OPTIONS)
-    ],
+    [pytest.param(name, marks=pytest.mark.slow) if name in RANDOM else name for name in OPTIONS],
 )
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="asks what only Linux has")
 
