@@ -55,6 +55,14 @@ cdef extern from "simd.h" nogil:
     void vf32_transpose(vf32 *square)
     void i8_round(signed char *p, vf32 v)
     void i8_round4(signed char *p, const vf32 *v)
+    ctypedef struct vi32:
+        pass
+    vi32 vi32_zero()
+    vi32 vi32_splat(int x)
+    vi32 vi32_load(const int *p)
+    vf32 vi32_float(vi32 v)
+    vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
+    void i16_pairs(int *p, vf32 a, vf32 b)
     void simd_prepare()
     enum:
         VSUM_ROWS
@@ -199,6 +207,20 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
     p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
     p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
     return vf32_scale_pow2(p, n)
+
+
+cdef inline vf32 load_within(const float *p, Py_ssize_t n) noexcept nogil:
+    # A vector of which at most n lanes, if any, are in memory; the others are 0.
+    if n >= VF32_LANES:
+        return vf32_load(p)
+    return vf32_load_first(p, n) if n > 0 else vf32_zero()
+
+
+cdef inline void store_within(float *p, Py_ssize_t n, vf32 v) noexcept nogil:
+    if n >= VF32_LANES:
+        vf32_store(p, v)
+    elif n > 0:
+        vf32_store_first(p, n, v)
 
 
 cdef void add(float *x, const float *y, Py_ssize_t n) noexcept nogil:
@@ -1026,6 +1048,15 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
     STOP_TIMER(TIMER_MATMUL)
 
 
+cdef void weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
+                          Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil:
+    # d_weight[matrix.rows, matrix.cols] += d_out[rows, matrix.rows]^T x[rows, matrix.cols].
+    START_TIMER(TIMER_MATMUL)
+    product(matrix.rows, matrix.cols, rows, strided(d_out, 1, matrix.rows),
+            strided(x, matrix.cols, 1), NULL, True, d_weight, matrix.cols, workspace)
+    STOP_TIMER(TIMER_MATMUL)
+
+
 # ---------------------------------------------------------------------------------------------
 # Packed codes times int8 activations: integers, the same in every instruction set. The float
 # arithmetic around them is the same, too: multiplications and additions, never fused.
@@ -1070,6 +1101,17 @@ cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
     return total
 
 
+cdef inline float step_for(float top, float nonfinite, float levels, float *inverse) noexcept nogil:
+    # The distance of the numbers that the levels stand for, of which the highest is `top`. The
+    # inverse is 0 where all numbers are 0, or too small to have one, or one is not finite; then
+    # the step is NaN.
+    cdef float step = top / levels + nonfinite
+    inverse[0] = levels / top
+    if not (step > 0.0 and inverse[0] < INFINITY):
+        inverse[0] = 0.0
+    return step
+
+
 cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         const Int8Rows *out) noexcept nogil:
     # Quantizes each row to int8 codes, -127 to 127, with its own scale max |x| / 127 (BitNet b1.58,
@@ -1086,9 +1128,8 @@ cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
         row = x + i * cols
         codes = out.codes + i * out.stride
         top = largest_magnitude(row, cols, &nonfinite)
-        inverse = <float>127.0 / top
-        out.scales[i] = top / <float>127.0 + nonfinite
-        if not (out.scales[i] > 0.0 and inverse < INFINITY):
+        out.scales[i] = step_for(top, nonfinite, 127.0, &inverse)
+        if inverse == 0.0:
             memset(codes, 0, out.stride)
             out.sums[i] = 0
             continue
@@ -1432,6 +1473,156 @@ cdef void int8_linear_backward(const Matrix *matrix, const float *d_out, Py_ssiz
         int8_product(matrix, True, d_out, rows, NULL, accumulate, d_x, workspace)
     else:
         linear_backward(matrix, d_out, rows, accumulate, d_x, workspace)
+
+
+# The gradient of their weights: activations in int8, as in the forward product, times gradients in
+# 16 bits. Instructions multiply pairs of int16 and add the two products, so the tokens of a pair
+# are packed together; the rest is as in the product of floats. A token's scale multiplies its
+# gradients before they are rounded, each feature with its own step: then an element's sum over
+# tokens has a single scale.
+
+cdef enum:
+    PAIR_TOKENS = 512       # 127 * 32767 * 512 < 2^31
+    PAIR_FEATURES = PACK_LEFT / (PAIR_TOKENS / 2)
+
+
+cdef inline void feature_steps(const float *x, Py_ssize_t x_row, Py_ssize_t tokens,
+                               Py_ssize_t cols, const float *factors, float *steps,
+                               float *inverses) noexcept nogil:
+    # The steps of the columns of x, whose rows are multiplied by factors, in 16 bits.
+    cdef vf32 most[4]
+    cdef vf32 total[4]
+    cdef vf32 v, factor, zero = vf32_zero()
+    cdef float tops[4 * VF32_LANES]
+    cdef float nonfinite[4 * VF32_LANES]
+    cdef Py_ssize_t i, j, k, here
+    for j from 0 <= j < cols by 4 * VF32_LANES:
+        here = min(cols - j, 4 * VF32_LANES)
+        for i in range(4):
+            most[i] = total[i] = zero
+        for k in range(tokens):
+            factor = vf32_splat(factors[k])
+            for i in range(4):
+                v = vf32_mul(load_within(x + k * x_row + j + i * VF32_LANES,
+                                         here - i * VF32_LANES), factor)
+                most[i] = vf32_max(vf32_max(v, vf32_sub(zero, v)), most[i])
+                total[i] = vf32_fmadd(v, zero, total[i])
+        for i in range(4):
+            vf32_store(tops + i * VF32_LANES, most[i])
+            vf32_store(nonfinite + i * VF32_LANES, total[i])
+        for i in range(here):
+            steps[j + i] = step_for(tops[i], nonfinite[i], 32767.0, inverses + j + i)
+
+
+cdef inline void pack_pairs(const float *x, Py_ssize_t x_row, Py_ssize_t tokens, Py_ssize_t cols,
+                            const float *factors, const float *column_factors, Py_ssize_t width,
+                            int *packed, Py_ssize_t panel_size) noexcept nogil:
+    # Panels of `width` columns, each [(tokens + 1) / 2, width], of x times the factors of rows and,
+    # unless NULL, of columns. What a vector has in excess is overwritten by the next one, or lies
+    # behind the panel.
+    cdef Py_ssize_t block, panel, j, k
+    cdef const float *row
+    cdef int *target
+    cdef vf32 first, second, factor
+    for block from 0 <= block < tokens by TRANSPOSED_ROWS:
+        for panel from 0 <= panel < cols by width:
+            target = packed + panel // width * panel_size + block // 2 * width
+            for k from block <= k < min(block + TRANSPOSED_ROWS, tokens) by 2:
+                row = x + k * x_row + panel
+                for j from 0 <= j < width by VF32_LANES:
+                    first = vf32_mul(load_within(row + j, cols - panel - j),
+                                     vf32_splat(factors[k]))
+                    second = vf32_zero()
+                    if k + 1 < tokens:
+                        second = vf32_mul(load_within(row + x_row + j, cols - panel - j),
+                                          vf32_splat(factors[k + 1]))
+                    if column_factors:
+                        factor = load_within(column_factors + panel + j, cols - panel - j)
+                        first = vf32_mul(first, factor)
+                        second = vf32_mul(second, factor)
+                    i16_pairs(target + j, first, second)
+                target += width
+
+
+cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth, const int *a,
+                                const int *b, const float *steps, float *c,
+                                Py_ssize_t c_row) noexcept nogil:
+    # Of a tile, rows x cols are in c: c += steps[rows] * (a b). a is packed [depth, TILE_ROWS],
+    # b [depth, TILE_COLUMNS].
+    cdef vi32 total[TILE_ROWS][TILE_VECTORS]
+    cdef vi32 right[TILE_VECTORS]
+    cdef vi32 left
+    cdef vf32 step
+    cdef float *to
+    cdef Py_ssize_t i, j, n, _k
+    for i in range(TILE_ROWS):
+        for j in range(TILE_VECTORS):
+            total[i][j] = vi32_zero()
+    for _k in range(depth):
+        for j in range(TILE_VECTORS):
+            right[j] = vi32_load(b + j * VF32_LANES)
+        for i in range(TILE_ROWS):
+            left = vi32_splat(a[i])
+            for j in range(TILE_VECTORS):
+                total[i][j] = vi32_dot(total[i][j], left, right[j])
+        a += TILE_ROWS
+        b += TILE_COLUMNS
+    for i in range(TILE_ROWS):
+        if i < rows:
+            step = vf32_splat(steps[i])
+            for j in range(TILE_VECTORS):
+                to = c + i * c_row + j * VF32_LANES
+                n = cols - j * VF32_LANES
+                store_within(to, n, vf32_add(load_within(to, n),
+                                             vf32_mul(step, vi32_float(total[i][j]))))
+
+
+cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
+                               Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil:
+    cdef Py_ssize_t out_cols = matrix.rows, cols = matrix.cols
+    cdef Py_ssize_t blocks = (rows + PAIR_TOKENS - 1) // PAIR_TOKENS
+    cdef Py_ssize_t block, first, tokens, pairs, panel, width, height, i, ic, jc, ir, jr
+    cdef Py_ssize_t columns, features
+    cdef const float *x_block
+    cdef const float *d_block
+    cdef float steps[PAIR_TOKENS]
+    cdef float inverses[PAIR_TOKENS]
+    cdef float d_steps[PAIR_FEATURES]
+    cdef float d_inverses[PAIR_FEATURES]
+    cdef float top, nonfinite
+    cdef int *right = <int *>workspace
+    cdef int *left = right + PACK_RIGHT
+    if not fits_int8(matrix, rows):
+        weight_gradient(matrix, d_out, x, rows, d_weight, workspace)
+        return
+    START_TIMER(TIMER_MATMUL)
+    for block in range(blocks):
+        first = rows * block // blocks
+        tokens = rows * (block + 1) // blocks - first
+        pairs = (tokens + 1) // 2
+        panel = pairs * TILE_ROWS + VF32_LANES
+        height = min(panels.rows, PACK_LEFT // panel * TILE_ROWS)
+        width = PACK_RIGHT // pairs // TILE_COLUMNS * TILE_COLUMNS
+        x_block, d_block = x + first * cols, d_out + first * out_cols
+        for i in range(tokens):
+            top = largest_magnitude(x_block + i * cols, cols, &nonfinite)
+            steps[i] = step_for(top, nonfinite, 127.0, inverses + i)
+        for jc from 0 <= jc < cols by width:
+            columns = min(cols - jc, width)
+            pack_pairs(x_block + jc, cols, tokens, columns, inverses, NULL, TILE_COLUMNS, right,
+                       pairs * TILE_COLUMNS)
+            for ic from 0 <= ic < out_cols by height:
+                features = min(out_cols - ic, height)
+                feature_steps(d_block + ic, out_cols, tokens, features, steps, d_steps, d_inverses)
+                pack_pairs(d_block + ic, out_cols, tokens, features, steps, d_inverses, TILE_ROWS,
+                           left, panel)
+                for jr from 0 <= jr < columns by TILE_COLUMNS:
+                    for ir from 0 <= ir < features by TILE_ROWS:
+                        multiply_pairs(min(features - ir, TILE_ROWS),
+                                       min(columns - jr, TILE_COLUMNS), pairs,
+                                       left + ir // TILE_ROWS * panel, right + jr * pairs,
+                                       d_steps + ir, d_weight + (ic + ir) * cols + jc + jr, cols)
+    STOP_TIMER(TIMER_MATMUL)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1844,6 +2035,7 @@ kernels.matrix_transpose_vector = matrix_transpose_vector
 kernels.matmul = matmul
 kernels.linear = linear
 kernels.linear_backward = linear_backward
+kernels.weight_gradient = weight_gradient
 kernels.attention = attention
 kernels.cached_attention = cached_attention
 kernels.attention_backward = attention_backward
@@ -1871,5 +2063,6 @@ cdef KernelTable int8_kernels = kernels
 
 int8_kernels.linear = int8_linear
 int8_kernels.linear_backward = int8_linear_backward
+int8_kernels.weight_gradient = int8_weight_gradient
 
 int8_table = PyCapsule_New(&int8_kernels, "legacy1bit.kernels", NULL)
