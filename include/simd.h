@@ -26,7 +26,7 @@
  *   i8_round4(p, v)           the same for four vectors
  *
  *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
- *   vi32_zero(), vi32_splat(x), vi32_load(p)
+ *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)
  *   vi32_float(v)             the integers as floats
  *   vi32_dot(s, a, b)         integers s plus, of each pair, a[0] * b[0] + a[1] * b[1]
  *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
@@ -135,6 +135,13 @@ static inline vi32 vi32_load(const int *p)
     vi32 v;
     memcpy(&v, p, sizeof v);
     return v;
+}
+
+static inline vi32 vi32_add(vi32 a, vi32 b)
+{
+    for (int i = 0; i < VF32_LANES; i++)
+        a.lane[i] += b.lane[i];
+    return a;
 }
 
 static inline vf32 vi32_float(vi32 v)

@@ -134,6 +134,7 @@ typedef __m256i vi32;
 static inline vi32 vi32_zero(void) { return _mm256_setzero_si256(); }
 static inline vi32 vi32_splat(int x) { return _mm256_set1_epi32(x); }
 static inline vi32 vi32_load(const int *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm256_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm256_cvtepi32_ps(v); }
 
 static inline vi32 vi32_dot(vi32 s, vi32 a, vi32 b)

@@ -60,6 +60,7 @@ cdef extern from "simd.h" nogil:
     vi32 vi32_zero()
     vi32 vi32_splat(int x)
     vi32 vi32_load(const int *p)
+    vi32 vi32_add(vi32 a, vi32 b)
     vf32 vi32_float(vi32 v)
     vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
     void i16_pairs(int *p, vf32 a, vf32 b)
@@ -119,6 +120,7 @@ cdef extern from "elementwise.h" nogil:
     void elementwise_binary(float *out, const float *x, const float *y, long n, binary_lanes f)
 
 cdef extern from "sums.h" nogil:
+    vf32 load_within(const float *p, long left)
     float ordered_sum(const float *x, long n)
     float ordered_squares(const float *x, float center, long n)
     void layer_norm_float64(const float *x, const float *gamma, const float *beta, float epsilon,
@@ -209,14 +211,8 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
     return vf32_scale_pow2(p, n)
 
 
-cdef inline vf32 load_within(const float *p, Py_ssize_t n) noexcept nogil:
-    # A vector of which at most n lanes, if any, are in memory; the others are 0.
-    if n >= VF32_LANES:
-        return vf32_load(p)
-    return vf32_load_first(p, n) if n > 0 else vf32_zero()
-
-
 cdef inline void store_within(float *p, Py_ssize_t n, vf32 v) noexcept nogil:
+    # The lanes of v that are among n floats at p; load_within reads them.
     if n >= VF32_LANES:
         vf32_store(p, v)
     elif n > 0:
@@ -1102,9 +1098,9 @@ cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
 
 
 cdef inline float step_for(float top, float nonfinite, float levels, float *inverse) noexcept nogil:
-    # The distance of the numbers that the levels stand for, of which the highest is `top`. The
-    # inverse is 0 where all numbers are 0, or too small to have one, or one is not finite; then
-    # the step is NaN.
+    # The step between codes, of which the largest is `levels`, for numbers up to `top`; NaN unless
+    # all of them are finite. The inverse is 0 where all codes are: without a finite step, and for
+    # numbers that are 0 or too small to have an inverse.
     cdef float step = top / levels + nonfinite
     inverse[0] = levels / top
     if not (step > 0.0 and inverse[0] < INFINITY):
@@ -1253,23 +1249,24 @@ cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
 cdef inline void scale_sums(const int *sums, Py_ssize_t n, int factor, int shift,
                             const float *scales, float x_scale, bint accumulate,
                             const float *bias, float *out) noexcept nogil:
-    # out[n] (+)= (factor * sums + shift) * (scales * x_scale) + bias, n <= STRIP_ROWS.
-    cdef float values[STRIP_ROWS]
+    # out[n] (+)= (factor * sums + shift) * (scales * x_scale) + bias, n <= STRIP_ROWS, of
+    # sums[STRIP_ROWS] and scales[STRIP_ROWS].
+    cdef vi32 total, once, offset = vi32_splat(shift)
+    cdef vf32 value, up = vf32_splat(x_scale)
     cdef Py_ssize_t i
-    if factor == 1:
-        # Multiplications of integers are slow in many CPUs.
-        for i in range(n):
-            values[i] = <float>(sums[i] + shift) * (scales[i] * x_scale)
-    else:
-        for i in range(n):
-            values[i] = <float>(factor * sums[i] + shift) * (scales[i] * x_scale)
-    if accumulate:
-        for i in range(n):
-            values[i] = out[i] + values[i]
-    if bias:
-        for i in range(n):
-            values[i] += bias[i]
-    memcpy(out, values, n * sizeof(float))
+    cdef int _again
+    for i from 0 <= i < n by VF32_LANES:
+        once = vi32_load(sums + i)
+        total = vi32_add(once, offset)
+        # Multiplications of integers are slow in many CPUs; factors are 1, or small.
+        for _again in range(factor - 1):
+            total = vi32_add(total, once)
+        value = vf32_mul(vi32_float(total), vf32_mul(vf32_load(scales + i), up))
+        if accumulate:
+            value = vf32_add(load_within(out + i, n - i), value)
+        if bias:
+            value = vf32_add(value, load_within(bias + i, n - i))
+        store_within(out + i, n - i, value)
 
 
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
@@ -1312,7 +1309,7 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                         x_sum = sum_of_codes(x.codes + (begin + t) * x.stride + low * width,
                                              min(tiles - low, count) * width)
                     to = out + (begin + t) * out_row + row
-                    # With a constant number the compiler uses vectors.
+                    # With a constant number there are no tests for its end.
                     if inside == STRIP_ROWS:
                         scale_sums(totals + t * STRIP_ROWS, STRIP_ROWS, matrix.factor,
                                    matrix.offset * x_sum, scales, x.scales[begin + t],
@@ -1475,22 +1472,23 @@ cdef void int8_linear_backward(const Matrix *matrix, const float *d_out, Py_ssiz
         linear_backward(matrix, d_out, rows, accumulate, d_x, workspace)
 
 
-# The gradient of their weights: activations in int8, as in the forward product, times gradients in
-# 16 bits. Instructions multiply pairs of int16 and add the two products, so the tokens of a pair
-# are packed together; the rest is as in the product of floats. A token's scale multiplies its
-# gradients before they are rounded, each feature with its own step: then an element's sum over
-# tokens has a single scale.
+# Gradients of weights: activations in int8, as the forward product has them, times gradients of
+# outputs in int16. An instruction multiplies pairs of int16 and adds both products, so that two
+# tokens are packed together; otherwise it is the algorithm of the product of floats. A token's
+# scale multiplies its gradients before they are rounded, with a step for each feature: then the
+# sums over tokens have a single scale, and are exact.
 
 cdef enum:
-    PAIR_TOKENS = 512       # 127 * 32767 * 512 < 2^31
-    PAIR_FEATURES = PACK_LEFT / (PAIR_TOKENS / 2)
+    PAIR_TOKENS = 512       # in a sum: 127 * 32767 * 512 < 2^31
+    PAIR_FEATURES = PACK_LEFT / 256     # rows of weights that are packed at a time, at most
 
 
 cdef inline void feature_steps(const float *x, Py_ssize_t x_row, Py_ssize_t tokens,
                                Py_ssize_t cols, const float *factors, float *steps,
                                float *inverses) noexcept nogil:
-    # The steps of the columns of x, whose rows are multiplied by factors, in 16 bits.
+    # The steps of the columns of x in int16; factors multiply the rows.
     cdef vf32 most[4]
+    cdef vf32 least[4]
     cdef vf32 total[4]
     cdef vf32 v, factor, zero = vf32_zero()
     cdef float tops[4 * VF32_LANES]
@@ -1499,16 +1497,17 @@ cdef inline void feature_steps(const float *x, Py_ssize_t x_row, Py_ssize_t toke
     for j from 0 <= j < cols by 4 * VF32_LANES:
         here = min(cols - j, 4 * VF32_LANES)
         for i in range(4):
-            most[i] = total[i] = zero
+            most[i] = least[i] = total[i] = zero
         for k in range(tokens):
             factor = vf32_splat(factors[k])
             for i in range(4):
                 v = vf32_mul(load_within(x + k * x_row + j + i * VF32_LANES,
                                          here - i * VF32_LANES), factor)
-                most[i] = vf32_max(vf32_max(v, vf32_sub(zero, v)), most[i])
+                most[i] = vf32_max(most[i], v)
+                least[i] = vf32_min(least[i], v)
                 total[i] = vf32_fmadd(v, zero, total[i])
         for i in range(4):
-            vf32_store(tops + i * VF32_LANES, most[i])
+            vf32_store(tops + i * VF32_LANES, vf32_max(most[i], vf32_sub(zero, least[i])))
             vf32_store(nonfinite + i * VF32_LANES, total[i])
         for i in range(here):
             steps[j + i] = step_for(tops[i], nonfinite[i], 32767.0, inverses + j + i)
@@ -1579,6 +1578,7 @@ cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dep
 
 cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
                                Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil:
+    # As weight_gradient, for up to PAIR_TOKENS tokens at a time.
     cdef Py_ssize_t out_cols = matrix.rows, cols = matrix.cols
     cdef Py_ssize_t blocks = (rows + PAIR_TOKENS - 1) // PAIR_TOKENS
     cdef Py_ssize_t block, first, tokens, pairs, panel, width, height, i, ic, jc, ir, jr
@@ -1631,8 +1631,9 @@ cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const f
 # Queries are processed in blocks. A block skips the keys after its last query, so that the masked
 # half of causal attention is never computed, and the keys before its window or its document.
 
-cdef enum:
-    QUERY_BLOCK = 64
+# Few queries, so that little of the masked half is computed, and whole tiles of the product; the
+# matrix unit prefers larger products.
+cdef Py_ssize_t query_block = 64 if MATRIX_UNIT else 28 // TILE_ROWS * TILE_ROWS
 
 
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
@@ -1693,8 +1694,8 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
     cdef float factor = 1.0 / sqrtf(head.head_dim)
     cdef float *row
     START_TIMER(TIMER_ATTENTION_FORWARD)
-    for block from 0 <= block < head.queries by QUERY_BLOCK:
-        rows = min(head.queries - block, QUERY_BLOCK)
+    for block from 0 <= block < head.queries by query_block:
+        rows = min(head.queries - block, query_block)
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, strided(head.q + block * stride, stride, 1),
@@ -1729,8 +1730,8 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
     for i in range(keys):
         memset(head.d_k + i * stride, 0, head.head_dim * sizeof(float))
         memset(head.d_v + i * stride, 0, head.head_dim * sizeof(float))
-    for block from 0 <= block < head.queries by QUERY_BLOCK:
-        rows = min(head.queries - block, QUERY_BLOCK)
+    for block from 0 <= block < head.queries by query_block:
+        rows = min(head.queries - block, query_block)
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, strided(head.d_out + block * stride, stride, 1),

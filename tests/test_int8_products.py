@@ -154,7 +154,7 @@ GRADIENTS = (
 @every_tier
 @together("size", GRADIENTS)
 def test_gradients_of_weights_are_those_of_the_rounded_activations(size):
-    """Gradients of outputs are off by at most half a step each: 1 / 32767 of a feature's largest."""
+    """Each gradient of an output is off by half of its feature's step at most."""
     rows, cols, tokens = size
     x = away_from_ties(tokens, cols)
     d_out, into = normal(tokens, rows, seed=1), normal(rows, cols, seed=2)
