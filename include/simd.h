@@ -28,7 +28,7 @@
  *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
  *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)
  *   vi32_float(v)             the integers as floats
- *   vi32_dot(s, a, b)         integers s plus, of each pair, a[0] * b[0] + a[1] * b[1]
+ *   vi32_add_dot(s, a, b)     adds a[0] * b[0] + a[1] * b[1] of each pair to the integers *s
  *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
  *                             any integers where a or b is NaN
  *
@@ -78,7 +78,7 @@ enum {
 };
 
 /* Keeps the compiler from reordering additions, which may need more registers than there are. */
-#define KEEP_ORDER(v) __asm__("" : "+x"(v))
+#define KEEP_ORDER(v) __asm__("" : "+v"(v))
 
 /* Where sums are added up in all their bits at once, they are their only part. */
 #define VPART_IS_VSUM                                                                              \
@@ -152,11 +152,10 @@ static inline vf32 vi32_float(vi32 v)
     return vf32_load(lanes);
 }
 
-static inline vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
 {
     for (int i = 0; i < VF32_LANES; i++)
-        s.lane[i] += (short)a.lane[i] * (short)b.lane[i] + (a.lane[i] >> 16) * (b.lane[i] >> 16);
-    return s;
+        s->lane[i] += (short)a.lane[i] * (short)b.lane[i] + (a.lane[i] >> 16) * (b.lane[i] >> 16);
 }
 
 /* NaN, whose conversion is undefined in C, becomes 0. */

@@ -137,12 +137,14 @@ static inline vi32 vi32_load(const int *p) { return _mm256_loadu_si256((const __
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm256_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm256_cvtepi32_ps(v); }
 
-static inline vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
+/* In place, and in order: a tile of sums leaves no registers for copies, or for loads ahead. */
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
 {
 #ifdef __AVXVNNI__
-    return _mm256_dpwssd_avx_epi32(s, a, b);
+    *s = _mm256_dpwssd_avx_epi32(*s, a, b);
+    KEEP_ORDER(*s);
 #else
-    return _mm256_add_epi32(s, _mm256_madd_epi16(a, b));
+    __asm__("vpaddd %1, %0, %0" : "+x"(*s) : "x"(_mm256_madd_epi16(a, b)));
 #endif
 }
 

@@ -116,12 +116,14 @@ static inline vi32 vi32_load(const int *p) { return _mm512_loadu_si512(p); }
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm512_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm512_cvtepi32_ps(v); }
 
-static inline vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
+/* In place, and in order: a tile of sums leaves no registers for copies, or for loads ahead. */
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
 {
 #ifdef __AVX512VNNI__
-    return _mm512_dpwssd_epi32(s, a, b);
+    *s = _mm512_dpwssd_epi32(*s, a, b);
+    KEEP_ORDER(*s);
 #else
-    return _mm512_add_epi32(s, _mm512_madd_epi16(a, b));
+    __asm__("vpaddd %1, %0, %0" : "+v"(*s) : "v"(_mm512_madd_epi16(a, b)));
 #endif
 }
 

@@ -83,7 +83,11 @@ static inline vi32 vi32_splat(int x) { return _mm_set1_epi32(x); }
 static inline vi32 vi32_load(const int *p) { return _mm_loadu_si128((const __m128i *)p); }
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm_cvtepi32_ps(v); }
-static inline vi32 vi32_dot(vi32 s, vi32 a, vi32 b) { return _mm_add_epi32(s, _mm_madd_epi16(a, b)); }
+
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+{
+    *s = _mm_add_epi32(*s, _mm_madd_epi16(a, b));
+}
 
 static inline void i16_pairs(int *p, vf32 a, vf32 b)
 {

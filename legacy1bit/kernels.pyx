@@ -62,7 +62,7 @@ cdef extern from "simd.h" nogil:
     vi32 vi32_load(const int *p)
     vi32 vi32_add(vi32 a, vi32 b)
     vf32 vi32_float(vi32 v)
-    vi32 vi32_dot(vi32 s, vi32 a, vi32 b)
+    void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
     void i16_pairs(int *p, vf32 a, vf32 b)
     void simd_prepare()
     enum:
@@ -1551,9 +1551,10 @@ cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dep
     cdef vi32 total[TILE_ROWS][TILE_VECTORS]
     cdef vi32 right[TILE_VECTORS]
     cdef vi32 left
-    cdef vf32 step
+    cdef vf32 step, more
+    cdef float sums[TILE_ROWS * TILE_COLUMNS]
     cdef float *to
-    cdef Py_ssize_t i, j, n, _k
+    cdef Py_ssize_t i, j, _k
     for i in range(TILE_ROWS):
         for j in range(TILE_VECTORS):
             total[i][j] = vi32_zero()
@@ -1563,17 +1564,18 @@ cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dep
         for i in range(TILE_ROWS):
             left = vi32_splat(a[i])
             for j in range(TILE_VECTORS):
-                total[i][j] = vi32_dot(total[i][j], left, right[j])
+                vi32_add_dot(&total[i][j], left, right[j])
         a += TILE_ROWS
         b += TILE_COLUMNS
     for i in range(TILE_ROWS):
-        if i < rows:
-            step = vf32_splat(steps[i])
-            for j in range(TILE_VECTORS):
-                to = c + i * c_row + j * VF32_LANES
-                n = cols - j * VF32_LANES
-                store_within(to, n, vf32_add(load_within(to, n),
-                                             vf32_mul(step, vi32_float(total[i][j]))))
+        for j in range(TILE_VECTORS):
+            vf32_store(sums + i * TILE_COLUMNS + j * VF32_LANES, vi32_float(total[i][j]))
+    for i in range(rows):
+        step = vf32_splat(steps[i])
+        for j from 0 <= j < cols by VF32_LANES:
+            to = c + i * c_row + j
+            more = vf32_mul(step, vf32_load(sums + i * TILE_COLUMNS + j))
+            store_within(to, cols - j, vf32_add(load_within(to, cols - j), more))
 
 
 cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
@@ -1633,7 +1635,7 @@ cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const f
 
 # Few queries, so that little of the masked half is computed, and whole tiles of the product; the
 # matrix unit prefers larger products.
-cdef Py_ssize_t query_block = 64 if MATRIX_UNIT else 28 // TILE_ROWS * TILE_ROWS
+cdef Py_ssize_t query_block = 64 if MATRIX_UNIT else 24
 
 
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
