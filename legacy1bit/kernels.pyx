@@ -1633,7 +1633,7 @@ cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const f
 # Queries are processed in blocks. A block skips the keys after its last query, so that the masked
 # half of causal attention is never computed, and the keys before its window or its document.
 
-# Few queries, so that little of the masked half is computed, and whole tiles of the product; the
+# Few queries, so that little of the masked half is computed, in whole tiles of 4 or 6 rows; the
 # matrix unit prefers larger products.
 cdef Py_ssize_t query_block = 64 if MATRIX_UNIT else 24
 
