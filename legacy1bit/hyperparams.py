@@ -322,7 +322,7 @@ class ModelConfig(_Record):
                 *("num_kv_heads", "num_heads"),
             )
         if self.positions == "rope" and (
-            self.rotary_dim % 2 or self.rotary_dim != self.head_dim * self.rope_fraction
+            self.rotary_dim % 2 or abs(self.rotary_dim - self.head_dim * self.rope_fraction) > 1e-9
         ):
             raise SettingError(
                 f"{'head_dim' if self.rope_fraction == 1.0 else 'head_dim * rope_fraction'} is "
@@ -337,6 +337,11 @@ class ModelConfig(_Record):
                 f"rope_factor is {self.rope_factor:g} and rope_original_length "
                 f"{self.rope_original_length}: YaRN needs a factor above 1 and a length",
                 *("rope_factor", "rope_original_length"),
+            )
+        if self.rope_factor > 1.0 and self.rope_base == 1.0:
+            raise SettingError(
+                "rope_base is 1 with a rope_factor: YaRN needs wavelengths that differ",
+                *("rope_base", "rope_factor"),
             )
         if self.scale_shards > 1 and self.scale != "tensor":
             raise SettingError(

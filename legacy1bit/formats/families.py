@@ -203,8 +203,9 @@ def family_of(config: ModelConfig, program: Program) -> Family:
         If there is none. The message names an option that the nearest family does not have, and
         the remedy.
     """
-    lacking = [(_lacking(family, config, program), family) for family in FAMILIES]
-    options, nearest = min(lacking, key=lambda pair: len(pair[0]))
+    # A family that the model is of is the nearest one, though the program may have less of it.
+    nearest = min(FAMILIES, key=lambda family: _strangeness(family, config))
+    options = _lacking(nearest, config, program)
     if options:
         option, remedy = options[0]
         raise ValueError(
@@ -212,6 +213,11 @@ def family_of(config: ModelConfig, program: Program) -> Family:
             f"{nearest.name}, have no {option}: train with {remedy}"
         )
     return nearest
+
+
+def _strangeness(family: Family, config: ModelConfig) -> int:
+    """Return the number of a model's settings that a family does not have."""
+    return sum(getattr(config, name) not in values for name, values in family.settings.items())
 
 
 def _lacking(family: Family, config: ModelConfig, program: Program) -> list[tuple[str, str]]:
