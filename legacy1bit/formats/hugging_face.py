@@ -6,6 +6,7 @@ scale (transformers: ``integrations/bitnet.py``). The tokenizer is in the folder
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -155,7 +156,7 @@ def _config(
         "hidden_act": config.activation,
         "norm_eps" if config.norm == "layer" else "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
-        "partial_rotary_factor": config.rope_fraction,
+        "partial_rotary_factor": _partial_rotary_factor(config),
         "attention_bias": config.biases == "all",
         "mlp_bias": config.biases == "all",
         "tie_word_embeddings": config.tied_embeddings,
@@ -180,6 +181,13 @@ def _config(
             "modules_to_not_convert": ["lm_head"],
         }
     return content
+
+
+def _partial_rotary_factor(config: ModelConfig) -> float:
+    """Return the fraction of a head that rotates, such that its product rounds down correctly."""
+    if int(config.head_dim * config.rope_fraction) == config.rotary_dim:
+        return config.rope_fraction
+    return math.nextafter(config.rotary_dim / config.head_dim, 1.0)
 
 
 def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
