@@ -150,9 +150,11 @@ def product_precision(str name not None):
 
     With ``int8`` linear maps of codes, and their gradients of inputs, round the float factor to
     int8 with one scale per row, as a ``PackedMatrix`` does. The codes are exact, and the sums are
-    integers: such a product has the same bits in every instruction set. Everything else remains
-    float32: gradients of weights, float matrices, codes in groups of a row or of other values than
-    a scheme's, products of fewer than 16 rows, and matrices of more than 12,288 rows or columns.
+    integers: such a product has the same bits in every instruction set. So have the gradients of
+    the codes' weights: those of outputs, times the scales of the inputs' rows, are rounded to int16
+    with one scale per feature. Everything else remains float32: float matrices, codes in groups of
+    a row or of other values than a scheme's, products of fewer than 16 rows, and matrices of more
+    than 12,288 rows or columns.
 
     The error bounds of float32 no longer hold in either of them.
 

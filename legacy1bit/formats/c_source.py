@@ -110,8 +110,8 @@ def _places(model: PackedModel) -> dict[str, int]:
 def _select(template: str, chosen: set[str]) -> str:
     """Return a template with those of its parts that are chosen.
 
-    Its line ``$if a b`` begins what is there if a or b is chosen, ``$else`` what is there if neither
-    is, and ``$end`` ends both.
+    A line ``$if a b`` begins what is there if a or b is chosen, ``$else`` what is there otherwise,
+    and ``$end`` ends both.
     """
     lines, kept = [], [True]
     for line in template.splitlines(keepends=True):

@@ -142,7 +142,9 @@ def encode(matrix: TernaryMatrix, kind: str) -> _Array:
             return matrix.dense().astype(_FLOATS[kind])
     packed = _pack(matrix.values, kind)
     # Our own scales: where a package wrote the blocks, it gave one of zeros none.
-    _scales(packed, kind)[...] = _block_scales(matrix, kind)[..., None].view(np.uint8)
+    with np.errstate(over="ignore"):
+        scales = _block_scales(matrix, kind).astype("<f2")
+    _scales(packed, kind)[...] = scales[..., None].view(np.uint8)
     return packed
 
 
@@ -173,7 +175,7 @@ def decode(stored: _Array, kind: str, matrix: TernaryMatrix, scheme: str) -> _Ar
                 codes[stored == np.float32(level) * scales] = level
     else:
         found = _scales(stored, kind).copy().view("<f2")[..., 0]
-        if not (found == _spread(matrix.scales, matrix.group, kind, codes.shape[1])).all():
+        if not (found == _block_scales(matrix, kind)).all():
             raise ValueError("its blocks have other scales than legacy1bit.scales")
         codes = _unpack(stored, kind)
     if not np.isin(codes, levels).all():
@@ -188,15 +190,10 @@ def _scales(packed: _Array, kind: str) -> _Array:
 
 
 def _block_scales(matrix: TernaryMatrix, kind: str) -> _Array:
-    """Return the scales of a matrix's blocks, float16[R, B] or [1, B]."""
-    with np.errstate(over="ignore"):
-        return _spread(matrix.scales, matrix.group, kind, matrix.shape[1]).astype("<f2")
-
-
-def _spread(scales: _Array, group: int, kind: str, columns: int) -> _Array:
-    """Return scales of groups of columns, a scale for each block."""
+    """Return the scales of a matrix's blocks, float32[R, B] or [1, B]."""
     block = KINDS[kind].block
-    return np.repeat(scales, -(-group // block), axis=1)[:, : columns // block]
+    spread = np.repeat(matrix.scales, -(-matrix.group // block), axis=1)
+    return spread[:, : matrix.shape[1] // block]
 
 
 def _pack(codes: _Array, kind: str) -> _Array:

@@ -458,22 +458,22 @@ def _read(reader: _Reader) -> LegacyLLM:
     done = set()
     for name, kind, shape in stored:
         reader.align()
-        tensor = as_type(
-            np.frombuffer(reader.take(math.prod(shape)), np.uint8).reshape(shape), kind
-        )
-        value, order = model.parameters[name], row_order(config, name, pairs)
-        if isinstance(value, TernaryMatrix):
+        content = np.frombuffer(reader.take(math.prod(shape)), np.uint8)
+        tensor = as_type(content.reshape(shape), kind)
+        ours, theirs = model.parameters[name], reordered(model, name, pairs)
+        if isinstance(theirs, TernaryMatrix):
             try:
-                found = decode(tensor, kind, reordered(model, name, pairs), config.scheme)
+                found = decode(tensor, kind, theirs, config.scheme)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
-            value = value.values
         else:
             found = decode_floats(tensor, kind)
-        if name in done and not np.array_equal(found, value):
+        values = ours.values if isinstance(ours, TernaryMatrix) else ours
+        if name in done and not np.array_equal(found, values):
             raise ValueError("its output matrix is not its embedding, and these are tied")
         done.add(name)
-        value[... if order is None else order] = found
+        order = row_order(config, name, pairs)
+        values[... if order is None else order] = found
     check_model(model, "llama_cpp")
     return model
 

@@ -58,7 +58,8 @@ with watched:
     from legacy1bit.config_files import read_config, records_of
     from legacy1bit.data import shards, sources, tokenizer
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
-    from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer, load_gguf
+    from legacy1bit.formats.ggml import load_gguf
+    from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer
     from legacy1bit.forward import forward_llm_batch
     from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
     from legacy1bit.inference import Decoder

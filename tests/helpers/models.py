@@ -357,9 +357,9 @@ paddings = pytest.mark.parametrize("padding", PADDINGS)
 
 # Lengths of the documents in each row. Of the short ones some are padding alone: the first with
 # padding at the left, the middle one of the last row with padding in the middle. Queries go in
-# blocks of 64, on whose bounds, and beside them, the long ones begin.
+# blocks of 24, on whose bounds, and beside them, the long ones begin.
 SHORT_ROWS = ((5, 1, 10), (16,), (9, 3, 4))
-LONG_ROWS = ((64, 66), (63, 2, 65), (65, 63, 2), (1, 126, 3), (130,), (1,) * 130)
+LONG_ROWS = ((72, 58), (71, 2, 57), (73, 55, 2), (1, 126, 3), (130,), (1,) * 130)
 
 
 def starts_of(documents):
