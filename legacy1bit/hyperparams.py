@@ -306,15 +306,16 @@ class ModelConfig(_Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None and self.model_dim % self.num_heads:
+        derived = self.derived()
+        missing = [name for name in derived if getattr(self, name) is None]
+        if "head_dim" in missing and self.model_dim % self.num_heads:
             raise SettingError(
                 f"model_dim is {self.model_dim}, expected a multiple of num_heads "
                 f"({self.num_heads}), or a head_dim",
                 *("model_dim", "num_heads"),
             )
-        for name, value in self.derived().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        for name in missing:
+            object.__setattr__(self, name, derived[name])
         if self.num_heads % self.num_kv_heads:
             raise SettingError(
                 f"num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads "

@@ -628,8 +628,9 @@ def test_layers_take_both_parts_of_a_norm_and_of_the_right_size():
         right, wrong = rows(size), rows(size - 1)
         assert make(gamma=right, beta=right).norm.gamma is right
         assert make().norm is None
+        assert make(gamma=right).norm.beta is None
         for norm in ({"gamma": wrong, "beta": right}, {"gamma": right, "beta": wrong},
-                     {"gamma": right}, {"beta": right},
+                     {"gamma": wrong}, {"beta": right},
                      {"gamma": right, "beta": right.astype(float)}):  # fmt: skip
             with pytest.raises((TypeError, ValueError)):
                 make(**norm)

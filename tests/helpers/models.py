@@ -196,7 +196,7 @@ CODED = {name: changes for name, changes in MODELS.items() if changes.get("schem
 ONE_KV = {"model_dim": 10, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6}
 GATED = {"gated": True, "ffn_dim": 17}
 YARN = {"head_dim": 20, "rope_base": 100.0, "rope_factor": 4.0, "rope_original_length": 64}
-OPTIONS = {
+OPTION_MODELS = {
     "wide heads": {"head_dim": 10},
     "narrow heads": {"model_dim": 30, "head_dim": 6, "num_heads": 2},
     "kv heads": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 6, "model_dim": 7},
