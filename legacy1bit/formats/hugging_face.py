@@ -227,15 +227,14 @@ def _encode_all(
     return tensors, exact
 
 
+@np.errstate(all="ignore")
 def _encode(value: _Floats | TernaryMatrix, form: _Form, name: str) -> dict[str, npt.NDArray[Any]]:
     """Return the tensors of a parameter by the ends of their names."""
     if not isinstance(value, TernaryMatrix):
         return {"": value - form.shift if name.endswith("gamma") else value}
     if form.linear_class is None:
         return {"": value.dense()}
-    scale = value.scales.reshape(1)
-    with np.errstate(divide="ignore"):
-        return {"": _pack(value.values), "_scale": _times_or_over(scale, form)}
+    return {"": _pack(value.values), "_scale": _times_or_over(value.scales.reshape(1), form)}
 
 
 def _times_or_over(scale: _Floats, form: _Form) -> _Floats:
@@ -256,6 +255,7 @@ def _unpack(packed: npt.NDArray[np.uint8]) -> _Codes:
     return quarters.reshape(rows, cols, 4).transpose(2, 0, 1).reshape(4 * rows, cols)
 
 
+@np.errstate(all="ignore")
 def _decode(
     stored: Mapping[str, npt.NDArray[Any]],
     part: Parameter,
@@ -286,10 +286,9 @@ def _decode(
     scheme = SCHEMES[config.scheme]
     if form.linear_class is not None:
         if scales is None:
-            with np.errstate(divide="ignore", over="ignore"):
-                scale = _times_or_over(stored["_scale"], form)
-                # Scales are float16, and a quotient of quotients is near them.
-                scales = scale.astype(np.float16).astype(np.float32).reshape(1, 1)
+            # Scales are float16, and a quotient of quotients is near them.
+            scale = _times_or_over(stored["_scale"], form).astype(np.float16)
+            scales = scale.astype(np.float32).reshape(1, 1)
         return _unpack(tensor), scales
     sizes = np.abs(tensor)
     if scales is None and config.scale == "one":
@@ -341,7 +340,7 @@ def import_hugging_face(folder: str | os.PathLike[str]) -> LegacyLLM:
         model = LegacyLLM(config)
         model.provenance = provenance
         _fill(model, form, opened, _exact_of(header))
-    except (RecursionError, TypeError, ValueError) as error:
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{folder} cannot be read: {reason}") from None
     return model
@@ -366,6 +365,7 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     return config, Provenance.from_json(json.dumps(known.get("provenance")))
 
 
+@np.errstate(over="ignore")
 def _exact_of(header: Mapping[str, str]) -> dict[str, _Floats]:
     exact = json.loads(header.get(_EXACT, "{}"))
     if not isinstance(exact, dict):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import assert_same_model, exact_dense, make_config, random_model
@@ -333,13 +334,11 @@ def test_scales_of_every_size_come_back_from_packed_ones(tmp_path):
         assert_same_model(import_hugging_face(tmp_path), model)
 
 
-def rewritten(folder, change):
-    """Change the tensors of a folder, without its header, as ``save_pretrained`` leaves none."""
-    from safetensors.numpy import save_file
-
+def rewritten(folder, change=lambda tensors: None, header=None):
+    """Change a folder's tensors; by default without a header, as ``save_pretrained`` leaves it."""
     tensors = tensors_of(folder)
     change(tensors)
-    save_file(tensors, folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", header)
 
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -414,10 +413,35 @@ def test_other_settings_are_refused(tmp_path, change, reason):
 )
 def test_settings_of_no_such_model_are_refused(tmp_path, change, reason):
     export_hugging_face(exportable(**settings_of("llama")), tmp_path)
-    rewritten(tmp_path, lambda tensors: None)
+    rewritten(tmp_path)
     other_config(tmp_path, lambda content: change(content["legacy1bit"]["config"]))
     with pytest.raises(ModelFileError, match=reason):
         import_hugging_face(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("exact", "reason"),
+    [
+        ("[1]", "exact is not a JSON object"),
+        ("[" * 100_000, "recursion"),
+        ('{"final_norm.gamma": [1.0]}', "cannot reshape"),
+        ('{"final_norm.gamma": ["x"]}', "could not convert"),
+        ('{"final_norm.gamma": [' + "1" * 400 + "]}", "too large"),
+        (json.dumps({"final_norm.gamma": [1e39] * 12}), "not finite"),
+        (json.dumps({"final_norm.gamma": [5.0] * 12}), "final_norm.gamma holds"),
+        (json.dumps({"blocks.0.ffn.wi": [5.0]}), "0.ffn.wi holds"),
+        (json.dumps({"blocks.0.ffn.wi": [1e39]}), "not finite"),
+        (json.dumps({"blocks.0.ffn.wi": [3e38]}), "0.ffn.wi holds"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_exact_numbers_that_are_not_the_tensors_are_refused(tmp_path, exact, reason):
+    export_hugging_face(exportable(), tmp_path)
+    rewritten(tmp_path, header={"exact": exact})
+    with pytest.raises(ModelFileError) as caught:
+        import_hugging_face(tmp_path)
+    assert reason in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_folders_without_a_model_are_refused(tmp_path):
