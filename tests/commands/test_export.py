@@ -300,7 +300,7 @@ def test_provenance_comes_back(say, name):
     assert load_model("back").provenance == Provenance("a text", "0123abcd", 7, 1.25, "MIT")
     assert model.provenance == PROVENANCE
     report = say("info", "--model", "back").out.decode().splitlines()
-    told = {line[:18].strip(): line[18:] for line in report if line[:18].strip()}
+    told = dict(line.split(None, 1) for line in report if len(line.split(None, 1)) == 2)
     for key, value in (("data", "a text"), ("data_sha256", "0123abcd"), ("steps", "7"),
                        ("validation_loss", "1.25"), ("license", "MIT")):  # fmt: skip
         assert told[key] == value
