@@ -245,6 +245,21 @@ def _option_of(name: str, value: Any) -> str:
     return f"--{name} {value}"
 
 
+def stored_config(settings: dict[str, Any]) -> ModelConfig:
+    """Return the settings of a model that its file states.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not those of a model, or not all of them.
+    """
+    config = ModelConfig.from_dict(settings)
+    missing = sorted(config.to_dict().keys() - settings.keys())
+    if missing:
+        raise ValueError(f"it has no setting {missing[0]!r}")
+    return config
+
+
 def check_model(model: LegacyLLM, program: Program) -> Family:
     """Return a model's family.
 

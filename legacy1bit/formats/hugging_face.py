@@ -29,6 +29,7 @@ from legacy1bit.formats.families import (
     family_of,
     reordered,
     row_order,
+    stored_config,
     tensor_names,
 )
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, check_finite, open_tensors
@@ -358,11 +359,7 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     # The weights come with the settings they had when they were written.
     if "config" in header and json.loads(header["config"]) != settings:
         raise ValueError(f"its {CONFIG_FILE} is not the one that {WEIGHTS_FILE} was saved with")
-    config = ModelConfig.from_dict(settings)
-    missing = sorted(config.to_dict().keys() - settings.keys())
-    if missing:
-        raise ValueError(f"it has no setting {missing[0]!r}")
-    return config, Provenance.from_json(json.dumps(known.get("provenance")))
+    return stored_config(settings), Provenance.from_json(json.dumps(known.get("provenance")))
 
 
 @np.errstate(over="ignore")

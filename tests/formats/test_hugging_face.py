@@ -68,6 +68,7 @@ IN_FAMILIES = {
                                   "biases": "all", "scale": "row", "scheme": "2bit"}, "Linear"),
     "llama, yarn": ("llama", {**YARN, "head_dim": 32, "tied_embeddings": True}, "Linear"),
     "llama, shards": ("llama", {"scale_shards": 2, "scheme": "ternary-median"}, "Linear"),
+    "llama, one": ("llama", {"scale": "one", "scheme": "2bit"}, "Linear"),
     "llama, int8": ("llama", {"int8_activations": True, "num_kv_heads": 1}, "BitLinear"),
     "llama, int8, biases": ("llama", {"int8_activations": True, "biases": "all",
                                       "scheme": "binary"}, "BitLinear"),
