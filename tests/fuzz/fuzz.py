@@ -61,7 +61,7 @@ with watched:
     from legacy1bit.formats.ggml import load_gguf
     from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer
     from legacy1bit.forward import forward_llm_batch
-    from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+    from legacy1bit.hyperparams import ARCHITECTURES, DataConfig, ModelConfig, TrainingConfig
     from legacy1bit.inference import Decoder
     from legacy1bit.logger import StepLog, read_metrics
     from legacy1bit.model import LegacyLLM, create_legacy_llm, load_model, save_model
@@ -747,10 +747,18 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": words.vocab_size}), 1
         )
         export_gguf(bytes_alone, folder / "bytes.gguf", "f16")
+        # Heads wider than the model, whose elements have another order in the file.
+        wide = {**ARCHITECTURES["qwen3"], "rope_pairs": "adjacent", "head_dim": 4, "scale": "row"}
+        reordered = create_legacy_llm(
+            ModelConfig.from_dict({**TINY.to_dict(), **fits, **wide, "tied_embeddings": True}), 1
+        )
+        export_gguf(reordered, folder / "reordered.gguf", embedding_kind="f16")
         export_gguf(subwords, folder / "words.gguf", "f32", words)
-        whole = [gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words")]
-        yield "gguf", whole[:1]
-        yield "gguf_tokenizer", whole
+        plain, spelled, other = (
+            gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words", "reordered")
+        )
+        yield "gguf", [plain, other]
+        yield "gguf_tokenizer", [plain, spelled]
 
         few = json.dumps(tokenizer.ByteTokenizer(3).description()).encode()
         merges = [["a", "b"], ["ab", "c"], ["c", "b"], ["\u0120", "a"]]
