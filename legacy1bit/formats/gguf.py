@@ -171,7 +171,8 @@ def _encode_all(model: LegacyLLM, kind: str, embedding_kind: str | None) -> dict
             except ValueError:
                 same = False
             if not same:
-                instead = "" if chosen == "f32" else ": --type f32"
+                option = "--type" if chosen == kind else "--embedding-type"
+                instead = "" if chosen == "f32" else f": {option} f32"
                 raise ValueError(f"{chosen} does not hold {ours} exactly{instead}")
         elif ours in _EMBEDDINGS:
             try:

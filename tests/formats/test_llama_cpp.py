@@ -14,6 +14,7 @@ import pytest
 from helpers import gguf_file
 from helpers.models import make_config, random_model
 from helpers.texts import TEXTS
+from legacy1bit import math_ops
 from legacy1bit.data.stories import corpus, generate_stories
 from legacy1bit.data.tokenizer import character_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
@@ -68,19 +69,31 @@ def trained(folder, name):
     return load_model(out)
 
 
+def started(path, length):
+    """A model in llama.cpp, of that context; threads would wait for each other in vain."""
+    return llama_cpp.Llama(
+        str(path),
+        n_ctx=length,
+        n_batch=length,
+        n_threads=1,
+        n_threads_batch=1,
+        logits_all=True,
+        verbose=False,
+    )
+
+
 class Pair:
     """A model here and in llama.cpp."""
 
     def __init__(self, model, path, kinds):
+        self.name = path.stem
         self.kind, *embedding = kinds.split()
         export_gguf(model, path, self.kind, None, *embedding)
         # Of a rounded embedding, the file's.
         self.model, self.length = import_gguf(path), model.config.sequence_length
         self.content = gguf_file.read(path)
         self.decoder = Decoder(PackedModel(self.model))
-        self.twin = llama_cpp.Llama(
-            str(path), n_ctx=self.length, n_batch=self.length, logits_all=True, verbose=False
-        )
+        self.twin = started(path, self.length)
 
     def ours(self, tokens):
         """Logits behind each token, float32[T, V]."""
@@ -102,9 +115,18 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("llama_cpp")
 
 
+def amx_is_shut():
+    """Whether llama.cpp multiplies on a matrix unit that the CPU has and programs may not use."""
+    built = "AMX_INT8 = 1" in llama_cpp.llama_print_system_info().decode()
+    return built and "amx" not in math_ops.simd_levels()
+
+
 @pytest.fixture(scope="session", params=CASES, ids=", ".join)
 def pair(request, folder):
     name, kinds = request.param
+    # Its bitnet multiplies by the embedding, which it does not lay out anew.
+    if kinds.endswith("q8_0") and name != "bitnet" and amx_is_shut():
+        pytest.skip("llama.cpp was built for AMX, and ends: the operating system does not allow it")
     pair = Pair(trained(folder, name), folder / f"{name}-{kinds}.gguf", kinds)
     yield pair
     pair.twin.close()
@@ -141,10 +163,14 @@ def test_every_token_is_its_byte(pair):
 
 def test_logits_are_ours(pair):
     tokens = tokenize_text(HELD_OUT[:64])
-    ours, theirs = pair.ours(tokens), pair.theirs(tokens)
+    ours, theirs, exact = pair.ours(tokens), pair.theirs(tokens), pair.exact(tokens)
     distances, sizes = (np.linalg.norm(x, axis=1) for x in (ours - theirs, ours))
+    overall, rounding = (
+        np.linalg.norm(theirs - x) / np.linalg.norm(x) for x in (ours, exact.astype(np.float32))
+    )
+    print(f"{pair.name}: logits {overall:.2%} from ours, {rounding:.2%} from exact ones")
     assert (distances / sizes).mean() < 0.02
-    assert np.linalg.norm(distances) / np.linalg.norm(sizes) < 0.02
+    assert overall < 0.02
 
 
 def log_softmax(logits):
@@ -197,6 +223,7 @@ def perplexity(logits, text, length):
 def test_perplexity_is_ours(pair):
     ours = perplexity(pair.ours, HELD_OUT, pair.length)
     theirs = perplexity(pair.theirs, HELD_OUT, pair.length)
+    print(f"{pair.name}: perplexity {theirs / ours - 1.0:+.3%}")
     # Chance would have 256.
     assert ours < 3.0
     assert abs(theirs / ours - 1.0) < 0.005
@@ -223,7 +250,7 @@ def subword(request, folder):
     )
     path = folder / f"{request.param}.gguf"
     export_gguf(model, path, "f16", tokenizer)
-    twin = llama_cpp.Llama(str(path), n_ctx=256, n_batch=256, logits_all=True, verbose=False)
+    twin = started(path, 256)
     yield Generator(model, tokenizer), twin
     twin.close()
 

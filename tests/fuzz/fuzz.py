@@ -770,10 +770,18 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": words.vocab_size}), 1
         )
         export_gguf(bytes_alone, folder / "bytes.gguf", "f16")
+        # Heads wider than the model, whose elements have another order in the file.
+        wide = {**ARCHITECTURES["qwen3"], "rope_pairs": "adjacent", "head_dim": 4, "scale": "row"}
+        reordered = create_legacy_llm(
+            ModelConfig.from_dict({**TINY.to_dict(), **fits, **wide, "tied_embeddings": True}), 1
+        )
+        export_gguf(reordered, folder / "reordered.gguf", embedding_kind="f16")
         export_gguf(subwords, folder / "words.gguf", "f32", words)
-        whole = [gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words")]
-        yield "gguf", whole[:1]
-        yield "gguf_tokenizer", whole
+        plain, spelled, other = (
+            gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words", "reordered")
+        )
+        yield "gguf", [plain, other]
+        yield "gguf_tokenizer", [plain, spelled]
 
         few = json.dumps(tokenizer.ByteTokenizer(3).description()).encode()
         merges = [["a", "b"], ["ab", "c"], ["c", "b"], ["\u0120", "a"]]
