@@ -166,14 +166,11 @@ def _constants(
         "kv_heads": "KV_HEADS" if heads else "HEADS",
         "kv_head": "kv_head" if heads else "head",
         "at": "at" if heads else "head * HEAD_DIM",
-        "width": max(widths, key=lambda name: widths[name]),
+        "wide": max(widths, key=lambda name: widths[name]),
         "low": "2 * i" if adjacent else "i",
         "high": "2 * i + 1" if adjacent else "i + HEAD_DIM / 2",
         "norms": "layer norms" if config.norm == "layer" else "RMS norms",
-        "epsilon": np.format_float_scientific(
-            np.float32(config.norm_epsilon), trim="-", exp_digits=1
-        )
-        + "f",
+        "epsilon": _epsilon(config),
         "rope": int(config.positions == "rope"),
         "rope_base": repr(float(config.rope_base)),
         "squared": int(config.activation == "relu2"),
@@ -186,6 +183,16 @@ def _constants(
         "one_scale": int(config.scale in ("tensor", "one") and config.scale_shards == 1),
         "group": int(config.scale) if config.scale.isdigit() else _WHOLE_ROW,
     }
+
+
+def _epsilon(config: ModelConfig) -> str:
+    """Return the epsilon of the norms as an expression of C."""
+    digits = np.format_float_scientific(np.float32(config.norm_epsilon), trim="-", exp_digits=1)
+    if config.norm == "layer" and digits == "1e-5":
+        # As in the files of earlier versions.
+        return "1e-5f"
+    # Where an x87 calculates, a constant has more digits than a float, until it is cast.
+    return f"((float){digits}f)"
 
 
 def _comment(text: str) -> str:

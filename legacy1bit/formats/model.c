@@ -129,10 +129,10 @@ typedef signed char whole;
 struct state {
     /* Two arrays that SSE reads in fours: they come first, to be aligned as the struct is. */
     whole levels[256][4];       /* the four values that a byte of codes stands for */
-    whole rounded[($width + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
+    whole rounded[($wide + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
     uint32_t words[WORDS];      /* the codes of all matrices, the first in a word's lowest bits */
     float step;                 /* what the input's whole numbers count */
-    float input[$width];           /* the same before it was rounded */
+    float input[$wide];           /* the same before it was rounded */
     float stream[DIM];          /* the residual stream of the token that is read */
     float q[$query_dim], k[$kv_dim], v[$kv_dim], heads[$query_dim], hidden[FFN], logits[VOCAB];
 $if gated
@@ -141,7 +141,7 @@ $end
     float cosines[HEAD_DIM], sines[HEAD_DIM];           /* of the token's position */
     float attention[CONTEXT];   /* what each key is worth to the query */
     double chances[VOCAB];      /* of tokens to be drawn */
-    signed char codes[$width];
+    signed char codes[$wide];
     /* The cache: keys and values of the tokens so far, with a step for each head's. */
     float key_steps[BLOCKS][CONTEXT][$kv_heads], value_steps[BLOCKS][CONTEXT][$kv_heads];
     signed char keys[BLOCKS][CONTEXT][$kv_dim], values[BLOCKS][CONTEXT][$kv_dim];
@@ -573,8 +573,8 @@ $if gelu
 static float activate(float x)
 {
     const float inside = x < -10.0f ? -10.0f : x > 10.0f ? 10.0f : x;
-    const float cube = stored(stored(inside * inside) * stored(inside * 0.044715f));
-    return sigmoid_times(stored(1.5957691216057308f * stored(inside + cube)), x);
+    const float cube = stored(stored(inside * inside) * stored(inside * (float)0.044715));
+    return sigmoid_times(stored((float)1.5957691216057308 * stored(inside + cube)), x);
 }
 $end
 $if relu relu2
