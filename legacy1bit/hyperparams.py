@@ -328,8 +328,9 @@ class ModelConfig(_Record):
         if self.positions == "rope" and (
             self.rotary_dim % 2 or abs(self.rotary_dim - self.head_dim * self.rope_fraction) > 1e-9
         ):
+            size = "model_dim / num_heads" if "head_dim" in missing else "head_dim"
             raise SettingError(
-                f"{'head_dim' if self.rope_fraction == 1.0 else 'head_dim * rope_fraction'} is "
+                f"{size if self.rope_fraction == 1.0 else f'{size} * rope_fraction'} is "
                 f"{self.head_dim * self.rope_fraction:g}, expected an even number: rotary "
                 "positions rotate pairs",
                 *("model_dim", "num_heads", "head_dim"),

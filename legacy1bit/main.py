@@ -101,7 +101,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("warmup",), ("warmup-steps",)),
     **dict.fromkeys(("dim", "width", "n-embd", "d-model", "hidden-size"), ("model-dim",)),
     **dict.fromkeys(("layers", "n-layer", "num-layers", "depth"), ("blocks",)),
-    **dict.fromkeys(("n-head", "num-attention-heads"), ("heads",)),
+    **dict.fromkeys(("n-head", "num-heads", "num-attention-heads"), ("heads",)),
     **dict.fromkeys(
         ("ctx", "ctx-size", "context", "context-length", "block-size", "seq-len", "max-length"),
         ("sequence-length", "max-tokens"),

@@ -287,10 +287,17 @@ def settings_of(record, **fixed):
     return st.fixed_dictionaries(some | {name: st.just(value) for name, value in fixed.items()})
 
 
+# Settings that go with few others.
+SINGLE = {
+    **{"num_kv_heads": 1, "head_dim": 6, "rope_fraction": 1.0, "scale_shards": 1},
+    **{"rope_factor": 1.0, "rope_original_length": 0, "window_pattern": None},
+}
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     st.integers(1, 64).flatmap(
-        lambda heads: settings_of(ModelConfig, num_heads=heads, model_dim=heads * 4)
+        lambda heads: settings_of(ModelConfig, num_heads=heads, model_dim=heads * 4, **SINGLE)
     ),
     settings_of(TrainingConfig),
     settings_of(DataConfig),
@@ -317,6 +324,10 @@ def test_write_config_shows_every_setting_and_its_meaning():
             "warmup_steps",
             "vocabulary",
             "separator",
+            "num_kv_heads",
+            "head_dim",
+            "ffn_dim",
+            "window_pattern",
         }
     assert "\n# updates of the weights (1 to 1099511627776)\nsteps = 1500\n" in text
     assert "\n# how the learning rate falls (cosine, linear, step, constant)\n" in text

@@ -113,7 +113,7 @@ def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
         option: values[name]
         for name in values
         if (option := option_of(name)) is not None
-        and (name in _ALWAYS or values[name] != getattr(usual, name))
+        and (name in _ALWAYS or values[name] != usual[name])
     }
 
 

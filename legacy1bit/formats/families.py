@@ -204,7 +204,7 @@ def family_of(config: ModelConfig, program: Program) -> Family:
         the remedy.
     """
     # A family that the model is of is the nearest one, though the program may have less of it.
-    nearest = min(FAMILIES, key=lambda family: _strangeness(family, config))
+    nearest = min(FAMILIES, key=lambda family: _differences(family, config))
     options = _lacking(nearest, config, program)
     if options:
         option, remedy = options[0]
@@ -215,7 +215,7 @@ def family_of(config: ModelConfig, program: Program) -> Family:
     return nearest
 
 
-def _strangeness(family: Family, config: ModelConfig) -> int:
+def _differences(family: Family, config: ModelConfig) -> int:
     """Return the number of a model's settings that a family does not have."""
     return sum(getattr(config, name) not in values for name, values in family.settings.items())
 

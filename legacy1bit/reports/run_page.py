@@ -1,7 +1,6 @@
 """The page about a run: curves, generated texts, settings, weights, hardware."""
 
-from dataclasses import asdict, dataclass, fields, replace
-from types import SimpleNamespace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from legacy1bit.hyperparams import (
@@ -194,7 +193,7 @@ def _settings(settings: RunSettings) -> list[str]:
         for setting in fields(record):
             if setting.name in _OF_MACHINE:
                 continue
-            value, default = getattr(record, setting.name), getattr(defaults, setting.name)
+            value, default = getattr(record, setting.name), defaults[setting.name]
             row = [setting.name, *map(_format_setting, (value, default))]
             (rest if value == default else changed).append([*row, setting.metadata["meaning"]])
     head = ["setting", "value", "default", "meaning"]
@@ -209,16 +208,16 @@ def _settings(settings: RunSettings) -> list[str]:
     ]
 
 
-def defaults_of(record: ModelConfig | TrainingConfig | DataConfig) -> Any:
-    """Return the defaults that go with a record of settings."""
+def defaults_of(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
+    """Return the defaults that go with a record of settings, by name."""
     if isinstance(record, TrainingConfig):
         # The default learning rate depends on the optimizer, and the warm-up on the steps.
         warmup = None if record.warmup_steps is None else default_warmup(record.steps)
         rate = DEFAULT_RATES[record.optimizer]
-        return replace(TrainingConfig(), learning_rate=rate, warmup_steps=warmup)
+        return asdict(TrainingConfig(learning_rate=rate, warmup_steps=warmup))
     if isinstance(record, ModelConfig):
-        return SimpleNamespace(**asdict(ModelConfig()) | record.derived())
-    return type(record)()
+        return asdict(ModelConfig()) | record.derived()
+    return asdict(type(record)())
 
 
 def _weights(content: _Content) -> list[str]:

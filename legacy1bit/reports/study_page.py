@@ -141,7 +141,7 @@ def _table_of_best(
     changed = [
         [name, _value(value), _value(usual[name])]
         for record in (model, training)
-        for usual in (asdict(defaults_of(record)),)
+        for usual in (defaults_of(record),)
         for name, value in asdict(record).items()
         if value != usual[name]
     ]

@@ -316,10 +316,10 @@ def test_records_without_options_are_the_defaults():
     from legacy1bit.reports.run_page import defaults_of
 
     for record in (ModelConfig(), DataConfig(), TrainingConfig()):
-        assert defaults_of(record) == record
+        assert defaults_of(record) == dataclasses.asdict(record)
     slow = TrainingConfig(optimizer="sgd")
-    assert defaults_of(slow).learning_rate == slow.learning_rate
-    assert defaults_of(slow).optimizer == "muon"
+    assert defaults_of(slow)["learning_rate"] == slow.learning_rate
+    assert defaults_of(slow)["optimizer"] == "muon"
     # A run's warm-up is a number.
-    assert defaults_of(TrainingConfig(steps=60, warmup_steps=6)).warmup_steps == 6
-    assert defaults_of(TrainingConfig(steps=60, warmup_steps=0)).warmup_steps == 6
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=6))["warmup_steps"] == 6
+    assert defaults_of(TrainingConfig(steps=60, warmup_steps=0))["warmup_steps"] == 6
