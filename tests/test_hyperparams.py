@@ -285,6 +285,10 @@ def test_with_settings_derives_anew_what_was_derived():
         ),
         ({"rope_factor": 4.0}, "rope_factor is 4 and rope_original_length 0: YaRN needs"),
         ({"rope_original_length": 64}, "rope_factor is 1 and rope_original_length 64: YaRN needs"),
+        (
+            {"rope_factor": 2.0, "rope_original_length": 64, "rope_base": 1.0},
+            "rope_base is 1 with a rope_factor",
+        ),
         *(
             ({"scale_shards": 2, "scale": scale}, f"scale_shards is 2 with scale {scale}, expected")
             for scale in SCALES
@@ -303,6 +307,15 @@ def test_model_config_refuses_settings_that_contradict_each_other(settings, expe
     assert "\n" not in str(caught.value)
     # Each of them is right alone, or with what it needs.
     assert len(caught.value.args) > 1
+
+
+@pytest.mark.parametrize(("head_dim", "fraction", "rotary_dim"), [
+    (10, 0.4, 4), (20, 0.7, 14), (50, 0.28, 14), (100, 0.58, 58), (128, 0.25, 32), (6, 1.0, 6),
+    (90, 2 / 3, 60),
+])  # fmt: skip
+def test_rotary_dim_is_the_fraction_of_a_head(head_dim, fraction, rotary_dim):
+    """Though the product may be off by a rounding."""
+    assert ModelConfig(head_dim=head_dim, rope_fraction=fraction).rotary_dim == rotary_dim
 
 
 def test_windows_repeat_along_the_blocks():

@@ -30,6 +30,7 @@ from legacy1bit.formats.families import (
     family_of,
     reordered,
     row_order,
+    stored_config,
     tensor_names,
 )
 from legacy1bit.formats.ggml import (
@@ -493,11 +494,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
             f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
             "only files that legacy1bit wrote can be read"
         )
-    settings = json.loads(_text(keys, _CONFIG))
-    config = ModelConfig.from_dict(settings)
-    missing = sorted(config.to_dict().keys() - settings.keys())
-    if missing:
-        raise ValueError(f"it has no setting {missing[0]!r}")
+    config = stored_config(json.loads(_text(keys, _CONFIG)))
     family_of(config, "llama_cpp")
     for name, value in _shape_keys(config).items():
         # The file's numbers have single precision.

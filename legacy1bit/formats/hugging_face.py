@@ -6,6 +6,7 @@ scale (transformers: ``integrations/bitnet.py``). The tokenizer is in the folder
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +29,7 @@ from legacy1bit.formats.families import (
     family_of,
     reordered,
     row_order,
+    stored_config,
     tensor_names,
 )
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, check_finite, open_tensors
@@ -155,7 +157,7 @@ def _config(
         "hidden_act": config.activation,
         "norm_eps" if config.norm == "layer" else "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rope_base,
-        "partial_rotary_factor": config.rope_fraction,
+        "partial_rotary_factor": _partial_rotary_factor(config),
         "attention_bias": config.biases == "all",
         "mlp_bias": config.biases == "all",
         "tie_word_embeddings": config.tied_embeddings,
@@ -180,6 +182,13 @@ def _config(
             "modules_to_not_convert": ["lm_head"],
         }
     return content
+
+
+def _partial_rotary_factor(config: ModelConfig) -> float:
+    """Return the fraction of a head that rotates, such that its product rounds down correctly."""
+    if int(config.head_dim * config.rope_fraction) == config.rotary_dim:
+        return config.rope_fraction
+    return math.nextafter(config.rotary_dim / config.head_dim, 1.0)
 
 
 def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -219,15 +228,14 @@ def _encode_all(
     return tensors, exact
 
 
+@np.errstate(all="ignore")
 def _encode(value: _Floats | TernaryMatrix, form: _Form, name: str) -> dict[str, npt.NDArray[Any]]:
     """Return the tensors of a parameter by the ends of their names."""
     if not isinstance(value, TernaryMatrix):
         return {"": value - form.shift if name.endswith("gamma") else value}
     if form.linear_class is None:
         return {"": value.dense()}
-    scale = value.scales.reshape(1)
-    with np.errstate(divide="ignore"):
-        return {"": _pack(value.values), "_scale": _times_or_over(scale, form)}
+    return {"": _pack(value.values), "_scale": _times_or_over(value.scales.reshape(1), form)}
 
 
 def _times_or_over(scale: _Floats, form: _Form) -> _Floats:
@@ -248,6 +256,7 @@ def _unpack(packed: npt.NDArray[np.uint8]) -> _Codes:
     return quarters.reshape(rows, cols, 4).transpose(2, 0, 1).reshape(4 * rows, cols)
 
 
+@np.errstate(all="ignore")
 def _decode(
     stored: Mapping[str, npt.NDArray[Any]],
     part: Parameter,
@@ -278,10 +287,9 @@ def _decode(
     scheme = SCHEMES[config.scheme]
     if form.linear_class is not None:
         if scales is None:
-            with np.errstate(divide="ignore", over="ignore"):
-                scale = _times_or_over(stored["_scale"], form)
-                # Scales are float16, and a quotient of quotients is near them.
-                scales = scale.astype(np.float16).astype(np.float32).reshape(1, 1)
+            # Scales are float16, and a quotient of quotients is near them.
+            scale = _times_or_over(stored["_scale"], form).astype(np.float16)
+            scales = scale.astype(np.float32).reshape(1, 1)
         return _unpack(tensor), scales
     sizes = np.abs(tensor)
     if scales is None and config.scale == "one":
@@ -333,7 +341,7 @@ def import_hugging_face(folder: str | os.PathLike[str]) -> LegacyLLM:
         model = LegacyLLM(config)
         model.provenance = provenance
         _fill(model, form, opened, _exact_of(header))
-    except (RecursionError, TypeError, ValueError) as error:
+    except (OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{folder} cannot be read: {reason}") from None
     return model
@@ -351,13 +359,10 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     # The weights come with the settings they had when they were written.
     if "config" in header and json.loads(header["config"]) != settings:
         raise ValueError(f"its {CONFIG_FILE} is not the one that {WEIGHTS_FILE} was saved with")
-    config = ModelConfig.from_dict(settings)
-    missing = sorted(config.to_dict().keys() - settings.keys())
-    if missing:
-        raise ValueError(f"it has no setting {missing[0]!r}")
-    return config, Provenance.from_json(json.dumps(known.get("provenance")))
+    return stored_config(settings), Provenance.from_json(json.dumps(known.get("provenance")))
 
 
+@np.errstate(over="ignore")
 def _exact_of(header: Mapping[str, str]) -> dict[str, _Floats]:
     exact = json.loads(header.get(_EXACT, "{}"))
     if not isinstance(exact, dict):

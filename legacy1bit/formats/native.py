@@ -247,8 +247,8 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
     settings = _read_json(path / CONFIG_FILE)
     if "model_type" in settings:
         raise ModelFileError(
-            f"{path} is a model of transformers: name a folder that legacy1bit has trained, or one "
-            "that its import made of this, if its export wrote it"
+            f"{path} is a model of transformers, which cannot be read: name a folder that "
+            "legacy1bit has trained or imported"
         )
     file = path / WEIGHTS_FILE
     opened, header, types = open_tensors(file)

@@ -38,7 +38,7 @@ needs_gguf = pytest.mark.skipif(
 FORMATS = (pytest.param("gguf", marks=needs_gguf), "c", "safetensors", "c-v1")
 # Those that are one file, and those that come back.
 FILES = (FORMATS[0], "c", "c-v1")
-TWO_WAYS = (FORMATS[0], "c-v1")
+TWO_WAYS = (FORMATS[0], "safetensors", "c-v1")
 formats = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -300,7 +300,7 @@ def test_provenance_comes_back(say, name):
     assert load_model("back").provenance == Provenance("a text", "0123abcd", 7, 1.25, "MIT")
     assert model.provenance == PROVENANCE
     report = say("info", "--model", "back").out.decode().splitlines()
-    told = {line[:18].strip(): line[18:] for line in report if line[:18].strip()}
+    told = dict(line.split(None, 1) for line in report if len(line.split(None, 1)) == 2)
     for key, value in (("data", "a text"), ("data_sha256", "0123abcd"), ("steps", "7"),
                        ("validation_loss", "1.25"), ("license", "MIT")):  # fmt: skip
         assert told[key] == value
@@ -347,6 +347,18 @@ def test_gguf_files_come_back_to_the_bit(say, changes, kind):
     count, size = model.num_parameters, model.stored_bytes()
     assert output.decode() == f"back: {count:,} parameters, {size:,} bytes of weights\n"
     assert errors == b""
+
+
+@pytest.mark.parametrize("name", ["nemotron", "llama", "qwen3", "bitnet"])
+def test_folders_for_transformers_come_back_to_the_bit(say, name):
+    model = saved(**ARCHITECTURES[name])
+    say(*export("safetensors", "it"))
+    output, errors = say("import", "--model", "it", "--out", "back")
+    assert_same_model(load_model("back"), model)
+    assert output.startswith(b"back: ")
+    assert errors == b""
+    for file in ("model.safetensors", "config.json"):
+        assert content_of("back")[file] == content_of("model")[file]
 
 
 def test_files_of_c_come_back_to_the_bit(say):
@@ -685,7 +697,9 @@ def test_import_refuses_what_is_no_model(refused):
 def test_import_refuses_what_is_not_there(refused):
     assert "nowhere: No such file" in refused("import", "--model", "nowhere", "--out", "back")
     saved()
-    assert "model: Is a directory" in refused("import", "--model", "model", "--out", "back")
+    assert "only folders that legacy1bit wrote" in refused(
+        "import", "--model", "model", "--out", "back"
+    )
     assert "--out" in refused("import", "--model", "model")
     assert "--model" in refused("import", "--out", "back")
 
@@ -694,11 +708,12 @@ def test_import_refuses_what_is_not_there(refused):
 def test_import_refuses_files_that_are_cut_off(say, fail, name):
     saved(name)
     say(*export(name, "it"))
-    data = Path("it").read_bytes()
+    file = Path("it/model.safetensors" if name == "safetensors" else "it")
+    data = file.read_bytes()
     # Behind its last weight, a file may have up to 31 bytes that say nothing.
     for size in (3, 4, 5, 19, 20, 100, len(data) // 2, len(data) - 32):
-        Path("it").write_bytes(data[:size])
-        assert fail("import", "--model", "it", "--out", "back").startswith("it ")
+        file.write_bytes(data[:size])
+        assert fail("import", "--model", "it", "--out", "back").startswith(f"{file} ")
         assert not Path("back").exists()
 
 
@@ -722,7 +737,8 @@ def test_import_refuses_a_folder_that_is_not_empty(say, refused, name):
     for out in ("model", "full", "it", "."):
         message = refused("import", "--model", "it", "--out", out)
         assert message == f"{out} is not an empty folder: name another"
-    assert "it/back: Not a directory" in refused("import", "--model", "it", "--out", "it/back")
+    inside = "it/config.json/back" if name == "safetensors" else "it/back"
+    assert f"{inside}: Not a directory" in refused("import", "--model", "it", "--out", inside)
 
 
 @pytest.mark.parametrize("name", TWO_WAYS)

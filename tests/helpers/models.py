@@ -196,7 +196,7 @@ CODED = {name: changes for name, changes in MODELS.items() if changes.get("schem
 ONE_KV = {"model_dim": 10, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6}
 GATED = {"gated": True, "ffn_dim": 17}
 YARN = {"head_dim": 20, "rope_base": 100.0, "rope_factor": 4.0, "rope_original_length": 64}
-OPTIONS = {
+OPTION_MODELS = {
     "wide heads": {"head_dim": 10},
     "narrow heads": {"model_dim": 30, "head_dim": 6, "num_heads": 2},
     "kv heads": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 6, "model_dim": 7},
@@ -357,9 +357,9 @@ paddings = pytest.mark.parametrize("padding", PADDINGS)
 
 # Lengths of the documents in each row. Of the short ones some are padding alone: the first with
 # padding at the left, the middle one of the last row with padding in the middle. Queries go in
-# blocks of 64, on whose bounds, and beside them, the long ones begin.
+# blocks of 24, on whose bounds, and beside them, the long ones begin.
 SHORT_ROWS = ((5, 1, 10), (16,), (9, 3, 4))
-LONG_ROWS = ((64, 66), (63, 2, 65), (65, 63, 2), (1, 126, 3), (130,), (1,) * 130)
+LONG_ROWS = ((72, 58), (71, 2, 57), (73, 55, 2), (1, 126, 3), (130,), (1,) * 130)
 
 
 def starts_of(documents):
