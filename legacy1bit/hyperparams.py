@@ -333,7 +333,7 @@ class ModelConfig(_Record):
                 f"{size if self.rope_fraction == 1.0 else f'{size} * rope_fraction'} is "
                 f"{self.head_dim * self.rope_fraction:g}, expected an even number: rotary "
                 "positions rotate pairs",
-                *("model_dim", "num_heads", "head_dim"),
+                *size.split(" / "),
             )
         if self.positions == "none" and (self.rope_factor, self.rope_fraction) != (1.0, 1.0):
             raise SettingError("rope_factor and rope_fraction need positions rope", "positions")

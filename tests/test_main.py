@@ -2027,7 +2027,7 @@ def test_info_tells_what_a_model_is_made_of(say, scheme, scale):
     assert errors == b""
     assert report["model"] == "run"
     for name, value in asdict(model.config).items():
-        assert report[name] == str(value)
+        assert report[name] == ("" if value is None else str(value))
     assert report["parameters"] == f"{model.num_parameters:,}"
     assert report["stored"] == f"{model.stored_bytes():,} bytes of weights"
     _, _, table = output.decode().partition("\n\n")
