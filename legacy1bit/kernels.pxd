@@ -115,8 +115,8 @@ cdef struct Attention:
     float *d_probs            # scratch, float32[queries, keys]
 
 cdef struct CachedHead:
-    # Queries that share cached int8 keys and values: of consecutive tokens, or of one token's heads.
-    # Rows of q and out are `stride` floats apart.
+    # Queries that share cached int8 keys and values: those of consecutive tokens, or of one token's
+    # heads. Rows of q and out are `stride` floats apart.
     Py_ssize_t queries        # at most CACHED_QUERIES
     Py_ssize_t keys           # of the first query
     Py_ssize_t step           # further keys that each query sees: 1 of tokens, 0 of heads

@@ -304,9 +304,9 @@ cdef void column_sums(const float *x, Py_ssize_t rows, Py_ssize_t cols,
 # ---------------------------------------------------------------------------------------------
 # Activations
 
-# SiLU: Elfwing et al., arXiv 1702.03118, equation 4. GELU in its form with tanh: Hendrycks & Gimpel,
-# arXiv 1606.08415, section 2. Gates: Shazeer, arXiv 2002.05202. All instruction sets agree in the
-# forward pass.
+# SiLU: Elfwing et al., arXiv 1702.03118, equation 4. GELU in its form with tanh: Hendrycks and
+# Gimpel, arXiv 1606.08415, section 2. Gates: Shazeer, arXiv 2002.05202. All instruction sets agree
+# in the forward pass.
 
 cdef inline vf32 relu_lanes(vf32 x) noexcept nogil:
     return vf32_where_positive(x, x)
@@ -342,8 +342,8 @@ cdef inline vf32 silu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
 
 
 cdef inline vf32 gelu_slope(vf32 x) noexcept nogil:
-    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1. Beyond 13, where
-    # u is 177, sigmoid(u) is 0 or 1 in float32, whatever it is multiplied by.
+    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1. Beyond 13,
+    # where u is 177, sigmoid(u) is 0 or 1 in float32, whatever it is multiplied by.
     cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 cube = vf32_mul(vf32_mul(near, near), vf32_mul(near, vf32_splat(0.044715)))
     return vf32_mul(vf32_splat(1.5957691216057308), vf32_add(near, cube))

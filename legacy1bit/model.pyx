@@ -281,8 +281,8 @@ class RotaryTable:
     Attributes
     ----------
     cosines, sines : float32[T, D / 2]
-        Of the angle ``t * base ** (-2 i / D)`` by which position t rotates pair i; rows beyond those
-        that ``fill`` has computed are 0.
+        Of the angle ``t * base ** (-2 i / D)`` by which position t rotates pair i; rows beyond
+        those that ``fill`` has computed are 0.
     """
 
     def __init__(self, rotary_dim, length, base=10000.0, factor=1.0, original_length=0,

@@ -277,7 +277,7 @@ def test_with_settings_derives_anew_what_was_derived():
             {"rope_fraction": 0.3, "head_dim": 8},
             "head_dim * rope_fraction is 2.4, expected an even",
         ),
-        ({"rope_fraction": 1e-3}, "model_dim / num_heads * rope_fraction is 0.064, expected an even"),
+        ({"rope_fraction": 1e-3}, "num_heads * rope_fraction is 0.064, expected an even number"),
         ({"positions": "none", "rope_fraction": 0.5}, "rope_fraction need positions rope"),
         (
             {"positions": "none", "rope_factor": 2.0, "rope_original_length": 64},
