@@ -25,7 +25,7 @@ from legacy1bit.data.tokenizer import (
     fit_tokenizer,
     visible_bytes,
 )
-from legacy1bit.formats.nemotron import check_model, check_nemotron, tensor_names
+from legacy1bit.formats.families import check_model, family_of, tensor_names
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout
@@ -218,7 +218,7 @@ def export_gguf(
         If the file cannot be written; an earlier one is untouched.
     """
     gguf = load_gguf()
-    check_model(model)
+    check_model(model, "llama_cpp")
     tokenizer = fit_tokenizer(tokenizer, model.config.vocab_size)
     kind, tensors = _first_fit(model) if kind is None else (kind, _encode_all(model, kind))
     with (
@@ -533,7 +533,7 @@ def _read(reader: _Reader) -> LegacyLLM:
                 raise ValueError(f"{name}: {error}") from None
         else:
             value[...] = tensor
-    check_model(model)
+    check_model(model, "llama_cpp")
     return model
 
 
@@ -556,7 +556,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
     missing = sorted(config.to_dict().keys() - settings.keys())
     if missing:
         raise ValueError(f"it has no setting {missing[0]!r}")
-    check_nemotron(config)
+    family_of(config, "llama_cpp")
     for name, value in _shape_keys(config).items():
         # The file's numbers have single precision.
         expected = float(np.float32(value)) if isinstance(value, float) else value

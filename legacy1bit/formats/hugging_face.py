@@ -18,8 +18,8 @@ from legacy1bit.data.tokenizer import (
     description_in_template,
     fit_tokenizer,
 )
+from legacy1bit.formats.families import check_model, tensor_names
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE
-from legacy1bit.formats.nemotron import check_model, tensor_names
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LAYER_NORM_EPSILON, LegacyLLM, TernaryMatrix
 from legacy1bit.system.files import atomic_write_all, read_regular, serialize_tensors
@@ -51,7 +51,7 @@ def export_hugging_face(
     OSError
         If a file cannot be written; an earlier export is untouched.
     """
-    check_model(model)
+    check_model(model, "transformers")
     tokenizer = fit_tokenizer(tokenizer, model.config.vocab_size)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ import pytest
 from helpers.arrays import assert_same_bits
 from helpers.models import exact_dense, make_config, random_model
 from legacy1bit.data.tokenizer import visible_bytes
+from legacy1bit.formats.families import family_of
 from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
-from legacy1bit.formats.nemotron import check_nemotron
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import (
@@ -311,7 +311,7 @@ REFUSED = {
 def test_models_that_are_no_nemotrons_are_refused(file, changes, reason):
     model = exportable(**changes)
     with pytest.raises(ValueError, match=reason):
-        check_nemotron(model.config)
+        family_of(model.config, "llama_cpp")
     with pytest.raises(ValueError, match=reason):
         export_gguf(model, file)
     assert not file.exists()
@@ -542,7 +542,7 @@ def test_settings_that_are_none_are_refused(file, settings, reason):
 def test_settings_of_no_nemotron_are_refused(file, changes, reason):
     settings = json.dumps(make_config(**{"output_bias": False, **changes}).to_dict())
     told = refusal(file, header(text_key("legacy1bit.config", settings)))
-    assert "models are exported as Nemotrons" in told
+    assert "those of the nearest family, Nemotron, have no" in told
 
 
 def test_keys_that_disagree_are_refused(file):
