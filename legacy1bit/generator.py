@@ -50,7 +50,7 @@ class Completion:
     seed : int
         The seed of the sampling.
     stopped : bool
-        Whether a stop string or the end-of-text token ended it, rather than the number of tokens.
+        Whether a stop string or an end-of-text token ended it, rather than the number of tokens.
     """
 
     prompt: str | bytes
@@ -64,7 +64,7 @@ class TextStream:
     """Decode tokens into text, piece by piece.
 
     A character of several bytes is returned when it is complete, and a possible beginning of a stop
-    string when it has turned out not to be one. The end-of-text token ends the text; like other
+    string when it has turned out not to be one. An end-of-text token ends the text; like other
     special tokens it has no text of its own.
 
     Parameters
@@ -78,7 +78,7 @@ class TextStream:
     Attributes
     ----------
     stopped : bool
-        Whether a stop string or the end-of-text token has ended the text.
+        Whether a stop string or an end-of-text token has ended the text.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Add a token, and return the text that is certain now."""
-        if token == self._tokenizer.eos_token:
+        if token in self._tokenizer.stop_tokens:
             text = self.finish()
             self.stopped = True
             return text
@@ -161,7 +161,7 @@ class Stream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string or the end-of-text token has ended the text."""
+        """Whether a stop string or an end-of-text token has ended the text."""
         return self._text.stopped
 
     def __iter__(self) -> Iterator[str]:
