@@ -213,6 +213,12 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
         return file.read(len(MAGIC)) == MAGIC or Path(path).suffix == ".gguf"
 
 
+def read_keys(path: str | os.PathLike[str]) -> Keys:
+    """Return the keys of a GGUF file; errors are those of ``read_container``."""
+    with open_regular(path) as file:
+        return GgufReader(file).head()[0]
+
+
 def read_container(path: str | os.PathLike[str]) -> tuple[Keys, dict[str, Tensor]]:
     """Return the keys and the tensors of a GGUF file.
 

@@ -17,9 +17,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.published_tokenizer import PublishedTokenizer
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of
 from legacy1bit.formats import native, safetensors_file
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
-from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container
+from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
 from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.formats.tensor_types import (
@@ -79,6 +81,26 @@ def read_model(path: Path) -> Model:
     if is_hugging_face(path):
         return read_hugging_face(path)
     return native.read_folder(native.model_folder(path))
+
+
+def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
+    """Return the tokenizer of a model that ``read_model`` reads.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged, or is of other tokens than the model.
+    OSError
+        If a file cannot be read.
+    """
+    if path.is_file() and is_gguf(path):
+        with _refusing(path):
+            keys = read_keys(path)
+            # Our own files, too: their tokenizers are byte-level BPEs.
+            return PublishedTokenizer.of_gguf(keys, vocab_size)
+    if is_hugging_face(path) and (path / TOKENIZER_FILE).exists():
+        return PublishedTokenizer.of_folder(path, vocab_size)
+    return tokenizer_of(path, vocab_size)
 
 
 def _read_c_v1(path: Path) -> Model:
@@ -147,6 +169,20 @@ class _Source(NamedTuple):
         found = self.scales()
         return None if found is None else coarsest_unit(*found, self.shape[1])
 
+    def decode(self) -> tuple[npt.NDArray[np.uint8], tuple[npt.NDArray[np.float32], int]]:
+        """Return the packed codes of a matrix that is ternary, and its scales."""
+        found = self.scales()
+        assert self.codes is not None
+        assert found is not None
+        return self.codes.packed(), found
+
+    def dense(self) -> npt.NDArray[np.float32]:
+        """Return codes times scales, float32[R, C]."""
+        packed, (scales, group) = self.decode()
+        cols = self.shape[1]
+        codes = SCHEMES["ternary"].unpack(packed, cols)
+        return codes * np.repeat(scales, group, axis=1)[:, :cols]
+
 
 def _of_type(kind: TensorType, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> _Source:
     if not kind.is_ternary:
@@ -155,7 +191,9 @@ def _of_type(kind: TensorType, data: npt.NDArray[np.uint8], shape: tuple[int, ..
     if len(shape) != 2:
         raise ValueError(f"is {kind.name} with shape {list(shape)}, expected a matrix")
     matrix = shape[0], shape[1]
-    return _Source(shape, RunsOf128(data, matrix) if kind is I2_S else Blocks(kind, data, matrix), None)
+    return _Source(
+        shape, RunsOf128(data, matrix) if kind is I2_S else Blocks(kind, data, matrix), None
+    )
 
 
 def _check_names(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
@@ -252,33 +290,19 @@ def _parameter(
 ) -> StoredParameter:
     order = row_order(config, part.name, pairs)
     if part.kind != "quantized":
-        if source.floats is not None:
-            values = source.floats.all()
-        else:
-            assert source.codes is not None
-            values = _dense(source, part.shape[1])
+        values = source.dense() if source.floats is None else source.floats.all()
         return StoredParameter(part.name, part.shape, _in_order(values, order))
-    found = source.scales()
-    assert source.codes is not None and found is not None
+    packed, found = source.decode()
     scales = scales_in(config.scale, *found, part.shape[1])
     assert scales is not None
     scales = np.ascontiguousarray(np.broadcast_to(scales, part.scale_shape))
     return StoredParameter(
         part.name,
         part.shape,
-        _in_order(source.codes.packed(), order),
+        _in_order(packed, order),
         scales if len(scales) == 1 else _in_order(scales, order),
         part.group,
     )
-
-
-def _dense(source: _Source, cols: int) -> npt.NDArray[np.float32]:
-    """Return codes times scales, float32[R, C]."""
-    found = source.scales()
-    assert source.codes is not None and found is not None
-    scales, group = found
-    codes = SCHEMES["ternary"].unpack(source.codes.packed(), cols)
-    return codes * np.repeat(scales, group, axis=1)[:, :cols]
 
 
 def _in_order(values: npt.NDArray[Any], order: npt.NDArray[np.intp] | None) -> npt.NDArray[Any]:
@@ -381,6 +405,8 @@ _ARCHITECTURES = {
 }
 
 _TOKENIZER = "tokenizer.ggml."
+# All bits set.
+_NO_TOKEN = (1 << 32) - 1
 
 # The keys of an architecture that are read.
 _READ = {
@@ -445,9 +471,7 @@ def read_gguf(path: Path) -> Model:
         _check_tokens(keys, draft.vocab_size)
         names = {ours: name.llama_cpp for ours, name in tensor_names(draft).items()}
         _apply_scale_tensors(sources, names)
-        return _model_of(
-            path, draft, names, sources, family.llama_cpp_pairs, _provenance_of(keys)
-        )
+        return _model_of(path, draft, names, sources, family.llama_cpp_pairs, _provenance_of(keys))
 
 
 def _are_same(one: Any, other: Any) -> bool:
@@ -524,10 +548,9 @@ def _check_tokens(keys: Keys, vocab_size: int) -> None:
                 "rows of token_embd.weight"
             )
     for key, value in keys.items():
-        if key.startswith(_TOKENIZER) and key.endswith("_token_id"):
-            # All bits set: there is none.
-            if type(value) is not int or not (0 <= value < vocab_size or value == (1 << 32) - 1):
-                raise ValueError(f"its key {key} is {str(value)[:100]}, expected a token")
+        is_token = type(value) is int and (0 <= value < vocab_size or value == _NO_TOKEN)
+        if key.startswith(_TOKENIZER) and key.endswith("_token_id") and not is_token:
+            raise ValueError(f"its key {key} is {str(value)[:100]}, expected a token")
 
 
 def _apply_scale_tensors(sources: dict[str, _Source], names: Mapping[str, str]) -> None:
@@ -728,9 +751,7 @@ def _hugging_face_config(
     activation = own.text("hidden_act")
     allowed = family.settings["activation"]
     if _ACTIVATIONS.get(activation) not in allowed:
-        raise ValueError(
-            f"its hidden_act is {activation[:100]!r}, expected {' or '.join(allowed)}"
-        )
+        raise ValueError(f"its hidden_act is {activation[:100]!r}, expected {' or '.join(allowed)}")
     own.refuse_unless("use_sliding_window", False)
     layer_types = own.any("layer_types")
     if layer_types is not None and set(map(str, layer_types)) != {"full_attention"}:

@@ -94,7 +94,7 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{INDEX_FILE} names {file}, which is missing")
         for name, tensor in _read(folder / file).items():
             if places.get(name) != file:
-                raise ValueError(f"{file} has the tensor {name}, which {INDEX_FILE} places elsewhere")
+                raise ValueError(f"{file} has {name}, which {INDEX_FILE} places elsewhere")
             tensors[name] = tensor
     missing = sorted(places.keys() - tensors.keys())
     if missing:

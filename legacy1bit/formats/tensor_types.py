@@ -44,7 +44,7 @@ class TensorType:
     scale : int
         Of ternary blocks: where the scale begins, a number in float16.
     trits : tuple of (int, int, int)
-        Of blocks with several ternary digits to a byte: first byte, number of bytes, digits of each.
+        Of blocks with several ternary digits to a byte: first byte, bytes, digits of each.
     """
 
     name: str
@@ -144,8 +144,12 @@ def _join(places: _Bytes) -> _Bytes:
     if cols % 4:
         places = np.pad(places, ((0, 0), (0, -cols % 4)))
     fours = places.reshape(rows, -1, 4)
-    joined: _Bytes = fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6
-    return joined
+    return _bytes(fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6)
+
+
+def _bytes(array: npt.NDArray[Any]) -> _Bytes:
+    """Return an array of bytes as what it is: shifts have no type in NumPy's stubs."""
+    return array
 
 
 def _check_codes(packed: _Bytes) -> None:
@@ -215,7 +219,7 @@ def _of_tq2_0(blocks: _Bytes) -> _Bytes:
     rows, count, _ = blocks.shape
     quarters = blocks[..., :64].reshape(rows, count, 2, 1, 32)
     places = quarters >> np.array([[0], [2], [4], [6]], np.uint8) & 3
-    return _join(places.reshape(rows, -1)).reshape(rows, count, -1)
+    return _join(_bytes(places.reshape(rows, -1))).reshape(rows, count, -1)
 
 
 class RunsOf128:
@@ -246,8 +250,8 @@ class RunsOf128:
             first, last = strip.start * cols, strip.stop * cols
             runs = self._runs[first // 128 : -(-last // 128)]
             places = (runs >> np.array([[6], [4], [2], [0]], np.uint8) & 3).reshape(-1)
-            places = places[first % 128 :][: last - first].reshape(-1, cols)
-            result[strip] = _join(places)
+            own = _bytes(places[first % 128 :][: last - first])
+            result[strip] = _join(own.reshape(-1, cols))
             _check_codes(result[strip])
         return result
 
@@ -275,7 +279,8 @@ class Quarters:
         result = np.empty((4, quarter, -(-cols // 4)), np.uint8)
         for strip in _strips(quarter, cols):
             for part in range(4):
-                result[part, strip] = _join(self._weight[strip] >> np.uint8(2 * part) & 3)
+                places = _bytes(self._weight[strip] >> np.uint8(2 * part) & 3)
+                result[part, strip] = _join(places)
                 _check_codes(result[part, strip])
         return result.reshape(4 * quarter, -1)
 
@@ -307,7 +312,7 @@ class Floats:
         ValueError
             If a number is not finite.
         """
-        values = _DECODE[self._kind.name](self._rows[strip])
+        values: _Floats = _DECODE[self._kind.name](self._rows[strip])
         if not np.isfinite(values).all():
             raise ValueError("holds a number that is not finite")
         return values
@@ -421,19 +426,20 @@ def _of_q4_k(rows: _Bytes) -> _Floats:
     codes = np.concatenate([quads & 15, quads >> 4], axis=3).reshape(*blocks.shape[:2], 8, 32)
     factor = (_halves(blocks[..., :2]) * scales)[..., None]
     offset = (_halves(blocks[..., 2:4]) * minima)[..., None]
-    return (factor * codes - offset).reshape(len(rows), -1)
+    values: _Floats = factor * codes - offset
+    return values.reshape(len(rows), -1)
 
 
 def _of_q6_k(rows: _Bytes) -> _Floats:
     blocks = rows.reshape(len(rows), -1, 210)
-    low = blocks[..., :128].reshape(*blocks.shape[:2], 2, 1, 2, 32)
-    high = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
-    low = np.concatenate([low & 15, low >> 4], axis=3).reshape(*blocks.shape[:2], 2, 4, 32)
-    high = (high >> np.array([[0], [2], [4], [6]], np.uint8) & 3) << 4
+    halves = blocks[..., :128].reshape(*blocks.shape[:2], 2, 1, 2, 32)
+    low = np.concatenate([halves & 15, halves >> 4], axis=3).reshape(*blocks.shape[:2], 2, 4, 32)
+    quarters = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    high = (quarters >> np.array([[0], [2], [4], [6]], np.uint8) & 3) << 4
     codes = (low | high).astype(np.int8) - np.int8(32)
     scales = blocks[..., 192:208].view(np.int8) * _halves(blocks[..., 208:])
-    result = codes.reshape(*blocks.shape[:2], 16, 16) * scales[..., None]
-    return result.reshape(len(rows), -1).astype(np.float32)
+    values: _Floats = codes.reshape(*blocks.shape[:2], 16, 16) * scales[..., None]
+    return values.reshape(len(rows), -1)
 
 
 _DECODE: dict[str, Any] = {
