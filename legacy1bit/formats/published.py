@@ -356,8 +356,9 @@ class _Settings:
             return default
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(self._wrong(name, value, "a number"))
-        # Files have single precision, and 1e-5 is not the nearest number.
-        return float(value)
+        # The number that was written: GGUF has single precision, in which 1e-5 is another one.
+        single = np.float32(value)
+        return float(str(single)) if float(single) == value else float(value)
 
     def text(self, name: str, default: str | None = None) -> str:
         """Return a text."""
