@@ -559,10 +559,13 @@ def _check_tokens(keys: Keys, vocab_size: int) -> None:
                 f"its key {_TOKENIZER}{name} has {len(value)} tokens, expected {vocab_size}: the "
                 "rows of token_embd.weight"
             )
-    for key, value in keys.items():
-        is_token = type(value) is int and (0 <= value < vocab_size or value == _NO_TOKEN)
-        if key.startswith(_TOKENIZER) and key.endswith("_token_id") and not is_token:
-            raise ValueError(f"its key {key} is {str(value)[:100]}, expected a token")
+    for name in ("bos", "eos", "eot", "eom"):
+        token = own.any(f"{name}_token_id")
+        is_token = type(token) is int and (0 <= token < vocab_size or token == _NO_TOKEN)
+        if token is not None and not is_token:
+            raise ValueError(
+                f"its key {_TOKENIZER}{name}_token_id is {str(token)[:100]}, expected a token"
+            )
 
 
 def _apply_scale_tensors(sources: dict[str, _Source], names: Mapping[str, str]) -> None:
