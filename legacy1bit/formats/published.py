@@ -400,13 +400,15 @@ def _head_settings(heads: int, kv_heads: int, dim: int, head_dim: int | None) ->
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
+_MODEL_TYPES = {family.model_type: family for family in FAMILIES}
+
 # Architectures, their families, and the activation of the feed-forward layer.
 _ARCHITECTURES = {
     **{family.architecture: (family, family.settings["activation"][0]) for family in FAMILIES},
     # The first BitNets, of 1bitLLM, and those of Microsoft.
-    "bitnet": (FAMILIES[3], "silu"),
-    "bitnet-b1.58": (FAMILIES[3], "relu2"),
-    "bitnet-25": (FAMILIES[3], "relu2"),
+    "bitnet": (_MODEL_TYPES["bitnet"], "silu"),
+    "bitnet-b1.58": (_MODEL_TYPES["bitnet"], "relu2"),
+    "bitnet-25": (_MODEL_TYPES["bitnet"], "relu2"),
 }
 
 _TOKENIZER = "tokenizer.ggml."
@@ -591,7 +593,6 @@ def _provenance_of(keys: Keys) -> Provenance:
 
 # --- Folders of Hugging Face ----------------------------------------------------------------------
 
-_MODEL_TYPES = {family.model_type: family for family in FAMILIES}
 _ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 # Defaults of transformers where files may leave a setting out.
 _BASES = {"bitnet": 500000.0}
