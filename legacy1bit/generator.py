@@ -7,12 +7,14 @@ import time
 from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder, check_tokens
 from legacy1bit.model import LegacyLLM
@@ -50,7 +52,7 @@ class Completion:
     seed : int
         The seed of the sampling.
     stopped : bool
-        Whether a stop string or the end-of-text token ended it, rather than the number of tokens.
+        Whether a stop string or an end-of-text token ended it, rather than the number of tokens.
     """
 
     prompt: str | bytes
@@ -64,7 +66,7 @@ class TextStream:
     """Decode tokens into text, piece by piece.
 
     A character of several bytes is returned when it is complete, and a possible beginning of a stop
-    string when it has turned out not to be one. The end-of-text token ends the text; like other
+    string when it has turned out not to be one. An end-of-text token ends the text; like other
     special tokens it has no text of its own.
 
     Parameters
@@ -78,7 +80,7 @@ class TextStream:
     Attributes
     ----------
     stopped : bool
-        Whether a stop string or the end-of-text token has ended the text.
+        Whether a stop string or an end-of-text token has ended the text.
     """
 
     def __init__(
@@ -95,7 +97,7 @@ class TextStream:
 
     def feed(self, token: int) -> str:
         """Add a token, and return the text that is certain now."""
-        if token == self._tokenizer.eos_token:
+        if token in self._tokenizer.stop_tokens:
             text = self.finish()
             self.stopped = True
             return text
@@ -161,7 +163,7 @@ class Stream:
 
     @property
     def stopped(self) -> bool:
-        """Whether a stop string or the end-of-text token has ended the text."""
+        """Whether a stop string or an end-of-text token has ended the text."""
         return self._text.stopped
 
     def __iter__(self) -> Iterator[str]:
@@ -224,9 +226,9 @@ class Generator:
     def load(
         cls, path: str | os.PathLike[str], threads: int | None = None, form: str = "2bit"
     ) -> Self:
-        """Load a model folder, or a file of the C original, without the modules of training.
+        """Load a model of any known format, without the modules of training.
 
-        The tokenizer is the folder's; without one, tokens are bytes.
+        The tokenizer is the file's or the folder's; without one, tokens are bytes.
 
         Parameters
         ----------
@@ -238,10 +240,10 @@ class Generator:
         Raises
         ------
         ModelFileError, OSError, ValueError
-            As ``PackedModel.load`` and ``tokenizer_of``.
+            As ``PackedModel.load`` and ``read_tokenizer``.
         """
         model = PackedModel.load(path, form)
-        return cls(model, tokenizer_of(path, model.config.vocab_size), threads)
+        return cls(model, read_tokenizer(Path(path), model.config.vocab_size), threads)
 
     @property
     def model(self) -> PackedModel:

@@ -77,6 +77,8 @@ class Tokenizer(Protocol):
         there. A line break for bytes, None where that is not a token; ``<|endoftext|>`` for others.
     eos_token : int or None
         What ends a text when it is drawn: ``<|endoftext|>``. Texts of bytes have no such end.
+    stop_tokens : tuple of int
+        All tokens that end a text, ``eos_token`` first: models of chats end each turn with another.
     byte_lengths : int32[V]
         How many bytes each token stands for; 0 for special ones.
     parents : int32[V, 2]
@@ -94,6 +96,8 @@ class Tokenizer(Protocol):
     @property
     def eos_token(self) -> int | None: ...
     @property
+    def stop_tokens(self) -> tuple[int, ...]: ...
+    @property
     def byte_lengths(self) -> Tokens: ...
     @property
     def parents(self) -> Tokens: ...
@@ -102,6 +106,14 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str | bytes) -> Tokens:
         """Return the token ids of a text, int32[N]."""
+        ...
+
+    def encode_special(self, text: str | bytes) -> Tokens:
+        """Return the token ids of a text in which the names of special tokens stand for them.
+
+        So chat templates name them, and ``encode`` never does. Only tokenizers of published models
+        have special tokens with names.
+        """
         ...
 
     def encode_batch(self, texts: Sequence[bytes]) -> Sequence[npt.NDArray[Any]]:
@@ -132,14 +144,15 @@ def visible_bytes() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(256)]
 
 
-def _check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
+def check_ids(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[Any]:
+    """Return token ids as an array. Raises ``IndexError`` if one is not below ``vocab_size``."""
     ids = np.asarray(tokens)
     if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
         raise IndexError(f"a token id is outside 0 to {vocab_size - 1}: {ids.min()} to {ids.max()}")
     return ids
 
 
-def _constant(values: npt.ArrayLike) -> Tokens:
+def constant(values: npt.ArrayLike) -> Tokens:
     """Return numbers as an array that nobody changes."""
     array = np.array(values, np.int32)
     array.setflags(write=False)
@@ -210,14 +223,15 @@ class ByteTokenizer:
 
     kind = "bytes"
     eos_token = None
+    stop_tokens = ()
 
     def __init__(self, vocab_size: int = _BYTES) -> None:
         if not 1 <= vocab_size <= _BYTES:
             raise ValueError(f"the vocabulary has {vocab_size} tokens, expected 1 to 256 bytes")
         self.vocab_size = vocab_size
         self.bos_token = _LINE_BREAK if vocab_size > _LINE_BREAK else None
-        self.byte_lengths = _constant(np.ones(vocab_size))
-        self.parents = _constant(np.full((vocab_size, 2), -1))
+        self.byte_lengths = constant(np.ones(vocab_size))
+        self.parents = constant(np.full((vocab_size, 2), -1))
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -233,6 +247,8 @@ class ByteTokenizer:
         """
         return tokenize_text(text, self.vocab_size)
 
+    encode_special = encode
+
     def encode_batch(self, texts: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
         """Return several texts as they are, uint8[N] each; errors are those of ``encode``."""
         return [view_bytes(text, self.vocab_size) for text in texts]
@@ -245,7 +261,7 @@ class ByteTokenizer:
         IndexError
             If an id is not a byte.
         """
-        return _check_ids(tokens, self.vocab_size).astype(np.uint8).tobytes()
+        return check_ids(tokens, self.vocab_size).astype(np.uint8).tobytes()
 
     def description(self) -> dict[str, Any]:
         """Return what the tokenizer's file says."""
@@ -266,12 +282,13 @@ class UnknownTokenizer:
 
     kind = "unknown"
     bos_token = eos_token = None
+    stop_tokens = ()
     sha256 = ""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
-        self.byte_lengths = _constant(np.zeros(vocab_size))
-        self.parents = _constant(np.full((vocab_size, 2), -1))
+        self.byte_lengths = constant(np.zeros(vocab_size))
+        self.parents = constant(np.full((vocab_size, 2), -1))
 
     def encode(self, text: str | bytes) -> Tokens:
         """Raise ``ValueError``."""
@@ -280,6 +297,8 @@ class UnknownTokenizer:
             "it, as for tokens of another program; expected token ids, as Generator.tokens takes "
             "them"
         )
+
+    encode_special = encode
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
         """Raise ``ValueError``."""
@@ -331,13 +350,14 @@ class SubwordTokenizer:
             if name.encode() in ids:
                 raise ValueError(f"{name} is merged from text, and is the name of a special token")
         self.eos_token = self.bos_token = len(ids)
+        self.stop_tokens = (self.eos_token,)
         self.padding_token = len(ids) + 1
         self._texts = [*ids, *(b"" for _ in SPECIAL_TOKENS)]
         self.vocab_size = len(self._texts)
         characters = all(_CHARACTER.fullmatch(text) for text in [*ids][_BYTES:])
         self.kind = "chars" if characters else "bpe"
-        self.byte_lengths = _constant([len(text) for text in self._texts])
-        self.parents = _constant([*parents, *((-1, -1) for _ in SPECIAL_TOKENS)])
+        self.byte_lengths = constant([len(text) for text in self._texts])
+        self.parents = constant([*parents, *((-1, -1) for _ in SPECIAL_TOKENS)])
         self._library = load_tokenizers().Tokenizer.from_str(_file(self.description()))
         # A special token's name in a text is text like any other.
         self._library.encode_special_tokens = True
@@ -353,6 +373,8 @@ class SubwordTokenizer:
     def encode(self, text: str | bytes) -> Tokens:
         """Return the token ids of a text, int32[N]; bytes that are no UTF-8 stay single."""
         return self.encode_batch([text.encode("utf-8") if isinstance(text, str) else text])[0]
+
+    encode_special = encode
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
         """Return the token ids of several texts, in parallel."""
@@ -394,7 +416,7 @@ class SubwordTokenizer:
         IndexError
             If an id is not a token.
         """
-        ids, texts = _check_ids(tokens, self.vocab_size), self._texts
+        ids, texts = check_ids(tokens, self.vocab_size), self._texts
         return b"".join([texts[token] for token in ids.ravel().tolist()])
 
     def description(self) -> dict[str, Any]:
@@ -437,7 +459,7 @@ class SubwordTokenizer:
         return cls(read)
 
 
-_NO_TOKENS = _constant([])
+_NO_TOKENS = constant([])
 
 _SPELLING = visible_bytes()
 _BYTE_OF = {character: byte for byte, character in enumerate(_SPELLING)}
@@ -457,13 +479,18 @@ def _read(spelled: str) -> bytes:
 def _parts(text: bytes) -> Iterator[str | bytes]:
     """Cut a text where no token reaches over: into UTF-8 as str, and what is none as bytes."""
     for part in cut(text):
-        try:
-            yield part.decode()
-        except UnicodeDecodeError:
-            runs = _INVALID.split(part.decode("utf-8", "surrogateescape"))
-            for i, run in enumerate(runs):
-                if run:
-                    yield run.encode("utf-8", "surrogateescape") if i % 2 else run
+        yield from valid_parts(part)
+
+
+def valid_parts(text: bytes) -> Iterator[str | bytes]:
+    """Cut a text into UTF-8 as str, and what is none as bytes."""
+    try:
+        yield text.decode()
+    except UnicodeDecodeError:
+        runs = _INVALID.split(text.decode("utf-8", "surrogateescape"))
+        for i, run in enumerate(runs):
+            if run:
+                yield run.encode("utf-8", "surrogateescape") if i % 2 else run
 
 
 def cut(text: bytes) -> Iterator[bytes]:

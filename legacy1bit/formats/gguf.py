@@ -12,7 +12,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ from legacy1bit.formats.ggml import (
     encode_floats,
     load_gguf,
 )
+from legacy1bit.formats.gguf_file import GgufReader, Texts
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout
@@ -58,13 +59,7 @@ _Array = npt.NDArray[Any]
 _EMBEDDINGS = ("embedding.weight", "output.weight")
 _CONFIG, _PROVENANCE, _SCALES = "legacy1bit.config", "legacy1bit.provenance", "legacy1bit.scales"
 
-_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
-# The types of keys, by their numbers in a file.
-_NUMBERS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
-    **{10: "<u8", 11: "<i8", 12: "<f8"},
-}
-_TEXT, _LIST = 8, 9
+_ALIGNMENT = 32
 
 # Types of tokens.
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
@@ -316,7 +311,7 @@ def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
     """
     with open_regular(path) as file:
         try:
-            return _read(_Reader(file))
+            return _read(GgufReader(file))
         except (RecursionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ModelFileError(f"{Path(path)} cannot be read: {reason}") from None
@@ -334,7 +329,7 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     with open_regular(path) as file:
         try:
-            keys, _ = _Reader(file, texts=True).head()
+            keys, _ = GgufReader(file).head()
             return _tokenizer_of(keys)
         except (RecursionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -343,9 +338,11 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     vocab_size = _config_of(keys).vocab_size
-    tokens, merges = (keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges"))
-    if not isinstance(tokens, list) or not isinstance(merges, list):
+    stored = [keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges")]
+    lists = [texts.tolist() for texts in stored if isinstance(texts, Texts)]
+    if len(lists) < len(stored):
         raise ValueError("it has no tokenizer")
+    tokens, merges = lists
     tokenizer: Tokenizer
     if tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
         pairs = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
@@ -353,103 +350,13 @@ def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     else:
         tokenizer = ByteTokenizer(min(vocab_size, 256))
     for name, value in _tokenizer_keys(tokenizer, vocab_size).items():
-        stored = keys.get(name)
-        if (stored.tolist() if isinstance(stored, np.ndarray) else stored) != value:
+        found = keys.get(name)
+        if (found.tolist() if isinstance(found, np.ndarray | Texts) else found) != value:
             raise ValueError(f"its key {name} is not as legacy1bit writes it")
     return tokenizer
 
 
-class _Reader:
-    """A GGUF file, read from its beginning to its end.
-
-    Parameters
-    ----------
-    file : file
-    texts : bool
-        Whether to read lists of texts, those of the tokenizer.
-    """
-
-    def __init__(self, file: BinaryIO, texts: bool = False) -> None:
-        self._file = file
-        self._texts = texts
-        self._size = os.fstat(file.fileno()).st_size
-
-    def check(self, count: int) -> None:
-        """Raise ``ValueError`` if fewer than ``count`` bytes remain."""
-        if count > self._size - self._file.tell():
-            raise ValueError("it ends too early")
-
-    def head(self) -> tuple[dict[str, Any], int]:
-        """Return the keys, which come first, and the number of tensors after them."""
-        magic = self.take(4)
-        if magic != _MAGIC:
-            raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
-        version = self.number(4)
-        if version in (_VERSION << 24, _VERSION - 1 << 24):
-            raise ValueError(
-                "its numbers are big-endian, expected little-endian ones, as "
-                "gguf-convert-endian of the package gguf writes them"
-            )
-        if version != _VERSION:
-            raise ValueError(f"it has version {version}, expected {_VERSION}")
-        tensors, keys = self.number(8), self.number(8)
-        return self.keys(keys), tensors
-
-    def take(self, count: int) -> bytes:
-        self.check(count)
-        return self._file.read(count)
-
-    def align(self) -> None:
-        """Continue at the next multiple of the alignment."""
-        self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def text(self) -> str:
-        return self.take(self.number(8)).decode()
-
-    def value(self) -> Any:
-        """Return the value of a key; None for lists of texts, unless ``texts``."""
-        kind = self.number(4)
-        if kind == _TEXT:
-            return self.text()
-        if kind != _LIST:
-            return self._numbers(kind, 1)[0].item()
-        kind, count = self.number(4), self.number(8)
-        if kind != _TEXT:
-            return self._numbers(kind, count)
-        if self._texts:
-            return [self.text() for _ in range(count)]
-        for _ in range(count):
-            self.take(self.number(8))
-        return None
-
-    def _numbers(self, kind: int, count: int) -> _Array:
-        if kind not in _NUMBERS:
-            raise ValueError(f"a key has the unknown type {kind}")
-        dtype = np.dtype(_NUMBERS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-
-    def keys(self, count: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for _ in range(count):
-            name = self.text()
-            result[name] = self.value()
-        return result
-
-    def tensors(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Return shape, number of the type, and offset of each tensor."""
-        result = {}
-        for _ in range(count):
-            name, axes = self.text(), self.number(4)
-            # The fastest axis comes first there.
-            shape = tuple(self.number(8) for _ in range(axes))[::-1]
-            result[name] = shape, self.number(4), self.number(8)
-        return result
-
-
-def _read(reader: _Reader) -> LegacyLLM:
+def _read(reader: GgufReader) -> LegacyLLM:
     keys, tensor_count = reader.head()
     config = _config_of(keys)
     stored = _check_tensors(config, reader.tensors(tensor_count), reader)
@@ -506,7 +413,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
 
 
 def _check_tensors(
-    config: ModelConfig, tensors: dict[str, tuple[tuple[int, ...], int, int]], reader: _Reader
+    config: ModelConfig, tensors: dict[str, tuple[tuple[int, ...], int, int]], reader: GgufReader
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return our name, type and shape in bytes of each tensor, in the order they are stored.
 

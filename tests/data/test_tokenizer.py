@@ -633,7 +633,7 @@ def test_the_token_for_the_end_ends_a_text(kind):
     assert (whole.tokens, whole.stopped) == (40, False)
     drawn = list(generator.tokens(generator.encode("Kim"), 40, seed=3))
     # As if the twentieth that is drawn were that token.
-    tokenizer.eos_token = drawn[20]
+    tokenizer.stop_tokens = (drawn[20],)
     end = drawn.index(drawn[20])
     expected = tokenizer.decode(drawn[:end]).decode("utf-8", "replace")
     found = generator.complete("Kim", 40, seed=3)

@@ -1,0 +1,353 @@
+"""Tokenizers of published models: the tokens that other software gives, and damaged files."""
+
+import copy
+import functools
+import heapq
+import json
+import os
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.cases import together
+from helpers.models import make_config, random_model
+from helpers.published import gguf_keys, golden, with_golden_models
+from legacy1bit.data.published_tokenizer import RULES, PublishedTokenizer
+from legacy1bit.data.tokenizer import visible_bytes
+from legacy1bit.generator import Generator
+
+pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+
+VOCABULARIES = os.environ.get("LLAMA_CPP_VOCABULARIES", "")
+WITH_VECTORS = ("llama-bpe", "qwen2", "qwen35", "llama-spm", "gpt-2", "mpt", "starcoder", "refact",
+                "command-r", "falcon")  # fmt: skip
+
+NORMAL, UNKNOWN, SPECIAL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
+
+
+@functools.cache
+def published(path, rows):
+    if path.suffix == ".gguf":
+        return PublishedTokenizer.of_gguf(gguf_keys(path), rows)
+    return PublishedTokenizer.of_folder(path, rows)
+
+
+@with_golden_models
+def test_tokens_are_those_of_other_software():
+    for path, about in golden():
+        tokenizer = published(path, about["logits_shape"][-1])
+        for case in about["tokenizer"]["strings"]:
+            # GGUF cannot say that a text is normalized first.
+            expected = case["ids"]
+            if path.suffix == ".gguf":
+                expected = case.get("ids_without_nfc", expected)
+            tokens = tokenizer.encode_special(case["text"]).tolist()
+            assert tokens == expected, path
+            begin = [] if tokenizer.bos_token is None else [tokenizer.bos_token]
+            if expected == case["ids"]:
+                assert begin + tokens == case["ids_with_added_special"], path
+            if not {*expected} & {*tokenizer.special_tokens.values()}:
+                assert tokenizer.encode(case["text"]).tolist() == expected, path
+                if expected == case["ids"]:
+                    assert tokenizer.decode(tokens).decode() == case["decoded"], path
+
+
+@with_golden_models
+def test_chats_end_at_the_tokens_of_other_software():
+    for path, about in golden():
+        tokenizer, said = published(path, about["logits_shape"][-1]), about["tokenizer"]
+        assert tokenizer.eos_token == said["eos"][1], path
+        assert said["end_of_turn"][1] in tokenizer.stop_tokens, path
+        for case in (about.get("chat") or {}).get("renderings", ()):
+            assert tokenizer.encode_special(case["rendered"]).tolist() == case["ids"], path
+
+
+@pytest.mark.skipif(
+    not VOCABULARIES,
+    reason="LLAMA_CPP_VOCABULARIES does not name the folder models/ of llama.cpp's source",
+)
+@pytest.mark.parametrize("name", WITH_VECTORS)
+def test_tokens_are_those_of_llama_cpp(name):
+    path = Path(VOCABULARIES, f"ggml-vocab-{name}.gguf")
+    tokenizer = PublishedTokenizer.of_gguf(gguf_keys(path))
+    with open(f"{path}.inp", encoding="utf-8", newline="") as file:
+        texts = file.read().split("\n__ggml_vocab_test__\n")
+    lines = Path(f"{path}.out").read_text().split("\n")
+    for text, line in zip(texts, lines[: len(texts)], strict=True):
+        assert tokenizer.encode(text).tolist() == [int(token) for token in line.split()], text
+        if name != "llama-spm":
+            assert tokenizer.decode(tokenizer.encode(text)).decode() == text
+
+
+# --- Files that are made here ---------------------------------------------------------------------
+
+
+def byte_level_keys(merges=("t h", "th e", "\u0120 the"), more=(), **changes):
+    """Keys of a vocabulary of the bytes, some merges, and more tokens with their types."""
+    merged = dict.fromkeys(merge.replace(" ", "") for merge in merges)
+    tokens = [*visible_bytes(), *merged, *(name for name, _ in more)]
+    return {
+        "general.architecture": "llama",
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "llama-bpe",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [NORMAL] * (256 + len(merged)) + [kind for _, kind in more],
+        "tokenizer.ggml.merges": list(merges),
+        **{f"tokenizer.ggml.{name}": value for name, value in changes.items()},
+    }
+
+
+CHAT = (("<|begin|>", SPECIAL), ("<|end|>", SPECIAL), ("<think>", ADDED), ("[PAD0]", UNUSED))
+THE, BEGIN, END, THINK, PAD = 258, 259, 260, 261, 262
+
+
+@pytest.fixture(scope="module")
+def chat_tokenizer():
+    keys = byte_level_keys(("t h", "th e", "\u0120 the"), CHAT, bos_token_id=259, eos_token_id=260)
+    return PublishedTokenizer.of_gguf(keys)
+
+
+def test_names_of_special_tokens_are_text_unless_asked(chat_tokenizer):
+    text = "the<|end|><think> the"
+    plain, special = chat_tokenizer.encode(text), chat_tokenizer.encode_special(text)
+    assert special.tolist() == [257, END, THINK, THE]
+    assert plain.tolist() == [257, *b"<|end|>", THINK, THE]
+    assert plain.dtype == special.dtype == np.int32
+    assert chat_tokenizer.decode(plain).decode() == text
+    # Special tokens and padding have no text.
+    assert chat_tokenizer.decode([BEGIN, *special, PAD]) == b"the<think> the"
+    assert chat_tokenizer.encode("").tolist() == []
+
+
+def test_bytes_that_are_not_text_come_back(chat_tokenizer):
+    for data in (b"the\xff\xfe the", "\u6771\u4eac".encode()[:-1], bytes(range(256))):
+        assert chat_tokenizer.decode(chat_tokenizer.encode(data)) == data
+    # A character comes out of a stream when it is complete.
+    whole = chat_tokenizer.encode("\u6771")
+    assert whole.size == 3
+    assert b"".join(chat_tokenizer.decode([token]) for token in whole) == "\u6771".encode()
+
+
+def test_what_begins_and_ends_texts(chat_tokenizer):
+    assert chat_tokenizer.bos_token == BEGIN
+    assert chat_tokenizer.eos_token == END
+    assert chat_tokenizer.stop_tokens == (END,)
+    more = (("<|begin|>", SPECIAL), ("<|x|>", SPECIAL), ("<|im_end|>", SPECIAL), ("</s>", NORMAL))
+    keys = byte_level_keys(more=more, bos_token_id=259, eos_token_id=260, add_bos_token=False)
+    tokenizer = PublishedTokenizer.of_gguf(keys)
+    # Of a name that is common, only special tokens are meant.
+    assert (tokenizer.bos_token, tokenizer.stop_tokens) == (None, (260, 261))
+    keys["tokenizer.ggml.eot_token_id"] = 5
+    assert PublishedTokenizer.of_gguf(keys).stop_tokens == (260, 5, 261)
+
+
+def test_tokens_that_stop_end_a_text(chat_tokenizer):
+    model = random_model(make_config(vocab_size=chat_tokenizer.vocab_size))
+    generator = Generator(model, chat_tokenizer)
+    drawn = list(generator.tokens(generator.encode("a"), 40, seed=1))
+    tokenizer = copy.deepcopy(chat_tokenizer)
+    tokenizer.stop_tokens = (drawn[9],)
+    text = Generator(model, tokenizer).complete("a", 40, seed=1)
+    assert (text.tokens, text.stopped) == (drawn.index(drawn[9]) + 1, True)
+
+
+def test_copies_are_alike(chat_tokenizer):
+    for other in (copy.deepcopy(chat_tokenizer), pickle.loads(pickle.dumps(chat_tokenizer))):
+        text = "the <|end|><think>"
+        assert (other.encode(text) == chat_tokenizer.encode(text)).all()
+        assert (other.encode_special(text) == chat_tokenizer.encode_special(text)).all()
+        assert other.sha256 == chat_tokenizer.sha256
+        assert other.stop_tokens == chat_tokenizer.stop_tokens
+        assert other.decode([PAD]) == b""
+
+
+def test_lengths_of_tokens_are_those_of_their_text(chat_tokenizer):
+    expected = [1] * 256 + [2, 3, 4, 0, 0, len("<think>"), 0]
+    assert chat_tokenizer.byte_lengths.tolist() == expected
+    with pytest.raises(IndexError, match="outside 0 to 262"):
+        chat_tokenizer.decode([263])
+
+
+def test_a_saved_tokenizer_is_read_again(chat_tokenizer, tmp_path):
+    chat_tokenizer.save(tmp_path)
+    other = PublishedTokenizer.of_folder(tmp_path, 300)
+    text = "the<|end|><think> the\xe9"
+    assert (other.encode_special(text) == chat_tokenizer.encode_special(text)).all()
+    assert (other.bos_token, other.stop_tokens) == (BEGIN, (END,))
+    # A model may have more rows than the tokenizer has tokens.
+    assert other.vocab_size == 300
+    assert other.decode([257, 299]) == b"the"
+    with pytest.raises(ValueError, match="has 200 tokens, and its tokenizer 263"):
+        PublishedTokenizer.of_folder(tmp_path, 200)
+
+
+def test_a_missing_rule_is_llama_3s_where_the_vocabulary_is():
+    text = "1234567 I'LL"
+    merges = ("1 2", "12 3", "4 5", "45 6", "' L", "'L L", "34 5", "3 4")
+    llama3, default = (
+        PublishedTokenizer.of_gguf(byte_level_keys(merges, pre=pre)).encode(text).tolist()
+        for pre in ("llama-bpe", "default")
+    )
+    assert llama3 != default
+    keys = byte_level_keys(merges)
+    del keys["tokenizer.ggml.pre"]
+    assert PublishedTokenizer.of_gguf(keys).encode(text).tolist() == default
+    keys["general.architecture"] = "bitnet-25"
+    assert PublishedTokenizer.of_gguf(keys).encode(text).tolist() == llama3
+
+
+def test_every_rule_keeps_every_text():
+    generator = random.Random(3)
+    alphabet = "aB9 \t\r\n.,'!$^~|`s\u00e9\u0301\u6771\u0663\U0001f642"
+    texts = ["".join(generator.choices(alphabet, k=30)) for _ in range(50)]
+    for rule in RULES:
+        tokenizer = PublishedTokenizer.of_gguf(byte_level_keys(pre=rule))
+        assert all(tokenizer.decode(tokenizer.encode(text)).decode() == text for text in texts)
+
+
+# --- SentencePiece --------------------------------------------------------------------------------
+
+
+def sentence_piece(text, tokens, scores, kinds):
+    """Merge the neighbors with the best score, the leftmost first: the algorithm as published."""
+    ids = {name: token for token, name in enumerate(tokens)}
+    parts = list(("\u2581" + text.replace(" ", "\u2581")) if text else "")
+    after, before = [*range(1, len(parts)), -1], [-1, *range(len(parts) - 1)]
+    waiting = []
+
+    def offer(left, right):
+        if left >= 0 and right >= 0:
+            token = ids.get(parts[left] + parts[right])
+            if token is not None and kinds[token] == NORMAL:
+                waiting.append((-scores[token], left, right, tokens[token]))
+                waiting.sort()
+
+    for place in range(1, len(parts)):
+        offer(place - 1, place)
+    while waiting:
+        _, left, right, name = heapq.heappop(waiting)
+        if parts[left] and parts[right] and parts[left] + parts[right] == name:
+            parts[left], parts[right] = name, ""
+            after[left] = after[right]
+            if after[right] >= 0:
+                before[after[right]] = left
+            offer(before[left], left)
+            offer(left, after[left])
+    return [
+        token
+        for part in parts
+        if part
+        for token in ([ids[part]] if part in ids else [ids[f"<0x{b:02X}>"] for b in part.encode()])
+    ]
+
+
+def sentence_piece_keys(pieces, **changes):
+    """Keys of a vocabulary of SentencePiece; those that come first have the best scores."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    kinds = [UNKNOWN, SPECIAL, SPECIAL, *[BYTE] * 256, *[NORMAL] * len(pieces)]
+    return {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": kinds,
+        "tokenizer.ggml.scores": [*[0.0] * 259, *(-float(rank) for rank in range(len(pieces)))],
+        **{f"tokenizer.ggml.{name}": value for name, value in changes.items()},
+    }
+
+
+def test_scores_decide_what_is_merged():
+    generator = random.Random(5)
+    for _ in range(40):
+        letters = "ab\u2581"
+        longer = {"".join(generator.choices(letters, k=generator.randint(2, 4))) for _ in range(30)}
+        # As in vocabularies that were learned, a piece comes behind what it is merged from.
+        keys = sentence_piece_keys([*sorted(longer, key=lambda one: (len(one), one)), *letters])
+        tokenizer = PublishedTokenizer.of_gguf(keys)
+        tokens, kinds, scores = (keys[f"tokenizer.ggml.{name}"]
+                                 for name in ("tokens", "token_type", "scores"))  # fmt: skip
+        for _ in range(20):
+            text = "".join(generator.choices("ab c", k=generator.randint(0, 20)))
+            expected = sentence_piece(text, tokens, scores, kinds)
+            assert tokenizer.encode(text).tolist() == expected, (text, sorted(longer))
+
+
+def test_sentence_piece_falls_back_to_bytes():
+    pieces = ("\u2581th", "\u2581t", "he", "\u2581", "t", "h", "e", "<", "s", ">")
+    tokenizer = PublishedTokenizer.of_gguf(sentence_piece_keys(pieces))
+    text = "the \u6771\n<s>"
+    tokens = tokenizer.encode(text)
+    assert 1 not in tokens
+    assert tokenizer.decode(tokens).decode() == " " + text
+    assert tokenizer.decode(tokenizer.encode(b"t\xff")) == b" t\xff"
+    assert (tokenizer.bos_token, tokenizer.stop_tokens) == (1, (2,))
+    assert tokenizer.encode_special("<s>t").tolist() == [1, *tokenizer.encode("t")]
+    plain = PublishedTokenizer.of_gguf(sentence_piece_keys(pieces, add_space_prefix=False))
+    assert plain.decode(plain.encode(text)).decode() == text
+
+
+# --- What cannot be read --------------------------------------------------------------------------
+
+
+@together(
+    "changes, told",
+    [
+        ({"model": "bert"}, "its tokenizer is 'bert'"),
+        ({"model": 3}, "tokenizer.ggml.model is '3', expected str"),
+        ({"pre": "unheard"}, "tokenizer.ggml.pre is 'unheard', expected one of"),
+        ({"tokens": ["a", "a"]}, "has a token twice"),
+        ({"tokens": "abc"}, "tokenizer.ggml.tokens is missing, or no list"),
+        ({"tokens": [1, 2]}, "not a list of str"),
+        ({"token_type": [1]}, "types of 1"),
+        ({"eos_token_id": 1000000}, "eos_token_id is 1000000, expected 0 to 258"),
+        ({"eos_token_id": -1}, "eos_token_id is -1"),
+        ({"eos_token_id": "x"}, "eos_token_id is 'x', expected int"),
+        ({"add_bos_token": True}, "bos_token_id is missing"),
+    ],
+)
+def test_damaged_keys_are_refused(changes, told):
+    with pytest.raises(ValueError, match=told.replace("(", r"\(")) as caught:
+        PublishedTokenizer.of_gguf(byte_level_keys(**changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_vocabulary_of_another_size_is_refused(chat_tokenizer):
+    keys = byte_level_keys()
+    del keys["tokenizer.ggml.merges"]
+    with pytest.raises(ValueError, match="merges is missing"):
+        PublishedTokenizer.of_gguf(keys)
+    with pytest.raises(ValueError, match="has 300 tokens, and its tokenizer 259"):
+        PublishedTokenizer.of_gguf(byte_level_keys(), 300)
+    keys = sentence_piece_keys(("a",))
+    keys["tokenizer.ggml.scores"][3] = float("nan")
+    with pytest.raises(ValueError, match="not a number for each token"):
+        PublishedTokenizer.of_gguf(keys)
+
+
+def test_damaged_folders_are_refused(chat_tokenizer, tmp_path):
+    chat_tokenizer.save(tmp_path)
+    path, config = tmp_path / "tokenizer.json", tmp_path / "tokenizer_config.json"
+    good, about = path.read_text(), config.read_text()
+    for name, content, told in (
+        ("tokenizer.json", "{", "cannot be read"),
+        ("tokenizer.json", "[]", "cannot be read"),
+        ("tokenizer.json", "{}", "'added_tokens' is missing"),
+        ("tokenizer.json", good.replace('"BPE"', '"Unheard"'), "tokenizers refuses it"),
+        ("tokenizer.json", good.replace('"ByteLevel"', '"WordPiece"'), "cannot be read"),
+        ("tokenizer.json", good[: len(good) // 2], "cannot be read"),
+        ("tokenizer_config.json", "x", "tokenizer_config.json is not JSON"),
+        ("tokenizer_config.json", "[1]", "tokenizer_config.json is a list"),
+        ("tokenizer_config.json", '{"eos_token": 3}', "a special token is 3"),
+        ("tokenizer_config.json", '{"eos_token": "<|no|>"}', "is missing"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "is not a number"),
+        ("generation_config.json", '{"eos_token_id": 999}', "is 999, expected a token"),
+    ):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match=told) as caught:
+            PublishedTokenizer.of_folder(tmp_path)
+        assert "\n" not in str(caught.value)
+        path.write_text(good)
+        config.write_text(about)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, END]}))
+    assert PublishedTokenizer.of_folder(tmp_path).stop_tokens == (END, 7)
