@@ -7,12 +7,14 @@ import time
 from collections import abc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder, check_tokens
 from legacy1bit.model import LegacyLLM
@@ -224,9 +226,9 @@ class Generator:
     def load(
         cls, path: str | os.PathLike[str], threads: int | None = None, form: str = "2bit"
     ) -> Self:
-        """Load a model folder, or a file of the C original, without the modules of training.
+        """Load a model of any known format, without the modules of training.
 
-        The tokenizer is the folder's; without one, tokens are bytes.
+        The tokenizer is the file's or the folder's; without one, tokens are bytes.
 
         Parameters
         ----------
@@ -238,10 +240,10 @@ class Generator:
         Raises
         ------
         ModelFileError, OSError, ValueError
-            As ``PackedModel.load`` and ``tokenizer_of``.
+            As ``PackedModel.load`` and ``read_tokenizer``.
         """
         model = PackedModel.load(path, form)
-        return cls(model, tokenizer_of(path, model.config.vocab_size), threads)
+        return cls(model, read_tokenizer(Path(path), model.config.vocab_size), threads)
 
     @property
     def model(self) -> PackedModel:

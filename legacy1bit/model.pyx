@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from legacy1bit.formats import native
+from legacy1bit.formats import native, published
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.layout import block_options, parameter_layout, views
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -1279,12 +1279,13 @@ def serialize_c_v1(LegacyLLM model not None) -> bytes:
 
 
 def load_model(path) -> LegacyLLM:
-    """Load a model: a folder that ``save_model`` wrote, or a file of the C original.
+    """Load a model: a folder that ``save_model`` wrote, or one of those that others have published.
 
     Parameters
     ----------
     path : path-like
-        Of a run, its best model is read; see ``native.model_folder``.
+        A folder, of this program or of Hugging Face; a GGUF file; or a file of the C original. Of
+        a run, its best model is read. See ``published.read_model``.
 
     Returns
     -------
@@ -1294,8 +1295,8 @@ def load_model(path) -> LegacyLLM:
     Raises
     ------
     ModelFileError
-        If the files are not a complete, valid model. Every size is checked before it is used
-        (departure 11).
+        If the files are not a complete, valid model, or one that would not be computed right. Every
+        size is checked before it is used (departure 11).
     OSError
         If it cannot be read.
 
@@ -1304,15 +1305,7 @@ def load_model(path) -> LegacyLLM:
     C: ``model.c``, ``load_model``. A C file does not store the number of heads, which does not
     matter because its tokens see only themselves.
     """
-    path = Path(path)
-    if not path.is_dir():
-        config, parameters = native.read_c_v1(path)
-        model = LegacyLLM(config)
-        for name, values in parameters.items():
-            weights = model.parameters[name]
-            (weights.values if isinstance(weights, TernaryMatrix) else weights)[...] = values
-        return model
-    config, provenance, stored = native.read_folder(native.model_folder(path))
+    config, provenance, stored = published.read_model(Path(path))
     model = LegacyLLM(config)
     model.provenance = provenance
     for part in stored:

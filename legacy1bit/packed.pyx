@@ -22,10 +22,11 @@ from legacy1bit.kernels cimport (
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, fill_rotary_view, vector_pointer
 
-from legacy1bit.formats.native import StoredParameter, model_folder, read_folder
+from legacy1bit.formats.native import StoredParameter
+from legacy1bit.formats.published import read_model
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
-    ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, load_model, rotary_table,
+    ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, rotary_table,
 )
 from legacy1bit.schemes import SCHEMES
 
@@ -442,7 +443,7 @@ cdef class PackedModel:
 
     @staticmethod
     def load(path, form="2bit"):
-        """Load a model that ``save_model`` wrote, directly in packed form.
+        """Load a model, directly in packed form.
 
         The file is mapped into memory and packed matrix by matrix, without float weights. It is
         copied, not used in place, because only private memory gets huge pages.
@@ -450,7 +451,7 @@ cdef class PackedModel:
         Parameters
         ----------
         path : path-like
-            A model folder or a file of the C original; of a run, its best model is read.
+            As for ``load_model``.
         form : {"2bit", "trits"}
 
         Returns
@@ -460,18 +461,14 @@ cdef class PackedModel:
         Raises
         ------
         ModelFileError
-            If the files are not a complete, valid model.
+            If the files are not a complete, valid model, or one that would not be computed right.
         OSError
             If it cannot be read.
         ValueError
             If the form cannot store the model's codes.
         """
-        cdef PackedModel model
-        path = Path(path)
-        if not path.is_dir():
-            return PackedModel(load_model(path), form)
-        model = PackedModel.__new__(PackedModel)
-        config, _, stored = read_folder(model_folder(path))
+        cdef PackedModel model = PackedModel.__new__(PackedModel)
+        config, _, stored = read_model(Path(path))
         model._fill(config, stored, form)
         return model
 

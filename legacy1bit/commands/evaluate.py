@@ -15,8 +15,8 @@ from legacy1bit.commands.progress import progress_of_bytes
 from legacy1bit.commands.texts import add_cache, moved, paths_named
 from legacy1bit.data.corpus import open_corpus, open_text
 from legacy1bit.data.origin import DataOrigin
-from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.model import load_model
 from legacy1bit.training.evaluation import Metrics, evaluate, recall_of_heroes
@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.model or latest_run()
     model = load_model(folder)
     config = model.config
-    tokenizer = tokenizer_of(folder, config.vocab_size)
+    tokenizer = read_tokenizer(folder, config.vocab_size)
     places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
     if arguments.data is None:
         settings = Run(folder).settings()

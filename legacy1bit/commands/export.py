@@ -8,6 +8,7 @@ from pathlib import Path
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from legacy1bit.formats.published import is_hugging_face
 from legacy1bit.model import LegacyLLM
 from legacy1bit.training.run import Run
 
@@ -103,7 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.model or latest_run()
     _check_output(arguments.out, path)
     model = read_model(path)
-    tokenizer = load_tokenizer(path) if (path / TOKENIZER_FILE).exists() else None
+    # A tokenizer of another program has no place in the files that are written.
+    has_own = (path / TOKENIZER_FILE).exists() and not is_hugging_face(path)
+    tokenizer = load_tokenizer(path) if has_own else None
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
     hint = FORMATS[arguments.format](model, arguments.out, arguments.type, tokenizer)

@@ -26,8 +26,8 @@ from legacy1bit.commands.options import (
     write_bytes,
 )
 from legacy1bit.data.sources import decode_text, standard_input
-from legacy1bit.data.tokenizer import tokenizer_of
 from legacy1bit.data_utils import with_line_breaks
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
     prompt = b"" if arguments.interactive else _prompt(arguments)
     folder = arguments.model or latest_run()
     model = PackedModel.load(folder)
-    generator = Generator(model, tokenizer_of(folder, model.config.vocab_size), threads)
+    generator = Generator(model, read_tokenizer(folder, model.config.vocab_size), threads)
     seed = new_seed() if arguments.seed is None else arguments.seed
     if arguments.interactive:
         return _interact(generator, arguments, sampling, seed)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.formats.c_v1 import import_c_v1
+from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.hyperparams import ARCHITECTURES, BASIC, EXPERIMENTAL, ModelConfig
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
@@ -121,7 +122,10 @@ def new_folder(text: str) -> Path:
 def add_model(command: argparse.ArgumentParser) -> None:
     """Add the option that names a model."""
     command.add_argument(
-        "--model", metavar="PATH", type=path_of, help="a run's folder (default: the latest)"
+        "--model",
+        metavar="PATH",
+        type=path_of,
+        help="a run's folder (default: the latest), a GGUF file, or a folder of Hugging Face",
     )
 
 
@@ -151,14 +155,15 @@ def threads_of(arguments: argparse.Namespace) -> int:
 
 
 def read_model(path: Path) -> LegacyLLM:
-    """Return the model of a folder, or of a file of the C original, with its provenance.
+    """Return a model of any known format, with its provenance.
 
     Raises
     ------
     ModelFileError, OSError
         If it cannot be read.
     """
-    return import_c_v1(path) if path.is_file() else load_model(path)
+    is_c_v1 = path.is_file() and not is_gguf(path)
+    return import_c_v1(path) if is_c_v1 else load_model(path)
 
 
 def write_bytes(data: bytes) -> None:

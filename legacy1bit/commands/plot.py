@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from legacy1bit.commands.options import latest_run, path_of
-from legacy1bit.data.tokenizer import tokenizer_of
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.model import load_model
 from legacy1bit.reports.figures import (
     CURVES,
@@ -82,7 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.prompt:
             raise ValueError("--kind attention needs a --prompt for the model to read")
         model = load_model(folder)
-        tokenizer = tokenizer_of(folder, model.config.vocab_size)
+        tokenizer = read_tokenizer(folder, model.config.vocab_size)
         figure = map_attention(model, tokenizer, os.fsencode(arguments.prompt), arguments.block)
     save_figure(figure, out)
     print(f"{out}: {kind} of {', '.join(map(str, folders))}")

@@ -7,14 +7,14 @@ values may be fewer, and widths, epsilon, rotary base, YaRN and quantization are
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.formats.native import Parameters, check_finite
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout
-from legacy1bit.model import LegacyLLM, TernaryMatrix
 from legacy1bit.schemes import SCHEMES
 
 Program = Literal["llama_cpp", "transformers"]
@@ -239,7 +239,22 @@ def _option_of(name: str, value: Any) -> str:
     return f"--{name} {value}"
 
 
-def check_model(model: LegacyLLM, program: Program) -> Family:
+class Model(Protocol):
+    """A model, such as ``LegacyLLM``."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its settings."""
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its parameters by name."""
+
+    def stored_bytes(self) -> int:
+        """Return the bytes of its file. Raises ``ValueError`` once it was freed."""
+
+
+def check_model(model: Model, program: Program) -> Family:
     """Return a model's family.
 
     Raises
@@ -250,9 +265,7 @@ def check_model(model: LegacyLLM, program: Program) -> Family:
     model.stored_bytes()
     family = family_of(model.config, program)
     for name, value in model.parameters.items():
-        numbers = value.scales if isinstance(value, TernaryMatrix) else value
-        if not np.isfinite(numbers).all():
-            raise ValueError(f"{name} holds a number that is not finite")
+        check_finite(name, value if isinstance(value, np.ndarray) else value.scales)
     return family
 
 
@@ -298,14 +311,14 @@ def row_order(config: ModelConfig, name: str, pairs: Pairs) -> npt.NDArray[np.in
     return (np.arange(heads)[:, None] * config.head_dim + head).ravel()
 
 
-def reordered(model: LegacyLLM, name: str, pairs: Pairs) -> npt.NDArray[np.float32] | TernaryMatrix:
-    """Return a parameter with its rows in ``row_order``; as it is, if that is None."""
-    value = model.parameters[name]
+def reordered(model: Model, name: str, pairs: Pairs) -> Any:
+    """Return a parameter, an array or a matrix of codes, with its rows in ``row_order``."""
+    value: Any = model.parameters[name]
     order = row_order(model.config, name, pairs)
     if order is None:
         return value
-    if not isinstance(value, TernaryMatrix):
+    if isinstance(value, np.ndarray):
         return np.ascontiguousarray(value[order])
     scales = value.scales if value.scales.shape == (1, 1) else value.scales[order]
     levels = SCHEMES[model.config.scheme].levels
-    return TernaryMatrix(value.values[order], np.ascontiguousarray(scales), value.group, levels)
+    return type(value)(value.values[order], np.ascontiguousarray(scales), value.group, levels)

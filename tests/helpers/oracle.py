@@ -4,24 +4,31 @@ It is the second opinion of the tests: it never imports the package, is written 
 the mathematics and not to be fast, and every gradient is derived by hand. Functions return new
 arrays, the vector operations included, so that an in-place kernel is compared with a value.
 
-Axes: B batch, T time, C model_dim, F ffn, H heads, D head_dim, V vocabulary. ``...`` stands for
-any leading axes. ``d_name`` is the gradient of a scalar loss with respect to ``name``.
+Axes: B batch, T time, C model_dim, F ffn, H heads of queries, G heads of keys and values, D
+head_dim, Q = H D, K = G D, V vocabulary. ``...`` stands for any leading axes. ``d_name`` is the
+gradient of a scalar loss with respect to ``name``.
 
-The parameters of a model are a dict of arrays:
+The parameters of a model are a dict of arrays. All biases (``b…`` and ``beta``) may be missing:
 
-- ``embedding.weight`` [V, C], ``output.weight`` [V, C], and where configured ``output.bias`` [V]
-- ``blocks.{i}.attention.wq``, ``wk``, ``wv``, ``wo`` [C, C] and ``bq``, ``bk``, ``bv``, ``bo`` [C]
-- ``blocks.{i}.ffn.wi`` [F, C], ``bi`` [F], ``wo`` [C, F], ``bo`` [C]
+- ``embedding.weight`` [V, C], ``output.bias`` [V], and ``output.weight`` [V, C] unless it is tied
+  to the embedding
+- ``blocks.{i}.attention.wq`` [Q, C], ``wk``, ``wv`` [K, C], ``wo`` [C, Q], ``bq`` [Q], ``bk``,
+  ``bv`` [K], ``bo`` [C], and with qk_norm ``q_gamma``, ``k_gamma`` [D]
+- ``blocks.{i}.ffn.wi`` [F, C], ``bi`` [F], ``wo`` [C, F], ``bo`` [C], and with a gate ``wg`` [F, C]
+  and ``bg`` [F]
 - ``blocks.{i}.norm1.gamma``, ``norm1.beta``, ``norm2.gamma``, ``norm2.beta`` [C]
 - ``final_norm.gamma``, ``final_norm.beta`` [C] where the configuration has a final norm
-- ``blocks.{i}.attention.gamma``, ``beta`` [C] and ``blocks.{i}.ffn.gamma``, ``beta`` [F] where it
+- ``blocks.{i}.attention.gamma``, ``beta`` [Q] and ``blocks.{i}.ffn.gamma``, ``beta`` [F] where it
   has norms before the layers' last matrices
 
 The configuration is a dict with the keys ``vocab_size``, ``model_dim``, ``num_blocks``,
-``num_heads``, ``ffn_multiplier``, ``activation`` (of ``ACTIVATIONS``), ``positions`` ("rope" or
-"none"), ``rope_base``, ``final_norm`` (bool), ``attention_window`` (0: no limit) and, where they
-are not False, ``sub_norm``, ``int8_activations``, ``int8_cache`` and ``ternary_embedding``. With
-the cache in int8, a token's key and value are rounded as activations are, each head by itself.
+``num_heads``, ``activation`` (of ``ACTIVATIONS``), ``positions`` ("rope" or "none"), ``rope_base``,
+``final_norm`` (bool), ``attention_window`` (0: no limit) and, where they are not False,
+``sub_norm``, ``qk_norm``, ``gated``, ``tied_embeddings``, ``int8_activations``, ``int8_cache`` and
+``ternary_embedding``. With the cache in int8, a token's key and value are rounded as activations
+are, each head by itself. Keys with defaults: ``head_dim`` (C / H), ``norm`` ("layer" or "rms"),
+``norm_epsilon``, ``windows`` (``attention_window`` of each block), and ``rope_pairs``,
+``rope_fraction``, ``rope_factor``, ``rope_original_length`` (`rotary` has their meaning).
 """
 
 import math
@@ -29,7 +36,7 @@ import struct
 
 import numpy as np
 
-LAYER_NORM_EPSILON = 1e-5
+NORM_EPSILON = 1e-5
 C_V1_MAGIC = 0x1B1B1
 
 
@@ -132,6 +139,47 @@ def relu2(x):
     return relu(x) ** 2
 
 
+def sigmoid(x):
+    """``1 / (1 + exp(-x))``, any shape."""
+    with np.errstate(over="ignore"):
+        return 1.0 / (1.0 + np.exp(-_float64(x)))
+
+
+def silu(x):
+    """``x sigmoid(x)``, any shape (Elfwing et al., arXiv 1702.03118, equation 4); NaN for -inf."""
+    with np.errstate(invalid="ignore"):
+        return _float64(x) * sigmoid(x)
+
+
+def silu_slope(x):
+    """The derivative of `silu`, with 1 - sigmoid(x) = sigmoid(-x)."""
+    with np.errstate(invalid="ignore"):
+        return sigmoid(x) + silu(x) * sigmoid(-_float64(x))
+
+
+def _gelu_argument(x):
+    """u, of which ``(1 + tanh(u / 2)) / 2 = sigmoid(u)``, and its derivative."""
+    x, factor = _float64(x), 2.0 * math.sqrt(2.0 / math.pi)
+    with np.errstate(over="ignore"):
+        return factor * (x + 0.044715 * x**3), factor * (1.0 + 3 * 0.044715 * x**2)
+
+
+def gelu(x):
+    """GELU with tanh, any shape: ``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``.
+
+    Hendrycks & Gimpel, arXiv 1606.08415, section 2. As a sigmoid it does not cancel below 0.
+    """
+    with np.errstate(invalid="ignore"):
+        return _float64(x) * sigmoid(_gelu_argument(x)[0])
+
+
+def gelu_slope(x):
+    """The derivative of `gelu`."""
+    u, slope = _gelu_argument(x)
+    with np.errstate(invalid="ignore"):
+        return sigmoid(u) + gelu(x) * sigmoid(-u) * slope
+
+
 def softmax(x):
     """Softmax over the last axis, [..., N]."""
     x = _float64(x)
@@ -145,7 +193,7 @@ def softmax_backward(d_probabilities, probabilities):
     return probabilities * (d_probabilities - inner)
 
 
-def layer_norm_forward(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+def layer_norm_forward(x, gamma, beta, epsilon=NORM_EPSILON):
     """Layer norm over the last axis with the biased variance.
 
     Returns
@@ -160,12 +208,12 @@ def layer_norm_forward(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
     return gamma * (centred * inv_std[..., None]) + beta, mean, inv_std
 
 
-def layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+def layer_norm(x, gamma, beta, epsilon=NORM_EPSILON):
     """The output [..., C] of `layer_norm_forward` alone."""
     return layer_norm_forward(x, gamma, beta, epsilon)[0]
 
 
-def layer_norm_backward(d_output, x, gamma, epsilon=LAYER_NORM_EPSILON):
+def layer_norm_backward(d_output, x, gamma, epsilon=NORM_EPSILON):
     """Backward of `layer_norm`.
 
     With n = (x - mean) * inv_std and g = gamma * d_output, the mean and the variance each take a
@@ -186,6 +234,32 @@ def layer_norm_backward(d_output, x, gamma, epsilon=LAYER_NORM_EPSILON):
         - normalised * (g * normalised).mean(axis=-1, keepdims=True)
     )
     return d_x, _sum_rows(d_output * normalised), _sum_rows(d_output)
+
+
+def rms_norm(x, gamma, epsilon=NORM_EPSILON):
+    """RMS norm over the last axis: no mean is taken away, and nothing added; [..., C].
+
+    Zhang & Sennrich, arXiv 1910.07467, equation 4.
+    """
+    x = _float64(x)
+    return gamma * (x * _inverse_rms(x, epsilon))
+
+
+def _inverse_rms(x, epsilon):
+    return 1.0 / np.sqrt((x**2).mean(axis=-1, keepdims=True) + epsilon)
+
+
+def rms_norm_backward(d_output, x, gamma, epsilon=NORM_EPSILON):
+    """Backward of `rms_norm`: d_x [..., C] and d_gamma [C], summed over the leading axes.
+
+    With n = x r, r = 1 / sqrt(mean(x^2) + epsilon), and g = gamma * d_output, it is
+    d_x = r (g - n mean(g * n)).
+    """
+    x = _float64(x)
+    inverse = _inverse_rms(x, epsilon)
+    normalised, g = x * inverse, gamma * d_output
+    d_x = inverse * (g - normalised * (g * normalised).mean(axis=-1, keepdims=True))
+    return d_x, _sum_rows(d_output * normalised)
 
 
 def activation_step(x):
@@ -251,6 +325,8 @@ def linear_backward(d_output, x, weight):
 ACTIVATIONS = {
     "relu2": (relu2, lambda x: 2.0 * relu(x)),
     "relu": (relu, lambda x: (x > 0).astype(np.float64)),
+    "silu": (silu, silu_slope),
+    "gelu": (gelu, gelu_slope),
 }
 
 
@@ -273,19 +349,50 @@ def _rounded(x, config):
     return quantize_activations(x) if config.get("int8_activations") else x
 
 
+def _norm(x, weights, prefix, config):
+    """The model's kind of norm, with the gamma and, if there is one, the beta under a prefix."""
+    gamma, epsilon = weights[prefix + "gamma"], config.get("norm_epsilon", NORM_EPSILON)
+    if config.get("norm") == "rms":
+        return rms_norm(x, gamma, epsilon)
+    return layer_norm(x, gamma, weights.get(prefix + "beta", 0.0), epsilon)
+
+
+def _norm_backward(d_output, x, weights, prefix, config, gradients):
+    """d_x; the gradients of gamma and beta go into ``gradients``."""
+    gamma, epsilon = weights[prefix + "gamma"], config.get("norm_epsilon", NORM_EPSILON)
+    if config.get("norm") == "rms":
+        d_x, gradients[prefix + "gamma"] = rms_norm_backward(d_output, x, gamma, epsilon)
+        return d_x
+    d_x, gradients[prefix + "gamma"], d_beta = layer_norm_backward(d_output, x, gamma, epsilon)
+    if prefix + "beta" in weights:
+        gradients[prefix + "beta"] = d_beta
+    return d_x
+
+
+def _linear(x, weights, name):
+    """`linear` of the matrix ``w{name}`` and, if there is one, the bias ``b{name}``."""
+    return linear(x, weights["w" + name], weights.get("b" + name, 0.0))
+
+
+def _linear_backward(d_output, x, weights, name, gradients):
+    """d_x; the gradients of matrix and bias go into ``gradients``."""
+    d_x, gradients["w" + name], d_bias = linear_backward(d_output, x, weights["w" + name])
+    if "b" + name in weights:
+        gradients["b" + name] = d_bias
+    return d_x
+
+
 def _before_wo(x, weights, config):
     """What a layer's last matrix gets for x [..., N]: normed and rounded as configured."""
     if config.get("sub_norm"):
-        x = layer_norm(x, weights["gamma"], weights["beta"])
+        x = _norm(x, weights, "", config)
     return _rounded(x, config)
 
 
 def _before_wo_backward(d_output, x, weights, config, gradients):
     """d_x; the gradients of gamma and beta go into ``gradients``."""
     if config.get("sub_norm"):
-        d_output, gradients["gamma"], gradients["beta"] = layer_norm_backward(
-            d_output, x, weights["gamma"]
-        )
+        d_output = _norm_backward(d_output, x, weights, "", config, gradients)
     return d_output
 
 
@@ -303,26 +410,68 @@ def embedding_backward(d_output, tokens, vocab_size):
     return d_weight[:vocab_size]
 
 
-def _rotary_angles(time, head_dim, base):
-    """Angles [T, 1, D/2], ready to meet [B, T, H, D/2]."""
-    frequencies = base ** (-2.0 * np.arange(head_dim // 2) / head_dim)
-    return np.arange(time)[:, None, None] * frequencies
+def rotary_frequencies(dim, base=10000.0, factor=1.0, original_length=0):
+    """By how much the pairs of ``dim`` elements turn from one position to the next: [dim / 2].
+
+    Pair i turns by base^(-2 i / dim) (Su et al., arXiv 2104.09864, section 3.2.2). With a factor
+    above 1 it is YaRN's: of a pair that turns less than once in the original length, divided by
+    the factor; of one that turns more than 32 times, as it was; in between, on the line between
+    the two by the number of the pair, whose ends are whole numbers (Peng et al., arXiv 2309.00071,
+    section 3.2).
+    """
+    pair = np.arange(dim // 2)
+    frequencies = base ** (-2.0 * pair / dim)
+    if factor == 1.0:
+        return frequencies
+
+    def pair_that_turns(times):
+        return dim * math.log(original_length / (2.0 * math.pi * times)) / (2.0 * math.log(base))
+
+    first = max(math.floor(pair_that_turns(32.0)), 0)
+    last = min(math.ceil(pair_that_turns(1.0)), dim - 1)
+    slow = np.clip((pair - first) / max(last - first, 1e-3), 0.0, 1.0)
+    return frequencies * (slow / factor + 1.0 - slow)
 
 
-def _rotate(x, angles):
-    a, b = np.split(x, 2, axis=-1)
-    cos, sin = np.cos(angles), np.sin(angles)
-    return np.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+def _rotate(x, direction, base, pairs, fraction, factor, original_length):
+    x = _float64(x)
+    dim = round(x.shape[3] * fraction)
+    # Angles [T, 1, dim / 2], ready to meet [B, T, H, dim / 2].
+    angles = np.arange(x.shape[1])[:, None, None] * rotary_frequencies(
+        dim, base, factor, original_length
+    )
+    # Pairs are complex numbers.
+    first, second = {
+        "halves": (np.s_[..., : dim // 2], np.s_[..., dim // 2 : dim]),
+        "adjacent": (np.s_[..., 0:dim:2], np.s_[..., 1:dim:2]),
+    }[pairs]
+    length = 1.0 + 0.1 * math.log(factor)
+    turned = (x[first] + 1j * x[second]) * (length * np.exp(1j * direction * angles))
+    output = x.copy()
+    output[first], output[second] = turned.real, turned.imag
+    return output
 
 
-def rotary(x, base=10000.0):
-    """Rotary positions, x [B, T, H, D], D even; element i is paired with i + D/2."""
-    return _rotate(x, _rotary_angles(x.shape[1], x.shape[3], base))
+def rotary(x, base=10000.0, pairs="halves", fraction=1.0, factor=1.0, original_length=0):
+    """Rotary positions, x [B, T, H, D].
+
+    The first ``fraction`` of a head turns, an even number of elements: i with i + half of them for
+    "halves", 2 i with 2 i + 1 for "adjacent". With a factor above 1, YaRN's ``original_length``
+    decides on the frequencies, and what turns grows by 1 + 0.1 ln(factor).
+    """
+    return _rotate(x, 1.0, base, pairs, fraction, factor, original_length)
 
 
-def rotary_backward(d_output, base=10000.0):
+def rotary_backward(
+    d_output, base=10000.0, pairs="halves", fraction=1.0, factor=1.0, original_length=0
+):
     """d_x [B, T, H, D]: the transpose of a rotation is the rotation back."""
-    return _rotate(d_output, -_rotary_angles(d_output.shape[1], d_output.shape[3], base))
+    return _rotate(d_output, -1.0, base, pairs, fraction, factor, original_length)
+
+
+def _rope_settings(config):
+    names = ("base", "pairs", "fraction", "factor", "original_length")
+    return {name: config["rope_" + name] for name in names if "rope_" + name in config}
 
 
 def allowed_keys(tokens, vocab_size, span, starts=None):
@@ -350,37 +499,69 @@ def masked_softmax(scores, allowed):
     return exponentials / np.where(total == 0.0, 1.0, total)
 
 
-def _split_heads(x, num_heads):
-    """[B, T, C] -> [B, T, H, D]: the heads are contiguous slices."""
-    return x.reshape(*x.shape[:2], num_heads, -1)
+def _project_heads(x, weights, config, name):
+    """q, k or v as the matrix makes it: [B, T, C] -> [B, T, heads, D], the heads one by one."""
+    head_dim = config.get("head_dim", config["model_dim"] // config["num_heads"])
+    return _linear(x, weights, name).reshape(*x.shape[:2], -1, head_dim)
+
+
+def _place(projected, weights, config, name):
+    """q or k with its norm and its position, all [B, T, heads, D]."""
+    if config.get("qk_norm"):
+        epsilon = config.get("norm_epsilon", NORM_EPSILON)
+        projected = rms_norm(projected, weights[name + "_gamma"], epsilon)
+    if config["positions"] == "rope":
+        projected = rotary(projected, **_rope_settings(config))
+    return projected
+
+
+def _place_backward(d_output, projected, weights, config, name, gradients):
+    """The gradient of the projected q or k; that of gamma goes into ``gradients``."""
+    if config["positions"] == "rope":
+        d_output = rotary_backward(d_output, **_rope_settings(config))
+    if config.get("qk_norm"):
+        gamma = name + "_gamma"
+        epsilon = config.get("norm_epsilon", NORM_EPSILON)
+        d_output, gradients[gamma] = rms_norm_backward(d_output, projected, weights[gamma], epsilon)
+    return d_output
+
+
+def _share(x, config):
+    """Keys or values [B, T, G, D] for each head of queries [B, T, H, D]: H / G in a row share."""
+    return np.repeat(x, config["num_heads"] // x.shape[2], axis=2)
+
+
+def _share_backward(d_output, like):
+    """The sum over the heads that share: [B, T, H, D] -> [B, T, G, D]."""
+    batch, time, shared, head_dim = like.shape
+    return d_output.reshape(batch, time, shared, -1, head_dim).sum(axis=3)
 
 
 def _attend(x, tokens, weights, config, starts=None):
-    """The intermediate values of attention: q, k, v [B, T, H, D], probabilities [B, H, T, T]
-    and the concatenated heads [B, T, C]."""
-    q, k, v = (
-        _split_heads(linear(x, weights["w" + name], weights["b" + name]), config["num_heads"])
-        for name in "qkv"
-    )
-    if config["positions"] == "rope":
-        q, k = rotary(q, config["rope_base"]), rotary(k, config["rope_base"])
+    """The intermediate values of attention: q [B, T, H, D], k, v [B, T, G, D], probabilities
+    [B, H, T, T] and the concatenated heads [B, T, Q]."""
+    q, k, v = (_project_heads(x, weights, config, name) for name in "qkv")
+    q, k = _place(q, weights, config, "q"), _place(k, weights, config, "k")
     if config.get("int8_cache"):
         k, v = quantize_activations(k), quantize_activations(v)
     allowed = allowed_keys(tokens, config["vocab_size"], config["attention_window"], starts)
-    scores = np.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+    scores = np.einsum("bihd,bjhd->bhij", q, _share(k, config)) / math.sqrt(q.shape[-1])
     probabilities = masked_softmax(scores, allowed[:, None])
-    heads = np.einsum("bhij,bjhd->bihd", probabilities, v).reshape(x.shape)
-    return q, k, v, probabilities, heads
+    heads = np.einsum("bhij,bjhd->bihd", probabilities, _share(v, config))
+    return q, k, v, probabilities, heads.reshape(*x.shape[:2], -1)
 
 
 def attention(x, tokens, weights, config, starts=None):
-    """Causal multi-head attention: x [B, T, C], tokens [B, T] -> [B, T, C].
+    """Causal attention: x [B, T, C], tokens [B, T] -> [B, T, C].
 
-    ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``, and ``gamma`` and ``beta`` with sub_norm.
-    The tokens say which keys are padding, and ``starts`` [B, T] where each query's first key is.
+    ``weights`` holds ``wq``, ``bq`` ... ``wo``, ``bo``, with sub_norm ``gamma`` and ``beta``, and
+    with qk_norm ``q_gamma`` and ``k_gamma``. The tokens say which keys are padding, and ``starts``
+    [B, T] where each query's first key is. Fewer heads of keys and values than of queries are
+    grouped-query attention (Ainslie et al., arXiv 2305.13245, section 2.2); the norm of queries and
+    keys is that of Dehghani et al., arXiv 2302.05442, section 2, with RMS.
     """
     heads = _attend(_rounded(x, config), tokens, weights, config, starts)[-1]
-    return linear(_before_wo(heads, weights, config), weights["wo"], weights["bo"])
+    return _linear(_before_wo(heads, weights, config), weights, "o")
 
 
 def attention_backward(d_output, x, tokens, weights, config, starts=None):
@@ -388,51 +569,64 @@ def attention_backward(d_output, x, tokens, weights, config, starts=None):
     x = _rounded(x, config)
     q, k, v, probabilities, heads = _attend(x, tokens, weights, config, starts)
     gradients = {}
-    d_heads, gradients["wo"], gradients["bo"] = linear_backward(
-        d_output, _before_wo(heads, weights, config), weights["wo"]
+    d_heads = _linear_backward(
+        d_output, _before_wo(heads, weights, config), weights, "o", gradients
     )
     d_heads = _before_wo_backward(d_heads, heads, weights, config, gradients)
-    d_heads = _split_heads(d_heads, config["num_heads"])
+    d_heads = d_heads.reshape(q.shape)
 
-    d_probabilities = np.einsum("bihd,bjhd->bhij", d_heads, v)
+    d_probabilities = np.einsum("bihd,bjhd->bhij", d_heads, _share(v, config))
     # A forbidden key has probability 0, so its score's gradient comes out as 0 by itself.
     d_scores = softmax_backward(d_probabilities, probabilities) / math.sqrt(q.shape[-1])
-    d_v = np.einsum("bhij,bihd->bjhd", probabilities, d_heads)
-    d_q = np.einsum("bhij,bjhd->bihd", d_scores, k)
-    d_k = np.einsum("bhij,bihd->bjhd", d_scores, q)
-    if config["positions"] == "rope":
-        d_q = rotary_backward(d_q, config["rope_base"])
-        d_k = rotary_backward(d_k, config["rope_base"])
+    d_v = _share_backward(np.einsum("bhij,bihd->bjhd", probabilities, d_heads), v)
+    d_q = np.einsum("bhij,bjhd->bihd", d_scores, _share(k, config))
+    d_k = _share_backward(np.einsum("bhij,bihd->bjhd", d_scores, q), k)
 
     d_x = np.zeros_like(x)
-    for name, d_projected in (("q", d_q), ("k", d_k), ("v", d_v)):
-        d_part, gradients["w" + name], gradients["b" + name] = linear_backward(
-            d_projected.reshape(x.shape), x, weights["w" + name]
-        )
-        d_x += d_part
+    for name, d_placed in (("q", d_q), ("k", d_k), ("v", d_v)):
+        if name != "v":
+            projected = _project_heads(x, weights, config, name)
+            d_placed = _place_backward(d_placed, projected, weights, config, name, gradients)
+        d_projected = d_placed.reshape(*x.shape[:2], -1)
+        d_x += _linear_backward(d_projected, x, weights, name, gradients)
     return d_x, gradients
 
 
+def _feed_forward_values(x, weights, config):
+    """What Wi and, with a gate, Wg give (else None), and the hidden values: [B, T, F] each."""
+    inner, gate = _linear(x, weights, "i"), None
+    if not config.get("gated"):
+        return inner, gate, activate(inner, config["activation"])
+    gate = _linear(x, weights, "g")
+    return inner, gate, activate(gate, config["activation"]) * inner
+
+
 def feed_forward(x, weights, config):
-    """``Wo norm(act(Wi x + bi)) + bo``, the norm with sub_norm: x [B, T, C] -> [B, T, C]."""
-    before = linear(_rounded(x, config), weights["wi"], weights["bi"])
-    hidden = activate(before, config["activation"])
-    return linear(_before_wo(hidden, weights, config), weights["wo"], weights["bo"])
+    """``Wo norm(hidden) + bo``, the norm with sub_norm: x [B, T, C] -> [B, T, C].
+
+    hidden is ``act(Wi x + bi)``, or with a gate ``act(Wg x + bg) * (Wi x + bi)`` (Shazeer,
+    arXiv 2002.05202, equation 5).
+    """
+    hidden = _feed_forward_values(_rounded(x, config), weights, config)[-1]
+    return _linear(_before_wo(hidden, weights, config), weights, "o")
 
 
 def feed_forward_backward(d_output, x, weights, config):
     """Backward of `feed_forward`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
     x = _rounded(x, config)
-    before = linear(x, weights["wi"], weights["bi"])
-    hidden = activate(before, config["activation"])
+    inner, gate, hidden = _feed_forward_values(x, weights, config)
     gradients = {}
-    d_hidden, gradients["wo"], gradients["bo"] = linear_backward(
-        d_output, _before_wo(hidden, weights, config), weights["wo"]
+    d_hidden = _linear_backward(
+        d_output, _before_wo(hidden, weights, config), weights, "o", gradients
     )
     d_hidden = _before_wo_backward(d_hidden, hidden, weights, config, gradients)
-    d_before = activate_backward(d_hidden, before, config["activation"])
-    d_x, gradients["wi"], gradients["bi"] = linear_backward(d_before, x, weights["wi"])
-    return d_x, gradients
+    if gate is None:
+        d_inner = activate_backward(d_hidden, inner, config["activation"])
+        return _linear_backward(d_inner, x, weights, "i", gradients), gradients
+    d_gate = activate_backward(d_hidden * inner, gate, config["activation"])
+    d_inner = d_hidden * activate(gate, config["activation"])
+    d_x = _linear_backward(d_gate, x, weights, "g", gradients)
+    return d_x + _linear_backward(d_inner, x, weights, "i", gradients), gradients
 
 
 def _part(params, prefix):
@@ -444,39 +638,29 @@ def _part(params, prefix):
     }
 
 
-def _norm(x, weights, name):
-    return layer_norm(x, weights[name + ".gamma"], weights[name + ".beta"])
-
-
-def _norm_backward(d_output, x, weights, name, gradients):
-    """d_x; the gradients of gamma and beta go into ``gradients``."""
-    d_x, gradients[name + ".gamma"], gradients[name + ".beta"] = layer_norm_backward(
-        d_output, x, weights[name + ".gamma"]
-    )
-    return d_x
-
-
 def block(x, tokens, weights, config, starts=None):
     """One transformer block, pre-norm: x [B, T, C] -> [B, T, C]."""
-    normalised = _norm(x, weights, "norm1")
+    normalised = _norm(x, weights, "norm1.", config)
     x = x + attention(normalised, tokens, _part(weights, "attention."), config, starts)
-    return x + feed_forward(_norm(x, weights, "norm2"), _part(weights, "ffn."), config)
+    return x + feed_forward(_norm(x, weights, "norm2.", config), _part(weights, "ffn."), config)
 
 
 def block_backward(d_output, x, tokens, weights, config, starts=None):
     """Backward of `block`: d_x [B, T, C] and a dict of gradients named like ``weights``."""
     attention_weights, ffn_weights = _part(weights, "attention."), _part(weights, "ffn.")
-    normalised1 = _norm(x, weights, "norm1")
+    normalised1 = _norm(x, weights, "norm1.", config)
     middle = x + attention(normalised1, tokens, attention_weights, config, starts)
-    normalised2 = _norm(middle, weights, "norm2")
+    normalised2 = _norm(middle, weights, "norm2.", config)
 
     gradients = {}
     d_normalised2, d_ffn = feed_forward_backward(d_output, normalised2, ffn_weights, config)
-    d_middle = d_output + _norm_backward(d_normalised2, middle, weights, "norm2", gradients)
+    d_middle = d_output + _norm_backward(
+        d_normalised2, middle, weights, "norm2.", config, gradients
+    )
     d_normalised1, d_attention = attention_backward(
         d_middle, normalised1, tokens, attention_weights, config, starts
     )
-    d_x = d_middle + _norm_backward(d_normalised1, x, weights, "norm1", gradients)
+    d_x = d_middle + _norm_backward(d_normalised1, x, weights, "norm1.", config, gradients)
     gradients.update({"attention." + name: value for name, value in d_attention.items()})
     gradients.update({"ffn." + name: value for name, value in d_ffn.items()})
     return d_x, gradients
@@ -518,8 +702,18 @@ def _hidden_states(params, config, tokens, starts):
     """The input of every block and, last, the output of the last one: [B, T, C] each."""
     states = [embedding(tokens, params["embedding.weight"])]
     for i in range(config["num_blocks"]):
-        states.append(block(states[-1], tokens, _part(params, f"blocks.{i}."), config, starts))
+        weights = _part(params, f"blocks.{i}.")
+        states.append(block(states[-1], tokens, weights, _of_block(config, i), starts))
     return states
+
+
+def _of_block(config, i):
+    """The configuration with the window of block i."""
+    return {**config, "attention_window": config["windows"][i]} if "windows" in config else config
+
+
+def _output_weight(params, config):
+    return params["embedding.weight" if config.get("tied_embeddings") else "output.weight"]
 
 
 def _head(params, config, x):
@@ -528,10 +722,10 @@ def _head(params, config, x):
     It is normed where configured, and rounded where that matrix is one of few levels.
     """
     if config["final_norm"]:
-        x = _norm(x, params, "final_norm")
+        x = _norm(x, params, "final_norm.", config)
     if config.get("ternary_embedding"):
         x = _rounded(x, config)
-    return x, linear(x, params["output.weight"], params.get("output.bias", 0.0))
+    return x, linear(x, _output_weight(params, config), params.get("output.bias", 0.0))
 
 
 def forward(params, config, tokens, starts=None):
@@ -593,19 +787,23 @@ def loss_and_gradients(params, config, tokens, targets, starts=None):
     loss = cross_entropy(logits, targets, counted)
 
     gradients = {}
-    d_x, gradients["output.weight"], d_bias = linear_backward(
-        cross_entropy_backward(logits, targets, counted), x, params["output.weight"]
+    d_x, d_output_weight, d_bias = linear_backward(
+        cross_entropy_backward(logits, targets, counted), x, _output_weight(params, config)
     )
     if "output.bias" in params:
         gradients["output.bias"] = d_bias
     if config["final_norm"]:
-        d_x = _norm_backward(d_x, states[-1], params, "final_norm", gradients)
+        d_x = _norm_backward(d_x, states[-1], params, "final_norm.", config, gradients)
     for i in reversed(range(config["num_blocks"])):
         prefix = f"blocks.{i}."
         weights = _part(params, prefix)
-        d_x, d_block = block_backward(d_x, states[i], tokens, weights, config, starts)
+        d_x, d_block = block_backward(d_x, states[i], tokens, weights, _of_block(config, i), starts)
         gradients.update({prefix + name: value for name, value in d_block.items()})
     gradients["embedding.weight"] = embedding_backward(d_x, tokens, config["vocab_size"])
+    if config.get("tied_embeddings"):
+        gradients["embedding.weight"] += d_output_weight
+    else:
+        gradients["output.weight"] = d_output_weight
     return loss, gradients
 
 
@@ -694,15 +892,22 @@ def to_float16(x):
     return np.minimum(_float64(x), FLOAT16_LARGEST).astype(np.float16).astype(np.float64)
 
 
-def groups(weight, scale):
-    """The weights that share a scale, as a list of rows of lists: a matrix [R, C] is [R][G]."""
-    if scale in ("tensor", "one"):
+def groups(weight, scale, shards=1):
+    """The weights that share a scale, as a list of rows of lists: a matrix [R, C] is [R][G].
+
+    Row r of R belongs to shard r * shards // R. The rows of several shards have one list each, that
+    of their shard's weights.
+    """
+    if scale in ("tensor", "one") and shards == 1:
         return [[weight.reshape(-1)]]
+    if scale == "tensor":
+        shard_of = [row * shards // len(weight) for row in range(len(weight))]
+        return [[weight[np.array(shard_of) == shard].reshape(-1)] for shard in shard_of]
     size = weight.shape[1] if scale == "row" else int(scale)
     return [[row[i : i + size] for i in range(0, row.size, size)] for row in weight]
 
 
-def scales_before_rounding(weight, scheme, scale):
+def scales_before_rounding(weight, scheme, scale, shards=1):
     """float64[1, 1] or float64[R, G]: what each group of a weight matrix [R, C] asks for.
 
     mean |w| (BitNet b1.58, arXiv 2402.17764, equation 3; XNOR-Net, arXiv 1603.05279, equation 6),
@@ -715,7 +920,7 @@ def scales_before_rounding(weight, scheme, scale):
         "binary": lambda w: math.fsum(w) / w.size,
         "2bit": lambda w: 5.0 * math.fsum(w) / (8.0 * w.size),
     }[scheme]
-    magnitudes = groups(np.abs(_float64(weight)), scale)
+    magnitudes = groups(np.abs(_float64(weight)), scale, shards)
     return np.array([[float(of_group(group)) for group in row] for row in magnitudes])
 
 
@@ -748,17 +953,18 @@ def codes_of(weight, scales, scheme, scale):
     return np.where(weight < 0.0, -nearest, nearest).astype(np.int8)
 
 
-def quantize(weight, scheme="ternary", scale="tensor", fixed=None):
+def quantize(weight, scheme="ternary", scale="tensor", fixed=None, shards=1):
     """Codes int8[R, C] and scales float64[1, 1] or [R, G] of a weight matrix [R, C].
 
     The scales are rounded to float16, or are 1 (``scale`` "one", as in the C original), or are
     ``fixed``. The effective weight is the code times its scale.
     """
     if scale == "one" or fixed is not None:
-        shape = [len(part) for part in (groups(weight, scale), groups(weight, scale)[0])]
+        of_rows = groups(weight, scale, shards)
+        shape = [len(of_rows), len(of_rows[0])]
         scales = np.full(shape, 1.0 if scale == "one" else fixed)
     else:
-        scales = to_float16(scales_before_rounding(weight, scheme, scale))
+        scales = to_float16(scales_before_rounding(weight, scheme, scale, shards))
     return codes_of(weight, scales, scheme, scale), scales
 
 
@@ -937,7 +1143,7 @@ def fault6_attention(x, weights):
     return linear(linear(x, weights["wv"], weights["bv"]), weights["wo"], weights["bo"])
 
 
-def fault9_layer_norm(x, gamma, beta, epsilon=LAYER_NORM_EPSILON):
+def fault9_layer_norm(x, gamma, beta, epsilon=NORM_EPSILON):
     """``math_ops.c``: SSE layer norm with 12 bits of 1/std, x [C] -> [C].
 
     The processor's table of reciprocals is modelled as rounding to 12 significant bits, the

@@ -1,0 +1,506 @@
+"""The numbers in tensors of published models: ternary matrices, and floats.
+
+A matrix is decoded some rows at a time, so that temporary arrays stay small. Codes come out as
+``Scheme.pack`` of the scheme ternary stores them, four to a byte, whatever their layout was.
+
+Blocks of GGUF: ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` of llama.cpp; PQ2_0 and PTQ1_0 are
+PrismML's, I2_S is that of bitnet.cpp. Packed matrices of safetensors: ``integrations/bitnet.py`` of
+transformers.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+_Floats = npt.NDArray[np.float32]
+_Bytes = npt.NDArray[np.uint8]
+
+# Weights that are decoded at once.
+_AT_ONCE = 1 << 20
+
+# The units that share a scale, from coarse to fine, as ``ModelConfig.scale`` names them. A matrix
+# that has one scale for a unit has one for each finer unit, too.
+UNITS = ("tensor", "row", "256", "128", "64")
+# The smallest group in which floats are looked at.
+_SMALLEST = 32
+
+# Four codes of 1, which stand for 0.
+_ZEROS = 0x55
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """How a tensor is stored.
+
+    Attributes
+    ----------
+    name : str
+    block, bytes : int
+        The weights of a block, and its bytes.
+    scale : int
+        Of ternary blocks: where the scale begins, a number in float16.
+    trits : tuple of (int, int, int)
+        Of blocks with several ternary digits to a byte: first byte, bytes, digits of each.
+    """
+
+    name: str
+    block: int = 1
+    bytes: int = 1
+    scale: int = -1
+    trits: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def is_ternary(self) -> bool:
+        """Whether it holds codes of -1, 0 and 1."""
+        return self.scale >= 0 or self is I2_S
+
+    def size(self, shape: tuple[int, ...]) -> int:
+        """Return the bytes of a tensor.
+
+        Raises
+        ------
+        ValueError
+            If it is not a whole number of blocks.
+        """
+        count = math.prod(shape)
+        if self is I2_S:
+            if count % self.block:
+                raise ValueError(f"has {count} weights, expected a multiple of {self.block}")
+            # Blocks go on over the ends of rows; the scale follows, and 28 other bytes.
+            return count // 4 + 32
+        if not shape or shape[-1] % self.block:
+            raise ValueError(f"has shape {list(shape)}, expected rows of whole {self.name} blocks")
+        return count // self.block * self.bytes
+
+
+F32 = TensorType("F32", bytes=4)
+F16 = TensorType("F16", bytes=2)
+BF16 = TensorType("BF16", bytes=2)
+U8 = TensorType("U8")
+I2_S = TensorType("I2_S", 128, 32)
+Q2_0 = TensorType("Q2_0", 64, 18, scale=0)
+# Early files have blocks of 128 under the same number.
+Q2_0_OF_128 = TensorType("Q2_0", 128, 34, scale=0)
+
+# By their numbers in GGUF files. 36 is bitnet.cpp's, 142 and 143 are PrismML's.
+TYPES = {
+    0: F32,
+    1: F16,
+    2: TensorType("Q4_0", 32, 18),
+    8: TensorType("Q8_0", 32, 34),
+    12: TensorType("Q4_K", 256, 144),
+    14: TensorType("Q6_K", 256, 210),
+    30: BF16,
+    34: TensorType("TQ1_0", 256, 54, scale=52, trits=((0, 32, 5), (32, 16, 5), (48, 4, 4))),
+    35: TensorType("TQ2_0", 256, 66, scale=64),
+    36: I2_S,
+    42: Q2_0,
+    142: TensorType("PQ2_0", 128, 34, scale=0),
+    143: TensorType("PTQ1_0", 128, 28, scale=26, trits=((0, 16, 5), (16, 8, 5), (24, 2, 4))),
+}
+
+# Types that cannot be read, and why where there is more to say.
+UNREADABLE = {
+    **{3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 13: "Q5_K", 15: "Q8_K"},
+    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S"},
+    **{22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64"},
+    **{29: "IQ1_M", 37: "I8_S", 40: "NVFP4", 41: "Q1_0"},
+    38: "TL1 of bitnet.cpp, whose tiles depend on a file of its build",
+    39: "TL2 of bitnet.cpp, whose tiles depend on a file of its build, or MXFP4 of llama.cpp",
+}
+
+
+class Codes(Protocol):
+    """A ternary matrix in a file."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(R, C)."""
+
+    def scales(self) -> tuple[_Floats, int] | None:
+        """Return float32[1, 1] or float32[R, G], and the columns that share one.
+
+        The scale of a group of zeros may be 0, whatever its unit has. None: it is not ternary.
+        """
+
+    def packed(self) -> _Bytes:
+        """Return the codes as ``Scheme.pack`` does, uint8[R, ceil(C / 4)]."""
+
+
+def _strips(rows: int, cols: int, multiple: int = 1) -> Iterator[slice]:
+    """Yield consecutive rows, some at a time."""
+    step = max(_AT_ONCE // max(cols, 1) // multiple, 1) * multiple
+    for first in range(0, rows, step):
+        yield slice(first, min(first + step, rows))
+
+
+def _join(places: _Bytes) -> _Bytes:
+    """Return codes 0 to 2, uint8[R, C], four to a byte, the first in the lowest bits."""
+    rows, cols = places.shape
+    if cols % 4:
+        places = np.pad(places, ((0, 0), (0, -cols % 4)))
+    fours = places.reshape(rows, -1, 4)
+    return _bytes(fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6)
+
+
+def _bytes(array: npt.NDArray[Any]) -> _Bytes:
+    """Return an array of bytes as what it is: shifts have no type in NumPy's stubs."""
+    return array
+
+
+def _check_codes(packed: _Bytes) -> None:
+    if (packed & packed >> 1 & _ZEROS).any():
+        raise ValueError("has a weight of code 3, and ternary codes are 0 to 2")
+
+
+# --- Ternary types --------------------------------------------------------------------------------
+
+
+class Blocks:
+    """A matrix in blocks, each with its scale.
+
+    Parameters
+    ----------
+    kind : TensorType
+    data : uint8[N]
+    shape : (int, int)
+    """
+
+    def __init__(self, kind: TensorType, data: _Bytes, shape: tuple[int, int]) -> None:
+        self.kind, self.shape = kind, shape
+        self._blocks = data.reshape(shape[0], shape[1] // kind.block, kind.bytes)
+
+    def scales(self) -> tuple[_Floats, int]:
+        """See ``Codes``."""
+        at = self.kind.scale
+        halves = np.ascontiguousarray(self._blocks[..., at : at + 2]).view("<f2")
+        return halves[..., 0].astype(np.float32), self.kind.block
+
+    def packed(self) -> _Bytes:
+        """See ``Codes``."""
+        rows, cols = self.shape
+        result = np.empty((rows, cols // 4), np.uint8)
+        for strip in _strips(rows, cols):
+            blocks = self._blocks[strip]
+            codes = result[strip].reshape(*blocks.shape[:2], -1)
+            if self.kind.trits:
+                codes[...] = _of_trits(blocks, self.kind)
+            elif self.kind.scale == 0:
+                codes[...] = blocks[..., 2:]
+            else:
+                codes[...] = _of_tq2_0(blocks)
+            _check_codes(codes)
+            at = self.kind.scale
+            # Blocks of scale 0 are zeros under any scale.
+            zero = (blocks[..., at] == 0) & (blocks[..., at + 1] & 0x7F == 0)
+            codes[zero] = _ZEROS
+        return result
+
+
+# The five ternary digits of a byte, the first one the most significant: uint8[256, 5].
+_DIGITS = (np.arange(256)[:, None] * 3 ** np.arange(5) % 256 * 3 >> 8).astype(np.uint8)
+
+
+def _of_trits(blocks: _Bytes, kind: TensorType) -> _Bytes:
+    rows, count, _ = blocks.shape
+    parts = [
+        _DIGITS[blocks[..., first : first + width], :digits].swapaxes(2, 3).reshape(rows, count, -1)
+        for first, width, digits in kind.trits
+    ]
+    return _join(np.concatenate(parts, axis=2).reshape(rows, -1)).reshape(rows, count, -1)
+
+
+def _of_tq2_0(blocks: _Bytes) -> _Bytes:
+    """Weight 128 h + 32 l + m of a block is bits 2 l of byte 32 h + m."""
+    rows, count, _ = blocks.shape
+    quarters = blocks[..., :64].reshape(rows, count, 2, 1, 32)
+    places = quarters >> np.array([[0], [2], [4], [6]], np.uint8) & 3
+    return _join(_bytes(places.reshape(rows, -1))).reshape(rows, count, -1)
+
+
+class RunsOf128:
+    """A matrix of the type I2_S: runs of 128 weights over the ends of rows, and one scale.
+
+    Weights m, m + 32, m + 64 and m + 96 of a run are in byte m, the first in the highest bits.
+
+    Parameters
+    ----------
+    data : uint8[R C / 4 + 32]
+    shape : (int, int)
+    """
+
+    def __init__(self, data: _Bytes, shape: tuple[int, int]) -> None:
+        self.shape = shape
+        self._runs = data[:-32].reshape(-1, 1, 32)
+        self._scale = data[-32:-28]
+
+    def scales(self) -> tuple[_Floats, int]:
+        """See ``Codes``."""
+        return self._scale.copy().view("<f4").astype(np.float32).reshape(1, 1), self.shape[1]
+
+    def packed(self) -> _Bytes:
+        """See ``Codes``."""
+        rows, cols = self.shape
+        result = np.empty((rows, -(-cols // 4)), np.uint8)
+        for strip in _strips(rows, cols):
+            first, last = strip.start * cols, strip.stop * cols
+            runs = self._runs[first // 128 : -(-last // 128)]
+            places = (runs >> np.array([[6], [4], [2], [0]], np.uint8) & 3).reshape(-1)
+            own = _bytes(places[first % 128 :][: last - first])
+            result[strip] = _join(own.reshape(-1, cols))
+            _check_codes(result[strip])
+        return result
+
+
+class Quarters:
+    """A packed matrix of transformers: row r + i R / 4 is in bits 2 i of row r.
+
+    Parameters
+    ----------
+    weight : uint8[R / 4, C]
+    scale : float
+    """
+
+    def __init__(self, weight: _Bytes, scale: float) -> None:
+        self.shape = 4 * weight.shape[0], weight.shape[1]
+        self._weight, self._scale = weight, scale
+
+    def scales(self) -> tuple[_Floats, int]:
+        """See ``Codes``."""
+        return np.array([[self._scale]], np.float32), self.shape[1]
+
+    def packed(self) -> _Bytes:
+        """See ``Codes``."""
+        quarter, cols = self._weight.shape
+        result = np.empty((4, quarter, -(-cols // 4)), np.uint8)
+        for strip in _strips(quarter, cols):
+            for part in range(4):
+                places = _bytes(self._weight[strip] >> np.uint8(2 * part) & 3)
+                result[part, strip] = _join(places)
+                _check_codes(result[part, strip])
+        return result.reshape(4 * quarter, -1)
+
+
+# --- Floats ---------------------------------------------------------------------------------------
+
+
+class Floats:
+    """A tensor of floats, some of its rows at a time.
+
+    Parameters
+    ----------
+    kind : TensorType
+    data : uint8[N]
+    shape : tuple of int
+        A vector is one row.
+    """
+
+    def __init__(self, kind: TensorType, data: _Bytes, shape: tuple[int, ...]) -> None:
+        self.shape = shape
+        self._kind = kind
+        self._rows = data.reshape(math.prod(shape[:-1]), -1)
+
+    def rows(self, strip: slice) -> _Floats:
+        """Return some rows, float32[R, C].
+
+        Raises
+        ------
+        ValueError
+            If a number is not finite.
+        """
+        values: _Floats = _DECODE[self._kind.name](self._rows[strip])
+        if not np.isfinite(values).all():
+            raise ValueError("holds a number that is not finite")
+        return values
+
+    def strips(self) -> Iterator[tuple[slice, _Floats]]:
+        """Yield rows and their numbers, some at a time."""
+        for strip in _strips(len(self._rows), self.shape[-1]):
+            yield strip, self.rows(strip)
+
+    def all(self) -> _Floats:
+        """Return the whole tensor."""
+        result = np.empty((len(self._rows), self.shape[-1]), np.float32)
+        for strip, values in self.strips():
+            result[strip] = values
+        return result.reshape(self.shape)
+
+
+class Masters:
+    """A matrix that is ternary only after quantization (arXiv 2402.17764, equations 1 to 3).
+
+    The scale is the mean magnitude of the whole matrix.
+    """
+
+    def __init__(self, weights: Floats) -> None:
+        rows, cols = weights.shape
+        self.shape = rows, cols
+        self._weights = weights
+        self._scale: np.float32 | None = None
+
+    def _mean(self) -> np.float32:
+        if self._scale is None:
+            total = sum(float(np.abs(v).sum(dtype=np.float64)) for _, v in self._weights.strips())
+            self._scale = np.float32(max(total / math.prod(self.shape), 1e-5))
+        return self._scale
+
+    def scales(self) -> tuple[_Floats, int]:
+        """See ``Codes``."""
+        return self._mean().reshape(1, 1), self.shape[1]
+
+    def packed(self) -> _Bytes:
+        """See ``Codes``."""
+        factor = np.float32(1.0) / self._mean()
+        result = np.empty((self.shape[0], -(-self.shape[1] // 4)), np.uint8)
+        for strip, values in self._weights.strips():
+            codes = np.clip(np.rint(values * factor), -1.0, 1.0)
+            result[strip] = _join((codes + 1.0).astype(np.uint8))
+        return result
+
+
+class TernaryFloats:
+    """A matrix of floats that hold a magnitude, its negative, and zeros, if they do."""
+
+    def __init__(self, weights: Floats) -> None:
+        rows, cols = weights.shape
+        self.shape = rows, cols
+        self._weights = weights
+
+    def scales(self) -> tuple[_Floats, int] | None:
+        """See ``Codes``."""
+        rows, cols = self.shape
+        groups = -(-cols // _SMALLEST)
+        result = np.empty((rows, groups), np.float32)
+        for strip, values in self._weights.strips():
+            sizes = np.abs(values)
+            if cols % _SMALLEST:
+                sizes = np.pad(sizes, ((0, 0), (0, -cols % _SMALLEST)))
+            merged = _merged(sizes.reshape(-1, _SMALLEST))
+            if merged is None:
+                return None
+            result[strip] = merged.reshape(-1, groups)
+        return result, _SMALLEST
+
+    def packed(self) -> _Bytes:
+        """See ``Codes``."""
+        result = np.empty((self.shape[0], -(-self.shape[1] // 4)), np.uint8)
+        for strip, values in self._weights.strips():
+            places = (values > 0.0).astype(np.uint8) + (values >= 0.0)
+            result[strip] = _join(places)
+        return result
+
+
+def _of_bf16(rows: _Bytes) -> _Floats:
+    return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
+
+
+def _halves(data: _Bytes) -> _Floats:
+    """Return numbers of two bytes in the last axis as float32[..., 1]."""
+    return np.ascontiguousarray(data).view("<f2").astype(np.float32)
+
+
+def _of_q8_0(rows: _Bytes) -> _Floats:
+    blocks = rows.reshape(len(rows), -1, 34)
+    return (blocks[..., 2:].view(np.int8) * _halves(blocks[..., :2])).reshape(len(rows), -1)
+
+
+def _of_q4_0(rows: _Bytes) -> _Floats:
+    blocks = rows.reshape(len(rows), -1, 18)
+    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=2)
+    return ((codes.astype(np.float32) - 8.0) * _halves(blocks[..., :2])).reshape(len(rows), -1)
+
+
+def _of_q4_k(rows: _Bytes) -> _Floats:
+    blocks = rows.reshape(len(rows), -1, 144)
+    packed = blocks[..., 4:16]
+    # Six bits each: eight scales, eight minima, the higher bits of the last four of each apart.
+    first, second, third = packed[..., :4], packed[..., 4:8], packed[..., 8:]
+    scales = np.concatenate([first & 63, third & 15 | first >> 6 << 4], axis=2)
+    minima = np.concatenate([second & 63, third >> 4 | second >> 6 << 4], axis=2)
+    # 32 weights in the lower halves of bytes, then 32 in the higher ones, four times.
+    quads = blocks[..., 16:].reshape(*blocks.shape[:2], 4, 1, 32)
+    codes = np.concatenate([quads & 15, quads >> 4], axis=3).reshape(*blocks.shape[:2], 8, 32)
+    factor = (_halves(blocks[..., :2]) * scales)[..., None]
+    offset = (_halves(blocks[..., 2:4]) * minima)[..., None]
+    values: _Floats = factor * codes - offset
+    return values.reshape(len(rows), -1)
+
+
+def _of_q6_k(rows: _Bytes) -> _Floats:
+    blocks = rows.reshape(len(rows), -1, 210)
+    halves = blocks[..., :128].reshape(*blocks.shape[:2], 2, 1, 2, 32)
+    low = np.concatenate([halves & 15, halves >> 4], axis=3).reshape(*blocks.shape[:2], 2, 4, 32)
+    quarters = blocks[..., 128:192].reshape(*blocks.shape[:2], 2, 1, 32)
+    high = (quarters >> np.array([[0], [2], [4], [6]], np.uint8) & 3) << 4
+    codes = (low | high).astype(np.int8) - np.int8(32)
+    scales = blocks[..., 192:208].view(np.int8) * _halves(blocks[..., 208:])
+    values: _Floats = codes.reshape(*blocks.shape[:2], 16, 16) * scales[..., None]
+    return values.reshape(len(rows), -1)
+
+
+_DECODE: dict[str, Any] = {
+    "F32": lambda rows: rows.view("<f4").astype(np.float32),
+    "F16": lambda rows: rows.view("<f2").astype(np.float32),
+    "BF16": _of_bf16,
+    "Q8_0": _of_q8_0,
+    "Q4_0": _of_q4_0,
+    "Q4_K": _of_q4_k,
+    "Q6_K": _of_q6_k,
+}
+
+
+# --- Units of scales ------------------------------------------------------------------------------
+
+
+def _merged(scales: _Floats) -> _Floats | None:
+    """Return the one number other than 0 of each row, 0 if there is none; None if there are two."""
+    highest = np.where(scales == 0.0, np.float32(-np.inf), scales).max(axis=-1)
+    lowest = np.where(scales == 0.0, np.float32(np.inf), scales).min(axis=-1)
+    if (lowest < highest).any():
+        return None
+    return np.where(highest == -np.inf, np.float32(0.0), highest)
+
+
+def scales_in(unit: str, scales: _Floats, group: int, cols: int) -> _Floats | None:
+    """Return the scales of a matrix in a unit, float32[1, 1] or float32[R, G].
+
+    Parameters
+    ----------
+    unit : str
+        One of ``UNITS``.
+    scales : float32[1, 1] or float32[R, G]
+        Finite numbers; 0 stands for any.
+    group : int
+        The columns that share one.
+    cols : int
+
+    Returns
+    -------
+    float32[1, 1] or float32[R, G] or None
+        None if a unit has several. A single scale stays one.
+    """
+    if unit == "tensor":
+        merged = _merged(scales.reshape(1, -1))
+        return None if merged is None else merged.reshape(1, 1)
+    if unit == "row":
+        merged = _merged(scales)
+        return None if merged is None else merged.reshape(-1, 1)
+    wanted = int(unit)
+    groups = -(-cols // wanted)
+    if group >= wanted:
+        return np.ascontiguousarray(np.repeat(scales, -(-group // wanted), axis=1)[:, :groups])
+    each = wanted // group
+    padded = np.pad(scales, ((0, 0), (0, groups * each - scales.shape[1])))
+    return _merged(padded.reshape(len(scales), groups, each))
+
+
+def coarsest_unit(scales: _Floats, group: int, cols: int) -> str | None:
+    """Return the first of ``UNITS`` that holds these scales; None if none does."""
+    for unit in UNITS:
+        if scales_in(unit, scales, group, cols) is not None:
+            return unit
+    return None
