@@ -5,17 +5,12 @@ standard error.
 """
 
 import argparse
-import codecs
-import contextlib
-import io
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
+from legacy1bit.commands.lines import history, lines
 from legacy1bit.commands.options import (
     ALL_CORES,
     add_model,
@@ -34,7 +29,6 @@ from legacy1bit.packed import PackedModel
 from legacy1bit.system.errors import INTERRUPTED
 
 _MOST_TEXTS = 1 << 20
-_HISTORY_LINES = 1000
 
 # Largest file of a prompt: the model sees only its end, and a device may be endless.
 _MOST_BYTES = 1 << 26
@@ -247,8 +241,8 @@ def _interact(
         file=sys.stderr,
     )
     text = b""
-    with _history():
-        for line in _lines():
+    with history("history"):
+        for line in lines(lambda: "> "):
             prompt = line or text
             try:
                 _warn_of_length(generator, prompt)
@@ -259,48 +253,3 @@ def _interact(
             write_bytes(b"\n")
             seed += 1
     return 0
-
-
-def _lines() -> Iterator[bytes]:
-    """Yield lines of standard input; without a terminal they are any bytes."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(EOFError):
-            while True:
-                yield os.fsencode(input("> "))
-        return
-    stream = standard_input()
-    first = stream.readline()
-    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        # Line breaks are other bytes there.
-        stream = io.BytesIO(decode_text(first + stream.read(), "standard input"))
-        first = stream.readline()
-    for line in itertools.chain([first.removeprefix(codecs.BOM_UTF8)] if first else [], stream):
-        yield line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Edit lines, with a history of earlier sessions, if the system has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    if not sys.stdin.isatty():
-        yield
-        return
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    if state.startswith("~"):
-        print("there is no home folder to keep a history in", file=sys.stderr)
-        yield
-        return
-    file = Path(state) / "legacy1bit" / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(file)
-    readline.set_history_length(_HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)

@@ -49,9 +49,12 @@ class Template(Protocol):
     ----------
     stop : tuple of str
         Texts that end an answer, beside the stop tokens.
+    names_tokens : bool
+        Whether names of special tokens in the text stand for them.
     """
 
     stop: tuple[str, ...]
+    names_tokens: bool
 
     def render(self, messages: Messages, answer: bool = True) -> str:
         """Return the text of a conversation, and the beginning of an answer behind it.
@@ -79,6 +82,7 @@ class PlainTemplate:
     def __init__(self, begin: str = "", end: str = "\n") -> None:
         self._begin, self._end = begin, end
         self.stop: tuple[str, ...] = ("\nUser:",) if end == "\n" else ()
+        self.names_tokens = bool(begin)
 
     def render(self, messages: Messages, answer: bool = True) -> str:
         """Return the text of a conversation."""
@@ -106,6 +110,7 @@ class JinjaTemplate:
     """
 
     stop: tuple[str, ...] = ()
+    names_tokens = True
 
     def __init__(self, source: str, names: Mapping[str, str] | None = None) -> None:
         if len(source) > _MOST_SOURCE:
@@ -204,7 +209,7 @@ def _words(text: str) -> frozenset[str]:
 
 
 # Attributes of plain data.
-_METHODS = {
+_METHODS: dict[type, frozenset[str]] = {
     str: _words(
         "strip lstrip rstrip split rsplit splitlines partition rpartition startswith endswith "
         "upper lower title capitalize replace find rfind index count join removeprefix "
