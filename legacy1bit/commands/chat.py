@@ -51,7 +51,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Talk with a model. Each line is a message; /help lists what else can be typed."
     )
     add_model(command)
-    command.add_argument("--system", default="", help="how the model is to answer")
+    command.add_argument("--system", default="", help="how the model is to answer (default: nothing)")
     command.add_argument(
         "--template",
         metavar="FILE",
