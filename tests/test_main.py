@@ -2488,10 +2488,6 @@ def test_training_whose_watcher_leaves_is_not_lost(say):
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
 NO_MODELS = {
-    "x.gguf": (
-        b"GGUF\3\0\0\0" + bytes(32),
-        "it is a GGUF model (legacy1bit import --model x.gguf --out DIR makes a folder of it)",
-    ),
     "run/model.safetensors": (
         b'\x40\0\0\0\0\0\0\0{"a":' + bytes(32),
         "it is a safetensors file of weights (--model takes run)",
@@ -2513,13 +2509,21 @@ def test_commands_say_what_is_taken_for_a_model(fail, name):
         ("info", "--model", name),
         ("export", "--format", "c", "--out", "model.c", "--model", name),
         ("train", "--resume", name),
-        *([] if name == "x.gguf" else [("import", "--out", "new", "--model", name)]),
+        ("import", "--out", "new", "--model", name),
     ):
         assert message in fail(*command)
     if find_spec("matplotlib"):
         assert message in fail("plot", "--out", "a.png", name)
         assert message in fail("plot", "--kind", "weights", "--out", "a.png", name)
         assert message in fail("report", "--out", "a.html", name)
+
+
+def test_gguf_files_are_models_and_no_runs(fail):
+    Path("x.gguf").write_bytes(b"GGUF\3\0\0\0" + bytes(32))
+    for command in ("generate", "evaluate", "info"):
+        assert "setting general.architecture is missing" in fail(command, "--model", "x.gguf")
+    message = "it is a GGUF model (legacy1bit generate --model x.gguf runs it)"
+    assert message in fail("train", "--resume", "x.gguf")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])

@@ -195,9 +195,12 @@ class _Source(NamedTuple):
         if found is None:
             return None
         scales, group = found
+        if self.factor != 1.0:
+            with np.errstate(all="ignore"):
+                scales = scales * np.float32(self.factor)
         if not np.isfinite(scales).all():
             raise ValueError("has a scale that is not finite (NaN or infinite)")
-        return scales * np.float32(self.factor) if self.factor != 1.0 else scales, group
+        return scales, group
 
     def unit(self) -> str | None:
         """Return the coarsest unit of its scales; None if it is not ternary."""
@@ -391,8 +394,10 @@ class _Settings:
             return default
         if type(value) not in (int, float) or not math.isfinite(value):
             raise ValueError(self._wrong(name, value, "a number"))
-        # Files have single precision, and 1e-5 is not the nearest number.
-        return float(value)
+        # The number that was written: GGUF has single precision, in which 1e-5 is another one.
+        with np.errstate(over="ignore"):
+            single = np.float32(value)
+        return float(str(single)) if float(single) == value else float(value)
 
     def text(self, name: str, default: str | None = None) -> str:
         """Return a text."""
@@ -565,6 +570,13 @@ def _gguf_config(
         settings["rope_original_length"] = own.integer(
             "rope.scaling.original_context_length", settings["sequence_length"]
         )
+    return _config_of(settings)
+
+
+def _config_of(settings: dict[str, Any]) -> ModelConfig:
+    """Return the settings of a model, whose positions must rotate."""
+    if settings["rope_base"] <= 1.0:
+        raise ValueError(f"its base of rotary positions is {settings['rope_base']}, expected more")
     return ModelConfig(**settings)
 
 
@@ -773,7 +785,8 @@ def _packed_source(
     if number <= 0.0:
         raise ValueError(f"has weight_scale {number}, expected a number above 0")
     if packing.divides:
-        number = np.float32(1.0) / number
+        with np.errstate(over="ignore"):
+            number = np.float32(1.0) / number
     codes = Quarters(tensor.data.reshape(tensor.shape), float(number))
     return _Source(codes.shape, codes, None)
 
@@ -816,7 +829,7 @@ def _hugging_face_config(
     else:
         own.refuse_unless("partial_rotary_factor", 1, 1.0)
     _add_yarn(settings, about)
-    return ModelConfig(**settings)
+    return _config_of(settings)
 
 
 def _add_yarn(settings: dict[str, Any], about: _Settings) -> None:

@@ -312,7 +312,8 @@ class Floats:
         ValueError
             If a number is not finite.
         """
-        values: _Floats = _DECODE[self._kind.name](self._rows[strip])
+        with np.errstate(all="ignore"):
+            values: _Floats = _DECODE[self._kind.name](self._rows[strip])
         if not np.isfinite(values).all():
             raise ValueError("holds a number that is not finite")
         return values
@@ -357,7 +358,8 @@ class Masters:
         factor = np.float32(1.0) / self._mean()
         result = np.empty((self.shape[0], -(-self.shape[1] // 4)), np.uint8)
         for strip, values in self._weights.strips():
-            codes = np.clip(np.rint(values * factor), -1.0, 1.0)
+            with np.errstate(over="ignore"):
+                codes = np.clip(np.rint(values * factor), -1.0, 1.0)
             result[strip] = _join((codes + 1.0).astype(np.uint8))
         return result
 

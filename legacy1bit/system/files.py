@@ -80,7 +80,7 @@ _KINDS = (
     (
         # The version, in either order of bytes.
         rb"GGUF(?:[\1-\x0f]\0\0\0|\0\0\0[\1-\x0f])",
-        FileKind("a GGUF model", "legacy1bit import --model FILE --out DIR makes a folder of it"),
+        FileKind("a GGUF model", "legacy1bit generate --model FILE runs it"),
     ),
     (
         # The header's length, and its first name.

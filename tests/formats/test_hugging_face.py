@@ -15,11 +15,10 @@ from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.forward import forward_llm
+from legacy1bit.forward import forward_llm, forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.model import (
     LAYER_NORM_EPSILON,
-    ModelFileError,
     TernaryMatrix,
     load_model,
     save_model,
@@ -321,10 +320,14 @@ def test_training_takes_the_tokenizer_of_an_export(tmp_path, say, fail, kind):
         load_tokenizer(export)
 
 
-def test_export_is_refused_as_a_model(tmp_path):
-    export_hugging_face(exportable(), tmp_path)
-    for call in (load_model, Generator.load):
-        with pytest.raises(
-            ModelFileError, match="is a model of transformers, which cannot be read"
-        ):
-            call(tmp_path)
+def test_export_is_read_as_a_model(tmp_path):
+    model = exportable()
+    export_hugging_face(model, tmp_path)
+    tokens = np.arange(12)[None]
+    np.testing.assert_allclose(
+        forward_llm_batch(load_model(tmp_path), tokens),
+        forward_llm_batch(model, tokens),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+    assert Generator.load(tmp_path).complete("a", 3).tokens == 3

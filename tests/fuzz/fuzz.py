@@ -257,6 +257,25 @@ def fuzz_gguf(folder: Path, parts: list[bytes]) -> None:
     use_model(model, PackedModel(model))
 
 
+def fuzz_published_gguf(folder: Path, parts: list[bytes]) -> None:
+    """A model of others as GGUF."""
+    put(folder / "model.gguf", gguf_file(parts))
+    use_model(load_model(folder / "model.gguf"), PackedModel.load(folder / "model.gguf"))
+
+
+def fuzz_published_folder(folder: Path, parts: list[bytes]) -> None:
+    """Settings and weights of others: a header and data, or an index and several of them."""
+    config, *rest = parts
+    put(folder / "config.json", config)
+    if len(rest) < 3:
+        put(folder / "model.safetensors", b"".join(rest) if len(rest) < 2 else tensor_file(*rest))
+    else:
+        put(folder / "model.safetensors.index.json", rest[0])
+        for number, (header, data) in enumerate(zip(rest[1::2], rest[2::2], strict=False)):
+            put(folder / f"{number}.safetensors", tensor_file(header, data))
+    use_model(load_model(folder), PackedModel.load(folder))
+
+
 def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """The tokenizer in such a file."""
     put(folder / "model.gguf", gguf_file(parts))
@@ -840,6 +859,160 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         ],
     )
     yield "parquet", [[table] for table in tables()]
+    yield from published_models()
+
+
+# Bytes of a block with codes of -1, 0 and 1 and scale 1 / 4, or of some floats, by the type.
+_BLOCKS = {
+    0: (1, struct.pack("<f", -0.25)),
+    1: (1, b"\0\x34"),
+    2: (32, b"\0\x34" + b"\x59" * 16),
+    8: (32, b"\0\x34" + b"\x59" * 32),
+    12: (256, b"\0\x34" * 2 + b"\x59" * 140),
+    14: (256, b"\x59" * 208 + b"\0\x34"),
+    30: (1, b"\x80\x3e"),
+    34: (256, b"\x59" * 52 + b"\0\x34"),
+    35: (256, b"\x19" * 64 + b"\0\x34"),
+    42: (64, b"\0\x34" + b"\x19" * 16),
+    # The legacy form, which is 42 in a file.
+    -42: (128, b"\0\x34" + b"\x19" * 32),
+    142: (128, b"\0\x34" + b"\x19" * 32),
+    143: (128, b"\x59" * 26 + b"\0\x34"),
+}
+
+
+def published_gguf(
+    architecture: str, sizes: dict[str, int], kinds: str, **more: float | str
+) -> list[bytes]:
+    """Return a model of others: ``kinds`` has the types of its matrices, or -1 for none.
+
+    They are those of embedding, output, queries, keys, values, output of attention, gate, up, down.
+    """
+    dim, wide, narrow, ffn = (sizes[name] for name in "CQKF")
+    shapes = [("token_embd", (dim, 3)), ("output", (dim, 3))]
+    block = {"attn_q": (dim, wide), "attn_k": (dim, narrow), "attn_v": (dim, narrow)}
+    block |= {"attn_output": (wide, dim), "ffn_gate": (dim, ffn), "ffn_up": (dim, ffn)}
+    shapes += [
+        (f"blk.0.{name}", shape) for name, shape in {**block, "ffn_down": (ffn, dim)}.items()
+    ]
+    norms = {"blk.0.attn_norm": dim, "blk.0.ffn_norm": dim, "output_norm": dim}
+    if architecture.startswith("bitnet"):
+        norms |= {"blk.0.attn_sub_norm": wide, "blk.0.ffn_sub_norm": ffn}
+    if architecture == "qwen3":
+        norms |= dict.fromkeys(("blk.0.attn_q_norm", "blk.0.attn_k_norm"), sizes["D"])
+    tensors: list[tuple[str, tuple[int, ...], int]] = [
+        (f"{name}.weight", shape, int(kind))
+        for (name, shape), kind in zip(shapes, kinds.split(), strict=True)
+        if kind != "-1"
+    ]
+    tensors += [(f"{name}.weight", (size,), 0) for name, size in norms.items()]
+    if architecture == "nemotron":
+        tensors += [(f"{name}.bias", (size,), 0) for name, size in norms.items()]
+        for name, size in (("attn_q", wide), ("attn_k", narrow), ("attn_v", narrow)):
+            tensors.append((f"blk.0.{name}.bias", (size,), 0))
+        for name, size in (("attn_output", dim), ("ffn_up", ffn), ("ffn_down", dim)):
+            tensors.append((f"blk.0.{name}.bias", (size,), 0))
+    entries, data = [], b""
+    for name, shape, kind in tensors:
+        data = data.ljust(-(-len(data) // 32) * 32, b"\0")
+        entries.append([name, list(shape), abs(kind), len(data)])
+        count = int(np.prod(shape))
+        if kind == 36:
+            data += b"\x19" * (count // 4) + struct.pack("<f", 0.25) + bytes(28)
+        else:
+            block_size, content = _BLOCKS[kind]
+            data += content * (count // block_size)
+    epsilon = "layer_norm_epsilon" if architecture == "nemotron" else "layer_norm_rms_epsilon"
+    told = {
+        **{
+            "context_length": 8,
+            "embedding_length": dim,
+            "block_count": 1,
+            "feed_forward_length": ffn,
+        },
+        "attention.head_count": wide // sizes["D"],
+        "attention.head_count_kv": narrow // sizes["D"],
+        **{"attention.key_length": sizes["D"], f"attention.{epsilon}": 1e-5},
+        **more,
+    }
+    numbers = {int: 4, float: 6, str: 8}
+    keys: list[Any] = [["general.architecture", 8, architecture]]
+    keys += [[f"{architecture}.{name}", numbers[type(x)], x] for name, x in told.items()]
+    keys.append(["tokenizer.ggml.tokens", 9, [8, ["a", "b", "c"]]])
+    return [json.dumps({"keys": keys, "tensors": entries}).encode(), data]
+
+
+def published_models() -> Iterator[tuple[str, list[list[bytes]]]]:
+    """Yield models of others that have every type between them."""
+    yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 2.0}
+    yield (
+        "published_gguf",
+        [
+            published_gguf(
+                "llama", {**dict.fromkeys("QKFD", 2), "C": 256}, "12 14 34 35 42 0 142 143 1"
+            ),
+            published_gguf(
+                "bitnet-25", {"C": 16, "Q": 16, "K": 8, "F": 8, "D": 8}, "1 1" + " 36" * 7
+            ),
+            published_gguf(
+                "qwen3",
+                {**dict.fromkeys("KFD", 2), "Q": 16, "C": 128},
+                "-42 -1 -42 -42 -42 30 -42 -42 30",
+                **yarn,
+                **{"rope.scaling.original_context_length": 4},
+            ),
+            published_gguf(
+                "nemotron", {"C": 32, "Q": 4, "K": 4, "F": 3, "D": 4}, "2 8 0 0 0 0 -1 0 0"
+            ),
+        ],
+    )
+    config = {
+        **{"model_type": "llama", "vocab_size": 3, "hidden_size": 4, "intermediate_size": 4},
+        **{"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2},
+        **{"hidden_act": "silu", "max_position_embeddings": 8, "rms_norm_eps": 1e-6},
+    }
+    packed = {"quantization_config": {"quant_method": "bitnet"}}
+    masters = {"quant_method": "bitnet", "quantization_mode": "online"}
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4}
+    folders = [
+        (config | packed, "U8", False),
+        (config | {"model_type": "bitnet", "quantization_config": masters}, "BF16", False),
+        (config | {"model_type": "qwen3", "head_dim": 2, "rope_parameters": rope}, "F16", True),
+    ]
+    yield "published_folder", [published_folder(*folder) for folder in folders]
+
+
+def published_folder(config: dict[str, Any], dtype: str, is_split: bool) -> list[bytes]:
+    """Return a folder of others, of one file or of two with an index."""
+    layer, kind = "model.layers.0.", config["model_type"]
+    matrices = [f"self_attn.{part}_proj" for part in "qkvo"]
+    matrices += [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
+    norms = {f"{layer}{name}": 4 for name in ("input_layernorm", "post_attention_layernorm")}
+    if kind == "bitnet":
+        norms |= {f"{layer}self_attn.attn_sub_norm": 4, f"{layer}mlp.ffn_sub_norm": 4}
+    if kind == "qwen3":
+        norms |= {f"{layer}self_attn.q_norm": 2, f"{layer}self_attn.k_norm": 2}
+    words = {"F32": b"\0\0\x80\x3e", "F16": b"\0\x34", "BF16": b"\x80\x3e", "U8": b"\x19"}
+    tensors = [("model.embed_tokens.weight", [3, 4], "F32"), ("model.norm.weight", [4], "F32")]
+    tensors += [(f"{name}.weight", [size], "F32") for name, size in norms.items()]
+    for name in matrices:
+        rows = 1 if dtype == "U8" else 4
+        tensors.append((f"{layer}{name}.weight", [rows, 4], dtype))
+        if dtype == "U8":
+            tensors.append((f"{layer}{name}.weight_scale", [1], "BF16"))
+    files: list[bytes] = []
+    places = {}
+    for number, part in enumerate((tensors[::2], tensors[1::2]) if is_split else (tensors,)):
+        header, data = {}, b""
+        for name, shape, stored in part:
+            content = words[stored] * int(np.prod(shape))
+            ends = [len(data), len(data) + len(content)]
+            header[name] = {"dtype": stored, "shape": shape, "data_offsets": ends}
+            data += content
+            places[name] = f"{number}.safetensors"
+        files += [json.dumps(header).encode(), data]
+    index = [json.dumps({"weight_map": places}).encode()] if is_split else []
+    return [json.dumps(config).encode(), *index, *files]
 
 
 def tables() -> Iterator[bytes]:

@@ -1,23 +1,31 @@
 """Files of published models for tests: where they are, and the keys of a GGUF file."""
 
 import json
-import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from helpers import paths
+
 # A folder of small models with the tokens, chats and logits that other software gives for them.
-GOLDEN = os.environ.get("LEGACY1BIT_GOLDEN_MODELS", "")
+GOLDEN = paths.GOLDEN / "models"
 with_golden_models = pytest.mark.skipif(
-    not GOLDEN, reason="LEGACY1BIT_GOLDEN_MODELS does not name a folder of published models"
+    not GOLDEN.is_dir(), reason="the golden models are not here, which lie beside the source"
 )
 
 
 def golden():
     """Return for each file or folder of the golden models its path, and what is said about it."""
-    abouts = [json.loads(path.read_text("utf-8")) for path in sorted(Path(GOLDEN).glob("*.json"))]
-    return [(Path(GOLDEN, file), about) for about in abouts for file in about["files"]]
+    abouts = [json.loads(path.read_text("utf-8")) for path in sorted(GOLDEN.glob("*.json"))]
+    return [(GOLDEN / file, about) for about in abouts for file in about["files"]]
+
+
+def golden_logits(about):
+    """Return the logits that other software gives, float64[2, T, V]: as the model is defined."""
+    logits = np.fromfile(GOLDEN / about["references"][0]["file"], "<f4")
+    return logits.reshape(about["logits_shape"]).astype(np.float64)
 
 
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q",
