@@ -21,6 +21,7 @@ from legacy1bit.commands.options import (
     threads_of,
     write_bytes,
 )
+from legacy1bit.data.published_tokenizer import PublishedTokenizer
 from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, Template
 from legacy1bit.formats.published import read_template
@@ -51,7 +52,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "Talk with a model. Each line is a message; /help lists what else can be typed."
     )
     add_model(command)
-    command.add_argument("--system", default="", help="how the model is to answer (default: nothing)")
+    command.add_argument(
+        "--system", default="", help="how the model is to answer (default: nothing)"
+    )
     command.add_argument(
         "--template",
         metavar="FILE",
@@ -252,12 +255,16 @@ class Conversation:
 
     def _tokens(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        text = self._template.render([*system, *self.messages[self.dropped :]])
+        messages = [*system, *self.messages[self.dropped :]]
         tokenizer = self._generator.tokenizer
-        if self._template.names_tokens:
-            tokens = tokenizer.encode_special(text)
+        if not self._template.names_tokens:
+            tokens = self._generator.encode(self._template.render(messages))
         else:
-            tokens = self._generator.encode(text)
+            if isinstance(tokenizer, PublishedTokenizer):
+                messages = [
+                    {**one, "content": tokenizer.protect(one["content"])} for one in messages
+                ]
+            tokens = tokenizer.encode_special(self._template.render(messages))
         if not tokens.size:
             raise ValueError("the chat template makes no text of the conversation")
         return [int(token) for token in tokens]

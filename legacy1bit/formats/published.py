@@ -18,7 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    UnknownTokenizer,
+    tokenizer_of,
+)
 from legacy1bit.formats import native, safetensors_file
 from legacy1bit.formats.chat_template import Template, template_of
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
@@ -97,6 +102,8 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if path.is_file() and is_gguf(path):
         with _refusing(path):
             keys = read_keys(path)
+            if f"{_TOKENIZER}model" not in keys:
+                return UnknownTokenizer(vocab_size)
             # Our own files, too: their tokenizers are byte-level BPEs.
             return PublishedTokenizer.of_gguf(keys, vocab_size)
     if is_hugging_face(path) and (path / TOKENIZER_FILE).exists():

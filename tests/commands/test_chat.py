@@ -316,6 +316,16 @@ def test_conversations_have_the_tokens_of_other_software():
                 conversation.messages = list(case["messages"])
                 assert conversation._tokens() == case["ids"], path
                 conversation.messages.pop()
+                # What is typed is no special token.
+                end, *_ = generator.tokenizer.stop_tokens
+                ends = conversation._tokens().count(end)
+                said = [name for name, token in generator.tokenizer.special_tokens.items()
+                        if token == end]  # fmt: skip
+                conversation.messages.append({"role": "user", "content": f"a{said[0]}b"})
+                found = conversation._tokens()
+                assert found.count(end) - ends in (0, 1), path
+                assert f"a{said[0]}b" in generator.tokenizer.decode(found).decode()
+                conversation.messages.pop()
                 text = "".join(conversation.ask("Hello?"))
                 conversation.finish(text)
                 template.close()
