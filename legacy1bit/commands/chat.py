@@ -42,6 +42,9 @@ A message that begins with / is written with //. Ctrl-C stops an answer, and a s
 
 _QUOTES = '"""'
 
+# Keys and values of more tokens would take much memory.
+_CONTEXT = 8192
+
 # Tokens of a prompt that are read before Ctrl-C is heard.
 _BLOCK = 256
 
@@ -69,7 +72,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--context",
         type=int,
         metavar="N",
-        help="tokens of the conversation that are kept (default: the model's context)",
+        help="tokens of the conversation that are kept (default: the model's context, at most "
+        f"{_CONTEXT})",
     )
     command.add_argument(
         "--seed", type=int, metavar="N", help="repeat a conversation (default: another each time)"
@@ -147,7 +151,7 @@ class Conversation:
     max_tokens : int
         The longest answer.
     context : int, optional
-        How many tokens the decoder keeps; by default the model's context.
+        How many tokens the decoder keeps; by default the model's context, at most 8192.
 
     Attributes
     ----------
@@ -176,7 +180,7 @@ class Conversation:
         self._sampling, self._max_tokens = sampling, max_tokens
         most = generator.model.config.sequence_length
         self.decoder = Decoder(
-            generator.model, generator.threads, most if context is None else min(context, most)
+            generator.model, generator.threads, min(most, _CONTEXT if context is None else context)
         )
         # The tokens that the decoder has, or the first of them.
         self._cached: list[int] = []
@@ -194,28 +198,19 @@ class Conversation:
         Raises
         ------
         ValueError
-            If the message alone is longer than the context, or the template refuses it.
+            If the message alone is longer than the context, or the template refuses it. It is not
+            part of the conversation then, nor after Ctrl-C.
         """
-        self.messages.append({"role": "user", "content": text})
         before = self.dropped
+        self.messages.append({"role": "user", "content": text})
         try:
             tokens = self._prompt()
+            self._read(tokens)
         except BaseException:
             self.messages.pop()
             self.dropped = before
             raise
-        # What is the same is in the cache; of the last token, the logits are needed.
-        same = 0
-        for old, new in zip(self._cached, tokens[:-1], strict=False):
-            if old != new:
-                break
-            same += 1
         self._history = tokens
-        self._cached = tokens[:same]
-        self.decoder.truncate(same)
-        while len(tokens) - self.decoder.length > _BLOCK:
-            self.decoder.prefill(tokens[self.decoder.length : self.decoder.length + _BLOCK])
-            self._cached = tokens[: self.decoder.length]
         return self._generator.resume(
             self.decoder,
             self._history,
@@ -224,6 +219,19 @@ class Conversation:
             self.seed + len(self.messages) // 2,
             self.stop,
         )
+
+    def _read(self, tokens: list[int]) -> None:
+        """Have the decoder read tokens, but for the last ones, which are read with the answer."""
+        same = 0
+        for old, new in zip(self._cached, tokens[:-1], strict=False):
+            if old != new:
+                break
+            same += 1
+        self._cached = tokens[:same]
+        self.decoder.truncate(same)
+        while len(tokens) - self.decoder.length > _BLOCK:
+            self.decoder.prefill(tokens[self.decoder.length : self.decoder.length + _BLOCK])
+            self._cached = tokens[: self.decoder.length]
 
     def finish(self, answer: str) -> None:
         """Take in an answer, or as much of it as there is."""
@@ -304,9 +312,7 @@ def _answer(conversation: Conversation, text: str, terminal: bool) -> bool:
     try:
         stream = conversation.ask(text)
     except KeyboardInterrupt:
-        # The message was read in part; it stands, and has no answer.
-        conversation.finish("")
-        write_bytes(b"\n")
+        print("the message is left out", file=sys.stderr)
         return True
     if conversation.dropped > dropped:
         print(

@@ -292,7 +292,9 @@ def fuzz_published_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """The tokenizer of a model of others: in GGUF, or as Hugging Face's files."""
     if len(parts) > 2 or not parts[0].lstrip().startswith(b'{"version"'):
         put(folder / "model.gguf", gguf_file(parts))
-        use_published_tokenizer(published.read_tokenizer(folder / "model.gguf", SUBWORDS.vocab_size))
+        use_published_tokenizer(
+            published.read_tokenizer(folder / "model.gguf", SUBWORDS.vocab_size)
+        )
         published.read_template(folder / "model.gguf", {})
     else:
         put(folder / "tokenizer.json", parts[0])
