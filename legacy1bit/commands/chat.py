@@ -12,17 +12,14 @@ from pathlib import Path
 
 from legacy1bit.commands.lines import history, lines
 from legacy1bit.commands.options import (
-    ALL_CORES,
+    add_generation,
     add_model,
-    add_settings,
-    given,
+    generation_of,
     latest_run,
     path_of,
-    threads_of,
     write_bytes,
 )
 from legacy1bit.data.published_tokenizer import PublishedTokenizer
-from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, Template
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator, Stream, new_seed
@@ -56,7 +53,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add_model(command)
     command.add_argument(
-        "--system", default="", help="how the model is to answer (default: nothing)"
+        "--system",
+        default="",
+        metavar="TEXT",
+        help="how the model is to answer (default: nothing)",
     )
     command.add_argument(
         "--template",
@@ -66,48 +66,21 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: the model's own)",
     )
     command.add_argument(
-        "--max-tokens", type=int, default=1024, metavar="N", help="of an answer (default: 1024)"
-    )
-    command.add_argument(
         "--context",
         type=int,
         metavar="N",
         help="tokens of the conversation that are kept (default: the model's context, at most "
         f"{_CONTEXT})",
     )
-    command.add_argument(
-        "--seed", type=int, metavar="N", help="repeat a conversation (default: another each time)"
-    )
-    command.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        type=with_line_breaks,
-        help="end an answer before this text, \\n: a line break; may be given several times",
-    )
-    command.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
-    )
-    add_settings(command, "sampling", SamplingConfig)
+    add_generation(command, "an answer", 1024)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until standard input ends."""
-    sampling = SamplingConfig(**given(arguments, SamplingConfig))
-    for name, low in (("seed", 0), ("max-tokens", 1), ("context", 2)):
-        value = getattr(arguments, name.replace("-", "_"))
-        if value is not None and value < low:
-            raise ValueError(f"--{name} is {value}, expected {low} or more")
-    if "" in arguments.stop:
-        raise ValueError("--stop is empty, expected text")
+    sampling, threads = generation_of(arguments, max_tokens=1, context=2)
     for stream, name in ((sys.stdin, "input"), (sys.stdout, "output")):
         if stream is None:
             raise ValueError(f"standard {name} is closed")
-    threads = None if arguments.threads is None else threads_of(arguments)
     path = arguments.model or latest_run()
     with Generator.load(path, threads) as generator:
         template = _template(arguments.template, path, generator)

@@ -12,16 +12,13 @@ import time
 
 from legacy1bit.commands.lines import history, lines
 from legacy1bit.commands.options import (
-    ALL_CORES,
+    add_generation,
     add_model,
-    add_settings,
-    given,
+    generation_of,
     latest_run,
-    threads_of,
     write_bytes,
 )
 from legacy1bit.data.sources import decode_text, standard_input
-from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
@@ -59,23 +56,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="ask for prompts, with a history; an empty line continues the last text",
     )
     command.add_argument(
-        "--max-tokens", type=int, default=250, metavar="N", help="length (default: 250)"
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="repeat a text (default: another one each time, printed on standard error)",
-    )
-    command.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        type=with_line_breaks,
-        help="end before this text, \\n: a line break; may be given several times",
-    )
-    command.add_argument(
         "--count",
         type=int,
         default=1,
@@ -83,36 +63,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="number of texts, of this seed and the next ones (default: 1)",
     )
     command.add_argument("--json", action="store_true", help="print each text as a line of JSON")
-    command.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
-    )
-    add_settings(command, "sampling", SamplingConfig)
+    add_generation(command, "a text", 250)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate the texts."""
-    sampling = SamplingConfig(**given(arguments, SamplingConfig))
-    for name, value, low in (
-        ("seed", 0 if arguments.seed is None else arguments.seed, 0),
-        ("max-tokens", arguments.max_tokens, 0),
-        ("count", arguments.count, 1),
-    ):
-        if value < low:
-            raise ValueError(f"--{name} is {value}, expected {low} or more")
+    sampling, threads = generation_of(arguments, max_tokens=0, count=1)
     if arguments.count > _MOST_TEXTS:
         raise ValueError(f"--count is {arguments.count}, expected at most {_MOST_TEXTS}")
-    if "" in arguments.stop:
-        raise ValueError("--stop is empty, expected text")
     if arguments.interactive and (arguments.json or arguments.count > 1):
         raise ValueError("--interactive excludes --json and --count")
     if arguments.interactive and sys.stdin is None:
         raise ValueError("standard input is closed")
     if sys.stdout is None:
         raise ValueError("standard output is closed")
-    threads = None if arguments.threads is None else threads_of(arguments)
     prompt = b"" if arguments.interactive else _prompt(arguments)
     folder = arguments.model or latest_run()
     model = PackedModel.load(folder)
