@@ -548,8 +548,9 @@ class _GgufKeys:
         return token
 
     def merges(self) -> list[tuple[str, ...]]:
-        """Return the pairs that byte-level BPE merges."""
-        return [tuple(merge.split(" ")) for merge in self._list("merges", str)]
+        """Return the pairs that byte-level BPE merges, but for those of what is no token."""
+        pairs = [tuple(merge.split(" ")) for merge in self._list("merges", str)]
+        return [pair for pair in pairs if len(pair) == 2 and "".join(pair) in self.ids]
 
     def scores(self) -> list[float]:
         """Return a score for each token of SentencePiece."""

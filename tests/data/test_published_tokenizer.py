@@ -194,6 +194,15 @@ def test_a_saved_tokenizer_is_read_again(chat_tokenizer, tmp_path):
         PublishedTokenizer.of_folder(tmp_path, 200)
 
 
+def test_a_vocabulary_may_have_no_merges():
+    # llama.cpp asks for one, which export writes of what is no token.
+    keys = byte_level_keys(())
+    for merges in ([], ["\u2581 \u2581"], ["ab"]):
+        keys["tokenizer.ggml.merges"] = merges
+        tokenizer = PublishedTokenizer.of_gguf(keys)
+        assert tokenizer.encode(b"the\xff").tolist() == [*b"the\xff"]
+
+
 def test_a_missing_rule_is_llama_3s_where_the_vocabulary_is():
     text = "1234567 I'LL"
     merges = ("1 2", "12 3", "4 5", "45 6", "' L", "'L L", "34 5", "3 4")
