@@ -25,6 +25,13 @@
  *   i8_round(p, v)            VF32_LANES integers nearest to v, within -127 to 127, as int8
  *   i8_round4(p, v)           the same for four vectors
  *
+ *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
+ *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)
+ *   vi32_float(v)             the integers as floats
+ *   vi32_add_dot(s, a, b)     adds a[0] * b[0] + a[1] * b[1] of each pair to the integers *s
+ *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
+ *                             any integers where a or b is NaN
+ *
  *   simd_prepare()            called once, before anything else
  *
  * the register tile of the matrix product: TILE_ROWS rows by TILE_VECTORS vectors of accumulators,
@@ -71,7 +78,7 @@ enum {
 };
 
 /* Keeps the compiler from reordering additions, which may need more registers than there are. */
-#define KEEP_ORDER(v) __asm__("" : "+x"(v))
+#define KEEP_ORDER(v) __asm__("" : "+v"(v))
 
 /* Where sums are added up in all their bits at once, they are their only part. */
 #define VPART_IS_VSUM                                                                              \
@@ -107,6 +114,61 @@ static inline void i8_round4(signed char *p, const vf32 *v)
 {
     for (int i = 0; i < 4; i++)
         i8_round(p + i * VF32_LANES, v[i]);
+}
+#endif
+
+#ifndef VI32
+typedef struct { int lane[VF32_LANES]; } vi32;
+
+static inline vi32 vi32_splat(int x)
+{
+    vi32 v;
+    for (int i = 0; i < VF32_LANES; i++)
+        v.lane[i] = x;
+    return v;
+}
+
+static inline vi32 vi32_zero(void) { return vi32_splat(0); }
+
+static inline vi32 vi32_load(const int *p)
+{
+    vi32 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+static inline vi32 vi32_add(vi32 a, vi32 b)
+{
+    for (int i = 0; i < VF32_LANES; i++)
+        a.lane[i] += b.lane[i];
+    return a;
+}
+
+static inline vf32 vi32_float(vi32 v)
+{
+    float lanes[VF32_LANES];
+    for (int i = 0; i < VF32_LANES; i++)
+        lanes[i] = (float)v.lane[i];
+    return vf32_load(lanes);
+}
+
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+{
+    for (int i = 0; i < VF32_LANES; i++)
+        s->lane[i] += (short)a.lane[i] * (short)b.lane[i] + (a.lane[i] >> 16) * (b.lane[i] >> 16);
+}
+
+/* NaN, whose conversion is undefined in C, becomes 0. */
+static inline void i16_pairs(int *p, vf32 a, vf32 b)
+{
+    float low[VF32_LANES], high[VF32_LANES];
+    vf32_store(low, vf32_round(a));
+    vf32_store(high, vf32_round(b));
+    for (int i = 0; i < VF32_LANES; i++) {
+        const int first = low[i] == low[i] ? (int)low[i] : 0;
+        const int second = high[i] == high[i] ? (int)high[i] : 0;
+        p[i] = (int)(((unsigned int)first & 0xffff) | (unsigned int)second << 16);
+    }
 }
 #endif
 

@@ -128,6 +128,32 @@ static inline void i8_round4(signed char *p, const vf32 *v)
         _mm256_packs_epi16(low, high), order));
 }
 
+#define VI32
+typedef __m256i vi32;
+
+static inline vi32 vi32_zero(void) { return _mm256_setzero_si256(); }
+static inline vi32 vi32_splat(int x) { return _mm256_set1_epi32(x); }
+static inline vi32 vi32_load(const int *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm256_add_epi32(a, b); }
+static inline vf32 vi32_float(vi32 v) { return _mm256_cvtepi32_ps(v); }
+
+/* In place, and in order: a tile of sums leaves no registers for copies, or for loads ahead. */
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+{
+#ifdef __AVXVNNI__
+    *s = _mm256_dpwssd_avx_epi32(*s, a, b);
+    KEEP_ORDER(*s);
+#else
+    __asm__("vpaddd %1, %0, %0" : "+x"(*s) : "x"(_mm256_madd_epi16(a, b)));
+#endif
+}
+
+static inline void i16_pairs(int *p, vf32 a, vf32 b)
+{
+    const __m256i high = _mm256_slli_epi32(_mm256_cvtps_epi32(b), 16);
+    _mm256_storeu_si256((__m256i *)p, _mm256_blend_epi16(_mm256_cvtps_epi32(a), high, 0xaa));
+}
+
 enum { VSUM_ROWS = 8, VSUM_AT_ONCE = 8 };
 typedef __m256i vsum;
 typedef struct { __m256i field[4]; } vact;

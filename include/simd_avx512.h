@@ -110,6 +110,32 @@ static inline void i8_round4(signed char *p, const vf32 *v)
     _mm512_storeu_si512(p, _mm512_permutexvar_epi32(order, _mm512_packs_epi16(low, high)));
 }
 
+#define VI32
+typedef __m512i vi32;
+
+static inline vi32 vi32_zero(void) { return _mm512_setzero_si512(); }
+static inline vi32 vi32_splat(int x) { return _mm512_set1_epi32(x); }
+static inline vi32 vi32_load(const int *p) { return _mm512_loadu_si512(p); }
+static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm512_add_epi32(a, b); }
+static inline vf32 vi32_float(vi32 v) { return _mm512_cvtepi32_ps(v); }
+
+/* In place, and in order: a tile of sums leaves no registers for copies, or for loads ahead. */
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+{
+#ifdef __AVX512VNNI__
+    *s = _mm512_dpwssd_epi32(*s, a, b);
+    KEEP_ORDER(*s);
+#else
+    __asm__("vpaddd %1, %0, %0" : "+v"(*s) : "v"(_mm512_madd_epi16(a, b)));
+#endif
+}
+
+static inline void i16_pairs(int *p, vf32 a, vf32 b)
+{
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtps_epi32(b), 16);
+    _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_cvtps_epi32(a), high));
+}
+
 enum { VSUM_ROWS = 16 };
 typedef struct { __m512i field[4]; } vact;
 typedef struct { __m512i field[5]; } vact3;

@@ -75,6 +75,26 @@ static inline void i8_round4(signed char *p, const vf32 *v)
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(low, high));
 }
 
+#define VI32
+typedef __m128i vi32;
+
+static inline vi32 vi32_zero(void) { return _mm_setzero_si128(); }
+static inline vi32 vi32_splat(int x) { return _mm_set1_epi32(x); }
+static inline vi32 vi32_load(const int *p) { return _mm_loadu_si128((const __m128i *)p); }
+static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm_add_epi32(a, b); }
+static inline vf32 vi32_float(vi32 v) { return _mm_cvtepi32_ps(v); }
+
+static inline void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+{
+    *s = _mm_add_epi32(*s, _mm_madd_epi16(a, b));
+}
+
+static inline void i16_pairs(int *p, vf32 a, vf32 b)
+{
+    const __m128i low = _mm_and_si128(_mm_cvtps_epi32(a), _mm_set1_epi32(0xffff));
+    _mm_storeu_si128((__m128i *)p, _mm_or_si128(low, _mm_slli_epi32(_mm_cvtps_epi32(b), 16)));
+}
+
 typedef __m128i vsum;
 
 static inline vsum vsum_zero(void) { return _mm_setzero_si128(); }

@@ -30,7 +30,7 @@ static inline float partials_sum(partials p)
 }
 
 /* The vector at p, of which `left` elements exist; the others are 0. */
-static inline vf32 partials_load(const float *p, long left)
+static inline vf32 load_within(const float *p, long left)
 {
     return left >= VF32_LANES ? vf32_load(p) : left > 0 ? vf32_load_first(p, left) : vf32_zero();
 }
@@ -43,7 +43,7 @@ static inline float ordered_sum(const float *x, long n)
         for (int j = 0; j < PARTIAL_VECTORS; j++)
             p.v[j] = vf32_add(p.v[j], vf32_load(x + i + j * VF32_LANES));
     for (int j = 0; j < PARTIAL_VECTORS; j++, i += VF32_LANES)
-        p.v[j] = vf32_add(p.v[j], partials_load(x + i, n - i));
+        p.v[j] = vf32_add(p.v[j], load_within(x + i, n - i));
     return partials_sum(p);
 }
 

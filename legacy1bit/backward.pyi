@@ -1,4 +1,4 @@
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ _Matrix = TernaryMatrix | _Floats
 
 class BackwardContext:
     def __init__(
-        self, model_dim: int, ffn_dim: int, batch_size: int, time: int, sub_norm: bool = False
+        self, axes: Mapping[str, int], options: Collection[str], batch_size: int, time: int
     ) -> None: ...
     @property
     def nbytes(self) -> int: ...
@@ -36,10 +36,20 @@ def backward_output_layer_batch(
     output: _Matrix, d_logits: _Floats, hidden: _Floats, gradients: _Gradients
 ) -> _Floats: ...
 def backward_feed_forward(
-    ffn: FeedForward, d_output: _Floats, x: _Floats, hidden: _Floats, gradients: _Gradients
+    ffn: FeedForward,
+    d_output: _Floats,
+    x: _Floats,
+    hidden: _Floats,
+    gradients: _Gradients,
+    gate: _Floats | None = None,
 ) -> _Floats: ...
 def backward_feed_forward_batch(
-    ffn: FeedForward, d_output: _Floats, x: _Floats, hidden: _Floats, gradients: _Gradients
+    ffn: FeedForward,
+    d_output: _Floats,
+    x: _Floats,
+    hidden: _Floats,
+    gradients: _Gradients,
+    gate: _Floats | None = None,
 ) -> _Floats: ...
 def backward_layer_norm(
     d_output: _Floats,

@@ -15,7 +15,7 @@ from legacy1bit.forward cimport (
     BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
     fill_head, rotate, run_model, transform,
 )
-from legacy1bit.kernels cimport Attention, KernelTable, Matrix, strided
+from legacy1bit.kernels cimport Attention, KernelTable, Matrix
 from legacy1bit.math_ops cimport kernels, pack_buffer
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
@@ -36,15 +36,14 @@ _SMALLEST_PROBABILITY = 1e-9
 # ---------------------------------------------------------------------------------------------
 # Without the GIL
 
-cdef inline void add_weight_gradient(const float *d_out, const float *x, Py_ssize_t rows,
-                                     Py_ssize_t out_dim, Py_ssize_t in_dim, float *d_weight,
-                                     float *d_bias, float *workspace) noexcept nogil:
+cdef inline void add_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
+                                     Py_ssize_t rows, float *d_weight, float *d_bias,
+                                     float *workspace) noexcept nogil:
     # For out = x w^T + b: d_weight[out, in] += d_out^T x, and d_bias += the column sums of d_out
     # unless d_bias is NULL.
-    kernels().matmul(out_dim, in_dim, rows, strided(d_out, 1, out_dim), strided(x, in_dim, 1),
-                     NULL, True, d_weight, in_dim, workspace)
+    kernels().weight_gradient(matrix, d_out, x, rows, d_weight, workspace)
     if d_bias:
-        kernels().column_sums(d_out, rows, out_dim, d_bias)
+        kernels().column_sums(d_out, rows, matrix.rows, d_bias)
 
 
 cdef struct OutputProjection:
@@ -66,8 +65,8 @@ cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, con
     # straight-through gradient.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t cols = layer.wo.cols
-    add_weight_gradient(d_out, layer.normed, rows, layer.wo.rows, cols, layer.d_weight,
-                        layer.d_bias, workspace)
+    add_weight_gradient(layer.wo, d_out, layer.normed, rows, layer.d_weight, layer.d_bias,
+                        workspace)
     if layer.norm.gamma == NULL:
         kernel.linear_backward(layer.wo, d_out, rows, False, d_x, workspace)
         return
@@ -82,7 +81,7 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
                        FeedForwardGradient *gradient, const BackwardWorkspace *buffers, float *d_x,
                        float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = layer.wi.cols, wide = layer.wi.rows
+    cdef Py_ssize_t wide = layer.wi.rows
     cdef OutputProjection out
     out.wo, out.norm = &layer.wo, &layer.norm
     out.x, out.normed = context.activated, context.normed
@@ -95,10 +94,10 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
     else:
         kernel.activate_backward(layer.activation, context.hidden, buffers.d_hidden,
                                  buffers.d_hidden, rows * wide)
-    add_weight_gradient(buffers.d_hidden, x, rows, wide, dim, gradient.wi, gradient.bi, workspace)
+    add_weight_gradient(&layer.wi, buffers.d_hidden, x, rows, gradient.wi, gradient.bi, workspace)
     kernel.linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
     if layer.wg.rows:
-        add_weight_gradient(buffers.d_gate, x, rows, wide, dim, gradient.wg, gradient.bg,
+        add_weight_gradient(&layer.wg, buffers.d_gate, x, rows, gradient.wg, gradient.bg,
                             workspace)
         kernel.linear_backward(&layer.wg, buffers.d_gate, rows, True, d_x, workspace)
 
@@ -108,7 +107,7 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
                           AttentionGradient *gradient, const BackwardWorkspace *buffers,
                           float *d_x, float *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
-    cdef Py_ssize_t dim = layer.wq.cols, wide = layer.wq.rows, narrow = layer.wk.rows
+    cdef Py_ssize_t wide = layer.wq.rows, narrow = layer.wk.rows
     cdef Py_ssize_t i, j, row, kv_row, rows = dims.batch * dims.time
     cdef Py_ssize_t group = layer.num_heads // layer.num_kv_heads
     cdef const float *d_q = buffers.d_q
@@ -145,9 +144,9 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
                            buffers.d_k_linear, &gradient.k_norm, rows * layer.num_kv_heads,
                            layer.head_dim)
         d_q, d_k = buffers.d_heads, buffers.d_k_linear
-    add_weight_gradient(d_q, x, rows, wide, dim, gradient.wq, gradient.bq, workspace)
-    add_weight_gradient(d_k, x, rows, narrow, dim, gradient.wk, gradient.bk, workspace)
-    add_weight_gradient(buffers.d_v, x, rows, narrow, dim, gradient.wv, gradient.bv, workspace)
+    add_weight_gradient(&layer.wq, d_q, x, rows, gradient.wq, gradient.bq, workspace)
+    add_weight_gradient(&layer.wk, d_k, x, rows, gradient.wk, gradient.bk, workspace)
+    add_weight_gradient(&layer.wv, buffers.d_v, x, rows, gradient.wv, gradient.bv, workspace)
     kernel.linear_backward(&layer.wq, d_q, rows, False, d_x, workspace)
     kernel.linear_backward(&layer.wk, d_k, rows, True, d_x, workspace)
     kernel.linear_backward(&layer.wv, buffers.d_v, rows, True, d_x, workspace)
@@ -189,7 +188,7 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
     cdef double loss
     run_model(model, dims, tokens, context, workspace)
     loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
-    add_weight_gradient(context.logits, context.normed, rows, vocab, dim, gradient.output,
+    add_weight_gradient(&model.output, context.logits, context.normed, rows, gradient.output,
                         gradient.output_bias, workspace)
     if model.final_norm.gamma:
         kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
@@ -386,8 +385,7 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
-        add_weight_gradient(&d_out[0], &x[0], rows, view.rows, view.cols, d_weight, d_bias,
-                            workspace)
+        add_weight_gradient(&view, &d_out[0], &x[0], rows, d_weight, d_bias, workspace)
         kernels().linear_backward(&view, &d_out[0], rows, False, to, workspace)
     return d_x
 

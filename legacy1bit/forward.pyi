@@ -70,7 +70,10 @@ class FeedForwardWorkspace:
 
 def forward_feed_forward(ffn: FeedForward, x: _Floats) -> _Floats: ...
 def forward_feed_forward_batch(
-    ffn: FeedForward, x: _Floats, hidden: _Floats | None = None
+    ffn: FeedForward,
+    x: _Floats,
+    hidden: _Floats | None = None,
+    gate: _Floats | None = None,
 ) -> _Floats: ...
 def forward_transformer_block(block: TransformerBlock, x: _Floats) -> _Floats: ...
 def forward_transformer_block_with_context(

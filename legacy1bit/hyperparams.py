@@ -19,6 +19,7 @@ from legacy1bit.system.errors import SettingError, format_value
 SETTINGS_FILE = "training.json"
 
 MOST_STEPS = 1 << 40
+MAX_LENGTH = 1 << 17
 
 # Names of settings in files of earlier versions, and their names today.
 ALIASES = {
@@ -199,10 +200,12 @@ class _Record:
 def _parse_windows(pattern: str) -> list[int]:
     """Return the numbers of a ``window_pattern``."""
     parts = [part.strip() for part in pattern.split(",")]
-    if not all(part.isdecimal() and part.isascii() and len(part) <= 6 for part in parts):
+    if not all(part.isdecimal() and part.isascii() and len(part) <= 6 for part in parts) or any(
+        int(part) > MAX_LENGTH for part in parts
+    ):
         raise SettingError(
-            f"window_pattern is {format_value(pattern)}, expected whole numbers separated by "
-            "commas",
+            f"window_pattern is {format_value(pattern)}, expected whole numbers from 0 to "
+            f"{MAX_LENGTH}, separated by commas",
             "window_pattern",
         )
     return [int(part) for part in parts]
@@ -234,7 +237,7 @@ class ModelConfig(_Record):
             None, 1, 1 << 18, "F, the feed-forward layer's width (default: C times ffn_multiplier)"
         )
     )
-    sequence_length: int = _integer(256, 1, 1 << 17, "T, the context length, in tokens", BASIC)
+    sequence_length: int = _integer(256, 1, MAX_LENGTH, "T, the context length, in tokens", BASIC)
     scheme: str = _choice("ternary", (*SCHEMES, FLOAT), "quantization of the blocks' matrices")
     scale: str = _choice(
         "tensor",
@@ -285,13 +288,13 @@ class ModelConfig(_Record):
         _number(1.0, 1.0, 1e3, "YaRN: the context length over that of the pretraining; 1: no YaRN")
     )
     rope_original_length: int = _later(
-        _integer(0, 0, 1 << 17, "YaRN: the context length of the pretraining")
+        _integer(0, 0, MAX_LENGTH, "YaRN: the context length of the pretraining")
     )
     final_norm: bool = _flag(True, "a norm before the output layer")
     attention_window: int = _integer(
         0,
         0,
-        1 << 17,
+        MAX_LENGTH,
         "the last tokens that a token attends to, itself included; 0: all",
         EXPERIMENTAL,
     )
@@ -306,15 +309,16 @@ class ModelConfig(_Record):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.head_dim is None and self.model_dim % self.num_heads:
+        derived = self.derived()
+        missing = [name for name in derived if getattr(self, name) is None]
+        if "head_dim" in missing and self.model_dim % self.num_heads:
             raise SettingError(
                 f"model_dim is {self.model_dim}, expected a multiple of num_heads "
                 f"({self.num_heads}), or a head_dim",
                 *("model_dim", "num_heads"),
             )
-        for name, value in self.derived().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        for name in missing:
+            object.__setattr__(self, name, derived[name])
         if self.num_heads % self.num_kv_heads:
             raise SettingError(
                 f"num_kv_heads is {self.num_kv_heads}, expected a divisor of num_heads "
@@ -322,7 +326,7 @@ class ModelConfig(_Record):
                 *("num_kv_heads", "num_heads"),
             )
         if self.positions == "rope" and (
-            self.rotary_dim % 2 or self.rotary_dim != self.head_dim * self.rope_fraction
+            self.rotary_dim % 2 or abs(self.rotary_dim - self.head_dim * self.rope_fraction) > 1e-9
         ):
             raise SettingError(
                 f"{'head_dim' if self.rope_fraction == 1.0 else 'head_dim * rope_fraction'} is "
@@ -337,6 +341,11 @@ class ModelConfig(_Record):
                 f"rope_factor is {self.rope_factor:g} and rope_original_length "
                 f"{self.rope_original_length}: YaRN needs a factor above 1 and a length",
                 *("rope_factor", "rope_original_length"),
+            )
+        if self.rope_factor > 1.0 and self.rope_base == 1.0:
+            raise SettingError(
+                "rope_base is 1 with a rope_factor: YaRN needs wavelengths that differ",
+                *("rope_base", "rope_factor"),
             )
         if self.scale_shards > 1 and self.scale != "tensor":
             raise SettingError(

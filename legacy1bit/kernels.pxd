@@ -207,6 +207,8 @@ cdef struct KernelTable:
                    float *out, float *workspace) noexcept nogil
     void (*linear_backward)(const Matrix *matrix, const float *d_out, Py_ssize_t rows,
                             bint accumulate, float *d_x, float *workspace) noexcept nogil
+    void (*weight_gradient)(const Matrix *matrix, const float *d_out, const float *x,
+                            Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil
 
     void (*attention)(const Attention *head, float *workspace) noexcept nogil
     void (*cached_attention)(const CachedHead *head) noexcept nogil

@@ -55,6 +55,15 @@ cdef extern from "simd.h" nogil:
     void vf32_transpose(vf32 *square)
     void i8_round(signed char *p, vf32 v)
     void i8_round4(signed char *p, const vf32 *v)
+    ctypedef struct vi32:
+        pass
+    vi32 vi32_zero()
+    vi32 vi32_splat(int x)
+    vi32 vi32_load(const int *p)
+    vi32 vi32_add(vi32 a, vi32 b)
+    vf32 vi32_float(vi32 v)
+    void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
+    void i16_pairs(int *p, vf32 a, vf32 b)
     void simd_prepare()
     enum:
         VSUM_ROWS
@@ -115,6 +124,7 @@ cdef extern from "elementwise.h" nogil:
                                    binary_lanes backward)
 
 cdef extern from "sums.h" nogil:
+    vf32 load_within(const float *p, long left)
     float ordered_sum(const float *x, long n)
     float ordered_squares(const float *x, float center, long n)
     void layer_norm_float64(const float *x, const float *gamma, const float *beta, float epsilon,
@@ -203,6 +213,14 @@ cdef inline vf32 exp_lanes(vf32 x) noexcept nogil:
     p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
     p = vf32_add(vf32_mul(p, r), vf32_splat(1.0))
     return vf32_scale_pow2(p, n)
+
+
+cdef inline void store_within(float *p, Py_ssize_t n, vf32 v) noexcept nogil:
+    # The lanes of v that are among n floats at p; load_within reads them.
+    if n >= VF32_LANES:
+        vf32_store(p, v)
+    elif n > 0:
+        vf32_store_first(p, n, v)
 
 
 cdef void add(float *x, const float *y, Py_ssize_t n) noexcept nogil:
@@ -324,9 +342,9 @@ cdef inline vf32 silu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
 
 
 cdef inline vf32 gelu_slope(vf32 x) noexcept nogil:
-    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1; beyond 10
-    # sigmoid(u) is 0 or 1.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    # u = 2 sqrt(2 / pi) (x + 0.044715 x^3), of which tanh(u / 2) = 2 sigmoid(u) - 1. Beyond 13, where
+    # u is 177, sigmoid(u) is 0 or 1 in float32, whatever it is multiplied by.
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 cube = vf32_mul(vf32_mul(near, near), vf32_mul(near, vf32_splat(0.044715)))
     return vf32_mul(vf32_splat(1.5957691216057308), vf32_add(near, cube))
 
@@ -337,7 +355,7 @@ cdef inline vf32 gelu_lanes(vf32 x) noexcept nogil:
 
 cdef inline vf32 gelu_backward_lanes(vf32 x, vf32 d_out) noexcept nogil:
     # With s = sigmoid(u): s + x s (1 - s) du / dx.
-    cdef vf32 near = vf32_min(vf32_splat(10.0), vf32_max(vf32_splat(-10.0), x))
+    cdef vf32 near = vf32_min(vf32_splat(13.0), vf32_max(vf32_splat(-13.0), x))
     cdef vf32 u = gelu_slope(x)
     cdef vf32 s = sigmoid_times(u, vf32_splat(1.0))
     cdef vf32 rise = vf32_mul(vf32_mul(near, near), vf32_splat(0.134145))
@@ -1146,6 +1164,15 @@ cdef void linear_backward(const Matrix *matrix, const float *d_out, Py_ssize_t r
     STOP_TIMER(TIMER_MATMUL)
 
 
+cdef void weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
+                          Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil:
+    # d_weight[matrix.rows, matrix.cols] += d_out[rows, matrix.rows]^T x[rows, matrix.cols].
+    START_TIMER(TIMER_MATMUL)
+    product(matrix.rows, matrix.cols, rows, strided(d_out, 1, matrix.rows),
+            strided(x, matrix.cols, 1), NULL, True, d_weight, matrix.cols, workspace)
+    STOP_TIMER(TIMER_MATMUL)
+
+
 # ---------------------------------------------------------------------------------------------
 # Packed codes times int8 activations: integers, the same in every instruction set. The float
 # arithmetic around them is the same, too: multiplications and additions, never fused.
@@ -1190,6 +1217,17 @@ cdef inline int sum_of_codes(const signed char *x, Py_ssize_t n) noexcept nogil:
     return total
 
 
+cdef inline float step_for(float top, float nonfinite, float levels, float *inverse) noexcept nogil:
+    # The step between codes, of which the largest is `levels`, for numbers up to `top`; NaN unless
+    # all of them are finite. The inverse is 0 where all codes are: without a finite step, and for
+    # numbers that are 0 or too small to have an inverse.
+    cdef float step = top / levels + nonfinite
+    inverse[0] = levels / top
+    if not (step > 0.0 and inverse[0] < INFINITY):
+        inverse[0] = 0.0
+    return step
+
+
 cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                         const Int8Rows *out) noexcept nogil:
     # Quantizes each row to int8 codes, -127 to 127, with its own scale max |x| / 127 (BitNet b1.58,
@@ -1206,9 +1244,8 @@ cdef void quantize_rows(const float *x, Py_ssize_t rows, Py_ssize_t cols,
         row = x + i * cols
         codes = out.codes + i * out.stride
         top = largest_magnitude(row, cols, &nonfinite)
-        inverse = <float>127.0 / top
-        out.scales[i] = top / <float>127.0 + nonfinite
-        if not (out.scales[i] > 0.0 and inverse < INFINITY):
+        out.scales[i] = step_for(top, nonfinite, 127.0, &inverse)
+        if inverse == 0.0:
             memset(codes, 0, out.stride)
             out.sums[i] = 0
             continue
@@ -1332,23 +1369,24 @@ cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
 cdef inline void scale_sums(const int *sums, Py_ssize_t n, int factor, int shift,
                             const float *scales, float x_scale, bint accumulate,
                             const float *bias, float *out) noexcept nogil:
-    # out[n] (+)= (factor * sums + shift) * (scales * x_scale) + bias, n <= STRIP_ROWS.
-    cdef float values[STRIP_ROWS]
+    # out[n] (+)= (factor * sums + shift) * (scales * x_scale) + bias, n <= STRIP_ROWS, of
+    # sums[STRIP_ROWS] and scales[STRIP_ROWS].
+    cdef vi32 total, once, offset = vi32_splat(shift)
+    cdef vf32 value, up = vf32_splat(x_scale)
     cdef Py_ssize_t i
-    if factor == 1:
-        # Multiplications of integers are slow in many CPUs.
-        for i in range(n):
-            values[i] = <float>(sums[i] + shift) * (scales[i] * x_scale)
-    else:
-        for i in range(n):
-            values[i] = <float>(factor * sums[i] + shift) * (scales[i] * x_scale)
-    if accumulate:
-        for i in range(n):
-            values[i] = out[i] + values[i]
-    if bias:
-        for i in range(n):
-            values[i] += bias[i]
-    memcpy(out, values, n * sizeof(float))
+    cdef int _again
+    for i from 0 <= i < n by VF32_LANES:
+        once = vi32_load(sums + i)
+        total = vi32_add(once, offset)
+        # Multiplications of integers are slow in many CPUs; factors are 1, or small.
+        for _again in range(factor - 1):
+            total = vi32_add(total, once)
+        value = vf32_mul(vi32_float(total), vf32_mul(vf32_load(scales + i), up))
+        if accumulate:
+            value = vf32_add(load_within(out + i, n - i), value)
+        if bias:
+            value = vf32_add(value, load_within(bias + i, n - i))
+        store_within(out + i, n - i, value)
 
 
 cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
@@ -1391,7 +1429,7 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                         x_sum = sum_of_codes(x.codes + (begin + t) * x.stride + low * width,
                                              min(tiles - low, count) * width)
                     to = out + (begin + t) * out_row + row
-                    # With a constant number the compiler uses vectors.
+                    # With a constant number there are no tests for its end.
                     if inside == STRIP_ROWS:
                         scale_sums(totals + t * STRIP_ROWS, STRIP_ROWS, matrix.factor,
                                    matrix.offset * x_sum, scales, x.scales[begin + t],
@@ -1554,14 +1592,170 @@ cdef void int8_linear_backward(const Matrix *matrix, const float *d_out, Py_ssiz
         linear_backward(matrix, d_out, rows, accumulate, d_x, workspace)
 
 
+# Gradients of weights: activations in int8, as the forward product has them, times gradients of
+# outputs in int16. An instruction multiplies pairs of int16 and adds both products, so that two
+# tokens are packed together; otherwise it is the algorithm of the product of floats. A token's
+# scale multiplies its gradients before they are rounded, with a step for each feature: then the
+# sums over tokens have a single scale, and are exact.
+
+cdef enum:
+    PAIR_TOKENS = 512       # in a sum: 127 * 32767 * 512 < 2^31
+    PAIR_FEATURES = PACK_LEFT / 256     # rows of weights that are packed at a time, at most
+
+
+cdef inline void feature_steps(const float *x, Py_ssize_t x_row, Py_ssize_t tokens,
+                               Py_ssize_t cols, const float *factors, float *steps,
+                               float *inverses) noexcept nogil:
+    # The steps of the columns of x in int16; factors multiply the rows.
+    cdef vf32 most[4]
+    cdef vf32 least[4]
+    cdef vf32 total[4]
+    cdef vf32 v, factor, zero = vf32_zero()
+    cdef float tops[4 * VF32_LANES]
+    cdef float nonfinite[4 * VF32_LANES]
+    cdef Py_ssize_t i, j, k, here
+    for j from 0 <= j < cols by 4 * VF32_LANES:
+        here = min(cols - j, 4 * VF32_LANES)
+        for i in range(4):
+            most[i] = least[i] = total[i] = zero
+        for k in range(tokens):
+            factor = vf32_splat(factors[k])
+            for i in range(4):
+                v = vf32_mul(load_within(x + k * x_row + j + i * VF32_LANES,
+                                         here - i * VF32_LANES), factor)
+                most[i] = vf32_max(most[i], v)
+                least[i] = vf32_min(least[i], v)
+                total[i] = vf32_fmadd(v, zero, total[i])
+        for i in range(4):
+            vf32_store(tops + i * VF32_LANES, vf32_max(most[i], vf32_sub(zero, least[i])))
+            vf32_store(nonfinite + i * VF32_LANES, total[i])
+        for i in range(here):
+            steps[j + i] = step_for(tops[i], nonfinite[i], 32767.0, inverses + j + i)
+
+
+cdef inline void pack_pairs(const float *x, Py_ssize_t x_row, Py_ssize_t tokens, Py_ssize_t cols,
+                            const float *factors, const float *column_factors, Py_ssize_t width,
+                            int *packed, Py_ssize_t panel_size) noexcept nogil:
+    # Panels of `width` columns, each [(tokens + 1) / 2, width], of x times the factors of rows and,
+    # unless NULL, of columns. What a vector has in excess is overwritten by the next one, or lies
+    # behind the panel.
+    cdef Py_ssize_t block, panel, j, k
+    cdef const float *row
+    cdef int *target
+    cdef vf32 first, second, factor
+    for block from 0 <= block < tokens by TRANSPOSED_ROWS:
+        for panel from 0 <= panel < cols by width:
+            target = packed + panel // width * panel_size + block // 2 * width
+            for k from block <= k < min(block + TRANSPOSED_ROWS, tokens) by 2:
+                row = x + k * x_row + panel
+                for j from 0 <= j < width by VF32_LANES:
+                    first = vf32_mul(load_within(row + j, cols - panel - j),
+                                     vf32_splat(factors[k]))
+                    second = vf32_zero()
+                    if k + 1 < tokens:
+                        second = vf32_mul(load_within(row + x_row + j, cols - panel - j),
+                                          vf32_splat(factors[k + 1]))
+                    if column_factors:
+                        factor = load_within(column_factors + panel + j, cols - panel - j)
+                        first = vf32_mul(first, factor)
+                        second = vf32_mul(second, factor)
+                    i16_pairs(target + j, first, second)
+                target += width
+
+
+cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t depth, const int *a,
+                                const int *b, const float *steps, float *c,
+                                Py_ssize_t c_row) noexcept nogil:
+    # Of a tile, rows x cols are in c: c += steps[rows] * (a b). a is packed [depth, TILE_ROWS],
+    # b [depth, TILE_COLUMNS].
+    cdef vi32 total[TILE_ROWS][TILE_VECTORS]
+    cdef vi32 right[TILE_VECTORS]
+    cdef vi32 left
+    cdef vf32 step, more
+    cdef float sums[TILE_ROWS * TILE_COLUMNS]
+    cdef float *to
+    cdef Py_ssize_t i, j, _k
+    for i in range(TILE_ROWS):
+        for j in range(TILE_VECTORS):
+            total[i][j] = vi32_zero()
+    for _k in range(depth):
+        for j in range(TILE_VECTORS):
+            right[j] = vi32_load(b + j * VF32_LANES)
+        for i in range(TILE_ROWS):
+            left = vi32_splat(a[i])
+            for j in range(TILE_VECTORS):
+                vi32_add_dot(&total[i][j], left, right[j])
+        a += TILE_ROWS
+        b += TILE_COLUMNS
+    for i in range(TILE_ROWS):
+        for j in range(TILE_VECTORS):
+            vf32_store(sums + i * TILE_COLUMNS + j * VF32_LANES, vi32_float(total[i][j]))
+    for i in range(rows):
+        step = vf32_splat(steps[i])
+        for j from 0 <= j < cols by VF32_LANES:
+            to = c + i * c_row + j
+            more = vf32_mul(step, vf32_load(sums + i * TILE_COLUMNS + j))
+            store_within(to, cols - j, vf32_add(load_within(to, cols - j), more))
+
+
+cdef void int8_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
+                               Py_ssize_t rows, float *d_weight, float *workspace) noexcept nogil:
+    # As weight_gradient, for up to PAIR_TOKENS tokens at a time.
+    cdef Py_ssize_t out_cols = matrix.rows, cols = matrix.cols
+    cdef Py_ssize_t blocks = (rows + PAIR_TOKENS - 1) // PAIR_TOKENS
+    cdef Py_ssize_t block, first, tokens, pairs, panel, width, height, i, ic, jc, ir, jr
+    cdef Py_ssize_t columns, features
+    cdef const float *x_block
+    cdef const float *d_block
+    cdef float steps[PAIR_TOKENS]
+    cdef float inverses[PAIR_TOKENS]
+    cdef float d_steps[PAIR_FEATURES]
+    cdef float d_inverses[PAIR_FEATURES]
+    cdef float top, nonfinite
+    cdef int *right = <int *>workspace
+    cdef int *left = right + PACK_RIGHT
+    if not fits_int8(matrix, rows):
+        weight_gradient(matrix, d_out, x, rows, d_weight, workspace)
+        return
+    START_TIMER(TIMER_MATMUL)
+    for block in range(blocks):
+        first = rows * block // blocks
+        tokens = rows * (block + 1) // blocks - first
+        pairs = (tokens + 1) // 2
+        panel = pairs * TILE_ROWS + VF32_LANES
+        height = min(panels.rows, PACK_LEFT // panel * TILE_ROWS)
+        width = PACK_RIGHT // pairs // TILE_COLUMNS * TILE_COLUMNS
+        x_block, d_block = x + first * cols, d_out + first * out_cols
+        for i in range(tokens):
+            top = largest_magnitude(x_block + i * cols, cols, &nonfinite)
+            steps[i] = step_for(top, nonfinite, 127.0, inverses + i)
+        for jc from 0 <= jc < cols by width:
+            columns = min(cols - jc, width)
+            pack_pairs(x_block + jc, cols, tokens, columns, inverses, NULL, TILE_COLUMNS, right,
+                       pairs * TILE_COLUMNS)
+            for ic from 0 <= ic < out_cols by height:
+                features = min(out_cols - ic, height)
+                feature_steps(d_block + ic, out_cols, tokens, features, steps, d_steps, d_inverses)
+                pack_pairs(d_block + ic, out_cols, tokens, features, steps, d_inverses, TILE_ROWS,
+                           left, panel)
+                for jr from 0 <= jr < columns by TILE_COLUMNS:
+                    for ir from 0 <= ir < features by TILE_ROWS:
+                        multiply_pairs(min(features - ir, TILE_ROWS),
+                                       min(columns - jr, TILE_COLUMNS), pairs,
+                                       left + ir // TILE_ROWS * panel, right + jr * pairs,
+                                       d_steps + ir, d_weight + (ic + ir) * cols + jc + jr, cols)
+    STOP_TIMER(TIMER_MATMUL)
+
+
 # ---------------------------------------------------------------------------------------------
 # Attention: one head of one sequence (Vaswani et al., arXiv 1706.03762, equation 1)
 #
 # Queries are processed in blocks. A block skips the keys after its last query, so that the masked
 # half of causal attention is never computed, and the keys before its window or its document.
 
-cdef enum:
-    QUERY_BLOCK = 64
+# Few queries, so that little of the masked half is computed, in whole tiles of 4 or 6 rows; the
+# matrix unit prefers larger products.
+cdef Py_ssize_t query_block = 64 if MATRIX_UNIT else 24
 
 
 cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexcept nogil:
@@ -1622,8 +1816,8 @@ cdef void attention(const Attention *head, float *workspace) noexcept nogil:
     cdef float factor = 1.0 / sqrtf(head.head_dim)
     cdef float *row
     START_TIMER(TIMER_ATTENTION_FORWARD)
-    for block from 0 <= block < head.queries by QUERY_BLOCK:
-        rows = min(head.queries - block, QUERY_BLOCK)
+    for block from 0 <= block < head.queries by query_block:
+        rows = min(head.queries - block, query_block)
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, strided(head.q + block * stride, stride, 1),
@@ -1658,8 +1852,8 @@ cdef void attention_backward(const Attention *head, float *workspace) noexcept n
     for i in range(0 if head.accumulate_kv else keys):
         memset(head.d_k + i * kv_stride, 0, head.head_dim * sizeof(float))
         memset(head.d_v + i * kv_stride, 0, head.head_dim * sizeof(float))
-    for block from 0 <= block < head.queries by QUERY_BLOCK:
-        rows = min(head.queries - block, QUERY_BLOCK)
+    for block from 0 <= block < head.queries by query_block:
+        rows = min(head.queries - block, query_block)
         low = first_key(head, block)
         last = past + block + rows
         product(rows, last - low, head.head_dim, strided(head.d_out + block * stride, stride, 1),
@@ -1963,6 +2157,7 @@ kernels.matrix_transpose_vector = matrix_transpose_vector
 kernels.matmul = matmul
 kernels.linear = linear
 kernels.linear_backward = linear_backward
+kernels.weight_gradient = weight_gradient
 kernels.attention = attention
 kernels.cached_attention = cached_attention
 kernels.attention_backward = attention_backward
@@ -1990,5 +2185,6 @@ cdef KernelTable int8_kernels = kernels
 
 int8_kernels.linear = int8_linear
 int8_kernels.linear_backward = int8_linear_backward
+int8_kernels.weight_gradient = int8_weight_gradient
 
 int8_table = PyCapsule_New(&int8_kernels, "legacy1bit.kernels", NULL)

@@ -25,7 +25,7 @@ import numpy as np
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.math cimport powf
 
-from legacy1bit.kernels cimport RELU, RELU2, KernelTable, Matrix, Operand, strided
+from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, KernelTable, Matrix, Operand, strided
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
@@ -150,9 +150,11 @@ def product_precision(str name not None):
 
     With ``int8`` linear maps of codes, and their gradients of inputs, round the float factor to
     int8 with one scale per row, as a ``PackedMatrix`` does. The codes are exact, and the sums are
-    integers: such a product has the same bits in every instruction set. Everything else remains
-    float32: gradients of weights, float matrices, codes in groups of a row or of other values than
-    a scheme's, products of fewer than 16 rows, and matrices of more than 12,288 rows or columns.
+    integers: such a product has the same bits in every instruction set. So have the gradients of
+    the codes' weights: those of outputs, times the scales of the inputs' rows, are rounded to int16
+    with one scale per feature. Everything else remains float32: float matrices, codes in groups of
+    a row or of other values than a scheme's, products of fewer than 16 rows, and matrices of more
+    than 12,288 rows or columns.
 
     The error bounds of float32 no longer hold in either of them.
 
@@ -530,6 +532,27 @@ def relu2(float[::1] x not None) -> None:
     check_not_empty("x", x.shape[0])
     with nogil:
         active.activate(RELU2, &x[0], &x[0], x.shape[0])
+
+
+def silu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by ``x / (1 + exp(-x))``.
+
+    Elfwing et al., arXiv 1702.03118, equation 4. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(SILU, &x[0], &x[0], x.shape[0])
+
+
+def gelu(float[::1] x not None) -> None:
+    """Replace every element of ``x``, float32[N], by its GELU in the form with tanh.
+
+    ``x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``: Hendrycks & Gimpel, arXiv 1606.08415,
+    section 2. Minus infinity becomes NaN.
+    """
+    check_not_empty("x", x.shape[0])
+    with nogil:
+        active.activate(GELU, &x[0], &x[0], x.shape[0])
 
 
 def softmax(x) -> None:

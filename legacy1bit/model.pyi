@@ -1,5 +1,5 @@
 import os
-from typing import Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +10,7 @@ from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.schemes import FLOAT as FLOAT
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
-_Activation = Literal["relu2", "relu"]
+_Activation = Literal["relu2", "relu", "silu", "gelu"]
 _Codes = npt.NDArray[np.int8]
 _Floats = npt.NDArray[np.float32]
 _Path = str | os.PathLike[str]
@@ -49,8 +49,19 @@ def free_float_array(array: _Floats) -> None: ...
 class RotaryTable:
     cosines: _Floats
     sines: _Floats
-    def __init__(self, head_dim: int, length: int, base: float = 10000.0) -> None: ...
+    adjacent: bool
+    def __init__(
+        self,
+        rotary_dim: int,
+        length: int,
+        base: float = 10000.0,
+        factor: float = 1.0,
+        original_length: int = 0,
+        adjacent: bool = False,
+    ) -> None: ...
     def fill(self, length: int) -> None: ...
+
+def rotary_table(config: ModelConfig) -> RotaryTable | None: ...
 
 class MultiHeadAttention:
     def __init__(
@@ -59,16 +70,22 @@ class MultiHeadAttention:
         wk: _Matrix,
         wv: _Matrix,
         wo: _Matrix,
-        bq: _Floats,
-        bk: _Floats,
-        bv: _Floats,
-        bo: _Floats,
-        num_heads: int,
+        bq: _Floats | None = None,
+        bk: _Floats | None = None,
+        bv: _Floats | None = None,
+        bo: _Floats | None = None,
+        num_heads: int = 1,
         rotary: RotaryTable | None = None,
         window: int = 0,
         gamma: _Floats | None = None,
         beta: _Floats | None = None,
         int8_activations: bool = False,
+        *,
+        num_kv_heads: int | None = None,
+        q_gamma: _Floats | None = None,
+        k_gamma: _Floats | None = None,
+        epsilon: float = 1e-5,
+        rms: bool = False,
     ) -> None: ...
     @property
     def wq(self) -> _Matrix: ...
@@ -79,19 +96,31 @@ class MultiHeadAttention:
     @property
     def wo(self) -> _Matrix: ...
     @property
-    def bq(self) -> _Floats: ...
+    def bq(self) -> _Floats | None: ...
     @property
-    def bk(self) -> _Floats: ...
+    def bk(self) -> _Floats | None: ...
     @property
-    def bv(self) -> _Floats: ...
+    def bv(self) -> _Floats | None: ...
     @property
-    def bo(self) -> _Floats: ...
+    def bo(self) -> _Floats | None: ...
+    @property
+    def q_gamma(self) -> _Floats | None: ...
+    @property
+    def k_gamma(self) -> _Floats | None: ...
     @property
     def rotary(self) -> RotaryTable | None: ...
     @property
     def num_heads(self) -> int: ...
     @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
     def window(self) -> int: ...
+    @property
+    def q_norm(self) -> LayerNorm | None: ...
+    @property
+    def k_norm(self) -> LayerNorm | None: ...
     @property
     def norm(self) -> LayerNorm | None: ...
 
@@ -99,33 +128,48 @@ class FeedForward:
     def __init__(
         self,
         wi: _Matrix,
-        bi: _Floats,
-        wo: _Matrix,
-        bo: _Floats,
+        bi: _Floats | None = None,
+        wo: _Matrix = ...,
+        bo: _Floats | None = None,
         activation: _Activation = "relu2",
         gamma: _Floats | None = None,
         beta: _Floats | None = None,
         int8_activations: bool = False,
+        *,
+        wg: _Matrix | None = None,
+        bg: _Floats | None = None,
+        epsilon: float = 1e-5,
+        rms: bool = False,
     ) -> None: ...
+    @property
+    def wg(self) -> _Matrix | None: ...
+    @property
+    def bg(self) -> _Floats | None: ...
     @property
     def wi(self) -> _Matrix: ...
     @property
-    def bi(self) -> _Floats: ...
+    def bi(self) -> _Floats | None: ...
     @property
     def wo(self) -> _Matrix: ...
     @property
-    def bo(self) -> _Floats: ...
+    def bo(self) -> _Floats | None: ...
     @property
     def activation(self) -> _Activation: ...
     @property
     def norm(self) -> LayerNorm | None: ...
 
 class LayerNorm:
-    def __init__(self, gamma: _Floats, beta: _Floats) -> None: ...
+    def __init__(
+        self,
+        gamma: _Floats,
+        beta: _Floats | None = None,
+        epsilon: float = 1e-5,
+        rms: bool = False,
+    ) -> None: ...
     @property
     def gamma(self) -> _Floats: ...
     @property
-    def beta(self) -> _Floats: ...
+    def beta(self) -> _Floats | None: ...
 
 class TransformerBlock:
     def __init__(
@@ -203,9 +247,18 @@ class TransformerBlockContext:
         batch_size: int,
         time: int,
         sub_norm: bool = False,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        gated: bool = False,
+        qk_norm: bool = False,
     ) -> None: ...
     @property
     def arrays(self) -> dict[str, _Floats]: ...
+    @property
+    def axes(self) -> dict[str, int]: ...
+    @property
+    def options(self) -> set[str]: ...
     @property
     def nbytes(self) -> int: ...
     def __getattr__(self, name: str, /) -> _Floats: ...
@@ -217,6 +270,7 @@ def create_transformer_block_context(
     batch_size: int,
     time: int,
     sub_norm: bool = False,
+    **options: Any,
 ) -> TransformerBlockContext: ...
 def free_transformer_block_context(context: TransformerBlockContext) -> None: ...
 def save_model(

@@ -158,6 +158,46 @@ static void rounding(void)
     }
 }
 
+static void pairs(void)
+{
+    static const int ends[] = {0, 1, -1, 127, -127, 32767, -32767};
+    int *a = guarded(N * sizeof *a), *b = guarded(N * sizeof *b), *s = guarded(N * sizeof *s);
+    float v[4][N], out[N];
+    for (int k = 0; k < 7 * 7 * 10; k++) {
+        for (int i = 0; i < N; i++) {
+            for (int j = 0; j < 4; j++) {
+                v[j][i] = (float)(below(2 * 32767 + 1) - 32767);
+                if (k < 7 * 7)
+                    v[j][i] = (float)ends[((j % 2 ? k / 7 : k) + i) % 7];
+                if (fabsf(v[j][i]) < 32767.0f)
+                    v[j][i] += 0.25f * (float)(below(5) - 2);
+            }
+            s[i] = below(2000) - 1000;
+        }
+        i16_pairs(a, vf32_load(v[0]), vf32_load(v[1]));
+        i16_pairs(b, vf32_load(v[2]), vf32_load(v[3]));
+        for (int i = 0; i < N; i++) {
+            NEED((float)(short)a[i] == rintf(v[0][i]) && (float)(a[i] >> 16) == rintf(v[1][i]));
+            for (int j = 0; j < 4; j++)
+                v[j][i] = rintf(v[j][i]);
+        }
+        vi32 sum = vi32_load(s);
+        vi32_add_dot(&sum, vi32_load(a), vi32_load(b));
+        LANES(vi32_float(sum), out);
+        for (int i = 0; i < N; i++) {
+            const double sum = s[i] + (double)v[0][i] * v[2][i] + (double)v[1][i] * v[3][i];
+            NEED(out[i] == (float)sum);
+        }
+        sum = vi32_add(vi32_load(s), vi32_zero());
+        LANES(vi32_float(vi32_add(sum, vi32_splat(a[0] >> 16))), out);
+        for (int i = 0; i < N; i++)
+            NEED(out[i] == (float)(s[i] + (a[0] >> 16)));
+    }
+    for (int i = 0; i < N; i++)
+        v[0][i] = NAN;
+    i16_pairs(a, vf32_load(v[0]), vf32_load(v[0]));
+}
+
 static void powers_of_two(void)
 {
     static const float small[] = {0x1p-149f, -0x1.8p-126f, 0x1p-100f, 0.0f};
@@ -419,6 +459,7 @@ int main(void)
     loads_and_stores();
     arithmetic();
     rounding();
+    pairs();
     powers_of_two();
     across_lanes();
     packed_products();

@@ -60,6 +60,8 @@ def vectors(n, at_end):
     ops.dot_product(x, y)
     ops.relu(new())
     ops.relu2(new())
+    ops.silu(new())
+    ops.gelu(new())
     ops.exp_inplace(new())
     ops.softmax(new())
     ops.quantize_activations(new())
@@ -85,11 +87,12 @@ def matrices(rows, cols, at_end):
     ops.matrix_transpose_vector_mul(matrix, y, x)
     batch, wide = (guarded(random.standard_normal((17, n)).astype(np.float32), at_end)
                    for n in (cols, rows))
-    forward_output_layer_batch(matrix, y, batch)
-    backward_output_layer_batch(matrix, wide, batch, {
-        "weight": guarded(np.zeros((rows, cols), np.float32), at_end),
-        "bias": guarded(np.zeros(rows, np.float32), at_end),
-    })
+    for matrix in (matrix, TernaryMatrix(codes)):
+        forward_output_layer_batch(matrix, y, batch)
+        backward_output_layer_batch(matrix, wide, batch, {
+            "weight": guarded(np.zeros((rows, cols), np.float32), at_end),
+            "bias": guarded(np.zeros(rows, np.float32), at_end),
+        })
     for turn_a in (False, True):
         for turn_b in (False, True):
             a, b, c = (guarded(random.standard_normal(shape).astype(np.float32), at_end)
@@ -132,9 +135,8 @@ def everything():
 
 
 ops.set_simd_level(sys.argv[1])
-everything()
-if "bf16" in ops.product_precisions():
-    with ops.product_precision("bf16"):
+for precision in ops.product_precisions():
+    with ops.product_precision(precision):
         everything()
 print("done")
 """

@@ -190,6 +190,14 @@ HUGE = {
     "2^60 keys": ("gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60) + bytes(500)),
     "2^60 tensors": ("gguf", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0) + bytes(500)),
     "a text of 2^60 bytes": ("gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 60)),
+    "2^60 keys of others": ("published_gguf", b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60)),
+    "2^60 tensors of others": ("published_gguf", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0)),
+    "2^60 texts of others": ("published_gguf", b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1)
+                             + b"x" + struct.pack("<IIQ", 9, 8, 1 << 60)),
+    "a header of others of 2^60 bytes": ("published_folder", SPLIT.join(
+        [WHOLE["published_folder"][0][0], struct.pack("<Q", 1 << 60) + b"{}"])),
+    "a tensor of others of 2^60 numbers": ("published_folder", SPLIT.join(
+        [WHOLE["published_folder"][0][0], struct.pack("<Q", len(HEADER)) + HEADER])),
     "a C model of gigabytes": ("c_v1", struct.pack("<IIiii", 0x1B1B1, 1, 16384, 16384, 1024)),
     "a header of 2^60 bytes": ("model", SPLIT.join(
         [WHOLE["model"][0][0], struct.pack("<Q", 1 << 60) + b"{}"])),

@@ -10,6 +10,7 @@ from helpers import oracle
 from helpers.cases import together
 from legacy1bit.hyperparams import (
     ALIASES,
+    ARCHITECTURES,
     DEFAULT_RATES,
     FILE_KEYS,
     OPTIMIZERS,
@@ -23,6 +24,7 @@ from legacy1bit.hyperparams import (
     lr_scheduler_step,
     lr_scheduler_warmup,
 )
+from legacy1bit.system.errors import SettingError
 
 NAN, INF = math.nan, math.inf
 
@@ -39,22 +41,47 @@ MODEL_FIELDS = {
     "model_dim": ((1, 1 << 14), (0, -8, (1 << 14) + 4), NOT_INTEGERS),
     "num_blocks": ((1, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
     "num_heads": ((1, 2, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
+    # None is the number of heads, C / H, and C times the multiplier.
+    "num_kv_heads": ((1, 2, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS[1:]),
+    "head_dim": ((1, 6, 1 << 12), (0, -2, (1 << 12) + 1), NOT_INTEGERS[1:]),
     "ffn_multiplier": ((1, 1 << 6), (0, -4, (1 << 6) + 1), NOT_INTEGERS),
+    "ffn_dim": ((1, 7, 1 << 18), (0, -1, (1 << 18) + 1), NOT_INTEGERS[1:]),
     "sequence_length": ((1, 1 << 17), (0, -1, (1 << 17) + 1), NOT_INTEGERS),
     "scheme": (
         ("ternary", "ternary-median", "binary", "2bit", "sign", "float"),
         (*NOT_CHOICES, "ternary_median", "1bit"),
         (),
     ),
-    "scale": (("tensor", "row", "128", "256", "one"), (*NOT_CHOICES, "absmean", 128, "64"), ()),
+    "scale": (
+        ("tensor", "row", "64", "128", "256", "one"),
+        (*NOT_CHOICES, "absmean", 128, "32"),
+        (),
+    ),
+    "scale_shards": ((1, 2, 1 << 10), (0, -1, (1 << 10) + 1), NOT_INTEGERS),
     "ternary_embedding": ((False, True), (), NOT_FLAGS),
+    "tied_embeddings": ((False, True), (), NOT_FLAGS),
     "int8_activations": ((False, True), (), NOT_FLAGS),
+    "norm": (("layer", "rms"), (*NOT_CHOICES, "batch"), ()),
+    "norm_bias": ((False, True), (), NOT_FLAGS),
+    "norm_epsilon": ((1e-12, 1e-6, 0.1), (0, 1e-13, -1e-5, 0.11, NAN, INF), NOT_NUMBERS),
     "sub_norm": ((False, True), (), NOT_FLAGS),
-    "activation": (("relu2", "relu"), NOT_CHOICES, ()),
+    "qk_norm": ((False, True), (), NOT_FLAGS),
+    "biases": (("all", "qkv", "none"), (*NOT_CHOICES, "q"), ()),
+    "gated": ((False, True), (), NOT_FLAGS),
+    "activation": (("relu2", "relu", "silu", "gelu"), NOT_CHOICES, ()),
     "positions": (("rope", "none"), NOT_CHOICES, ()),
     "rope_base": ((1, 1.0, 1e9), (0.999, -1e4, 1.1e9, NAN, INF, -INF), NOT_NUMBERS),
+    "rope_pairs": (("halves", "adjacent"), (*NOT_CHOICES, "half"), ()),
+    "rope_fraction": ((1e-3, 0.5, 1), (0, -0.5, 9e-4, 1.1, NAN, INF), NOT_NUMBERS),
+    "rope_factor": ((1, 4.0, 1e3), (0, 0.99, -4.0, 1.1e3, NAN, INF), NOT_NUMBERS),
+    "rope_original_length": ((0, 64, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
     "final_norm": ((False, True), (), NOT_FLAGS),
     "attention_window": ((0, 1, 1 << 17), (-1, (1 << 17) + 1), NOT_INTEGERS),
+    "window_pattern": (
+        ("0", "1", "3,0", " 512, 512,0"),
+        ("", ",", "3,", "3,,0", "3;0", "-1", "1.5", "three", "٣", "9999999"),
+        (0, True, [3, 0]),
+    ),
     "output_bias": ((False, True), (), NOT_FLAGS),
 }
 TRAINING_FIELDS = {
@@ -89,6 +116,13 @@ TRAINING_FIELDS = {
     "patience": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
     "validation_tokens": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
 }
+# What a value needs beside it.
+BESIDE = {
+    "model_dim": {"num_heads": 1, "positions": "none"},
+    "num_kv_heads": {"num_heads": 1 << 10},
+    "head_dim": {"positions": "none"},
+    "rope_fraction": {"head_dim": 4000},
+}
 RECORDS = ((ModelConfig, MODEL_FIELDS), (TrainingConfig, TRAINING_FIELDS))
 records = pytest.mark.parametrize("record", [ModelConfig, TrainingConfig])
 
@@ -114,8 +148,10 @@ def test_fields_say_what_they_take(record, table):
     for field in dataclasses.fields(record):
         accepted, out_of_range, _ = table[field.name]
         kind, meaning = field.metadata["kind"], field.metadata["meaning"]
-        expected = {"kind", "meaning", "group"}
-        if kind is str:
+        expected = {"kind", "meaning", "group"} | {"later"} & set(field.metadata)
+        if kind is str and "choices" not in field.metadata:
+            assert field.default is None
+        elif kind is str:
             expected |= {"choices"}
             assert field.metadata["choices"] == accepted, field.name
             assert field.default in accepted, field.name
@@ -150,11 +186,11 @@ def test_choices_are_those_of_the_fields():
 @together("record, field, value", cases(0))
 def test_configs_accept_their_ranges(record, field, value):
     base = {}
-    if field == "model_dim":
-        base = {"num_heads": 1, "positions": "none"}
-    elif record is ModelConfig:
+    if record is ModelConfig:
         # A width that even the largest number of heads divides.
-        base = {"model_dim": 1 << 12}
+        base = {"model_dim": 1 << 12, **BESIDE.get(field, {})}
+    if field in ("rope_factor", "rope_original_length") and value > 1:
+        base |= {"rope_factor": 2.0, "rope_original_length": 64}
     config = record(**{**base, field: value})
     assert getattr(config, field) == value
     assert record.from_dict(json.loads(json.dumps(config.to_dict()))) == config
@@ -196,9 +232,123 @@ def test_model_config_demands_even_heads_of_rotary_positions_only(dim, heads):
     assert ModelConfig(model_dim=dim, num_heads=heads, positions="none").head_dim == dim // heads
 
 
+def sizes(config):
+    return config.num_kv_heads, config.head_dim, config.ffn_dim, config.query_dim, config.kv_dim
+
+
 def test_model_config_derives_its_other_sizes():
     config = ModelConfig(vocab_size=50, model_dim=24, num_heads=3, ffn_multiplier=5)
-    assert (config.head_dim, config.ffn_dim, config.pad_token) == (8, 120, 50)
+    assert sizes(config) == (3, 8, 120, 24, 24)
+    assert config.pad_token == 50
+    # Given as None they are derived, too; what is derived is written into no file.
+    same = ModelConfig(vocab_size=50, model_dim=24, num_heads=3, ffn_multiplier=5,
+                       num_kv_heads=None, head_dim=None, ffn_dim=None)  # fmt: skip
+    assert same == config
+    assert {"num_kv_heads", "head_dim", "ffn_dim"}.isdisjoint(config.to_dict())
+    config = ModelConfig(model_dim=25, num_heads=6, num_kv_heads=2, head_dim=10, ffn_dim=7)
+    assert sizes(config) == (2, 10, 7, 60, 20)
+    assert config.to_dict()["ffn_dim"] == 7
+
+
+def test_with_settings_derives_anew_what_was_derived():
+    config = ModelConfig(model_dim=24, num_heads=3)
+    assert sizes(config.with_settings(model_dim=12)) == (3, 4, 36, 12, 12)
+    assert sizes(config.with_settings(num_heads=6)) == (6, 4, 72, 24, 24)
+    assert sizes(config.with_settings(ffn_multiplier=2)) == (3, 8, 48, 24, 24)
+    given = config.with_settings(ffn_dim=7, num_kv_heads=1, head_dim=10)
+    assert sizes(given.with_settings(model_dim=12)) == (1, 10, 7, 30, 10)
+    assert given.with_settings() == given
+    with pytest.raises(ValueError, match="num_kv_heads"):
+        given.with_settings(num_kv_heads=2)
+
+
+@together(
+    "settings, expected",
+    [
+        ({"num_heads": 3}, "model_dim is 256, expected a multiple of num_heads (3), or a head_dim"),
+        ({"num_kv_heads": 3}, "num_kv_heads is 3, expected a divisor of num_heads (4)"),
+        ({"num_kv_heads": 8}, "num_kv_heads is 8, expected a divisor of num_heads (4)"),
+        ({"head_dim": 5}, "head_dim is 5, expected an even number"),
+        (
+            {"rope_fraction": 0.25, "head_dim": 20},
+            "head_dim * rope_fraction is 5, expected an even",
+        ),
+        (
+            {"rope_fraction": 0.3, "head_dim": 8},
+            "head_dim * rope_fraction is 2.4, expected an even",
+        ),
+        ({"rope_fraction": 1e-3}, "head_dim * rope_fraction is 0.064, expected an even"),
+        ({"positions": "none", "rope_fraction": 0.5}, "rope_fraction need positions rope"),
+        (
+            {"positions": "none", "rope_factor": 2.0, "rope_original_length": 64},
+            "rope_factor and rope_fraction need positions rope",
+        ),
+        ({"rope_factor": 4.0}, "rope_factor is 4 and rope_original_length 0: YaRN needs"),
+        ({"rope_original_length": 64}, "rope_factor is 1 and rope_original_length 64: YaRN needs"),
+        (
+            {"rope_factor": 2.0, "rope_original_length": 64, "rope_base": 1.0},
+            "rope_base is 1 with a rope_factor",
+        ),
+        *(
+            ({"scale_shards": 2, "scale": scale}, f"scale_shards is 2 with scale {scale}, expected")
+            for scale in SCALES
+            if scale != "tensor"
+        ),
+        (
+            {"window_pattern": "3,0", "attention_window": 5},
+            "window_pattern is 3,0 and attention_window 5, expected one of them",
+        ),
+    ],
+)
+def test_model_config_refuses_settings_that_contradict_each_other(settings, expected):
+    with pytest.raises(SettingError) as caught:
+        ModelConfig(**{"model_dim": 256, **settings})
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    # Each of them is right alone, or with what it needs.
+    assert len(caught.value.args) > 1
+
+
+@pytest.mark.parametrize(("head_dim", "fraction", "rotary_dim"), [
+    (10, 0.4, 4), (20, 0.7, 14), (50, 0.28, 14), (100, 0.58, 58), (128, 0.25, 32), (6, 1.0, 6),
+    (90, 2 / 3, 60),
+])  # fmt: skip
+def test_rotary_dim_is_the_fraction_of_a_head(head_dim, fraction, rotary_dim):
+    """Though the product may be off by a rounding."""
+    assert ModelConfig(head_dim=head_dim, rope_fraction=fraction).rotary_dim == rotary_dim
+
+
+def test_windows_repeat_along_the_blocks():
+    for settings, expected in (
+        ({}, (0, 0, 0, 0, 0)),
+        ({"attention_window": 7}, (7, 7, 7, 7, 7)),
+        ({"window_pattern": "3"}, (3, 3, 3, 3, 3)),
+        ({"window_pattern": "3, 4,0"}, (3, 4, 0, 3, 4)),
+        ({"window_pattern": "1,2,3,4,5,6"}, (1, 2, 3, 4, 5)),
+    ):
+        assert ModelConfig(num_blocks=5, **settings).windows == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_are_settings_with_every_size(name):
+    """Their bundles leave the sizes open, and are told apart by what they have."""
+    sizes = {"vocab_size", "model_dim", "num_blocks", "num_heads", "num_kv_heads", "head_dim",
+             "ffn_dim", "sequence_length"}  # fmt: skip
+    assert sizes.isdisjoint(ARCHITECTURES[name])
+    config = ModelConfig(model_dim=24, num_heads=6, num_kv_heads=2, head_dim=10, ffn_dim=7,
+                         **ARCHITECTURES[name])  # fmt: skip
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    of_other_programs = {
+        "nemotron": ("layer", "relu2", "all", False, False, False, False),
+        "llama": ("rms", "silu", "none", True, False, False, False),
+        "qwen3": ("rms", "silu", "none", True, True, False, False),
+        "bitnet": ("rms", "relu2", "none", True, False, True, True),
+        "c-original": ("layer", "relu", "all", False, False, False, False),
+    }
+    assert of_other_programs[name] == (
+        config.norm, config.activation, config.biases, config.gated, config.qk_norm,
+        config.sub_norm, config.tied_embeddings,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(("optimizer", "rate"), [("muon", 5.7e-3), ("adamw", 3e-3), ("sgd", 0.1)])
@@ -248,10 +398,21 @@ def test_to_dict_keeps_the_keys_of_files():
 
 
 @records
-def test_to_dict_has_every_field(record):
+def test_to_dict_has_every_field_but_later_ones_with_their_defaults(record):
     assert list(record().to_dict()) == [
-        FILE_KEYS.get(field.name, field.name) for field in dataclasses.fields(record)
+        FILE_KEYS.get(field.name, field.name)
+        for field in dataclasses.fields(record)
+        if "later" not in field.metadata
     ]
+
+
+def test_to_dict_of_a_model_of_earlier_versions_has_their_keys_alone():
+    """The bytes of its files stay the same."""
+    assert list(ModelConfig().to_dict()) == [
+        "vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "sequence_length",
+        "scheme", "scale", "ternary_embedding", "int8_activations", "sub_norm", "activation",
+        "positions", "rope_base", "final_norm", "attention_span", "output_bias",
+    ]  # fmt: skip
 
 
 @records
@@ -304,7 +465,7 @@ def test_c_original_has_the_settings_of_c():
     ids=lambda change: next(iter(change)),
 )
 def test_is_c_original_does_not_mind_sizes(change):
-    assert dataclasses.replace(ModelConfig.c_original(), **change).is_c_original
+    assert ModelConfig.c_original().with_settings(**change).is_c_original
 
 
 @pytest.mark.parametrize(
@@ -324,11 +485,22 @@ def test_is_c_original_does_not_mind_sizes(change):
         {"attention_window": 2},
         {"ffn_multiplier": 2},
         {"output_bias": False},
+        {"num_kv_heads": 2},
+        {"head_dim": 6},
+        {"ffn_dim": 7},
+        {"norm": "rms"},
+        {"norm_bias": False},
+        {"norm_epsilon": 1e-6},
+        {"qk_norm": True},
+        {"biases": "qkv"},
+        {"gated": True},
+        {"activation": "silu"},
+        {"tied_embeddings": True},
     ],
     ids=lambda change: next(iter(change)),
 )
 def test_is_c_original_minds_every_option(change):
-    assert not dataclasses.replace(ModelConfig.c_original(), **change).is_c_original
+    assert not ModelConfig.c_original().with_settings(**change).is_c_original
     assert not ModelConfig().is_c_original
 
 

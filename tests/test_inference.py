@@ -561,7 +561,7 @@ PIECES = ((7,), (1,) * 7, (3, 1, 2, 1), (1, 6), (6, 1))
 
 
 def has_trits(config):
-    groups = config.scale in ("128", "256") and config.ffn_dim > int(config.scale)
+    groups = config.scale.isdigit() and config.ffn_dim > int(config.scale)
     return config.scheme != "2bit" and not groups
 
 

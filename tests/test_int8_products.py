@@ -1,4 +1,4 @@
-"""Linear maps of codes in int8, forward and back to the input, against exact integers."""
+"""Linear maps of codes in int8, forward, back to the input and to the weights, against integers."""
 
 import functools
 
@@ -61,11 +61,9 @@ def test_products_of_whole_numbers_are_exact(scheme, shape, scale):
     for rows in ROWS:
         x = whole_numbers(rows, shape[1])
         d_out = whole_numbers(rows, shape[0], row_scales(matrix))
-        out, d_x, d_weight = both_ways(matrix, x, d_out, bias)
+        out, d_x, _ = both_ways(matrix, x, d_out, bias)
         assert_same_bits(out + 0, (x @ dense.T + bias).astype(np.float32) + 0)
         assert_same_bits(d_x + 0, (d_out @ dense).astype(np.float32) + 0)
-        # That of the weights stays as it was.
-        assert_same_bits(d_weight, both_ways(matrix, x, d_out, bias, "float32")[2])
 
 
 @functools.cache
@@ -115,6 +113,119 @@ def test_the_largest_sums_do_not_overflow(scheme, scale):
                 out, d_x, _ = both_ways(matrix, x, d_out)
                 assert (out == 0.5 * code * number * shape[1]).all()
                 assert (d_x == 0.5 * code * number * shape[0]).all()
+
+
+def away_from_ties(rows, cols):
+    """Random numbers, of which those near half way between two steps of their row are made 0."""
+    x = normal(rows, cols)
+    steps = x / oracle.activation_step(x)
+    x[np.abs(np.abs(steps - np.rint(steps)) - 0.5) < 127 * gamma(4)] = 0.0
+    return x
+
+
+def weights_gradient(x, d_out, into=None):
+    """The gradient of weights, of which only the shape is used, plus what it is added to."""
+    shape = d_out.shape[1], x.shape[1]
+    gradients = {
+        "weight": np.zeros(shape, np.float32) if into is None else into.copy(),
+        "bias": np.zeros(shape[0], np.float32),
+    }
+    with product_precision("int8"):
+        backward_output_layer_batch(TernaryMatrix(np.ones(shape, np.int8)), d_out, x, gradients)
+    return gradients["weight"]
+
+
+# Around a tile's rows (4, 6, 14) and columns (2, 8, 16 and 32), what is packed at a time (240 rows)
+# and the tokens of a sum (512); odd numbers of tokens fill half of a pair.
+GRADIENTS = (
+    (1, 1, 16),
+    (4, 2, 17),
+    (6, 16, 31),
+    (7, 17, 40),
+    (13, 15, 129),
+    (15, 33, 511),
+    (33, 32, 512),
+    (29, 31, 513),
+    (241, 70, 515),
+    (250, 19, 1025),
+)
+
+
+@every_tier
+@together("size", GRADIENTS)
+def test_gradients_of_weights_are_those_of_the_rounded_activations(size):
+    """Each gradient of an output is off by half of its feature's step at most."""
+    rows, cols, tokens = size
+    x = away_from_ties(tokens, cols)
+    d_out, into = normal(tokens, rows, seed=1), normal(rows, cols, seed=2)
+    codes, steps = oracle.round_to_int8(x)
+    folded = np.abs(steps * d_out)
+    d_steps = folded.max(axis=0) / 32767
+    room = 0.501 * np.outer(d_steps, np.abs(codes).sum(axis=0))
+    room += gamma(8) * (folded.T @ np.abs(codes) + np.abs(into))
+    expected = into + d_out.T.astype(np.float64) @ (codes * steps)
+    assert_close(weights_gradient(x, d_out, into), expected, rtol=0, atol=room)
+
+
+@every_tier
+@together("size", GRADIENTS)
+def test_gradients_of_weights_are_exact_for_whole_numbers(size):
+    rows, cols, tokens = size
+    x, rng = whole_numbers(tokens, cols), np.random.default_rng(tokens)
+    d_out = rng.integers(-32767, 32768, (tokens, rows)).astype(np.float32)
+    # Every sum has a largest number: no step is rounded.
+    d_out[::16] = rng.choice(np.float32([-32767, 32767]), d_out[::16].shape)
+    expected = np.zeros((rows, cols), np.float32)
+    count = -(-tokens // 512)
+    for i in range(count):
+        part = slice(tokens * i // count, tokens * (i + 1) // count)
+        sums = d_out[part].astype(np.int64).T @ x[part].astype(np.int64)
+        expected += sums.astype(np.float32)
+    assert_same_bits(weights_gradient(x, d_out) + 0, expected + 0)
+
+
+@every_tier
+def test_the_largest_sums_of_gradients_do_not_overflow():
+    for tokens in (512, 1024):
+        for x_sign, d_sign in ((1, 1), (1, -1), (-1, -1)):
+            x = np.full((tokens, 19), x_sign * 127.0, np.float32)
+            d_out = np.full((tokens, 21), d_sign * 32767.0, np.float32)
+            exact = float(x_sign * d_sign * 127 * 32767 * tokens)
+            assert (weights_gradient(x, d_out) == np.float32(exact)).all()
+
+
+@every_tier
+def test_gradients_of_weights_tell_what_is_not_finite():
+    x, d_out, into = normal(530, 37), normal(530, 27), normal(27, 37)
+    x[5], d_out[:, 4] = 0.0, 0.0
+    usual = weights_gradient(x, d_out, into)
+    assert_same_bits(usual[4], into[4])
+    for bad in (np.nan, np.inf, -np.inf):
+        for token, feature in ((0, 0), (529, 26), (300, 8)):
+            changed = d_out.copy()
+            changed[token, feature] = bad
+            found = weights_gradient(x, changed, into)
+            assert np.isnan(found[feature]).all()
+            others = np.arange(27) != feature
+            assert_same_bits(found[others], usual[others])
+        changed = x.copy()
+        changed[7, 3] = bad
+        assert np.isnan(weights_gradient(changed, d_out, into)).all()
+
+
+def test_gradients_of_weights_have_the_same_bits_in_every_instruction_set():
+    former, rng = math_ops.simd_level(), np.random.default_rng(5)
+    factors = 10.0 ** rng.integers(-12, 12, (1030, 1)).astype(np.float32)
+    x, d_out, into = normal(1030, 131) * factors, normal(1030, 70) * factors, normal(70, 131)
+    answers = []
+    try:
+        for level in math_ops.simd_levels():
+            math_ops.set_simd_level(level)
+            answers.append(weights_gradient(x, d_out, into))
+    finally:
+        math_ops.set_simd_level(former)
+    for found in answers:
+        assert_same_bits(found, answers[0])
 
 
 @every_tier

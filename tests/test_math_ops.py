@@ -990,6 +990,8 @@ CALLS = {
     ),
     "relu": ({"x": normal(19)}, {"x"}),
     "relu2": ({"x": normal(19)}, {"x"}),
+    "silu": ({"x": normal(19)}, {"x"}),
+    "gelu": ({"x": normal(19)}, {"x"}),
     "softmax": ({"x": normal(19)}, {"x"}),
     "quantize_activations": ({"x": normal(19)}, {"x"}),
     "exp_inplace": ({"x": normal(19)}, {"x"}),

@@ -26,6 +26,7 @@ from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, dot_bo
 from helpers.cases import together
 from helpers.models import (
     MODELS,
+    OPTION_MODELS,
     assert_near,
     assert_quantized,
     assert_same_model,
@@ -59,7 +60,7 @@ from legacy1bit.forward import (
 )
 from legacy1bit.hyperparams import ALIASES, SCALES, ModelConfig
 from legacy1bit.inference import Decoder
-from legacy1bit.layout import parameter_layout
+from legacy1bit.layout import block_options, dimensions, parameter_layout
 from legacy1bit.model import (
     ACTIVATIONS,
     FeedForward,
@@ -503,14 +504,13 @@ LAYER_ERRORS = [
     (FeedForward, FFN, {"wo": floats(9, 6)}, "wo"),
     (FeedForward, FFN, {"bi": floats(6)}, "bi has 6"),
     (FeedForward, FFN, {"bo": floats(9)}, "bo has 9"),
-    (FeedForward, FFN, {"activation": "gelu"}, "activation is 'gelu'"),
+    (FeedForward, FFN, {"activation": "swish"}, "activation is 'swish'"),
     *[(MultiHeadAttention, NORMED_ATTENTION, {part: floats(size)}, f"{part} has {size}")
       for part in ("gamma", "beta") for size in (5, 9)],
     *[(FeedForward, NORMED_FFN, {part: floats(size)}, f"{part} has {size}")
       for part in ("gamma", "beta") for size in (6, 8)],
-    *[(layer, good, {part: None}, part)
-      for layer, good in ((MultiHeadAttention, NORMED_ATTENTION), (FeedForward, NORMED_FFN))
-      for part in ("gamma", "beta")],
+    *[(layer, good, {"gamma": None}, "gamma")
+      for layer, good in ((MultiHeadAttention, NORMED_ATTENTION), (FeedForward, NORMED_FFN))],
     (LayerNorm, NORM, {"beta": floats(5)}, "beta has 5"),
     (LayerNorm, NORM, {"gamma": floats(0), "beta": floats(0)}, "gamma is empty"),
 ]  # fmt: skip
@@ -522,7 +522,9 @@ def test_every_activation_is_known_everywhere():
         "ModelConfig.activation": setting.metadata["choices"],
         "ACTIVATIONS of model.pyx": ACTIVATIONS,
         "ACTIVATIONS of oracle.py": oracle.ACTIVATIONS,
-        "MODELS of helpers/models.py": {make_config(**one).activation for one in MODELS.values()},
+        "MODELS and OPTION_MODELS of helpers/models.py": {
+            make_config(**one).activation for one in (MODELS | OPTION_MODELS).values()
+        },
     }
     every = set().union(*places.values())
     lacking = {place: every - set(names) for place, names in places.items() if every - set(names)}
@@ -545,7 +547,9 @@ def test_layers_reject_other_kinds_of_array(layer, good):
         if not isinstance(value, np.ndarray):
             continue
         strided = np.repeat(value, 2, axis=-1)[..., ::2]
-        for bad in (None, value.astype(np.float64), value.tolist(), strided):
+        # A layer may have no bias.
+        none = () if name[0] == "b" else (None,)
+        for bad in (*none, value.astype(np.float64), value.tolist(), strided):
             with pytest.raises((TypeError, ValueError)):
                 layer(**{**good, name: bad})
 
@@ -616,7 +620,7 @@ def resident_bytes():
 
 
 def test_rotary_table_rejects_odd_heads():
-    with pytest.raises(ValueError, match="head_dim is 3, expected an even"):
+    with pytest.raises(ValueError, match="rotary_dim is 3, expected an even"):
         RotaryTable(3, 8)
 
 
@@ -757,7 +761,8 @@ def native_objects():
     return [
         model, create_legacy_llm_gradients(config), block, block.attention, block.ffn, block.norm1,
         create_transformer_block_context(8, 8, 2, 1, 4), ForwardContext(config, 1, 4),
-        BackwardContext(8, 8, 1, 4), BackwardPass(model, 1, 4), packed, Decoder(packed),
+        BackwardContext(dimensions(config), block_options(config), 1, 4),
+        BackwardPass(model, 1, 4), packed, Decoder(packed),
         PackedMatrix(model.parameters["blocks.0.ffn.wi"]), Int8Buffer(1, 4),
         *(make(model) for make in (AdamW, Muon, SGD)),
     ]  # fmt: skip
@@ -1210,7 +1215,7 @@ def test_quantized_matrices_share_their_scales_as_the_settings_say(scale, scheme
     for name, value in model.parameters.items():
         if isinstance(value, TernaryMatrix):
             rows, columns = value.shape
-            group = {"128": 128, "256": 256}.get(scale, columns)
+            group = int(scale) if scale.isdigit() else columns
             count = (1, 1) if scale in ("tensor", "one") else (rows, -(-columns // group))
             assert (value.scales.shape, value.group) == (count, group), name
             assert_same_bits(value.dense(), exact_dense(value).astype(np.float32), name)
@@ -1296,11 +1301,11 @@ def test_save_model_and_load_model_are_exact(tmp_path, options):
     check_saved(random_model(config), tmp_path / "model")
 
 
-@pytest.mark.parametrize("scale", ["row", "128", "256"])
+@pytest.mark.parametrize("scale", ["row", "64", "128", "256"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_save_model_and_load_model_are_exact_for_long_rows(tmp_path, scheme, scale):
-    # Groups of 128, 128 and 3, or of 256 and 3.
-    model, count = long_model(scheme, scale), {"row": 1, "128": 3, "256": 2}[scale]
+    # Four groups of 64 and one of 3; 128, 128 and 3; 256 and 3.
+    model, count = long_model(scheme, scale), {"row": 1, "64": 5, "128": 3, "256": 2}[scale]
     assert model.parameters["blocks.0.ffn.wo"].scales.shape == (7, count)
     check_saved(model, tmp_path / "model")
 
@@ -1886,7 +1891,7 @@ def test_load_model_rejects_the_code_three(tmp_path, position, scheme):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 1), (7, 2), (7, 3), (7, 4), (1, 3), (3, 7), (7,)])
 def test_load_model_rejects_scales_of_another_shape(tmp_path, shape, stored):
     name, expected = "blocks.0.ffn.wo.scale", {
-        "tensor": (1, 1), "row": (7, 1), "128": (7, 3), "256": (7, 2), "one": (1, 1)
+        "tensor": (1, 1), "row": (7, 1), "64": (7, 5), "128": (7, 3), "256": (7, 2), "one": (1, 1)
     }[stored]  # fmt: skip
     save_model(long_model("2bit", stored), tmp_path)
     edit_tensors(tmp_path, lambda tensors: tensors.update({name: np.ones(shape, np.float16)}))

@@ -49,7 +49,6 @@ def make_config(
         "model_dim": 6,
         "num_blocks": num_blocks,
         "num_heads": 3,
-        "ffn_multiplier": 3,
         "activation": activation,
         "positions": positions,
         "rope_base": 10000.0,
@@ -71,34 +70,88 @@ with_options = pytest.mark.parametrize(
 )
 
 
-def make_params(config, seed=1):
-    """Random values everywhere, gamma and the biases included, so that no gradient is trivial."""
-    rng = np.random.default_rng(seed)
-    v, c = config["vocab_size"], config["model_dim"]
-    f = config["ffn_multiplier"] * c
+def parameter_shapes(config):
+    """The parameters of a model, as the oracle's docstring lists them."""
+    v, c, heads = config["vocab_size"], config["model_dim"], config["num_heads"]
+    d = config.get("head_dim", c // heads)
+    q, k = heads * d, config.get("num_kv_heads", heads) * d
+    f = config.get("ffn_dim", 3 * c)
+    norm_bias = config.get("norm") != "rms" and config.get("norm_bias", True)
+    layers = {
+        "attention.wq": (q, c), "attention.wk": (k, c), "attention.wv": (k, c),
+        "attention.wo": (c, q), "attention.bq": (q,), "attention.bk": (k,), "attention.bv": (k,),
+        "attention.bo": (c,), "ffn.wi": (f, c), "ffn.bi": (f,), "ffn.wo": (c, f), "ffn.bo": (c,),
+    }  # fmt: skip
+    if config.get("gated"):
+        layers |= {"ffn.wg": (f, c), "ffn.bg": (f,)}
+    biased = {"all": "qkvoig", "qkv": "qkv", "none": ""}[config.get("biases", "all")]
+    layers = {
+        name: shape for name, shape in layers.items() if len(shape) == 2 or name[-1] in biased
+    }
+    if config.get("qk_norm"):
+        layers |= {"attention.q_gamma": (d,), "attention.k_gamma": (d,)}
+    norms = {"norm1": c, "norm2": c}
+    if config.get("sub_norm"):
+        norms |= {"attention": q, "ffn": f}
     shapes = {"embedding.weight": (v, c), "output.weight": (v, c), "output.bias": (v,)}
+    if config.get("tied_embeddings"):
+        del shapes["output.weight"]
     for i in range(config["num_blocks"]):
-        block = f"blocks.{i}."
-        shapes |= {f"{block}attention.w{name}": (c, c) for name in "qkvo"}
-        shapes |= {f"{block}attention.b{name}": (c,) for name in "qkvo"}
-        shapes |= {f"{block}ffn.wi": (f, c), f"{block}ffn.bi": (f,)}
-        shapes |= {f"{block}ffn.wo": (c, f), f"{block}ffn.bo": (c,)}
-        norms = {"norm1": c, "norm2": c}
-        if config.get("sub_norm"):
-            norms |= {"attention": c, "ffn": f}
-        shapes |= {
-            f"{block}{norm}.{n}": (norms[norm],) for norm in norms for n in ("gamma", "beta")
-        }
+        shapes |= {f"blocks.{i}.{name}": shape for name, shape in layers.items()}
+        for name, size in norms.items():
+            shapes |= {f"blocks.{i}.{name}.{n}": (size,) for n in ("gamma", "beta")}
     if config["final_norm"]:
         shapes |= {"final_norm.gamma": (c,), "final_norm.beta": (c,)}
     return {
+        name: shape for name, shape in shapes.items() if norm_bias or not name.endswith(".beta")
+    }
+
+
+def make_params(config, seed=1):
+    """Random values everywhere, gamma and the biases included, so that no gradient is trivial."""
+    rng = np.random.default_rng(seed)
+    return {
         name: rng.normal(1.0 if name.endswith("gamma") else 0.0, 0.5, shape)
-        for name, shape in shapes.items()
+        for name, shape in parameter_shapes(config).items()
     }
 
 
 def part(params, prefix):
     return {n.removeprefix(prefix): v for n, v in params.items() if n.startswith(prefix)}
+
+
+# What the architectures of other programs have, each alone and then together.
+YARN = {"rope_factor": 4.0, "rope_original_length": 64, "rope_base": 100.0, "head_dim": 10}
+ARCHITECTURES = {
+    "kv heads": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4},
+    "one kv head": {"num_kv_heads": 1, "head_dim": 10},
+    "ffn_dim": {"ffn_dim": 7},
+    "rms": {"norm": "rms"},
+    "rms, epsilon": {"norm": "rms", "norm_epsilon": 0.05, "sub_norm": True},
+    "layer norm, epsilon, no bias": {"norm_bias": False, "norm_epsilon": 0.05, "sub_norm": True},
+    "qk_norm": {"qk_norm": True},
+    "qk_norm, kv heads": {"qk_norm": True, "num_kv_heads": 1, "norm_epsilon": 0.05},
+    "qkv biases": {"biases": "qkv"},
+    "no biases": {"biases": "none", "gated": True},
+    "gated relu2": {"gated": True},
+    "gated relu": {"gated": True, "activation": "relu", "sub_norm": True},
+    "silu": {"activation": "silu"},
+    "gated silu": {"gated": True, "activation": "silu", "ffn_dim": 5},
+    "gelu": {"activation": "gelu", "gated": True},
+    "tied": {"tied_embeddings": True},
+    "tied, no final norm": {"tied_embeddings": True, "final_norm": False},
+    "adjacent": {"rope_pairs": "adjacent", "head_dim": 6},
+    "fraction": {"rope_fraction": 0.4, "head_dim": 10},
+    "fraction, adjacent": {"rope_fraction": 0.5, "head_dim": 8, "rope_pairs": "adjacent"},
+    "yarn": YARN,
+    "yarn, adjacent": {**YARN, "rope_pairs": "adjacent", "rope_fraction": 0.6},
+    "windows": {"windows": (2, 0)},
+    "qwen3": {"norm": "rms", "biases": "none", "gated": True, "activation": "silu",
+              "qk_norm": True, "num_kv_heads": 1, "tied_embeddings": True, **YARN},
+    "bitnet": {"norm": "rms", "biases": "none", "gated": True, "sub_norm": True,
+               "tied_embeddings": True, "num_kv_heads": 1, "head_dim": 6, "rope_base": 50.0},
+}  # fmt: skip
+architectures = pytest.mark.parametrize("changes", ARCHITECTURES.values(), ids=ARCHITECTURES)
 
 
 # --- Gradients against finite differences ---------------------------------------------------------
@@ -155,6 +208,18 @@ def test_layer_norm_gradients(size):
     )
 
 
+@pytest.mark.parametrize("size", [1, 2, 9])
+@pytest.mark.parametrize("epsilon", [1e-5, 0.5])
+def test_rms_norm_gradients(size, epsilon):
+    check_gradients(
+        lambda x, gamma: oracle.rms_norm(x, gamma, epsilon),
+        lambda d, x, gamma: dict(
+            zip(("x", "gamma"), oracle.rms_norm_backward(d, x, gamma, epsilon), strict=True)
+        ),
+        {"x": normal(2, 3, size), "gamma": normal(size, seed=4)},
+    )
+
+
 @pytest.mark.parametrize("activation", oracle.ACTIVATIONS)
 def test_activate_gradients(activation):
     check_gradients(
@@ -172,11 +237,20 @@ def test_softmax_gradients():
     )
 
 
-@pytest.mark.parametrize("head_dim", [2, 6])
-def test_rotary_gradients(head_dim):
+@pytest.mark.parametrize(
+    ("head_dim", "settings"),
+    [
+        (2, {}),
+        (6, {}),
+        (6, {"pairs": "adjacent"}),
+        (10, {"fraction": 0.4, "base": 50.0}),
+        (10, {"pairs": "adjacent", "factor": 4.0, "original_length": 64, "base": 100.0}),
+    ],
+)
+def test_rotary_gradients(head_dim, settings):
     check_gradients(
-        oracle.rotary,
-        lambda d, x: {"x": oracle.rotary_backward(d)},
+        lambda x: oracle.rotary(x, **settings),
+        lambda d, x: {"x": oracle.rotary_backward(d, **settings)},
         {"x": normal(2, 5, 3, head_dim)},
     )
 
@@ -277,6 +351,17 @@ def test_loss_and_gradients_along_random_directions(
 ):
     # Both kinds of norm before the last matrices, along with all the other options.
     config = make_config(activation, positions, span, final_norm, sub_norm=span == 3)
+    check_directions(config, padding)
+
+
+@architectures
+def test_gradients_of_architectures_along_random_directions(changes):
+    # Where nothing else is asked for, an activation without a kink that the step could cross.
+    for padding in ("none", "middle"):
+        check_directions({**make_config("silu", num_blocks=2), **changes}, padding)
+
+
+def check_directions(config, padding):
     params, tokens = make_params(config), tokens_with(padding)
     loss, gradients = oracle.loss_and_gradients(params, config, tokens, TARGETS)
     assert gradients.keys() == params.keys()
@@ -291,6 +376,7 @@ def test_loss_and_gradients_along_random_directions(
             ),
             value,
             direction,
+            step=5e-5,
         )
         assert_close(np.sum(gradients[name] * direction), numeric, what=name, **FINITE)
     if padding == "all":
@@ -314,6 +400,13 @@ def test_norms_and_int8_agree_with_torch(int8, padding, sub_norm):
     config = make_config(final_norm=padding != "middle", num_blocks=2, sub_norm=sub_norm)
     config |= {"int8_activations": int8, "ternary_embedding": ternary_embedding}
     check_against_torch(config, padding)
+
+
+@architectures
+@pytest.mark.parametrize("int8", [False, True])
+def test_architectures_agree_with_torch(changes, int8):
+    config = {**make_config(num_blocks=2), "int8_activations": int8, **changes}
+    check_against_torch({**config, "ternary_embedding": int8}, "middle" if int8 else "right")
 
 
 def check_against_torch(config, padding):
@@ -517,6 +610,89 @@ def test_rotary_keeps_lengths_and_depends_on_distance_only():
     turned = oracle.rotary(np.array([[0.0, 0, 0, 0], [1, 1, 0, 0]]).reshape(1, 2, 1, 4))[0, 1, 0]
     expected = [math.cos(1), math.cos(0.01), math.sin(1), math.sin(0.01)]
     assert_close(turned, expected, **FLOAT64)
+
+
+def test_rotary_of_a_fraction_and_of_adjacent_elements_by_hand():
+    x = np.array([[[[0.0] * 6]], [[[1.0, 2.0, 3.0, 4.0, 5.0, 6.0]]]]).reshape(1, 2, 1, 6)
+    one, other = math.cos(1), math.sin(1)
+    few, more = math.cos(0.1), math.sin(0.1)
+    # Of the first four of six elements, with base 100: the frequencies are 1 and 1 / 10.
+    turned = oracle.rotary(x, 100.0, fraction=4 / 6)[0, 1, 0]
+    expected = [one - 3 * other, 2 * few - 4 * more, other + 3 * one, 2 * more + 4 * few, 5, 6]
+    assert_close(turned, expected, **FLOAT64)
+    turned = oracle.rotary(x, 100.0, "adjacent", 4 / 6)[0, 1, 0]
+    expected = [one - 2 * other, other + 2 * one, 3 * few - 4 * more, 3 * more + 4 * few, 5, 6]
+    assert_close(turned, expected, **FLOAT64)
+
+
+def test_yarn_by_hand():
+    # Of eight pairs with base 10,000 and a length of 2,048: pair 16 ln(2048 / 64 pi) / 2 ln 10000 =
+    # 2.02 turns 32 times, and 5.03 once, so that 0 to 2 stay and from 6 on a quarter is left.
+    plain = 10000.0 ** (-np.arange(8) / 8)
+    yarn = oracle.rotary_frequencies(16, 10000.0, 4.0, 2048)
+    kept = [1, 1, 1, 1 - 0.75 / 4, 1 - 0.75 * 2 / 4, 1 - 0.75 * 3 / 4, 0.25, 0.25]
+    assert_close(yarn, plain * kept, **FLOAT64)
+    # What turns is longer, and at the first position nothing turns.
+    x = normal(1, 3, 2, 16)
+    turned = oracle.rotary(x, factor=4.0, original_length=2048)
+    assert_close(turned[:, 0], x[:, 0] * (1 + 0.1 * math.log(4)), **FLOAT64)
+    assert_close(
+        (turned**2).sum(axis=-1), (x**2).sum(axis=-1) * (1 + 0.1 * math.log(4)) ** 2, **FLOAT64
+    )
+
+
+def test_heads_of_queries_share_keys_in_their_order():
+    """It is attention with as many heads of keys, of which neighbors are the same."""
+    config = {**make_config(), "num_heads": 6, "num_kv_heads": 2, "head_dim": 4}
+    weights, x, tokens = part(make_params(config), "blocks.0.attention."), normal(2, 5, 6), None
+    tokens = tokens_with("middle")
+    wide = dict(weights)
+    for name in ("wk", "wv", "bk", "bv"):
+        heads = weights[name].reshape(2, 4, -1)
+        wide[name] = np.repeat(heads, 3, axis=0).reshape(24, *weights[name].shape[1:])
+    expected = oracle.attention(x, tokens, wide, {**config, "num_kv_heads": 6})
+    assert_close(oracle.attention(x, tokens, weights, config), expected, **FLOAT64)
+
+
+def test_windows_are_of_the_blocks():
+    config = make_config(num_blocks=2)
+    params, tokens = make_params(config), np.array([[0, 1, 2, 3, 4, 5, 6]])
+    changed = np.array([[6, 1, 2, 3, 4, 5, 6]])
+
+    def reach(**settings):
+        logits = [oracle.forward(params, {**config, **settings}, t)[0] for t in (tokens, changed)]
+        return int((logits[0] != logits[1]).any(axis=-1).sum())
+
+    assert [reach(attention_window=3), reach(windows=(3, 3)), reach(windows=(3, 2))] == [5, 5, 4]
+    assert [reach(windows=(1, 1)), reach(windows=(1, 2)), reach(windows=(0, 1))] == [1, 2, 7]
+
+
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_silu_and_gelu_agree_with_torch(activation):
+    torch = pytest.importorskip("torch")
+    x = np.concatenate([np.linspace(-6, 6, 301), [-1e-30, 1e-30, 0.0, 1e20]])
+    leaf = torch.tensor(x, requires_grad=True)
+    functional = torch.nn.functional
+    one = (
+        functional.silu(leaf) if activation == "silu" else functional.gelu(leaf, approximate="tanh")
+    )
+    one.sum().backward()
+    assert_close(oracle.activate(x, activation), one.detach().numpy(), rtol=1e-10, atol=1e-14)
+    slope = oracle.activate_backward(np.ones_like(x), x, activation)
+    assert_close(slope, leaf.grad.numpy(), rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(("activation", "formula"), [
+    ("silu", lambda x: x / (1.0 + math.exp(-x))),
+    ("gelu", lambda x: x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))),
+])  # fmt: skip
+def test_silu_and_gelu_are_their_formulas_and_have_limits(activation, formula):
+    x = np.linspace(-3.0, 3.0, 61)
+    assert_close(oracle.activate(x, activation), [formula(value) for value in x], **FLOAT64)
+    ends = np.array([-1e38, 1e38, np.inf])
+    assert oracle.activate(ends, activation).tolist() == [0.0, 1e38, np.inf]
+    assert oracle.activate_backward(np.ones(2), ends[:2], activation).tolist() == [0.0, 1.0]
+    assert np.isnan(oracle.activate(np.array([np.nan, -np.inf]), activation)).all()
 
 
 # --- Golden files of the C original ---------------------------------------------------------------
@@ -764,6 +940,16 @@ def test_quantize_by_groups_by_hand():
         assert_close(scales, oracle.to_float16(expected), rtol=0, atol=0)
         wide = np.repeat(scales, 257 if scale in ("tensor", "row") else int(scale), axis=1)
         assert_same_bits(codes, (np.sign(weight) * (abs(weight) > wide[:, :257] / 2)).astype("i1"))
+
+
+def test_quantize_by_shards_by_hand():
+    # Rows 0 and 1 of five are the first of three shards, 2 and 3 the second: 0, 0, 1, 1, 2.
+    weight = np.array([[1.0, -3.0], [2.0, 2.0], [8.0, 8.0], [0.0, 4.0], [0.5, 0.5]])
+    codes, scales = oracle.quantize(weight, shards=3)
+    assert scales.tolist() == [[2.0], [2.0], [5.0], [5.0], [0.5]]
+    assert codes.tolist() == [[0, -1], [1, 1], [1, 1], [0, 1], [1, 1]]
+    codes, scales = oracle.quantize(weight, "sign", fixed=0.25, shards=2)
+    assert scales.tolist() == [[0.25]] * 5
 
 
 def test_to_float16_is_the_nearest_finite_number():

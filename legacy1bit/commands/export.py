@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
@@ -12,7 +13,15 @@ from legacy1bit.formats.published import is_hugging_face
 from legacy1bit.model import LegacyLLM
 from legacy1bit.training.run import Run
 
-_TYPES = ("tq2_0", "tq1_0", "f16", "f32")
+_TYPES = ("tq2_0", "tq1_0", "q2_0", "f16", "f32")
+_EMBEDDING_TYPES = ("f32", "f16", "q8_0", "tq2_0", "tq1_0", "q2_0")
+
+
+class _Types(NamedTuple):
+    """The types that a GGUF file may be told to have; None: the default."""
+
+    matrices: str | None
+    embeddings: str | None
 
 
 def _quote(path: Path) -> str:
@@ -20,16 +29,14 @@ def _quote(path: Path) -> str:
     return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
-def _export_gguf(
-    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
-) -> str:
+def _export_gguf(model: LegacyLLM, path: Path, types: _Types, tokenizer: Tokenizer | None) -> str:
     from legacy1bit.formats.gguf import export_gguf
 
-    export_gguf(model, path, kind, tokenizer)
+    export_gguf(model, path, types.matrices, tokenizer, types.embeddings)
     return f"run it with llama.cpp: llama-completion -m {_quote(path)} -p TEXT"
 
 
-def _export_c(model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None) -> str:
+def _export_c(model: LegacyLLM, path: Path, types: _Types, tokenizer: Tokenizer | None) -> str:
     from legacy1bit.formats.c_source import export_c
 
     export_c(model, path, tokenizer)
@@ -41,7 +48,7 @@ def _export_c(model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokeniz
 
 
 def _export_hugging_face(
-    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
+    model: LegacyLLM, path: Path, types: _Types, tokenizer: Tokenizer | None
 ) -> str:
     from legacy1bit.formats.hugging_face import export_hugging_face
 
@@ -49,16 +56,14 @@ def _export_hugging_face(
     return f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})"
 
 
-def _export_c_v1(
-    model: LegacyLLM, path: Path, kind: str | None, tokenizer: Tokenizer | None
-) -> str:
+def _export_c_v1(model: LegacyLLM, path: Path, types: _Types, tokenizer: Tokenizer | None) -> str:
     from legacy1bit.formats.c_v1 import export_c_v1
 
     export_c_v1(model, path, tokenizer)
     return "it is a file of the C program Legacy-1bit LLM"
 
 
-FORMATS: dict[str, Callable[[LegacyLLM, Path, str | None, Tokenizer | None], str]] = {
+FORMATS: dict[str, Callable[[LegacyLLM, Path, _Types, Tokenizer | None], str]] = {
     "gguf": _export_gguf,
     "c": _export_c,
     "safetensors": _export_hugging_face,
@@ -85,7 +90,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--type",
         choices=_TYPES,
-        help="of the matrices in gguf (default: the smallest that holds the model exactly)",
+        help="of the matrices in gguf (default: tq2_0, f16 or f32, the first that holds the model "
+        "exactly)",
+    )
+    command.add_argument(
+        "--embedding-type",
+        choices=_EMBEDDING_TYPES,
+        help="of embedding and output matrix in gguf: f16 and q8_0 round them (default: f32; of "
+        "ternary ones that of --type)",
     )
     command.add_argument("--license", metavar="TEXT", help="license of the model, stored with it")
 
@@ -99,8 +111,10 @@ def _check_output(out: Path, model: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file, and print how to use it."""
-    if arguments.type is not None and arguments.format != "gguf":
-        raise ValueError(f"--type is for --format gguf, not {arguments.format}")
+    types = _Types(arguments.type, arguments.embedding_type)
+    for option, given in zip(("--type", "--embedding-type"), types, strict=True):
+        if given is not None and arguments.format != "gguf":
+            raise ValueError(f"{option} is for --format gguf, not {arguments.format}")
     path = arguments.model or latest_run()
     _check_output(arguments.out, path)
     model = read_model(path)
@@ -109,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokenizer = load_tokenizer(path) if has_own else None
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
-    hint = FORMATS[arguments.format](model, arguments.out, arguments.type, tokenizer)
+    hint = FORMATS[arguments.format](model, arguments.out, types, tokenizer)
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {size:,} bytes; {hint}")

@@ -1,10 +1,10 @@
-"""``import``: a model from a file of another program."""
+"""``import``: a model from files of another program."""
 
 import argparse
 from pathlib import Path
 
 from legacy1bit.commands.options import new_folder, path_of
-from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer
+from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer
 from legacy1bit.model import LegacyLLM, save_model
 from legacy1bit.system.files import open_regular
 
@@ -14,11 +14,11 @@ _GGUF_MAGIC = b"GGUF"
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
     command.description = (
-        "Read a model from a GGUF file of this program, or from a file of the C original, "
-        "and write a model folder."
+        "Read a model from a GGUF file or a folder for transformers that export wrote, or from a "
+        "file of the C original, and write a model folder."
     )
     command.add_argument(
-        "--model", type=path_of, required=True, metavar="FILE", help="the file to read"
+        "--model", type=path_of, required=True, metavar="FILE", help="the file or folder to read"
     )
     command.add_argument(
         "--out", type=new_folder, required=True, metavar="DIR", help="the model's folder, a new one"
@@ -26,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read the file and write the folder."""
+    """Read the model and write the folder."""
     folder = arguments.out
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise ValueError(f"{folder} is not an empty folder: name another")
@@ -42,6 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> tuple[LegacyLLM, Tokenizer]:
+    if path.is_dir():
+        from legacy1bit.formats.hugging_face import import_hugging_face
+
+        return import_hugging_face(path), load_tokenizer(path)
     with open_regular(path) as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic == _GGUF_MAGIC:

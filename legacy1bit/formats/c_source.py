@@ -1,12 +1,13 @@
 """A model as one C source file, which needs only a C99 compiler and its libraries.
 
-The code is the template ``model.c``, the same for every model: Python fills in the constants of
-its first lines and appends the weights. It computes the same as ``inference.Decoder``.
+The code is the template ``model.c``: Python keeps the parts that the model's architecture needs,
+fills in the constants and appends the weights. It computes the same as ``inference.Decoder``.
 """
 
 import os
 import re
 import textwrap
+from dataclasses import asdict
 from importlib.resources import files
 from string import Template
 
@@ -41,9 +42,11 @@ _NORMS = {
 }
 _MATRICES = {
     **{f"w{which}": f"attention.w{which}" for which in "qkvo"},
+    "wg": "ffn.wg",
     "wi": "ffn.wi",
     "wo_ffn": "ffn.wo",
 }
+_VECTORS = {"q_gamma": "attention.q_gamma", "k_gamma": "attention.k_gamma"}
 
 
 def export_c(
@@ -64,7 +67,8 @@ def export_c(
     Raises
     ------
     ValueError
-        If the model's tokens are not bytes, or more than 256, or a weight is not finite.
+        If the model's tokens are not bytes, or more than 256, if it has YaRN or heads that rotate
+        partially, or if a weight is not finite.
     OSError
         If the file cannot be written.
     """
@@ -75,9 +79,17 @@ def export_c(
             f"the model has {config.vocab_size} tokens, expected at most {_BYTES}: a C program "
             "reads and writes bytes"
         )
+    lacking = (
+        (config.rope_factor > 1.0, "YaRN", "--rope-factor 1 --rope-original-length 0"),
+        (config.rope_fraction < 1.0, "rotary positions of a part of a head", "--rope-fraction 1"),
+    )
+    for lacks, option, instead in lacking:
+        if lacks:
+            raise ValueError(f"models as C source have no {option}: train with {instead}")
     packed = PackedModel(model)
     code = files("legacy1bit.formats").joinpath("model.c").read_text("ascii")
     places = _places(packed)
+    code = _select(code, _parts(config))
     parts = [Template(code).substitute(_constants(config, model.provenance, places))]
     for name, values in packed.parameters.items():
         parts += _tables(name, values)
@@ -95,6 +107,41 @@ def _places(model: PackedModel) -> dict[str, int]:
     return {**places, "": end}
 
 
+def _select(template: str, chosen: set[str]) -> str:
+    """Return a template with those of its parts that are chosen.
+
+    A line ``$if a b`` begins what is there if a or b is chosen, ``$else`` what is there otherwise,
+    and ``$end`` ends both.
+    """
+    lines, kept = [], [True]
+    for line in template.splitlines(keepends=True):
+        word, *names = line.split() or [""]
+        if word == "$if":
+            kept.append(not chosen.isdisjoint(names))
+        elif word == "$else":
+            kept[-1] = not kept[-1]
+        elif word == "$end":
+            kept.pop()
+        elif all(kept):
+            lines.append(line)
+    return "".join(lines)
+
+
+def _parts(config: ModelConfig) -> set[str]:
+    """Return the parts of the template that a model of these settings has."""
+    # Without the part "heads" all heads together are as wide as the residual stream.
+    chosen = {
+        "heads": (config.query_dim, config.kv_dim) != (config.model_dim, config.model_dim),
+        "spans": len(set(config.windows)) > 1,
+        config.norm: True,
+        "norm_bias": config.norm_bias,
+        "qk_norm": config.qk_norm,
+        "gated": config.gated,
+        config.activation: True,
+    }
+    return {name for name, is_chosen in chosen.items() if is_chosen}
+
+
 def _constants(
     config: ModelConfig, provenance: Provenance, places: dict[str, int]
 ) -> dict[str, object]:
@@ -106,22 +153,46 @@ def _constants(
         *provenance.lines(),
         *textwrap.wrap(f"settings: {settings}", 90),
     ]
+    heads = "heads" in _parts(config)
+    # The widest input of a matrix; most often that of the feed-forward layer.
+    widths = {"FFN": config.ffn_dim, "DIM": config.model_dim, "QUERY_DIM": config.query_dim}
+    adjacent = config.rope_pairs == "adjacent"
     return {
-        **config.to_dict(),
+        **asdict(config),
         "description": "\n".join(f" * {_comment(line)}" for line in lines),
-        "ffn_dim": config.ffn_dim,
+        "span": config.windows[0],
+        "query_dim": "QUERY_DIM" if heads else "DIM",
+        "kv_dim": "KV_DIM" if heads else "DIM",
+        "kv_heads": "KV_HEADS" if heads else "HEADS",
+        "kv_head": "kv_head" if heads else "head",
+        "at": "at" if heads else "head * HEAD_DIM",
+        "wide": max(widths, key=lambda name: widths[name]),
+        "low": "2 * i" if adjacent else "i",
+        "high": "2 * i + 1" if adjacent else "i + HEAD_DIM / 2",
+        "norms": "layer norms" if config.norm == "layer" else "RMS norms",
+        "epsilon": _epsilon(config),
         "rope": int(config.positions == "rope"),
         "rope_base": repr(float(config.rope_base)),
-        "squared": {"relu": 0, "relu2": 1}[config.activation],
+        "squared": int(config.activation == "relu2"),
         "lowest": levels[0],
         "step": levels[1] - levels[0],
         "base": len(levels),
         "packed": _PACKED[len(levels)],
         # An array of C99 is not empty.
         "words": max(places[""], 1),
-        "one_scale": int(config.scale in ("tensor", "one")),
+        "one_scale": int(config.scale in ("tensor", "one") and config.scale_shards == 1),
         "group": int(config.scale) if config.scale.isdigit() else _WHOLE_ROW,
     }
+
+
+def _epsilon(config: ModelConfig) -> str:
+    """Return the epsilon of the norms as an expression of C."""
+    digits = np.format_float_scientific(np.float32(config.norm_epsilon), trim="-", exp_digits=1)
+    if config.norm == "layer" and digits == "1e-5":
+        # As in the files of earlier versions.
+        return "1e-5f"
+    # Where an x87 calculates, a constant has more digits than a float, until it is cast.
+    return f"((float){digits}f)"
 
 
 def _comment(text: str) -> str:
@@ -195,14 +266,24 @@ def _structs(model: PackedModel, places: dict[str, int]) -> list[str]:
         for member, layer in _NORMS.items():
             if norm := _norm(model, f"blocks.{i}.{layer}"):
                 parts.append(f"        .{member} = {norm},\n")
-        for member, name in _MATRICES.items():
-            value = _matrix(model, f"blocks.{i}.{name}", places)
-            parts.append(f"        .{member} = {value},\n")
+        for member, layer in _MATRICES.items():
+            name = f"blocks.{i}.{layer}"
+            if name in model.parameters:
+                # The name of a bias has a b for the w of its matrix.
+                bias = f"blocks.{i}.{layer.replace('w', 'b')}"
+                parts.append(f"        .{member} = {_matrix(model, name, bias, places)},\n")
+        for member, layer in _VECTORS.items():
+            name = f"blocks.{i}.{layer}"
+            if name in model.parameters:
+                parts.append(f"        .{member} = {_table_name(name)},\n")
+        if len(set(model.config.windows)) > 1:
+            parts.append(f"        .span = {model.config.windows[i]},\n")
         parts.append("    },\n")
     parts.append("};\n\n")
-    for name in ("embedding", "output"):
-        value = _matrix(model, f"{name}.weight", places)
-        parts.append(f"const struct matrix {name} = {value};\n")
+    output = "embedding" if model.config.tied_embeddings else "output"
+    for member, name in (("embedding", "embedding"), ("output", output)):
+        value = _matrix(model, f"{name}.weight", f"{member}.bias", places)
+        parts.append(f"const struct matrix {member} = {value};\n")
     # An initializer of C99 is not empty.
     parts.append(
         f"const struct norm final_norm = {_norm(model, 'final_norm') or '{NULL, NULL}'};\n"
@@ -215,11 +296,12 @@ def _norm(model: PackedModel, name: str) -> str:
     if f"{name}.gamma" not in model.parameters:
         return ""
     table = _table_name(name)
-    return f"{{{table}_gamma, {table}_beta}}"
+    beta = f"{table}_beta" if f"{name}.beta" in model.parameters else "NULL"
+    return f"{{{table}_gamma, {beta}}}"
 
 
-def _matrix(model: PackedModel, name: str, places: dict[str, int]) -> str:
-    """Return the initializer of a matrix."""
+def _matrix(model: PackedModel, name: str, bias: str, places: dict[str, int]) -> str:
+    """Return the initializer of a matrix, with its bias if the model has it."""
     weights, table = model.parameters[name], _table_name(name)
     rows, cols = weights.shape
     members = [f".rows = {rows}, .cols = {cols}"]
@@ -227,9 +309,6 @@ def _matrix(model: PackedModel, name: str, places: dict[str, int]) -> str:
         members.append(f".packed = {table}, .scales = {table}_scales, .first = {places[name]}")
     else:
         members.append(f".upper = {table}")
-    # A matrix's bias has a b for the w in its name; of the output, a name of its own.
-    layer, _, last = name.rpartition(".")
-    bias = f"{layer}.{last.replace('weight', 'bias').replace('w', 'b')}"
     if bias in model.parameters:
         members.append(f".bias = {_table_name(bias)}")
     return "{" + ",\n            ".join(members) + "}"

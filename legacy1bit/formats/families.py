@@ -73,7 +73,7 @@ _ROOT_MEAN_SQUARE = {
     "rope_fraction": (1.0,),
 }
 
-# No two of them take the same model.
+# No two of them take the same model. Of two that are equally near, errors name the first.
 FAMILIES = (
     Family(
         "Nemotron",
@@ -91,20 +91,6 @@ FAMILIES = (
             **_ALL,
         },
         square=("llama_cpp",),
-    ),
-    Family(
-        "Llama",
-        "llama",
-        "llama",
-        "LlamaForCausalLM",
-        {
-            **_ROOT_MEAN_SQUARE,
-            "activation": ("silu",),
-            "biases": ("none", "all"),
-            "qk_norm": (False,),
-            "sub_norm": (False,),
-        },
-        llama_cpp_pairs="adjacent",
     ),
     Family(
         "Qwen3",
@@ -134,6 +120,20 @@ FAMILIES = (
         # Its feed-forward layer is that of the first BitNets, and its output is the embedding.
         limits={"llama_cpp": {"activation": ("silu",), "tied_embeddings": (True,)}},
         square=("llama_cpp", "transformers"),
+    ),
+    Family(
+        "Llama",
+        "llama",
+        "llama",
+        "LlamaForCausalLM",
+        {
+            **_ROOT_MEAN_SQUARE,
+            "activation": ("silu",),
+            "biases": ("none", "all"),
+            "qk_norm": (False,),
+            "sub_norm": (False,),
+        },
+        llama_cpp_pairs="adjacent",
     ),
 )
 
@@ -203,8 +203,9 @@ def family_of(config: ModelConfig, program: Program) -> Family:
         If there is none. The message names an option that the nearest family does not have, and
         the remedy.
     """
-    lacking = [(_lacking(family, config, program), family) for family in FAMILIES]
-    options, nearest = min(lacking, key=lambda pair: len(pair[0]))
+    # A family that the model is of is the nearest one, though the program may have less of it.
+    nearest = min(FAMILIES, key=lambda family: _strangeness(family, config))
+    options = _lacking(nearest, config, program)
     if options:
         option, remedy = options[0]
         raise ValueError(
@@ -212,6 +213,11 @@ def family_of(config: ModelConfig, program: Program) -> Family:
             f"{nearest.name}, have no {option}: train with {remedy}"
         )
     return nearest
+
+
+def _strangeness(family: Family, config: ModelConfig) -> int:
+    """Return the number of a model's settings that a family does not have."""
+    return sum(getattr(config, name) not in values for name, values in family.settings.items())
 
 
 def _lacking(family: Family, config: ModelConfig, program: Program) -> list[tuple[str, str]]:
@@ -237,6 +243,21 @@ def _option_of(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return f"--{name}" if value else f"--no-{name}"
     return f"--{name} {value}"
+
+
+def stored_config(settings: dict[str, Any]) -> ModelConfig:
+    """Return the settings of a model that its file states.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they are not those of a model, or not all of them.
+    """
+    config = ModelConfig.from_dict(settings)
+    missing = sorted(config.to_dict().keys() - settings.keys())
+    if missing:
+        raise ValueError(f"it has no setting {missing[0]!r}")
+    return config
 
 
 class Model(Protocol):

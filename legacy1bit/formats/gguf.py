@@ -1,7 +1,8 @@
 """GGUF files: an unmodified llama.cpp runs them, and they come back as the models they were.
 
-The matrices of codes have one of llama.cpp's types; all other weights are float32. Keys of our own
-have the rest: settings, provenance and scales. The tokenizer is written as a byte-level BPE.
+The matrices of codes have one of llama.cpp's types, embedding and output matrix one by choice; all
+other weights are float32. Keys of our own have the rest: settings, provenance and scales. The
+tokenizer is written as a byte-level BPE.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -10,9 +11,8 @@ import contextlib
 import json
 import math
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,61 +25,41 @@ from legacy1bit.data.tokenizer import (
     fit_tokenizer,
     visible_bytes,
 )
-from legacy1bit.formats.families import check_model, family_of, tensor_names
+from legacy1bit.formats.families import (
+    check_model,
+    family_of,
+    reordered,
+    row_order,
+    stored_config,
+    tensor_names,
+)
+from legacy1bit.formats.ggml import (
+    CODE_KINDS,
+    FLOAT_KINDS,
+    KINDS,
+    as_type,
+    check_embedding_kind,
+    check_kind,
+    decode,
+    decode_floats,
+    encode,
+    encode_floats,
+    load_gguf,
+)
+from legacy1bit.formats.gguf_file import GgufReader, Texts
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout
-from legacy1bit.model import LAYER_NORM_EPSILON, LegacyLLM, ModelFileError, TernaryMatrix
-from legacy1bit.schemes import FLOAT, SCHEMES
+from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix
 from legacy1bit.system.files import atomic_path, open_regular
-from legacy1bit.system.optional import load_extra
 
 _Array = npt.NDArray[Any]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """A type of tensors.
-
-    Attributes
-    ----------
-    number : int
-        Its number in a file.
-    file_type : int
-        The number of a file with mostly this type.
-    bytes, block : int
-        The bytes of a block, and its weights.
-    """
-
-    number: int
-    file_type: int
-    bytes: int
-    block: int
-
-    def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape in bytes of a tensor of whole blocks."""
-        return (*shape[:-1], shape[-1] // self.block * self.bytes)
-
-
-# The types of matrices of codes. A block of the ternary ones ends with its scale.
-KINDS = {
-    "tq2_0": _Kind(35, 37, 66, 256),
-    "tq1_0": _Kind(34, 36, 54, 256),
-    "f16": _Kind(1, 1, 2, 1),
-    "f32": _Kind(0, 0, 4, 1),
-}
-_FLOATS = {"f16": "<f2", "f32": "<f4"}
-
-_ARCHITECTURE = "nemotron"
+_EMBEDDINGS = ("embedding.weight", "output.weight")
 _CONFIG, _PROVENANCE, _SCALES = "legacy1bit.config", "legacy1bit.provenance", "legacy1bit.scales"
 
-_MAGIC, _VERSION, _ALIGNMENT = b"GGUF", 3, 32
-# The types of keys, by their numbers in a file.
-_NUMBERS = {
-    **{0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?"},
-    **{10: "<u8", 11: "<i8", 12: "<f8"},
-}
-_TEXT, _LIST = 8, 9
+_ALIGNMENT = 32
 
 # Types of tokens.
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
@@ -90,103 +70,16 @@ _NO_MERGE = "\u2581 \u2581"
 _TOKENIZER = "tokenizer.ggml."
 
 
-def load_gguf() -> Any:
-    """Return the package that writes GGUF files.
-
-    Raises
-    ------
-    ValueError
-        If it is not installed.
-    """
-    return load_extra("GGUF files need", "gguf", "quants")
-
-
-# ---------------------------------------------------------------------------------------------
-# Codes in llama.cpp's types
-
-
-def check_kind(config: ModelConfig, kind: str) -> None:
-    """Raise ``ValueError``, with a remedy, if a type cannot hold the codes of such models."""
-    if kind not in KINDS:
-        raise ValueError(f"type is {kind!r}, expected one of {', '.join(KINDS)}")
-    if config.scheme == FLOAT and kind != "f32":
-        raise ValueError(f"{kind} does not hold weights of scheme float: --type f32")
-    if kind in _FLOATS:
-        return
-    if config.scheme == "2bit":
-        raise ValueError(
-            f"{kind} holds three values and scheme 2bit has four: --type f32, or train with "
-            "--scheme ternary"
-        )
-    if config.model_dim % 256:
-        raise ValueError(
-            f"model_dim is {config.model_dim}, expected a multiple of 256 for {kind}: --type f16, "
-            "or train with --model-dim 256"
-        )
-    if config.scale == "128":
-        raise ValueError(
-            f"{kind} has one scale for 256 weights, and scale is 128: --type f16, or train with "
-            "--scale 256"
-        )
-
-
-def _encode(matrix: TernaryMatrix, kind: str) -> _Array:
-    """Return a matrix in a type: float16 or float32[R, C], or the bytes of blocks, uint8[R, B]."""
-    if kind in _FLOATS:
-        with np.errstate(over="ignore"):
-            return matrix.dense().astype(_FLOATS[kind])
-    gguf = load_gguf()
-    codes = matrix.values.astype(np.float32)
-    packed: _Array = gguf.quants.quantize(codes, gguf.GGMLQuantizationType(KINDS[kind].number))
-    # Our own scales: the package gives a block of zeros none.
-    with np.errstate(over="ignore"):
-        scales = matrix.scales.astype("<f2")[..., None].view(np.uint8)
-    packed.reshape(len(codes), -1, KINDS[kind].bytes)[..., -2:] = scales
-    return packed
-
-
-def _decode(stored: _Array, kind: str, matrix: TernaryMatrix, levels: tuple[int, ...]) -> _Array:
-    """Undo ``_encode``: return the codes, int8[R, C].
-
-    Parameters
-    ----------
-    stored : array
-    kind : str
-    matrix : TernaryMatrix
-        Of the same shape, with the scales.
-    levels : tuple of int
-        The scheme's codes.
-
-    Raises
-    ------
-    ValueError
-        If ``stored`` is not the result of ``_encode``.
-    """
-    rows, cols = matrix.shape
-    # Not a code.
-    codes = np.full((rows, cols), -128, np.int8)
-    if kind in _FLOATS:
-        scales = np.repeat(matrix.scales, matrix.group, axis=1)[:, :cols]
-        # With a scale of 0 all codes give the same; the smallest, which comes last, is taken.
-        for level in sorted(levels, key=abs, reverse=True):
-            with np.errstate(over="ignore"):
-                codes[stored == np.float32(level) * scales] = level
-    else:
-        gguf = load_gguf()
-        packed = stored.copy()
-        own = packed.reshape(rows, -1, KINDS[kind].bytes)[..., -2:]
-        if not (own.copy().view("<f2")[..., 0] == matrix.scales).all():
-            raise ValueError(f"its blocks have other scales than {_SCALES}")
-        own[...] = np.array([1.0], "<f2").view(np.uint8)
-        number = gguf.GGMLQuantizationType(KINDS[kind].number)
-        codes[...] = gguf.quants.dequantize(packed, number)
-    if not np.isin(codes, levels).all():
-        raise ValueError("it holds a number that is not a code of its scheme")
-    return codes
-
-
 # ---------------------------------------------------------------------------------------------
 # Writing
+
+
+class _Stored(NamedTuple):
+    """A tensor of a file: its type, its shape, and its numbers or the bytes of its blocks."""
+
+    kind: str
+    shape: tuple[int, ...]
+    data: _Array
 
 
 def export_gguf(
@@ -194,6 +87,7 @@ def export_gguf(
     path: str | os.PathLike[str],
     kind: str | None = None,
     tokenizer: Tokenizer | None = None,
+    embedding_kind: str | None = None,
 ) -> None:
     """Write a model for llama.cpp, as a whole or not at all.
 
@@ -202,68 +96,99 @@ def export_gguf(
     model : LegacyLLM
     path : path-like
         The file; an existing one is replaced.
-    kind : {"tq2_0", "tq1_0", "f16", "f32"}, optional
-        The type of the matrices of codes; all other weights are float32. By default it is the
-        first of tq2_0, f16 and f32 that holds the codes exactly. (tq1_0 is smaller than tq2_0, and
-        slower.)
+    kind : {"tq2_0", "tq1_0", "q2_0", "f16", "f32"}, optional
+        The type of the matrices of codes. By default it is the first of tq2_0, f16 and f32 that
+        holds the codes exactly. (tq1_0 is smaller than tq2_0, and slower.)
     tokenizer : Tokenizer, optional
         The model's; by default tokens are bytes.
+    embedding_kind : {"f32", "f16", "q8_0"} or one of the above, optional
+        The type of embedding and output matrix: without codes f32 by default, and rounded to f16
+        and q8_0 by choice; with codes one that holds them exactly, by default ``kind``.
 
     Raises
     ------
     ValueError
-        If llama.cpp does not have such models, the type does not hold the codes exactly, a weight
+        If llama.cpp does not have such models, a type does not hold the codes exactly, a weight
         is nonfinite, the tokenizer is of another model, or gguf is not installed.
     OSError
         If the file cannot be written; an earlier one is untouched.
     """
     gguf = load_gguf()
-    check_model(model, "llama_cpp")
+    family = check_model(model, "llama_cpp")
     tokenizer = fit_tokenizer(tokenizer, model.config.vocab_size)
-    kind, tensors = _first_fit(model) if kind is None else (kind, _encode_all(model, kind))
+    kind, tensors = _first_fit(model, kind, embedding_kind)
     with (
         atomic_path(path) as temporary,
-        contextlib.closing(gguf.GGUFWriter(temporary, _ARCHITECTURE)) as writer,
+        contextlib.closing(gguf.GGUFWriter(temporary, family.architecture)) as writer,
     ):
         _add_keys(writer, model, tokenizer)
         writer.add_file_type(KINDS[kind].file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-        number = gguf.GGMLQuantizationType(KINDS[kind].number)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, tensor, raw_dtype=number if tensor.dtype == np.uint8 else None)
+        for name, (stored_as, shape, data) in tensors.items():
+            # The package does not know each of the types, and takes bytes for blocks of one.
+            writer.add_tensor(
+                name,
+                data.view(np.int8) if data.dtype == np.uint8 else data,
+                raw_shape=shape,
+                raw_dtype=KINDS[stored_as].number,
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
 
 
-def _first_fit(model: LegacyLLM) -> tuple[str, dict[str, _Array]]:
-    for kind in ("tq2_0", "f16"):
+def _first_fit(
+    model: LegacyLLM, kind: str | None, embedding_kind: str | None
+) -> tuple[str, dict[str, _Stored]]:
+    if kind is not None:
+        return kind, _encode_all(model, kind, embedding_kind)
+    for one in ("tq2_0", "f16"):
         with contextlib.suppress(ValueError):
-            return kind, _encode_all(model, kind)
-    return "f32", _encode_all(model, "f32")
+            return one, _encode_all(model, one, embedding_kind)
+    return "f32", _encode_all(model, "f32", embedding_kind)
 
 
-def _encode_all(model: LegacyLLM, kind: str) -> dict[str, _Array]:
+def _encode_all(model: LegacyLLM, kind: str, embedding_kind: str | None) -> dict[str, _Stored]:
     """Return a model's tensors by llama.cpp's names."""
     config, tensors = model.config, {}
+    pairs = family_of(config, "llama_cpp").llama_cpp_pairs
     check_kind(config, kind)
-    for ours, names in tensor_names(config).items():
-        value = model.parameters[ours]
-        if not isinstance(value, TernaryMatrix):
-            tensors[names.llama_cpp] = value
-            continue
-        stored = _encode(value, kind)
-        try:
-            same = np.array_equal(
-                _decode(stored, kind, value, SCHEMES[config.scheme].levels), value.values
-            )
-        except ValueError:
-            same = False
-        if not same:
-            instead = "" if kind == "f32" else ": --type f32"
-            raise ValueError(f"{kind} does not hold {ours} exactly{instead}")
-        tensors[names.llama_cpp] = stored
+    if embedding_kind is None:
+        embedding_kind = kind if config.ternary_embedding else "f32"
+    check_embedding_kind(config, embedding_kind)
+    for name, ours in _names(config).items():
+        value = reordered(model, ours, pairs)
+        chosen = embedding_kind if ours in _EMBEDDINGS else kind
+        if isinstance(value, TernaryMatrix):
+            data = encode(value, chosen)
+            try:
+                same = np.array_equal(decode(data, chosen, value, config.scheme), value.values)
+            except ValueError:
+                same = False
+            if not same:
+                option = "--type" if chosen == kind else "--embedding-type"
+                instead = "" if chosen == "f32" else f": {option} f32"
+                raise ValueError(f"{chosen} does not hold {ours} exactly{instead}")
+        elif ours in _EMBEDDINGS:
+            try:
+                data = encode_floats(value, chosen)
+            except ValueError as error:
+                raise ValueError(f"{ours}: {error}") from None
+        else:
+            chosen, data = "f32", value
+        tensors[name] = _Stored(chosen, value.shape, data)
     return tensors
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    """Return our names of a model's parameters by llama.cpp's.
+
+    Where its architecture demands an output matrix, that of tied embeddings is the embedding.
+    """
+    names = {names.llama_cpp: ours for ours, names in tensor_names(config).items()}
+    if config.tied_embeddings and family_of(config, "llama_cpp").architecture == "nemotron":
+        names["output.weight"] = "embedding.weight"
+    return names
 
 
 def _add_keys(writer: Any, model: LegacyLLM, tokenizer: Tokenizer) -> None:
@@ -271,18 +196,16 @@ def _add_keys(writer: Any, model: LegacyLLM, tokenizer: Tokenizer) -> None:
     writer.add_name(_unicode(f"legacy1bit, trained on {provenance.data or 'unknown data'}"))
     if provenance.license:
         writer.add_license(_unicode(provenance.license))
-    for name, value in _shape_keys(config).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+    keys = _shape_keys(config) | _tokenizer_keys(tokenizer, config.vocab_size)
+    for name, value in keys.items():
+        add = {
+            list: writer.add_array,
+            bool: writer.add_bool,
+            int: writer.add_uint32,
+            float: writer.add_float32,
+            str: writer.add_string,
+        }[type(value)]
         add(name, value)
-    for name, value in _tokenizer_keys(tokenizer, config.vocab_size).items():
-        if isinstance(value, list):
-            writer.add_array(name, value)
-        elif isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        else:
-            writer.add_string(name, value)
     writer.add_string(_CONFIG, json.dumps(config.to_dict()))
     writer.add_string(_PROVENANCE, json.dumps(provenance.to_dict()))
     scales = [value.scales.ravel() for value in _matrices(model).values()]
@@ -295,21 +218,29 @@ def _unicode(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _shape_keys(config: ModelConfig) -> dict[str, int | float]:
+def _shape_keys(config: ModelConfig) -> dict[str, int | float | str]:
     """Return llama.cpp's keys of a model's shape."""
-    keys = {
+    epsilon = {"layer": "layer_norm_epsilon", "rms": "layer_norm_rms_epsilon"}[config.norm]
+    keys: dict[str, int | float | str] = {
         "context_length": config.sequence_length,
         "embedding_length": config.model_dim,
         "block_count": config.num_blocks,
         "feed_forward_length": config.ffn_dim,
         "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_heads,
-        "attention.layer_norm_epsilon": LAYER_NORM_EPSILON,
-        "rope.dimension_count": config.head_dim,
+        "attention.head_count_kv": config.num_kv_heads,
+        f"attention.{epsilon}": config.norm_epsilon,
+        "rope.dimension_count": config.rotary_dim,
         "rope.freq_base": float(config.rope_base),
         "vocab_size": config.vocab_size,
     }
-    return {f"{_ARCHITECTURE}.{name}": value for name, value in keys.items()}
+    if config.query_dim != config.model_dim:
+        keys["attention.key_length"] = keys["attention.value_length"] = config.head_dim
+    if config.rope_factor > 1.0:
+        keys["rope.scaling.type"] = "yarn"
+        keys["rope.scaling.factor"] = float(config.rope_factor)
+        keys["rope.scaling.original_context_length"] = config.rope_original_length
+    architecture = family_of(config, "llama_cpp").architecture
+    return {f"{architecture}.{name}": value for name, value in keys.items()}
 
 
 def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
@@ -380,7 +311,7 @@ def import_gguf(path: str | os.PathLike[str]) -> LegacyLLM:
     """
     with open_regular(path) as file:
         try:
-            return _read(_Reader(file))
+            return _read(GgufReader(file))
         except (RecursionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ModelFileError(f"{Path(path)} cannot be read: {reason}") from None
@@ -398,7 +329,7 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
     """
     with open_regular(path) as file:
         try:
-            keys, _ = _Reader(file, texts=True).head()
+            keys, _ = GgufReader(file).head()
             return _tokenizer_of(keys)
         except (RecursionError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -407,9 +338,11 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     vocab_size = _config_of(keys).vocab_size
-    tokens, merges = (keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges"))
-    if not isinstance(tokens, list) or not isinstance(merges, list):
+    stored = [keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges")]
+    lists = [texts.tolist() for texts in stored if isinstance(texts, Texts)]
+    if len(lists) < len(stored):
         raise ValueError("it has no tokenizer")
+    tokens, merges = lists
     tokenizer: Tokenizer
     if tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
         pairs = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
@@ -417,122 +350,39 @@ def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     else:
         tokenizer = ByteTokenizer(min(vocab_size, 256))
     for name, value in _tokenizer_keys(tokenizer, vocab_size).items():
-        stored = keys.get(name)
-        if (stored.tolist() if isinstance(stored, np.ndarray) else stored) != value:
+        found = keys.get(name)
+        if (found.tolist() if isinstance(found, np.ndarray | Texts) else found) != value:
             raise ValueError(f"its key {name} is not as legacy1bit writes it")
     return tokenizer
 
 
-class _Reader:
-    """A GGUF file, read from its beginning to its end.
-
-    Parameters
-    ----------
-    file : file
-    texts : bool
-        Whether to read lists of texts, those of the tokenizer.
-    """
-
-    def __init__(self, file: BinaryIO, texts: bool = False) -> None:
-        self._file = file
-        self._texts = texts
-        self._size = os.fstat(file.fileno()).st_size
-
-    def check(self, count: int) -> None:
-        """Raise ``ValueError`` if fewer than ``count`` bytes remain."""
-        if count > self._size - self._file.tell():
-            raise ValueError("it ends too early")
-
-    def head(self) -> tuple[dict[str, Any], int]:
-        """Return the keys, which come first, and the number of tensors after them."""
-        magic = self.take(4)
-        if magic != _MAGIC:
-            raise ValueError(f"it starts with {magic!r}, expected {_MAGIC!r}")
-        version = self.number(4)
-        if version in (_VERSION << 24, _VERSION - 1 << 24):
-            raise ValueError(
-                "its numbers are big-endian, expected little-endian ones, as "
-                "gguf-convert-endian of the package gguf writes them"
-            )
-        if version != _VERSION:
-            raise ValueError(f"it has version {version}, expected {_VERSION}")
-        tensors, keys = self.number(8), self.number(8)
-        return self.keys(keys), tensors
-
-    def take(self, count: int) -> bytes:
-        self.check(count)
-        return self._file.read(count)
-
-    def align(self) -> None:
-        """Continue at the next multiple of the alignment."""
-        self._file.seek(-(-self._file.tell() // _ALIGNMENT) * _ALIGNMENT)
-
-    def number(self, size: int) -> int:
-        return int.from_bytes(self.take(size), "little")
-
-    def text(self) -> str:
-        return self.take(self.number(8)).decode()
-
-    def value(self) -> Any:
-        """Return the value of a key; None for lists of texts, unless ``texts``."""
-        kind = self.number(4)
-        if kind == _TEXT:
-            return self.text()
-        if kind != _LIST:
-            return self._numbers(kind, 1)[0].item()
-        kind, count = self.number(4), self.number(8)
-        if kind != _TEXT:
-            return self._numbers(kind, count)
-        if self._texts:
-            return [self.text() for _ in range(count)]
-        for _ in range(count):
-            self.take(self.number(8))
-        return None
-
-    def _numbers(self, kind: int, count: int) -> _Array:
-        if kind not in _NUMBERS:
-            raise ValueError(f"a key has the unknown type {kind}")
-        dtype = np.dtype(_NUMBERS[kind])
-        return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-
-    def keys(self, count: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for _ in range(count):
-            name = self.text()
-            result[name] = self.value()
-        return result
-
-    def tensors(self, count: int) -> dict[str, tuple[tuple[int, ...], int, int]]:
-        """Return shape, number of the type, and offset of each tensor."""
-        result = {}
-        for _ in range(count):
-            name, axes = self.text(), self.number(4)
-            # The fastest axis comes first there.
-            shape = tuple(self.number(8) for _ in range(axes))[::-1]
-            result[name] = shape, self.number(4), self.number(8)
-        return result
-
-
-def _read(reader: _Reader) -> LegacyLLM:
+def _read(reader: GgufReader) -> LegacyLLM:
     keys, tensor_count = reader.head()
     config = _config_of(keys)
     stored = _check_tensors(config, reader.tensors(tensor_count), reader)
     model = LegacyLLM(config)
     model.provenance = Provenance.from_json(_text(keys, _PROVENANCE))
     _fill_scales(model, keys.get(_SCALES))
+    pairs = family_of(config, "llama_cpp").llama_cpp_pairs
+    done = set()
     for name, kind, shape in stored:
         reader.align()
-        tensor = np.frombuffer(reader.take(math.prod(shape)), np.uint8).reshape(shape)
-        if kind in _FLOATS:
-            tensor = tensor.view(_FLOATS[kind])
-        value = model.parameters[name]
-        if isinstance(value, TernaryMatrix):
+        content = np.frombuffer(reader.take(math.prod(shape)), np.uint8)
+        tensor = as_type(content.reshape(shape), kind)
+        ours, theirs = model.parameters[name], reordered(model, name, pairs)
+        if isinstance(theirs, TernaryMatrix):
             try:
-                value.values[...] = _decode(tensor, kind, value, SCHEMES[config.scheme].levels)
+                found = decode(tensor, kind, theirs, config.scheme)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         else:
-            value[...] = tensor
+            found = decode_floats(tensor, kind)
+        values = ours.values if isinstance(ours, TernaryMatrix) else ours
+        if name in done and not np.array_equal(found, values):
+            raise ValueError("its output matrix is not its embedding, and these are tied")
+        done.add(name)
+        order = row_order(config, name, pairs)
+        values[... if order is None else order] = found
     check_model(model, "llama_cpp")
     return model
 
@@ -551,11 +401,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
             f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
             "only files that legacy1bit wrote can be read"
         )
-    settings = json.loads(_text(keys, _CONFIG))
-    config = ModelConfig.from_dict(settings)
-    missing = sorted(config.to_dict().keys() - settings.keys())
-    if missing:
-        raise ValueError(f"it has no setting {missing[0]!r}")
+    config = stored_config(json.loads(_text(keys, _CONFIG)))
     family_of(config, "llama_cpp")
     for name, value in _shape_keys(config).items():
         # The file's numbers have single precision.
@@ -567,7 +413,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
 
 
 def _check_tensors(
-    config: ModelConfig, tensors: dict[str, tuple[tuple[int, ...], int, int]], reader: _Reader
+    config: ModelConfig, tensors: dict[str, tuple[tuple[int, ...], int, int]], reader: GgufReader
 ) -> list[tuple[str, str, tuple[int, ...]]]:
     """Return our name, type and shape in bytes of each tensor, in the order they are stored.
 
@@ -577,28 +423,37 @@ def _check_tensors(
         If they are not those of such a model, one after the other, or the file is too small.
     """
     layout = {part.name: part for part in parameter_layout(config)}
-    ours = {names.llama_cpp: name for name, names in tensor_names(config).items()}
+    ours = _names(config)
     if tensors.keys() != ours.keys():
         odd = sorted(tensors.keys() ^ ours.keys())[0]
         raise ValueError(f"it has {'an unknown' if odd in tensors else 'no'} tensor {odd!r}")
     kinds = {kind.number: name for name, kind in KINDS.items()}
-    stored, coded, end = [], set(), 0
+    stored, end = [], 0
+    # The types of embedding and output matrix, and those of the other matrices.
+    outer: set[str] = set()
+    inner: set[str] = set()
     for name, (shape, number, start) in tensors.items():
         part = layout[ours[name]]
         if shape != part.shape:
             raise ValueError(f"{name} has shape {list(shape)}, expected {list(part.shape)}")
-        kind = kinds.get(number)
-        if kind is None or (part.kind != "quantized" and kind != "f32"):
+        kind = kinds.get(number, "")
+        is_outer = part.name in _EMBEDDINGS
+        floats = FLOAT_KINDS if is_outer else ("f32",)
+        if kind not in (CODE_KINDS if part.kind == "quantized" else floats):
             raise ValueError(f"{name} has type {number}, expected one of its own")
-        if part.kind == "quantized":
+        if is_outer:
+            check_embedding_kind(config, kind)
+            outer.add(kind)
+        elif part.kind == "quantized":
             check_kind(config, kind)
-            coded.add(kind)
+            inner.add(kind)
         if start != -(-end // _ALIGNMENT) * _ALIGNMENT:
             raise ValueError(f"{name} is stored at {start}, where another tensor is, or none")
         stored.append((ours[name], kind, KINDS[kind].shape(shape)))
         end = start + math.prod(stored[-1][2])
-    if len(coded) > 1:
-        raise ValueError(f"its matrices have different types: {', '.join(sorted(coded))}")
+    for chosen in (outer, inner):
+        if len(chosen) > 1:
+            raise ValueError(f"its matrices have different types: {', '.join(sorted(chosen))}")
     reader.align()
     reader.check(end)
     return stored

@@ -92,7 +92,7 @@ class GgufReader:
 
     def __init__(self, file: BinaryIO) -> None:
         if os.fstat(file.fileno()).st_size == 0:
-            raise ValueError("it is empty")
+            raise ValueError("it ends too early: it is empty")
         self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._at = 0
 
@@ -120,7 +120,7 @@ class GgufReader:
             ("metadata keys", keys, _KEY_BYTES),
         ):
             if count * size > len(self._data):
-                raise ValueError(f"it says that it has {count} {name}, and ends too early for them")
+                raise ValueError(f"it ends too early for {count} {name}")
         return self.keys(keys), tensors
 
     def take(self, count: int) -> bytes:

@@ -44,17 +44,31 @@ enum {
     DIM = $model_dim, /* the width of the residual stream */
     BLOCKS = $num_blocks, /* transformer blocks */
     HEADS = $num_heads, /* attention heads in each */
+$if heads
+    KV_HEADS = $num_kv_heads, /* heads of keys and values, which as many others share */
+$end
     FFN = $ffn_dim, /* the width of the feed-forward layers */
     CONTEXT = $sequence_length, /* the longest sequence, in tokens */
-    SPAN = $attention_span, /* how many tokens back one sees, itself included; 0: all */
+$if spans
+$else
+    SPAN = $span, /* how many tokens back one sees, itself included; 0: all */
+$end
     ROPE = $rope, /* whether attention knows positions */
+$if relu relu2
     SQUARED = $squared, /* whether ReLU is squared */
+$end
     LOWEST = $lowest, /* the first of the values that codes stand for, */
     STEP = $step, /* and how far apart they are */
     ONE_SCALE = $one_scale, /* whether a matrix has one scale; else each row has its own, or */
     GROUP = $group, /* so many neighbours in a row, where it has more of them */
 
+$if heads
+    HEAD_DIM = $head_dim, /* the width of a head, */
+    QUERY_DIM = HEADS * HEAD_DIM, /* of all queries, */
+    KV_DIM = KV_HEADS * HEAD_DIM, /* and of all keys, or values */
+$else
     HEAD_DIM = DIM / HEADS,
+$end
     BASE = $base, /* how many values there are */
     PACKED = $packed, /* codes in a word at the end of this file: the digits of a number, */
     CODES = 16, /* and in memory, two bits each */
@@ -64,7 +78,7 @@ enum {
 };
 
 #define ROPE_BASE $rope_base
-#define EPSILON 1e-5f /* keeps layer norms from dividing by zero */
+#define EPSILON $epsilon /* keeps $norms from dividing by zero */
 
 /* ------------------------------------------------------------------------------------------
  * The weights
@@ -88,6 +102,15 @@ struct norm {
 struct block {
     struct norm norm1, heads_norm, norm2, hidden_norm;
     struct matrix wq, wk, wv, wo, wi, wo_ffn;
+$if gated
+    struct matrix wg;           /* the gate of the feed-forward layer */
+$end
+$if qk_norm
+    const float *q_gamma, *k_gamma;     /* [HEAD_DIM] */
+$end
+$if spans
+    int span;                   /* how many tokens back one sees, itself included; 0: all */
+$end
 };
 
 extern const struct block blocks[BLOCKS];
@@ -106,19 +129,22 @@ typedef signed char whole;
 struct state {
     /* Two arrays that SSE reads in fours: they come first, to be aligned as the struct is. */
     whole levels[256][4];       /* the four values that a byte of codes stands for */
-    whole rounded[(FFN + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
+    whole rounded[($wide + CODES - 1) / CODES * CODES];   /* the input of products, as int8 holds */
     uint32_t words[WORDS];      /* the codes of all matrices, the first in a word's lowest bits */
     float step;                 /* what the input's whole numbers count */
-    float input[FFN];           /* the same before it was rounded */
+    float input[$wide];           /* the same before it was rounded */
     float stream[DIM];          /* the residual stream of the token that is read */
-    float q[DIM], k[DIM], v[DIM], heads[DIM], hidden[FFN], logits[VOCAB];
+    float q[$query_dim], k[$kv_dim], v[$kv_dim], heads[$query_dim], hidden[FFN], logits[VOCAB];
+$if gated
+    float gate[FFN];
+$end
     float cosines[HEAD_DIM], sines[HEAD_DIM];           /* of the token's position */
     float attention[CONTEXT];   /* what each key is worth to the query */
     double chances[VOCAB];      /* of tokens to be drawn */
-    signed char codes[FFN];
+    signed char codes[$wide];
     /* The cache: keys and values of the tokens so far, with a step for each head's. */
-    float key_steps[BLOCKS][CONTEXT][HEADS], value_steps[BLOCKS][CONTEXT][HEADS];
-    signed char keys[BLOCKS][CONTEXT][DIM], values[BLOCKS][CONTEXT][DIM];
+    float key_steps[BLOCKS][CONTEXT][$kv_heads], value_steps[BLOCKS][CONTEXT][$kv_heads];
+    signed char keys[BLOCKS][CONTEXT][$kv_dim], values[BLOCKS][CONTEXT][$kv_dim];
     unsigned char text[CONTEXT + 1];                    /* the tokens of the context */
 };
 
@@ -162,6 +188,9 @@ static struct state *create_state(void)
         unpack(s, &b->wk);
         unpack(s, &b->wv);
         unpack(s, &b->wo);
+$if gated
+        unpack(s, &b->wg);
+$end
         unpack(s, &b->wi);
         unpack(s, &b->wo_ffn);
     }
@@ -242,6 +271,7 @@ static float round_to_int8(const float *x, int count, signed char *codes)
     return step;
 }
 
+$if layer
 /* Layer norm (Ba, Kiros & Hinton, arXiv 1607.06450). */
 static void normalise(const struct norm *norm, const float *x, int count, float *out)
 {
@@ -253,7 +283,11 @@ static void normalise(const struct norm *norm, const float *x, int count, float 
         const float spread = stored((float)(1.0 / deviation));
         for (i = 0; i < count; i++) {
             const float normed = stored(stored(x[i] - mean) * spread);
+$if norm_bias
             out[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
+$else
+            out[i] = stored(normed * norm->gamma[i]);
+$end
         }
     } else {
         /* The squares overflow, or the mean's rounding is not small beside the spread. */
@@ -266,11 +300,39 @@ static void normalise(const struct norm *norm, const float *x, int count, float 
         spread = 1.0 / sqrt(total / count + EPSILON);
         for (i = 0; i < count; i++) {
             const float normed = stored((float)((x[i] - centre) * spread));
+$if norm_bias
             out[i] = stored(stored(normed * norm->gamma[i]) + norm->beta[i]);
+$else
+            out[i] = stored(normed * norm->gamma[i]);
+$end
         }
     }
 }
 
+$end
+$if rms qk_norm
+/* RMS norm (Zhang & Sennrich, arXiv 1910.07467); out may be x. */
+static void normalise_rms(const float *gamma, const float *x, int count, float *out)
+{
+    const float square = stored(sum_of_squares(x, 0.0f, count) / (float)count);
+    const float root = stored(sqrtf(stored(square + EPSILON)));
+    int i;
+    if (root < INFINITY) {
+        const float factor = stored((float)(1.0 / root));
+        for (i = 0; i < count; i++)
+            out[i] = stored(stored(x[i] * factor) * gamma[i]);
+    } else {
+        /* The squares overflow. */
+        double total = 0.0, factor;
+        for (i = 0; i < count; i++)
+            total += (double)x[i] * x[i];
+        factor = 1.0 / sqrt(total / count + EPSILON);
+        for (i = 0; i < count; i++)
+            out[i] = stored(stored((float)(x[i] * factor)) * gamma[i]);
+    }
+}
+
+$end
 /* Make ready what a matrix is to be multiplied by: normalised, where there is a norm, and
  * rounded, where the matrix consists of codes. */
 static void prepare(struct state *s, const struct norm *norm, const float *x,
@@ -279,7 +341,11 @@ static void prepare(struct state *s, const struct norm *norm, const float *x,
     const int count = reader->cols, padded = (count + CODES - 1) / CODES * CODES;
     int i;
     if (norm->gamma != NULL)
+$if rms
+        normalise_rms(norm->gamma, x, count, s->input);
+$else
         normalise(norm, x, count, s->input);
+$end
     else
         memcpy(s->input, x, (size_t)count * sizeof *x);
     if (reader->packed != NULL) {
@@ -384,7 +450,7 @@ static void embed(struct state *s, int token)
 /* ------------------------------------------------------------------------------------------
  * Attention (Vaswani et al., arXiv 1706.03762, equation 1) */
 
-/* Rotary positions (Su et al., arXiv 2104.09864): the pair (i, i + HEAD_DIM / 2) of each head is
+/* Rotary positions (Su et al., arXiv 2104.09864): the pair ($low, $high) of each head is
  * turned by an angle that grows with the position, the slower the larger i is. */
 static void find_angles(struct state *s, int position)
 {
@@ -396,14 +462,21 @@ static void find_angles(struct state *s, int position)
     }
 }
 
+$if heads
+static void rotate(const struct state *s, float *x, int heads)
+{
+    int head, i;
+    for (head = 0; head < heads; head++, x += HEAD_DIM)
+$else
 static void rotate(const struct state *s, float *x)
 {
     int head, i;
     for (head = 0; head < HEADS; head++, x += HEAD_DIM)
+$end
         for (i = 0; i < HEAD_DIM / 2; i++) {
-            const float a = x[i], b = x[i + HEAD_DIM / 2], c = s->cosines[i], d = s->sines[i];
-            x[i] = stored(stored(a * c) - stored(b * d));
-            x[i + HEAD_DIM / 2] = stored(stored(a * d) + stored(b * c));
+            const float a = x[$low], b = x[$high], c = s->cosines[i], d = s->sines[i];
+            x[$low] = stored(stored(a * c) - stored(b * d));
+            x[$high] = stored(stored(a * d) + stored(b * c));
         }
 }
 
@@ -434,14 +507,22 @@ static float exponential(float x)
 /* One head: the mean of the values it remembers, weighted by how well their keys fit its query. */
 static void attend(struct state *s, int layer, int head, int position)
 {
+$if spans
+    const int span = blocks[layer].span;
+    const int first = span > 0 && position >= span ? position - span + 1 : 0;
+$else
     const int first = SPAN > 0 && position >= SPAN ? position - SPAN + 1 : 0;
+$end
     const int count = position - first + 1;
+$if heads
+    const int kv_head = head / (HEADS / KV_HEADS), at = kv_head * HEAD_DIM;
+$end
     const float *q = s->q + head * HEAD_DIM, factor = stored((float)(1.0 / sqrtf(HEAD_DIM)));
     float *weights = s->attention, top = -INFINITY, share;
     int t, i;
     for (t = 0; t < count; t++) {
-        const signed char *key = s->keys[layer][first + t] + head * HEAD_DIM;
-        const float step = s->key_steps[layer][first + t][head];
+        const signed char *key = s->keys[layer][first + t] + $at;
+        const float step = s->key_steps[layer][first + t][$kv_head];
         float product = 0.0f;
         for (i = 0; i < HEAD_DIM; i++)
             product = stored(product + stored(q[i] * (float)key[i]));
@@ -454,18 +535,56 @@ static void attend(struct state *s, int layer, int head, int position)
     share = stored((float)(1.0 / sum(weights, count)));
     for (t = 0; t < count; t++) {
         weights[t] = stored(weights[t] * share);
-        weights[t] = stored(weights[t] * s->value_steps[layer][first + t][head]);
+        weights[t] = stored(weights[t] * s->value_steps[layer][first + t][$kv_head]);
     }
     for (i = 0; i < HEAD_DIM; i++) {
         float mean = 0.0f;
         for (t = 0; t < count; t++) {
-            const signed char *value = s->values[layer][first + t] + head * HEAD_DIM;
+            const signed char *value = s->values[layer][first + t] + $at;
             mean = stored(stored(weights[t] * (float)value[i]) + mean);
         }
         s->heads[head * HEAD_DIM + i] = mean;
     }
 }
 
+$if gated silu gelu
+/* ------------------------------------------------------------------------------------------
+ * The activation of the feed-forward layers */
+
+$if silu gelu
+/* y / (1 + exp(-x)): the exponential is that of -|x|, which cannot overflow. */
+static float sigmoid_times(float x, float y)
+{
+    const float e = exponential(-fabsf(x)), weight = x > 0.0f ? 1.0f : e;
+    return stored(stored(y * weight) / stored(1.0f + e));
+}
+
+$end
+$if silu
+/* SiLU (Hendrycks & Gimpel, arXiv 1606.08415). */
+static float activate(float x)
+{
+    return sigmoid_times(x, x);
+}
+$end
+$if gelu
+/* GELU (Hendrycks & Gimpel, arXiv 1606.08415), with tanh(u / 2) = 2 / (1 + exp(-u)) - 1; where x is
+ * beyond 10, the quotient is 0 or 1. */
+static float activate(float x)
+{
+    const float inside = x < -10.0f ? -10.0f : x > 10.0f ? 10.0f : x;
+    const float cube = stored(stored(inside * inside) * stored(inside * (float)0.044715));
+    return sigmoid_times(stored((float)1.5957691216057308 * stored(inside + cube)), x);
+}
+$end
+$if relu relu2
+static float activate(float x)
+{
+    return x > 0.0f ? (SQUARED ? stored(x * x) : x) : 0.0f;
+}
+$end
+
+$end
 /* ------------------------------------------------------------------------------------------
  * The model */
 
@@ -479,27 +598,57 @@ static void transform(struct state *s, int layer, int position)
     multiply(s, &b->wq, 0, s->q);
     multiply(s, &b->wk, 0, s->k);
     multiply(s, &b->wv, 0, s->v);
+$if qk_norm
+    for (i = 0; i < HEADS; i++)
+        normalise_rms(b->q_gamma, s->q + i * HEAD_DIM, HEAD_DIM, s->q + i * HEAD_DIM);
+    for (i = 0; i < $kv_heads; i++)
+        normalise_rms(b->k_gamma, s->k + i * HEAD_DIM, HEAD_DIM, s->k + i * HEAD_DIM);
+$end
     if (ROPE) {
+$if heads
+        rotate(s, s->q, HEADS);
+        rotate(s, s->k, KV_HEADS);
+$else
         rotate(s, s->q);
         rotate(s, s->k);
+$end
     }
-    for (i = 0; i < HEADS; i++) {
+    for (i = 0; i < $kv_heads; i++) {
         const int at = i * HEAD_DIM;
         s->key_steps[layer][position][i] =
             round_to_int8(s->k + at, HEAD_DIM, s->keys[layer][position] + at);
         s->value_steps[layer][position][i] =
             round_to_int8(s->v + at, HEAD_DIM, s->values[layer][position] + at);
+$if heads
+    }
+    for (i = 0; i < HEADS; i++)
+        attend(s, layer, i, position);
+$else
         attend(s, layer, i, position);
     }
+$end
     prepare(s, &b->heads_norm, s->heads, &b->wo);
     multiply(s, &b->wo, 1, s->stream);
 
     prepare(s, &b->norm2, s->stream, &b->wi);
+$if gated
+    multiply(s, &b->wg, 0, s->gate);
+$end
     multiply(s, &b->wi, 0, s->hidden);
+$if gated
+    for (i = 0; i < FFN; i++)
+        s->hidden[i] = stored(activate(s->gate[i]) * s->hidden[i]);
+$else
+$if silu gelu
+    for (i = 0; i < FFN; i++)
+        s->hidden[i] = activate(s->hidden[i]);
+$else
     for (i = 0; i < FFN; i++) {
         const float x = s->hidden[i];
         s->hidden[i] = x > 0.0f ? (SQUARED ? stored(x * x) : x) : 0.0f;
     }
+$end
+$end
     prepare(s, &b->hidden_norm, s->hidden, &b->wo_ffn);
     multiply(s, &b->wo_ffn, 1, s->stream);
 }

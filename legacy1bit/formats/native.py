@@ -251,18 +251,7 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
             "legacy1bit has trained or imported"
         )
     file = path / WEIGHTS_FILE
-    check_regular(file)
-    try:
-        # The library maps the file into memory and checks its header; tensors are read one by one.
-        opened: Any = safe_open(file, framework="numpy")
-        header = opened.metadata() or {}
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        types = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        known = mistaken_file(file)
-        raise ModelFileError(
-            f"{file} is not a safetensors file: {known or one_line(error)}"
-        ) from None
+    opened, header, types = open_tensors(file)
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(
             f"{path / CONFIG_FILE} is not the one that {file.name} was saved with; the latter's "
@@ -275,6 +264,41 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
         raise ModelFileError(f"{file}: {error}") from None
     _check_types(config, types, file)
     return config, provenance, _stored(config, opened, file)
+
+
+def open_tensors(
+    file: Path,
+) -> tuple[Any, dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
+    """Open a safetensors file, and read no tensor yet.
+
+    Returns
+    -------
+    opened : safe_open
+        The library maps the file into memory and checks its header.
+    header : dict of str to str
+        The metadata.
+    types : dict of str to (str, tuple of int)
+        The dtype and the shape of each tensor, by name.
+
+    Raises
+    ------
+    ModelFileError
+        If it is not such a file.
+    OSError
+        If it cannot be read.
+    """
+    check_regular(file)
+    try:
+        opened: Any = safe_open(file, framework="numpy")
+        header = opened.metadata() or {}
+        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+        types = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        known = mistaken_file(file)
+        raise ModelFileError(
+            f"{file} is not a safetensors file: {known or one_line(error)}"
+        ) from None
+    return opened, header, types
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -442,13 +442,15 @@ def _head_settings(heads: int, kv_heads: int, dim: int, head_dim: int | None) ->
 
 # --- GGUF -----------------------------------------------------------------------------------------
 
+_MODEL_TYPES = {family.model_type: family for family in FAMILIES}
+
 # Architectures, their families, and the activation of the feed-forward layer.
 _ARCHITECTURES = {
     **{family.architecture: (family, family.settings["activation"][0]) for family in FAMILIES},
     # The first BitNets, of 1bitLLM, and those of Microsoft.
-    "bitnet": (FAMILIES[3], "silu"),
-    "bitnet-b1.58": (FAMILIES[3], "relu2"),
-    "bitnet-25": (FAMILIES[3], "relu2"),
+    "bitnet": (_MODEL_TYPES["bitnet"], "silu"),
+    "bitnet-b1.58": (_MODEL_TYPES["bitnet"], "relu2"),
+    "bitnet-25": (_MODEL_TYPES["bitnet"], "relu2"),
 }
 
 _TOKENIZER, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
@@ -602,10 +604,13 @@ def _check_tokens(keys: Keys, vocab_size: int) -> None:
                 f"its key {_TOKENIZER}{name} has {len(value)} tokens, expected {vocab_size}: the "
                 "rows of token_embd.weight"
             )
-    for key, value in keys.items():
-        is_token = type(value) is int and (0 <= value < vocab_size or value == _NO_TOKEN)
-        if key.startswith(_TOKENIZER) and key.endswith("_token_id") and not is_token:
-            raise ValueError(f"its key {key} is {str(value)[:100]}, expected a token")
+    for name in ("bos", "eos", "eot", "eom"):
+        token = own.any(f"{name}_token_id")
+        is_token = type(token) is int and (0 <= token < vocab_size or token == _NO_TOKEN)
+        if token is not None and not is_token:
+            raise ValueError(
+                f"its key {_TOKENIZER}{name}_token_id is {str(token)[:100]}, expected a token"
+            )
 
 
 def _apply_scale_tensors(sources: dict[str, _Source], names: Mapping[str, str]) -> None:
@@ -631,7 +636,6 @@ def _provenance_of(keys: Keys) -> Provenance:
 
 # --- Folders of Hugging Face ----------------------------------------------------------------------
 
-_MODEL_TYPES = {family.model_type: family for family in FAMILIES}
 _ACTIVATIONS = {"relu2": "relu2", "silu": "silu", "swish": "silu"}
 # Defaults of transformers where files may leave a setting out.
 _BASES = {"bitnet": 500000.0}

@@ -381,10 +381,11 @@ class TernaryFloats:
             sizes = np.abs(values)
             if cols % _SMALLEST:
                 sizes = np.pad(sizes, ((0, 0), (0, -cols % _SMALLEST)))
-            merged = _merged(sizes.reshape(-1, _SMALLEST))
-            if merged is None:
+            sizes = sizes.reshape(-1, _SMALLEST)
+            largest = sizes.max(axis=1)
+            if not ((sizes == largest[:, None]) | (sizes == 0.0)).all():
                 return None
-            result[strip] = merged.reshape(-1, groups)
+            result[strip] = largest.reshape(-1, groups)
         return result, _SMALLEST
 
     def packed(self) -> _Bytes:

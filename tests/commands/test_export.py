@@ -25,7 +25,7 @@ from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
 from legacy1bit.formats.gguf import export_gguf, import_gguf
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig
 from legacy1bit.model import load_model, save_model
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
@@ -38,7 +38,7 @@ needs_gguf = pytest.mark.skipif(
 FORMATS = (pytest.param("gguf", marks=needs_gguf), "c", "safetensors", "c-v1")
 # Those that are one file, and those that come back.
 FILES = (FORMATS[0], "c", "c-v1")
-TWO_WAYS = (FORMATS[0], "c-v1")
+TWO_WAYS = (FORMATS[0], "safetensors", "c-v1")
 formats = pytest.mark.parametrize("name", FORMATS)
 
 
@@ -212,12 +212,29 @@ def test_export_keeps_the_permissions_of_an_earlier_one(say, name):
 
 
 @needs_gguf
-@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "f16", "f32", None])
+@pytest.mark.parametrize("kind", ["tq2_0", "tq1_0", "q2_0", "f16", "f32", None])
 def test_export_takes_a_type_for_gguf(say, kind):
     model = saved(**WIDE)
     say(*export("gguf", "it.gguf", *([] if kind is None else ["--type", kind])))
     export_gguf(model, "expected.gguf", kind or "tq2_0")
     assert Path("it.gguf").read_bytes() == Path("expected.gguf").read_bytes()
+
+
+@needs_gguf
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, "f32"), ({}, "f16"), ({}, "q8_0"), ({"ternary_embedding": True}, "q2_0")],
+    ids=str,
+)
+def test_export_takes_a_type_of_embeddings_for_gguf(say, changes, kind):
+    model = saved(**WIDE, **changes)
+    say(*export("gguf", "it.gguf", "--embedding-type", kind))
+    export_gguf(model, "expected.gguf", embedding_kind=kind)
+    assert Path("it.gguf").read_bytes() == Path("expected.gguf").read_bytes()
+    # What was rounded stays as it is.
+    say("import", "--model", "it.gguf", "--out", "back")
+    say(*export("gguf", "again.gguf", "--embedding-type", "f32", model="back"))
+    assert_same_model(import_gguf("again.gguf"), import_gguf("it.gguf"))
 
 
 # --- Where a model comes from ---------------------------------------------------------------------
@@ -283,7 +300,7 @@ def test_provenance_comes_back(say, name):
     assert load_model("back").provenance == Provenance("a text", "0123abcd", 7, 1.25, "MIT")
     assert model.provenance == PROVENANCE
     report = say("info", "--model", "back").out.decode().splitlines()
-    told = {line[:18].strip(): line[18:] for line in report if line[:18].strip()}
+    told = dict(line.split(None, 1) for line in report if len(line.split(None, 1)) == 2)
     for key, value in (("data", "a text"), ("data_sha256", "0123abcd"), ("steps", "7"),
                        ("validation_loss", "1.25"), ("license", "MIT")):  # fmt: skip
         assert told[key] == value
@@ -312,6 +329,10 @@ def test_a_file_of_c_without_provenance_beside_it_is_read(say):
         ({"vocab_size": 10, "int8_activations": True, "rope_base": 1234.5}, "f16"),
         (WIDE, "tq2_0"),
         ({**WIDE, "scale": "row"}, "tq1_0"),
+        ({**WIDE, "scale": "64"}, "q2_0"),
+        ({**ARCHITECTURES["llama"], "num_kv_heads": 1, "scale": "row"}, None),
+        ({**ARCHITECTURES["qwen3"], "head_dim": 6, "tied_embeddings": True}, "f16"),
+        ({**ARCHITECTURES["bitnet"], "activation": "silu"}, None),
     ],
     ids=str,
 )
@@ -326,6 +347,18 @@ def test_gguf_files_come_back_to_the_bit(say, changes, kind):
     count, size = model.num_parameters, model.stored_bytes()
     assert output.decode() == f"back: {count:,} parameters, {size:,} bytes of weights\n"
     assert errors == b""
+
+
+@pytest.mark.parametrize("name", ["nemotron", "llama", "qwen3", "bitnet"])
+def test_folders_for_transformers_come_back_to_the_bit(say, name):
+    model = saved(**ARCHITECTURES[name])
+    say(*export("safetensors", "it"))
+    output, errors = say("import", "--model", "it", "--out", "back")
+    assert_same_model(load_model("back"), model)
+    assert output.startswith(b"back: ")
+    assert errors == b""
+    for file in ("model.safetensors", "config.json"):
+        assert content_of("back")[file] == content_of("model")[file]
 
 
 def test_files_of_c_come_back_to_the_bit(say):
@@ -452,11 +485,12 @@ def test_export_refuses_types_that_do_not_hold_the_model(refused, changes, kind,
 
 
 @pytest.mark.parametrize("name", ["c", "safetensors", "c-v1"])
-def test_export_takes_a_type_for_gguf_alone(refused, name):
+def test_export_takes_types_for_gguf_alone(refused, name):
     saved(name)
-    assert f"--type is for --format gguf, not {name}" in refused(
-        *export(name, "it", "--type", "f16")
-    )
+    for option in ("--type", "--embedding-type"):
+        assert f"{option} is for --format gguf, not {name}" in refused(
+            *export(name, "it", option, "f16")
+        )
 
 
 @pytest.mark.parametrize(
@@ -465,6 +499,7 @@ def test_export_takes_a_type_for_gguf_alone(refused, name):
         (("--format", "onnx", "--out", "it"), "invalid choice: 'onnx'"),
         (("--format", "GGUF", "--out", "it"), "invalid choice: 'GGUF'"),
         (("--format", "gguf", "--type", "q4_0", "--out", "it"), "invalid choice: 'q4_0'"),
+        (("--format", "gguf", "--embedding-type", "q4_0", "--out", "it"), "choice: 'q4_0'"),
         (("--format", "gguf"), "--out"),
         (("--out", "it"), "--format"),
         (("--format", "c", "--out", "it", "more"), "more"),
@@ -662,7 +697,9 @@ def test_import_refuses_what_is_no_model(refused):
 def test_import_refuses_what_is_not_there(refused):
     assert "nowhere: No such file" in refused("import", "--model", "nowhere", "--out", "back")
     saved()
-    assert "model: Is a directory" in refused("import", "--model", "model", "--out", "back")
+    assert "only folders that legacy1bit wrote" in refused(
+        "import", "--model", "model", "--out", "back"
+    )
     assert "--out" in refused("import", "--model", "model")
     assert "--model" in refused("import", "--out", "back")
 
@@ -671,11 +708,12 @@ def test_import_refuses_what_is_not_there(refused):
 def test_import_refuses_files_that_are_cut_off(say, fail, name):
     saved(name)
     say(*export(name, "it"))
-    data = Path("it").read_bytes()
+    file = Path("it/model.safetensors" if name == "safetensors" else "it")
+    data = file.read_bytes()
     # Behind its last weight, a file may have up to 31 bytes that say nothing.
     for size in (3, 4, 5, 19, 20, 100, len(data) // 2, len(data) - 32):
-        Path("it").write_bytes(data[:size])
-        assert fail("import", "--model", "it", "--out", "back").startswith("it ")
+        file.write_bytes(data[:size])
+        assert fail("import", "--model", "it", "--out", "back").startswith(f"{file} ")
         assert not Path("back").exists()
 
 
@@ -699,7 +737,8 @@ def test_import_refuses_a_folder_that_is_not_empty(say, refused, name):
     for out in ("model", "full", "it", "."):
         message = refused("import", "--model", "it", "--out", out)
         assert message == f"{out} is not an empty folder: name another"
-    assert "it/back: Not a directory" in refused("import", "--model", "it", "--out", "it/back")
+    inside = "it/config.json/back" if name == "safetensors" else "it/back"
+    assert f"{inside}: Not a directory" in refused("import", "--model", "it", "--out", inside)
 
 
 @pytest.mark.parametrize("name", TWO_WAYS)
@@ -743,10 +782,11 @@ def test_other_formats_do_without_gguf(say, monkeypatch, name):
 @needs_gguf
 def test_import_needs_gguf_for_its_own_types_alone(say, refused, monkeypatch):
     model = saved(**WIDE)
-    for kind in ("tq2_0", "f16"):
+    for kind in ("tq2_0", "q2_0", "f16"):
         say(*export("gguf", kind, "--type", kind))
     monkeypatch.setitem(sys.modules, "gguf", None)
     message = refused("import", "--model", "tq2_0", "--out", "back")
     assert "which is not installed: pip install gguf" in message
-    say("import", "--model", "f16", "--out", "back")
-    assert_same_model(load_model("back"), model)
+    for kind in ("q2_0", "f16"):
+        say("import", "--model", kind, "--out", f"{kind}-back")
+        assert_same_model(load_model(f"{kind}-back"), model)

@@ -5,19 +5,31 @@ import json
 import struct
 import sys
 import tracemalloc
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 
+from helpers import gguf_file, oracle
 from helpers.arrays import assert_same_bits
-from helpers.models import exact_dense, make_config, random_model
+from helpers.models import (
+    exact_dense,
+    make_config,
+    oracle_config,
+    oracle_weights,
+    random_model,
+    random_tokens,
+)
 from legacy1bit.data.tokenizer import visible_bytes
 from legacy1bit.formats.families import family_of
-from legacy1bit.formats.gguf import KINDS, export_gguf, import_gguf, load_gguf
+from legacy1bit.formats.ggml import CODE_KINDS, FLOAT_KINDS, KINDS, load_gguf
+from legacy1bit.formats.gguf import export_gguf, import_gguf
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig
 from legacy1bit.model import (
     LAYER_NORM_EPSILON,
+    LegacyLLM,
     ModelFileError,
     TernaryMatrix,
     create_legacy_llm,
@@ -27,11 +39,17 @@ from legacy1bit.model import (
 
 gguf = pytest.importorskip("gguf", reason="gguf is not installed")
 
-TERNARY = ("tq2_0", "tq1_0")
+TERNARY = ("tq2_0", "tq1_0", "q2_0")
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
 
 # Settings that blocks of 256 weights need.
 WIDE = {"model_dim": 256, "num_heads": 4, "num_blocks": 1, "ffn_multiplier": 1}
+
+# Settings of other architectures: heads wider than the model, and as wide.
+LLAMA, QWEN3 = ARCHITECTURES["llama"], ARCHITECTURES["qwen3"]
+BITNET = {**ARCHITECTURES["bitnet"], "activation": "silu"}
+HEADS = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 6}
+YARN = {"rope_factor": 4.0, "rope_original_length": 64, "rope_base": 100.0}
 
 # By name: settings, and the types that hold such models.
 MODELS = {
@@ -48,19 +66,44 @@ MODELS = {
     "2bit, one": ({"scheme": "2bit", "scale": "one"}, ("f16", "f32")),
     "no line break": ({"vocab_size": 10, "rope_base": 12345.678}, ("f16", "f32")),
     "more than bytes": ({"vocab_size": 300}, ("f16", "f32")),
-    "wide": (WIDE, tuple(KINDS)),
-    "wide, a row": ({**WIDE, "scale": "row", "ternary_embedding": True}, tuple(KINDS)),
-    "wide, 256": ({**WIDE, "scale": "256", "ffn_multiplier": 2}, tuple(KINDS)),
-    "wide, 128": ({**WIDE, "scale": "128"}, ("f16", "f32")),
-    "wide, one": ({**WIDE, "scale": "one"}, tuple(KINDS)),
-    "wide, binary": ({**WIDE, "scheme": "binary", "scale": "row"}, tuple(KINDS)),
-    "wide, sign": ({**WIDE, "scheme": "sign"}, tuple(KINDS)),
+    "wide": (WIDE, CODE_KINDS),
+    "wide, a row": ({**WIDE, "scale": "row", "ternary_embedding": True}, CODE_KINDS),
+    "wide, 256": ({**WIDE, "scale": "256", "ffn_multiplier": 2}, CODE_KINDS),
+    "wide, 128": ({**WIDE, "scale": "128"}, ("q2_0", "f16", "f32")),
+    "groups of 64": (
+        {"scale": "64", "model_dim": 192, "num_blocks": 1, "ffn_multiplier": 1},
+        ("q2_0", "f16", "f32"),
+    ),
+    "narrow, q2_0": ({"model_dim": 192, "num_blocks": 1, "ffn_dim": 64}, ("q2_0", "f16", "f32")),
+    "wide, one": ({**WIDE, "scale": "one"}, CODE_KINDS),
+    "wide, binary": ({**WIDE, "scheme": "binary", "scale": "row"}, CODE_KINDS),
+    "wide, sign": ({**WIDE, "scheme": "sign"}, CODE_KINDS),
+    "nemotron, tied": ({"num_kv_heads": 1, "tied_embeddings": True, "biases": "none"},
+                       ("f16", "f32")),
+    "nemotron, fraction": ({"model_dim": 24, "rope_fraction": 0.5, "norm_epsilon": 1e-3},
+                           ("f16", "f32")),
+    "nemotron, adjacent": ({"model_dim": 24, "rope_fraction": 0.5, "rope_pairs": "adjacent",
+                            "scale": "row"}, ("f16", "f32")),
+    "llama": ({**LLAMA, "num_kv_heads": 1, "scale_shards": 5}, ("f16", "f32")),
+    "llama, float": ({**LLAMA, **HEADS, "scheme": "float"}, ("f32",)),
+    "llama, adjacent": ({**LLAMA, "rope_pairs": "adjacent", "tied_embeddings": True},
+                        ("f16", "f32")),
+    "llama, biases": ({**LLAMA, **HEADS, **YARN, "biases": "all", "scale": "row"},
+                      ("f16", "f32")),
+    "llama, wide": ({**LLAMA, **WIDE, "num_kv_heads": 2, "scale": "row"}, CODE_KINDS),
+    "qwen3": ({**QWEN3, **HEADS, **YARN}, ("f16", "f32")),
+    "qwen3, adjacent": ({**QWEN3, **HEADS, "rope_pairs": "adjacent", "tied_embeddings": True},
+                        ("f16", "f32")),
+    "qwen3, 64": ({**QWEN3, **HEADS, "model_dim": 64, "head_dim": 32, "ffn_dim": 192,
+                   "scale": "64", "ternary_embedding": True}, ("q2_0", "f16", "f32")),
+    "bitnet": ({**BITNET, "model_dim": 24, "num_heads": 4, "num_kv_heads": 2}, ("f16", "f32")),
+    "bitnet, wide": ({**BITNET, **WIDE, "ternary_embedding": True}, CODE_KINDS),
 }  # fmt: skip
-held = pytest.mark.parametrize(
-    ("changes", "kind"),
-    [(changes, kind) for changes, kinds in MODELS.values() for kind in kinds],
-    ids=[f"{name}, {kind}" for name, (_, kinds) in MODELS.items() for kind in kinds],
-)
+HELD = {
+    f"{name}, {kind}": (changes, kind)
+    for name, (changes, kinds) in MODELS.items()
+    for kind in kinds
+}
 
 
 def exportable(**changes):
@@ -72,6 +115,24 @@ def exportable(**changes):
 @pytest.fixture
 def file(tmp_path):
     return tmp_path / "model.gguf"
+
+
+class Exported(NamedTuple):
+    """A model, the type of its matrices, its file, and what is in it."""
+
+    model: LegacyLLM
+    kind: str
+    path: Path
+    keys: dict[str, Any]
+    tensors: dict[str, tuple[int, np.ndarray]]
+
+
+@pytest.fixture(scope="module", params=HELD.values(), ids=HELD)
+def exported(request, tmp_path_factory):
+    changes, kind = request.param
+    model, path = exportable(**changes), tmp_path_factory.mktemp("gguf") / "model.gguf"
+    export_gguf(model, path, kind)
+    return Exported(model, kind, path, *gguf_file.read(path))
 
 
 @pytest.fixture(scope="module")
@@ -103,32 +164,30 @@ def keys_of(reader):
 # --- There and back -------------------------------------------------------------------------------
 
 
-@held
-def test_a_model_comes_back_to_the_bit(file, changes, kind):
-    model = exportable(**changes)
-    export_gguf(model, file, kind)
-    assert_same_model(import_gguf(file), model)
-    assert [path.name for path in file.parent.iterdir()] == [file.name]
+def test_a_model_comes_back_to_the_bit(exported):
+    assert_same_model(import_gguf(exported.path), exported.model)
+    assert [path.name for path in exported.path.parent.iterdir()] == [exported.path.name]
 
 
 @pytest.mark.parametrize(("changes", "kinds"), MODELS.values(), ids=MODELS)
-def test_the_default_type_is_the_smallest_that_is_exact(file, changes, kinds):
+def test_the_default_type_is_the_first_that_is_exact(file, changes, kinds):
+    kind = next(one for one in ("tq2_0", "f16", "f32") if one in kinds)
     model = exportable(**changes)
     export_gguf(model, file)
     chosen = file.read_bytes()
-    export_gguf(model, file, kinds[0])
+    export_gguf(model, file, kind)
     assert chosen == file.read_bytes()
     assert gguf.LlamaFileType(int(keys_of(gguf.GGUFReader(file))["general.file_type"])).name in (
-        f"MOSTLY_{kinds[0].upper()}",
-        f"ALL_{kinds[0].upper()}",
+        f"MOSTLY_{kind.upper()}",
+        f"ALL_{kind.upper()}",
     )
 
 
 @pytest.mark.parametrize(("changes", "kinds"), MODELS.values(), ids=MODELS)
 def test_other_types_are_refused(file, changes, kinds):
-    for kind in KINDS:
+    for kind in CODE_KINDS:
         if kind not in kinds:
-            with pytest.raises(ValueError, match=rf"{kind}.*: --type f"):
+            with pytest.raises(ValueError, match=rf"{kind}.*: --type [fq]"):
                 export_gguf(exportable(**changes), file, kind)
     assert not file.exists()
 
@@ -187,36 +246,82 @@ def test_a_model_without_latent_weights_goes_out(file):
 # --- What llama.cpp finds -------------------------------------------------------------------------
 
 
-@held
-def test_the_reader_of_the_package_finds_the_weights(file, changes, kind):
-    model = exportable(**changes)
-    export_gguf(model, file, kind)
-    tensors = {one.name: one for one in gguf.GGUFReader(file).tensors}
-    names = {
-        "embedding.weight": "token_embd.weight",
-        "output.weight": "output.weight",
-        "final_norm.gamma": "output_norm.weight",
-        "final_norm.beta": "output_norm.bias",
-    }
-    for i in range(model.config.num_blocks):
-        for ours, theirs in (("attention.{}q", "attn_q"), ("attention.{}k", "attn_k"),
-                             ("attention.{}v", "attn_v"), ("attention.{}o", "attn_output"),
-                             ("ffn.{}i", "ffn_up"), ("ffn.{}o", "ffn_down"),
-                             ("norm1.{}", "attn_norm"), ("norm2.{}", "ffn_norm")):  # fmt: skip
-            parts = ("gamma", "beta") if "norm" in ours else "wb"
-            for part, kind_of_part in zip(parts, ("weight", "bias"), strict=True):
-                names[f"blocks.{i}.{ours.format(part)}"] = f"blk.{i}.{theirs}.{kind_of_part}"
-    assert sorted(names) == sorted(model.parameters)
-    assert sorted(names.values()) == sorted(tensors)
-    for ours, theirs in names.items():
-        value, tensor = model.parameters[ours], tensors[theirs]
+NAMES = {
+    "embedding.weight": "token_embd.weight", "output.weight": "output.weight",
+    "final_norm.gamma": "output_norm.weight", "final_norm.beta": "output_norm.bias",
+    "norm1.gamma": "attn_norm.weight", "norm1.beta": "attn_norm.bias",
+    "norm2.gamma": "ffn_norm.weight", "norm2.beta": "ffn_norm.bias",
+    "attention.q_gamma": "attn_q_norm.weight", "attention.k_gamma": "attn_k_norm.weight",
+    "attention.gamma": "attn_sub_norm.weight", "ffn.gamma": "ffn_sub_norm.weight",
+    **{f"{ours}{kind}{letter}": f"{theirs}.{name}"
+       for kind, name in (("w", "weight"), ("b", "bias"))
+       for ours, letter, theirs in (
+           ("attention.", "q", "attn_q"), ("attention.", "k", "attn_k"),
+           ("attention.", "v", "attn_v"), ("attention.", "o", "attn_output"),
+           ("ffn.", "g", "ffn_gate"), ("ffn.", "i", "ffn_up"), ("ffn.", "o", "ffn_down"))},
+}  # fmt: skip
+
+
+def name_of(ours):
+    """llama.cpp's name of a parameter."""
+    if not ours.startswith("blocks."):
+        return NAMES[ours]
+    _, block, rest = ours.split(".", 2)
+    return f"blk.{block}.{NAMES[rest]}"
+
+
+def rows_of(ours, config, architecture):
+    """The rows of a parameter in llama.cpp's order, by our numbers; ... where that is ours."""
+    last = ours.rpartition(".")[2]
+    heads = {"wq": config.num_heads, "bq": config.num_heads, "q_gamma": 1,
+             "wk": config.num_kv_heads, "bk": config.num_kv_heads, "k_gamma": 1}  # fmt: skip
+    if last not in heads or (config.rope_pairs == "adjacent") == (architecture == "llama"):
+        return ...
+    half = config.rotary_dim // 2
+    # Where an element of a head lies here: the halves of a pair are side by side, or half apart.
+    if architecture == "llama":
+        head = [place // 2 + place % 2 * half for place in range(2 * half)]
+    else:
+        head = [2 * (place % half) + place // half for place in range(2 * half)]
+    head += range(2 * half, config.head_dim)
+    return [config.head_dim * i + place for i in range(heads[last]) for place in head]
+
+
+def test_the_file_has_the_weights(exported):
+    model, keys, tensors = exported.model, exported.keys, {**exported.tensors}
+    if keys["general.architecture"] == "nemotron" and model.config.tied_embeddings:
+        assert np.array_equal(tensors.pop("output.weight")[1], tensors["token_embd.weight"][1])
+    assert sorted(map(name_of, model.parameters)) == sorted(tensors)
+    for ours, value in model.parameters.items():
+        number_of_kind, found = tensors[name_of(ours)]
         coded = isinstance(value, TernaryMatrix)
-        assert tensor.tensor_type.name == (kind.upper() if coded else "F32")
+        assert number_of_kind == KINDS[exported.kind if coded else "f32"].number
+        rows = rows_of(ours, model.config, keys["general.architecture"])
+        assert np.array_equal(found, (exact_dense(value) if coded else value)[rows]), ours
+
+
+def test_the_reader_of_the_package_finds_the_same(exported):
+    if not hasattr(gguf.GGMLQuantizationType, exported.kind.upper()):
+        pytest.skip(f"this version of gguf does not know {exported.kind}")
+    tensors = {**exported.tensors}
+    for tensor in gguf.GGUFReader(exported.path).tensors:
+        number_of_kind, found = tensors.pop(tensor.name)
+        assert tensor.tensor_type == number_of_kind
         # The fastest axis comes first there.
-        assert tensor.shape.tolist() == list(value.shape)[::-1]
-        found = gguf.quants.dequantize(np.ascontiguousarray(tensor.data), tensor.tensor_type)
-        expected = exact_dense(value) if coded else value
-        assert np.array_equal(found.reshape(value.shape), expected), ours
+        assert tensor.shape.tolist() == list(found.shape)[::-1]
+        theirs = gguf.quants.dequantize(np.ascontiguousarray(tensor.data), tensor.tensor_type)
+        assert np.array_equal(theirs.reshape(found.shape), found), tensor.name
+    assert not tensors
+
+
+def test_the_file_gives_the_oracles_logits(exported):
+    """llama.cpp's graphs, in float64, of what is in the file; the keys have single precision."""
+    model = exported.model
+    tokens = random_tokens(model.config, 1, 16)
+    config = {**oracle_config(model.config), "int8_activations": False}
+    expected, _ = oracle.forward(oracle_weights(model), config, tokens)
+    found = gguf_file.logits(exported.keys, exported.tensors, tokens[0])
+    assert np.linalg.norm(found - expected[0]) < 1e-6 * np.linalg.norm(expected)
 
 
 def test_the_keys_tell_the_shape(file):
@@ -238,6 +343,40 @@ def test_the_keys_tell_the_shape(file):
         "nemotron.vocab_size": 11,
     }
     assert {name: keys[name] for name in expected} == expected
+
+
+def test_the_keys_of_other_architectures(file):
+    sizes = {**HEADS, **YARN, "ffn_dim": 20}
+    export_gguf(exportable(**QWEN3, **sizes), file)
+    keys, _ = gguf_file.read(file)
+    expected = {
+        "general.architecture": "qwen3",
+        "qwen3.context_length": 16,
+        "qwen3.embedding_length": 12,
+        "qwen3.block_count": 2,
+        "qwen3.feed_forward_length": 20,
+        "qwen3.attention.head_count": 4,
+        "qwen3.attention.head_count_kv": 2,
+        "qwen3.attention.key_length": 6,
+        "qwen3.attention.value_length": 6,
+        "qwen3.attention.layer_norm_rms_epsilon": np.float32(1e-6),
+        "qwen3.rope.dimension_count": 6,
+        "qwen3.rope.freq_base": 100.0,
+        "qwen3.rope.scaling.type": "yarn",
+        "qwen3.rope.scaling.factor": 4.0,
+        "qwen3.rope.scaling.original_context_length": 64,
+        "qwen3.vocab_size": 11,
+    }
+    assert {name: value for name, value in keys.items() if name.startswith("qwen3.")} | {
+        "general.architecture": keys["general.architecture"]
+    } == expected
+    for name, changes in (("llama", LLAMA), ("bitnet", BITNET)):
+        export_gguf(exportable(**changes), file)
+        keys, _ = gguf_file.read(file)
+        assert keys["general.architecture"] == name
+        assert f"{name}.attention.layer_norm_epsilon" not in keys
+        # As wide as the model, and not scaled.
+        assert not [key for key in keys if "key_length" in key or "scaling" in key]
 
 
 def test_our_keys_tell_the_rest(file):
@@ -295,6 +434,78 @@ def test_no_merge_can_apply(file):
     assert not set(merge.replace(" ", "")) & set(visible_bytes())
 
 
+# --- Embedding and output matrix ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, LLAMA, BITNET], ids=["nemotron", "llama", "bitnet"])
+@pytest.mark.parametrize("kind", FLOAT_KINDS)
+def test_an_embedding_is_rounded_by_choice(file, kind, changes):
+    model = exportable(**WIDE, **changes)
+    export_gguf(model, file, "tq2_0", embedding_kind=kind)
+    _, tensors = gguf_file.read(file)
+    found = import_gguf(file)
+    outer = {"embedding.weight", "output.weight"} & model.parameters.keys()
+    for name, value in model.parameters.items():
+        if name not in outer:
+            continue
+        number_of_kind, stored = tensors[name_of(name)]
+        assert number_of_kind == KINDS[kind].number
+        assert_same_bits(found.parameters[name].astype(np.float64), stored, name)
+        largest = np.abs(value.reshape(-1, 32)).max(axis=1, keepdims=True)
+        # Half a step, and the float16 of the scale.
+        step = {"f32": 0.0, "f16": 2**-11 * np.abs(value.reshape(-1, 32)) + 2**-25,
+                "q8_0": largest * (0.5 / 127 + 2**-11)}[kind]  # fmt: skip
+        assert (np.abs((stored - value).reshape(-1, 32)) <= step * 1.001).all()
+        found.parameters[name][...] = value
+    assert_same_model(found, model)
+
+
+def test_embeddings_of_no_embedding_type_are_as_ever(file):
+    export_gguf(exportable(), file, "f16")
+    expected = file.read_bytes()
+    export_gguf(exportable(), file, "f16", embedding_kind="f32")
+    assert file.read_bytes() == expected
+
+
+@pytest.mark.parametrize("kind", CODE_KINDS)
+def test_a_ternary_embedding_has_a_type_of_its_own(file, kind):
+    model = exportable(**WIDE, **BITNET, ternary_embedding=True)
+    export_gguf(model, file, "tq1_0", embedding_kind=kind)
+    _, tensors = gguf_file.read(file)
+    assert tensors["token_embd.weight"][0] == KINDS[kind].number
+    assert tensors["blk.0.attn_q.weight"][0] == KINDS["tq1_0"].number
+    assert_same_model(import_gguf(file), model)
+
+
+EMBEDDING_REFUSED = {
+    "codes": ({}, "q8_0", {"ternary_embedding": True},
+              "q8_0 does not hold the codes of a ternary embedding exactly: --embedding-type f16"),
+    "no codes": ({}, "tq2_0", {}, "tq2_0 holds codes, and the embedding has none: "
+                 "--embedding-type q8_0, or train with --ternary-embedding"),
+    "width": ({"model_dim": 12, "num_heads": 3}, "q8_0", {},
+              "model_dim is 12, expected a multiple of 32 for q8_0: --embedding-type f16"),
+    "scale": ({"scale": "64"}, "tq1_0", {"ternary_embedding": True}, "one scale for 256 weights"),
+    "unknown": ({}, "q4_0", {}, "embedding type is 'q4_0', expected one of f32, f16, q8_0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "changes", "reason"), EMBEDDING_REFUSED.values(), ids=EMBEDDING_REFUSED
+)
+def test_embedding_types_that_do_not_fit_say_what_does(file, sizes, kind, changes, reason):
+    with pytest.raises(ValueError, match=reason):
+        export_gguf(exportable(**{**WIDE, **sizes}, **changes), file, "f32", embedding_kind=kind)
+    assert not file.exists()
+
+
+@pytest.mark.parametrize("kind", ["f16", "q8_0"])
+def test_an_embedding_too_large_for_its_type_is_refused(file, kind):
+    model = exportable(**WIDE)
+    model.parameters["output.weight"][3, 5] = 1e9
+    with pytest.raises(ValueError, match=rf"output\.weight: .* too large for {kind}: --emb.* f32"):
+        export_gguf(model, file, embedding_kind=kind)
+
+
 # --- What cannot go out ---------------------------------------------------------------------------
 
 REFUSED = {
@@ -304,11 +515,20 @@ REFUSED = {
     "sub norm": ({"sub_norm": True}, "no norms inside.*: train with --no-sub-norm"),
     "final norm": ({"final_norm": False}, "output without a norm.*: train with --final-norm"),
     "output bias": ({"output_bias": True}, "no output bias: train with --no-output-bias"),
+    "bitnet of today": (
+        {**BITNET, "activation": "relu2"},
+        "BitNet, have no squared ReLU: train with --activation s",
+    ),
+    "bitnet, untied": ({**BITNET, "tied_embeddings": False}, "train with --tied-embeddings"),
+    "bitnet, wide heads": ({**BITNET, "head_dim": 8}, "train with --head-dim 4"),
+    "nemotron, wide heads": ({"head_dim": 8}, "train with --head-dim 4"),
+    "llama, fraction": ({**LLAMA, "head_dim": 8, "rope_fraction": 0.5}, "--rope-fraction 1"),
+    "qwen3, gelu": ({**QWEN3, "activation": "gelu"}, "Qwen3, have no GELU: .* --activation silu"),
 }
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_models_that_are_no_nemotrons_are_refused(file, changes, reason):
+def test_models_that_no_architecture_computes_are_refused(file, changes, reason):
     model = exportable(**changes)
     with pytest.raises(ValueError, match=reason):
         family_of(model.config, "llama_cpp")
@@ -324,9 +544,13 @@ KIND_REFUSED = {
     "2bit, f16": ({"scheme": "2bit"}, "f16", "does not hold blocks.*exactly: --type f32"),
     "width": ({}, "tq1_0", "model_dim is 12, expected a multiple of 256 for tq1_0: --type f16, or "
                            "train with --model-dim 256"),
-    "128": ({**WIDE, "scale": "128"}, "tq2_0", "scale is 128: --type f16, or train with "
+    "128": ({**WIDE, "scale": "128"}, "tq2_0", "scale is 128: --type q2_0, or train with "
                                                "--scale 256"),
-    "unknown": ({}, "q8_0", "type is 'q8_0', expected one of tq2_0, tq1_0, f16, f32"),
+    "ffn": ({**WIDE, "ffn_dim": 300}, "tq2_0", "ffn_dim is 300, expected a multiple of 256 for "
+                                               "tq2_0: --type f16, or train with --ffn-dim 512"),
+    "heads": ({**LLAMA, **WIDE, "head_dim": 8}, "q2_0",
+              "num_heads times head_dim is 32, expected a multiple of 64 for q2_0: --type f16"),
+    "unknown": ({}, "q8_0", "type is 'q8_0', expected one of tq2_0, tq1_0, q2_0, f16, f32"),
 }  # fmt: skip
 
 
@@ -539,10 +763,10 @@ def test_settings_that_are_none_are_refused(file, settings, reason):
 
 
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
-def test_settings_of_no_nemotron_are_refused(file, changes, reason):
+def test_settings_that_no_architecture_has_are_refused(file, changes, reason):
     settings = json.dumps(make_config(**{"output_bias": False, **changes}).to_dict())
     told = refusal(file, header(text_key("legacy1bit.config", settings)))
-    assert "those of the nearest family, Nemotron, have no" in told
+    assert "llama.cpp has no such models: those of the nearest family" in told
 
 
 def test_keys_that_disagree_are_refused(file):
@@ -559,6 +783,20 @@ def test_keys_that_disagree_are_refused(file):
         assert "its key nemotron.context_length is [" in told
     told = refusal(file, header(text("legacy1bit.config") + number(4, 4) + number(1, 4)))
     assert "its key legacy1bit.config is not a text" in told
+
+
+def test_tied_embeddings_that_differ_are_refused(file):
+    export_gguf(exportable(tied_embeddings=True), file)
+    content = bytearray(file.read_bytes())
+    content[int(offset_of(content, file, "output.weight"))] ^= 1
+    assert "its output matrix is not its embedding" in refusal(file, content)
+
+
+def test_a_file_of_another_architecture_is_refused(file):
+    export_gguf(exportable(**LLAMA), file)
+    content = file.read_bytes()
+    told = refusal(file, content.replace(b"llama.context_length", b"qwen3.context_length"))
+    assert "its key llama.context_length is None, expected 16" in told
 
 
 # --- Damage ---------------------------------------------------------------------------------------

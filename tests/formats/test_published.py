@@ -1,22 +1,24 @@
 """Models of others: golden ones, fabricated ones, and those that must be refused."""
 
 import json
+import re
+import struct
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from helpers import oracle
+from helpers import fabricated, oracle
 from helpers.cases import together
-from helpers.fabricated import fabricate
+from helpers.fabricated import fabricate, runs_of
 from helpers.published import GOLDEN, golden, golden_logits, with_golden_models
+from legacy1bit.formats import published, tensor_types
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix, load_model
 from legacy1bit.packed import PackedMatrix, PackedModel
-
-GREEDY = SamplingConfig(temperature=0)
+from legacy1bit.schemes import SCHEMES
 
 
 def logits_of(model, tokens):
@@ -175,3 +177,136 @@ def test_fabricated_models_are_read_as_they_were_written(seed, tmp_path_factory)
         if isinstance(value, PackedMatrix):
             np.testing.assert_array_equal(value.values, model.parameters[name].values)
             np.testing.assert_array_equal(value.scales, model.parameters[name].scales)
+
+
+@together("seed", [0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11])
+def test_matrices_are_the_same_however_many_rows_are_decoded_at_once(
+    seed, tmp_path_factory, monkeypatch
+):
+    path, *_ = fabricate(seed, tmp_path_factory.mktemp("model"))
+    whole = load_model(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(tensor_types, "_AT_ONCE", 700)
+        parts = load_model(path)
+    assert parts.config == whole.config
+    for name, value in whole.parameters.items():
+        other = parts.parameters[name]
+        if isinstance(value, TernaryMatrix):
+            np.testing.assert_array_equal(other.values, value.values)
+            np.testing.assert_array_equal(other.scales, value.scales)
+        else:
+            np.testing.assert_array_equal(other, value)
+
+
+def test_runs_of_codes_go_on_over_the_ends_of_rows(monkeypatch):
+    """Rows of 8,640 columns, as in 1bitLLM's 3B, are no whole runs of 128."""
+    codes = np.random.default_rng(1).integers(-1, 2, (16, 8640)).astype(np.int8)
+    data = np.frombuffer(runs_of(codes, 0.5), np.uint8)
+    for at_once in (1, 20_000, 1 << 20):
+        monkeypatch.setattr(tensor_types, "_AT_ONCE", at_once)
+        matrix = tensor_types.RunsOf128(data, codes.shape)
+        np.testing.assert_array_equal(SCHEMES["ternary"].unpack(matrix.packed(), 8640), codes)
+        assert matrix.scales()[0] == 0.5
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0", "Q4_K", "Q6_K", "TQ1_0", "TQ2_0", "BF16"])
+def test_types_are_decoded_as_by_the_package_gguf(kind):
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed")
+    number = gguf.GGMLQuantizationType[kind]
+    ours = tensor_types.TYPES[int(number)]
+    data = np.random.default_rng(2).integers(0, 256, (6, 2048 // ours.block * ours.bytes), np.uint8)
+    if kind == "TQ2_0":
+        # No code is 3.
+        data &= ~(data >> 1 & 0x55)
+    if kind == "BF16":
+        data[:, 1::2] &= 0x3F
+    else:
+        # Scales that are finite.
+        data.reshape(6, -1, ours.bytes)[..., (1, 3, -1)] &= 0x3B
+    expected = gguf.quants.dequantize(data, number)
+    source = published._of_type(ours, data.reshape(-1), expected.shape)
+    actual = source.dense() if source.floats is None else source.floats.all()
+    np.testing.assert_array_equal(actual, expected)
+
+
+def written(folder, **more):
+    """A GGUF file of fabricated seed 0, with further keys."""
+    with mock.patch.object(fabricated, "write_gguf", side_effect=fabricated.write_gguf) as write:
+        fabricate(0, folder)
+    path, keys, tensors, _ = write.call_args.args
+    fabricated.write_gguf(path, keys | more, tensors, keys["general.alignment"])
+    return path, keys, tensors
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("split.count", 3, "split.count is '3'"),
+        ("general.alignment", 12, "expected a multiple of 8"),
+        ("llama.attention.scale", 0.1, "its key llama.attention.scale is not known"),
+        ("llama.expert_count", 8, "llama.expert_count is '8', expected 0"),
+        ("llama.rope.scaling.yarn_beta_fast", 16.0, "yarn_beta_fast is '16.0', expected 32.0"),
+        ("llama.attention.head_count_kv", 0, "head_count_kv is '0', expected a whole number above"),
+        ("llama.rope.freq_base", 1.0, "its base of rotary positions is 1.0"),
+        ("llama.vocab_size", 7, "llama.vocab_size is '7'"),
+    ],
+)
+def test_keys_that_change_what_is_computed_are_refused(tmp_path, key, value, message):
+    path, *_ = written(tmp_path, **{key: value})
+    with pytest.raises(ModelFileError, match=re.escape(message)):
+        load_model(path)
+
+
+def test_keys_without_effect_are_not(tmp_path):
+    path, *_ = written(
+        tmp_path,
+        **{"general.name": "x", "llama.expert_count": 0, "llama.rope.scaling.finetuned": True},
+        # llama.cpp's converter of BitNet says that.
+        **{"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 1.0},
+    )
+    load_model(path)
+
+
+@pytest.mark.parametrize("size", [0, 4, 23, 24, 100, 1000, -1000, -1])
+def test_files_that_end_early_are_refused(tmp_path, size):
+    path, *_ = written(tmp_path)
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ModelFileError, match=re.escape(str(path))):
+        load_model(path)
+
+
+def test_scales_beside_matrices_multiply_them(tmp_path):
+    """llama.cpp's converter of BitNet writes them."""
+    path, keys, tensors = written(tmp_path)
+    plain = load_model(path).parameters["blocks.0.attention.wq"].dense()
+    extra = ("blk.0.attn_q.scale", (1,), 0, struct.pack("<f", 0.25))
+    fabricated.write_gguf(path, keys, [*tensors, extra], keys["general.alignment"])
+    scaled = load_model(path).parameters["blocks.0.attention.wq"].dense()
+    np.testing.assert_array_equal(scaled, plain * 0.25)
+
+
+def test_output_that_repeats_the_embedding_is_dropped(tmp_path):
+    path, keys, tensors = written(tmp_path)
+    named = {name: tensor for name, *tensor in tensors}
+    rest = [tensor for tensor in tensors if tensor[0] != "output.weight"]
+    both = [*rest, ("output.weight", *named["token_embd.weight"])]
+    fabricated.write_gguf(path, keys, both, keys["general.alignment"])
+    assert load_model(path).config.tied_embeddings
+
+
+def test_floats_that_are_not_ternary_are_refused(tmp_path):
+    path, *_ = fabricate(153, tmp_path)
+    file = tmp_path / "model.safetensors"
+    raw = bytearray(file.read_bytes())
+    (length,) = struct.unpack_from("<Q", raw)
+    entry = json.loads(raw[8 : 8 + length])["model.layers.0.mlp.up_proj.weight"]
+    start = 8 + length + entry["data_offsets"][0]
+    raw[start : start + 8] = np.array([1.0, 2.0], "<f4").tobytes()
+    file.write_bytes(raw)
+    with pytest.raises(ModelFileError, match=r"up_proj\.weight is not ternary"):
+        load_model(path)
+
+
+def test_context_is_at_most_what_a_model_may_have(tmp_path):
+    path, *_ = written(tmp_path, **{"llama.context_length": 1 << 20})
+    assert load_model(path).config.sequence_length == 1 << 17

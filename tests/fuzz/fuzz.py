@@ -60,9 +60,11 @@ with watched:
     from legacy1bit.data.published_tokenizer import PublishedTokenizer
     from legacy1bit.formats import published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
-    from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer, load_gguf
+    from legacy1bit.formats.ggml import load_gguf
+    from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer
+    from legacy1bit.formats.hugging_face import export_hugging_face, import_hugging_face
     from legacy1bit.forward import forward_llm_batch
-    from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
+    from legacy1bit.hyperparams import ARCHITECTURES, DataConfig, ModelConfig, TrainingConfig
     from legacy1bit.inference import Decoder
     from legacy1bit.logger import StepLog, read_metrics
     from legacy1bit.model import LegacyLLM, create_legacy_llm, load_model, save_model
@@ -238,18 +240,31 @@ def fuzz_c_v1(folder: Path, parts: list[bytes]) -> None:
     use_model(model, PackedModel(model))
 
 
-def fuzz_model(folder: Path, parts: list[bytes]) -> None:
-    """Settings and weights: a header and data, or one part as it is."""
+def put_model(folder: Path, parts: list[bytes]) -> None:
+    """Write settings and weights: a header and data, or one part as it is."""
     put(folder / "config.json", parts[0])
     weights = b"".join(parts[1:])
     if len(parts) > 2:
         config = parts[0].decode(errors="replace")
         weights = tensor_file(parts[1], b"".join(parts[2:]), config=config)
     put(folder / "model.safetensors", weights)
+
+
+def fuzz_model(folder: Path, parts: list[bytes]) -> None:
+    """A model folder."""
+    put_model(folder, parts)
     model = load_model(folder)
     model.provenance.lines()
     # Matrices of floats cannot be packed.
     use_model(model, None if model.config.scheme == "float" else PackedModel.load(folder))
+
+
+def fuzz_hugging_face(folder: Path, parts: list[bytes]) -> None:
+    """A folder for transformers."""
+    put_model(folder, parts)
+    model = import_hugging_face(folder)
+    model.provenance.lines()
+    use_model(model, None if model.config.scheme == "float" else PackedModel(model))
 
 
 def fuzz_gguf(folder: Path, parts: list[bytes]) -> None:
@@ -298,7 +313,8 @@ def fuzz_published_tokenizer(folder: Path, parts: list[bytes]) -> None:
         published.read_template(folder / "model.gguf", {})
     else:
         put(folder / "tokenizer.json", parts[0])
-        put(folder / "tokenizer_config.json", b"".join(parts[1:]))
+        if parts[1:]:
+            put(folder / "tokenizer_config.json", parts[1])
         use_published_tokenizer(PublishedTokenizer.of_folder(folder))
         published.read_template(folder, {})
 
@@ -787,13 +803,22 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         ):
             model = create_legacy_llm(ModelConfig.from_dict({**TINY.to_dict(), **changes}), 1)
             save_model(model, folder)
-            raw = (folder / "model.safetensors").read_bytes()
-            (length,) = struct.unpack_from("<Q", raw)
-            told = json.loads(raw[8 : 8 + length])
-            told["__metadata__"]["config"] = "right"
-            config = json.dumps(json.loads((folder / "config.json").read_bytes())).encode()
-            inputs.append([config, json.dumps(told).encode(), raw[8 + length :]])
+            inputs.append(model_parts(folder, config="right"))
         yield "model", inputs
+
+        inputs = []
+        for changes in (
+            {"activation": "relu2", "positions": "rope"},
+            {**ARCHITECTURES["bitnet"], "model_dim": 4},
+            {**ARCHITECTURES["qwen3"], "rope_pairs": "adjacent", "scale": "row"},
+            {**ARCHITECTURES["llama"], "scheme": "float"},
+        ):
+            model = create_legacy_llm(ModelConfig.from_dict({**TINY.to_dict(), **changes}), 1)
+            model.parameters["final_norm.gamma"][0] = 1e-3
+            export_hugging_face(model, folder / "transformers")
+            # The settings are those of the other file.
+            inputs.append(model_parts(folder / "transformers", config=None))
+        yield "hugging_face", inputs
 
         # llama.cpp's types demand 256 columns; files are smaller without them.
         fits = {"num_heads": 1, "model_dim": 2, "positions": "rope", "activation": "relu2"}
@@ -802,13 +827,21 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": SUBWORDS.vocab_size}), 1
         )
         export_gguf(bytes_alone, folder / "bytes.gguf", "f16")
+        # Heads wider than the model, whose elements have another order in the file.
+        wide = {**ARCHITECTURES["qwen3"], "rope_pairs": "adjacent", "head_dim": 4, "scale": "row"}
+        reordered = create_legacy_llm(
+            ModelConfig.from_dict({**TINY.to_dict(), **fits, **wide, "tied_embeddings": True}), 1
+        )
+        export_gguf(reordered, folder / "reordered.gguf", embedding_kind="f16")
         export_gguf(subwords, folder / "words.gguf", "f32", SUBWORDS)
-        whole = [gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words")]
-        yield "gguf", whole[:1]
-        yield "gguf_tokenizer", whole
+        plain, spelled, other = (
+            gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words", "reordered")
+        )
+        yield "gguf", [plain, other]
+        yield "gguf_tokenizer", [plain, spelled]
         chat = {"bos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
         files = [json.dumps(SUBWORDS.description()).encode(), json.dumps(chat).encode()]
-        yield "published_tokenizer", [whole[1], files, files[:1]]
+        yield "published_tokenizer", [spelled, files, files[:1]]
 
         few = json.dumps(tokenizer.ByteTokenizer(3).description()).encode()
         merges = [["a", "b"], ["ab", "c"], ["c", "b"], ["\u0120", "a"]]
@@ -1068,6 +1101,19 @@ def tables() -> Iterator[bytes]:
         file = io.BytesIO()
         parquet.write_table(pyarrow.table({"text": kind}), file, store_schema=False)
         yield file.getvalue()
+
+
+def model_parts(folder: Path, config: str | None) -> list[bytes]:
+    """Return a model's files as parts for ``put_model``, with this for the header's settings."""
+    raw = (folder / "model.safetensors").read_bytes()
+    (length,) = struct.unpack_from("<Q", raw)
+    told = json.loads(raw[8 : 8 + length])
+    if config is None:
+        del told["__metadata__"]["config"]
+    else:
+        told["__metadata__"]["config"] = config
+    settings = json.dumps(json.loads((folder / "config.json").read_bytes())).encode()
+    return [settings, json.dumps(told).encode(), raw[8 + length :]]
 
 
 def gguf_parts(path: Path) -> list[bytes]:

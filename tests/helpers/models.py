@@ -9,7 +9,6 @@ import contextlib
 import functools
 import subprocess
 import sys
-from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -19,7 +18,7 @@ from helpers import oracle
 from helpers.arrays import UNIT_ROUNDOFF, assert_close, assert_same_bits, gamma
 from helpers.cases import together
 from legacy1bit import math_ops
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ARCHITECTURES, SCALES, ModelConfig
 from legacy1bit.model import (
     TernaryMatrix,
     create_legacy_llm,
@@ -127,9 +126,11 @@ def decoder_weights(model):
 
 
 def oracle_config(config):
-    names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "ffn_multiplier", "activation",
-             "positions", "rope_base", "final_norm", "attention_window", "scheme",
-             "ternary_embedding", "int8_activations", "sub_norm")  # fmt: skip
+    names = ("vocab_size", "model_dim", "num_blocks", "num_heads", "head_dim", "activation",
+             "positions", "rope_base", "rope_pairs", "rope_fraction", "rope_factor",
+             "rope_original_length", "final_norm", "attention_window", "windows", "scheme",
+             "ternary_embedding", "tied_embeddings", "int8_activations", "norm", "norm_epsilon",
+             "sub_norm", "qk_norm", "gated")  # fmt: skip
     settings = {name: getattr(config, name) for name in names}
     # What is not quantized gets its inputs as they are.
     settings["int8_activations"] &= config.scheme != "float"
@@ -190,6 +191,92 @@ MODELS = {
 models = pytest.mark.parametrize("changes", MODELS.values(), ids=MODELS)
 CODED = {name: changes for name, changes in MODELS.items() if changes.get("scheme") != "float"}
 
+# What the architectures of other programs have, one option at a time; nothing of odd sizes is a
+# multiple of a vector.
+ONE_KV = {"model_dim": 10, "num_heads": 2, "num_kv_heads": 1, "head_dim": 6}
+GATED = {"gated": True, "ffn_dim": 17}
+YARN = {"head_dim": 20, "rope_base": 100.0, "rope_factor": 4.0, "rope_original_length": 64}
+OPTION_MODELS = {
+    "wide heads": {"head_dim": 10},
+    "narrow heads": {"model_dim": 30, "head_dim": 6, "num_heads": 2},
+    "kv heads": {"num_heads": 6, "num_kv_heads": 3, "head_dim": 6, "model_dim": 7},
+    "kv heads, int8": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 10,
+                       "int8_activations": True},
+    "kv heads, float": {**ONE_KV, "scheme": "float", "attention_window": 3},
+    "ffn_dim": {"ffn_dim": 7},
+    "rms": {"norm": "rms"},
+    "rms, sub norm": {"norm": "rms", "sub_norm": True, "norm_epsilon": 1e-3, "scheme": "float"},
+    "rms, int8": {"norm": "rms", "sub_norm": True, "int8_activations": True,
+                  "ternary_embedding": True},
+    "rms, no final norm": {"norm": "rms", "final_norm": False},
+    "layer norm without bias": {"norm_bias": False, "norm_epsilon": 0.05, "sub_norm": True},
+    "qk_norm": {"qk_norm": True, "norm_epsilon": 1e-3},
+    "qk_norm, kv heads": {**ONE_KV, "qk_norm": True, "positions": "none", "scheme": "float"},
+    "qkv biases": {"biases": "qkv"},
+    "no biases": {"biases": "none", "output_bias": False},
+    "gated relu2": GATED,
+    "gated relu": {**GATED, "activation": "relu", "sub_norm": True},
+    "gated silu": {**GATED, "activation": "silu", "biases": "none"},
+    "gated gelu": {**GATED, "activation": "gelu", "int8_activations": True},
+    "gated, float": {"gated": True, "ffn_dim": 50, "activation": "silu", "scheme": "float"},
+    "silu": {"activation": "silu", "ffn_dim": 19},
+    "gelu": {"activation": "gelu", "scheme": "float"},
+    "tied": {"tied_embeddings": True},
+    "tied, ternary": {"tied_embeddings": True, "ternary_embedding": True,
+                      "int8_activations": True},
+    "tied, float": {"tied_embeddings": True, "scheme": "float", "output_bias": False,
+                    "final_norm": False},
+    "adjacent": {"rope_pairs": "adjacent", "head_dim": 10},
+    "fraction": {"rope_fraction": 0.4, "head_dim": 10},
+    "fraction, adjacent": {"rope_fraction": 0.6, "head_dim": 20, "rope_pairs": "adjacent"},
+    "yarn": YARN,
+    "yarn, adjacent, fraction": {**YARN, "rope_pairs": "adjacent", "rope_fraction": 0.5},
+    "windows": {"window_pattern": "3,0", "num_blocks": 3},
+    "groups of 64": {"scale": "64", "model_dim": 66, "num_heads": 1, "ffn_multiplier": 1},
+    "shards": {"scale_shards": 3, "ffn_dim": 7, "ternary_embedding": True},
+    "shards, 2bit": {"scale_shards": 2, "scheme": "2bit", "int8_activations": True},
+    **{name: {"model_dim": 20, "num_heads": 4, "num_kv_heads": 2, "head_dim": 6, "ffn_dim": 33,
+              "output_bias": False, **ARCHITECTURES[name]}
+       for name in ("nemotron", "llama", "qwen3", "bitnet")},
+}  # fmt: skip
+
+
+def random_architecture(seed):
+    """Settings for `make_config`: a value of every option, at random."""
+    rng = np.random.default_rng(seed)
+
+    def one_of(*choices):
+        return choices[rng.integers(len(choices))]
+
+    kv_heads, head_dim = one_of(1, 1, 2, 3), one_of(6, 10, 20)
+    rope = {"rope_pairs": one_of("halves", "adjacent"), "rope_base": one_of(100.0, 10000.0)}
+    if head_dim > 6 and one_of(False, True):
+        rope["rope_fraction"] = one_of(0.4, 0.6) if head_dim == 10 else one_of(0.3, 0.5, 0.7)
+    if one_of(False, True):
+        rope |= {"rope_factor": one_of(2.0, 4.0), "rope_original_length": one_of(8, 64, 512)}
+    reach = one_of({}, {"attention_window": 3}, {"window_pattern": one_of("3,0", "0,1,5")})
+    scale = one_of({"scale": one_of(*SCALES)}, {"scale_shards": one_of(2, 3, 7)})
+    flags = ("ternary_embedding", "tied_embeddings", "int8_activations", "norm_bias", "sub_norm",
+             "qk_norm", "gated", "final_norm", "output_bias")  # fmt: skip
+    return {
+        "model_dim": int(rng.integers(5, 25)),
+        "num_heads": kv_heads * one_of(1, 2, 3),
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "ffn_dim": int(rng.integers(7, 51)),
+        "num_blocks": one_of(1, 2, 3),
+        "scheme": one_of("ternary", *SCHEMES, "float"),
+        "norm": one_of("rms", "layer"),
+        "norm_epsilon": one_of(1e-6, 1e-5, 1e-2),
+        "biases": one_of("all", "qkv", "none"),
+        "activation": one_of("relu2", "relu", "silu", "gelu"),
+        **{flag: one_of(False, True) for flag in flags},
+        **one_of(rope, rope, rope, {"positions": "none"}),
+        **reach,
+        **scale,
+    }
+
+
 # What the layers can have besides; every scheme, and scales of every granularity.
 LAYERS = {
     "sub norm": {"sub_norm": True},
@@ -208,7 +295,9 @@ layers = pytest.mark.parametrize("changes", LAYERS.values(), ids=LAYERS)
 
 def float_twin(model, **changes):
     """The model that has for weights what another has for latent ones."""
-    twin = create_legacy_llm(replace(model.config, scheme="float", **changes), 2)
+    # A model of floats has no scales.
+    of_floats = {"scheme": "float", "scale_shards": 1}
+    twin = create_legacy_llm(model.config.with_settings(**of_floats, **changes), 2)
     for name, values in model.latent.items():
         twin.latent[name][...] = values
     return twin
@@ -268,9 +357,9 @@ paddings = pytest.mark.parametrize("padding", PADDINGS)
 
 # Lengths of the documents in each row. Of the short ones some are padding alone: the first with
 # padding at the left, the middle one of the last row with padding in the middle. Queries go in
-# blocks of 64, on whose bounds, and beside them, the long ones begin.
+# blocks of 24, on whose bounds, and beside them, the long ones begin.
 SHORT_ROWS = ((5, 1, 10), (16,), (9, 3, 4))
-LONG_ROWS = ((64, 66), (63, 2, 65), (65, 63, 2), (1, 126, 3), (130,), (1,) * 130)
+LONG_ROWS = ((72, 58), (71, 2, 57), (73, 55, 2), (1, 126, 3), (130,), (1,) * 130)
 
 
 def starts_of(documents):
@@ -413,9 +502,13 @@ def assert_quantized(model, exact=False):
         latent = model.latent[name]
         fixed = oracle.first_scale(name, config.num_blocks) if config.scheme == "sign" else None
         if exact or config.scale == "one" or fixed is not None:
-            codes, scales = oracle.quantize(latent, config.scheme, config.scale, fixed)
+            codes, scales = oracle.quantize(
+                latent, config.scheme, config.scale, fixed, config.scale_shards
+            )
         else:
-            wanted = oracle.scales_before_rounding(latent, config.scheme, config.scale)
+            wanted = oracle.scales_before_rounding(
+                latent, config.scheme, config.scale, config.scale_shards
+            )
             error = gamma(1024 + 4)
             low, high = (oracle.to_float16(wanted * (1 + sign * error)) for sign in (-1, 1))
             # What is in between is one of the two.

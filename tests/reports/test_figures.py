@@ -359,7 +359,7 @@ def test_attention_is_that_of_the_oracle(options):
     x = oracle.embedding(tokens[None], parameters["embedding.weight"])
     for i in range(2):
         weights = oracle._part(parameters, f"blocks.{i}.")
-        normed = oracle._norm(x, weights, "norm1")
+        normed = oracle._norm(x, weights, "norm1.", settings_)
         expected = oracle._attend(
             normed, tokens[None], oracle._part(weights, "attention."), settings_
         )[3]

@@ -188,3 +188,13 @@ def test_an_optimizer_brings_its_own_rate():
     assert apply({"optimizer": "sgd"}, ModelConfig(), given)[1].learning_rate == 0.5
     chosen = {"optimizer": "sgd", "learning_rate": 0.25}
     assert apply(chosen, ModelConfig(), TrainingConfig())[1].learning_rate == 0.25
+
+
+def test_sizes_that_follow_from_others_follow_what_is_searched():
+    chosen = {"model_dim": 96, "num_heads": 2, "gated": True, "norm": "rms", "num_kv_heads": 1}
+    model, _ = apply(chosen, ModelConfig(), TrainingConfig())
+    assert (model.head_dim, model.ffn_dim, model.num_kv_heads) == (48, 288, 1)
+    assert (model.gated, model.norm) == (True, "rms")
+    # A width that was given stays.
+    model, _ = apply({"num_heads": 2}, ModelConfig(ffn_dim=100, head_dim=20), TrainingConfig())
+    assert (model.head_dim, model.ffn_dim) == (20, 100)
