@@ -328,7 +328,7 @@ class Generator:
         sampling: SamplingConfig,
         rng: np.random.Generator,
     ) -> _Tokens:
-        new, at_once = history[:], 1
+        new, at_once = history[decoder.length :], 1
         while left:
             if decoder.length + len(new) > decoder.capacity:
                 decoder.clear()
@@ -380,6 +380,30 @@ class Generator:
         text, seed = TextStream(self.tokenizer, stop, errors), _check_seed(seed)
         sampled = self.tokens(self.encode(prompt), max_tokens, sampling, seed)
         return Stream(text, sampled, seed)
+
+    def resume(
+        self,
+        decoder: Decoder,
+        history: list[int],
+        max_tokens: int = 250,
+        sampling: SamplingConfig = _SAMPLING,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+    ) -> "Stream":
+        """Continue tokens whose beginning a decoder has in its cache, piece by piece.
+
+        Parameters
+        ----------
+        decoder : Decoder
+            Of this model. It has fewer tokens than ``history``, and the same.
+        history : list of int
+            What is sampled is appended.
+
+        The other parameters, the result and the errors are those of ``stream``.
+        """
+        text, seed = TextStream(self.tokenizer, stop), _check_seed(seed)
+        max_tokens, rng = _check_count("max_tokens", max_tokens), np.random.default_rng(seed)
+        return Stream(text, self._sample(decoder, history, max_tokens, sampling, rng), seed)
 
     def complete(
         self,

@@ -35,6 +35,11 @@ COMMANDS = {
         "generate text",
         ('generate --prompt "It was a dark night" --temperature 0.7', "generate --interactive"),
     ),
+    "chat": (
+        "chat",
+        "talk with a model",
+        ("chat --model bitnet-b1.58-2B-4T.gguf", "chat --model runs/mine --template plain"),
+    ),
     "tune": (
         "tune",
         "search for the best settings within a time and a size",

@@ -35,9 +35,8 @@ from helpers.models import make_config, random_model
 from helpers.paths import ROOT
 from helpers.runs import RECORD_KEYS, TINY, assert_same_files, tiny, with_losses
 from legacy1bit import main as program
-from legacy1bit.commands import generate as generate_command
+from legacy1bit.commands import lines, progress, run_settings, texts, train
 from legacy1bit.commands import options as command_options
-from legacy1bit.commands import progress, run_settings, texts, train
 from legacy1bit.commands.interrupts import Interrupts
 from legacy1bit.data import corpus as corpora
 from legacy1bit.data import stories
@@ -1843,7 +1842,7 @@ def test_generate_keeps_no_history_without_a_home(monkeypatch, capsys):
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
     monkeypatch.setattr(readline, "write_history_file", lambda file: pytest.fail("it is kept"))
-    with generate_command._history():
+    with lines.history("history"):
         assert capsys.readouterr().err == "there is no home folder to keep a history in\n"
     assert capsys.readouterr().err == ""
     assert list(Path().iterdir()) == []

@@ -5,28 +5,20 @@ standard error.
 """
 
 import argparse
-import codecs
-import contextlib
-import io
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
+from legacy1bit.commands.lines import history, lines
 from legacy1bit.commands.options import (
-    ALL_CORES,
+    add_generation,
     add_model,
-    add_settings,
-    given,
+    generation_of,
     latest_run,
-    threads_of,
     write_bytes,
 )
 from legacy1bit.data.sources import decode_text, standard_input
-from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
@@ -34,7 +26,6 @@ from legacy1bit.packed import PackedModel
 from legacy1bit.system.errors import INTERRUPTED
 
 _MOST_TEXTS = 1 << 20
-_HISTORY_LINES = 1000
 
 # Largest file of a prompt: the model sees only its end, and a device may be endless.
 _MOST_BYTES = 1 << 26
@@ -65,23 +56,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="ask for prompts, with a history; an empty line continues the last text",
     )
     command.add_argument(
-        "--max-tokens", type=int, default=250, metavar="N", help="length (default: 250)"
-    )
-    command.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="repeat a text (default: another one each time, printed on standard error)",
-    )
-    command.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        type=with_line_breaks,
-        help="end before this text, \\n: a line break; may be given several times",
-    )
-    command.add_argument(
         "--count",
         type=int,
         default=1,
@@ -89,36 +63,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="number of texts, of this seed and the next ones (default: 1)",
     )
     command.add_argument("--json", action="store_true", help="print each text as a line of JSON")
-    command.add_argument(
-        "--threads",
-        type=int,
-        metavar="N",
-        help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
-    )
-    add_settings(command, "sampling", SamplingConfig)
+    add_generation(command, "a text", 250)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate the texts."""
-    sampling = SamplingConfig(**given(arguments, SamplingConfig))
-    for name, value, low in (
-        ("seed", 0 if arguments.seed is None else arguments.seed, 0),
-        ("max-tokens", arguments.max_tokens, 0),
-        ("count", arguments.count, 1),
-    ):
-        if value < low:
-            raise ValueError(f"--{name} is {value}, expected {low} or more")
+    sampling, threads = generation_of(arguments, max_tokens=0, count=1)
     if arguments.count > _MOST_TEXTS:
         raise ValueError(f"--count is {arguments.count}, expected at most {_MOST_TEXTS}")
-    if "" in arguments.stop:
-        raise ValueError("--stop is empty, expected text")
     if arguments.interactive and (arguments.json or arguments.count > 1):
         raise ValueError("--interactive excludes --json and --count")
     if arguments.interactive and sys.stdin is None:
         raise ValueError("standard input is closed")
     if sys.stdout is None:
         raise ValueError("standard output is closed")
-    threads = None if arguments.threads is None else threads_of(arguments)
     prompt = b"" if arguments.interactive else _prompt(arguments)
     folder = arguments.model or latest_run()
     model = PackedModel.load(folder)
@@ -247,8 +205,8 @@ def _interact(
         file=sys.stderr,
     )
     text = b""
-    with _history():
-        for line in _lines():
+    with history("history"):
+        for line in lines(lambda: "> "):
             prompt = line or text
             try:
                 _warn_of_length(generator, prompt)
@@ -259,48 +217,3 @@ def _interact(
             write_bytes(b"\n")
             seed += 1
     return 0
-
-
-def _lines() -> Iterator[bytes]:
-    """Yield lines of standard input; without a terminal they are any bytes."""
-    if sys.stdin.isatty():
-        with contextlib.suppress(EOFError):
-            while True:
-                yield os.fsencode(input("> "))
-        return
-    stream = standard_input()
-    first = stream.readline()
-    if first.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        # Line breaks are other bytes there.
-        stream = io.BytesIO(decode_text(first + stream.read(), "standard input"))
-        first = stream.readline()
-    for line in itertools.chain([first.removeprefix(codecs.BOM_UTF8)] if first else [], stream):
-        yield line.removesuffix(b"\n").removesuffix(b"\r")
-
-
-@contextlib.contextmanager
-def _history() -> Iterator[None]:
-    """Edit lines, with a history of earlier sessions, if the system has readline."""
-    try:
-        import readline
-    except ImportError:
-        yield
-        return
-    if not sys.stdin.isatty():
-        yield
-        return
-    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
-    if state.startswith("~"):
-        print("there is no home folder to keep a history in", file=sys.stderr)
-        yield
-        return
-    file = Path(state) / "legacy1bit" / "history"
-    with contextlib.suppress(OSError):
-        readline.read_history_file(file)
-    readline.set_history_length(_HISTORY_LINES)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            readline.write_history_file(file)

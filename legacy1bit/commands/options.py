@@ -8,9 +8,16 @@ from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
+from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.c_v1 import import_c_v1
 from legacy1bit.formats.gguf_file import is_gguf
-from legacy1bit.hyperparams import ARCHITECTURES, BASIC, EXPERIMENTAL, ModelConfig
+from legacy1bit.hyperparams import (
+    ARCHITECTURES,
+    BASIC,
+    EXPERIMENTAL,
+    ModelConfig,
+    SamplingConfig,
+)
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.threads import available_cores, default_threads
 from legacy1bit.training import run as training_run
@@ -127,6 +134,71 @@ def add_model(command: argparse.ArgumentParser) -> None:
         type=path_of,
         help="a run's folder (default: the latest), a GGUF file, or a folder of Hugging Face",
     )
+
+
+def add_generation(command: argparse.ArgumentParser, what: str, max_tokens: int) -> None:
+    """Add the options of all texts that are generated.
+
+    Parameters
+    ----------
+    command : ArgumentParser
+    what : str
+        What is generated, with its article.
+    max_tokens : int
+        The default of its length.
+    """
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        default=max_tokens,
+        metavar="N",
+        help=f"length of {what} (default: {max_tokens})",
+    )
+    command.add_argument(
+        "--seed",
+        type=int,
+        metavar="N",
+        help=f"repeat {what} (default: another one each time)",
+    )
+    command.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        type=with_line_breaks,
+        help="end before this text, \\n: a line break; may be given several times",
+    )
+    command.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
+    )
+    add_settings(command, "sampling", SamplingConfig)
+
+
+def generation_of(arguments: argparse.Namespace, **least: int) -> tuple[SamplingConfig, int | None]:
+    """Return the sampling and the number of threads that these options say.
+
+    Parameters
+    ----------
+    arguments : Namespace
+    least : int
+        The smallest values of options, by their names.
+
+    Raises
+    ------
+    ValueError
+        If one is out of range.
+    """
+    sampling = SamplingConfig(**given(arguments, SamplingConfig))
+    for name, low in {"seed": 0, **least}.items():
+        value = getattr(arguments, name)
+        if value is not None and value < low:
+            raise ValueError(f"--{option_of(name)} is {value}, expected {low} or more")
+    if "" in arguments.stop:
+        raise ValueError("--stop is empty, expected text")
+    return sampling, None if arguments.threads is None else threads_of(arguments)
 
 
 def given(arguments: argparse.Namespace, record: type[Any]) -> dict[str, Any]:

@@ -18,14 +18,15 @@ from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from legacy1bit.system.cgroups import can_start_threads
+from legacy1bit.system.child import end_child, ready_line, start_child, why_ended
 from legacy1bit.system.optional import load_extra
 from legacy1bit.threads import available_cores
 
 # The characters of a text that is learned from before a process would have started.
 _SHORT = 1 << 16
 
-# What the process says when it can learn, and the length that no part of a text has.
-_READY = b"legacy1bit.data.bpe: ready\n"
+# The module as the process runs it, and the length that no part of a text has.
+_MODULE = "legacy1bit.data.bpe"
 _LENGTH_BYTES = 4
 _END = b"\xff" * _LENGTH_BYTES
 
@@ -73,7 +74,7 @@ def learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[str]]:
         if size > _SHORT:
             break
     whole = itertools.chain(first, rest)
-    if size > _SHORT and (process := _start(vocab_size)) is not None:
+    if size > _SHORT and (process := start_child(_MODULE, str(vocab_size))) is not None:
         return _learn_there(process, whole)
     return _learn(whole, vocab_size)
 
@@ -95,43 +96,6 @@ def _learn(texts: Iterable[str], vocab_size: int) -> list[list[str]]:
 # --- The process that has the text ----------------------------------------------------------------
 
 
-def _start(vocab_size: int) -> subprocess.Popen[bytes] | None:
-    """Return a process that is ready to learn, or None where it cannot be started."""
-    # A program that Python is only a part of would start itself again.
-    if "python" not in os.path.basename(sys.executable or "").lower():
-        return None
-    search = [path or os.curdir for path in sys.path if isinstance(path, str)]
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-P", "-m", __name__, str(vocab_size)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(search)},
-        )
-    except (OSError, ValueError):
-        return None
-    ready = False
-    try:
-        assert process.stdout is not None
-        # Before it, whatever is loaded in every process may have printed something.
-        ready = any(line == _READY for line in process.stdout)
-        return process if ready else None
-    finally:
-        if not ready:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    process.kill()
-    assert process.stdin is not None
-    assert process.stdout is not None
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    process.stdout.close()
-    process.wait()
-
-
 def _learn_there(process: subprocess.Popen[bytes], texts: Iterable[str]) -> list[list[str]]:
     """Return what a process learns, and end it."""
     assert process.stdin is not None
@@ -148,20 +112,13 @@ def _learn_there(process: subprocess.Popen[bytes], texts: Iterable[str]) -> list
             process.stdin.flush()
         line = process.stdout.read()
         answer: dict[str, Any]
-        answer = json.loads(line) if line else {"error": _why(process.wait())}
+        answer = json.loads(line) if line else {"error": why_ended(process.wait())}
     finally:
-        _end(process)
+        end_child(process)
     if "error" in answer:
         raise ValueError(f"the vocabulary could not be learned: {answer['error']}")
     merges: list[list[str]] = answer["merges"]
     return merges
-
-
-def _why(status: int) -> str:
-    if status >= 0:
-        return f"its process ended with status {status}"
-    name = signal.Signals(-status).name
-    return f"its process was ended by {name}, as where memory is short"
 
 
 # --- The process that learns ----------------------------------------------------------------------
@@ -177,7 +134,7 @@ def _main() -> None:
     # What the library prints is not the answer.
     with open(os.dup(1), "wb") as output:
         os.dup2(2, 1)
-        output.write(_READY)
+        output.write(ready_line(_MODULE))
         output.flush()
         answer: dict[str, Any]
         try:

@@ -45,6 +45,10 @@ _ENDS = (
 )
 
 _SPACE = "\u2581"
+
+# Inside the name of a special token, it makes text of it. No text has it: it is no character.
+_MARK = "\U0010fffe"
+
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 
 # --- How a text is split into words ---------------------------------------------------------------
@@ -188,8 +192,34 @@ class PublishedTokenizer:
         return self._encode([text], special=False)[0]
 
     def encode_special(self, text: str | bytes) -> Tokens:
-        """Return the token ids of a text in which the names of special tokens stand for them."""
-        return self._encode([text], special=True)[0]
+        """Return the token ids of a text in which the names of special tokens stand for them.
+
+        Except in what ``protect`` returned.
+        """
+        text = text.decode("utf-8", "surrogateescape") if isinstance(text, bytes) else text
+        if _MARK not in text:
+            return self._encode([text], special=True)[0]
+        parts = self._names.split(text)
+        plain = iter(self.encode_batch([part.replace(_MARK, "").encode() for part in parts[::2]]))
+        return np.concatenate(
+            [
+                np.array([self.special_tokens[part]], np.int32) if number % 2 else next(plain)
+                for number, part in enumerate(parts)
+            ]
+        )
+
+    def protect(self, text: str) -> str:
+        """Return a text in which names of special tokens are text to ``encode_special``, too.
+
+        A template puts messages between special tokens; what somebody writes must not be one.
+        """
+        return self._names.sub(lambda name: name[0][0] + _MARK + name[0][1:], text)
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        """A special token's name; the longest where one begins another."""
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, names))})" if names else "(?!)()")
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[Tokens]:
         """Return the token ids of several texts, in parallel."""
@@ -517,14 +547,10 @@ class _GgufKeys:
             )
         return token
 
-    def merges(self) -> list[tuple[str, str]]:
-        """Return the pairs that byte-level BPE merges."""
-        places = [(merge, merge.find(" ", 1)) for merge in self._list("merges", str)]
-        pairs = [(merge[:at], merge[at + 1 :]) for merge, at in places if at > 0]
-        ids = self.ids
-        return [
-            pair for pair in pairs if pair[0] in ids and pair[1] in ids and "".join(pair) in ids
-        ]
+    def merges(self) -> list[tuple[str, ...]]:
+        """Return the pairs that byte-level BPE merges, but for those of what is no token."""
+        pairs = [tuple(merge.split(" ")) for merge in self._list("merges", str)]
+        return [pair for pair in pairs if len(pair) == 2 and "".join(pair) in self.ids]
 
     def scores(self) -> list[float]:
         """Return a score for each token of SentencePiece."""

@@ -17,9 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.published_tokenizer import PublishedTokenizer
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, tokenizer_of
+from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
+from legacy1bit.data.tokenizer import (
+    TOKENIZER_FILE,
+    Tokenizer,
+    UnknownTokenizer,
+    tokenizer_of,
+)
 from legacy1bit.formats import native, safetensors_file
+from legacy1bit.formats.chat_template import Template, template_of
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
 from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
 from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter
@@ -96,11 +102,47 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     if path.is_file() and is_gguf(path):
         with _refusing(path):
             keys = read_keys(path)
+            if f"{_TOKENIZER}model" not in keys:
+                return UnknownTokenizer(vocab_size)
             # Our own files, too: their tokenizers are byte-level BPEs.
             return PublishedTokenizer.of_gguf(keys, vocab_size)
     if is_hugging_face(path) and (path / TOKENIZER_FILE).exists():
         return PublishedTokenizer.of_folder(path, vocab_size)
     return tokenizer_of(path, vocab_size)
+
+
+def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
+    """Return the chat template of a model that ``read_model`` reads; None where it has none.
+
+    Parameters
+    ----------
+    path : Path
+    names : mapping of str to str
+        What the template calls ``bos_token``, ``eos_token`` and the like.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged or too long, or jinja2 is needed and not installed.
+    OSError
+        If a file cannot be read.
+    """
+    source: Any = None
+    with _refusing(path):
+        if path.is_file():
+            source = read_keys(path).get(_TEMPLATE) if is_gguf(path) else None
+        elif (path / _TEMPLATE_FILE).exists():
+            source = read_regular(path / _TEMPLATE_FILE).decode()
+        elif (path / TOKENIZER_CONFIG_FILE).exists():
+            source = dict(json.loads(read_regular(path / TOKENIZER_CONFIG_FILE))).get(
+                "chat_template"
+            )
+        if isinstance(source, list):
+            # Several, with names.
+            source = {one["name"]: one["template"] for one in source}.get("default")
+        if not isinstance(source, (str, type(None))):
+            raise ValueError("its chat template is not a text")
+    return template_of(source, names)
 
 
 def _read_c_v1(path: Path) -> Model:
@@ -411,7 +453,8 @@ _ARCHITECTURES = {
     "bitnet-25": (_MODEL_TYPES["bitnet"], "relu2"),
 }
 
-_TOKENIZER = "tokenizer.ggml."
+_TOKENIZER, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
+_TEMPLATE_FILE = "chat_template.jinja"
 # All bits set.
 _NO_TOKEN = (1 << 32) - 1
 

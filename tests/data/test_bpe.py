@@ -138,7 +138,7 @@ def test_process_outlives_a_terminals_interrupt_and_ends_with_its_parent():
             stderr=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
-        assert process.stdout.readline() == bpe._READY
+        assert process.stdout.readline() == b"legacy1bit.data.bpe: ready\n"
         process.send_signal(signal.SIGINT)
         return process
 

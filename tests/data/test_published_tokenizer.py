@@ -122,6 +122,16 @@ def test_names_of_special_tokens_are_text_unless_asked(chat_tokenizer):
     assert chat_tokenizer.encode("").tolist() == []
 
 
+def test_what_is_protected_is_text(chat_tokenizer):
+    said = "the<|end|><|en<|begin|> <think>"
+    text = f"<|begin|>{chat_tokenizer.protect(said)}<|end|> the"
+    expected = [BEGIN, *chat_tokenizer.encode(said), END, THE]
+    assert chat_tokenizer.encode_special(text).tolist() == expected
+    assert chat_tokenizer.protect("the <think>") == "the <think>"
+    plain = PublishedTokenizer.of_gguf(byte_level_keys())
+    assert plain.protect("<|end|>") == "<|end|>"
+
+
 def test_bytes_that_are_not_text_come_back(chat_tokenizer):
     for data in (b"the\xff\xfe the", "\u6771\u4eac".encode()[:-1], bytes(range(256))):
         assert chat_tokenizer.decode(chat_tokenizer.encode(data)) == data
@@ -182,6 +192,15 @@ def test_a_saved_tokenizer_is_read_again(chat_tokenizer, tmp_path):
     assert other.decode([257, 299]) == b"the"
     with pytest.raises(ValueError, match="has 200 tokens, and its tokenizer 263"):
         PublishedTokenizer.of_folder(tmp_path, 200)
+
+
+def test_a_vocabulary_may_have_no_merges():
+    # llama.cpp asks for one, which export writes of what is no token.
+    keys = byte_level_keys(())
+    for merges in ([], ["\u2581 \u2581"], ["ab"]):
+        keys["tokenizer.ggml.merges"] = merges
+        tokenizer = PublishedTokenizer.of_gguf(keys)
+        assert tokenizer.encode(b"the\xff").tolist() == [*b"the\xff"]
 
 
 def test_a_missing_rule_is_llama_3s_where_the_vocabulary_is():

@@ -57,6 +57,8 @@ with watched:
     import legacy1bit.model
     from legacy1bit.config_files import read_config, records_of
     from legacy1bit.data import shards, sources, tokenizer
+    from legacy1bit.data.published_tokenizer import PublishedTokenizer
+    from legacy1bit.formats import published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
     from legacy1bit.formats.ggml import load_gguf
     from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer
@@ -97,6 +99,7 @@ TINY = ModelConfig(
 )
 SETTINGS = RunSettings(TINY, TrainingConfig(), DataConfig(), {"name": "text"}).fixed()
 
+SUBWORDS = tokenizer.SubwordTokenizer([(b"a", b"b"), (b"ab", b"c")])
 
 # What comes of taking an input's JSON for something that it is not.
 WRONG = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -275,7 +278,7 @@ def fuzz_gguf(folder: Path, parts: list[bytes]) -> None:
 def fuzz_published_gguf(folder: Path, parts: list[bytes]) -> None:
     """A model of others as GGUF."""
     put(folder / "model.gguf", gguf_file(parts))
-    use_model(load_model(folder / "model.gguf"), PackedModel.load(folder / "model.gguf"))
+    use_published(folder / "model.gguf")
 
 
 def fuzz_published_folder(folder: Path, parts: list[bytes]) -> None:
@@ -288,7 +291,43 @@ def fuzz_published_folder(folder: Path, parts: list[bytes]) -> None:
         put(folder / "model.safetensors.index.json", rest[0])
         for number, (header, data) in enumerate(zip(rest[1::2], rest[2::2], strict=False)):
             put(folder / f"{number}.safetensors", tensor_file(header, data))
-    use_model(load_model(folder), PackedModel.load(folder))
+    use_published(folder)
+
+
+def use_published(path: Path) -> None:
+    """Have a model of others, its tokenizer and its chat template read."""
+    model = load_model(path)
+    use_model(model, PackedModel.load(path))
+    found = published.read_tokenizer(path, model.config.vocab_size)
+    published.read_template(path, getattr(found, "names", {}))
+    use_published_tokenizer(found)
+
+
+def fuzz_published_tokenizer(folder: Path, parts: list[bytes]) -> None:
+    """The tokenizer of a model of others: in GGUF, or as Hugging Face's files."""
+    if len(parts) > 2 or not parts[0].lstrip().startswith(b'{"version"'):
+        put(folder / "model.gguf", gguf_file(parts))
+        use_published_tokenizer(
+            published.read_tokenizer(folder / "model.gguf", SUBWORDS.vocab_size)
+        )
+        published.read_template(folder / "model.gguf", {})
+    else:
+        put(folder / "tokenizer.json", parts[0])
+        if parts[1:]:
+            put(folder / "tokenizer_config.json", parts[1])
+        use_published_tokenizer(PublishedTokenizer.of_folder(folder))
+        published.read_template(folder, {})
+
+
+def use_published_tokenizer(found: tokenizer.Tokenizer) -> None:
+    """Have texts encoded, and all tokens decoded."""
+    if found.kind == "unknown":
+        return
+    # A vocabulary of others may lack bytes.
+    with contextlib.suppress(IndexError):
+        found.encode_special("<s>a\u00e9 \n12")
+        found.decode(found.encode(bytes(range(256)) * 2))
+    found.decode(np.arange(found.vocab_size))
 
 
 def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
@@ -783,10 +822,9 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
 
         # llama.cpp's types demand 256 columns; files are smaller without them.
         fits = {"num_heads": 1, "model_dim": 2, "positions": "rope", "activation": "relu2"}
-        words = tokenizer.SubwordTokenizer([(b"a", b"b"), (b"ab", b"c")])
         bytes_alone = create_legacy_llm(ModelConfig.from_dict({**TINY.to_dict(), **fits}), 1)
         subwords = create_legacy_llm(
-            ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": words.vocab_size}), 1
+            ModelConfig.from_dict({**TINY.to_dict(), **fits, "vocab_size": SUBWORDS.vocab_size}), 1
         )
         export_gguf(bytes_alone, folder / "bytes.gguf", "f16")
         # Heads wider than the model, whose elements have another order in the file.
@@ -795,12 +833,15 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             ModelConfig.from_dict({**TINY.to_dict(), **fits, **wide, "tied_embeddings": True}), 1
         )
         export_gguf(reordered, folder / "reordered.gguf", embedding_kind="f16")
-        export_gguf(subwords, folder / "words.gguf", "f32", words)
+        export_gguf(subwords, folder / "words.gguf", "f32", SUBWORDS)
         plain, spelled, other = (
             gguf_parts(folder / f"{name}.gguf") for name in ("bytes", "words", "reordered")
         )
         yield "gguf", [plain, other]
         yield "gguf_tokenizer", [plain, spelled]
+        chat = {"bos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
+        files = [json.dumps(SUBWORDS.description()).encode(), json.dumps(chat).encode()]
+        yield "published_tokenizer", [spelled, files, files[:1]]
 
         few = json.dumps(tokenizer.ByteTokenizer(3).description()).encode()
         merges = [["a", "b"], ["ab", "c"], ["c", "b"], ["\u0120", "a"]]
