@@ -349,6 +349,17 @@ def test_gguf_files_come_back_to_the_bit(say, changes, kind):
     assert errors == b""
 
 
+def test_export_of_a_file_of_others_says_that_its_tokenizer_stays_behind(say):
+    model = saved()
+    say(*export("gguf", "it.gguf"))
+    command = ("export", "--model", "it.gguf", "--format", "safetensors", "--out", "again")
+    output, errors = say(*command)
+    assert output.startswith(b"again: ")
+    assert errors == b"the tokenizer of it.gguf is not exported\n"
+    say("import", "--model", "again", "--out", "back")
+    assert_same_model(load_model("back"), model)
+
+
 @pytest.mark.parametrize("name", ["nemotron", "llama", "qwen3", "bitnet"])
 def test_folders_for_transformers_come_back_to_the_bit(say, name):
     model = saved(**ARCHITECTURES[name])
