@@ -139,8 +139,9 @@ cdef class LayerNorm:
 
 cdef inline void normalize(const NormView *norm, const float *x, float *out, float *mean,
                            float *inv_std, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil:
-    kernels().layer_norm(x, norm.gamma, norm.beta, norm.epsilon, out, NULL if norm.rms else mean,
-                         inv_std, rows, cols)
+    if norm.rms:
+        mean = NULL
+    kernels().layer_norm(x, norm.gamma, norm.beta, norm.epsilon, out, mean, inv_std, rows, cols)
 
 
 cdef inline void normalize_backward(const NormView *norm, const float *d_out, const float *x,
@@ -148,8 +149,10 @@ cdef inline void normalize_backward(const NormView *norm, const float *d_out, co
                                     const NormGradient *gradient, Py_ssize_t rows,
                                     Py_ssize_t cols) noexcept nogil:
     # Adds to d_x.
-    kernels().layer_norm_backward(d_out, x, norm.gamma, NULL if norm.rms else mean, inv_std, d_x,
-                                  gradient.gamma, gradient.beta, rows, cols)
+    if norm.rms:
+        mean = NULL
+    kernels().layer_norm_backward(d_out, x, norm.gamma, mean, inv_std, d_x, gradient.gamma,
+                                  gradient.beta, rows, cols)
 
 
 cdef class MultiHeadAttention:
