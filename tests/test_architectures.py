@@ -64,8 +64,14 @@ from legacy1bit.packed import PackedModel
 
 TOGETHER = {f"random {seed}": random_architecture(seed) for seed in range(50)}
 options = pytest.mark.parametrize("changes", OPTION_MODELS.values(), ids=OPTION_MODELS)
+# Most of the combinations run with the slow tests.
+combinations = [
+    pytest.param(changes, id=name, marks=pytest.mark.slow if i % 4 else ())
+    for i, (name, changes) in enumerate(TOGETHER.items())
+]
 both = pytest.mark.parametrize(
-    "changes", (OPTION_MODELS | TOGETHER).values(), ids=OPTION_MODELS | TOGETHER
+    "changes",
+    [*(pytest.param(changes, id=name) for name, changes in OPTION_MODELS.items()), *combinations],
 )
 # A sixth of the combinations, where all of them would take long and say little.
 some = pytest.mark.parametrize(
@@ -227,7 +233,7 @@ def test_training_is_the_oracles_with_each_option(changes):
 
 
 @outer_tiers
-@pytest.mark.parametrize("changes", TOGETHER.values(), ids=TOGETHER)
+@pytest.mark.parametrize("changes", combinations)
 def test_training_is_the_oracles_with_options_together(changes):
     config = make_config(**changes)
     check_training(config, 2, 5, "right")

@@ -184,8 +184,8 @@ def test_attacks_are_refused_in_one_line_and_soon(source):
     assert "\n" not in told
     assert len(told) < 700
     assert len(text) < 100000
-    # The machine may be busy; alone it is a second and a half at most.
-    assert time.monotonic() - begin < 10
+    # Alone it is a second and a half at most; this is not a measurement.
+    assert time.monotonic() - begin < 60
 
 
 def test_a_template_goes_on_after_one_it_refuses():
