@@ -92,7 +92,9 @@ cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
 
 cdef const float *optional_vector(object array, Py_ssize_t size, str name) except? NULL:
     # NULL for None.
-    return NULL if array is None else vector_pointer(array, size, name)
+    if array is None:
+        return NULL
+    return vector_pointer(array, size, name)
 
 
 cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str name) except -1:
