@@ -102,8 +102,6 @@ TABLES = {
         Variant("2 heads of keys and values", "--num-kv-heads 2 --ffn-dim 576"),
         Variant("tied embeddings", "--tied-embeddings --ffn-dim 1024"),
         Variant("tied, gated, SiLU", "--tied-embeddings --gated --activation silu --ffn-dim 683"),
-        Variant("llama", "--architecture llama --ffn-dim 341"),
-        Variant("qwen3", "--architecture qwen3 --ffn-dim 341"),
     ),
     "sizes": (
         Variant(_BASE),
