@@ -234,9 +234,13 @@ class Conversation:
             )
         return tokens
 
-    def _tokens(self) -> list[int]:
+    def transcript(self, first: int = 0) -> list[dict[str, str]]:
+        """Return the system message, if there is one, and the messages from number ``first`` on."""
         system = [{"role": "system", "content": self.system}] if self.system else []
-        messages = [*system, *self.messages[self.dropped :]]
+        return [*system, *self.messages[first:]]
+
+    def _tokens(self) -> list[int]:
+        messages = self.transcript(self.dropped)
         tokenizer = self._generator.tokenizer
         if not self._template.names_tokens:
             tokens = self._generator.encode(self._template.render(messages))
@@ -328,8 +332,7 @@ def _obey(conversation: Conversation, command: str = "", rest: str = "") -> bool
     elif command == "save":
         if not rest:
             raise ValueError("/save needs the name of a file")
-        system = [{"role": "system", "content": conversation.system}] if conversation.system else []
-        said = json.dumps([*system, *conversation.messages], indent=1, ensure_ascii=False)
+        said = json.dumps(conversation.transcript(), indent=1, ensure_ascii=False)
         file = Path(rest.strip()).expanduser()
         atomic_write(file, said + "\n")
         print(f"{len(conversation.messages)} messages are in {file}", file=sys.stderr)
