@@ -27,7 +27,9 @@
  *
  *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
  *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)
+ *   vi32_load_i8(p)           2 VF32_LANES int8 from p, widened to pairs of int16
  *   vi32_float(v)             the integers as floats
+ *   vi32_sum(v)               across the lanes
  *   vi32_add_dot(s, a, b)     adds a[0] * b[0] + a[1] * b[1] of each pair to the integers *s
  *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
  *                             any integers where a or b is NaN
@@ -137,6 +139,22 @@ static inline vi32 vi32_load(const int *p)
     return v;
 }
 
+static inline vi32 vi32_load_i8(const signed char *p)
+{
+    vi32 v;
+    for (int i = 0; i < VF32_LANES; i++)
+        v.lane[i] = (int)(((unsigned int)p[2 * i] & 0xffff) | (unsigned int)p[2 * i + 1] << 16);
+    return v;
+}
+
+static inline int vi32_sum(vi32 v)
+{
+    int sum = 0;
+    for (int i = 0; i < VF32_LANES; i++)
+        sum += v.lane[i];
+    return sum;
+}
+
 static inline vi32 vi32_add(vi32 a, vi32 b)
 {
     for (int i = 0; i < VF32_LANES; i++)
@@ -193,9 +211,9 @@ static inline void prefetch_tile(const unsigned char *tile)
     __builtin_prefetch(tile + PREFETCH_BYTES + 64);
 }
 
-static inline void prefetch_float(const float *x)
+static inline void prefetch(const void *p)
 {
-    __builtin_prefetch(x);
+    __builtin_prefetch(p);
 }
 
 #include "amx.h"

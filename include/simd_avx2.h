@@ -134,6 +134,19 @@ typedef __m256i vi32;
 static inline vi32 vi32_zero(void) { return _mm256_setzero_si256(); }
 static inline vi32 vi32_splat(int x) { return _mm256_set1_epi32(x); }
 static inline vi32 vi32_load(const int *p) { return _mm256_loadu_si256((const __m256i *)p); }
+
+static inline vi32 vi32_load_i8(const signed char *p)
+{
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)p));
+}
+
+static inline int vi32_sum(vi32 v)
+{
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm256_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm256_cvtepi32_ps(v); }
 

@@ -116,6 +116,13 @@ typedef __m512i vi32;
 static inline vi32 vi32_zero(void) { return _mm512_setzero_si512(); }
 static inline vi32 vi32_splat(int x) { return _mm512_set1_epi32(x); }
 static inline vi32 vi32_load(const int *p) { return _mm512_loadu_si512(p); }
+static inline int vi32_sum(vi32 v) { return _mm512_reduce_add_epi32(v); }
+
+static inline vi32 vi32_load_i8(const signed char *p)
+{
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)p));
+}
+
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm512_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm512_cvtepi32_ps(v); }
 

@@ -81,6 +81,23 @@ typedef __m128i vi32;
 static inline vi32 vi32_zero(void) { return _mm_setzero_si128(); }
 static inline vi32 vi32_splat(int x) { return _mm_set1_epi32(x); }
 static inline vi32 vi32_load(const int *p) { return _mm_loadu_si128((const __m128i *)p); }
+
+static inline vi32 vi32_load_i8(const signed char *p)
+{
+    const __m128i v = _mm_loadl_epi64((const __m128i *)p);
+#ifdef __SSE4_1__
+    return _mm_cvtepi8_epi16(v);
+#else
+    return _mm_srai_epi16(_mm_unpacklo_epi8(v, v), 8);
+#endif
+}
+
+static inline int vi32_sum(vi32 v)
+{
+    v = _mm_add_epi32(v, _mm_shuffle_epi32(v, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(v, _mm_shuffle_epi32(v, 0xb1)));
+}
+
 static inline vi32 vi32_add(vi32 a, vi32 b) { return _mm_add_epi32(a, b); }
 static inline vf32 vi32_float(vi32 v) { return _mm_cvtepi32_ps(v); }
 

@@ -1,7 +1,7 @@
 """Decoding without the GIL."""
 
 from legacy1bit.kernels cimport Int8Rows
-from legacy1bit.packed cimport Int8Buffer, PackedModel, PackedModelView
+from legacy1bit.packed cimport Int8Matrix, PackedModel, PackedModelView
 from legacy1bit.threads cimport thread_team
 
 cdef struct ThreadBuffers:
@@ -12,6 +12,8 @@ cdef struct ThreadBuffers:
     float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
     float *token_probs      # [2, V], for sampling, with scratch
     int *candidates         # [V], token ids
+    signed char *codes      # unpacked codes: of a row, or of a strip for float activations
+    float *products         # [rows, STRIP_ROWS], for float activations
 
 cdef struct Sampling:
     double temperature
@@ -34,6 +36,7 @@ cdef enum Output:
 
 cdef struct DecoderView:
     const PackedModelView *model
+    bint float_activations  # else products with codes round their inputs to int8
     Py_ssize_t capacity
     Py_ssize_t dim, wide, vocab     # C, F, V
     Py_ssize_t query_dim, kv_dim    # H D, G D

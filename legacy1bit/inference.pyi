@@ -7,6 +7,8 @@ import numpy.typing as npt
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.packed import PackedModel
 
+ACTIVATIONS: tuple[str, ...]
+
 def sample_token(
     logits: npt.NDArray[np.float32],
     rng: np.random.Generator,
@@ -22,6 +24,7 @@ class Decoder:
         threads: int = 1,
         capacity: int | None = None,
         sequences: int = 1,
+        activations: str = "int8",
     ) -> None: ...
     @property
     def model(self) -> PackedModel: ...

@@ -16,13 +16,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
-    strided,
+    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable,
+    Matrix, strided,
 )
 from legacy1bit.math_ops cimport kernels, packed_kernels
 from legacy1bit.model cimport NormView, float_pointer, normalize
 from legacy1bit.packed cimport (
-    Int8Buffer, PackedBlock, PackedModel, PackedModelView, Projection, unpack_row,
+    Int8Matrix, PackedBlock, PackedModel, PackedModelView, Projection, unpack_codes,
+    unpack_row,
 )
 from legacy1bit.threads cimport barrier, parallel_region, scratch
 
@@ -31,6 +32,8 @@ from legacy1bit.hyperparams import SamplingConfig
 cdef double GREEDY = 1e-30      # the temperature below which the likeliest token is taken
 
 _SAMPLING = SamplingConfig()
+
+ACTIVATIONS = ("int8", "float32")
 
 cdef enum:
     PROMPT_BLOCK = 128
@@ -49,11 +52,18 @@ cdef inline Py_ssize_t slice_start(Py_ssize_t count, Py_ssize_t thread,
     return count * thread // threads
 
 
+cdef inline bint multiplies_integers(const DecoderView *d,
+                                     const Projection *projection) noexcept nogil:
+    # Whether a product rounds its input to int8.
+    return not d.float_activations and (projection.packed.tiles != NULL
+                                        or projection.int8.codes != NULL)
+
+
 cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t thread, const float *source,
                              Py_ssize_t cols, Py_ssize_t rows, const NormView *norm,
                              const Projection *reader, const float **dense) noexcept nogil:
-    # The input of the next products: normalized if there is a norm, and quantized if they read
-    # int8. Every thread prepares a single token for itself, of several tokens its slice.
+    # The input of the next products: normalized if there is a norm, and quantized if they multiply
+    # integers. Every thread prepares a single token for itself, of several tokens its slice.
     cdef const KernelTable *kernel = kernels()
     cdef ThreadBuffers *own = &d.threads[thread]
     cdef Int8Rows quantized = own.quantized if rows == 1 else d.quantized
@@ -67,7 +77,7 @@ cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t thread, const float *sou
     if norm.gamma:
         normalize(norm, source + first * cols, normed + first * cols, mean, inv_std, count, cols)
         source = normed
-    if reader.packed.tiles:
+    if multiplies_integers(d, reader):
         quantized.codes += first * quantized.stride
         quantized.scales += first
         quantized.sums += first
@@ -91,6 +101,15 @@ cdef void project(DecoderView *d, Py_ssize_t thread, const Projection *projectio
     cdef const float *start = NULL
     cdef Matrix part
     if count <= 0:
+        return
+    if projection.int8.codes and not d.float_activations:
+        # No sum is ever added to the logits.
+        kernels().int8_rows_product(&projection.int8, low, low + count, projection.cols, quantized,
+                                    rows, bias, out, projection.rows)
+        return
+    if d.float_activations and not projection.dense.dense:
+        project_floats(&d.threads[thread], projection, dense, rows, low, count, accumulate, out,
+                       workspace)
         return
     if projection.packed.tiles:
         packed_kernels().packed_product(&projection.packed, first, last, quantized, rows, bias,
@@ -116,6 +135,43 @@ cdef void project(DecoderView *d, Py_ssize_t thread, const Projection *projectio
     if accumulate and bias:
         for t in range(rows):
             kernels().add(out + t * projection.rows + low, bias + low, count)
+
+
+cdef void project_floats(ThreadBuffers *own, const Projection *projection, const float *dense,
+                         Py_ssize_t rows, Py_ssize_t low, Py_ssize_t count, bint accumulate,
+                         float *out, float *workspace) noexcept nogil:
+    # The same product of codes, which are unpacked strip by strip, with float activations.
+    cdef const Int8Rows *int8 = &projection.int8
+    cdef const float *bias = projection.bias
+    cdef Py_ssize_t first, i, t
+    cdef float *to
+    cdef Matrix part
+    memset(&part, 0, sizeof(part))
+    part.cols = projection.cols
+    part.codes = own.codes
+    for first from low <= first < low + count by STRIP_ROWS:
+        part.rows = min(low + count - first, STRIP_ROWS)
+        if projection.packed.tiles:
+            part.scale = projection.packed.scale + first * projection.packed.scale_row
+            part.scale_row = projection.packed.scale_row
+            part.group = projection.packed.group
+            for i in range(part.rows):
+                unpack_codes(&projection.packed, first + i, own.codes + i * part.cols)
+        else:
+            part.scale = int8.scales + first
+            part.scale_row = 1
+            part.group = part.cols
+            for i in range(part.rows):
+                memcpy(own.codes + i * part.cols, int8.codes + (first + i) * int8.stride, part.cols)
+        kernels().linear(&part, NULL, dense, rows, own.products, workspace)
+        for t in range(rows):
+            to = out + t * projection.rows + first
+            if accumulate:
+                kernels().add(to, own.products + t * part.rows, part.rows)
+            else:
+                memcpy(to, own.products + t * part.rows, part.rows * sizeof(float))
+            if bias:
+                kernels().add(to, bias + first, part.rows)
 
 
 cdef void attend(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
@@ -334,7 +390,12 @@ cdef void forward_tokens(DecoderView *d, Py_ssize_t thread, const Position *posi
     for t in range(first, last):
         d.history[positions[t].sequence * d.capacity + positions[t].past + step] = d.tokens[t]
         if embedding.packed.tiles:
-            unpack_row(&embedding.packed, d.tokens[t], d.stream + t * d.dim)
+            unpack_row(&embedding.packed, d.tokens[t], d.stream + t * d.dim,
+                       d.threads[thread].codes)
+        elif embedding.int8.codes:
+            kernels().dequantize_rows(embedding.int8.codes + d.tokens[t] * embedding.int8.stride,
+                                      embedding.int8.scales + d.tokens[t], 1, d.dim,
+                                      d.stream + t * d.dim)
         else:
             memcpy(d.stream + t * d.dim, embedding.dense.dense + d.tokens[t] * d.dim,
                    d.dim * sizeof(float))
@@ -705,6 +766,8 @@ cdef class Decoder:
         The maximum length of a sequence; by default the model's ``sequence_length``.
     sequences : int
         The number of sequences, at most 128. ``generate_batch`` reads the weights once for all.
+    activations : {"int8", "float32"}
+        The inputs of products with codes.
 
     Notes
     -----
@@ -713,13 +776,15 @@ cdef class Decoder:
 
     Activations are quantized to int8 before every product with codes, whether or not the model was
     trained so (``int8_activations``), and so are keys and values, with one scale per token and
-    head: logits are near those of ``forward_llm``, not equal.
+    head: logits are near those of ``forward_llm``, not equal. Float activations take several times
+    as long; keys and values stay int8.
     """
 
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, PackedModel model not None, threads=1, capacity=None, sequences=1):
+    def __init__(self, PackedModel model not None, threads=1, capacity=None, sequences=1,
+                 activations="int8"):
         cdef DecoderView *view = &self.view
         cdef int i
         config = model.config
@@ -731,7 +796,10 @@ cdef class Decoder:
             raise ValueError(f"threads is {threads}, expected 1 to 256")
         if not 1 <= sequences <= PROMPT_BLOCK:
             raise ValueError(f"sequences is {sequences}, expected 1 to {PROMPT_BLOCK}")
+        if activations not in ACTIVATIONS:
+            raise ValueError(f"activations is {activations!r}, expected {' or '.join(ACTIVATIONS)}")
         self.model, self.threads = model, threads
+        view.float_activations = activations == "float32"
         self.capacity, self.sequences = capacity, sequences
         self.max_rows = max(min(capacity, PROMPT_BLOCK), sequences)
         self.lengths = [0] * sequences
@@ -766,7 +834,7 @@ cdef class Decoder:
     cdef int _allocate_rows(self) except -1:
         # The activations of the tokens of one pass, which all threads share.
         cdef DecoderView *view = &self.view
-        cdef Int8Buffer quantized = Int8Buffer(self.max_rows, view.width)
+        cdef Int8Matrix quantized = Int8Matrix(self.max_rows, view.width)
         cdef int[::1] tokens
         self.tokens = tokens = np.empty(self.max_rows, np.int32)
         view.tokens = &tokens[0]
@@ -790,7 +858,7 @@ cdef class Decoder:
 
     cdef int _allocate_thread(self, ThreadBuffers *own) except -1:
         cdef DecoderView *view = &self.view
-        cdef Int8Buffer quantized = Int8Buffer(1, view.width)
+        cdef Int8Matrix quantized = Int8Matrix(1, view.width)
         queries = max(min(self.capacity, PROMPT_BLOCK), CACHED_QUERIES)
         own.normed = self._floats(view.width)
         self.arrays.append(quantized)
@@ -799,6 +867,10 @@ cdef class Decoder:
         own.head = self._floats(4 * view.cache_rows * self.model.config.head_dim)
         own.token_probs = self._floats(2 * view.vocab)
         own.candidates = self._ints(view.vocab)
+        own.codes = self._int8((STRIP_ROWS if view.float_activations else 1) * view.width
+                               + TILE_TRITS)
+        if view.float_activations:
+            own.products = self._floats(self.max_rows * STRIP_ROWS)
         return 0
 
     cdef float *_floats(self, size) except NULL:

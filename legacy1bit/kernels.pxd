@@ -64,8 +64,8 @@ cdef struct PackedMatrix:
     Py_ssize_t group
 
 cdef struct Int8Rows:
-    # Rows of int8 activations: row t is scales[t] times its codes, whose sum is sums[t]. They are
-    # padded to ACTIVATION_ROWS and ACTIVATION_COLUMNS.
+    # Rows of int8 activations, or of weights: row t is scales[t] times its codes, whose sum is
+    # sums[t]. They are padded with zeros to ACTIVATION_ROWS and ACTIVATION_COLUMNS.
     Py_ssize_t stride         # from row to row; at least TILE_TRITS - 1 zeros follow the columns
     signed char *codes
     float *scales
@@ -226,6 +226,9 @@ cdef struct KernelTable:
     void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
                            const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                            float *out, Py_ssize_t out_row, float *workspace) noexcept nogil
+    void (*int8_rows_product)(const Int8Rows *matrix, Py_ssize_t first, Py_ssize_t last,
+                              Py_ssize_t cols, const Int8Rows *x, Py_ssize_t rows,
+                              const float *bias, float *out, Py_ssize_t out_row) noexcept nogil
     void (*adamw)(float *weights, float *first, float *second, const float *gradient,
                   Py_ssize_t n, const Update *settings) noexcept nogil
     void (*sgd)(float *weights, float *momentum, const float *gradient, Py_ssize_t n,

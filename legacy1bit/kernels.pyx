@@ -60,8 +60,10 @@ cdef extern from "simd.h" nogil:
     vi32 vi32_zero()
     vi32 vi32_splat(int x)
     vi32 vi32_load(const int *p)
+    vi32 vi32_load_i8(const signed char *p)
     vi32 vi32_add(vi32 a, vi32 b)
     vf32 vi32_float(vi32 v)
+    int vi32_sum(vi32 v)
     void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
     void i16_pairs(int *p, vf32 a, vf32 b)
     void simd_prepare()
@@ -89,9 +91,8 @@ cdef extern from "simd.h" nogil:
     vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
     void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
     void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x, long stride)
-    void prefetch_float(const float *x)
+    void prefetch(const void *p)
     void prefetch_tile(const unsigned char *tile)
-    void prefetch_float(const float *x)
     ctypedef struct bf16_operand:
         const float *dense
         long line_stride
@@ -904,7 +905,7 @@ cdef inline void pack_columns(const float *a, Py_ssize_t a_col, Py_ssize_t tiles
             for k in range(block, min(block + TRANSPOSED_ROWS, depth)):
                 source = a + tile * TILE_ROWS + k * a_col
                 target = packed + tile * depth * TILE_ROWS + k * TILE_ROWS
-                prefetch_float(source + TRANSPOSED_ROWS * a_col)
+                prefetch(source + TRANSPOSED_ROWS * a_col)
                 if TILE_ROWS < VF32_LANES and tile + 1 < tiles and k + 1 < depth:
                     # The excess is overwritten by the next column.
                     vf32_store(target, vf32_load(source))
@@ -1119,8 +1120,8 @@ cdef void product(Py_ssize_t m, Py_ssize_t n, Py_ssize_t k, Operand a, Operand b
                         corner = c + (ic + ir) * c_row + jc + jr
                         # What the next tile adds to is on its way while this one is computed.
                         for i in range(TILE_ROWS):
-                            prefetch_float(corner + (TILE_ROWS + i) * c_row)
-                            prefetch_float(corner + (TILE_ROWS + i) * c_row + TILE_COLUMNS - 1)
+                            prefetch(corner + (TILE_ROWS + i) * c_row)
+                            prefetch(corner + (TILE_ROWS + i) * c_row + TILE_COLUMNS - 1)
                         if ir < unpacked:
                             multiply_block(TILE_ROWS, tile_columns, depth, a_block + ir * a.row,
                                            a.row, right + jr * depth, begin, corner, c_row)
@@ -1438,6 +1439,56 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                         scale_sums(totals + t * STRIP_ROWS, inside, matrix.factor,
                                    matrix.offset * x_sum, scales, x.scales[begin + t],
                                    accumulate or group, bias_row, to)
+    STOP_TIMER(TIMER_PACKED)
+
+
+cdef inline void int8_sums(const Int8Rows *matrix, Py_ssize_t first, Py_ssize_t count,
+                           Py_ssize_t cols, const signed char *x, int *totals) noexcept nogil:
+    # totals[STRIP_ROWS] of rows of weights with one row of activations, four at a time; those past
+    # `count` are not used. The next four rows are prefetched: each is shorter than a page.
+    cdef Py_ssize_t i, j, k, stride = matrix.stride
+    cdef const signed char *w
+    cdef const signed char *w1
+    cdef const signed char *w2
+    cdef const signed char *w3
+    cdef vi32 a, s0, s1, s2, s3
+    for i from 0 <= i < count by 4:
+        w = matrix.codes + (first + i) * stride
+        w1 = w + min(count - 1 - i, 1) * stride
+        w2 = w + min(count - 1 - i, 2) * stride
+        w3 = w + min(count - 1 - i, 3) * stride
+        s0 = s1 = s2 = s3 = vi32_zero()
+        for j from 0 <= j < cols by 2 * VF32_LANES:
+            for k from 0 <= k < 8 * VF32_LANES by 64:
+                prefetch(w + 4 * (stride + j) + k)
+            a = vi32_load_i8(x + j)
+            vi32_add_dot(&s0, vi32_load_i8(w + j), a)
+            vi32_add_dot(&s1, vi32_load_i8(w1 + j), a)
+            vi32_add_dot(&s2, vi32_load_i8(w2 + j), a)
+            vi32_add_dot(&s3, vi32_load_i8(w3 + j), a)
+        totals[i] = vi32_sum(s0)
+        totals[i + 1] = vi32_sum(s1)
+        totals[i + 2] = vi32_sum(s2)
+        totals[i + 3] = vi32_sum(s3)
+
+
+cdef void int8_rows_product(const Int8Rows *matrix, Py_ssize_t first, Py_ssize_t last,
+                            Py_ssize_t cols, const Int8Rows *x, Py_ssize_t rows,
+                            const float *bias, float *out, Py_ssize_t out_row) noexcept nogil:
+    # out[rows, first:last] = x matrix^T + bias, for rows first to last - 1 of a matrix of int8.
+    cdef int totals[STRIP_ROWS]
+    cdef float scales[STRIP_ROWS]
+    cdef Py_ssize_t row, count, t
+    START_TIMER(TIMER_PACKED)
+    memset(totals, 0, sizeof(totals))
+    memset(scales, 0, sizeof(scales))
+    for row from first <= row < last by STRIP_ROWS:
+        count = min(last - row, STRIP_ROWS)
+        memcpy(scales, matrix.scales + row, count * sizeof(float))
+        for t in range(rows):
+            int8_sums(matrix, row, count, cols, x.codes + t * x.stride, totals)
+            scale_sums(totals, count, 1, 0, scales, x.scales[t], False,
+                       bias + row if bias else NULL, out + t * out_row + row)
     STOP_TIMER(TIMER_PACKED)
 
 
@@ -2167,6 +2218,7 @@ kernels.quantize_rows = quantize_rows
 kernels.dequantize_rows = dequantize_rows
 kernels.dequantize_keys = dequantize_cached_keys
 kernels.packed_product = packed_product
+kernels.int8_rows_product = int8_rows_product
 kernels.adamw = adamw
 kernels.sgd = sgd
 kernels.peak_fused = peak_fused

@@ -1313,7 +1313,7 @@ def load_model(path) -> LegacyLLM:
     for part in stored:
         weights = model.parameters[part.name]
         if part.scales is None:
-            weights[...] = part.values
+            weights[...] = part.array()
         else:
             weights.values[...] = SCHEMES[config.scheme].unpack(part.values, part.shape[1])
             weights.scales[...] = part.scales

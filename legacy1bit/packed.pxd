@@ -4,8 +4,9 @@ from legacy1bit.kernels cimport Int8Rows, Matrix, PackedMatrix as PackedView, Ro
 from legacy1bit.model cimport NormView
 
 cdef struct Projection:
-    # One linear map: packed codes, or, if packed.tiles is NULL, a dense float matrix.
+    # One linear map: packed codes, int8, or, if packed.tiles and int8.codes are NULL, dense floats.
     PackedView packed
+    Int8Rows int8
     Matrix dense
     Py_ssize_t rows
     Py_ssize_t cols
@@ -47,8 +48,12 @@ cdef class PackedModel:
     cdef int _norm(self, str gamma, str beta, NormView *view) except -1
 
 
-cdef class Int8Buffer:
-    cdef object codes, scales, sums
+cdef class Int8Matrix:
+    cdef object codes, sums
+    cdef readonly object scales
+    cdef readonly tuple shape
     cdef Int8Rows view
 
-cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil
+cdef void unpack_codes(const PackedView *matrix, Py_ssize_t row, signed char *codes) noexcept nogil
+cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out,
+                     signed char *codes) noexcept nogil

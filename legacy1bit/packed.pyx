@@ -31,8 +31,10 @@ from legacy1bit.model import (
 from legacy1bit.schemes import SCHEMES
 
 FORMS = ("2bit", "trits")
+HEADS = ("float", "int8")
 
-_AT_ONCE = 64   # strips
+_AT_ONCE = 64       # strips
+_LARGE = 1 << 25    # weights of a float matrix, from which on it is stored in int8
 
 
 cdef Py_ssize_t _ceil_div(Py_ssize_t size, Py_ssize_t divisor) noexcept nogil:
@@ -40,8 +42,8 @@ cdef Py_ssize_t _ceil_div(Py_ssize_t size, Py_ssize_t divisor) noexcept nogil:
 
 
 def _aligned(size):
-    """Return uint8[size], aligned to two cache lines."""
-    buffer = np.empty(size + TILE_BYTES, np.uint8)
+    """Return zeros, uint8[size], aligned to two cache lines."""
+    buffer = np.zeros(size + TILE_BYTES, np.uint8)
     start = -buffer.ctypes.data % TILE_BYTES
     return buffer[start:start + size]
 
@@ -154,27 +156,18 @@ cdef class PackedMatrix:
         ValueError
             If a shape or dtype does not fit.
         """
-        cdef const float[:, ::1] rows = x
+        cdef Int8Matrix quantized = _quantized_rows(x, self.view.cols)
         cdef float[:, ::1] out
-        cdef Int8Rows quantized
         cdef const float *bias_pointer = NULL
         cdef float *workspace
-        if rows is None:
-            raise ValueError(f"x is None, expected (B, {self.view.cols})")
-        if rows.shape[0] == 0 or rows.shape[1] != self.view.cols:
-            raise ValueError(f"x has shape ({rows.shape[0]}, {rows.shape[1]}), expected "
-                             f"(B, {self.view.cols})")
         if bias is not None:
             bias_pointer = vector_pointer(bias, self.view.rows, "bias")
-        result = np.empty((rows.shape[0], self.view.rows), np.float32)
+        result = np.empty((len(x), self.view.rows), np.float32)
         out = result
-        buffer = Int8Buffer(rows.shape[0], self.view.cols)
-        quantized = (<Int8Buffer>buffer).view
         workspace = pack_buffer()
         with nogil:
-            kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &quantized)
             packed_kernels().packed_product(&self.view, 0, _ceil_div(self.view.rows, STRIP_ROWS),
-                                            &quantized, rows.shape[0], bias_pointer, False,
+                                            &quantized.view, out.shape[0], bias_pointer, False,
                                             &out[0, 0], self.view.rows, workspace)
         return result
 
@@ -186,24 +179,31 @@ cdef class PackedMatrix:
                 f"{'trits' if self.trits else '2 bits'})")
 
 
-cdef class Int8Buffer:
-    """Buffers for rows of int8 activations.
+cdef class Int8Matrix:
+    """Rows of int8 codes, each with its scale: activations, or a float matrix in a quarter of its
+    bytes.
 
     Parameters
     ----------
     rows, cols : int
         The maximum sizes.
+
+    Attributes
+    ----------
+    shape : (int, int)
+    scales : float32[rows]
+        Those of the rows: the largest magnitude of each is 127 times its scale.
     """
 
     def __init__(self, Py_ssize_t rows, Py_ssize_t cols):
         cdef unsigned char[::1] codes
         cdef float[::1] scales
         cdef int[::1] sums
+        self.shape = rows, cols
         # Kernels read whole tiles, and blocks of rows and of columns.
         blocks = _ceil_div(rows, ACTIVATION_ROWS)
         self.view.stride = _ceil_div(cols + TILE_TRITS - 1, ACTIVATION_COLUMNS) * ACTIVATION_COLUMNS
         self.codes = _aligned((blocks * ACTIVATION_ROWS + 1) * self.view.stride)
-        self.codes[...] = 0
         self.scales = np.empty(rows, np.float32)
         self.sums = np.empty(rows, np.int32)
         codes, scales, sums = self.codes, self.scales, self.sums
@@ -211,13 +211,80 @@ cdef class Int8Buffer:
         self.view.scales = &scales[0]
         self.view.sums = &sums[0]
 
+    def quantize(self, first, values):
+        """Set rows from ``first`` on.
+
+        Parameters
+        ----------
+        first : int
+        values : float32[R, C]
+            The scale of a row that is not finite is NaN.
+
+        Raises
+        ------
+        ValueError
+            If the shape or the dtype does not fit.
+        """
+        cdef const float[:, ::1] rows = values
+        cdef Int8Rows to = self.view
+        if rows is None:
+            raise ValueError("values is None")
+        if not 0 <= first < first + rows.shape[0] <= self.shape[0]:
+            raise ValueError(f"values has {rows.shape[0]} rows from {first} on, expected some of "
+                             f"{self.shape[0]}")
+        if rows.shape[1] != self.shape[1]:
+            raise ValueError(f"values has {rows.shape[1]} columns, expected {self.shape[1]}")
+        to.codes += <Py_ssize_t>first * to.stride
+        to.scales += <Py_ssize_t>first
+        to.sums += <Py_ssize_t>first
+        with nogil:
+            kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &to)
+
+    @property
+    def values(self):
+        """Codes times scales, float32[R, C]."""
+        stored = self.codes.view(np.int8)[:self.shape[0] * self.view.stride]
+        codes = stored.reshape(self.shape[0], -1)[:, :self.shape[1]]
+        return codes * self.scales[:, None]
+
+    def multiply(self, x, bias=None):
+        """Return ``x @ matrix.T + bias``, with each row of ``x`` quantized to int8.
+
+        Parameters, result and errors are those of ``PackedMatrix.multiply``.
+        """
+        cdef Int8Matrix quantized = _quantized_rows(x, self.shape[1])
+        cdef const float *bias_pointer = NULL
+        cdef float[:, ::1] out
+        cdef Py_ssize_t rows, cols
+        rows, cols = self.shape
+        if bias is not None:
+            bias_pointer = vector_pointer(bias, rows, "bias")
+        result = np.empty((len(x), rows), np.float32)
+        out = result
+        with nogil:
+            kernels().int8_rows_product(&self.view, 0, rows, cols, &quantized.view, out.shape[0],
+                                        bias_pointer, &out[0, 0], rows)
+        return result
+
     def __reduce__(self):
-        raise TypeError("Int8Buffer cannot be copied or pickled: make others")
+        raise TypeError("Int8Matrix cannot be copied or pickled: make others")
 
     @property
     def nbytes(self) -> int:
         """The bytes of codes, scales and sums."""
         return self.codes.nbytes + self.scales.nbytes + self.sums.nbytes
+
+
+def _quantized_rows(x, cols):
+    """Return activations, float32[B, C], in int8."""
+    cdef const float[:, ::1] rows = x
+    if rows is None:
+        raise ValueError(f"x is None, expected (B, {cols})")
+    if rows.shape[0] == 0 or rows.shape[1] != cols:
+        raise ValueError(f"x has shape ({rows.shape[0]}, {rows.shape[1]}), expected (B, {cols})")
+    quantized = Int8Matrix(rows.shape[0], cols)
+    quantized.quantize(0, x)
+    return quantized
 
 
 def _pack(values, levels, trits, buffer):
@@ -302,23 +369,38 @@ def _unpack(tiles, trits):
     return indices.transpose(0, 2, 1, 3, 4).reshape(STRIP_ROWS * strips, -1)
 
 
-cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out) noexcept nogil:
-    # Dequantizes one row of the matrix, for embeddings.
-    cdef Py_ssize_t width = TILE_TRITS if matrix.trits else TILE_CODES
-    cdef Py_ssize_t tiles = (matrix.cols + width - 1) // width, col
-    cdef const unsigned char *strip = (matrix.tiles + row // STRIP_ROWS * tiles * TILE_BYTES
-                                       + row % STRIP_ROWS * TILE_ROW_BYTES)
+cdef void unpack_codes(const PackedView *matrix, Py_ssize_t row,
+                       signed char *codes) noexcept nogil:
+    # One row of the matrix without its scales; codes has room for whole tiles of columns.
+    cdef Py_ssize_t fields = TRITS_PER_BYTE if matrix.trits else CODES_PER_BYTE
+    cdef Py_ssize_t tiles = _ceil_div(matrix.cols, fields * TILE_ROW_BYTES), tile, byte, field
+    cdef const unsigned char *here = (matrix.tiles + row // STRIP_ROWS * tiles * TILE_BYTES
+                                      + row % STRIP_ROWS * TILE_ROW_BYTES)
+    cdef unsigned int rest
+    for tile in range(tiles):
+        for byte in range(TILE_ROW_BYTES):
+            rest = here[byte]
+            for field in range(fields):
+                if matrix.trits:
+                    rest = 3 * (rest & 255)
+                    codes[TILE_ROW_BYTES * field + byte] = (
+                        matrix.factor * <int>(rest >> 8) + matrix.offset)
+                else:
+                    codes[TILE_ROW_BYTES * field + byte] = (
+                        matrix.factor * <int>(rest & 3) + matrix.offset)
+                    rest >>= 2
+        here += TILE_BYTES
+        codes += fields * TILE_ROW_BYTES
+
+
+cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out,
+                     signed char *codes) noexcept nogil:
+    # Dequantizes one row of the matrix, for embeddings; codes is scratch as for unpack_codes.
     cdef const float *scales = matrix.scale + row * matrix.scale_row
-    cdef unsigned int byte, _field
+    cdef Py_ssize_t col
+    unpack_codes(matrix, row, codes)
     for col in range(matrix.cols):
-        byte = strip[col // width * TILE_BYTES + col % TILE_ROW_BYTES]
-        if matrix.trits:
-            for _field in range(col % width // TILE_ROW_BYTES):
-                byte = 3 * byte & 255
-            byte = 3 * byte >> 8
-        else:
-            byte = byte >> 2 * (col % width // TILE_ROW_BYTES) & 3
-        out[col] = scales[col // matrix.group] * <float>(matrix.factor * <int>byte + matrix.offset)
+        out[col] = scales[col // matrix.group] * codes[col]
 
 
 cdef PackedMatrix _matrix_of(part, scheme, form, buffer):
@@ -344,11 +426,26 @@ def round_to_bfloat16(values):
     return np.where(beyond, bits & np.uint32(0xFFFF0000), rounded).view(np.float32)
 
 
+def _float_matrix(part, head):
+    """Return a float matrix of a ``StoredParameter`` as it is stored for decoding."""
+    if head is None:
+        head = "int8" if part.shape[0] * part.shape[1] >= _LARGE else "float"
+    if head == "float":
+        result = np.empty(part.shape, np.float32)
+        for strip, rows in part.strips():
+            result[strip] = round_to_bfloat16(rows)
+        return result
+    quantized = Int8Matrix(*part.shape)
+    for strip, rows in part.strips():
+        quantized.quantize(strip.start, rows)
+    return quantized
+
+
 cdef class PackedModel:
     """The weights of a model for decoding: packed codes, no latent weights.
 
-    Float matrices, such as the embedding, are rounded to bfloat16, as in exports; vectors stay
-    float32.
+    Float matrices, embedding and output matrix, are rounded to bfloat16, as in exports, or to int8;
+    vectors stay float32.
 
     Parameters
     ----------
@@ -358,11 +455,14 @@ cdef class PackedModel:
     form : {"2bit", "trits"}
         How codes are packed. Two bits are faster if the model fits the cache, trits are smaller.
         Trits cannot store schemes of four levels or with several scales per row.
+    head : {"float", "int8"}, optional
+        How float matrices are stored. In int8 each row has its scale, and products are whole
+        numbers, a quarter of the bytes. By default int8 for matrices from 32 million weights on.
 
     Attributes
     ----------
     config : ModelConfig
-    parameters : dict of str to PackedMatrix or float32 array
+    parameters : dict of str to PackedMatrix, Int8Matrix or float32 array
         By the names of ``LegacyLLM.parameters``.
 
     Raises
@@ -374,16 +474,18 @@ cdef class PackedModel:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, LegacyLLM model not None, form="2bit"):
+    def __init__(self, LegacyLLM model not None, form="2bit", head=None):
         model.alive()
         self._fill(model.config, (StoredParameter(name, weights.shape, weights)
-                                  for name, weights in model.parameters.items()), form)
+                                  for name, weights in model.parameters.items()), form, head)
 
-    def _fill(self, config, stored, form):
+    def _fill(self, config, stored, form, head):
         """Pack parameters, from a file or with a TernaryMatrix for values."""
         cdef PackedBlock *block
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
+        if head not in (None, *HEADS):
+            raise ValueError(f"head is {head!r}, expected {' or '.join(HEADS)}")
         scheme = SCHEMES.get(config.scheme)
         sizes = {part.name: packed_size(part.shape, form) for part in parameter_layout(config)
                  if part.kind == "quantized"}
@@ -399,9 +501,9 @@ cdef class PackedModel:
                 packed = PackedMatrix(weights.values, weights.scales.copy(), weights.group,
                                       scheme.levels, form, buffer[:size])
             elif len(part.shape) == 2:
-                packed = round_to_bfloat16(weights)
+                packed = _float_matrix(part, head)
             else:
-                packed = weights.copy()
+                packed = part.array().copy()
             parameters[part.name] = packed
             buffer = buffer[size:]
         self.parameters = MappingProxyType(parameters)
@@ -442,7 +544,7 @@ cdef class PackedModel:
         free(self.view.blocks)
 
     @staticmethod
-    def load(path, form="2bit"):
+    def load(path, form="2bit", head=None):
         """Load a model, directly in packed form.
 
         The file is mapped into memory and packed matrix by matrix, without float weights. It is
@@ -453,6 +555,7 @@ cdef class PackedModel:
         path : path-like
             As for ``load_model``.
         form : {"2bit", "trits"}
+        head : {"float", "int8"}, optional
 
         Returns
         -------
@@ -469,7 +572,7 @@ cdef class PackedModel:
         """
         cdef PackedModel model = PackedModel.__new__(PackedModel)
         config, _, stored = read_model(Path(path))
-        model._fill(config, stored, form)
+        model._fill(config, stored, form, head)
         return model
 
     @property
@@ -483,6 +586,8 @@ cdef class PackedModel:
         weights = self.parameters[name]
         if isinstance(weights, PackedMatrix):
             view.packed = (<PackedMatrix>weights).view
+        elif isinstance(weights, Int8Matrix):
+            view.int8 = (<Int8Matrix>weights).view
         else:
             fill_matrix(&view.dense, weights, name)
         view.rows, view.cols = weights.shape

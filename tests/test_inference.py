@@ -28,6 +28,7 @@ from helpers.models import (
     make_config,
     model_of,
     oracle_config,
+    oracle_weights,
     outer_tiers,
     random_model,
     rounding_effect,
@@ -40,8 +41,8 @@ from legacy1bit.forward import forward_llm_batch
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import ModelConfig, SamplingConfig
 from legacy1bit.inference import Decoder
-from legacy1bit.model import create_legacy_llm
-from legacy1bit.packed import FORMS, PackedModel
+from legacy1bit.model import TernaryMatrix, create_legacy_llm
+from legacy1bit.packed import FORMS, HEADS, Int8Matrix, PackedModel
 
 CONTEXT = 16
 LOGITS = np.array([0.5, -1.0, 2.0, 0.0, 1.5, -3.0, 1.0, 0.25], np.float32)
@@ -577,6 +578,114 @@ def test_decoder_answers_as_the_oracle(changes):
                 check_pieces(config, 7, pieces, form="trits"), found, strict=True
             ):
                 assert_same_bits(logits, other)
+
+
+@without_ties
+def float_case(config, head, draw):
+    """What a decoder of float activations answers, with a float matrix of these numbers."""
+    tokens = np.random.default_rng((7, draw)).integers(0, config.vocab_size, 7, np.int32)
+    weights = (decoder_weights if head == "float" else int8_weights)(model_of(config))
+    settings = {**oracle_config(config), "int8_activations": False, "int8_cache": True}
+
+    def exact(values):
+        return {"logits": oracle.forward(values, settings, tokens[None])[0][0]}
+
+    return tokens, rounding_effect(exact, weights)
+
+
+@without_ties
+def int8_case(config, draw):
+    """What a decoder with its head in int8 answers."""
+    tokens = np.random.default_rng((8, draw)).integers(0, config.vocab_size, 7, np.int32)
+    settings = {**oracle_config(config), "int8_activations": True, "int8_cache": True,
+                "ternary_embedding": True}  # fmt: skip
+
+    def exact(values):
+        return {"logits": oracle.forward(values, settings, tokens[None])[0][0]}
+
+    return tokens, rounding_effect(exact, int8_weights(model_of(config)))
+
+
+def int8_weights(model):
+    """The weights where rows of float matrices are rounded to int8."""
+    coded = {name for name, value in model.parameters.items() if isinstance(value, TernaryMatrix)}
+    return {
+        name: oracle.quantize_activations(value) if value.ndim == 2 and name not in coded else value
+        for name, value in oracle_weights(model).items()
+    }
+
+
+# Of the other tests' models, those with something of their own on the way.
+FLOATS = {
+    name: DECODED[name]
+    for name in ("2bit, row", "median, groups", "int8", "b158", "one head", "wide", "span 3")
+}
+
+
+@every_tier
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("changes", FLOATS.values(), ids=FLOATS)
+def test_decoder_of_float_activations_answers_as_the_oracle(changes, head):
+    config = make_config(**changes)
+    tokens, expected = float_case(config, head)
+    for form in FORMS if has_trits(config) else FORMS[:1]:
+        for threads in (1, 3):
+            packed = PackedModel(model_of(config), form, head)
+            decoder = Decoder(packed, threads, activations="float32")
+            assert_near_token(decoder.prefill(tokens[:5]), expected, 4)
+            assert_near_token(decoder.prefill(tokens[5:6]), expected, 5)
+            assert_near_token(decoder.prefill(tokens[6:]), expected, 6)
+
+
+INT8_HEADS = {
+    "": {},
+    "tied": {"tied_embeddings": True},
+    "bias": {"output_bias": True, "vocab_size": 75, "model_dim": 36},
+    "no final norm": {"final_norm": False, "vocab_size": 33},
+}
+
+
+@every_tier
+@pytest.mark.parametrize("changes", INT8_HEADS.values(), ids=INT8_HEADS)
+def test_decoder_of_an_int8_head_answers_as_the_oracle(changes):
+    config = make_config(**changes)
+    tokens, expected = int8_case(config)
+    for threads in (1, 2, 5):
+        decoder = Decoder(PackedModel(model_of(config), head="int8"), threads)
+        for token, row in enumerate(decoder.prefill_logits(tokens[:6])):
+            assert_near_token(row, expected, token)
+        assert_near_token(decoder.prefill(tokens[6:]), expected, 6)
+
+
+def test_an_int8_head_has_the_same_bits_everywhere():
+    config = make_config(vocab_size=130, tied_embeddings=True)
+    packed = PackedModel(model_of(config), head="int8")
+
+    def logits(threads):
+        return Decoder(packed, threads).prefill_logits([1, 2, 3, 100, 129])
+
+    for threads in (1, 2, 5):
+        for found in in_every_tier(logits, threads):
+            assert_same_bits(found, logits(1))
+
+
+def test_an_int8_head_takes_a_quarter_of_the_bytes():
+    model = model_of(make_config(vocab_size=600, model_dim=512, num_heads=4, num_blocks=1))
+    whole, quarter = (PackedModel(model, head=head) for head in HEADS)
+    for name in ("embedding.weight", "output.weight"):
+        assert isinstance(quarter.parameters[name], Int8Matrix)
+        assert quarter.parameters[name].nbytes < 0.29 * whole.parameters[name].nbytes
+    # Small ones are not worth it.
+    default = PackedModel(model).parameters["output.weight"]
+    assert_same_bits(default, whole.parameters["output.weight"])
+
+
+def test_decoder_and_model_refuse_unknown_storage():
+    model = model_of(make_config())
+    with pytest.raises(ValueError, match="head is 'int4', expected float or int8"):
+        PackedModel(model, head="int4")
+    with pytest.raises(ValueError, match="activations is 'bf16', expected int8 or float32"):
+        Decoder(PackedModel(model), activations="bf16")
 
 
 @outer_tiers

@@ -87,7 +87,7 @@ from legacy1bit.model import (
     zero_legacy_llm_gradients,
 )
 from legacy1bit.optimizer import SGD, AdamW, Muon
-from legacy1bit.packed import Int8Buffer, PackedMatrix, PackedModel
+from legacy1bit.packed import Int8Matrix, PackedMatrix, PackedModel
 from legacy1bit.schemes import SCHEMES
 
 # --- Matrices and arrays --------------------------------------------------------------------------
@@ -763,7 +763,7 @@ def native_objects():
         create_transformer_block_context(8, 8, 2, 1, 4), ForwardContext(config, 1, 4),
         BackwardContext(dimensions(config), block_options(config), 1, 4),
         BackwardPass(model, 1, 4), packed, Decoder(packed),
-        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), Int8Buffer(1, 4),
+        PackedMatrix(model.parameters["blocks.0.ffn.wi"]), Int8Matrix(1, 4),
         *(make(model) for make in (AdamW, Muon, SGD)),
     ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from helpers.models import (
     LEVELS,
     every_tier,
     has_trits,
+    in_every_tier,
     make_config,
     model_of,
     random_model,
@@ -33,7 +34,14 @@ from legacy1bit.model import (
     load_model,
     save_model,
 )
-from legacy1bit.packed import FORMS, PackedMatrix, PackedModel, packed_size, round_to_bfloat16
+from legacy1bit.packed import (
+    FORMS,
+    Int8Matrix,
+    PackedMatrix,
+    PackedModel,
+    packed_size,
+    round_to_bfloat16,
+)
 from legacy1bit.schemes import SCHEMES
 
 kinds = pytest.mark.parametrize(("levels", "form"), KINDS, ids=lambda value: str(value))
@@ -298,6 +306,80 @@ def test_a_group_of_the_whole_row_or_more_is_one_scale_a_row():
     for group in (0, 40, 48, 1000):
         for form in FORMS:
             assert_same_bits(PackedMatrix(codes, scales, group, form=form).multiply(x), expected)
+
+
+# --- Matrices of int8 -----------------------------------------------------------------------------
+
+
+def int8_matrix(values):
+    matrix = Int8Matrix(*values.shape)
+    matrix.quantize(0, values)
+    return matrix
+
+
+@every_tier
+@pytest.mark.parametrize("shape", [*SHAPES, (97, 129), (1, 7000)], ids=str)
+def test_int8_products_are_exact(shape):
+    """Weights and activations are whole numbers; scales are powers of two."""
+    scales = 2.0 ** np.random.default_rng(4).integers(-3, 4, (shape[0], 1)).astype(np.float32)
+    codes, bias = int8_rows(*shape, seed=6), np.arange(shape[0], dtype=np.float32)
+    matrix = int8_matrix(codes * scales)
+    assert_same_bits(matrix.values + 0, codes * scales + 0)
+    assert_same_bits(matrix.scales, scales[:, 0])
+    for batch in (1, 2, 5, 33):
+        x = int8_rows(batch, shape[1])
+        expected = x.astype(np.int64) @ codes.astype(np.int64).T * scales[:, 0].astype(np.float64)
+        assert_same_bits(matrix.multiply(x) + 0, expected.astype(np.float32) + 0)
+        rounded = expected.astype(np.float32) + bias
+        assert_same_bits(matrix.multiply(x, bias) + 0, rounded + 0)
+
+
+@every_tier
+def test_int8_products_of_the_largest_codes():
+    """Their pairs do not fit 16 bits, nor do their sums fit float32's 24: they are rounded once."""
+    codes = np.full((5, 9000), 127, np.float32)
+    codes[1], codes[2, 1::2] = -127, -127
+    found = int8_matrix(codes).multiply(np.full((1, 9000), 127, np.float32))
+    assert_same_bits(found, np.float32([[127 * 127 * n for n in (9000, -9000, 0, 9000, 9000)]]))
+
+
+def test_int8_products_are_the_same_in_every_instruction_set():
+    values, x = normal(70, 130), normal(5, 130, seed=8)
+    answers = list(in_every_tier(lambda: int8_matrix(values).multiply(x, values[:, 0].copy())))
+    for other in answers[1:]:
+        assert_same_bits(other, answers[0])
+    expected = oracle.quantize_activations(x) @ oracle.quantize_activations(values).T
+    expected += values[:, 0]
+    assert_close(answers[0], expected, rtol=1e-5, atol=1e-4, dtype=np.float32)
+
+
+@every_tier
+def test_int8_rows_that_are_not_finite_stay_so():
+    values = normal(40, 33)
+    values[7, 5] = np.nan
+    matrix = Int8Matrix(40, 33)
+    for row in range(40):
+        matrix.quantize(row, values[row : row + 1])
+    found = matrix.multiply(normal(2, 33))
+    assert np.isnan(found).any(axis=0).tolist() == [row == 7 for row in range(40)]
+
+
+@pytest.mark.parametrize(
+    ("first", "values", "message"),
+    [
+        (0, normal(4, 7), "values has 4 rows from 0 on, expected some of 3"),
+        (2, normal(2, 7), "values has 2 rows from 2 on"),
+        (-1, normal(1, 7), "values has 1 rows from -1 on"),
+        (3, normal(0, 7), "values has 0 rows from 3 on"),
+        (0, normal(3, 6), "values has 6 columns, expected 7"),
+        (0, np.zeros((3, 7)), "dtype"),
+        (0, None, "values is None"),
+    ],
+    ids=str,
+)
+def test_int8_matrix_rejects(first, values, message):
+    with pytest.raises(ValueError, match=message):
+        Int8Matrix(3, 7).quantize(first, values)
 
 
 # --- Rounding to int8 -----------------------------------------------------------------------------

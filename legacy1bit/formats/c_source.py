@@ -86,7 +86,7 @@ def export_c(
     for lacks, option, instead in lacking:
         if lacks:
             raise ValueError(f"models as C source have no {option}: train with {instead}")
-    packed = PackedModel(model)
+    packed = PackedModel(model, head="float")
     code = files("legacy1bit.formats").joinpath("model.c").read_text("ascii")
     places = _places(packed)
     code = _select(code, _parts(config))

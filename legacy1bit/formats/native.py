@@ -73,6 +73,16 @@ class CodeMatrix(Protocol):
 Parameters = Mapping[str, _Floats | CodeMatrix]
 
 
+class FloatRows(Protocol):
+    """A float matrix that is decoded some rows at a time, such as ``tensor_types.Floats``."""
+
+    def strips(self) -> Iterator[tuple[slice, _Floats]]:
+        """Yield rows and their numbers, some at a time."""
+
+    def all(self) -> _Floats:
+        """Return the whole matrix."""
+
+
 class StoredParameter(NamedTuple):
     """A parameter as stored in a file.
 
@@ -80,7 +90,7 @@ class StoredParameter(NamedTuple):
     ----------
     name : str
     shape : tuple of int
-    values : float32 array or uint8[R, bytes]
+    values : float32 array, FloatRows or uint8[R, bytes]
         Numbers, or packed codes as ``Scheme.pack`` returns them.
     scales : float32[1, 1] or float32[R, G] or None
         The scales of codes.
@@ -90,9 +100,20 @@ class StoredParameter(NamedTuple):
 
     name: str
     shape: tuple[int, ...]
-    values: npt.NDArray[Any]
+    values: npt.NDArray[Any] | FloatRows
     scales: _Floats | None = None
     group: int = 0
+
+    def array(self) -> npt.NDArray[Any]:
+        """Return the values as one array."""
+        return self.values if isinstance(self.values, np.ndarray) else self.values.all()
+
+    def strips(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
+        """Yield rows and their values, some at a time where they are decoded."""
+        if isinstance(self.values, np.ndarray):
+            yield slice(0, len(self.values)), self.values
+        else:
+            yield from self.values.strips()
 
 
 def check_finite(name: str, values: _Floats, error: type[ValueError] = ValueError) -> None:

@@ -313,9 +313,14 @@ def _model_of(
         for part in parameter_layout(config):
             theirs = names[part.name]
             with _refusing(path), _telling(theirs):
-                values = _parameter(config, part, sources[theirs], pairs)
+                source = sources[theirs]
+                if part.kind == "matrix" and source.floats is not None:
+                    rows = _Rows(path, theirs, source.floats)
+                    yield StoredParameter(part.name, part.shape, rows)
+                    continue
+                values = _parameter(config, part, source, pairs)
                 if shift and part.name.endswith("gamma"):
-                    values = values._replace(values=values.values + np.float32(shift))
+                    values = values._replace(values=values.array() + np.float32(shift))
             yield values
 
     return config, provenance, stored()
@@ -328,6 +333,22 @@ def _telling(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name} {error}") from None
+
+
+class _Rows(NamedTuple):
+    """A float matrix of a file; see ``native.FloatRows``."""
+
+    path: Path
+    name: str
+    floats: Floats
+
+    def strips(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+        with _refusing(self.path), _telling(self.name):
+            yield from self.floats.strips()
+
+    def all(self) -> npt.NDArray[np.float32]:
+        with _refusing(self.path), _telling(self.name):
+            return self.floats.all()
 
 
 def _parameter(
