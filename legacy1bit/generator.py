@@ -32,6 +32,10 @@ _AT_ONCE_SECONDS = 0.01
 # Sequences that are decoded side by side.
 _BATCH = 32
 
+# The longest context unless a longer one is asked for: published models promise up to 131,072
+# tokens, whose keys and values take gigabytes.
+MOST_CONTEXT = 8192
+
 _SAMPLING = SamplingConfig()
 
 # Tokens that are sampled as they are consumed.
@@ -195,6 +199,10 @@ class Generator:
         The model's tokenizer; by default tokens are bytes.
     threads : int, optional
         The number of threads; by default one for a small model, else ``default_threads()``.
+    activations : {"int8", "float32"}
+        See ``Decoder``.
+    context : int, optional
+        The tokens that a decoder keeps; by default the model's context, at most 8192.
 
     Notes
     -----
@@ -212,6 +220,8 @@ class Generator:
         model: PackedModel | LegacyLLM,
         tokenizer: Tokenizer | None = None,
         threads: int | None = None,
+        activations: str = "int8",
+        context: int | None = None,
     ) -> None:
         self._model: PackedModel | None = (
             model if isinstance(model, PackedModel) else PackedModel(model)
@@ -221,10 +231,20 @@ class Generator:
         if threads is None:
             threads = 1 if self.model.nbytes < _SMALL else default_threads()
         self.threads = threads
+        self.activations = activations
+        self.context = min(
+            self.model.config.sequence_length, MOST_CONTEXT if context is None else context
+        )
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], threads: int | None = None, form: str = "2bit"
+        cls,
+        path: str | os.PathLike[str],
+        threads: int | None = None,
+        form: str = "2bit",
+        head: str | None = None,
+        activations: str = "int8",
+        context: int | None = None,
     ) -> Self:
         """Load a model of any known format, without the modules of training.
 
@@ -236,14 +256,19 @@ class Generator:
         threads : int, optional
         form : {"2bit", "trits"}
             How weights are packed; see ``PackedModel``.
+        head : {"float", "int8"}, optional
+            How float matrices are stored; see ``PackedModel``.
+        activations, context
+            As above.
 
         Raises
         ------
         ModelFileError, OSError, ValueError
             As ``PackedModel.load`` and ``read_tokenizer``.
         """
-        model = PackedModel.load(path, form)
-        return cls(model, read_tokenizer(Path(path), model.config.vocab_size), threads)
+        model = PackedModel.load(path, form, head)
+        tokenizer = read_tokenizer(Path(path), model.config.vocab_size)
+        return cls(model, tokenizer, threads, activations, context)
 
     @property
     def model(self) -> PackedModel:
@@ -261,6 +286,18 @@ class Generator:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def decoder(self, tokens: int | None = None, sequences: int = 1) -> Decoder:
+        """Return a decoder of the model.
+
+        Parameters
+        ----------
+        tokens : int, optional
+            The most that a sequence will have; no more than the context are kept.
+        sequences : int
+        """
+        capacity = self.context if tokens is None else max(min(tokens, self.context), 1)
+        return Decoder(self.model, self.threads, capacity, sequences, self.activations)
 
     # Prompts
 
@@ -316,7 +353,7 @@ class Generator:
         max_tokens, seed = _check_count("max_tokens", max_tokens), _check_seed(seed)
         given = check_tokens(prompt, self.model.config.vocab_size, "the prompt")
         rng = np.random.default_rng(seed)
-        decoder = Decoder(self.model, self.threads)
+        decoder = self.decoder(len(given) + max_tokens)
         history = given[-decoder.capacity :].tolist()
         return self._sample(decoder, history, max_tokens, sampling, rng)
 
@@ -462,7 +499,7 @@ class Generator:
         seed: int,
     ) -> tuple[list[int], list[str]]:
         """Return for each prompt the number of sampled tokens, and their text."""
-        decoder = Decoder(self.model, self.threads, sequences=len(prompts))
+        decoder = self.decoder(max(map(len, prompts)) + max_tokens, len(prompts))
         capacity = decoder.capacity
         history = [prompt[-capacity:].tolist() for prompt in prompts]
         rngs = [np.random.default_rng(seed + i) for i in range(len(prompts))]
@@ -511,7 +548,7 @@ class Generator:
         begins = self.tokenizer.bos_token is not None
         if tokens.size == begins:
             raise ValueError("the text is empty, expected at least one token")
-        decoder = Decoder(self.model, self.threads)
+        decoder = self.decoder(tokens.size)
         result = np.full(tokens.size, np.nan)
         at = 0
         while at < tokens.size - 1:
@@ -546,7 +583,7 @@ class Generator:
         """
         tokens = self.encode(text)
         begins = self.tokenizer.bos_token is not None
-        decoder = Decoder(self.model, self.threads)
+        decoder = self.decoder(tokens.size)
         if tokens.size == begins:
             raise ValueError("the text is empty, expected at least one token")
         if tokens.size > decoder.capacity:

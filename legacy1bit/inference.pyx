@@ -825,9 +825,9 @@ cdef class Decoder:
         cached = self.sequences * config.num_blocks * config.num_kv_heads * view.cache_rows
         view.keys = self._int8(cached * config.head_dim)
         view.values = self._int8(cached * config.head_dim)
-        view.key_scales = self._floats(cached)
+        self.arrays.append(np.zeros(cached, np.float32))
+        view.key_scales = float_pointer(self.arrays[-1])
         view.value_scales = self._floats(cached)
-        memset(view.key_scales, 0, cached * sizeof(float))
         view.history = self._ints(self.sequences * self.capacity)
         return 0
 

@@ -2280,7 +2280,7 @@ def test_arguments_that_mean_nothing_are_refused(fail, arguments):
         "train --num-heads 1 --ctx 8": "--heads, --sequence-length",
         "train -o x": "--out",
         "tune --trails 3": "--trials",
-        "generate --temp 1 --context 3": "--temperature, --max-tokens",
+        "generate --temp 1 --n-predict 3": "--temperature, --max-tokens",
         "data inspect x --tokeniser bpe": "--tokenizer",
         "train --bogus 1": None,
         "train extra": "--data extra",

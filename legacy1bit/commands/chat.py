@@ -16,6 +16,7 @@ from legacy1bit.commands.options import (
     add_model,
     generation_of,
     latest_run,
+    load_generator,
     path_of,
     write_bytes,
 )
@@ -24,7 +25,6 @@ from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, Templ
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator, Stream, new_seed
 from legacy1bit.hyperparams import SamplingConfig
-from legacy1bit.inference import Decoder
 from legacy1bit.system.errors import INTERRUPTED
 from legacy1bit.system.files import atomic_write, read_regular
 
@@ -38,9 +38,6 @@ A line that ends with \\ goes on in the next one; lines between \"\"\" and \"\"\
 A message that begins with / is written with //. Ctrl-C stops an answer, and a second one ends."""
 
 _QUOTES = '"""'
-
-# Keys and values of more tokens would take much memory.
-_CONTEXT = 8192
 
 # Tokens of a prompt that are read before Ctrl-C is heard.
 _BLOCK = 256
@@ -65,29 +62,20 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a chat template in Jinja; plain: lines of User: and Assistant: "
         "(default: the model's own)",
     )
-    command.add_argument(
-        "--context",
-        type=int,
-        metavar="N",
-        help="tokens of the conversation that are kept (default: the model's context, at most "
-        f"{_CONTEXT})",
-    )
     add_generation(command, "an answer", 1024)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Talk until standard input ends."""
-    sampling, threads = generation_of(arguments, max_tokens=1, context=2)
+    sampling, threads = generation_of(arguments, max_tokens=1)
     for stream, name in ((sys.stdin, "input"), (sys.stdout, "output")):
         if stream is None:
             raise ValueError(f"standard {name} is closed")
     path = arguments.model or latest_run()
-    with Generator.load(path, threads) as generator:
+    with load_generator(arguments, path, threads) as generator:
         template = _template(arguments.template, path, generator)
         try:
-            conversation = Conversation(
-                generator, template, sampling, arguments.max_tokens, arguments.context
-            )
+            conversation = Conversation(generator, template, sampling, arguments.max_tokens)
             conversation.system = arguments.system
             conversation.stop += tuple(arguments.stop)
             if arguments.seed is not None:
@@ -123,8 +111,6 @@ class Conversation:
     sampling : SamplingConfig
     max_tokens : int
         The longest answer.
-    context : int, optional
-        How many tokens the decoder keeps; by default the model's context, at most 8192.
 
     Attributes
     ----------
@@ -142,7 +128,6 @@ class Conversation:
         template: Template,
         sampling: SamplingConfig,
         max_tokens: int,
-        context: int | None = None,
     ) -> None:
         self.system = ""
         self.stop = template.stop
@@ -151,10 +136,7 @@ class Conversation:
         self.dropped = 0
         self._generator, self._template = generator, template
         self._sampling, self._max_tokens = sampling, max_tokens
-        most = generator.model.config.sequence_length
-        self.decoder = Decoder(
-            generator.model, generator.threads, min(most, _CONTEXT if context is None else context)
-        )
+        self.decoder = generator.decoder()
         # The tokens that the decoder has, or the first of them.
         self._cached: list[int] = []
         self._history: list[int] = []

@@ -16,13 +16,12 @@ from legacy1bit.commands.options import (
     add_model,
     generation_of,
     latest_run,
+    load_generator,
     write_bytes,
 )
 from legacy1bit.data.sources import decode_text, standard_input
-from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.generator import Completion, Generator, new_seed
 from legacy1bit.hyperparams import SamplingConfig
-from legacy1bit.packed import PackedModel
 from legacy1bit.system.errors import INTERRUPTED
 
 _MOST_TEXTS = 1 << 20
@@ -79,8 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError("standard output is closed")
     prompt = b"" if arguments.interactive else _prompt(arguments)
     folder = arguments.model or latest_run()
-    model = PackedModel.load(folder)
-    generator = Generator(model, read_tokenizer(folder, model.config.vocab_size), threads)
+    generator = load_generator(arguments, folder, threads)
     seed = new_seed() if arguments.seed is None else arguments.seed
     if arguments.interactive:
         return _interact(generator, arguments, sampling, seed)
@@ -108,7 +106,7 @@ def _prompt(arguments: argparse.Namespace) -> bytes:
 
 
 def _warn_of_length(generator: Generator, prompt: bytes) -> None:
-    tokens, limit = len(generator.tokenizer.encode(prompt)), generator.model.config.sequence_length
+    tokens, limit = len(generator.tokenizer.encode(prompt)), generator.context
     if tokens > limit:
         print(
             f"the prompt has {tokens} tokens: truncated to its last {limit}, the model's context",

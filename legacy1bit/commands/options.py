@@ -11,6 +11,7 @@ from typing import Any
 from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.formats.c_v1 import import_c_v1
 from legacy1bit.formats.gguf_file import is_gguf
+from legacy1bit.generator import MOST_CONTEXT, Generator
 from legacy1bit.hyperparams import (
     ARCHITECTURES,
     BASIC,
@@ -18,7 +19,9 @@ from legacy1bit.hyperparams import (
     ModelConfig,
     SamplingConfig,
 )
+from legacy1bit.inference import ACTIVATIONS
 from legacy1bit.model import LegacyLLM, load_model
+from legacy1bit.packed import HEADS
 from legacy1bit.threads import available_cores, default_threads
 from legacy1bit.training import run as training_run
 
@@ -174,7 +177,36 @@ def add_generation(command: argparse.ArgumentParser, what: str, max_tokens: int)
         metavar="N",
         help=f"number of threads (default: 1 for a small model, else {ALL_CORES})",
     )
+    command.add_argument(
+        "--context",
+        type=int,
+        metavar="N",
+        help=f"tokens that are kept (default: the model's context, at most {MOST_CONTEXT})",
+    )
+    command.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default=ACTIVATIONS[0],
+        help="inputs of matrices of codes; float32 takes several times as long (default: int8)",
+    )
+    command.add_argument(
+        "--head",
+        choices=HEADS,
+        help="how a float embedding and output matrix are stored (default: int8 from 32 million "
+        "weights on)",
+    )
     add_settings(command, "sampling", SamplingConfig)
+
+
+def load_generator(arguments: argparse.Namespace, model: Path, threads: int | None) -> Generator:
+    """Return a generator of a model with these options."""
+    return Generator.load(
+        model,
+        threads,
+        head=arguments.head,
+        activations=arguments.activations,
+        context=arguments.context,
+    )
 
 
 def generation_of(arguments: argparse.Namespace, **least: int) -> tuple[SamplingConfig, int | None]:
@@ -192,7 +224,7 @@ def generation_of(arguments: argparse.Namespace, **least: int) -> tuple[Sampling
         If one is out of range.
     """
     sampling = SamplingConfig(**given(arguments, SamplingConfig))
-    for name, low in {"seed": 0, **least}.items():
+    for name, low in {"seed": 0, "context": 2, **least}.items():
         value = getattr(arguments, name)
         if value is not None and value < low:
             raise ValueError(f"--{option_of(name)} is {value}, expected {low} or more")
