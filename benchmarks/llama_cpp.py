@@ -26,9 +26,18 @@ _CMAKE = (
     "-DLLAMA_BUILD_SERVER=OFF",
     "-DGGML_OPENMP=ON",
 )
-# For this CPU, and for one without AVX.
+# For this CPU, for one with AVX2 and no more, and for one without AVX.
 BUILDS = {
     "native": ("-DGGML_NATIVE=ON",),
+    "only-avx2": (
+        "-DGGML_NATIVE=OFF",
+        "-DGGML_SSE42=ON",
+        "-DGGML_AVX=ON",
+        "-DGGML_AVX2=ON",
+        "-DGGML_FMA=ON",
+        "-DGGML_F16C=ON",
+        "-DGGML_BMI2=ON",
+    ),
     "noavx": (
         "-DGGML_NATIVE=OFF",
         "-DGGML_SSE42=ON",

@@ -28,10 +28,12 @@ from benchmarks.models import (
     prompt_call,
     training_step,
 )
+from benchmarks.published import BITNET_2B, BONSAI_1_7B, write_random
 from benchmarks.report import Result, content, markdown, median, number, prepare, publish
 from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
+from legacy1bit.packed import PackedModel
 from legacy1bit.system.hardware import cpu_name
 from legacy1bit.threads import available_cores
 
@@ -40,8 +42,16 @@ PAUSE = 0.2
 # Longer than our own kernels take: what starts threads of its own varies more.
 LEAST_SECONDS = 0.2
 
-# What our instruction sets are held against; the widest is added for the native build.
-NARROW = ("sse2", "ssse3", "sse41")
+# Our instruction sets beside a build of llama.cpp; beside the native one the widest.
+BESIDE = {"only-avx2": ("avx2",), "noavx": ("sse2", "ssse3", "sse41")}
+
+# Shapes of published models, with the types of their matrices and of their heads.
+PUBLISHED = {
+    "BitNet 2B-4T, F16 head": (BITNET_2B, "TQ2_0", "F16"),
+    "BitNet 2B-4T, Q6_K head": (BITNET_2B, "TQ2_0", "Q6_K"),
+    "Bonsai 1.7B": (BONSAI_1_7B, "Q2_0", ""),
+}
+_LONG_PROMPT, _FEW_TOKENS = 512, 16
 
 # By column; ratios are to the first of a row.
 _PEERS = {
@@ -119,10 +129,7 @@ def _compiled_step(config: ModelConfig, batch: int, threads: int) -> Call | None
 
 def decoding_turns(
     programs: Mapping[str, Path],
-    models: Mapping[str, Path],
-    threads: int,
-    config: ModelConfig = SMALL,
-    label: str = "25 M",
+    models: Mapping[str, tuple[Path, Decoder]],
     prompt: int = PROMPT,
     decoded: int = DECODED,
     least: float = LEAST_SECONDS,
@@ -133,12 +140,8 @@ def decoding_turns(
     ----------
     programs : mapping of str to Path
         ``llama-bench`` by the name of its build.
-    models : mapping of str to Path
-        llama.cpp's models by the type of their weights.
-    threads : int
-    config : ModelConfig
-    label : str
-        The model's size, for the names.
+    models : mapping of str to (Path, Decoder)
+        llama.cpp's file, and a decoder of such a model, by name.
     prompt, decoded : int
         How many tokens a call takes in, and writes.
     least : float
@@ -146,19 +149,22 @@ def decoding_turns(
     """
     turns: list[Turn] = []
     levels = math_ops.simd_levels()
-    for kind, file in models.items():
-        decoder = Decoder(packed_model(config, llama_cpp.TYPES[kind]), threads)
+    for label, (file, decoder) in models.items():
+        threads = decoder.threads
         calls = {
             "prompt": (prompt, prompt_call(decoder, prompt)),
             "decoding": (decoded, decode_call(decoder, decoded)),
         }
         for build, program in programs.items():
-            ours = [levels[-1]] if build == "native" else [one for one in NARROW if one in levels]
+            ours = [one for one in BESIDE.get(build, levels[-1:]) if one in levels]
             for what, (count, call) in calls.items():
-                name = f"{what} {label}, {llama_cpp.TYPES[kind]}, {_threads(threads)}, {build}"
+                name = f"{what} {label}, {_threads(threads)}, {build}"
 
                 def run_theirs(
-                    program: Path = program, file: Path = file, what: str = what
+                    program: Path = program,
+                    file: Path = file,
+                    what: str = what,
+                    threads: int = threads,
                 ) -> list[float]:
                     # A count of 0 leaves the other test out.
                     counts = {"prompt": prompt, "decoding": decoded}
@@ -262,10 +268,9 @@ def find_programs(arguments: argparse.Namespace) -> dict[str, Path]:
     ValueError
         If one cannot be built.
     """
-    given = {"native": arguments.llama_bench_native, "noavx": arguments.llama_bench_noavx}
     programs = {}
     for name in arguments.builds:
-        program = given[name]
+        program = getattr(arguments, f"llama_bench_{name.replace('-', '_')}")
         if program is None:
             source = arguments.llama_source or llama_cpp.fetch_source(arguments.folder)
             program = llama_cpp.build(source, arguments.folder, name)
@@ -292,6 +297,21 @@ def find_models(folder: Path, config: ModelConfig, label: str) -> dict[str, Path
     return models
 
 
+def find_published(folder: Path, config: ModelConfig, kind: str, head: str) -> Path:
+    """Return a random model of a published shape, written unless it is there.
+
+    Raises
+    ------
+    ValueError
+        If gguf is needed and not installed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / f"{config.model_dim}-{kind}-{head}.gguf").resolve()
+    if not file.exists():
+        write_random(config, kind, head, file)
+    return file
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="some parts")
@@ -300,12 +320,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--large", action="store_true", help="a model that no cache holds, too: 400 M"
     )
+    parser.add_argument(
+        "--published", action="store_true", help=f"the shapes of {', '.join(PUBLISHED)}, too"
+    )
     group = parser.add_argument_group("llama.cpp")
     builds = tuple(llama_cpp.BUILDS)
-    group.add_argument("--builds", nargs="+", choices=builds, default=builds)
+    group.add_argument("--builds", nargs="+", choices=builds, default=("native", "noavx"))
     group.add_argument("--llama-source", type=Path, metavar="DIR", help="llama.cpp's source")
-    group.add_argument("--llama-bench-native", type=Path, metavar="FILE", help="a built one")
-    group.add_argument("--llama-bench-noavx", type=Path, metavar="FILE", help="a built one")
+    for name in builds:
+        group.add_argument(f"--llama-bench-{name}", type=Path, metavar="FILE", help="a built one")
     parser.add_argument(
         "--bitnet-cpp", type=Path, metavar="DIR", help="the source of bitnet.cpp, whose kernels "
         "are compiled and measured, too",
@@ -357,7 +380,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             for label, config in shapes:
                 models = find_models(arguments.folder, config, label.replace(" ", ""))
                 for count in counts:
-                    turns = decoding_turns(programs, models, count, config, label)
+                    beside = {
+                        f"{label}, {form}": (
+                            models[kind],
+                            Decoder(packed_model(config, form), count),
+                        )
+                        for kind, form in llama_cpp.TYPES.items()
+                    }
+                    results |= take_turns(decoding_turns(programs, beside), arguments.rounds)
+            for label, shape in PUBLISHED.items() if arguments.published else ():
+                file = find_published(arguments.folder, *shape)
+                packed = PackedModel.load(file)
+                for count in counts:
+                    beside = {label: (file, Decoder(packed, count, 1024))}
+                    turns = decoding_turns(programs, beside, _LONG_PROMPT, _FEW_TOKENS)
                     results |= take_turns(turns, arguments.rounds)
         if kernels is not None:
             results |= take_turns(bitnet_turns(kernels), arguments.rounds, unit="GMAC/s")

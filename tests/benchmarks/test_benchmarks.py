@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from legacy1bit import math_ops
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.model import create_legacy_llm
+from legacy1bit.packed import PackedModel
 from legacy1bit.system.hardware import cpu_name
 
 LEVELS = math_ops.simd_levels()
@@ -495,20 +497,31 @@ def test_decoding_turns_run(monkeypatch, tmp_path):
     monkeypatch.setattr(llama_cpp, "run_bench", run_bench)
     programs = {name: tmp_path / name for name in llama_cpp.BUILDS}
     before = math_ops.simd_level()
-    turns = peers.decoding_turns(
-        programs, {"tq2_0": tmp_path / "x.gguf"}, 1, TINY, "tiny", 8, 4, least=0.0
-    )
+    models = {"tiny": (tmp_path / "x.gguf", Decoder(peers.packed_model(TINY, "2bit"), 1))}
+    turns = peers.decoding_turns(programs, models, 8, 4, least=0.0)
     results = peers.take_turns(turns, 1, pause=0.0)
     math_ops.set_simd_level(before)
-    assert results["prompt tiny, 2bit, 1 thread, native"].rates["native"] == [7.0]
-    assert results["decoding tiny, 2bit, 1 thread, noavx"].rates["noavx"] == [9.0]
-    assert LEVELS[-1] in results["decoding tiny, 2bit, 1 thread, native"].rates
-    narrow = [one for one in peers.NARROW if one in LEVELS]
-    assert list(results["prompt tiny, 2bit, 1 thread, noavx"].rates) == ["noavx", *narrow]
+    assert results["prompt tiny, 1 thread, native"].rates["native"] == [7.0]
+    assert results["decoding tiny, 1 thread, noavx"].rates["noavx"] == [9.0]
+    assert LEVELS[-1] in results["decoding tiny, 1 thread, native"].rates
+    narrow = [one for one in peers.BESIDE["noavx"] if one in LEVELS]
+    assert list(results["prompt tiny, 1 thread, noavx"].rates) == ["noavx", *narrow]
     assert asked[:2] == [
         ("native", "x.gguf", 1, 1, 8, 0),
         ("native", "x.gguf", 1, 1, 0, 4),
     ]
+
+
+def test_random_models_of_published_shapes_are_read(tmp_path):
+    pytest.importorskip("gguf", reason="needs gguf")
+    small = {"num_blocks": 1, "vocab_size": 64, "ffn_dim": 512}
+    for config, kind, head in peers.PUBLISHED.values():
+        file = peers.find_published(tmp_path, replace(config, **small), kind, head)
+        packed = PackedModel.load(file)
+        assert packed.config.num_kv_heads == config.num_kv_heads
+        assert packed.config.scale == config.scale
+        assert np.isfinite(Decoder(packed).prefill([1, 2, 3])).all()
+        file.unlink()
 
 
 def test_llama_bench_is_read():
