@@ -94,7 +94,22 @@ def capability() -> str:
     return str(load_torch().backends.cpu.get_cpu_capability())
 
 
-def twin_step(config: ModelConfig, batch: int, threads: int, compiled: bool = False) -> Call:
+def _optimizers(torch: Any, model: Any, muon: bool) -> list[Any]:
+    """Return AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
+    matrices = {name for name, value in model.blocks.named_parameters() if value.ndim == 2}
+    by_muon, others = [], []
+    for name, value in model.named_parameters():
+        chosen = muon and name.removeprefix("blocks.") in matrices
+        (by_muon if chosen else others).append(value)
+    found = [torch.optim.AdamW(others, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1)]
+    if by_muon:
+        found.append(torch.optim.Muon(by_muon, lr=1e-3, weight_decay=0.1, momentum=0.95))
+    return found
+
+
+def twin_step(
+    config: ModelConfig, batch: int, threads: int, compiled: bool = False, muon: bool = False
+) -> Call:
     """Return a call that does one step of training.
 
     Parameters
@@ -104,6 +119,8 @@ def twin_step(config: ModelConfig, batch: int, threads: int, compiled: bool = Fa
     compiled : bool
         Whether the model runs under ``torch.compile``; the first call compiles it then, and raises
         errors of the compiler.
+    muon : bool
+        Whether the matrices of the blocks are updated by PyTorch's Muon, with its defaults.
 
     Raises
     ------
@@ -113,7 +130,7 @@ def twin_step(config: ModelConfig, batch: int, threads: int, compiled: bool = Fa
     torch = load_torch()
     torch.manual_seed(0)
     model = create_twin(torch, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), weight_decay=0.1)
+    optimizers = _optimizers(torch, model, muon)
     # Compiled code may be for one number of threads.
     if compiled:
         torch.compiler.reset()
@@ -125,14 +142,15 @@ def twin_step(config: ModelConfig, batch: int, threads: int, compiled: bool = Fa
         nonlocal steps
         torch.set_num_threads(threads)
         tokens = rows[steps % len(rows)]
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         logits = predict(tokens[:, :-1])
         loss = torch.nn.functional.cross_entropy(
             logits.reshape(-1, config.vocab_size), tokens[:, 1:].reshape(-1)
         )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         steps += 1
 
     return step

@@ -18,6 +18,11 @@ from legacy1bit.threads cimport parallel_for, scratch
 from legacy1bit.layout import parameter_layout
 from legacy1bit.schemes import SCHEMES
 
+cdef enum:
+    # Panels of rows of a symmetric product, and the fewest rows of one.
+    PANELS = 4
+    LEAST_PANEL = 24
+
 # The longest span, short enough to balance the load of threads.
 _LONGEST = 16384
 
@@ -75,6 +80,22 @@ cdef void update_task(void *context, long index) noexcept nogil:
                         update)
 
 
+cdef void symmetric_product(const float *x, const float *y, Py_ssize_t rows, Py_ssize_t depth,
+                            Py_ssize_t y_depth, Py_ssize_t y_row, float *out,
+                            float *workspace) noexcept nogil:
+    # out[rows, rows] = x[rows, depth] y, a product that is symmetric: some rows at a time, up to the
+    # diagonal, and their mirror image. Element (i, j) of y is y[i y_depth + j y_row].
+    cdef Py_ssize_t step = max((rows + PANELS - 1) // PANELS, LEAST_PANEL), first, last, i, j
+    for first from 0 <= first < rows by step:
+        last = min(first + step, rows)
+        kernels().matmul(last - first, last, depth, strided(x + first * depth, depth, 1),
+                         strided(y, y_depth, y_row), NULL, False, out + first * rows, rows,
+                         workspace)
+        for i in range(first):
+            for j in range(first, last):
+                out[i * rows + j] = out[j * rows + i]
+
+
 cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *buffer,
                         float *workspace) noexcept nogil:
     # Replaces x[rows, cols], rows <= cols, by about U V^T of its singular value decomposition
@@ -90,10 +111,8 @@ cdef void orthogonalize(float *x, Py_ssize_t rows, Py_ssize_t cols, float *buffe
     cdef int _round
     kernel.scale(x, 1.0 / (norm + 1e-7), size)
     for _round in range(5):
-        kernel.matmul(rows, rows, cols, strided(x, cols, 1), strided(x, 1, cols), NULL, False, a,
-                      rows, workspace)
-        kernel.matmul(rows, rows, rows, strided(a, rows, 1), strided(a, rows, 1), NULL, False, b,
-                      rows, workspace)
+        symmetric_product(x, x, rows, cols, 1, cols, a, workspace)
+        symmetric_product(a, a, rows, rows, rows, 1, b, workspace)
         kernel.scale(b, 2.0315, square)
         kernel.add_scaled(b, -4.7750, a, square)
         kernel.matmul(rows, cols, rows, strided(b, rows, 1), strided(x, cols, 1), NULL, False, y,
