@@ -21,8 +21,8 @@ from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
     ModelGradient, ModelView, MultiHeadAttention, NormGradient, NormView, TransformerBlock,
-    TransformerBlockContext, allocate, allocated_bytes, check_context, fill_matrix, float_pointer,
-    gradient_pointer, normalize_backward, offset, point_gradients, vector_pointer,
+    TransformerBlockContext, allocate, allocated_bytes, check_context, chosen_fields, fill_matrix,
+    float_pointer, gradient_pointer, normalize_backward, offset, point_gradients, vector_pointer,
 )
 from legacy1bit.threads cimport parallel_for, scratch
 
@@ -227,11 +227,6 @@ cdef list _GRADIENTS = [
 ]
 
 
-cdef list _workspace_fields(options):
-    return [(name, axes, at) for name, axes, option, at in _GRADIENTS
-            if not option or option in options]
-
-
 cdef class BackwardContext:
     """Buffers for the gradients of activations, with axes and options of ``layout``."""
 
@@ -242,7 +237,7 @@ cdef class BackwardContext:
         memset(&self.view, 0, sizeof(self.view))
 
     def __init__(self, axes, options, batch_size, time):
-        self.arrays = allocate(&self.view, _workspace_fields(options),
+        self.arrays = allocate(&self.view, chosen_fields(_GRADIENTS, options),
                                {**axes, "M": batch_size * time, "T": time})
 
     def __reduce__(self):
@@ -257,7 +252,7 @@ cdef class BackwardContext:
 def backward_bytes(config, batch_size, time) -> int:
     """Return the bytes that a ``BackwardContext`` for a model would allocate."""
     axes = {**dimensions(config), "M": batch_size * time, "T": time}
-    return allocated_bytes(_workspace_fields(block_options(config)), axes)
+    return allocated_bytes(chosen_fields(_GRADIENTS, block_options(config)), axes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -560,8 +555,6 @@ cdef tuple _fill_batch_shape(BatchShape *dims, object x, MultiHeadAttention atte
     dims.allowed = NULL
     dims.starts = NULL
     check_context(context, attention, ffn, dims.batch, dims.time)
-    if layer.rotary.cosines != NULL and dims.time > layer.rotary.length:
-        raise ValueError(f"x has {dims.time} positions, expected at most {layer.rotary.length}")
     attention.fill_rotary(dims.time)
     return shape
 

@@ -494,8 +494,6 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     cdef BatchShape dims
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, _ = sequences.shape
-    if view.rotary.cosines != NULL and time > view.rotary.length:
-        raise ValueError(f"x has {time} positions, expected at most {view.rotary.length}")
     attention.fill_rotary(time)
     allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, attention, None, batch, time, starts)
@@ -651,8 +649,6 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     cdef AttentionView *view = &block.view.attention
     sequences, shape = _as_sequences(x, view.wq.cols, "x")
     batch, time, _ = sequences.shape
-    if view.rotary.cosines != NULL and time > view.rotary.length:
-        raise ValueError(f"x has {time} positions, expected at most {view.rotary.length}")
     block.attention.fill_rotary(time)
     allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, block.attention, block.ffn, batch, time, starts)

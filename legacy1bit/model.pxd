@@ -207,6 +207,7 @@ cdef class TransformerBlockContext:
 cdef Py_ssize_t offset(const void *start, const void *field) noexcept nogil
 cdef dict allocate(void *view, list fields, dict axes)
 cdef object allocated_bytes(list fields, dict axes)
+cdef list chosen_fields(list table, options)
 cdef list block_fields(options)
 cdef TransformerBlockContext context_of(config, batch_size, time)
 cdef TransformerBlockContext context_for(MultiHeadAttention attention, FeedForward ffn, batch,

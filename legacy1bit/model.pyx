@@ -482,8 +482,12 @@ cdef class MultiHeadAttention:
 
     cdef int fill_rotary(self, Py_ssize_t length) except -1:
         # Call this before a pass over `length` positions.
-        if self.rotary is not None:
-            self.rotary.fill(length)
+        if self.rotary is None:
+            return 0
+        if length > self.view.rotary.length:
+            raise ValueError(f"x has {length} positions, expected at most "
+                             f"{self.view.rotary.length}")
+        self.rotary.fill(length)
         return 0
 
     def __reduce__(self):
@@ -1106,10 +1110,15 @@ cdef list _ACTIVATIONS = [
 cdef set _ACTIVATION_NAMES = {name for name, _, _, _ in _ACTIVATIONS}
 
 
-cdef list block_fields(options):
-    # The activations of a block with these options, as `allocate` takes them.
-    return [(name, axes, at) for name, axes, option, at in _ACTIVATIONS
+cdef list chosen_fields(list table, options):
+    # The fields of such a table with these options, as `allocate` takes them.
+    return [(name, axes, at) for name, axes, option, at in table
             if not option or option in options]
+
+
+cdef list block_fields(options):
+    # The activations of a block with these options.
+    return chosen_fields(_ACTIVATIONS, options)
 
 
 cdef class TransformerBlockContext:

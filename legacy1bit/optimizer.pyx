@@ -83,8 +83,8 @@ cdef void update_task(void *context, long index) noexcept nogil:
 cdef void symmetric_product(const float *x, const float *y, Py_ssize_t rows, Py_ssize_t depth,
                             Py_ssize_t y_depth, Py_ssize_t y_row, float *out,
                             float *workspace) noexcept nogil:
-    # out[rows, rows] = x[rows, depth] y, a product that is symmetric: some rows at a time, up to the
-    # diagonal, and their mirror image. Element (i, j) of y is y[i y_depth + j y_row].
+    # out[rows, rows] = x[rows, depth] y, a product that is symmetric: some rows at a time, up to
+    # the diagonal, and their mirror image. Element (i, j) of y is y[i y_depth + j y_row].
     cdef Py_ssize_t step = max((rows + PANELS - 1) // PANELS, LEAST_PANEL), first, last, i, j
     for first from 0 <= first < rows by step:
         last = min(first + step, rows)

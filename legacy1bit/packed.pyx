@@ -373,11 +373,11 @@ cdef void unpack_codes(const PackedView *matrix, Py_ssize_t row,
                        signed char *codes) noexcept nogil:
     # One row of the matrix without its scales; codes has room for whole tiles of columns.
     cdef Py_ssize_t fields = TRITS_PER_BYTE if matrix.trits else CODES_PER_BYTE
-    cdef Py_ssize_t tiles = _ceil_div(matrix.cols, fields * TILE_ROW_BYTES), tile, byte, field
+    cdef Py_ssize_t tiles = _ceil_div(matrix.cols, fields * TILE_ROW_BYTES), _tile, byte, field
     cdef const unsigned char *here = (matrix.tiles + row // STRIP_ROWS * tiles * TILE_BYTES
                                       + row % STRIP_ROWS * TILE_ROW_BYTES)
     cdef unsigned int rest
-    for tile in range(tiles):
+    for _tile in range(tiles):
         for byte in range(TILE_ROW_BYTES):
             rest = here[byte]
             for field in range(fields):
