@@ -49,6 +49,7 @@ MODULES = [
     "model",
     "forward",
     "packed",
+    "packing",
     "inference",
     "backward",
     "math_ops",

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.layout import parameter_layout
+from legacy1bit.layout import Parameter, parameter_layout
+from legacy1bit.packing import Tiles, Values
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import describe, one_line
 from legacy1bit.system.files import (
@@ -80,19 +81,35 @@ class StoredParameter(NamedTuple):
     ----------
     name : str
     shape : tuple of int
-    values : float32 array or uint8[R, bytes]
-        Numbers, or packed codes as ``Scheme.pack`` returns them.
+    values : float32 array
+        Numbers; none of a matrix of codes.
     scales : float32[1, 1] or float32[R, G] or None
         The scales of codes.
     group : int
         The number of columns that share a scale.
+    write : callable or None
+        Decodes the codes into ``packing.Tiles`` or ``packing.Values``. Raises ``ModelFileError`` if
+        they are not the scheme's.
     """
 
     name: str
     shape: tuple[int, ...]
-    values: npt.NDArray[Any]
+    values: npt.NDArray[Any] = np.empty(0, np.float32)
     scales: _Floats | None = None
     group: int = 0
+    write: Callable[[Tiles | Values], None] | None = None
+
+
+def stored_codes(
+    name: str, layout: str, data: npt.NDArray[np.uint8], shape: tuple[int, int], scales: _Floats,
+    group: int,
+) -> StoredParameter:
+    """Return a matrix whose codes are in a layout of ``packing``."""
+
+    def write(target: Tiles | Values) -> None:
+        target.write(layout, data.reshape(-1), shape[0], np.arange(shape[0]))
+
+    return StoredParameter(name, shape, scales=scales, group=group, write=write)
 
 
 def check_finite(name: str, values: _Floats, error: type[ValueError] = ValueError) -> None:
@@ -377,7 +394,8 @@ def _stored(config: ModelConfig, opened: Any, file: Path) -> Iterator[StoredPara
             SCHEMES[config.scheme].check(codes, shape[1])
         except ValueError as error:
             raise ModelFileError(f"{file}: {name}: {error}") from None
-        yield StoredParameter(name, shape, codes, scales, part.group)
+        layout = {1: "1 bit", 2: "2 bits"}[SCHEMES[config.scheme].bits]
+        yield stored_codes(name, layout, codes, shape, scales, part.group)
 
 
 # --- The C original's file ------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from legacy1bit.formats import native, safetensors_file
 from legacy1bit.formats.chat_template import Template, template_of
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
 from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
-from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter
+from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter, stored_codes
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.formats.tensor_types import (
     BF16,
@@ -49,6 +50,7 @@ from legacy1bit.formats.tensor_types import (
 )
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import Parameter, parameter_layout
+from legacy1bit.packing import Values
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import one_line
 from legacy1bit.system.files import read_regular
@@ -147,15 +149,14 @@ def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
 
 def _read_c_v1(path: Path) -> Model:
     config, parameters = native.read_c_v1(path)
-    scheme = SCHEMES[config.scheme]
 
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
             values = parameters[part.name]
             if part.kind == "quantized":
                 ones = np.ones((1, 1), np.float32)
-                packed = scheme.pack(values.astype(np.int8))
-                yield StoredParameter(part.name, part.shape, packed, ones, part.group)
+                codes = values.view(np.uint8)
+                yield stored_codes(part.name, "int8", codes, part.shape, ones, part.group)
             else:
                 yield StoredParameter(part.name, part.shape, values)
 
@@ -214,19 +215,15 @@ class _Source(NamedTuple):
         found = self.scales()
         return None if found is None else coarsest_unit(*found, self.shape[1])
 
-    def decode(self) -> tuple[npt.NDArray[np.uint8], tuple[npt.NDArray[np.float32], int]]:
-        """Return the packed codes of a matrix that is ternary, and its scales."""
+    def dense(self) -> npt.NDArray[np.float32]:
+        """Return codes times scales, float32[R, C]."""
         found = self.scales()
         assert self.codes is not None
         assert found is not None
-        return self.codes.packed(), found
-
-    def dense(self) -> npt.NDArray[np.float32]:
-        """Return codes times scales, float32[R, C]."""
-        packed, (scales, group) = self.decode()
-        cols = self.shape[1]
-        codes = SCHEMES["ternary"].unpack(packed, cols)
-        return codes * np.repeat(scales, group, axis=1)[:, :cols]
+        scales, group = found
+        codes = np.empty(self.shape, np.int8)
+        self.codes.write(Values(codes, SCHEMES["ternary"].levels), np.arange(len(codes)))
+        return codes * np.repeat(scales, group, axis=1)[:, : self.shape[1]]
 
 
 def _of_type(kind: TensorType, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> _Source:
@@ -313,10 +310,12 @@ def _model_of(
         for part in parameter_layout(config):
             theirs = names[part.name]
             with _refusing(path), _telling(theirs):
-                values = _parameter(config, part, sources[theirs], pairs)
+                found = _parameter(config, part, sources[theirs], pairs)
                 if shift and part.name.endswith("gamma"):
-                    values = values._replace(values=values.values + np.float32(shift))
-            yield values
+                    found = found._replace(values=found.values + np.float32(shift))
+            if found.write is not None:
+                found = found._replace(write=_refusing(path)(_telling(theirs)(found.write)))
+            yield found
 
     return config, provenance, stored()
 
@@ -337,16 +336,19 @@ def _parameter(
     if part.kind != "quantized":
         values = source.dense() if source.floats is None else source.floats.all()
         return StoredParameter(part.name, part.shape, _in_order(values, order))
-    packed, found = source.decode()
+    found = source.scales()
+    assert source.codes is not None
+    assert found is not None
     scales = scales_in(config.scale, *found, part.shape[1])
     assert scales is not None
     scales = np.ascontiguousarray(np.broadcast_to(scales, part.scale_shape))
+    places = np.arange(part.shape[0]) if order is None else order
     return StoredParameter(
         part.name,
         part.shape,
-        _in_order(packed, order),
-        scales if len(scales) == 1 else _in_order(scales, order),
-        part.group,
+        scales=scales if len(scales) == 1 else _in_order(scales, order),
+        group=part.group,
+        write=partial(source.codes.write, places=places),
     )
 
 
