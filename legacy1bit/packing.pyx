@@ -54,36 +54,51 @@ cdef enum:
     MOST_WEIGHTS = 256
 
 
-cdef inline void decode_layers(const unsigned char *data, Py_ssize_t width,
+# The four codes of two bits in a byte, and the eight of one, the first in the lowest bits.
+cdef unsigned char[256][4] fours
+cdef unsigned char[256][8] eights
+
+cdef void fill_tables() noexcept nogil:
+    cdef int byte, i
+    for byte in range(256):
+        for i in range(4):
+            fours[byte][i] = byte >> 2 * i & 3
+        for i in range(8):
+            eights[byte][i] = byte >> i & 1
+
+fill_tables()
+
+
+cdef inline void decode_layers(const unsigned char *data, bint reverse,
                                unsigned char *out) noexcept nogil:
-    # Weight width * l + m is in bits 2 l of byte m.
+    # Weight 32 l + m is in bits 2 l of byte m, or, in reverse, in bits 6 - 2 l.
+    cdef unsigned char[32] own
     cdef Py_ssize_t layer, m
+    memcpy(own, data, sizeof(own))      # in registers
     for layer in range(4):
-        for m in range(width):
-            out[width * layer + m] = data[m] >> 2 * layer & 3
+        for m in range(32):
+            out[32 * layer + m] = own[m] >> (6 - 2 * layer if reverse else 2 * layer) & 3
 
 
 cdef inline void decode_trits(const unsigned char *data, Py_ssize_t width, Py_ssize_t digits,
                               unsigned char *out) noexcept nogil:
     # Weight width * d + m is ternary digit d of byte m, the first one the most significant: three
     # times the byte is the digit and, as a byte, the fraction of those that are left.
+    cdef unsigned char[32] own
     cdef Py_ssize_t digit, m
-    cdef unsigned int power = 1
+    memcpy(own, data, width)
     for digit in range(digits):
         for m in range(width):
-            out[width * digit + m] = 3 * (data[m] * power & 255) >> 8
-        power *= 3
+            out[width * digit + m] = 3 * own[m] >> 8
+            own[m] = 3 * own[m] & 255
 
 
 cdef inline void decode_in_order(const unsigned char *data, Py_ssize_t size,
                                  unsigned char *out) noexcept nogil:
-    # Four weights in each byte, the first one in the lowest bits.
+    # Four weights in each byte.
     cdef Py_ssize_t m
     for m in range(size):
-        out[4 * m] = data[m] & 3
-        out[4 * m + 1] = data[m] >> 2 & 3
-        out[4 * m + 2] = data[m] >> 4 & 3
-        out[4 * m + 3] = data[m] >> 6
+        memcpy(out + 4 * m, fours[data[m]], 4)
 
 
 cdef void decode_tq1_0(const unsigned char *block, unsigned char *out) noexcept nogil:
@@ -99,8 +114,8 @@ cdef void decode_ptq1_0(const unsigned char *block, unsigned char *out) noexcept
 
 
 cdef void decode_tq2_0(const unsigned char *block, unsigned char *out) noexcept nogil:
-    decode_layers(block, 32, out)
-    decode_layers(block + 32, 32, out + 128)
+    decode_layers(block, False, out)
+    decode_layers(block + 32, False, out + 128)
 
 
 cdef void decode_q2_0(const unsigned char *block, unsigned char *out) noexcept nogil:
@@ -112,11 +127,7 @@ cdef void decode_q2_0_of_128(const unsigned char *block, unsigned char *out) noe
 
 
 cdef void decode_i2_s(const unsigned char *block, unsigned char *out) noexcept nogil:
-    # As layers, but the first one is in the highest bits.
-    cdef Py_ssize_t layer, m
-    for layer in range(4):
-        for m in range(32):
-            out[32 * layer + m] = block[m] >> (6 - 2 * layer) & 3
+    decode_layers(block, True, out)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -173,9 +184,9 @@ cdef const unsigned char *decode_row(const Job *job, Py_ssize_t row, unsigned ch
         blocks = (cols + 3) // 4
         decode_in_order(data + row * blocks, blocks, buffer)
     elif job.layout == ONE_BIT:
-        data += row * ((cols + 7) // 8)
-        for i in range(cols):
-            buffer[i] = data[i >> 3] >> (i & 7) & 1
+        blocks = (cols + 7) // 8
+        for i in range(blocks):
+            memcpy(buffer + 8 * i, eights[data[row * blocks + i]], 8)
     else:
         for i in range(cols):
             buffer[i] = job.place_of[data[start + i]]

@@ -43,9 +43,10 @@ from legacy1bit.formats.tensor_types import (
     Masters,
     Quarters,
     RunsOf128,
+    Scales,
     TensorType,
     TernaryFloats,
-    coarsest_unit,
+    in_coarsest_unit,
     scales_in,
 )
 from legacy1bit.hyperparams import ModelConfig
@@ -56,6 +57,8 @@ from legacy1bit.system.errors import one_line
 from legacy1bit.system.files import read_regular
 
 Model = tuple[ModelConfig, Provenance, Iterator[StoredParameter]]
+# The result of ``row_order``.
+_Order = npt.NDArray[np.intp] | None
 
 # The longest context; files may promise more.
 _MOST_TOKENS = 1 << 17
@@ -197,8 +200,8 @@ class _Source(NamedTuple):
     floats: Floats | None
     factor: float = 1.0
 
-    def scales(self) -> tuple[npt.NDArray[np.float32], int] | None:
-        """Return the scales of the codes and the columns that share one; None without codes."""
+    def scales(self) -> Scales | None:
+        """Return the scales of the codes, in the coarsest unit; None if it is not ternary."""
         found = None if self.codes is None else self.codes.scales()
         if found is None:
             return None
@@ -208,22 +211,16 @@ class _Source(NamedTuple):
                 scales = scales * np.float32(self.factor)
         if not np.isfinite(scales).all():
             raise ValueError("has a scale that is not finite (NaN or infinite)")
-        return scales, group
-
-    def unit(self) -> str | None:
-        """Return the coarsest unit of its scales; None if it is not ternary."""
-        found = self.scales()
-        return None if found is None else coarsest_unit(*found, self.shape[1])
+        return in_coarsest_unit(scales, group, self.shape[1])
 
     def dense(self) -> npt.NDArray[np.float32]:
         """Return codes times scales, float32[R, C]."""
         found = self.scales()
         assert self.codes is not None
         assert found is not None
-        scales, group = found
         codes = np.empty(self.shape, np.int8)
         self.codes.write(Values(codes, SCHEMES["ternary"].levels), np.arange(len(codes)))
-        return codes * np.repeat(scales, group, axis=1)[:, : self.shape[1]]
+        return codes * np.repeat(found.values, found.group, axis=1)[:, : self.shape[1]]
 
 
 def _of_type(kind: TensorType, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> _Source:
@@ -281,41 +278,42 @@ def _model_of(
             raise ValueError(
                 f"{names[part.name]} has shape {list(shape)}, expected {list(part.shape)}"
             )
-    units = []
-    for part in parameter_layout(draft):
-        if part.kind == "quantized":
-            with _telling(names[part.name]):
-                unit = sources[names[part.name]].unit()
-                if unit is None:
-                    raise ValueError(
-                        "is not ternary: 64 weights have more than one magnitude, and legacy1bit "
-                        "runs ternary models"
-                    )
-                units.append(unit)
+    inner = [part.name for part in parameter_layout(draft) if part.kind == "quantized"]
     outer = [name for name in ("embedding.weight", "output.weight") if name in names]
-    found = []
-    for name in outer:
+    # Of each matrix the coarsest unit, in which its scales are the fewest.
+    found: dict[str, Scales] = {}
+    for name in inner + outer:
         with _telling(names[name]):
-            found.append(sources[names[name]].unit())
-    ternary = [unit for unit in found if unit is not None]
-    if len(ternary) == len(outer):
-        units += ternary
+            scales = sources[names[name]].scales()
+            if scales is not None:
+                found[name] = scales
+            elif name in inner:
+                raise ValueError(
+                    "is not ternary: 64 weights have more than one magnitude, and legacy1bit runs "
+                    "ternary models"
+                )
+    ternary = found.keys() >= set(outer)
     config = replace(
         draft,
-        scale=max(units, key=UNITS.index),
-        ternary_embedding=len(ternary) == len(outer),
+        scale=max((found[name].unit for name in inner + outer * ternary), key=UNITS.index),
+        ternary_embedding=ternary,
     )
 
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
             theirs = names[part.name]
             with _refusing(path), _telling(theirs):
-                found = _parameter(config, part, sources[theirs], pairs)
+                order = row_order(config, part.name, pairs)
+                if part.kind == "quantized":
+                    read = _codes(part, sources[theirs], found[part.name], config.scale, order)
+                else:
+                    read = _floats(part, sources[theirs], order)
                 if shift and part.name.endswith("gamma"):
-                    found = found._replace(values=found.values + np.float32(shift))
-            if found.write is not None:
-                found = found._replace(write=_refusing(path)(_telling(theirs)(found.write)))
-            yield found
+                    read = read._replace(values=read.values + np.float32(shift))
+            if read.write is not None:
+                # It is called after this.
+                read = read._replace(write=_refusing(path)(_telling(theirs)(read.write)))
+            yield read
 
     return config, provenance, stored()
 
@@ -329,17 +327,12 @@ def _telling(name: str) -> Iterator[None]:
         raise ValueError(f"{name} {error}") from None
 
 
-def _parameter(
-    config: ModelConfig, part: Parameter, source: _Source, pairs: Pairs
+def _codes(
+    part: Parameter, source: _Source, found: Scales, unit: str, order: _Order
 ) -> StoredParameter:
-    order = row_order(config, part.name, pairs)
-    if part.kind != "quantized":
-        values = source.dense() if source.floats is None else source.floats.all()
-        return StoredParameter(part.name, part.shape, _in_order(values, order))
-    found = source.scales()
+    """Return a matrix of codes, with scales in this unit."""
+    scales = scales_in(unit, found.values, found.group, part.shape[1])
     assert source.codes is not None
-    assert found is not None
-    scales = scales_in(config.scale, *found, part.shape[1])
     assert scales is not None
     scales = np.ascontiguousarray(np.broadcast_to(scales, part.scale_shape))
     places = np.arange(part.shape[0]) if order is None else order
@@ -352,7 +345,13 @@ def _parameter(
     )
 
 
-def _in_order(values: npt.NDArray[Any], order: npt.NDArray[np.intp] | None) -> npt.NDArray[Any]:
+def _floats(part: Parameter, source: _Source, order: _Order) -> StoredParameter:
+    """Return a matrix or vector of floats."""
+    values = source.dense() if source.floats is None else source.floats.all()
+    return StoredParameter(part.name, part.shape, _in_order(values, order))
+
+
+def _in_order(values: npt.NDArray[Any], order: _Order) -> npt.NDArray[Any]:
     """Return the rows of ours, of which ``values[i]`` is row ``order[i]``."""
     if order is None:
         return values

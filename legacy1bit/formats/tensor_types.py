@@ -9,7 +9,7 @@ Blocks of floats: ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` of llama.cpp.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -177,8 +177,8 @@ class Blocks:
 
     def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``. Blocks of scale 0 are zeros."""
-        for strip in _strips(*self.shape, _CODES_AT_ONCE):
-            rows = self.shape[0]
+        rows, cols = self.shape
+        for strip in _strips(rows, cols, _CODES_AT_ONCE):
             target.write(self._kind.layout, self._data, rows, places[strip], strip.start)
             release(self._rows[strip])
 
@@ -228,11 +228,12 @@ class Quarters:
 
     def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
+        rows, cols = self.shape
         data, quarters = self._weight.reshape(-1), places.reshape(4, -1)
-        for strip in _strips(*self._weight.shape, _CODES_AT_ONCE // 4):
+        for strip in _strips(rows // 4, cols, _CODES_AT_ONCE // 4):
             for i, quarter in enumerate(quarters):
                 first = i * len(quarter) + strip.start
-                target.write("quarters", data, self.shape[0], quarter[strip], first)
+                target.write("quarters", data, rows, quarter[strip], first)
             release(self._weight[strip])
 
 
@@ -411,6 +412,23 @@ _DECODE: dict[str, Any] = {
 # --- Units of scales ------------------------------------------------------------------------------
 
 
+class Scales(NamedTuple):
+    """The scales of a matrix.
+
+    Attributes
+    ----------
+    unit : str
+        One of ``UNITS``.
+    values : float32[1, 1] or float32[R, G]
+    group : int
+        The columns that share one.
+    """
+
+    unit: str
+    values: _Floats
+    group: int
+
+
 def scales_in(unit: str, scales: _Floats, group: int, cols: int) -> _Floats | None:
     """Return the scales of a matrix in a unit, float32[1, 1] or float32[R, G].
 
@@ -434,15 +452,18 @@ def scales_in(unit: str, scales: _Floats, group: int, cols: int) -> _Floats | No
     if unit == "row":
         return merge_scales(scales, scales.shape[1])
     wanted = int(unit)
-    if group >= wanted:
+    if group == wanted:
+        return scales
+    if group > wanted:
         groups = -(-cols // wanted)
         return np.ascontiguousarray(np.repeat(scales, -(-group // wanted), axis=1)[:, :groups])
     return merge_scales(scales, wanted // group)
 
 
-def coarsest_unit(scales: _Floats, group: int, cols: int) -> str | None:
-    """Return the first of ``UNITS`` that holds these scales; None if none does."""
+def in_coarsest_unit(scales: _Floats, group: int, cols: int) -> Scales | None:
+    """Return scales in the first of ``UNITS`` that holds them; None if none does."""
     for unit in UNITS:
-        if scales_in(unit, scales, group, cols) is not None:
-            return unit
+        merged = scales_in(unit, scales, group, cols)
+        if merged is not None:
+            return Scales(unit, merged, int(unit) if unit.isdecimal() else cols)
     return None
