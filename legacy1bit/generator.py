@@ -242,7 +242,7 @@ class Generator:
         ModelFileError, OSError, ValueError
             As ``PackedModel.load`` and ``read_tokenizer``.
         """
-        model = PackedModel.load(path, form)
+        model = PackedModel.load(path, form, threads)
         return cls(model, read_tokenizer(Path(path), model.config.vocab_size), threads)
 
     @property
