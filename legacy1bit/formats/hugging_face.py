@@ -34,6 +34,7 @@ from legacy1bit.formats.families import (
 )
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, check_finite, open_tensors
 from legacy1bit.formats.provenance import Provenance
+from legacy1bit.formats.safetensors_file import Tensor
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import Parameter, parameter_layout
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix
@@ -332,15 +333,15 @@ def import_hugging_face(folder: str | os.PathLike[str]) -> LegacyLLM:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ModelFileError(f"{folder} is not a model for transformers: it has no {name}")
-    opened, header, types = open_tensors(folder / WEIGHTS_FILE)
+    tensors, header = open_tensors(folder / WEIGHTS_FILE)
     try:
         config, provenance = _settings_of(folder, header)
         form = _form_of(config, family_of(config, "transformers"))
         # The settings may declare more than fits memory.
-        _check_types(config, form, types)
+        _check_types(config, form, tensors)
         model = LegacyLLM(config)
         model.provenance = provenance
-        _fill(model, form, opened, _exact_of(header))
+        _fill(model, form, tensors, _exact_of(header))
     except (OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{folder} cannot be read: {reason}") from None
@@ -370,9 +371,8 @@ def _exact_of(header: Mapping[str, str]) -> dict[str, _Floats]:
     return {name: np.asarray(numbers, np.float32) for name, numbers in exact.items()}
 
 
-def _check_types(
-    config: ModelConfig, form: _Form, types: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
+def _check_types(config: ModelConfig, form: _Form, tensors: Mapping[str, Tensor]) -> None:
+    types = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     names = tensor_names(config)
     expected = {
         names[part.name].transformers + suffix: kind
@@ -385,7 +385,9 @@ def _check_types(
             raise ValueError(f"its tensor {name} is {found}, expected {wanted}")
 
 
-def _fill(model: LegacyLLM, form: _Form, opened: Any, exact: Mapping[str, _Floats]) -> None:
+def _fill(
+    model: LegacyLLM, form: _Form, tensors: Mapping[str, Tensor], exact: Mapping[str, _Floats]
+) -> None:
     """Fill a model with the tensors of a file.
 
     Raises
@@ -397,7 +399,7 @@ def _fill(model: LegacyLLM, form: _Form, opened: Any, exact: Mapping[str, _Float
     names = tensor_names(config)
     for part in parameter_layout(config):
         theirs, value = names[part.name].transformers, model.parameters[part.name]
-        stored = {suffix: opened.get_tensor(theirs + suffix) for suffix in _types_of(part, form)}
+        stored = {suffix: tensors[theirs + suffix].array() for suffix in _types_of(part, form)}
         numbers = exact.get(part.name)
         order = row_order(config, part.name, "halves")
         rows: Any = slice(None) if order is None else order

@@ -18,7 +18,7 @@ from legacy1bit.forward import forward_llm_batch
 from legacy1bit.inference import Decoder
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix, load_model
 from legacy1bit.packed import PackedMatrix, PackedModel
-from legacy1bit.schemes import SCHEMES
+from legacy1bit.packing import Values
 
 
 def logits_of(model, tokens):
@@ -187,6 +187,7 @@ def test_matrices_are_the_same_however_many_rows_are_decoded_at_once(
     whole = load_model(path)
     with monkeypatch.context() as patch:
         patch.setattr(tensor_types, "_AT_ONCE", 700)
+        patch.setattr(tensor_types, "_CODES_AT_ONCE", 700)
         parts = load_model(path)
     assert parts.config == whole.config
     for name, value in whole.parameters.items():
@@ -203,9 +204,11 @@ def test_runs_of_codes_go_on_over_the_ends_of_rows(monkeypatch):
     codes = np.random.default_rng(1).integers(-1, 2, (16, 8640)).astype(np.int8)
     data = np.frombuffer(runs_of(codes, 0.5), np.uint8)
     for at_once in (1, 20_000, 1 << 20):
-        monkeypatch.setattr(tensor_types, "_AT_ONCE", at_once)
+        monkeypatch.setattr(tensor_types, "_CODES_AT_ONCE", at_once)
         matrix = tensor_types.RunsOf128(data, codes.shape)
-        np.testing.assert_array_equal(SCHEMES["ternary"].unpack(matrix.packed(), 8640), codes)
+        values = np.empty_like(codes)
+        matrix.write(Values(values, (-1, 0, 1)), np.arange(16))
+        np.testing.assert_array_equal(values, codes)
         assert matrix.scales()[0] == 0.5
 
 
