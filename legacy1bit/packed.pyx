@@ -372,19 +372,22 @@ def round_to_bfloat16(values):
     return np.where(beyond, bits & np.uint32(0xFFFF0000), rounded).view(np.float32)
 
 
-def _float_matrix(part, head):
+def _float_matrix(part, head, threads):
     """Return a float matrix of a ``StoredParameter`` as it is stored for decoding."""
     if head is None:
         head = "int8" if part.shape[0] * part.shape[1] >= _LARGE else "float"
-    if head == "float":
-        result = np.empty(part.shape, np.float32)
-        for strip, rows in part.strips():
-            result[strip] = round_to_bfloat16(rows)
-        return result
-    quantized = Int8Matrix(*part.shape)
-    for strip, rows in part.strips():
-        quantized.quantize(strip.start, rows)
-    return quantized
+    if head == "int8":
+        matrix = Int8Matrix(*part.shape)
+
+        def store(strip, rows):
+            matrix.quantize(strip.start, rows)
+    else:
+        matrix = np.empty(part.shape, np.float32)
+
+        def store(strip, rows):
+            matrix[strip] = round_to_bfloat16(rows)
+    part.each(store, threads)
+    return matrix
 
 
 def _parameters_of(model):
@@ -449,11 +452,11 @@ cdef class PackedModel:
         self.config = config
         parameters = {}
         for part in stored:
-            size, weights = sizes.get(part.name, 0), part.values
+            size = sizes.get(part.name, 0)
             if size:
                 packed = _matrix_of(part, scheme, form, buffer[:size], threads)
             elif len(part.shape) == 2:
-                packed = _float_matrix(part, head)
+                packed = _float_matrix(part, head, threads)
             else:
                 packed = part.array().copy()
             parameters[part.name] = packed

@@ -79,8 +79,8 @@ Parameters = Mapping[str, _Floats | CodeMatrix]
 class FloatRows(Protocol):
     """A float matrix that is decoded some rows at a time, such as ``tensor_types.Floats``."""
 
-    def strips(self) -> Iterator[tuple[slice, _Floats]]:
-        """Yield rows and their numbers, some at a time."""
+    def each(self, use: Callable[[slice, _Floats], None], threads: int) -> None:
+        """Call a function with rows and their numbers, some at a time, in several threads."""
 
     def all(self) -> _Floats:
         """Return the whole matrix."""
@@ -115,12 +115,12 @@ class StoredParameter(NamedTuple):
         """Return the values as one array."""
         return self.values if isinstance(self.values, np.ndarray) else self.values.all()
 
-    def strips(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """Yield rows and their values, some at a time where they are decoded."""
+    def each(self, use: Callable[[slice, npt.NDArray[Any]], None], threads: int) -> None:
+        """Call a function with rows and their values, some at a time where they are decoded."""
         if isinstance(self.values, np.ndarray):
-            yield slice(0, len(self.values)), self.values
+            use(slice(0, len(self.values)), self.values)
         else:
-            yield from self.values.strips()
+            self.values.each(use, threads)
 
 
 def stored_codes(

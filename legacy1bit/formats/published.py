@@ -9,7 +9,7 @@ known could mean that the model computes something else.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -338,9 +338,9 @@ class _Rows(NamedTuple):
     name: str
     floats: Floats
 
-    def strips(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    def each(self, use: Callable[[slice, npt.NDArray[np.float32]], None], threads: int) -> None:
         with _refusing(self.path), _telling(self.name):
-            yield from self.floats.strips()
+            self.floats.each(use, threads)
 
     def all(self) -> npt.NDArray[np.float32]:
         with _refusing(self.path), _telling(self.name):

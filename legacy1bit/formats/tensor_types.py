@@ -7,7 +7,8 @@ Blocks of floats: ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` of llama.cpp.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -275,6 +276,22 @@ class Floats:
         for strip in _strips(len(self._rows), self.shape[-1], _AT_ONCE):
             yield strip, self.rows(strip)
             release(self._rows[strip])
+
+    def each(self, use: Callable[[slice, _Floats], None], threads: int) -> None:
+        """Call a function with rows and their numbers, some at a time, in several threads."""
+
+        def take(strip: slice) -> None:
+            use(strip, self.rows(strip))
+            release(self._rows[strip])
+
+        strips = _strips(len(self._rows), self.shape[-1], _AT_ONCE)
+        if threads == 1:
+            for strip in strips:
+                take(strip)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(take, strips):
+                pass
 
     def all(self) -> _Floats:
         """Return the whole tensor."""
