@@ -101,10 +101,10 @@ def _template(wanted: Path | None, model: Path, generator: Generator) -> Templat
     """Return the template that is asked for, or the model's own."""
     if wanted == Path("plain"):
         return PlainTemplate()
-    names: dict[str, str] = getattr(generator.tokenizer, "names", {})
     if wanted is not None:
+        names: dict[str, str] = getattr(generator.tokenizer, "names", {})
         return JinjaTemplate(read_regular(wanted).decode("utf-8"), names)
-    template = read_template(model, names)
+    template = read_template(model, generator.tokenizer)
     if template is None:
         raise ValueError(
             f"{model} has no chat template: it was not trained for conversations; --template plain "

@@ -311,7 +311,7 @@ def test_conversations_have_the_tokens_of_other_software():
             if not case["add_generation_prompt"]:
                 continue
             with Generator.load(path) as generator:
-                template = read_template(path, generator.tokenizer.names)
+                template = read_template(path, generator.tokenizer)
                 conversation = Conversation(generator, template, SAMPLING, 8)
                 conversation.messages = list(case["messages"])
                 assert conversation._tokens() == case["ids"], path

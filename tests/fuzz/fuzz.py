@@ -56,7 +56,7 @@ else:
 with watched:
     import legacy1bit.model
     from legacy1bit.config_files import read_config, records_of
-    from legacy1bit.data import shards, sources, tokenizer
+    from legacy1bit.data import shards, sources, tokenizer, tokenizer_files
     from legacy1bit.data.published_tokenizer import PublishedTokenizer
     from legacy1bit.formats import published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
@@ -299,7 +299,7 @@ def use_published(path: Path) -> None:
     model = load_model(path)
     use_model(model, PackedModel.load(path))
     found = published.read_tokenizer(path, model.config.vocab_size)
-    published.read_template(path, getattr(found, "names", {}))
+    published.read_template(path, found)
     use_published_tokenizer(found)
 
 
@@ -310,13 +310,11 @@ def fuzz_published_tokenizer(folder: Path, parts: list[bytes]) -> None:
         use_published_tokenizer(
             published.read_tokenizer(folder / "model.gguf", SUBWORDS.vocab_size)
         )
-        published.read_template(folder / "model.gguf", {})
     else:
         put(folder / "tokenizer.json", parts[0])
         if parts[1:]:
             put(folder / "tokenizer_config.json", parts[1])
         use_published_tokenizer(PublishedTokenizer.of_folder(folder))
-        published.read_template(folder, {})
 
 
 def use_published_tokenizer(found: tokenizer.Tokenizer) -> None:
@@ -339,7 +337,7 @@ def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
 def fuzz_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """A tokenizer's file, or its merges."""
     put(folder / "tokenizer.json", tokenizer_file(parts[0]))
-    use_tokenizer(tokenizer.load_tokenizer(folder))
+    use_tokenizer(tokenizer_files.load_tokenizer(folder))
 
 
 def use_tokenizer(found: tokenizer.Tokenizer) -> None:
