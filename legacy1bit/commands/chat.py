@@ -39,6 +39,10 @@ A message that begins with / is written with //. Ctrl-C stops an answer, and a s
 
 _QUOTES = '"""'
 
+# What models that think write before their answer, between these; and the variable of their
+# templates (Qwen3's) that says whether they are to.
+_THINK, _THOUGHT, _THINKING = "<think>", "</think>", "enable_thinking"
+
 # Keys and values of more tokens would take much memory.
 _CONTEXT = 8192
 
@@ -66,6 +70,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "(default: the model's own)",
     )
     command.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model thinks before it answers, where its template has a variable "
+        f"{_THINKING} (default: as the template has it)",
+    )
+    command.add_argument(
         "--context",
         type=int,
         metavar="N",
@@ -85,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     with Generator.load(path, threads) as generator:
         template = _template(arguments.template, path, generator)
         try:
+            if arguments.thinking is not None:
+                _set_thinking(template, arguments.thinking)
             conversation = Conversation(
                 generator, template, sampling, arguments.max_tokens, arguments.context
             )
@@ -111,6 +123,35 @@ def _template(wanted: Path | None, model: Path, generator: Generator) -> Templat
             "makes lines of User: and Assistant: of them, and --template FILE reads one"
         )
     return template
+
+
+def _set_thinking(template: Template, thinking: bool) -> None:
+    """Have the model think before it answers, or not."""
+    if not isinstance(template, JinjaTemplate) or _THINKING not in template.source:
+        raise ValueError(
+            f"--{'' if thinking else 'no-'}thinking: the chat template has no variable {_THINKING}"
+        )
+    template.variables[_THINKING] = thinking
+
+
+def without_thoughts(answer: str, begun: bool = False) -> str | None:
+    """Return an answer without what the model thought before it.
+
+    Parameters
+    ----------
+    answer : str
+    begun : bool
+        Whether the thoughts began before the answer, in what the model read.
+
+    Returns
+    -------
+    str or None
+        None if the thoughts have no end.
+    """
+    if not begun and not answer.lstrip().startswith(_THINK):
+        return answer
+    _, thought, said = answer.partition(_THOUGHT)
+    return said if thought else None
 
 
 class Conversation:
@@ -157,6 +198,7 @@ class Conversation:
         )
         # The tokens that the decoder has, or the first of them.
         self._cached: list[int] = []
+        self._thinks = False
         self._history: list[int] = []
 
     def reset(self) -> None:
@@ -206,10 +248,16 @@ class Conversation:
             self.decoder.prefill(tokens[self.decoder.length : self.decoder.length + _BLOCK])
             self._cached = tokens[: self.decoder.length]
 
-    def finish(self, answer: str) -> None:
-        """Take in an answer, or as much of it as there is."""
+    def finish(self, answer: str) -> bool:
+        """Take in an answer, or as much of it as there is; return whether there is any.
+
+        What the model thought is left out, as the cards of such models demand: they were trained on
+        conversations without.
+        """
         self._cached = self._history[: self.decoder.length]
-        self.messages.append({"role": "assistant", "content": answer.strip()})
+        said = without_thoughts(answer, self._thinks)
+        self.messages.append({"role": "assistant", "content": (said or "").strip()})
+        return said is not None
 
     @property
     def full(self) -> bool:
@@ -242,14 +290,12 @@ class Conversation:
     def _tokens(self) -> list[int]:
         messages = self.transcript(self.dropped)
         tokenizer = self._generator.tokenizer
-        if not self._template.names_tokens:
-            tokens = self._generator.encode(self._template.render(messages))
-        else:
-            if isinstance(tokenizer, PublishedTokenizer):
-                messages = [
-                    {**one, "content": tokenizer.protect(one["content"])} for one in messages
-                ]
-            tokens = tokenizer.encode_special(self._template.render(messages))
+        names_tokens = self._template.names_tokens
+        if names_tokens and isinstance(tokenizer, PublishedTokenizer):
+            messages = [{**one, "content": tokenizer.protect(one["content"])} for one in messages]
+        text = self._template.render(messages)
+        self._thinks = text.rstrip().endswith(_THINK)
+        tokens = tokenizer.encode_special(text) if names_tokens else self._generator.encode(text)
         if not tokens.size:
             raise ValueError("the chat template makes no text of the conversation")
         return [int(token) for token in tokens]
@@ -303,10 +349,16 @@ def _answer(conversation: Conversation, text: str, terminal: bool) -> bool:
     except KeyboardInterrupt:
         stopped = True
     stream.close()
-    conversation.finish(answer)
+    answered = conversation.finish(answer)
     write_bytes(b"\n")
     if conversation.full and not stream.stopped and not stopped:
         print("the context is full: the answer ends here", file=sys.stderr)
+    elif not answered and not stopped:
+        print(
+            "the model was still thinking: --max-tokens N gives it more, --no-thinking has it "
+            "answer at once",
+            file=sys.stderr,
+        )
     if terminal:
         seconds = max(time.perf_counter() - begin, 1e-9)
         print(

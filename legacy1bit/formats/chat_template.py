@@ -87,7 +87,13 @@ class JinjaTemplate:
     ----------
     source : str
     names : mapping of str to str
-        The variables of the template beside the messages: ``bos_token``, ``eos_token``.
+        What the template calls ``bos_token``, ``eos_token``.
+
+    Attributes
+    ----------
+    source : str
+    variables : dict
+        Those of the template beside the messages: ``names``, and what else it may ask for.
 
     Raises
     ------
@@ -105,7 +111,8 @@ class JinjaTemplate:
                 f"the chat template has {len(source)} characters, expected at most {_MOST_SOURCE}"
             )
         load_extra("chat templates need", "jinja2", "sandbox")
-        self._source, self._names = source, dict(names or {})
+        self.source = source
+        self.variables: dict[str, Any] = dict(names or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
@@ -123,9 +130,9 @@ class JinjaTemplate:
             # With the last reference to the template, too.
             self._end = weakref.finalize(self, end_child, self._process)
         request = {
-            "source": self._source,
+            "source": self.source,
             "variables": {
-                **self._names,
+                **self.variables,
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": answer,
                 "tools": None,
