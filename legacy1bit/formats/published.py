@@ -275,6 +275,11 @@ def _model_of(
         if part.kind == "quantized":
             with _telling(names[part.name]):
                 unit = sources[names[part.name]].unit()
+                if unit is None and sources[names[part.name]].scales() is not None:
+                    raise ValueError(
+                        "has scales of 32 weights, expected one for 64 weights or for more: a "
+                        "model's kernels know no smaller groups"
+                    )
                 if unit is None:
                     raise ValueError(
                         "is not ternary: 64 weights have more than one magnitude, and legacy1bit "
