@@ -403,7 +403,8 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
     if _CONFIG not in keys:
         raise ValueError(
             f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
-            "only files that legacy1bit wrote can be read"
+            "only files that legacy1bit wrote can be read (generate, chat and export take those of "
+            "others as they are)"
         )
     config = stored_config(json.loads(_text(keys, _CONFIG)))
     family_of(config, "llama_cpp")

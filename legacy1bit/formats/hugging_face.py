@@ -366,7 +366,7 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     if not isinstance(known, dict) or "config" not in known:
         raise ValueError(
             f"its {CONFIG_FILE} has no settings of {_OURS}; only folders that legacy1bit wrote can "
-            "be read"
+            "be read (generate, chat and export take those of others as they are)"
         )
     settings = known["config"]
     # The weights come with the settings they had when they were written.

@@ -390,6 +390,13 @@ def test_floats_that_are_not_ternary_are_refused(tmp_path):
         load_model(path)
 
 
+def test_a_folder_that_has_a_file_names_it(tmp_path):
+    path, *_ = written(tmp_path)
+    for load in (load_model, PackedModel.load):
+        with pytest.raises(ModelFileError, match=re.escape(f"(--model takes {path})")):
+            load(path.parent)
+
+
 def test_version_2_is_read_as_3(tmp_path):
     path, *_ = written(tmp_path)
     three = load_model(path)
