@@ -15,9 +15,10 @@ import pytest
 from helpers.cases import together
 from helpers.models import make_config, random_model
 from helpers.published import gguf_keys, golden, with_golden_models
-from legacy1bit.data.published_tokenizer import RULES, PublishedTokenizer
-from legacy1bit.data.tokenizer import visible_bytes
+from legacy1bit.data.published_tokenizer import RULES, PublishedTokenizer, template_in
+from legacy1bit.data.tokenizer import ByteTokenizer, visible_bytes
 from legacy1bit.data.tokenizer_files import load_tokenizer
+from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -74,11 +75,14 @@ def test_chats_end_at_the_tokens_of_other_software():
 def test_tokens_are_those_of_llama_cpp(name):
     path = Path(VOCABULARIES, f"ggml-vocab-{name}.gguf")
     tokenizer = PublishedTokenizer.of_gguf(gguf_keys(path))
+    # Written again, it is the same.
+    again = PublishedTokenizer.of_gguf(tokenizer.gguf_keys())
     with open(f"{path}.inp", encoding="utf-8", newline="") as file:
         texts = file.read().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().split("\n")
     for text, line in zip(texts, lines[: len(texts)], strict=True):
         assert tokenizer.encode(text).tolist() == [int(token) for token in line.split()], text
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist(), text
         if name != "llama-spm":
             assert tokenizer.decode(tokenizer.encode(text)).decode() == text
 
@@ -325,6 +329,40 @@ def test_all_that_keys_say_is_written():
         name: value for name, value in keys.items() if name != "general.architecture"
     }
     assert written.keys() - keys.keys() == {"tokenizer.ggml.add_eos_token"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": '{"eos_token": "x"}'}, None),
+        ({"tokenizer_config.json": '{"chat_template": "a"}'}, "a"),
+        ({"tokenizer_config.json": '{"chat_template": "a"}', "chat_template.jinja": "b"}, "b"),
+        (
+            {"tokenizer_config.json": json.dumps({"chat_template": [
+                {"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]})},
+            "b",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "x", "template": "a"}]}'}, None),
+    ],
+)  # fmt: skip
+def test_templates_of_folders(tmp_path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert template_in(tmp_path) == expected
+    # Also beside a tokenizer that is not another program's.
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    found = read_template(tmp_path, ByteTokenizer())
+    assert (None if found is None else found.source) == expected
+
+
+@pytest.mark.parametrize("content", ['{"chat_template": 3}', '{"chat_template": {"a": "b"}}'])
+def test_templates_that_are_no_text_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="its chat template is not a text"):
+        template_in(tmp_path)
+    with pytest.raises(ValueError, match="its chat template is not a text"):
+        PublishedTokenizer.of_gguf(byte_level_keys() | {"tokenizer.chat_template": 3})
 
 
 def test_a_merge_is_written_where_there_is_none():
