@@ -176,6 +176,11 @@ class PublishedTokenizer:
         for token in (*([] if bos_token is None else [bos_token]), *stop_tokens):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"a token that begins or ends texts is {token}, expected a token")
+        unknown = getattr(library.model, "unk_token", None)
+        if unknown is not None and library.model.token_to_id(unknown) is None:
+            raise ValueError(
+                f"its token for unknown characters, {unknown[:40]!r}, is not in its vocabulary"
+            )
         self._bytes_of = _spelling_of(library)
         self.bos_token = bos_token
         self.stop_tokens = tuple(dict.fromkeys(stop_tokens))

@@ -590,6 +590,11 @@ def test_damaged_folders_are_refused(chat_tokenizer, tmp_path):
         ("tokenizer.json", good.replace('"BPE"', '"Unheard"'), "tokenizers refuses it"),
         ("tokenizer.json", good.replace('"ByteLevel"', '"WordPiece"'), "cannot be read"),
         ("tokenizer.json", good[: len(good) // 2], "cannot be read"),
+        (
+            "tokenizer.json",
+            good.replace('"unk_token": null', '"unk_token": "<unk>"'),
+            "unknown characters, '<unk>', is not in its vocabulary",
+        ),
         ("tokenizer_config.json", "x", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json is a list"),
         ("tokenizer_config.json", '{"eos_token": 3}', "a special token is 3"),
