@@ -365,10 +365,15 @@ class PublishedTokenizer:
         Raises
         ------
         ValueError
-            If the format has no name for the way it splits words, or its merges have no scores.
+            If the format has no name for the way it splits words, its merges have no scores, or it
+            has none.
         """
         record = json.loads(self._library.to_str())
         model = record["model"]
+        if model["type"] != "BPE":
+            raise ValueError(
+                f"GGUF files have tokenizers of the type BPE, and it is {model['type']}"
+            )
         names = [self._name_of(token) for token in range(self.vocab_size)]
         kinds = [self._kind_of(token, name, model) for token, name in enumerate(names)]
         named = [self.special_tokens.get(name) for name in _ENDS]

@@ -396,6 +396,15 @@ def test_merges_without_an_order_of_tokens_are_refused(tmp_path):
         PublishedTokenizer(json.dumps(record)).gguf_keys()
 
 
+def test_tokenizers_without_merges_are_not_written_as_gguf(chat_tokenizer):
+    record = chat_tokenizer.description()
+    record["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]]}
+    record["added_tokens"], record["post_processor"] = [], None
+    tokenizer = PublishedTokenizer(json.dumps(record))
+    with pytest.raises(ValueError, match="of the type BPE, and it is Unigram"):
+        tokenizer.gguf_keys()
+
+
 def test_tokens_behind_the_last_one_are_padding(chat_tokenizer):
     assert "[PAD0]" not in chat_tokenizer.description()["model"]["vocab"]
     assert chat_tokenizer.gguf_keys()["tokenizer.ggml.token_type"][-1] == UNUSED
