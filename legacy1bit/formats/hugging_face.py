@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
 from legacy1bit.data.tokenizer import (
     END_OF_TEXT,
     PADDING,
@@ -40,8 +41,6 @@ from legacy1bit.layout import Parameter, parameter_layout
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write_all, read_regular, serialize_tensors
-
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 # The key of settings and provenance, by which an earlier export is recognized.
 _OURS = "legacy1bit"
@@ -121,7 +120,9 @@ def export_hugging_face(
         header[_EXACT] = json.dumps(exact)
     contents = {
         CONFIG_FILE: {**_config(model.config, family, form, tokenizer), _OURS: known},
-        TOKENIZER_FILE: description_in_template(tokenizer),
+        TOKENIZER_FILE: tokenizer.description()
+        if isinstance(tokenizer, PublishedTokenizer)
+        else description_in_template(tokenizer),
         TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config, tokenizer),
     }
     atomic_write_all(
@@ -163,10 +164,7 @@ def _config(
         "mlp_bias": config.biases == "all",
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": "float32",
-        "bos_token_id": tokenizer.bos_token,
-        # The default is token 3; texts of bytes have no end-of-text token.
-        "eos_token_id": tokenizer.eos_token,
-        "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
+        **_token_ids(tokenizer),
     }
     if config.rope_factor > 1.0:
         # The name in all versions of transformers.
@@ -185,6 +183,19 @@ def _config(
     return content
 
 
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """Return the settings that name tokens; the default of the first two is one of others."""
+    if isinstance(tokenizer, PublishedTokenizer):
+        ends: list[int] | None = [*tokenizer.stop_tokens] or None
+        return {"bos_token_id": tokenizer.bos_token, "eos_token_id": ends}
+    return {
+        "bos_token_id": tokenizer.bos_token,
+        # The default is token 3; texts of bytes have no end-of-text token.
+        "eos_token_id": tokenizer.eos_token,
+        "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
+    }
+
+
 def _partial_rotary_factor(config: ModelConfig) -> float:
     """Return the fraction of a head that rotates, such that its product rounds down correctly."""
     if int(config.head_dim * config.rope_fraction) == config.rotary_dim:
@@ -193,6 +204,8 @@ def _partial_rotary_factor(config: ModelConfig) -> float:
 
 
 def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    if isinstance(tokenizer, PublishedTokenizer):
+        return {"model_max_length": config.sequence_length, **tokenizer.config()}
     special = {
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
@@ -354,7 +367,7 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     if not isinstance(known, dict) or "config" not in known:
         raise ValueError(
             f"its {CONFIG_FILE} has no settings of {_OURS}; only folders that legacy1bit wrote can "
-            "be read"
+            "be read (generate, chat and export take those of others as they are)"
         )
     settings = known["config"]
     # The weights come with the settings they had when they were written.

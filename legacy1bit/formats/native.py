@@ -288,7 +288,9 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise ModelFileError(f"{path} is not a model folder: it has no {name}")
+            others = sorted(path.glob("*.gguf"))
+            instead = f" (--model takes {others[0]})" if others else ""
+            raise ModelFileError(f"{path} is not a model folder: it has no {name}{instead}")
     settings = _read_json(path / CONFIG_FILE)
     if "model_type" in settings:
         raise ModelFileError(

@@ -18,15 +18,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
-from legacy1bit.data.tokenizer import (
-    TOKENIZER_FILE,
-    Tokenizer,
-    UnknownTokenizer,
-    tokenizer_of,
-)
+from legacy1bit.data.published_tokenizer import PublishedTokenizer, template_in
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, UnknownTokenizer
+from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.formats import native, safetensors_file
-from legacy1bit.formats.chat_template import Template, template_of
+from legacy1bit.formats.chat_template import JinjaTemplate, Template
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
 from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
 from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter, stored_codes
@@ -116,14 +112,14 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer_of(path, vocab_size)
 
 
-def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
+def read_template(path: Path, tokenizer: Tokenizer) -> Template | None:
     """Return the chat template of a model that ``read_model`` reads; None where it has none.
 
     Parameters
     ----------
     path : Path
-    names : mapping of str to str
-        What the template calls ``bos_token``, ``eos_token`` and the like.
+    tokenizer : Tokenizer
+        The model's; one that others published has its template, and the names of tokens in it.
 
     Raises
     ------
@@ -132,22 +128,12 @@ def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
     OSError
         If a file cannot be read.
     """
-    source: Any = None
-    with _refusing(path):
-        if path.is_file():
-            source = read_keys(path).get(_TEMPLATE) if is_gguf(path) else None
-        elif (path / _TEMPLATE_FILE).exists():
-            source = read_regular(path / _TEMPLATE_FILE).decode()
-        elif (path / TOKENIZER_CONFIG_FILE).exists():
-            source = dict(json.loads(read_regular(path / TOKENIZER_CONFIG_FILE))).get(
-                "chat_template"
-            )
-        if isinstance(source, list):
-            # Several, with names.
-            source = {one["name"]: one["template"] for one in source}.get("default")
-        if not isinstance(source, (str, type(None))):
-            raise ValueError("its chat template is not a text")
-    return template_of(source, names)
+    if isinstance(tokenizer, PublishedTokenizer):
+        source, names = tokenizer.template, tokenizer.names
+    else:
+        with _refusing(path):
+            source, names = template_in(path) if path.is_dir() else None, {}
+    return None if source is None else JinjaTemplate(source, names)
 
 
 def _read_c_v1(path: Path) -> Model:
@@ -288,10 +274,7 @@ def _model_of(
             if scales is not None:
                 found[name] = scales
             elif name in inner:
-                raise ValueError(
-                    "is not ternary: 64 weights have more than one magnitude, and legacy1bit runs "
-                    "ternary models"
-                )
+                raise ValueError(_why_not_ternary(sources[names[name]]))
     ternary = found.keys() >= set(outer)
     config = replace(
         draft,
@@ -320,6 +303,18 @@ def _model_of(
             yield read
 
     return config, provenance, stored()
+
+
+def _why_not_ternary(source: _Source) -> str:
+    if source.codes is not None and source.codes.scales() is not None:
+        return (
+            "has scales of 32 weights, expected one for 64 weights or for more: a model's kernels "
+            "know no smaller groups"
+        )
+    return (
+        "is not ternary: 64 weights have more than one magnitude, and legacy1bit runs ternary "
+        "models"
+    )
 
 
 @contextlib.contextmanager
@@ -474,8 +469,7 @@ _ARCHITECTURES = {
     "bitnet-25": (_MODEL_TYPES["bitnet"], "relu2"),
 }
 
-_TOKENIZER, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
-_TEMPLATE_FILE = "chat_template.jinja"
+_TOKENIZER = "tokenizer.ggml."
 # All bits set.
 _NO_TOKEN = (1 << 32) - 1
 
