@@ -402,25 +402,29 @@ def test_a_folder_that_has_a_file_names_it(tmp_path):
 
 def test_ternary_embeddings_have_a_say_in_the_unit_where_both_are(tmp_path):
     path, keys, tensors = written(tmp_path)
-    shape = (25, 256)
-    fine = b"".join(struct.pack("<e", 0.5 + block) + b"\x19" * 32 for block in range(50))
     named = {name: tensor for name, *tensor in tensors}
     assert load_model(path).config.scale == "row"
-    for changes, unit in (
-        ({"token_embd.weight": (shape, 142, fine)}, "row"),
-        ({"output.weight": (shape, 142, fine)}, "row"),
-        (dict.fromkeys(("token_embd.weight", "output.weight"), (shape, 142, fine)), "128"),
-    ):
-        changed = [(name, *tensor) for name, tensor in {**named, **changes}.items()]
-        fabricated.write_gguf(path, keys, changed, keys["general.alignment"])
+    # A byte 0x19 has codes 1, 2, 1 and 0, which stand for 0, 1, 0 and -1.
+    finer = {
+        name: ((25, 256), 142, b"".join(struct.pack("<e", begin + block) + b"\x19" * 32
+                                        for block in range(50)))
+        for name, begin in (("token_embd.weight", 0.5), ("output.weight", 0.25))
+    }  # fmt: skip
+    for names, unit in ((["token_embd.weight"], "row"), (["output.weight"], "row"), (finer, "128")):
+        changed = named | {name: finer[name] for name in names}
+        tensors = [(name, *tensor) for name, tensor in changed.items()]
+        fabricated.write_gguf(path, keys, tensors, keys["general.alignment"])
         model = load_model(path)
         assert (model.config.scale, model.config.ternary_embedding) == (unit, unit == "128")
-        for theirs, ours in (("token_embd.weight", "embedding"), ("output.weight", "output")):
-            if theirs in changes:
-                value = model.parameters[f"{ours}.weight"]
+        for theirs, ours, begin in (
+            ("token_embd.weight", "embedding.weight", 0.5),
+            ("output.weight", "output.weight", 0.25),
+        ):
+            if theirs in names:
+                value = model.parameters[ours]
                 dense = value.dense() if isinstance(value, TernaryMatrix) else value
-                # A byte 0x19 has codes 1, 2, 1 and 0, which stand for 0, 1, 0 and -1.
-                np.testing.assert_array_equal(dense[1, 1::64], [2.5, 2.5, 3.5, 3.5])
+                expected = [begin + block for block in (2, 2, 3, 3)]
+                np.testing.assert_array_equal(dense[1, 1::64], expected)
 
 
 def test_files_of_the_c_original_are_read(tmp_path):
