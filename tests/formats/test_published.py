@@ -14,9 +14,12 @@ import pytest
 from helpers import fabricated, oracle
 from helpers.cases import together
 from helpers.fabricated import fabricate, runs_of
+from helpers.models import assert_same_model, random_model
 from helpers.published import GOLDEN, golden, golden_logits, with_golden_models
 from legacy1bit.formats import gguf_file, published, tensor_types
+from legacy1bit.formats.c_v1 import export_c_v1
 from legacy1bit.forward import forward_llm_batch
+from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
 from legacy1bit.main import main
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix, load_model
@@ -398,6 +401,46 @@ def test_a_folder_that_has_a_file_names_it(tmp_path):
     for load in (load_model, PackedModel.load):
         with pytest.raises(ModelFileError, match=re.escape(f"(--model takes {path})")):
             load(path.parent)
+
+
+def test_ternary_embeddings_have_a_say_in_the_unit_where_both_are(tmp_path):
+    path, keys, tensors = written(tmp_path)
+    named = {name: tensor for name, *tensor in tensors}
+    assert load_model(path).config.scale == "row"
+    # A byte 0x19 has codes 1, 2, 1 and 0, which stand for 0, 1, 0 and -1.
+    finer = {
+        name: ((25, 256), 142, b"".join(struct.pack("<e", begin + block) + b"\x19" * 32
+                                        for block in range(50)))
+        for name, begin in (("token_embd.weight", 0.5), ("output.weight", 0.25))
+    }  # fmt: skip
+    for names, unit in ((["token_embd.weight"], "row"), (["output.weight"], "row"), (finer, "128")):
+        changed = named | {name: finer[name] for name in names}
+        tensors = [(name, *tensor) for name, tensor in changed.items()]
+        fabricated.write_gguf(path, keys, tensors, keys["general.alignment"])
+        model = load_model(path)
+        assert (model.config.scale, model.config.ternary_embedding) == (unit, unit == "128")
+        for theirs, ours, begin in (
+            ("token_embd.weight", "embedding.weight", 0.5),
+            ("output.weight", "output.weight", 0.25),
+        ):
+            if theirs in names:
+                value = model.parameters[ours]
+                dense = value.dense() if isinstance(value, TernaryMatrix) else value
+                expected = [begin + block for block in (2, 2, 3, 3)]
+                np.testing.assert_array_equal(dense[1, 1::64], expected)
+
+
+def test_files_of_the_c_original_are_read(tmp_path):
+    model = random_model(ModelConfig.c_original(64, 64, 1))
+    export_c_v1(model, tmp_path / "model.bin")
+    assert_same_model(load_model(tmp_path / "model.bin"), model)
+    packed = PackedModel.load(tmp_path / "model.bin")
+    for name, value in packed.parameters.items():
+        expected = model.parameters[name]
+        if isinstance(value, PackedMatrix):
+            np.testing.assert_array_equal(value.values, expected.values)
+        else:
+            np.testing.assert_array_equal(value, expected)
 
 
 def test_version_2_is_read_as_3(tmp_path):

@@ -23,7 +23,12 @@ import seed
 
 MODULES = ("gguf_file", "safetensors_file", "published", "tensor_types")
 PATHS = [f"legacy1bit/formats/{name}.py" for name in MODULES]
-TESTS = ["tests/formats/test_published.py", "tests/test_fuzz.py", "tests/formats/test_gguf.py"]
+TESTS = [
+    "tests/formats/test_gguf_file.py",
+    "tests/formats/test_safetensors_file.py",
+    "tests/formats/test_published.py",
+    "tests/test_fuzz.py",
+]
 # For a function.
 FAULTS = 6
 
