@@ -12,9 +12,7 @@ import numpy as np
 
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport (
-    CODES_PER_BYTE, STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, TRITS_PER_BYTE,
-)
+from legacy1bit.kernels cimport STRIP_ROWS, TILE_BYTES, TILE_CODES, TILE_ROW_BYTES, TILE_TRITS
 from legacy1bit.threads cimport parallel_for, scratch
 
 
@@ -202,7 +200,8 @@ cdef const unsigned char *decode_row(const Job *job, Py_ssize_t row, unsigned ch
     return buffer + skip
 
 
-cdef void write_codes(const unsigned char *row, Py_ssize_t tiles, unsigned char *out) noexcept nogil:
+cdef void write_codes(const unsigned char *row, Py_ssize_t tiles,
+                      unsigned char *out) noexcept nogil:
     # Writes a row of tiles: of 16 codes, byte b has those in columns b, 4 + b, 8 + b and 12 + b.
     cdef unsigned int first, second, third, fourth
     cdef Py_ssize_t _tile
@@ -217,7 +216,8 @@ cdef void write_codes(const unsigned char *row, Py_ssize_t tiles, unsigned char 
         out += TILE_BYTES
 
 
-cdef void write_trits(const unsigned char *row, Py_ssize_t tiles, unsigned char *out) noexcept nogil:
+cdef void write_trits(const unsigned char *row, Py_ssize_t tiles,
+                      unsigned char *out) noexcept nogil:
     # The same of 20 codes, as digits in base 3.
     cdef Py_ssize_t _tile, b
     cdef unsigned int number
@@ -314,6 +314,8 @@ cdef class _Target:
         cdef unsigned char[::1] outcomes
         cdef Py_ssize_t count = order.shape[0], tasks = (count + STRIP_ROWS - 1) // STRIP_ROWS
         cdef int threads = self.threads
+        if layout == "quarters" and rows % 4:
+            raise ValueError(f"has {rows} rows, expected a multiple of 4")
         needed = stored_size(layout, rows, self.job.cols)
         if stored.shape[0] < needed:
             raise ValueError(f"has {stored.shape[0]} bytes, expected {needed}")

@@ -235,6 +235,12 @@ def test_data_that_is_too_short_is_refused(layout):
             values_of(layout, data, shape, places=np.array(order))
 
 
+def test_quarters_of_other_rows_are_refused():
+    for rows in (1, 3, 5):
+        with pytest.raises(ValueError, match=f"has {rows} rows, expected a multiple of 4"):
+            values_of("quarters", np.zeros(99, np.uint8), (rows, 8))
+
+
 def test_tiles_of_another_shape_are_refused():
     with pytest.raises(ValueError, match=r"array has shape \(1, 2, 128\), expected \(2, 2, 128\)"):
         Tiles(np.empty((1, 2, 128), np.uint8), (33, 17), TERNARY)

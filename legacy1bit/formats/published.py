@@ -50,7 +50,7 @@ from legacy1bit.layout import Parameter, parameter_layout
 from legacy1bit.packing import Values
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import one_line
-from legacy1bit.system.files import read_regular
+from legacy1bit.system.files import read_regular, release
 
 Model = tuple[ModelConfig, Provenance, Iterator[StoredParameter]]
 # The result of ``row_order``.
@@ -58,6 +58,7 @@ _Order = npt.NDArray[np.intp] | None
 
 # The longest context; files may promise more.
 _MOST_TOKENS = 1 << 17
+_COMPARED_AT_ONCE = 1 << 22  # bytes
 
 
 def read_model(path: Path) -> Model:
@@ -544,8 +545,19 @@ def _are_same(one: Any, other: Any) -> bool:
         other is not None
         and one.kind is other.kind
         and one.shape == other.shape
-        and bool(np.array_equal(one.data, other.data))
+        and _have_same_bytes(one.data, other.data)
     )
+
+
+def _have_same_bytes(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    """Compare mapped tensors, without leaving them in memory."""
+    for first in range(0, max(one.size, other.size), _COMPARED_AT_ONCE):
+        ours, theirs = (data[first : first + _COMPARED_AT_ONCE] for data in (one, other))
+        if not np.array_equal(ours, theirs):
+            return False
+        release(ours)
+        release(theirs)
+    return True
 
 
 def _gguf_config(
@@ -708,7 +720,7 @@ def read_hugging_face(folder: Path) -> Model:
         if tied and "lm_head.weight" in tensors:
             output = tensors.pop("lm_head.weight")
             embedding = tensors.get("model.embed_tokens.weight")
-            if embedding is not None and not np.array_equal(output.data, embedding.data):
+            if embedding is not None and not _have_same_bytes(output.data, embedding.data):
                 raise ValueError("lm_head.weight differs from the embedding, and both are tied")
         draft = replace(
             _hugging_face_config(kind, family, own, tensors),
