@@ -21,14 +21,14 @@ def write(folder, header, data=DATA, name="model.safetensors"):
     (folder / name).write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
-def test_tensors_are_read_in_any_order_and_with_gaps(tmp_path):
-    header = {"b": entry("U8", (3,), (21, 24)), "a": entry(), "c": entry("BF16", (2,), (8, 12))}
-    write(tmp_path, {**header, "__metadata__": {"format": "pt"}})
+def test_tensors_are_read_in_any_order(tmp_path):
+    header = {"b": entry("U8", (3,), (12, 15)), "a": entry(), "c": entry("BF16", (2,), (8, 12))}
+    write(tmp_path, {**header, "__metadata__": {"format": "pt"}}, DATA[:15])
     found = read_tensors(tmp_path)
     assert list(found) == ["b", "a", "c"]
     assert (found["a"].dtype, found["a"].shape) == ("F32", (2, 1))
     assert {name: tensor.data.tobytes() for name, tensor in found.items()} == {
-        "b": DATA[21:],
+        "b": DATA[12:15],
         "a": DATA[:8],
         "c": DATA[8:12],
     }
@@ -58,6 +58,11 @@ WRONG = [
     ({"a": entry(ends=[0, 9])}, "a has shape [2, 1] of F32 in 9 bytes"),
     ({"a": entry("F16")}, "a has shape [2, 1] of F16 in 8 bytes"),
     ({"a": entry(), "b": entry(ends=[7, 15])}, "b has offset 7, and overlaps a"),
+    (
+        {"a": entry(), "b": entry(ends=[16, 24])},
+        "b has offset 16, and the tensors before it end at",
+    ),
+    ({"a": entry(), "b": entry(ends=[8, 16])}, "has 8 bytes after its last tensor"),
 ]
 
 
@@ -70,7 +75,7 @@ def test_what_is_wrong_in_a_header_is_told(tmp_path_factory, header, told):
 
 
 def test_what_may_be_is_read(tmp_path):
-    write(tmp_path, {"a": entry(shape=[2, *[1] * 7]), "b": entry(ends=[16, 24])})
+    write(tmp_path, {"a": entry(shape=[2, *[1] * 7]), "b": entry(ends=[8, 16])}, DATA[:16])
     assert read_tensors(tmp_path)["a"].shape == (2, 1, 1, 1, 1, 1, 1, 1)
     write(tmp_path, {}, b"")
     assert read_tensors(tmp_path) == {}
@@ -89,8 +94,8 @@ def write_index(folder, places):
 
 
 def test_files_of_an_index_are_read(tmp_path):
-    write(tmp_path, {"a": entry(), "b": entry(ends=[8, 16])}, name="1.safetensors")
-    write(tmp_path, {"c": entry()}, name="2.safetensors")
+    write(tmp_path, {"a": entry(), "b": entry(ends=[8, 16])}, DATA[:16], "1.safetensors")
+    write(tmp_path, {"c": entry()}, DATA[:8], name="2.safetensors")
     two = "2.safetensors"
     write_index(tmp_path, {"weight_map": {**dict.fromkeys("ab", "1.safetensors"), "c": two}})
     assert [*read_tensors(tmp_path)] == ["a", "b", "c"]
@@ -117,7 +122,7 @@ def test_files_of_an_index_are_read(tmp_path):
 )
 def test_what_is_wrong_in_an_index_is_told(tmp_path_factory, index, told):
     folder = tmp_path_factory.mktemp("model")
-    write(folder, {"a": entry()}, name="1.safetensors")
+    write(folder, {"a": entry()}, DATA[:8], "1.safetensors")
     write_index(folder, index)
     with pytest.raises(ValueError, match=re.escape(told)):
         read_tensors(folder)
