@@ -2,13 +2,13 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
+from legacy1bit.commands.streams import say
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
 from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.formats.published import is_hugging_face
@@ -104,6 +104,47 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--license", metavar="TEXT", help="license of the model, stored with it")
 
 
+def export_model(
+    path: Path,
+    out: Path,
+    kind: str,
+    types: tuple[str | None, str | None] = (None, None),
+    license: str | None = None,
+    say: Callable[[str], None] = say,
+) -> str:
+    """Write a model as a file for other programs, and return how that is used.
+
+    Parameters
+    ----------
+    path : Path
+        Of a model of any known format.
+    out : Path
+    kind : str
+        One of ``FORMATS``.
+    types : (str or None, str or None)
+        Of the matrices, and of embedding and output matrix, in GGUF; None: the default.
+    license : str, optional
+    say : callable
+        Takes a line.
+
+    Raises
+    ------
+    ValueError, OSError
+        If the model cannot be read, or has no such form.
+    """
+    _check_output(out, path)
+    model = read_model(path)
+    tokenizer = None
+    if is_hugging_face(path) or (path.is_file() and is_gguf(path)):
+        # It has no place in the files that are written.
+        say(f"the tokenizer of {path} is not exported")
+    elif (path / TOKENIZER_FILE).exists():
+        tokenizer = load_tokenizer(path)
+    if license is not None:
+        model.provenance = replace(model.provenance, license=license)
+    return FORMATS[kind](model, out, _Types(*types), tokenizer)
+
+
 def _check_output(out: Path, model: Path) -> None:
     """Raise ``ValueError`` for a file that is a part of the model, or of its run."""
     parts = [model] if model.is_file() else Run(model).files()
@@ -118,17 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         if given is not None and arguments.format != "gguf":
             raise ValueError(f"{option} is for --format gguf, not {arguments.format}")
     path = arguments.model or latest_run()
-    _check_output(arguments.out, path)
-    model = read_model(path)
-    tokenizer = None
-    if is_hugging_face(path) or (path.is_file() and is_gguf(path)):
-        # It has no place in the files that are written.
-        print(f"the tokenizer of {path} is not exported", file=sys.stderr)
-    elif (path / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(path)
-    if arguments.license is not None:
-        model.provenance = replace(model.provenance, license=arguments.license)
-    hint = FORMATS[arguments.format](model, arguments.out, types, tokenizer)
+    hint = export_model(path, arguments.out, arguments.format, types, arguments.license)
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {size:,} bytes; {hint}")

@@ -17,7 +17,7 @@ from helpers.models import make_config, random_model
 from helpers.paths import ROOT
 from helpers.published import golden, with_golden_models
 from legacy1bit.commands import chat as chat_command
-from legacy1bit.commands.chat import Conversation
+from legacy1bit.conversation import Conversation
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.formats.chat_template import PlainTemplate
 from legacy1bit.formats.published import read_template
