@@ -60,8 +60,9 @@ def _argument_of(option: str) -> str:
 
 def check_names(given: Iterable[str], known: Iterable[str]) -> None:
     """Raise ``TypeError`` with the nearest known name if a name is unknown."""
+    known = list(known)
     options = [name.replace("_", "-") for name in known]
-    for name in (name for name in given if name.replace("_", "-") not in options):
+    for name in (name for name in given if name not in known):
         near = nearest_option(name, options)
         known_one = near or difflib.get_close_matches(name, options, 1, cutoff=0.0)[0]
         raise TypeError(f"unknown argument {name}: the nearest is {_argument_of(known_one)}")

@@ -93,7 +93,9 @@ def is_first_run(arguments: argparse.Namespace) -> bool:
     )
 
 
-def fit_first_run(training: TrainingConfig, within: int, output: Output) -> TrainingConfig:
+def fit_first_run(
+    training: TrainingConfig, within: int, output: Output = STANDARD_ERROR
+) -> TrainingConfig:
     """Return the settings of a first run, with fewer steps where the CPU is slow; say why.
 
     Parameters
