@@ -6,7 +6,6 @@ Progress and remarks go to standard error.
 
 import argparse
 import contextlib
-import difflib
 import importlib
 import io
 import itertools
@@ -18,6 +17,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn, TextIO
 
+from legacy1bit.commands.names import nearest_option
 from legacy1bit.commands.streams import unfailing
 from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
 from legacy1bit.version import __version__
@@ -95,37 +95,6 @@ _OF_PROGRAM = ("-h", "--help", "--version")
 # A folder with one of these holds a run or a model.
 _OF_MODELS = ("training.json", "config.json")
 
-# Options of other programs, and the nearest ones here.
-_ELSEWHERE = {
-    **dict.fromkeys(("lr", "max-lr", "rate"), ("learning-rate",)),
-    **dict.fromkeys(("wd", "decay"), ("weight-decay",)),
-    **dict.fromkeys(("epochs", "epoch", "max-iters", "iterations", "max-steps"), ("steps",)),
-    **dict.fromkeys(("time", "max-time"), ("minutes",)),
-    **dict.fromkeys(("batch", "bs"), ("batch-size",)),
-    **dict.fromkeys(("accumulate", "grad-accum"), ("gradient-accumulation",)),
-    **dict.fromkeys(("warmup",), ("warmup-steps",)),
-    **dict.fromkeys(("dim", "width", "n-embd", "d-model", "hidden-size"), ("model-dim",)),
-    **dict.fromkeys(("layers", "n-layer", "num-layers", "depth"), ("blocks",)),
-    **dict.fromkeys(("n-head", "num-heads", "num-attention-heads"), ("heads",)),
-    **dict.fromkeys(
-        ("ctx", "ctx-size", "context", "context-length", "block-size", "seq-len", "max-length"),
-        ("sequence-length", "max-tokens"),
-    ),
-    **dict.fromkeys(("vocab", "vocabulary"), ("vocab-size",)),
-    **dict.fromkeys(("dtype",), ("precision", "type")),
-    **dict.fromkeys(("quantization", "quant"), ("scheme", "type")),
-    **dict.fromkeys(("workers", "cores", "cpus", "num-threads"), ("threads",)),
-    **dict.fromkeys(("input", "file", "text", "dataset", "train", "corpus"), ("data", "prompt")),
-    **dict.fromkeys(("val", "valid", "eval", "test"), ("validation",)),
-    **dict.fromkeys(("o", "output", "save", "name"), ("out",)),
-    **dict.fromkeys(("m", "model", "run", "load", "checkpoint"), ("model", "resume")),
-    **dict.fromkeys(("continue", "restart"), ("resume",)),
-    **dict.fromkeys(("n", "length", "tokens", "n-predict", "max-new-tokens"), ("max-tokens",)),
-    **dict.fromkeys(("temp", "t"), ("temperature",)),
-    **dict.fromkeys(("num-samples", "samples"), ("count",)),
-    **dict.fromkeys(("chat",), ("interactive",)),
-}
-
 
 class _Formatter(argparse.HelpFormatter):
     """Wraps texts, but keeps the lines of examples."""
@@ -153,13 +122,8 @@ class _Parser(argparse.ArgumentParser):
         """Return the option that is probably meant: of an earlier version, or the nearest."""
         if not word.startswith("-"):
             return None
-        name = word.partition("=")[0].lstrip("-").lower().replace("_", "-")
-        options = self._options()
-        known = [
-            option for option in (_today(name), *_ELSEWHERE.get(name, ())) if option in options
-        ]
-        near = known or difflib.get_close_matches(name, options, 1)
-        return f"--{near[0]}" if near else None
+        near = nearest_option(word.partition("=")[0].lstrip("-"), self._options())
+        return None if near is None else f"--{near}"
 
     def _named(self, words: Sequence[str]) -> str | None:
         """Return words without an option behind the one that probably takes them."""
@@ -183,14 +147,6 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         _fail(f"{message} (see {self.prog} --help)")
-
-
-def _today(option: str) -> str:
-    """Return the name of an option of an earlier version."""
-    # Loaded where it is needed: with NumPy.
-    from legacy1bit.hyperparams import ALIASES
-
-    return ALIASES.get(option.replace("-", "_"), "").replace("_", "-")
 
 
 def _fail(message: str) -> NoReturn:
@@ -261,22 +217,13 @@ def _run(argv: Sequence[str] | None) -> int:
             raise
         _fail(str(error))
     except SettingError as error:
-        _fail(error.named(lambda name: _option_typed(parsed, name)))
+        # It is loaded already: a command has failed.
+        from legacy1bit.commands.options import option_typed
+
+        _fail(error.named(lambda name: option_typed(parsed, name)))
     except (ValueError, TypeError, IndexError, OSError, MemoryError) as error:
         _fail(describe(error))
     return status
-
-
-def _option_typed(parsed: argparse.Namespace, name: str) -> str | None:
-    """Return the option of a setting, unless its value comes from a file."""
-    # It is loaded already: a command has failed.
-    from legacy1bit.commands.options import option_of
-
-    option = option_of(name) if hasattr(parsed, name) else None
-    of_file = any(getattr(parsed, source, None) for source in ("config", "resume", "model"))
-    if option is None or (of_file and getattr(parsed, name) is None):
-        return None
-    return f"--{option}"
 
 
 def program() -> NoReturn:

@@ -12,6 +12,7 @@ import pytest
 
 from helpers import oracle
 from helpers.paths import ROOT
+from legacy1bit.api.output import logger
 from legacy1bit.main import COMMANDS, main, parser_of
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
@@ -222,7 +223,7 @@ def test_learn_computes_what_the_oracle_does(learned):
 def folder(tmp_path_factory):
     """A folder with a model in runs/mine."""
     folder = tmp_path_factory.mktemp("examples")
-    sizes = "--stories 20 --steps 2 --model-dim 8 --blocks 1 --heads 2 --sequence-length 32"
+    sizes = "--stories 20 --steps 2 --model-dim 8 --blocks 1 --heads 2 --sequence-length 64"
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         main(["train", *sizes.split(), "--out", str(folder / "runs/mine")])
     return folder
@@ -231,6 +232,9 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["README.md", "docs/PYTHON.md"])
 def test_examples_run(name, folder, monkeypatch):
     monkeypatch.chdir(folder)
+    # Handlers and levels that an example sets end with it.
+    monkeypatch.setattr(logger, "handlers", [*logger.handlers])
+    monkeypatch.setattr(logger, "level", logger.level)
     names = {}
     blocks = blocks_of(text_of(ROOT / name), "python")
     assert blocks

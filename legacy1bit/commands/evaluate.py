@@ -1,7 +1,7 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
-import sys
+from typing import NamedTuple
 
 from legacy1bit.commands.options import (
     ALL_CORES,
@@ -11,7 +11,7 @@ from legacy1bit.commands.options import (
     latest_run,
     threads_of,
 )
-from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.commands.progress import STANDARD_ERROR, Output
 from legacy1bit.commands.texts import add_cache, moved, paths_named
 from legacy1bit.data.corpus import open_corpus, open_text
 from legacy1bit.data.origin import DataOrigin
@@ -49,8 +49,49 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--threads", type=int, metavar="N", help=f"default: {ALL_CORES}")
 
 
+class Measured(NamedTuple):
+    """How well a model predicts a text.
+
+    Attributes
+    ----------
+    metrics : Metrics
+    kind : str
+        The kind of its tokens.
+    tokens : int
+        How many tokens a validation set has; 0: those of the metrics.
+    recall : float or None
+        How often a model remembers whom a story is about, if there are stories.
+    """
+
+    metrics: Metrics
+    kind: str
+    tokens: int = 0
+    recall: float | None = None
+
+
 def run(arguments: argparse.Namespace) -> int:
     """Print how well a model predicts a text."""
+    measured = measure(arguments)
+    print_metrics(measured.metrics, measured.kind, measured.tokens)
+    if measured.recall is not None:
+        print_recall(measured.recall)
+    return 0
+
+
+def measure(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> Measured:
+    """Measure how well a model predicts a text.
+
+    Parameters
+    ----------
+    arguments : Namespace
+        The options of the command.
+    output : Output
+
+    Raises
+    ------
+    ValueError, OSError
+        If the model or the text cannot be read, or options do not fit.
+    """
     threads = threads_of(arguments)
     folder = arguments.model or latest_run()
     model = load_model(folder)
@@ -63,27 +104,24 @@ def run(arguments: argparse.Namespace) -> int:
         origin = moved(origin, folder, places, arguments.cache)
         length = config.sequence_length
         corpus = open_corpus(
-            origin, settings.data, length, arguments.cache, tokenizer, progress_of_bytes
+            origin, settings.data, length, arguments.cache, tokenizer, output.progress
         )
         limit = settings.training.validation_tokens
         metrics = evaluate(model, corpus.validation, threads, limit, tokenizer)
-        print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
-        if corpus.stories:
-            print_recall(recall_of_heroes(model, corpus.stories, threads))
-        return 0
+        recall = recall_of_heroes(model, corpus.stories, threads) if corpus.stories else None
+        return Measured(metrics, tokenizer.kind, corpus.validation.tokens.size, recall)
     given_data = DataConfig(**given(arguments, DataConfig))
     if any(places.values()):
         raise ValueError("--run-data and --run-validation exclude --data")
     origin = DataOrigin.of_texts(paths_named(arguments.data, "data", arguments.cache))
-    tokens, remarks = open_text(origin, given_data, tokenizer, arguments.cache, progress_of_bytes)
+    tokens, remarks = open_text(origin, given_data, tokenizer, arguments.cache, output.progress)
     for remark in remarks:
-        print(remark, file=sys.stderr)
+        output.say(remark)
     if tokens.size < 2:
         raise ValueError(f"{' '.join(arguments.data)} has one byte, expected at least two")
     length = min(config.sequence_length, tokens.size - 1)
     dataset = TokenDataset(tokens, length, config.pad_token)
-    print_metrics(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
-    return 0
+    return Measured(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
 
 
 def print_recall(fraction: float) -> None:

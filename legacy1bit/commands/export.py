@@ -102,6 +102,40 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument("--license", metavar="TEXT", help="license of the model, stored with it")
 
 
+def export_model(
+    path: Path,
+    out: Path,
+    kind: str,
+    types: tuple[str | None, str | None] = (None, None),
+    license: str | None = None,
+) -> str:
+    """Write a model as a file for other programs, and return how that is used.
+
+    Parameters
+    ----------
+    path : Path
+        Of a model of any known format.
+    out : Path
+    kind : str
+        One of ``FORMATS``.
+    types : (str or None, str or None)
+        Of the matrices, and of embedding and output matrix, in GGUF; None: the default.
+    license : str, optional
+
+    Raises
+    ------
+    ValueError, OSError
+        If the model cannot be read, or has no such form.
+    """
+    _check_output(out, path)
+    model = read_model(path)
+    known = read_tokenizer(path, model.config.vocab_size)
+    tokenizer = None if known.kind == "unknown" else known
+    if license is not None:
+        model.provenance = replace(model.provenance, license=license)
+    return FORMATS[kind](model, out, _Types(*types), tokenizer)
+
+
 def _check_output(out: Path, model: Path) -> None:
     """Raise ``ValueError`` for a file that is a part of the model, or of its run."""
     parts = [model] if model.is_file() else Run(model).files()
@@ -116,13 +150,7 @@ def run(arguments: argparse.Namespace) -> int:
         if given is not None and arguments.format != "gguf":
             raise ValueError(f"{option} is for --format gguf, not {arguments.format}")
     path = arguments.model or latest_run()
-    _check_output(arguments.out, path)
-    model = read_model(path)
-    known = read_tokenizer(path, model.config.vocab_size)
-    tokenizer = None if known.kind == "unknown" else known
-    if arguments.license is not None:
-        model.provenance = replace(model.provenance, license=arguments.license)
-    hint = FORMATS[arguments.format](model, arguments.out, types, tokenizer)
+    hint = export_model(path, arguments.out, arguments.format, types, arguments.license)
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {size:,} bytes; {hint}")

@@ -49,6 +49,15 @@ def option_of(name: str) -> str | None:
     return None if option is None else option.replace("_", "-")
 
 
+def option_typed(parsed: argparse.Namespace, name: str) -> str | None:
+    """Return the option of a setting with its dashes, unless its value comes from a file."""
+    option = option_of(name) if hasattr(parsed, name) else None
+    of_file = any(getattr(parsed, source, None) for source in ("config", "resume", "model"))
+    if option is None or (of_file and getattr(parsed, name) is None):
+        return None
+    return f"--{option}"
+
+
 def add_settings(
     command: argparse.ArgumentParser,
     title: str,

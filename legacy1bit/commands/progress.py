@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -20,6 +20,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from legacy1bit.commands.streams import say
+from legacy1bit.data.corpus import Progress as ProgressOfBytes
 from legacy1bit.system.cgroups import can_start_threads
 
 console = Console(stderr=True, highlight=False)
@@ -109,6 +111,24 @@ def progress_of_bytes(description: str, total: int) -> Iterator[Callable[[int], 
     with Bar(*columns) as progress:
         task = progress.add_task(description, total=total or None)
         yield lambda done: progress.update(task, completed=done)
+
+
+class Output(NamedTuple):
+    """Where the preparation of a training tells what it does.
+
+    Attributes
+    ----------
+    say : callable
+        Takes a line.
+    progress : callable
+        Shows the progress through a text, as ``progress_of_bytes``.
+    """
+
+    say: Callable[[str], None]
+    progress: ProgressOfBytes
+
+
+STANDARD_ERROR = Output(say, progress_of_bytes)
 
 
 def progress_of_tuning() -> Bar:

@@ -1,13 +1,12 @@
 """The settings of a run: those of a file and of the command line, merged."""
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import given, path_of, threads_of
-from legacy1bit.commands.progress import progress_of_bytes
+from legacy1bit.commands.progress import STANDARD_ERROR, Output
 from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus, open_corpus
@@ -95,24 +94,26 @@ def is_first_run(arguments: argparse.Namespace) -> bool:
     )
 
 
-def fit_first_run(training: TrainingConfig, within: int) -> TrainingConfig:
-    """Return the settings of a first run, with fewer steps where the CPU is slow; print why.
+def fit_first_run(
+    training: TrainingConfig, within: int, output: Output = STANDARD_ERROR
+) -> TrainingConfig:
+    """Return the settings of a first run, with fewer steps where the CPU is slow; say why.
 
     Parameters
     ----------
     training : TrainingConfig
     within : int
         The number of steps in ``FIRST_RUN_SECONDS``.
+    output : Output
     """
     rate = within / FIRST_RUN_SECONDS
     if training.steps <= rate * _PATIENT_SECONDS:
         return training
     steps = min(max(within, _LEAST_STEPS), training.steps)
     minutes = f"{steps / rate / 60:.1f}".removesuffix(".0")
-    print(
+    output.say(
         f"this CPU trains {rate:.2g} steps/s: {steps:,} of {training.steps:,} steps, about "
-        + ("a minute" if minutes in ("1", "1.1", "1.2") else f"{minutes} minutes"),
-        file=sys.stderr,
+        + ("a minute" if minutes in ("1", "1.1", "1.2") else f"{minutes} minutes")
     )
     return replace(training, steps=steps)
 
@@ -137,7 +138,7 @@ class RunPlan:
     run: Path | None = None
 
 
-def plan_run(arguments: argparse.Namespace) -> RunPlan:
+def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> RunPlan:
     """Return the plan of the run that the command line, and its --config, describe.
 
     Raises
@@ -159,7 +160,7 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
     tokenizer = _tokenizer_of(arguments, settings)
     try:
         corpus = open_corpus(
-            origin, data, model.sequence_length, arguments.cache, tokenizer, progress_of_bytes
+            origin, data, model.sequence_length, arguments.cache, tokenizer, output.progress
         )
     except SettingError as error:
         error.place = None if arguments.config is None else str(arguments.config)
@@ -167,7 +168,7 @@ def plan_run(arguments: argparse.Namespace) -> RunPlan:
     except TextChanged as error:
         raise ValueError(f"{error} ({remedy})") from None
     for remark in corpus.remarks:
-        print(remark, file=sys.stderr)
+        output.say(remark)
     tokens = settings["model"].get("vocab_size")
     if tokens is not None and tokens != corpus.tokenizer.vocab_size:
         raise ValueError(

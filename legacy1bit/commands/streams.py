@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
@@ -15,6 +16,11 @@ def unfailing(stream: TextIO | None) -> TextIO:
         None: a closed one, for which print would take standard output.
     """
     return cast(TextIO, _Unfailing(stream or open(os.devnull, "w")))
+
+
+def say(line: str) -> None:
+    """Write a line to standard error."""
+    print(line, file=sys.stderr)
 
 
 class _Unfailing:

@@ -5,6 +5,7 @@ import contextlib
 import shlex
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import Bar, progress_of_bytes, progress_of_training
+from legacy1bit.commands.progress import STANDARD_ERROR, Bar, Output, progress_of_training
 from legacy1bit.commands.run_settings import (
     FIRST_RUN_SECONDS,
     add_config,
@@ -123,15 +124,29 @@ def _print_config(arguments: argparse.Namespace) -> None:
     print(config_text(*records_of(settings, arguments.config), unset), end="")
 
 
-def _start(
-    arguments: argparse.Namespace, ends: contextlib.ExitStack
+def start(
+    arguments: argparse.Namespace, ends: contextlib.ExitStack, output: Output = STANDARD_ERROR
 ) -> tuple[Trainer, MetricsLogger]:
-    """Return a new run, or one restored from its checkpoint, and lock it."""
+    """Return a new run, or one restored from its checkpoint, and lock it.
+
+    Parameters
+    ----------
+    arguments : Namespace
+        The options of the command.
+    ends : ExitStack
+        Its end unlocks the run, and removes a folder in which nothing was recorded.
+    output : Output
+
+    Raises
+    ------
+    ValueError, TypeError, OSError, MemoryError
+        If options do not fit, a text cannot be read, or the folder is in use or not empty.
+    """
     if arguments.resume is not None:
         run = Run(arguments.resume)
         run.settings()
         ends.enter_context(run.lock())
-        return _resume(arguments)
+        return _resume(arguments, output)
     if arguments.tensorboard:
         check_tensorboard()
     check_above_zero(arguments, "minutes")
@@ -139,21 +154,20 @@ def _start(
         raise ValueError("--minutes and --steps exclude each other")
     if arguments.out is not None:
         Run(arguments.out).check_new()
-    new = plan_run(arguments)
+    new = plan_run(arguments, output)
     training = new.training
     if new.run is not None:
-        print(
+        output.say(
             f"new weights, with the settings of {new.run}; to train its own further, on its own "
-            f"text: --resume {shlex.quote(str(new.run))}",
-            file=sys.stderr,
+            f"text: --resume {shlex.quote(str(new.run))}"
         )
     if arguments.minutes is not None:
         steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
         training = replace(training, steps=steps)
-        print(f"{steps:,} steps in {arguments.minutes:g} minutes", file=sys.stderr)
+        output.say(f"{steps:,} steps in {arguments.minutes:g} minutes")
     if is_first_run(arguments):
         within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
-        training = fit_first_run(training, within)
+        training = fit_first_run(training, within, output)
     # The folder last: errors before leave nothing behind.
     source = new.corpus.origin.to_dict()
     trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data)
@@ -167,7 +181,7 @@ def _start(
     return trainer, MetricsLogger(folder, tensorboard=arguments.tensorboard)
 
 
-def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
+def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, MetricsLogger]:
     """Restore a run with its own settings, of which only ``CHANGEABLE`` ones may change."""
     folder = arguments.resume
     run = Run(folder)
@@ -197,7 +211,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     fixed = settings.fixed()
     checkpoint, errors = newest_checkpoint(run, fixed)
     for error in errors:
-        print(f"{describe(error)}; going on with {checkpoint.path}", file=sys.stderr)
+        output.say(f"{describe(error)}; going on with {checkpoint.path}")
     done, best_step = checkpoint.step, checkpoint.best[1]
     waited = config.patience_ends(done, best_step)
     if waited or done >= config.steps:
@@ -215,15 +229,13 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     places = {"data": arguments.data, "validation": arguments.validation}
     origin = moved(origin, folder, places, arguments.cache)
     length = settings.model.sequence_length
-    corpus = open_corpus(
-        origin, settings.data, length, arguments.cache, tokenizer, progress_of_bytes
-    )
+    corpus = open_corpus(origin, settings.data, length, arguments.cache, tokenizer, output.progress)
     for remark in corpus.remarks:
-        print(remark, file=sys.stderr)
+        output.say(remark)
     source = settings.source | corpus.origin.to_dict()
     trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
     trainer.restore(checkpoint)
-    print(f"going on with {folder} at step {trainer.step}", file=sys.stderr)
+    output.say(f"going on with {folder} at step {trainer.step}")
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
 
 
@@ -233,7 +245,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_config(arguments)
         return 0
     with contextlib.ExitStack() as ends:
-        trainer, logger = _start(arguments, ends)
+        trainer, logger = start(arguments, ends)
         status = _train(trainer, logger)
     steps = TrainingConfig().steps
     if status == 0 and is_first_run(arguments) and trainer.config.steps < steps:
@@ -246,20 +258,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     """Train to the end, or until interrupted."""
-    config = trainer.model.config
-    print(
-        f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
-        f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
-        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
-        f"{_epochs(trainer):.1f} epochs",
-        file=sys.stderr,
-    )
-    if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
-        print(
-            f"{_epochs(trainer):.0f} epochs may overfit: use more text or fewer --steps, or stop "
-            "early with --patience 3",
-            file=sys.stderr,
-        )
+    say_what_is_trained(trainer, STANDARD_ERROR)
     progress = progress_of_training()
 
     def answer() -> None:
@@ -278,14 +277,58 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     return 0
 
 
+def say_what_is_trained(trainer: Trainer, output: Output) -> None:
+    """Say how large the model is and on what it is trained, and whether it may overfit."""
+    config = trainer.model.config
+    output.say(
+        f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
+        f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
+        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
+        f"{_epochs(trainer):.1f} epochs"
+    )
+    if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
+        output.say(
+            f"{_epochs(trainer):.0f} epochs may overfit: use more text or fewer --steps, or stop "
+            "early with --patience 3"
+        )
+
+
+class SampleLog:
+    """Writes what the model generates at each evaluation, always from the same seed.
+
+    Models of the tokens of another program, and of texts without boundaries, have no samples.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer, self._log = trainer, None
+        if trainer.tokenizer.bos_token is not None:
+            self._log = StepLog(trainer.run.samples_file, trainer.step)
+
+    def write(self, step: int) -> str | None:
+        """Generate the sample of a step, write and return it; None where there are none."""
+        if self._log is None:
+            return None
+        generator = Generator(self._trainer.model, self._trainer.tokenizer)
+        sample = generator.complete("", _SAMPLE_TOKENS, seed=0)
+        self._log.log({"step": step, "prompt": "", "text": sample.text})
+        return sample.text
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """Return the record of an evaluation as a line for people."""
+    return (
+        f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
+        f"validation loss {record['val_loss']:.4f}  "
+        f"{record['tokens_per_second']:,.0f} tokens/s"
+    )
+
+
 class _Display(TrainingCallback):
     """Shows the progress of a training, writes its samples, and stops it when interrupted."""
 
     def __init__(self, trainer: Trainer, progress: Bar, interrupts: Interrupts) -> None:
         self._trainer, self._progress, self._interrupts = trainer, progress, interrupts
-        self._samples: StepLog | None = None
-        if trainer.tokenizer.bos_token is not None:
-            self._samples = StepLog(trainer.run.samples_file, trainer.step)
+        self._samples = SampleLog(trainer)
         self._task = progress.add_task(
             "",
             total=trainer.config.steps,
@@ -301,17 +344,10 @@ class _Display(TrainingCallback):
         )
 
     def on_evaluation(self, record: dict[str, Any]) -> None:
-        if self._samples is not None:
-            generator = Generator(self._trainer.model, self._trainer.tokenizer)
-            sample = generator.complete("", _SAMPLE_TOKENS, seed=0)
-            self._samples.log({"step": record["step"], "prompt": "", "text": sample.text})
+        self._samples.write(record["step"])
 
     def on_save(self, record: dict[str, Any]) -> None:
-        self._progress.write(
-            f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
-            f"validation loss {record['val_loss']:.4f}  "
-            f"{record['tokens_per_second']:,.0f} tokens/s"
-        )
+        self._progress.write(evaluation_line(record))
 
     def should_stop(self) -> bool:
         return self._interrupts.requested

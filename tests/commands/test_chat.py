@@ -1,7 +1,6 @@
 """The command `chat`: conversations, what is typed in them, and how they end."""
 
 import contextlib
-import copy
 import io
 import json
 import os
@@ -13,14 +12,10 @@ import time
 
 import pytest
 
+from helpers.conversations import answers
 from helpers.models import make_config, random_model
 from helpers.paths import ROOT
-from helpers.published import golden, with_golden_models
 from legacy1bit.commands import chat as chat_command
-from legacy1bit.commands.chat import Conversation, without_thoughts
-from legacy1bit.data.tokenizer import ByteTokenizer
-from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate
-from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.model import save_model
@@ -60,17 +55,6 @@ def run(folder, typed, *options, status=0):
     assert done.returncode == status, done.stderr
     assert b"Traceback" not in done.stderr
     return done.stdout, done.stderr.decode()
-
-
-def answers(generator, *messages, system="", tokens=20):
-    """Return the answers as they are without a cache, each to the whole text before it."""
-    text, found = f"System: {system}\n" if system else "", []
-    for number, message in enumerate(messages):
-        text += f"User: {message}\nAssistant: "
-        done = generator.complete(text, tokens, seed=3 + number, stop=["\nUser:"])
-        found.append(done.text)
-        text += f"{done.text.strip()}\n"
-    return found
 
 
 def test_answers_continue_the_conversation(folder, generator):
@@ -126,33 +110,6 @@ def test_messages_of_several_lines(monkeypatch, typed, expected):
     assert list(chat_command._messages()) == expected
 
 
-def test_the_beginning_of_the_conversation_stays_in_the_cache(generator):
-    conversation = Conversation(generator, PlainTemplate(), SAMPLING, 20)
-    conversation.seed = 3
-    said = []
-    for message in ("Hi", "How are you?", "Well."):
-        before = len(conversation._history)
-        stream = conversation.ask(message)
-        # All but what the answer's end and the message added.
-        assert len(conversation._cached) >= before - 20
-        assert before == 0 or len(conversation._cached) > 10
-        said.append("".join(stream))
-        conversation.finish(said[-1])
-    assert said == answers(generator, "Hi", "How are you?", "Well.")
-
-
-def test_an_answer_may_be_left(generator):
-    conversation = Conversation(generator, PlainTemplate(), SAMPLING, 20)
-    conversation.seed = 3
-    stream = conversation.ask("Hi")
-    part = next(stream) + next(stream)
-    stream.close()
-    conversation.finish(part)
-    text = "".join(conversation.ask("Ho"))
-    prompt = f"User: Hi\nAssistant: {part.strip()}\nUser: Ho\nAssistant: "
-    assert text == generator.complete(prompt, 20, seed=4, stop=["\nUser:"]).text
-
-
 def test_the_oldest_messages_are_dropped_where_the_context_is_full(folder, generator):
     output, errors = run(folder, b"How do you do?\n" * 6, "--context", "100")
     assert "the context is full: the first " in errors
@@ -164,19 +121,6 @@ def test_the_oldest_messages_are_dropped_where_the_context_is_full(folder, gener
     assert output.decode() == answers(generator, "Hi")[0] + "\n"
     _, errors = run(folder, b"Hi\n", "--max-tokens=90", "--context=60")
     assert errors == "the context is full: the answer ends here\n"
-
-
-def test_stop_tokens_end_an_answer(model):
-    tokenizer = ByteTokenizer()
-    drawn = list(
-        Generator(model).tokens(Generator(model).encode("User: a\nAssistant: "), 20, seed=3)
-    )
-    tokenizer = copy.copy(tokenizer)
-    tokenizer.stop_tokens = (drawn[7],)
-    conversation = Conversation(Generator(model, tokenizer), PlainTemplate(), SAMPLING, 20)
-    conversation.seed = 3
-    text = "".join(conversation.ask("a"))
-    assert text == bytes(drawn[: drawn.index(drawn[7])]).decode("utf-8", "replace")
 
 
 def test_what_cannot_be_is_one_line(folder, tmp_path):
@@ -302,64 +246,11 @@ def test_a_terminal_keeps_a_history(folder, tmp_path):
     assert "/reset" in (tmp_path / "state" / "legacy1bit" / "chat_history").read_text()
 
 
-@pytest.mark.parametrize(
-    ("answer", "begun", "expected"),
-    [
-        ("2", False, "2"),
-        ("<think>\n1 + 1\n</think>\n\n2", False, "\n\n2"),
-        ("\n<think></think>2 </think> 3", False, "2 </think> 3"),
-        ("1 + 1\n</think>\n\n2", True, "\n\n2"),
-        ("1 + 1\n</think>\n\n2", False, "1 + 1\n</think>\n\n2"),
-        ("2 <think> 3 </think>", False, "2 <think> 3 </think>"),
-        ("<think>\n1 + 1", False, None),
-        ("1 + 1", True, None),
-    ],
-)
-def test_what_a_model_thinks_is_no_answer(answer, begun, expected):
-    assert without_thoughts(answer, begun) == expected
-
-
 # As Qwen3's: the last line says whether the model thinks.
 THINKING = (
     "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
     "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
 )
-
-
-def conversation_of(generator, source, thinking=None):
-    template = JinjaTemplate(source)
-    if thinking is not None:
-        chat_command._set_thinking(template, thinking)
-    return Conversation(generator, template, SAMPLING, 8)
-
-
-@pytest.mark.parametrize(
-    ("thinking", "end"), [(None, b":"), (True, b":"), (False, b":<think></think>")]
-)
-def test_thinking_is_a_variable_of_the_template(generator, thinking, end):
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    conversation = conversation_of(generator, THINKING, thinking)
-    conversation.messages.append({"role": "user", "content": "Hi"})
-    tokens = conversation._tokens()
-    assert bytes(tokens).endswith(b"user:Hi\nassistant" + end)
-    conversation._template.close()
-
-
-def test_thoughts_do_not_come_back(generator):
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    for source, begun in ((THINKING, False), (f"{THINKING}<think>\n", True)):
-        conversation = conversation_of(generator, source)
-        conversation.ask("1 + 1?").close()
-        assert conversation.finish(f"{'' if begun else '<think>'}One and one.</think>\n\n2 ")
-        assert conversation.messages[-1] == {"role": "assistant", "content": "2"}
-        conversation.ask("And 2 + 2?").close()
-        assert not conversation.finish("<think>Two and")
-        assert conversation.messages[-1] == {"role": "assistant", "content": ""}
-        conversation.messages.append({"role": "user", "content": "Well?"})
-        text = bytes(conversation._tokens()).decode()
-        assert text.startswith("user:1 + 1?\nassistant:2\nuser:And 2 + 2?\nassistant:\nuser:Well?")
-        assert "One and one" not in text
-        conversation._template.close()
 
 
 def test_thinking_without_an_end_says_so(folder, tmp_path):
@@ -372,34 +263,3 @@ def test_thinking_without_an_end_says_so(folder, tmp_path):
     for option in ("--thinking", "--no-thinking"):
         _, errors = run(folder, b"Hi\n", option, status=2)
         assert f"{option}: the chat template has no variable enable_thinking" in errors
-
-
-@with_golden_models
-def test_conversations_have_the_tokens_of_other_software():
-    pytest.importorskip("jinja2", reason="jinja2 is not installed")
-    seen = 0
-    for path, about in golden():
-        for case in (about.get("chat") or {}).get("renderings", ()):
-            if not case["add_generation_prompt"]:
-                continue
-            with Generator.load(path) as generator:
-                template = read_template(path, generator.tokenizer)
-                conversation = Conversation(generator, template, SAMPLING, 8)
-                conversation.messages = list(case["messages"])
-                assert conversation._tokens() == case["ids"], path
-                conversation.messages.pop()
-                # What is typed is no special token.
-                end, *_ = generator.tokenizer.stop_tokens
-                ends = conversation._tokens().count(end)
-                said = [name for name, token in generator.tokenizer.special_tokens.items()
-                        if token == end]  # fmt: skip
-                conversation.messages.append({"role": "user", "content": f"a{said[0]}b"})
-                found = conversation._tokens()
-                assert found.count(end) - ends in (0, 1), path
-                assert f"a{said[0]}b" in generator.tokenizer.decode(found).decode()
-                conversation.messages.pop()
-                text = "".join(conversation.ask("Hello?"))
-                conversation.finish(text)
-                template.close()
-                seen += 1
-    assert seen
