@@ -502,3 +502,15 @@ def test_blocks_of_32_are_read_where_64_share_a_scale(tmp_path, scales, told):
 def test_context_is_at_most_what_a_model_may_have(tmp_path):
     path, *_ = written(tmp_path, **{"llama.context_length": 1 << 20})
     assert load_model(path).config.sequence_length == 1 << 17
+
+
+@pytest.mark.parametrize(
+    ("earlier", "today"),
+    [
+        ("self_attn.inner_attn_ln.weight", "self_attn.attn_sub_norm.weight"),
+        ("mlp.ffn_layernorm.weight", "mlp.ffn_sub_norm.weight"),
+        ("mlp.up_proj.weight", "mlp.up_proj.weight"),
+    ],
+)
+def test_norms_of_the_first_bitnets_have_other_names(earlier, today):
+    assert published._name_today(f"model.layers.3.{earlier}") == f"model.layers.3.{today}"
