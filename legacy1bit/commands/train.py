@@ -70,6 +70,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", metavar="DIR", type=new_folder, help="folder of the run (default: new)"
     )
+    command.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        type=path_of,
+        help="go on from a model on another text, with a tenth of the learning rate: a run's "
+        "folder, a GGUF file, or a folder of Hugging Face",
+    )
     command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(
         "--minutes",
@@ -156,7 +164,9 @@ def _start(
         training = fit_first_run(training, within)
     # The folder last: errors before leave nothing behind.
     source = new.corpus.origin.to_dict()
-    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data)
+    if new.start is not None:
+        source["from"] = str(new.start.path.absolute())
+    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data, new.start)
     folder, created = _make_folder(arguments.out)
     trainer.run = Run(folder)
     ends.enter_context(trainer.run.lock())
@@ -174,7 +184,7 @@ def _resume(arguments: argparse.Namespace) -> tuple[Trainer, MetricsLogger]:
     settings = run.settings()
     config, origin = settings.training, settings.origin
     origin.check_path()
-    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture")
+    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture", "start")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.
     named += [
