@@ -49,7 +49,7 @@ help:
 	@echo 'make test-slow          the tests that take minutes'
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
-	@echo 'make test-mutants       whether the tests notice faults in the kernels; takes hours'
+	@echo 'make test-mutants       whether the tests notice faults in kernels and readers; takes hours'
 	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
@@ -136,9 +136,10 @@ test-c: build
 test-crash: build
 	LEGACY1BIT_KILLS=$(or $(KILLS),500) $(PYTHON) -m pytest -s -m slow $(ARGS) tests/training/test_crash.py
 
-# Faults in kernels and backward functions: does the suite notice? Hours.
+# Faults in kernels, backward functions and readers: does the suite notice? Hours.
 test-mutants: build
 	$(PYTHON) tools/mutants/check.py $(ARGS)
+	$(PYTHON) tools/mutants/readers.py
 
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary

@@ -43,12 +43,13 @@ if sys.platform == "linux":
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
-# These check and call; what takes time is in the kernels, and alone is worth -O3.
+# These check and call. What takes time is in the kernels and in packing: they alone are worth -O3.
 # The longest comes first, so that no core waits for it in the end.
 MODULES = [
     "model",
     "forward",
     "packed",
+    "packing",
     "inference",
     "backward",
     "math_ops",
@@ -209,6 +210,9 @@ def check_tools(compiler):
 
 
 setup(
-    ext_modules=[extension(name, name, ["-O2"]) for name in MODULES] + KERNELS,
+    ext_modules=[
+        *(extension(name, name, ["-O3" if name == "packing" else "-O2"]) for name in MODULES),
+        *KERNELS,
+    ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
 )

@@ -52,6 +52,8 @@ BONSAI_1_7B = ModelConfig(
     }
 )
 
+# Where the scale of a block is, and the scale.
+_SCALE_AT = {"TQ2_0": 64, "Q2_0": 0, "Q8_0": 0, "Q6_K": 208}
 _SCALE = np.array([2.0**-6], "<f2").view(np.uint8)
 # The bytes of four codes of two bits, none of which is 3.
 _FOURS = np.array(
@@ -68,7 +70,7 @@ def write_random(config: ModelConfig, kind: str, head: str, file: Path) -> None:
     config : ModelConfig
     kind, head : str
         The types of matrices of codes (TQ2_0 or Q2_0), and of embedding and output matrix where
-        they are floats (F16, Q8_0, Q6_K or Q4_K).
+        they are floats (F16, Q8_0 or Q6_K).
     file : Path
 
     Raises
@@ -130,13 +132,13 @@ def _random_tensor(
         return (rng.random(shape, np.float32) - 0.5).astype("<f2").view(np.uint8)
     if stored.is_ternary:
         blocks = _FOURS[blocks % len(_FOURS)]
-        blocks[..., stored.scale : stored.scale + 2] = _SCALE
+        at = _SCALE_AT[kind]
+        blocks[..., at : at + 2] = _SCALE
         if scale.isdigit():
             # Scales of 64 or more weights, from 2^-6 to 2^-5.
             each = int(scale) // stored.block
             low = rng.integers(0, 256, (rows, -(-blocks.shape[1] // each)), np.uint8)
-            blocks[..., stored.scale] = np.repeat(low, each, axis=1)[:, : blocks.shape[1]]
+            blocks[..., at] = np.repeat(low, each, axis=1)[:, : blocks.shape[1]]
     else:
-        for at in {"Q8_0": (0,), "Q6_K": (208,), "Q4_K": (0, 2)}[kind]:
-            blocks[..., at : at + 2] = _SCALE
+        blocks[..., _SCALE_AT[kind] : _SCALE_AT[kind] + 2] = _SCALE
     return blocks.reshape(rows, -1)

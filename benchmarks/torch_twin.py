@@ -97,7 +97,8 @@ def capability() -> str:
 def _optimizers(torch: Any, model: Any, muon: bool) -> list[Any]:
     """Return AdamW, or Muon for the matrices of the blocks and AdamW for the rest."""
     matrices = {name for name, value in model.blocks.named_parameters() if value.ndim == 2}
-    by_muon, others = [], []
+    by_muon: list[Any] = []
+    others: list[Any] = []
     for name, value in model.named_parameters():
         chosen = muon and name.removeprefix("blocks.") in matrices
         (by_muon if chosen else others).append(value)

@@ -266,7 +266,7 @@ class Generator:
         ModelFileError, OSError, ValueError
             As ``PackedModel.load`` and ``read_tokenizer``.
         """
-        model = PackedModel.load(path, form, head)
+        model = PackedModel.load(path, form, head, threads)
         tokenizer = read_tokenizer(Path(path), model.config.vocab_size)
         return cls(model, tokenizer, threads, activations, context)
 

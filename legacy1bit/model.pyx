@@ -19,6 +19,7 @@ import numpy as np
 from legacy1bit.formats import native, published
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.layout import block_options, parameter_layout, views
+from legacy1bit.packing import Values
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write
 
@@ -1321,9 +1322,9 @@ def load_model(path) -> LegacyLLM:
     model.provenance = provenance
     for part in stored:
         weights = model.parameters[part.name]
-        if part.scales is None:
+        if part.write is None:
             weights[...] = part.array()
         else:
-            weights.values[...] = SCHEMES[config.scheme].unpack(part.values, part.shape[1])
+            part.write(Values(weights.values, SCHEMES[config.scheme].levels))
             weights.scales[...] = part.scales
     return model

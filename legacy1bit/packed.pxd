@@ -36,6 +36,7 @@ cdef class PackedMatrix:
     cdef readonly Py_ssize_t group
     cdef readonly bint trits
     cdef PackedView view
+    cdef int _pack(self, write, buffer, threads) except -1
     cdef int _point(self) except -1
 
 

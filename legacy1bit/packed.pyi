@@ -72,6 +72,9 @@ class PackedModel:
     def nbytes(self) -> int: ...
     @staticmethod
     def load(
-        path: str | os.PathLike[str], form: str = "2bit", head: str | None = None
+        path: str | os.PathLike[str],
+        form: str = "2bit",
+        head: str | None = None,
+        threads: int | None = None,
     ) -> PackedModel: ...
     def __reduce__(self) -> NoReturn: ...

@@ -7,6 +7,7 @@ quantized to int8, with one scale per token (BitNet b1.58, arXiv 2402.17764, sec
 are integers.
 """
 
+from operator import index
 from pathlib import Path
 from types import MappingProxyType
 
@@ -22,18 +23,19 @@ from legacy1bit.kernels cimport (
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport LegacyLLM, fill_matrix, fill_rotary_view, vector_pointer
 
-from legacy1bit.formats.native import StoredParameter
+from legacy1bit.formats.native import StoredParameter, stored_codes
 from legacy1bit.formats.published import read_model
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
     ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, rotary_table,
 )
+from legacy1bit.packing import Tiles
 from legacy1bit.schemes import SCHEMES
+from legacy1bit.threads import default_threads
 
 FORMS = ("2bit", "trits")
 HEADS = ("float", "int8")
 
-_AT_ONCE = 64       # strips
 _LARGE = 1 << 25    # weights of a float matrix, from which on it is stored in int8
 
 
@@ -92,8 +94,9 @@ cdef class PackedMatrix:
             # Checks codes and scales.
             values = _TernaryMatrix(values, 1.0 if scale is None else scale, group, levels)
         self._describe(values.shape, values.scales, values.group, levels, form)
-        self.tiles = _pack(values.values, self.levels, self.trits, buffer)
-        self._point()
+        codes = stored_codes("", "int8", values.values.view(np.uint8), self.shape, self.scales,
+                             self.group)
+        self._pack(codes.write, buffer, 1)
 
     def _describe(self, shape, scales, group, levels, form):
         """Check and set everything but the codes."""
@@ -111,6 +114,12 @@ cdef class PackedMatrix:
         if self.trits and (len(levels) > 3 or self.scales.shape[1] > 1):
             raise ValueError("trits are three levels at most and one scale per row at most, not "
                              f"{len(levels)} and {self.scales.shape[1]}")
+
+    cdef int _pack(self, write, buffer, threads) except -1:
+        """Make the tiles of codes that are written into ``packing.Tiles``."""
+        self.tiles = _tiles_in(self.shape, self.trits, buffer)
+        write(Tiles(self.tiles, self.shape, self.levels, self.trits, threads))
+        return self._point()
 
     cdef int _point(self) except -1:
         """Point the struct for the kernels at the arrays."""
@@ -287,77 +296,15 @@ def _quantized_rows(x, cols):
     return quantized
 
 
-def _pack(values, levels, trits, buffer):
-    """Return the tiles of codes, int8[R, C]."""
-    indices = np.array([levels.index(code) if code in levels else 255
-                       for code in range(-128, 128)], np.uint8)
-    width = TILE_TRITS if trits else TILE_CODES
-    strips, tiles = _ceil_div(values.shape[0], STRIP_ROWS), _ceil_div(values.shape[1], width)
-    packed = _tiles_in(strips, tiles, buffer)
-    for strip in range(strips):
-        # One strip at a time, to keep temporary arrays small.
-        here = indices[values[STRIP_ROWS * strip:STRIP_ROWS * (strip + 1)].astype(np.int16) + 128]
-        if here.max() == 255:
-            raise ValueError("values holds a number other than "
-                             f"{', '.join(map(str, levels[:-1]))} and {levels[-1]}")
-        _pack_strip(here, trits, packed[strip])
-    return packed
-
-
-def _tiles_in(strips, tiles, buffer):
-    buffer = _aligned(strips * tiles * TILE_BYTES) if buffer is None else buffer
-    return buffer.reshape(strips, tiles, TILE_BYTES)
-
-
-def _pack_strip(indices, trits, out):
-    """Write the tiles of at most 32 rows of level indices, uint8[R, C]."""
-    fields, tiles = TRITS_PER_BYTE if trits else CODES_PER_BYTE, len(out)
-    weights = np.array([81, 27, 9, 3, 1] if trits else [1, 4, 16, 64], np.uint8)
-    codes = np.zeros((STRIP_ROWS, tiles * TILE_ROW_BYTES * fields), np.uint8)
-    codes[:len(indices), :indices.shape[1]] = indices
-    codes = codes.reshape(STRIP_ROWS, tiles, fields, TILE_ROW_BYTES)
-    joined = (codes * weights[:, None]).sum(2, dtype=np.uint16)
-    if trits:
-        joined = (joined * 256 + 242) // 243
-    out.reshape(tiles, STRIP_ROWS, TILE_ROW_BYTES)[...] = joined.transpose(1, 0, 2)
-
-
-def _pack_stored(stored, cols, scheme, trits, buffer):
-    """Return the tiles of codes packed by ``Scheme.pack``, uint8[R, bytes].
-
-    A row of a tile is 16 consecutive codes of two bits: in a file four bytes of four codes in
-    order, and in the tile the transpose of that square.
-    """
-    width = TILE_TRITS if trits else TILE_CODES
-    strips = _ceil_div(len(stored), STRIP_ROWS)
-    packed = _tiles_in(strips, _ceil_div(cols, width), buffer)
-    if trits:
-        for strip in range(strips):
-            codes = scheme.unpack(stored[STRIP_ROWS * strip:STRIP_ROWS * (strip + 1)], cols)
-            _pack_strip(np.searchsorted(scheme.levels, codes).astype(np.uint8), trits,
-                        packed[strip])
-        return packed
-    kind = np.dtype(f"<u{2 * scheme.bits}")
-    for first in range(0, strips, _AT_ONCE):
-        here = stored[STRIP_ROWS * first:STRIP_ROWS * (first + _AT_ONCE)]
-        count = _ceil_div(len(here), STRIP_ROWS)
-        padded = np.zeros((count * STRIP_ROWS, packed.shape[1] * kind.itemsize), np.uint8)
-        padded[:len(here), :here.shape[1]] = here
-        words = padded.view(kind).astype(np.uint32)
-        if scheme.bits == 1:
-            for shift, mask in ((8, 0x00FF00FF), (4, 0x0F0F0F0F), (2, 0x33333333),
-                                (1, 0x55555555)):
-                words = (words | words << shift) & np.uint32(mask)
-        for shift, mask in ((6, 0x00CC00CC), (12, 0x0000F0F0)):
-            swapped = (words ^ words >> shift) & np.uint32(mask)
-            words ^= swapped ^ swapped << shift
-        tiles = packed[first:first + count].view("<u4")
-        tiles[...] = words.reshape(count, STRIP_ROWS, -1).transpose(0, 2, 1)
-    return packed
+def _tiles_in(shape, trits, buffer):
+    """Return room for tiles, in a buffer if there is one."""
+    size = packed_size(shape, FORMS[trits])
+    buffer = _aligned(size) if buffer is None else buffer
+    return buffer.reshape(_ceil_div(shape[0], STRIP_ROWS), -1, TILE_BYTES)
 
 
 def _unpack(tiles, trits):
-    """Invert ``_pack``: the level indices, uint8[R, C] with the padding."""
+    """Return the level indices of tiles, uint8[R, C] with the padding."""
     strips, count, _ = tiles.shape
     rest = tiles.reshape(strips, count, STRIP_ROWS, TILE_ROW_BYTES).astype(np.uint16)
     parts = []
@@ -403,12 +350,11 @@ cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out,
         out[col] = scales[col // matrix.group] * codes[col]
 
 
-cdef PackedMatrix _matrix_of(part, scheme, form, buffer):
+cdef PackedMatrix _matrix_of(part, scheme, form, buffer, threads):
     """Return a matrix from a ``StoredParameter``."""
     cdef PackedMatrix matrix = PackedMatrix.__new__(PackedMatrix)
     matrix._describe(part.shape, part.scales, part.group, scheme.levels, form)
-    matrix.tiles = _pack_stored(part.values, part.shape[1], scheme, matrix.trits, buffer)
-    matrix._point()
+    matrix._pack(part.write, buffer, threads)
     return matrix
 
 
@@ -426,19 +372,32 @@ def round_to_bfloat16(values):
     return np.where(beyond, bits & np.uint32(0xFFFF0000), rounded).view(np.float32)
 
 
-def _float_matrix(part, head):
+def _float_matrix(part, head, threads):
     """Return a float matrix of a ``StoredParameter`` as it is stored for decoding."""
     if head is None:
         head = "int8" if part.shape[0] * part.shape[1] >= _LARGE else "float"
-    if head == "float":
-        result = np.empty(part.shape, np.float32)
-        for strip, rows in part.strips():
-            result[strip] = round_to_bfloat16(rows)
-        return result
-    quantized = Int8Matrix(*part.shape)
-    for strip, rows in part.strips():
-        quantized.quantize(strip.start, rows)
-    return quantized
+    if head == "int8":
+        matrix = Int8Matrix(*part.shape)
+
+        def store(strip, rows):
+            matrix.quantize(strip.start, rows)
+    else:
+        matrix = np.empty(part.shape, np.float32)
+
+        def store(strip, rows):
+            matrix[strip] = round_to_bfloat16(rows)
+    part.each(store, threads)
+    return matrix
+
+
+def _parameters_of(model):
+    """Yield the parameters of a LegacyLLM as a file's; scales are copied."""
+    for name, weights in model.parameters.items():
+        if isinstance(weights, _TernaryMatrix):
+            yield stored_codes(name, "int8", weights.values.view(np.uint8), weights.shape,
+                               weights.scales.copy(), weights.group)
+        else:
+            yield StoredParameter(name, weights.shape, weights)
 
 
 cdef class PackedModel:
@@ -476,11 +435,10 @@ cdef class PackedModel:
 
     def __init__(self, LegacyLLM model not None, form="2bit", head=None):
         model.alive()
-        self._fill(model.config, (StoredParameter(name, weights.shape, weights)
-                                  for name, weights in model.parameters.items()), form, head)
+        self._fill(model.config, _parameters_of(model), form, head, 1)
 
-    def _fill(self, config, stored, form, head):
-        """Pack parameters, from a file or with a TernaryMatrix for values."""
+    def _fill(self, config, stored, form, head, threads):
+        """Pack parameters."""
         cdef PackedBlock *block
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
@@ -494,14 +452,11 @@ cdef class PackedModel:
         self.config = config
         parameters = {}
         for part in stored:
-            size, weights = sizes.get(part.name, 0), part.values
-            if part.scales is not None:
-                packed = _matrix_of(part, scheme, form, buffer[:size])
-            elif size:
-                packed = PackedMatrix(weights.values, weights.scales.copy(), weights.group,
-                                      scheme.levels, form, buffer[:size])
+            size = sizes.get(part.name, 0)
+            if size:
+                packed = _matrix_of(part, scheme, form, buffer[:size], threads)
             elif len(part.shape) == 2:
-                packed = _float_matrix(part, head)
+                packed = _float_matrix(part, head, threads)
             else:
                 packed = part.array().copy()
             parameters[part.name] = packed
@@ -544,11 +499,12 @@ cdef class PackedModel:
         free(self.view.blocks)
 
     @staticmethod
-    def load(path, form="2bit", head=None):
+    def load(path, form="2bit", head=None, threads=None):
         """Load a model, directly in packed form.
 
         The file is mapped into memory and packed matrix by matrix, without float weights. It is
-        copied, not used in place, because only private memory gets huge pages.
+        copied, not used in place, because kernels read tiles, and only private memory gets huge
+        pages. What was read leaves memory at once.
 
         Parameters
         ----------
@@ -556,6 +512,8 @@ cdef class PackedModel:
             As for ``load_model``.
         form : {"2bit", "trits"}
         head : {"float", "int8"}, optional
+        threads : int, optional
+            By default ``default_threads()``.
 
         Returns
         -------
@@ -572,7 +530,8 @@ cdef class PackedModel:
         """
         cdef PackedModel model = PackedModel.__new__(PackedModel)
         config, _, stored = read_model(Path(path))
-        model._fill(config, stored, form, head)
+        threads = default_threads() if threads is None else index(threads)
+        model._fill(config, stored, form, head, threads)
         return model
 
     @property

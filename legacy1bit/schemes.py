@@ -96,10 +96,16 @@ class Scheme:
             )
         if cols % each and (packed[:, -1] >> np.uint8(cols % each * self.bits)).any():
             raise ValueError("the unused bits of a row are not 0")
-        if len(self.levels) < 1 << self.bits and (packed & packed >> np.uint8(1) & 0x55).any():
-            raise ValueError(
-                f"a packed weight has the code 3, expected 0 to {len(self.levels) - 1}"
-            )
+        if len(self.levels) == 1 << self.bits:
+            return
+        step = max((1 << 18) // packed.shape[1], 1)
+        for first in range(0, len(packed), step):
+            # Some rows at a time, to keep temporary arrays in the cache.
+            here = packed[first : first + step]
+            if (here & here >> np.uint8(1) & 0x55).any():
+                raise ValueError(
+                    f"a packed weight has the code 3, expected 0 to {len(self.levels) - 1}"
+                )
 
 
 # ternary: BitNet b1.58 (arXiv 2402.17764, equations 1 to 3), round(clip(w / scale, -1, 1)).

@@ -39,6 +39,10 @@ A message that begins with / is written with //. Ctrl-C stops an answer, and a s
 
 _QUOTES = '"""'
 
+# What models that think write before their answer, between these; and the variable of their
+# templates (Qwen3's) that says whether they are to.
+_THINK, _THOUGHT, _THINKING = "<think>", "</think>", "enable_thinking"
+
 # Tokens of a prompt that are read before Ctrl-C is heard.
 _BLOCK = 256
 
@@ -62,6 +66,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="a chat template in Jinja; plain: lines of User: and Assistant: "
         "(default: the model's own)",
     )
+    command.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="whether the model thinks before it answers, where its template has a variable "
+        f"{_THINKING} (default: as the template has it)",
+    )
     add_generation(command, "an answer", 1024)
 
 
@@ -75,6 +85,8 @@ def run(arguments: argparse.Namespace) -> int:
     with load_generator(arguments, path, threads) as generator:
         template = _template(arguments.template, path, generator)
         try:
+            if arguments.thinking is not None:
+                _set_thinking(template, arguments.thinking)
             conversation = Conversation(generator, template, sampling, arguments.max_tokens)
             conversation.system = arguments.system
             conversation.stop += tuple(arguments.stop)
@@ -89,16 +101,45 @@ def _template(wanted: Path | None, model: Path, generator: Generator) -> Templat
     """Return the template that is asked for, or the model's own."""
     if wanted == Path("plain"):
         return PlainTemplate()
-    names: dict[str, str] = getattr(generator.tokenizer, "names", {})
     if wanted is not None:
+        names: dict[str, str] = getattr(generator.tokenizer, "names", {})
         return JinjaTemplate(read_regular(wanted).decode("utf-8"), names)
-    template = read_template(model, names)
+    template = read_template(model, generator.tokenizer)
     if template is None:
         raise ValueError(
             f"{model} has no chat template: it was not trained for conversations; --template plain "
             "makes lines of User: and Assistant: of them, and --template FILE reads one"
         )
     return template
+
+
+def _set_thinking(template: Template, thinking: bool) -> None:
+    """Have the model think before it answers, or not."""
+    if not isinstance(template, JinjaTemplate) or _THINKING not in template.source:
+        raise ValueError(
+            f"--{'' if thinking else 'no-'}thinking: the chat template has no variable {_THINKING}"
+        )
+    template.variables[_THINKING] = thinking
+
+
+def without_thoughts(answer: str, begun: bool = False) -> str | None:
+    """Return an answer without what the model thought before it.
+
+    Parameters
+    ----------
+    answer : str
+    begun : bool
+        Whether the thoughts began before the answer, in what the model read.
+
+    Returns
+    -------
+    str or None
+        None if the thoughts have no end.
+    """
+    if not begun and not answer.lstrip().startswith(_THINK):
+        return answer
+    _, thought, said = answer.partition(_THOUGHT)
+    return said if thought else None
 
 
 class Conversation:
@@ -139,6 +180,7 @@ class Conversation:
         self.decoder = generator.decoder()
         # The tokens that the decoder has, or the first of them.
         self._cached: list[int] = []
+        self._thinks = False
         self._history: list[int] = []
 
     def reset(self) -> None:
@@ -188,10 +230,16 @@ class Conversation:
             self.decoder.prefill(tokens[self.decoder.length : self.decoder.length + _BLOCK])
             self._cached = tokens[: self.decoder.length]
 
-    def finish(self, answer: str) -> None:
-        """Take in an answer, or as much of it as there is."""
+    def finish(self, answer: str) -> bool:
+        """Take in an answer, or as much of it as there is; return whether there is any.
+
+        What the model thought is left out, as the cards of such models demand: they were trained on
+        conversations without.
+        """
         self._cached = self._history[: self.decoder.length]
-        self.messages.append({"role": "assistant", "content": answer.strip()})
+        said = without_thoughts(answer, self._thinks)
+        self.messages.append({"role": "assistant", "content": (said or "").strip()})
+        return said is not None
 
     @property
     def full(self) -> bool:
@@ -224,14 +272,12 @@ class Conversation:
     def _tokens(self) -> list[int]:
         messages = self.transcript(self.dropped)
         tokenizer = self._generator.tokenizer
-        if not self._template.names_tokens:
-            tokens = self._generator.encode(self._template.render(messages))
-        else:
-            if isinstance(tokenizer, PublishedTokenizer):
-                messages = [
-                    {**one, "content": tokenizer.protect(one["content"])} for one in messages
-                ]
-            tokens = tokenizer.encode_special(self._template.render(messages))
+        names_tokens = self._template.names_tokens
+        if names_tokens and isinstance(tokenizer, PublishedTokenizer):
+            messages = [{**one, "content": tokenizer.protect(one["content"])} for one in messages]
+        text = self._template.render(messages)
+        self._thinks = text.rstrip().endswith(_THINK)
+        tokens = tokenizer.encode_special(text) if names_tokens else self._generator.encode(text)
         if not tokens.size:
             raise ValueError("the chat template makes no text of the conversation")
         return [int(token) for token in tokens]
@@ -285,10 +331,16 @@ def _answer(conversation: Conversation, text: str, terminal: bool) -> bool:
     except KeyboardInterrupt:
         stopped = True
     stream.close()
-    conversation.finish(answer)
+    answered = conversation.finish(answer)
     write_bytes(b"\n")
     if conversation.full and not stream.stopped and not stopped:
         print("the context is full: the answer ends here", file=sys.stderr)
+    elif not answered and not stopped:
+        print(
+            "the model was still thinking: --max-tokens N gives it more, --no-thinking has it "
+            "answer at once",
+            file=sys.stderr,
+        )
     if terminal:
         seconds = max(time.perf_counter() - begin, 1e-9)
         print(

@@ -2,16 +2,14 @@
 
 import argparse
 import shlex
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
-from legacy1bit.formats.gguf_file import is_gguf
-from legacy1bit.formats.published import is_hugging_face
+from legacy1bit.data.tokenizer import Tokenizer
+from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.model import LegacyLLM
 from legacy1bit.training.run import Run
 
@@ -120,12 +118,8 @@ def run(arguments: argparse.Namespace) -> int:
     path = arguments.model or latest_run()
     _check_output(arguments.out, path)
     model = read_model(path)
-    tokenizer = None
-    if is_hugging_face(path) or (path.is_file() and is_gguf(path)):
-        # It has no place in the files that are written.
-        print(f"the tokenizer of {path} is not exported", file=sys.stderr)
-    elif (path / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(path)
+    known = read_tokenizer(path, model.config.vocab_size)
+    tokenizer = None if known.kind == "unknown" else known
     if arguments.license is not None:
         model.provenance = replace(model.provenance, license=arguments.license)
     hint = FORMATS[arguments.format](model, arguments.out, types, tokenizer)

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from legacy1bit.commands.options import new_folder, path_of
-from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer, load_tokenizer
+from legacy1bit.data.tokenizer import Tokenizer, fit_tokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.model import LegacyLLM, save_model
 from legacy1bit.system.files import open_regular
 
@@ -45,7 +46,8 @@ def _read(path: Path) -> tuple[LegacyLLM, Tokenizer]:
     if path.is_dir():
         from legacy1bit.formats.hugging_face import import_hugging_face
 
-        return import_hugging_face(path), load_tokenizer(path)
+        model = import_hugging_face(path)
+        return model, load_tokenizer(path, model.config.vocab_size)
     with open_regular(path) as file:
         magic = file.read(len(_GGUF_MAGIC))
     if magic == _GGUF_MAGIC:

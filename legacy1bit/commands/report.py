@@ -9,7 +9,7 @@ from typing import Any
 from legacy1bit.commands.options import latest_run, option_of, path_of
 from legacy1bit.commands.texts import options_of
 from legacy1bit.data.origin import DataOrigin, Kind
-from legacy1bit.data.tokenizer import load_tokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.reports.figures import check_suffix, load_matplotlib
 from legacy1bit.reports.run_page import defaults_of, report

@@ -12,7 +12,8 @@ from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus, open_corpus
 from legacy1bit.data.origin import DataOrigin, TextChanged
-from legacy1bit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
+from legacy1bit.data.tokenizer import Tokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import Run

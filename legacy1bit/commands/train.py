@@ -35,7 +35,7 @@ from legacy1bit.commands.texts import add_data, moved
 from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
-from legacy1bit.data.tokenizer import tokenizer_of
+from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger, StepLog, check_tensorboard

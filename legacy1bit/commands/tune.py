@@ -31,7 +31,8 @@ from legacy1bit.commands.texts import add_data, moved, options_of
 from legacy1bit.config_files import write_config
 from legacy1bit.data.corpus import Corpus, open_corpus
 from legacy1bit.data.origin import DataOrigin
-from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, load_tokenizer
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.search.space import Dimension, default_space, read_space
 from legacy1bit.search.study import (

@@ -43,9 +43,9 @@ from legacy1bit.data.tokenizer import (
     Tokenizer,
     UnknownTokenizer,
     character_tokenizer,
-    load_tokenizer,
     train_bpe,
 )
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.data_utils import Tokens, tokenize_text
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.hyperparams import DataConfig

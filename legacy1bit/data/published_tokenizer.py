@@ -4,6 +4,7 @@ Hugging Face's ``tokenizers`` does the work. Byte-level BPE (Radford et al. 2019
 a text into words first, and each model has rules of its own for that: a GGUF file names them with
 the key ``tokenizer.ggml.pre``, and ``RULES`` has them. A vocabulary of SentencePiece (Kudo and
 Richardson 2018) has scores instead of merges: the pair of neighbors with the best one is merged.
+What is read from one of the two forms can be written in both.
 """
 
 import functools
@@ -22,6 +23,7 @@ import numpy.typing as npt
 from legacy1bit.data.bpe import load_tokenizers
 from legacy1bit.data.tokenizer import (
     TOKENIZER_FILE,
+    begin_template,
     check_ids,
     constant,
     valid_parts,
@@ -31,12 +33,25 @@ from legacy1bit.data_utils import Tokens
 from legacy1bit.system.files import atomic_write, read_regular
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+_TEMPLATE_FILE, _TEMPLATE_KEY = "chat_template.jinja", "tokenizer.chat_template"
+
+# What is written into ``tokenizer_config.json``, besides what other programs read.
+STOP_TOKENS = "stop_tokens"
 
 # Files of a folder that may say which tokens end a text.
 _GENERATION_FILES = ("generation_config.json", "config.json")
 
 # What tokens are, by their numbers in ``tokenizer.ggml.token_type``.
-_UNKNOWN, _SPECIAL, _ADDED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
+_NORMAL, _UNKNOWN, _SPECIAL, _ADDED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
+
+# llama.cpp needs at least one merge. This one never applies: it is not of tokens.
+NO_MERGE = "\u2581 \u2581"
+
+# What chat templates call tokens, and their keys ``tokenizer.ggml.*_token_id``.
+_NAMED = {
+    **{"bos_token": "bos", "eos_token": "eos"},
+    **{"unk_token": "unknown", "pad_token": "padding"},
+}
 
 # Special tokens that end a text in every model that has them: of a text, of a message, of a turn.
 _ENDS = (
@@ -59,7 +74,7 @@ _ENDING = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 
 def _of_today(digits: str, marks: str = "") -> tuple[str, ...]:
     """Return the rule of Llama 3 and Qwen 2, which differ in how many digits make a word."""
-    letters = rf"[\p{{L}}{marks}]"
+    letters = rf"[\p{{L}}{marks}]" if marks else r"\p{L}"
     return (
         rf"(?i:{_CONTRACTIONS})|[^\r\n\p{{L}}\p{{N}}]?{letters}+|{digits}"
         rf"| ?[^\s\p{{L}}{marks}\p{{N}}]+[\r\n]*|{_ENDING}",
@@ -87,6 +102,16 @@ _LLAMA3_TOKENS = 128256
 _LLAMA3_ARCHITECTURES = ("bitnet", "bitnet-25", "bitnet-b1.58")
 
 
+# Where the file of Microsoft's BitNet 2B-4T has a template that the model was not trained with, and
+# the one of its training: ``gpu/tokenizer.py`` of microsoft/BitNet.
+_WRONG_TEMPLATE = "BITNETAssistant"
+_RIGHT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message.role | title }}: {{ message.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
+
+
 # --- The tokenizer --------------------------------------------------------------------------------
 
 
@@ -107,6 +132,8 @@ class PublishedTokenizer:
         What chat templates call ``bos_token``, ``eos_token`` and the like.
     unused : iterable of int
         Tokens that stand for no text.
+    template : str, optional
+        The chat template, a program in Jinja.
 
     Raises
     ------
@@ -125,10 +152,11 @@ class PublishedTokenizer:
         stop_tokens: Sequence[int] = (),
         names: Mapping[str, str] | None = None,
         unused: Iterable[int] = (),
+        template: str | None = None,
     ) -> None:
         library = load_tokenizers()
         self._library = library_of(lambda: library.Tokenizer.from_str(description))
-        self._setup(vocab_size, bos_token, stop_tokens, names, unused)
+        self._setup(vocab_size, bos_token, stop_tokens, names, unused, template)
 
     def _setup(
         self,
@@ -137,6 +165,7 @@ class PublishedTokenizer:
         stop_tokens: Sequence[int],
         names: Mapping[str, str] | None,
         unused: Iterable[int],
+        template: str | None,
     ) -> None:
         library = self._library
         added = library.get_added_tokens_decoder()
@@ -147,11 +176,17 @@ class PublishedTokenizer:
         for token in (*([] if bos_token is None else [bos_token]), *stop_tokens):
             if not 0 <= token < self.vocab_size:
                 raise ValueError(f"a token that begins or ends texts is {token}, expected a token")
+        unknown = getattr(library.model, "unk_token", None)
+        if unknown is not None and library.model.token_to_id(unknown) is None:
+            raise ValueError(
+                f"its token for unknown characters, {unknown[:40]!r}, is not in its vocabulary"
+            )
         self._bytes_of = _spelling_of(library)
         self.bos_token = bos_token
         self.stop_tokens = tuple(dict.fromkeys(stop_tokens))
         self.eos_token = self.stop_tokens[0] if self.stop_tokens else None
         self.names = dict(names or {})
+        self.template = template
         self._added = {token: entry.content for token, entry in added.items()}
         self._silent = {token for token, entry in added.items() if entry.special} | {*unused}
         self.special_tokens = {
@@ -166,11 +201,12 @@ class PublishedTokenizer:
         return type(self), (
             self._library.to_str(),
             *(self.vocab_size, self.bos_token, self.stop_tokens, self.names, unused),
+            self.template,
         )
 
     @functools.cached_property
     def sha256(self) -> str:
-        return hashlib.sha256(self._library.to_str().encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self.description()).encode()).hexdigest()
 
     @functools.cached_property
     def byte_lengths(self) -> Tokens:
@@ -284,24 +320,96 @@ class PublishedTokenizer:
     # Files
 
     def description(self) -> dict[str, Any]:
-        """Return what the tokenizer's file says."""
+        """Return what the tokenizer's file says, which puts ``bos_token`` before texts."""
         described: dict[str, Any] = json.loads(self._library.to_str())
+        begins = self._name_of(self.bos_token)
+        if begins is not None and _begins_with(described, {}, {}) != begins:
+            described["post_processor"] = begin_template(begins, self.bos_token)
         return described
+
+    def config(self) -> dict[str, Any]:
+        """Return what the file beside it says: which tokens begin and end texts."""
+        names = {name: token for name, token in self.names.items() if name in _NAMED}
+        ends = [self._name_of(token) for token in self.stop_tokens]
+        return {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "clean_up_tokenization_spaces": False,
+            **names,
+            "add_bos_token": self.bos_token is not None,
+            **({} if self.bos_token is None else {"bos_token": self._name_of(self.bos_token)}),
+            "eos_token": ends[0] if ends else None,
+            STOP_TOKENS: [name for name in ends if name is not None],
+            **({} if self.template is None else {"chat_template": self.template}),
+        }
+
+    def _name_of(self, token: int | None) -> str | None:
+        """Return the name of a token; None of one that is padding."""
+        name: str | None = None if token is None else self._library.id_to_token(token)
+        return name
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write ``tokenizer.json``, and beside it which tokens begin and end texts."""
-        ends = [self._library.id_to_token(token) for token in self.stop_tokens]
-        config = {
-            **self.names,
-            "add_bos_token": self.bos_token is not None,
-            "bos_token": None
-            if self.bos_token is None
-            else self._library.id_to_token(self.bos_token),
-            "eos_token": ends[0] if ends else None,
-            "stop_tokens": ends,
+        for file, content in (
+            (TOKENIZER_FILE, self.description()),
+            (TOKENIZER_CONFIG_FILE, self.config()),
+        ):
+            text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+            atomic_write(Path(folder) / file, text)
+
+    def gguf_keys(self) -> dict[str, Any]:
+        """Return the keys of a GGUF file that describe the tokenizer, for ``of_gguf``.
+
+        A step that changes a text first (NFC of Qwen's) is left out: the format has no key for it,
+        and llama.cpp does without.
+
+        Raises
+        ------
+        ValueError
+            If the format has no name for the way it splits words, its merges have no scores, or it
+            has none.
+        """
+        record = json.loads(self._library.to_str())
+        model = record["model"]
+        if model["type"] != "BPE":
+            raise ValueError(
+                f"GGUF files have tokenizers of the type BPE, and it is {model['type']}"
+            )
+        names = [self._name_of(token) for token in range(self.vocab_size)]
+        kinds = [self._kind_of(token, name, model) for token, name in enumerate(names)]
+        named = [self.special_tokens.get(name) for name in _ENDS]
+        rest = [token for token in self.stop_tokens[1:] if token not in named]
+        ids = {
+            key: self._library.token_to_id(self.names.get(name, "")) for name, key in _NAMED.items()
         }
-        atomic_write(Path(folder) / TOKENIZER_FILE, self._library.to_str())
-        atomic_write(Path(folder) / TOKENIZER_CONFIG_FILE, json.dumps(config, indent=1) + "\n")
+        ids |= {"bos": ids["bos"] if self.bos_token is None else self.bos_token}
+        ids |= {"eos": self.eos_token, **dict(zip(("eot", "eom"), rest, strict=False))}
+        byte_level = self._bytes_of is _read_byte_level
+        keys = {
+            "model": "gpt2" if byte_level else "llama",
+            "pre": _pre_of(record) if byte_level else "default",
+            "tokens": [
+                f"[PAD{token}]" if name is None else name for token, name in enumerate(names)
+            ],
+            "token_type": kinds,
+            **({"merges": _spelled(model["merges"])} if byte_level else _scores_of(record, names)),
+            "add_bos_token": self.bos_token is not None,
+            "add_eos_token": False,
+            **{f"{name}_token_id": token for name, token in ids.items() if token is not None},
+        }
+        found = {f"tokenizer.ggml.{name}": value for name, value in keys.items()}
+        return found if self.template is None else {**found, _TEMPLATE_KEY: self.template}
+
+    def _kind_of(self, token: int, name: str | None, model: Mapping[str, Any]) -> int:
+        if name is None:
+            return _UNUSED
+        if token in self._added and name == model["unk_token"]:
+            return _UNKNOWN
+        if token in self._added:
+            return _SPECIAL if token in self._silent else _ADDED
+        if token in self._silent:
+            return _UNUSED
+        is_byte = self._bytes_of is _read_sentence_piece and _BYTE_TOKEN.fullmatch(name)
+        return _BYTE if is_byte else _NORMAL
 
     @classmethod
     def of_gguf(
@@ -328,7 +436,7 @@ class PublishedTokenizer:
         library.add_tokens(
             [
                 added(about.tokens[token], special=special[token], normalized=False)
-                for token in range(about.size)
+                for token in about.ids.values()
                 if special[token] or about.kinds[token] == _ADDED
             ]
         )
@@ -340,12 +448,9 @@ class PublishedTokenizer:
             about.size,
             about.bos if about.adds_bos else None,
             about.stop_tokens(),
-            {
-                f"{name}_token": about.tokens[token]
-                for name, token in (("bos", about.bos), ("eos", about.eos))
-                if token is not None
-            },
-            (token for token in range(about.size) if about.kinds[token] == _UNUSED),
+            about.names(),
+            (token for token in about.ids.values() if about.kinds[token] == _UNUSED),
+            _checked_template(keys.get(_TEMPLATE_KEY)),
         )
         return tokenizer
 
@@ -371,12 +476,10 @@ class PublishedTokenizer:
             vocabulary = {**dict(record["model"]["vocab"]), **added}
             config = _json_of(folder / TOKENIZER_CONFIG_FILE)
             names = {
-                name: _name_of(config[name])
-                for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-                if config.get(name) is not None
+                name: _name_of(config[name]) for name in _NAMED if config.get(name) is not None
             }
             ends = [names["eos_token"]] if "eos_token" in names else []
-            stops = [vocabulary[name] for name in [*ends, *config.get("stop_tokens", [])]]
+            stops = [vocabulary[name] for name in [*ends, *config.get(STOP_TOKENS, [])]]
             for file in _GENERATION_FILES:
                 ids = _json_of(folder / file).get("eos_token_id")
                 stops += [] if ids is None else ids if isinstance(ids, list) else [ids]
@@ -384,9 +487,9 @@ class PublishedTokenizer:
             if not all(type(token) is int for token in stops):
                 raise ValueError("an end-of-text token is not a number")
             begins = _begins_with(record, config, names)
-            tokenizer = cls(
-                *(text, vocab_size, None if begins is None else vocabulary[begins], stops, names)
-            )
+            begin = None if begins is None else vocabulary[begins]
+            template = template_in(folder)
+            tokenizer = cls(text, vocab_size, begin, stops, names, (), template)
         except KeyError as error:
             raise ValueError(f"{path} cannot be read: {error} is missing") from None
         except (TypeError, AttributeError, ValueError, RecursionError) as error:
@@ -403,6 +506,32 @@ def library_of(call: Callable[[], Any]) -> Any:
     except BaseException as error:
         line = " ".join(str(error).split())[:200]
         raise ValueError(f"tokenizers refuses it: {line}") from None
+
+
+def template_in(folder: Path) -> str | None:
+    """Return the chat template of a folder of Hugging Face; None where it has none.
+
+    Raises
+    ------
+    ValueError
+        If it is not a text.
+    OSError
+        If a file cannot be read.
+    """
+    if (folder / _TEMPLATE_FILE).exists():
+        return _checked_template(read_regular(folder / _TEMPLATE_FILE).decode())
+    source = _json_of(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
+    if isinstance(source, list):
+        # Several, with names.
+        source = {one["name"]: one["template"] for one in source}.get("default")
+    return _checked_template(source)
+
+
+def _checked_template(source: Any) -> str | None:
+    """Return a chat template, the right one where it is known to be wrong."""
+    if not isinstance(source, str | None):
+        raise ValueError("its chat template is not a text")
+    return _RIGHT_TEMPLATE if source is not None and _WRONG_TEMPLATE in source else source
 
 
 def _json_of(path: Path) -> dict[str, Any]:
@@ -497,13 +626,17 @@ class _GgufKeys:
             name or f"[EMPTY_{token}]" for token, name in enumerate(self._list("tokens", str))
         ]
         self.size = len(self.tokens)
-        self.ids = {name: token for token, name in enumerate(self.tokens)}
-        if not self.tokens or len(self.ids) < self.size:
+        if not self.tokens or len({*self.tokens}) < self.size:
             raise ValueError("its list of tokens is empty, or has a token twice")
         kinds = "tokenizer.ggml.token_type" in keys
         self.kinds = self._list("token_type", int) if kinds else [1] * self.size
         if len(self.kinds) != self.size:
             raise ValueError(f"it has {self.size} tokens, and types of {len(self.kinds)}")
+        # Rows of the model behind the last token are padding, as in other files.
+        used = 1 + max(
+            token for token, kind in enumerate(self.kinds) if kind != _UNUSED or not token
+        )
+        self.ids = {name: token for token, name in enumerate(self.tokens[:used])}
         self.bos, self.eos = self._token("bos"), self._token("eos")
         pre = self._get("pre", str, "")
         self.pre = pre or ("llama-bpe" if self._is_llama3() else "default")
@@ -547,6 +680,17 @@ class _GgufKeys:
             )
         return token
 
+    def names(self) -> dict[str, str]:
+        """Return what chat templates call some tokens."""
+        known = {"bos": self.bos, "eos": self.eos}
+        ids = {name: known.get(key, self._id_of(key)) for name, key in _NAMED.items()}
+        return {name: self.tokens[token] for name, token in ids.items() if token is not None}
+
+    def _id_of(self, name: str) -> int | None:
+        """Return the token of a key; None where there is none, or it is no token."""
+        token: int = self._get(f"{name}_token_id", int, -1)
+        return token if 0 <= token < self.size else None
+
     def merges(self) -> list[tuple[str, ...]]:
         """Return the pairs that byte-level BPE merges, but for those of what is no token."""
         pairs = [tuple(merge.split(" ")) for merge in self._list("merges", str)]
@@ -566,12 +710,11 @@ class _GgufKeys:
 
     def stop_tokens(self) -> list[int]:
         """Return the tokens that end a text: the file's, and those that are known by name."""
-        more = ("eot", "eom")
-        given = [self._get(f"{name}_token_id", int, -1) for name in more]
+        given = [self._id_of(name) for name in ("eot", "eom")]
         named = [self.ids[name] for name in _ENDS if name in self.ids]
         return [
             *([] if self.eos is None else [self.eos]),
-            *(token for token in given if 0 <= token < self.size),
+            *(token for token in given if token is not None),
             *(token for token in named if self.kinds[token] in (_SPECIAL, _ADDED)),
         ]
 
@@ -639,3 +782,69 @@ def _sentence_piece_of(about: _GgufKeys) -> Any:
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     )
     return tokenizer
+
+
+# --- Back to GGUF ---------------------------------------------------------------------------------
+
+_PLAIN_CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+
+
+def _pre_of(record: Mapping[str, Any]) -> str:
+    """Return the name of the rules by which a ``tokenizer.json`` splits words."""
+    rules: list[str] = []
+    for step in _steps(record["pre_tokenizer"]):
+        kind = step.get("type")
+        is_cut = (step.get("behavior"), step.get("invert")) in (
+            ("Isolated", False),
+            ("Removed", True),
+        )
+        if kind == "Split" and is_cut and "Regex" in step["pattern"]:
+            rules.append(step["pattern"]["Regex"].replace(_PLAIN_CONTRACTIONS, _CONTRACTIONS))
+        elif kind == "Digits" and step["individual_digits"]:
+            rules.append(r"\p{N}")
+        elif kind == "ByteLevel" and not step["add_prefix_space"]:
+            rules += [_GPT2] if step["use_regex"] else []
+        else:
+            rules.append(str(kind))
+    found = next((name for name, known in RULES.items() if known == tuple(rules)), None)
+    if found is None:
+        raise ValueError(
+            "GGUF has no name for how the tokenizer splits words: "
+            f"{' then '.join(rules)[:200] or 'not at all'}"
+        )
+    return found
+
+
+def _spelled(merges: Sequence[str | Sequence[str]]) -> list[str]:
+    """Return merges in words with a space between them."""
+    words = [merge if isinstance(merge, str) else " ".join(merge) for merge in merges]
+    return words or [NO_MERGE]
+
+
+def _scores_of(record: Mapping[str, Any], names: Sequence[str | None]) -> dict[str, Any]:
+    """Return the scores of a SentencePiece vocabulary: how early a token is merged."""
+    scores: dict[str, float] = {}
+    last = ""
+    for merge in record["model"]["merges"]:
+        name = "".join(merge.split(" ") if isinstance(merge, str) else merge)
+        if name != last and name in scores:
+            raise ValueError(
+                "GGUF has a score for each token of SentencePiece, and the tokenizer merges "
+                f"{name!r} sooner and later"
+            )
+        last = name
+        scores.setdefault(name, -float(len(scores)))
+    first = [step.get("prepend_scheme") for step in _steps(record["pre_tokenizer"])]
+    first += [step["type"] for step in _steps(record["normalizer"])]
+    return {
+        "scores": [scores.get(name or "", 0.0) for name in names],
+        "add_space_prefix": bool({*first} & {"always", "first", "Prepend"}),
+    }
+
+
+def _steps(whole: Any) -> list[Any]:
+    """Return the steps of a normalizer or pre-tokenizer, which may be a sequence."""
+    if whole is None:
+        return []
+    steps: list[Any] = whole.get("normalizers") or whole.get("pretokenizers") or [whole]
+    return steps

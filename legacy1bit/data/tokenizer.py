@@ -24,10 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.bpe import learn_merges, load_tokenizers
-from legacy1bit.data.sources import is_token_file
 from legacy1bit.data_utils import Tokens, tokenize_text, view_bytes
-from legacy1bit.hyperparams import SETTINGS_FILE
-from legacy1bit.system.files import atomic_write, mistaken_file, read_regular
+from legacy1bit.system.files import atomic_write
 from legacy1bit.threads import available_cores
 
 TOKENIZER_FILE = "tokenizer.json"
@@ -604,54 +602,23 @@ def description_in_template(tokenizer: Tokenizer) -> dict[str, Any]:
     bos = tokenizer.bos_token
     if bos is not None:
         name = visible_bytes()[bos] if tokenizer.eos_token is None else END_OF_TEXT
-        first = {"SpecialToken": {"id": name, "type_id": 0}}
-        content["post_processor"] = {
-            "type": "TemplateProcessing",
-            "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
-            "pair": [
-                first,
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 1}},
-            ],
-            "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
-        }
+        content["post_processor"] = begin_template(name, bos)
     return content
 
 
-def load_tokenizer(folder: str | os.PathLike[str]) -> Tokenizer:
-    """Read a folder's ``tokenizer.json``.
-
-    Raises
-    ------
-    OSError
-        If it cannot be read.
-    ValueError
-        If it is not a tokenizer that ``save`` writes, or ``tokenizers`` is needed and not
-        installed.
-    """
-    path = Path(folder) / TOKENIZER_FILE
-    try:
-        record = json.loads(read_regular(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {mistaken_file(path) or error}") from None
-    if isinstance(record, dict) and record.get("added_tokens"):
-        # Where it is not installed, the file is not to blame.
-        load_tokenizers()
-    tokenizer: Tokenizer | None
-    try:
-        model = record["model"]
-        if record["added_tokens"]:
-            tokenizer = SubwordTokenizer.of_spelled(model["merges"])
-        else:
-            tokenizer = ByteTokenizer(len(model["vocab"]))
-    except (KeyError, TypeError, ValueError):
-        tokenizer = None
-    if tokenizer is None or record not in (
-        tokenizer.description(),
-        description_in_template(tokenizer),
-    ):
-        raise ValueError(f"{path} is not a tokenizer that legacy1bit wrote, or it is damaged")
-    return tokenizer
+def begin_template(name: str, token: int | None) -> dict[str, Any]:
+    """Return the part of a tokenizer's file that puts a token before texts."""
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [
+            first,
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+        ],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
 
 
 def fit_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer:
@@ -672,39 +639,6 @@ def fit_tokenizer(tokenizer: Tokenizer | None, vocab_size: int) -> Tokenizer:
             f"the model has {vocab_size} tokens, and its tokenizer {tokenizer.vocab_size}"
         )
     return tokenizer
-
-
-def tokenizer_of(model: str | os.PathLike[str], vocab_size: int) -> Tokenizer:
-    """Return the tokenizer that lies beside a model; bytes, as many as it knows, where none does.
-
-    What tokens of another program stand for is not known, however few there are.
-
-    Raises
-    ------
-    ValueError
-        If the file is damaged, or is of other tokens than the model.
-    """
-    if not (Path(model) / TOKENIZER_FILE).exists():
-        if vocab_size > _BYTES or _has_learned_tokens(Path(model)):
-            return UnknownTokenizer(vocab_size)
-        return ByteTokenizer(vocab_size)
-    tokenizer = load_tokenizer(model)
-    if tokenizer.vocab_size < vocab_size:
-        raise ValueError(
-            f"{model} has {vocab_size} tokens, and its {TOKENIZER_FILE} {tokenizer.vocab_size}"
-        )
-    return fit_tokenizer(tokenizer, vocab_size)
-
-
-def _has_learned_tokens(run: Path) -> bool:
-    """Whether the text of a run is a file of tokens; what tells of none, or is damaged, is not."""
-    try:
-        source = json.loads(read_regular(run / SETTINGS_FILE))["source"]
-        # The module that knows such records imports this one.
-        paths = source["path"]
-        return any(map(is_token_file, [paths] if isinstance(paths, str) else paths))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
 
 
 def check_bytes(tokenizer: Tokenizer | None) -> None:

@@ -18,7 +18,7 @@ from legacy1bit.data.tokenizer import Tokenizer, check_bytes
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM
-from legacy1bit.packed import PackedMatrix, PackedModel
+from legacy1bit.packed import Int8Matrix, PackedMatrix, PackedModel
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write
 
@@ -92,6 +92,7 @@ def export_c(
     code = _select(code, _parts(config))
     parts = [Template(code).substitute(_constants(config, model.provenance, places))]
     for name, values in packed.parameters.items():
+        assert not isinstance(values, Int8Matrix)
         parts += _tables(name, values)
     parts += _structs(packed, places)
     atomic_write(path, "".join(parts).encode("ascii"))

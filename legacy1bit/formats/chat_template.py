@@ -38,9 +38,6 @@ _CPU_SECONDS, _SECONDS, _MEMORY = 1.0, 15.0, 1 << 28
 
 _LENGTH_BYTES = 4
 
-# Where the file of Microsoft's BitNet 2B-4T has a template that the model was not trained with.
-_WRONG_OF_BITNET = "BITNETAssistant"
-
 
 class Template(Protocol):
     """What makes a text of messages.
@@ -69,25 +66,15 @@ class Template(Protocol):
 
 
 class PlainTemplate:
-    """Lines of ``User: …`` and ``Assistant: …``. For its members see ``Template``.
+    """Lines of ``User: …`` and ``Assistant: …``. For its members see ``Template``."""
 
-    Parameters
-    ----------
-    begin : str
-        What the conversation begins with.
-    end : str
-        What each message ends with.
-    """
-
-    def __init__(self, begin: str = "", end: str = "\n") -> None:
-        self._begin, self._end = begin, end
-        self.stop: tuple[str, ...] = ("\nUser:",) if end == "\n" else ()
-        self.names_tokens = bool(begin)
+    stop: tuple[str, ...] = ("\nUser:",)
+    names_tokens = False
 
     def render(self, messages: Messages, answer: bool = True) -> str:
         """Return the text of a conversation."""
-        said = (f"{one['role'].title()}: {one['content'].strip()}{self._end}" for one in messages)
-        return self._begin + "".join(said) + ("Assistant: " if answer else "")
+        said = (f"{one['role'].title()}: {one['content'].strip()}\n" for one in messages)
+        return "".join(said) + ("Assistant: " if answer else "")
 
     def close(self) -> None:
         """Do nothing."""
@@ -100,7 +87,13 @@ class JinjaTemplate:
     ----------
     source : str
     names : mapping of str to str
-        The variables of the template beside the messages: ``bos_token``, ``eos_token``.
+        What the template calls ``bos_token``, ``eos_token``.
+
+    Attributes
+    ----------
+    source : str
+    variables : dict
+        Those of the template beside the messages: ``names``, and what else it may ask for.
 
     Raises
     ------
@@ -118,7 +111,8 @@ class JinjaTemplate:
                 f"the chat template has {len(source)} characters, expected at most {_MOST_SOURCE}"
             )
         load_extra("chat templates need", "jinja2", "sandbox")
-        self._source, self._names = source, dict(names or {})
+        self.source = source
+        self.variables: dict[str, Any] = dict(names or {})
         self._process: subprocess.Popen[bytes] | None = None
 
     def close(self) -> None:
@@ -136,9 +130,9 @@ class JinjaTemplate:
             # With the last reference to the template, too.
             self._end = weakref.finalize(self, end_child, self._process)
         request = {
-            "source": self._source,
+            "source": self.source,
             "variables": {
-                **self._names,
+                **self.variables,
                 "messages": [dict(message) for message in messages],
                 "add_generation_prompt": answer,
                 "tools": None,
@@ -190,15 +184,6 @@ def _read(process: subprocess.Popen[bytes], count: int) -> bytes:
             break
         data += piece
     return data
-
-
-def template_of(source: str | None, names: Mapping[str, str]) -> Template | None:
-    """Return the template that a model's file has; the right one where it is known to be wrong."""
-    if source is None:
-        return None
-    if _WRONG_OF_BITNET in source:
-        return PlainTemplate(names.get("bos_token", ""), "<|eot_id|>")
-    return JinjaTemplate(source, names)
 
 
 # --- The process that renders ---------------------------------------------------------------------

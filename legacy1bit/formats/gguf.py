@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.published_tokenizer import NO_MERGE, PublishedTokenizer
 from legacy1bit.data.tokenizer import (
     SPECIAL_TOKENS,
     ByteTokenizer,
@@ -58,14 +59,13 @@ _Array = npt.NDArray[Any]
 
 _EMBEDDINGS = ("embedding.weight", "output.weight")
 _CONFIG, _PROVENANCE, _SCALES = "legacy1bit.config", "legacy1bit.provenance", "legacy1bit.scales"
+# Whether the tokenizer is one that others published.
+_PUBLISHED = "legacy1bit.published_tokenizer"
 
 _ALIGNMENT = 32
 
 # Types of tokens.
 _NORMAL, _CONTROL, _UNUSED = 1, 3, 5
-
-# llama.cpp needs at least one merge. This one never applies: its character is not a byte's.
-_NO_MERGE = "\u2581 \u2581"
 
 _TOKENIZER = "tokenizer.ggml."
 
@@ -253,7 +253,9 @@ def _matrices(model: LegacyLLM) -> dict[str, TernaryMatrix]:
 
 
 def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
-    """Return the keys of a tokenizer, as a byte-level BPE."""
+    """Return the keys of a tokenizer, of our own as a byte-level BPE."""
+    if isinstance(tokenizer, PublishedTokenizer):
+        return {_PUBLISHED: True, **tokenizer.gguf_keys()}
     special: tuple[str, ...] = ()
     merges = []
     if isinstance(tokenizer, SubwordTokenizer):
@@ -271,7 +273,7 @@ def _tokenizer_keys(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
         "pre": "gpt-2",
         "tokens": [*characters, *special, *others],
         "token_type": kinds,
-        "merges": merges or [_NO_MERGE],
+        "merges": merges or [NO_MERGE],
         "add_space_prefix": False,
         "add_bos_token": bos is not None,
         "add_eos_token": False,
@@ -338,6 +340,8 @@ def import_gguf_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     vocab_size = _config_of(keys).vocab_size
+    if keys.get(_PUBLISHED) is True:
+        return PublishedTokenizer.of_gguf(keys, vocab_size)
     stored = [keys.get(f"{_TOKENIZER}{name}") for name in ("tokens", "merges")]
     lists = [texts.tolist() for texts in stored if isinstance(texts, Texts)]
     if len(lists) < len(stored):
@@ -345,7 +349,7 @@ def _tokenizer_of(keys: dict[str, Any]) -> Tokenizer:
     tokens, merges = lists
     tokenizer: Tokenizer
     if tuple(tokens[-len(SPECIAL_TOKENS) :]) == SPECIAL_TOKENS:
-        pairs = (merge.split(" ") for merge in merges if merge != _NO_MERGE)
+        pairs = (merge.split(" ") for merge in merges if merge != NO_MERGE)
         tokenizer = fit_tokenizer(SubwordTokenizer.of_spelled(pairs), vocab_size)
     else:
         tokenizer = ByteTokenizer(min(vocab_size, 256))
@@ -399,7 +403,8 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
     if _CONFIG not in keys:
         raise ValueError(
             f"it is a model of {keys.get('general.architecture')!r} without the key {_CONFIG}; "
-            "only files that legacy1bit wrote can be read"
+            "only files that legacy1bit wrote can be read (generate, chat and export take those of "
+            "others as they are)"
         )
     config = stored_config(json.loads(_text(keys, _CONFIG)))
     family_of(config, "llama_cpp")

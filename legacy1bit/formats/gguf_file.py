@@ -23,7 +23,8 @@ Keys = dict[str, Any]
 Entries = dict[str, tuple[tuple[int, ...], int, int]]
 
 MAGIC = b"GGUF"
-_VERSION = 3
+# What changed from one to the other is that numbers may be big-endian, which is refused.
+_VERSIONS = (2, 3)
 _ALIGNMENT_KEY, _ALIGNMENT, _MOST_ALIGNMENT = "general.alignment", 32, 1 << 20
 _MOST_AXES = 4
 
@@ -107,13 +108,13 @@ class GgufReader:
         if magic != MAGIC:
             raise ValueError(f"it starts with {magic!r}, expected {MAGIC!r}")
         version = self.number(4)
-        if version in (_VERSION << 24, _VERSION - 1 << 24):
+        if version in [known << 24 for known in _VERSIONS]:
             raise ValueError(
                 "its numbers are big-endian, expected little-endian ones, as "
                 "gguf-convert-endian of the package gguf writes them"
             )
-        if version != _VERSION:
-            raise ValueError(f"it has version {version}, expected {_VERSION}")
+        if version not in _VERSIONS:
+            raise ValueError(f"it has version {version}, expected 2 or 3")
         tensors, keys = self.number(8), self.number(8)
         for name, count, size in (
             ("tensors", tensors, _ENTRY_BYTES),

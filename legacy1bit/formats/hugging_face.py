@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
 from legacy1bit.data.tokenizer import (
     END_OF_TEXT,
     PADDING,
@@ -34,13 +35,12 @@ from legacy1bit.formats.families import (
 )
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, check_finite, open_tensors
 from legacy1bit.formats.provenance import Provenance
+from legacy1bit.formats.safetensors_file import Tensor
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import Parameter, parameter_layout
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write_all, read_regular, serialize_tensors
-
-TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 # The key of settings and provenance, by which an earlier export is recognized.
 _OURS = "legacy1bit"
@@ -120,7 +120,9 @@ def export_hugging_face(
         header[_EXACT] = json.dumps(exact)
     contents = {
         CONFIG_FILE: {**_config(model.config, family, form, tokenizer), _OURS: known},
-        TOKENIZER_FILE: description_in_template(tokenizer),
+        TOKENIZER_FILE: tokenizer.description()
+        if isinstance(tokenizer, PublishedTokenizer)
+        else description_in_template(tokenizer),
         TOKENIZER_CONFIG_FILE: _tokenizer_config(model.config, tokenizer),
     }
     atomic_write_all(
@@ -162,10 +164,7 @@ def _config(
         "mlp_bias": config.biases == "all",
         "tie_word_embeddings": config.tied_embeddings,
         "torch_dtype": "float32",
-        "bos_token_id": tokenizer.bos_token,
-        # The default is token 3; texts of bytes have no end-of-text token.
-        "eos_token_id": tokenizer.eos_token,
-        "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
+        **_token_ids(tokenizer),
     }
     if config.rope_factor > 1.0:
         # The name in all versions of transformers.
@@ -184,6 +183,19 @@ def _config(
     return content
 
 
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """Return the settings that name tokens; the default of the first two is one of others."""
+    if isinstance(tokenizer, PublishedTokenizer):
+        ends: list[int] | None = [*tokenizer.stop_tokens] or None
+        return {"bos_token_id": tokenizer.bos_token, "eos_token_id": ends}
+    return {
+        "bos_token_id": tokenizer.bos_token,
+        # The default is token 3; texts of bytes have no end-of-text token.
+        "eos_token_id": tokenizer.eos_token,
+        "pad_token_id": None if tokenizer.eos_token is None else tokenizer.vocab_size - 1,
+    }
+
+
 def _partial_rotary_factor(config: ModelConfig) -> float:
     """Return the fraction of a head that rotates, such that its product rounds down correctly."""
     if int(config.head_dim * config.rope_fraction) == config.rotary_dim:
@@ -192,6 +204,8 @@ def _partial_rotary_factor(config: ModelConfig) -> float:
 
 
 def _tokenizer_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    if isinstance(tokenizer, PublishedTokenizer):
+        return {"model_max_length": config.sequence_length, **tokenizer.config()}
     special = {
         "bos_token": END_OF_TEXT,
         "eos_token": END_OF_TEXT,
@@ -332,15 +346,15 @@ def import_hugging_face(folder: str | os.PathLike[str]) -> LegacyLLM:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
             raise ModelFileError(f"{folder} is not a model for transformers: it has no {name}")
-    opened, header, types = open_tensors(folder / WEIGHTS_FILE)
+    tensors, header = open_tensors(folder / WEIGHTS_FILE)
     try:
         config, provenance = _settings_of(folder, header)
         form = _form_of(config, family_of(config, "transformers"))
         # The settings may declare more than fits memory.
-        _check_types(config, form, types)
+        _check_types(config, form, tensors)
         model = LegacyLLM(config)
         model.provenance = provenance
-        _fill(model, form, opened, _exact_of(header))
+        _fill(model, form, tensors, _exact_of(header))
     except (OverflowError, RecursionError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ModelFileError(f"{folder} cannot be read: {reason}") from None
@@ -353,7 +367,7 @@ def _settings_of(folder: Path, header: Mapping[str, str]) -> tuple[ModelConfig, 
     if not isinstance(known, dict) or "config" not in known:
         raise ValueError(
             f"its {CONFIG_FILE} has no settings of {_OURS}; only folders that legacy1bit wrote can "
-            "be read"
+            "be read (generate, chat and export take those of others as they are)"
         )
     settings = known["config"]
     # The weights come with the settings they had when they were written.
@@ -370,9 +384,8 @@ def _exact_of(header: Mapping[str, str]) -> dict[str, _Floats]:
     return {name: np.asarray(numbers, np.float32) for name, numbers in exact.items()}
 
 
-def _check_types(
-    config: ModelConfig, form: _Form, types: Mapping[str, tuple[str, tuple[int, ...]]]
-) -> None:
+def _check_types(config: ModelConfig, form: _Form, tensors: Mapping[str, Tensor]) -> None:
+    types = {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     names = tensor_names(config)
     expected = {
         names[part.name].transformers + suffix: kind
@@ -385,7 +398,9 @@ def _check_types(
             raise ValueError(f"its tensor {name} is {found}, expected {wanted}")
 
 
-def _fill(model: LegacyLLM, form: _Form, opened: Any, exact: Mapping[str, _Floats]) -> None:
+def _fill(
+    model: LegacyLLM, form: _Form, tensors: Mapping[str, Tensor], exact: Mapping[str, _Floats]
+) -> None:
     """Fill a model with the tensors of a file.
 
     Raises
@@ -397,7 +412,7 @@ def _fill(model: LegacyLLM, form: _Form, opened: Any, exact: Mapping[str, _Float
     names = tensor_names(config)
     for part in parameter_layout(config):
         theirs, value = names[part.name].transformers, model.parameters[part.name]
-        stored = {suffix: opened.get_tensor(theirs + suffix) for suffix in _types_of(part, form)}
+        stored = {suffix: tensors[theirs + suffix].array() for suffix in _types_of(part, form)}
         numbers = exact.get(part.name)
         order = row_order(config, part.name, "halves")
         rows: Any = slice(None) if order is None else order

@@ -12,7 +12,7 @@ import json
 import math
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -21,8 +21,10 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from legacy1bit.formats.provenance import Provenance
+from legacy1bit.formats.safetensors_file import Tensor, read_file
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout
+from legacy1bit.packing import Tiles, Values
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import describe, one_line
 from legacy1bit.system.files import (
@@ -31,6 +33,7 @@ from legacy1bit.system.files import (
     mistaken_file,
     open_regular,
     read_regular,
+    release,
     serialize_tensors,
 )
 
@@ -76,8 +79,8 @@ Parameters = Mapping[str, _Floats | CodeMatrix]
 class FloatRows(Protocol):
     """A float matrix that is decoded some rows at a time, such as ``tensor_types.Floats``."""
 
-    def strips(self) -> Iterator[tuple[slice, _Floats]]:
-        """Yield rows and their numbers, some at a time."""
+    def each(self, use: Callable[[slice, _Floats], None], threads: int) -> None:
+        """Call a function with rows and their numbers, some at a time, in several threads."""
 
     def all(self) -> _Floats:
         """Return the whole matrix."""
@@ -90,30 +93,51 @@ class StoredParameter(NamedTuple):
     ----------
     name : str
     shape : tuple of int
-    values : float32 array, FloatRows or uint8[R, bytes]
-        Numbers, or packed codes as ``Scheme.pack`` returns them.
+    values : float32 array or FloatRows
+        Numbers; none of a matrix of codes.
     scales : float32[1, 1] or float32[R, G] or None
         The scales of codes.
     group : int
         The number of columns that share a scale.
+    write : callable or None
+        Decodes the codes into ``packing.Tiles`` or ``packing.Values``. Raises ``ModelFileError`` if
+        they are not the scheme's.
     """
 
     name: str
     shape: tuple[int, ...]
-    values: npt.NDArray[Any] | FloatRows
+    values: npt.NDArray[Any] | FloatRows = np.empty(0, np.float32)
     scales: _Floats | None = None
     group: int = 0
+    write: Callable[[Tiles | Values], None] | None = None
 
     def array(self) -> npt.NDArray[Any]:
         """Return the values as one array."""
         return self.values if isinstance(self.values, np.ndarray) else self.values.all()
 
-    def strips(self) -> Iterator[tuple[slice, npt.NDArray[Any]]]:
-        """Yield rows and their values, some at a time where they are decoded."""
+    def each(self, use: Callable[[slice, npt.NDArray[Any]], None], threads: int) -> None:
+        """Call a function with rows and their values, some at a time where they are decoded."""
         if isinstance(self.values, np.ndarray):
-            yield slice(0, len(self.values)), self.values
+            use(slice(0, len(self.values)), self.values)
         else:
-            yield from self.values.strips()
+            self.values.each(use, threads)
+
+
+def stored_codes(
+    name: str,
+    layout: str,
+    data: npt.NDArray[np.uint8],
+    shape: tuple[int, ...],
+    scales: _Floats,
+    group: int,
+) -> StoredParameter:
+    """Return a matrix whose codes are in a layout of ``packing``."""
+
+    def write(target: Tiles | Values) -> None:
+        target.write(layout, data.reshape(-1), shape[0], np.arange(shape[0]))
+        release(data)
+
+    return StoredParameter(name, shape, scales=scales, group=group, write=write)
 
 
 def check_finite(name: str, values: _Floats, error: type[ValueError] = ValueError) -> None:
@@ -264,7 +288,9 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise ModelFileError(f"{path} is not a model folder: it has no {name}")
+            others = sorted(path.glob("*.gguf"))
+            instead = f" (--model takes {others[0]})" if others else ""
+            raise ModelFileError(f"{path} is not a model folder: it has no {name}{instead}")
     settings = _read_json(path / CONFIG_FILE)
     if "model_type" in settings:
         raise ModelFileError(
@@ -272,7 +298,7 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
             "legacy1bit has trained or imported"
         )
     file = path / WEIGHTS_FILE
-    opened, header, types = open_tensors(file)
+    tensors, header = open_tensors(file)
     if "config" in header and _parsed(header["config"]) != settings:
         raise ModelFileError(
             f"{path / CONFIG_FILE} is not the one that {file.name} was saved with; the latter's "
@@ -283,23 +309,12 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
         provenance = Provenance.from_json(header.get("provenance", "{}"))
     except ValueError as error:
         raise ModelFileError(f"{file}: {error}") from None
-    _check_types(config, types, file)
-    return config, provenance, _stored(config, opened, file)
+    _check_types(config, tensors, file)
+    return config, provenance, _stored(config, tensors, file)
 
 
-def open_tensors(
-    file: Path,
-) -> tuple[Any, dict[str, str], dict[str, tuple[str, tuple[int, ...]]]]:
-    """Open a safetensors file, and read no tensor yet.
-
-    Returns
-    -------
-    opened : safe_open
-        The library maps the file into memory and checks its header.
-    header : dict of str to str
-        The metadata.
-    types : dict of str to (str, tuple of int)
-        The dtype and the shape of each tensor, by name.
+def open_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, mapped into memory, and its metadata.
 
     Raises
     ------
@@ -308,18 +323,11 @@ def open_tensors(
     OSError
         If it cannot be read.
     """
-    check_regular(file)
     try:
-        opened: Any = safe_open(file, framework="numpy")
-        header = opened.metadata() or {}
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-        types = {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        known = mistaken_file(file)
-        raise ModelFileError(
-            f"{file} is not a safetensors file: {known or one_line(error)}"
-        ) from None
-    return opened, header, types
+        return read_file(file)
+    except ValueError as error:
+        reason = one_line(error).removeprefix(f"{file.name} is not a safetensors file: ")
+        raise ModelFileError(f"{file} is not a safetensors file: {reason}") from None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -358,39 +366,41 @@ def _config_of(settings: dict[str, Any], file: Path) -> ModelConfig:
         raise ModelFileError(f"{file}: {error}") from None
 
 
-def _check_types(
-    config: ModelConfig, types: dict[str, tuple[str, tuple[int, ...]]], file: Path
-) -> None:
+def _check_types(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> None:
     """Compare the dtypes and shapes in a file with those of a model of these settings.
 
     The settings may declare more than fits memory, so this comes before any allocation.
     """
     expected = _tensor_types(config)
     for name, (dtype, shape) in expected.items():
-        if name not in types:
+        if name not in tensors:
             raise ModelFileError(f"{file} has no tensor {name}")
-        if types[name][1] != shape:
+        found = tensors[name]
+        if found.shape != shape:
             raise ModelFileError(
-                f"{file}: {name} has shape {list(types[name][1])}, expected {list(shape)}"
+                f"{file}: {name} has shape {list(found.shape)}, expected {list(shape)}"
             )
-        if types[name][0] != dtype:
-            raise ModelFileError(f"{file}: {name} is {types[name][0]}, expected {dtype}")
-    unknown = sorted(set(types) - set(expected))
+        if found.dtype != dtype:
+            raise ModelFileError(f"{file}: {name} is {found.dtype}, expected {dtype}")
+    unknown = sorted(set(tensors) - set(expected))
     if unknown:
         raise ModelFileError(f"{file} has an unknown tensor {unknown[0]!r}")
 
 
-def _stored(config: ModelConfig, opened: Any, file: Path) -> Iterator[StoredParameter]:
+def _stored(
+    config: ModelConfig, tensors: Mapping[str, Tensor], file: Path
+) -> Iterator[StoredParameter]:
     """Yield the parameters for ``read_folder``."""
     for part in parameter_layout(config):
         name, shape = part.name, part.shape
         if part.kind != "quantized":
-            values = opened.get_tensor(name)
+            values = tensors[name].array()
             check_finite(f"{file}: {name}", values, ModelFileError)
             yield StoredParameter(name, shape, values)
+            release(values)
             continue
-        codes = opened.get_tensor(f"{name}.codes")
-        scales = opened.get_tensor(f"{name}.scale").astype(np.float32)
+        codes = tensors[f"{name}.codes"].array()
+        scales = tensors[f"{name}.scale"].array().astype(np.float32)
         check_finite(f"{file}: {name}", scales, ModelFileError)
         if config.scale == "one" and (scales != 1.0).any():
             raise ModelFileError(f"{file}: {name} has scale {scales.ravel()[0]}, expected 1")
@@ -398,7 +408,8 @@ def _stored(config: ModelConfig, opened: Any, file: Path) -> Iterator[StoredPara
             SCHEMES[config.scheme].check(codes, shape[1])
         except ValueError as error:
             raise ModelFileError(f"{file}: {name}: {error}") from None
-        yield StoredParameter(name, shape, codes, scales, part.group)
+        layout = {1: "1 bit", 2: "2 bits"}[SCHEMES[config.scheme].bits]
+        yield stored_codes(name, layout, codes, shape, scales, part.group)
 
 
 # --- The C original's file ------------------------------------------------------------------------

@@ -9,26 +9,23 @@ known could mean that the model computes something else.
 import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.data.published_tokenizer import TOKENIZER_CONFIG_FILE, PublishedTokenizer
-from legacy1bit.data.tokenizer import (
-    TOKENIZER_FILE,
-    Tokenizer,
-    UnknownTokenizer,
-    tokenizer_of,
-)
+from legacy1bit.data.published_tokenizer import PublishedTokenizer, template_in
+from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, UnknownTokenizer
+from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.formats import native, safetensors_file
-from legacy1bit.formats.chat_template import Template, template_of
+from legacy1bit.formats.chat_template import JinjaTemplate, Template
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
 from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
-from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter
+from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter, stored_codes
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.formats.tensor_types import (
     BF16,
@@ -42,21 +39,26 @@ from legacy1bit.formats.tensor_types import (
     Masters,
     Quarters,
     RunsOf128,
+    Scales,
     TensorType,
     TernaryFloats,
-    coarsest_unit,
+    in_coarsest_unit,
     scales_in,
 )
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import Parameter, parameter_layout
+from legacy1bit.packing import Values
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import one_line
-from legacy1bit.system.files import read_regular
+from legacy1bit.system.files import read_regular, release
 
 Model = tuple[ModelConfig, Provenance, Iterator[StoredParameter]]
+# The result of ``row_order``.
+_Order = npt.NDArray[np.intp] | None
 
 # The longest context; files may promise more.
 _MOST_TOKENS = 1 << 17
+_COMPARED_AT_ONCE = 1 << 22  # bytes
 
 
 def read_model(path: Path) -> Model:
@@ -111,14 +113,14 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     return tokenizer_of(path, vocab_size)
 
 
-def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
+def read_template(path: Path, tokenizer: Tokenizer) -> Template | None:
     """Return the chat template of a model that ``read_model`` reads; None where it has none.
 
     Parameters
     ----------
     path : Path
-    names : mapping of str to str
-        What the template calls ``bos_token``, ``eos_token`` and the like.
+    tokenizer : Tokenizer
+        The model's; one that others published has its template, and the names of tokens in it.
 
     Raises
     ------
@@ -127,35 +129,24 @@ def read_template(path: Path, names: Mapping[str, str]) -> Template | None:
     OSError
         If a file cannot be read.
     """
-    source: Any = None
-    with _refusing(path):
-        if path.is_file():
-            source = read_keys(path).get(_TEMPLATE) if is_gguf(path) else None
-        elif (path / _TEMPLATE_FILE).exists():
-            source = read_regular(path / _TEMPLATE_FILE).decode()
-        elif (path / TOKENIZER_CONFIG_FILE).exists():
-            source = dict(json.loads(read_regular(path / TOKENIZER_CONFIG_FILE))).get(
-                "chat_template"
-            )
-        if isinstance(source, list):
-            # Several, with names.
-            source = {one["name"]: one["template"] for one in source}.get("default")
-        if not isinstance(source, (str, type(None))):
-            raise ValueError("its chat template is not a text")
-    return template_of(source, names)
+    if isinstance(tokenizer, PublishedTokenizer):
+        source, names = tokenizer.template, tokenizer.names
+    else:
+        with _refusing(path):
+            source, names = template_in(path) if path.is_dir() else None, {}
+    return None if source is None else JinjaTemplate(source, names)
 
 
 def _read_c_v1(path: Path) -> Model:
     config, parameters = native.read_c_v1(path)
-    scheme = SCHEMES[config.scheme]
 
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
             values = parameters[part.name]
             if part.kind == "quantized":
                 ones = np.ones((1, 1), np.float32)
-                packed = scheme.pack(values.astype(np.int8))
-                yield StoredParameter(part.name, part.shape, packed, ones, part.group)
+                codes = values.view(np.uint8)
+                yield stored_codes(part.name, "int8", codes, part.shape, ones, part.group)
             else:
                 yield StoredParameter(part.name, part.shape, values)
 
@@ -196,8 +187,8 @@ class _Source(NamedTuple):
     floats: Floats | None
     factor: float = 1.0
 
-    def scales(self) -> tuple[npt.NDArray[np.float32], int] | None:
-        """Return the scales of the codes and the columns that share one; None without codes."""
+    def scales(self) -> Scales | None:
+        """Return the scales of the codes, in the coarsest unit; None if it is not ternary."""
         found = None if self.codes is None else self.codes.scales()
         if found is None:
             return None
@@ -207,26 +198,16 @@ class _Source(NamedTuple):
                 scales = scales * np.float32(self.factor)
         if not np.isfinite(scales).all():
             raise ValueError("has a scale that is not finite (NaN or infinite)")
-        return scales, group
-
-    def unit(self) -> str | None:
-        """Return the coarsest unit of its scales; None if it is not ternary."""
-        found = self.scales()
-        return None if found is None else coarsest_unit(*found, self.shape[1])
-
-    def decode(self) -> tuple[npt.NDArray[np.uint8], tuple[npt.NDArray[np.float32], int]]:
-        """Return the packed codes of a matrix that is ternary, and its scales."""
-        found = self.scales()
-        assert self.codes is not None
-        assert found is not None
-        return self.codes.packed(), found
+        return in_coarsest_unit(scales, group, self.shape[1])
 
     def dense(self) -> npt.NDArray[np.float32]:
         """Return codes times scales, float32[R, C]."""
-        packed, (scales, group) = self.decode()
-        cols = self.shape[1]
-        codes = SCHEMES["ternary"].unpack(packed, cols)
-        return codes * np.repeat(scales, group, axis=1)[:, :cols]
+        found = self.scales()
+        assert self.codes is not None
+        assert found is not None
+        codes = np.empty(self.shape, np.int8)
+        self.codes.write(Values(codes, SCHEMES["ternary"].levels), np.arange(len(codes)))
+        return codes * np.repeat(found.values, found.group, axis=1)[:, : self.shape[1]]
 
 
 def _of_type(kind: TensorType, data: npt.NDArray[np.uint8], shape: tuple[int, ...]) -> _Source:
@@ -284,46 +265,57 @@ def _model_of(
             raise ValueError(
                 f"{names[part.name]} has shape {list(shape)}, expected {list(part.shape)}"
             )
-    units = []
-    for part in parameter_layout(draft):
-        if part.kind == "quantized":
-            with _telling(names[part.name]):
-                unit = sources[names[part.name]].unit()
-                if unit is None:
-                    raise ValueError(
-                        "is not ternary: 64 weights have more than one magnitude, and legacy1bit "
-                        "runs ternary models"
-                    )
-                units.append(unit)
+    inner = [part.name for part in parameter_layout(draft) if part.kind == "quantized"]
     outer = [name for name in ("embedding.weight", "output.weight") if name in names]
-    found = []
-    for name in outer:
+    # Of each matrix the coarsest unit, in which its scales are the fewest.
+    found: dict[str, Scales] = {}
+    for name in inner + outer:
         with _telling(names[name]):
-            found.append(sources[names[name]].unit())
-    ternary = [unit for unit in found if unit is not None]
-    if len(ternary) == len(outer):
-        units += ternary
+            scales = sources[names[name]].scales()
+            if scales is not None:
+                found[name] = scales
+            elif name in inner:
+                raise ValueError(_why_not_ternary(sources[names[name]]))
+    ternary = found.keys() >= set(outer)
     config = replace(
         draft,
-        scale=max(units, key=UNITS.index),
-        ternary_embedding=len(ternary) == len(outer),
+        scale=max((found[name].unit for name in inner + outer * ternary), key=UNITS.index),
+        ternary_embedding=ternary,
     )
 
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
             theirs = names[part.name]
             with _refusing(path), _telling(theirs):
+                order = row_order(config, part.name, pairs)
                 source = sources[theirs]
-                if part.kind == "matrix" and source.floats is not None:
+                if part.kind == "quantized":
+                    read = _codes(part, source, found[part.name], config.scale, order)
+                elif part.kind == "matrix" and source.floats is not None:
                     rows = _Rows(path, theirs, source.floats)
-                    yield StoredParameter(part.name, part.shape, rows)
-                    continue
-                values = _parameter(config, part, source, pairs)
+                    read = StoredParameter(part.name, part.shape, rows)
+                else:
+                    read = _floats(part, source, order)
                 if shift and part.name.endswith("gamma"):
-                    values = values._replace(values=values.array() + np.float32(shift))
-            yield values
+                    read = read._replace(values=read.array() + np.float32(shift))
+            if read.write is not None:
+                # It is called after this.
+                read = read._replace(write=_refusing(path)(_telling(theirs)(read.write)))
+            yield read
 
     return config, provenance, stored()
+
+
+def _why_not_ternary(source: _Source) -> str:
+    if source.codes is not None and source.codes.scales() is not None:
+        return (
+            "has scales of 32 weights, expected one for 64 weights or for more: a model's kernels "
+            "know no smaller groups"
+        )
+    return (
+        "is not ternary: 64 weights have more than one magnitude, and legacy1bit runs ternary "
+        "models"
+    )
 
 
 @contextlib.contextmanager
@@ -342,36 +334,40 @@ class _Rows(NamedTuple):
     name: str
     floats: Floats
 
-    def strips(self) -> Iterator[tuple[slice, npt.NDArray[np.float32]]]:
+    def each(self, use: Callable[[slice, npt.NDArray[np.float32]], None], threads: int) -> None:
         with _refusing(self.path), _telling(self.name):
-            yield from self.floats.strips()
+            self.floats.each(use, threads)
 
     def all(self) -> npt.NDArray[np.float32]:
         with _refusing(self.path), _telling(self.name):
             return self.floats.all()
 
 
-def _parameter(
-    config: ModelConfig, part: Parameter, source: _Source, pairs: Pairs
+def _codes(
+    part: Parameter, source: _Source, found: Scales, unit: str, order: _Order
 ) -> StoredParameter:
-    order = row_order(config, part.name, pairs)
-    if part.kind != "quantized":
-        values = source.dense() if source.floats is None else source.floats.all()
-        return StoredParameter(part.name, part.shape, _in_order(values, order))
-    packed, found = source.decode()
-    scales = scales_in(config.scale, *found, part.shape[1])
+    """Return a matrix of codes, with scales in this unit."""
+    scales = scales_in(unit, found.values, found.group, part.shape[1])
+    assert source.codes is not None
     assert scales is not None
     scales = np.ascontiguousarray(np.broadcast_to(scales, part.scale_shape))
+    places = np.arange(part.shape[0]) if order is None else order
     return StoredParameter(
         part.name,
         part.shape,
-        _in_order(packed, order),
-        scales if len(scales) == 1 else _in_order(scales, order),
-        part.group,
+        scales=scales if len(scales) == 1 else _in_order(scales, order),
+        group=part.group,
+        write=partial(source.codes.write, places=places),
     )
 
 
-def _in_order(values: npt.NDArray[Any], order: npt.NDArray[np.intp] | None) -> npt.NDArray[Any]:
+def _floats(part: Parameter, source: _Source, order: _Order) -> StoredParameter:
+    """Return a matrix or vector of floats."""
+    values = source.dense() if source.floats is None else source.floats.all()
+    return StoredParameter(part.name, part.shape, _in_order(values, order))
+
+
+def _in_order(values: npt.NDArray[Any], order: _Order) -> npt.NDArray[Any]:
     """Return the rows of ours, of which ``values[i]`` is row ``order[i]``."""
     if order is None:
         return values
@@ -474,8 +470,7 @@ _ARCHITECTURES = {
     "bitnet-25": (_MODEL_TYPES["bitnet"], "relu2"),
 }
 
-_TOKENIZER, _TEMPLATE = "tokenizer.ggml.", "tokenizer.chat_template"
-_TEMPLATE_FILE = "chat_template.jinja"
+_TOKENIZER = "tokenizer.ggml."
 # All bits set.
 _NO_TOKEN = (1 << 32) - 1
 
@@ -550,8 +545,19 @@ def _are_same(one: Any, other: Any) -> bool:
         other is not None
         and one.kind is other.kind
         and one.shape == other.shape
-        and bool(np.array_equal(one.data, other.data))
+        and _have_same_bytes(one.data, other.data)
     )
+
+
+def _have_same_bytes(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    """Compare mapped tensors, without leaving them in memory."""
+    for first in range(0, max(one.size, other.size), _COMPARED_AT_ONCE):
+        ours, theirs = (data[first : first + _COMPARED_AT_ONCE] for data in (one, other))
+        if not np.array_equal(ours, theirs):
+            return False
+        release(ours)
+        release(theirs)
+    return True
 
 
 def _gguf_config(
@@ -714,7 +720,7 @@ def read_hugging_face(folder: Path) -> Model:
         if tied and "lm_head.weight" in tensors:
             output = tensors.pop("lm_head.weight")
             embedding = tensors.get("model.embed_tokens.weight")
-            if embedding is not None and not np.array_equal(output.data, embedding.data):
+            if embedding is not None and not _have_same_bytes(output.data, embedding.data):
                 raise ValueError("lm_head.weight differs from the embedding, and both are tied")
         draft = replace(
             _hugging_face_config(kind, family, own, tensors),

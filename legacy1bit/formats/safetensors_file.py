@@ -1,7 +1,7 @@
-"""Safetensors files of other programs as containers: one, or several with an index.
+"""Safetensors files as containers: one, or several with an index.
 
-The package ``safetensors`` reads our own; NumPy has no bfloat16, so that it cannot give all tensors
-of others. Nothing in a file is trusted: each number is checked against the file before it is used.
+The package ``safetensors`` copies tensors, and with NumPy, which has no bfloat16, cannot give all.
+Nothing in a file is trusted: each number is checked against the file before it is used.
 
 The format: https://github.com/huggingface/safetensors#format
 """
@@ -27,6 +27,8 @@ _SIZES = {
     **{"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2},
     **{"BF16": 2, "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8},
 }
+# Those that NumPy has, and that our own files are made of.
+_DTYPES = {"U8": "u1", "I8": "i1", "F16": "<f2", "F32": "<f4"}
 # What holds weights only as a program that would have to be run.
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -47,6 +49,10 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     data: npt.NDArray[np.uint8]
 
+    def array(self) -> npt.NDArray[Any]:
+        """Return the tensor as an array, mapped; not of types that NumPy has not."""
+        return self.data.view(_DTYPES[self.dtype]).reshape(self.shape)
+
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """Return the tensors of a folder, of one file or of those in its index.
@@ -59,7 +65,7 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
         If a file cannot be read.
     """
     if (folder / WEIGHTS_FILE).exists():
-        return _read(folder / WEIGHTS_FILE)
+        return read_file(folder / WEIGHTS_FILE)[0]
     if (folder / INDEX_FILE).exists():
         return _read_all(folder)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
@@ -92,7 +98,7 @@ def _read_all(folder: Path) -> dict[str, Tensor]:
     for file in sorted(names):
         if not (folder / file).exists():
             raise ValueError(f"{INDEX_FILE} names {file}, which is missing")
-        for name, tensor in _read(folder / file).items():
+        for name, tensor in read_file(folder / file)[0].items():
             if places.get(name) != file:
                 raise ValueError(f"{file} has {name}, which {INDEX_FILE} places elsewhere")
             tensors[name] = tensor
@@ -115,7 +121,16 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a file, by name, and its metadata.
+
+    Raises
+    ------
+    ValueError
+        If it is damaged.
+    OSError
+        If it cannot be read.
+    """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size < 8:
@@ -125,7 +140,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     if length > min(size - 8, _MOST_HEADER_BYTES):
         known = mistaken_file(path)
         raise ValueError(
-            f"{path.name} is no safetensors file: {known or f'its header has {length} bytes'}"
+            f"{path.name} is not a safetensors file: {known or f'its header has {length} bytes'}"
         )
     try:
         header = json.loads(data[8 : 8 + length], object_pairs_hook=_once)
@@ -133,18 +148,25 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path.name} has a damaged header: {one_line(error)}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path.name} has a header that is not a JSON object")
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise ValueError(f"{path.name} has metadata that are not texts")
     content = np.frombuffer(data, np.uint8)[8 + length :]
     entries = {name: _entry(name, entry, content.size) for name, entry in header.items()}
     end, before = 0, ""
     for name, (_, _, begin, stop) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin < end:
             raise ValueError(f"{name} has offset {begin}, and overlaps {before}")
+        if begin > end:
+            raise ValueError(f"{name} has offset {begin}, and the tensors before it end at {end}")
         end, before = stop, name
-    return {
+    if end < content.size:
+        raise ValueError(f"{path.name} has {content.size - end} bytes after its last tensor")
+    tensors = {
         name: Tensor(dtype, shape, content[begin:stop])
         for name, (dtype, shape, begin, stop) in entries.items()
     }
+    return tensors, metadata
 
 
 def _entry(name: str, entry: Any, size: int) -> tuple[str, tuple[int, ...], int, int]:

@@ -1,35 +1,36 @@
 """The numbers in tensors of published models: ternary matrices, and floats.
 
-A matrix is decoded some rows at a time, so that temporary arrays stay small. Codes come out as
-``Scheme.pack`` of the scheme ternary stores them, four to a byte, whatever their layout was.
+A matrix is read some rows at a time, and the pages of its file that were read are given back, so
+that only what is made of them stays in memory. ``packing`` decodes codes, and names the sources.
 
-Blocks of GGUF: ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` of llama.cpp; PQ2_0 and PTQ1_0 are
-PrismML's, I2_S is that of bitnet.cpp. Packed matrices of safetensors: ``integrations/bitnet.py`` of
-transformers.
+Blocks of floats: ``ggml/src/ggml-common.h`` and ``ggml-quants.c`` of llama.cpp.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.packing import Tiles, Values, block_scales, merge_scales
+from legacy1bit.system.files import release
+
 _Floats = npt.NDArray[np.float32]
 _Bytes = npt.NDArray[np.uint8]
+_Places = npt.NDArray[np.intp]
 
-# Weights that are decoded at once.
+# Floats and codes that are decoded at once: each thread gets some rows of them.
 _AT_ONCE = 1 << 20
+_CODES_AT_ONCE = 1 << 24
 
 # The units that share a scale, from coarse to fine, as ``ModelConfig.scale`` names them. A matrix
 # that has one scale for a unit has one for each finer unit, too.
 UNITS = ("tensor", "row", "256", "128", "64")
 # The smallest group in which floats are looked at.
 _SMALLEST = 32
-
-# Four codes of 1, which stand for 0.
-_ZEROS = 0x55
 
 
 @dataclass(frozen=True)
@@ -41,22 +42,19 @@ class TensorType:
     name : str
     block, bytes : int
         The weights of a block, and its bytes.
-    scale : int
-        Of ternary blocks: where the scale begins, a number in float16.
-    trits : tuple of (int, int, int)
-        Of blocks with several ternary digits to a byte: first byte, bytes, digits of each.
+    layout : str
+        Of codes of -1, 0 and 1: their layout in ``packing``.
     """
 
     name: str
     block: int = 1
     bytes: int = 1
-    scale: int = -1
-    trits: tuple[tuple[int, int, int], ...] = ()
+    layout: str = ""
 
     @property
     def is_ternary(self) -> bool:
         """Whether it holds codes of -1, 0 and 1."""
-        return self.scale >= 0 or self is I2_S
+        return bool(self.layout)
 
     def size(self, shape: tuple[int, ...]) -> int:
         """Return the bytes of a tensor.
@@ -81,10 +79,10 @@ F32 = TensorType("F32", bytes=4)
 F16 = TensorType("F16", bytes=2)
 BF16 = TensorType("BF16", bytes=2)
 U8 = TensorType("U8")
-I2_S = TensorType("I2_S", 128, 32)
-Q2_0 = TensorType("Q2_0", 64, 18, scale=0)
+I2_S = TensorType("I2_S", 128, 32, "I2_S")
+Q2_0 = TensorType("Q2_0", 64, 18, "Q2_0")
 # Early files have blocks of 128 under the same number.
-Q2_0_OF_128 = TensorType("Q2_0", 128, 34, scale=0)
+Q2_0_OF_128 = TensorType("Q2_0", 128, 34, "Q2_0 of 128")
 
 # By their numbers in GGUF files. 36 is bitnet.cpp's, 142 and 143 are PrismML's.
 TYPES = {
@@ -95,12 +93,12 @@ TYPES = {
     12: TensorType("Q4_K", 256, 144),
     14: TensorType("Q6_K", 256, 210),
     30: BF16,
-    34: TensorType("TQ1_0", 256, 54, scale=52, trits=((0, 32, 5), (32, 16, 5), (48, 4, 4))),
-    35: TensorType("TQ2_0", 256, 66, scale=64),
+    34: TensorType("TQ1_0", 256, 54, "TQ1_0"),
+    35: TensorType("TQ2_0", 256, 66, "TQ2_0"),
     36: I2_S,
     42: Q2_0,
-    142: TensorType("PQ2_0", 128, 34, scale=0),
-    143: TensorType("PTQ1_0", 128, 28, scale=26, trits=((0, 16, 5), (16, 8, 5), (24, 2, 4))),
+    142: TensorType("PQ2_0", 128, 34, "Q2_0 of 128"),
+    143: TensorType("PTQ1_0", 128, 28, "PTQ1_0"),
 }
 
 # Types that cannot be read, and why where there is more to say.
@@ -127,34 +125,27 @@ class Codes(Protocol):
         The scale of a group of zeros may be 0, whatever its unit has. None: it is not ternary.
         """
 
-    def packed(self) -> _Bytes:
-        """Return the codes as ``Scheme.pack`` does, uint8[R, ceil(C / 4)]."""
+    def write(self, target: Tiles | Values, places: _Places) -> None:
+        """Write the codes.
+
+        Parameters
+        ----------
+        target : Tiles or Values
+        places : intp[R]
+            Which row of the target each row becomes.
+
+        Raises
+        ------
+        ValueError
+            If they are not ternary.
+        """
 
 
-def _strips(rows: int, cols: int, multiple: int = 1) -> Iterator[slice]:
+def _strips(rows: int, cols: int, at_once: int) -> Iterator[slice]:
     """Yield consecutive rows, some at a time."""
-    step = max(_AT_ONCE // max(cols, 1) // multiple, 1) * multiple
+    step = max(at_once // max(cols, 1), 1)
     for first in range(0, rows, step):
         yield slice(first, min(first + step, rows))
-
-
-def _join(places: _Bytes) -> _Bytes:
-    """Return codes 0 to 2, uint8[R, C], four to a byte, the first in the lowest bits."""
-    rows, cols = places.shape
-    if cols % 4:
-        places = np.pad(places, ((0, 0), (0, -cols % 4)))
-    fours = places.reshape(rows, -1, 4)
-    return _bytes(fours[..., 0] | fours[..., 1] << 2 | fours[..., 2] << 4 | fours[..., 3] << 6)
-
-
-def _bytes(array: npt.NDArray[Any]) -> _Bytes:
-    """Return an array of bytes as what it is: shifts have no type in NumPy's stubs."""
-    return array
-
-
-def _check_codes(packed: _Bytes) -> None:
-    if (packed & packed >> 1 & _ZEROS).any():
-        raise ValueError("has a weight of code 3, and ternary codes are 0 to 2")
 
 
 # --- Ternary types --------------------------------------------------------------------------------
@@ -171,61 +162,30 @@ class Blocks:
     """
 
     def __init__(self, kind: TensorType, data: _Bytes, shape: tuple[int, int]) -> None:
-        self.kind, self.shape = kind, shape
-        self._blocks = data.reshape(shape[0], shape[1] // kind.block, kind.bytes)
+        self.shape = shape
+        self._kind, self._data = kind, data
+        self._rows = data.reshape(shape[0], -1)
 
     def scales(self) -> tuple[_Floats, int]:
         """See ``Codes``."""
-        at = self.kind.scale
-        halves = np.ascontiguousarray(self._blocks[..., at : at + 2]).view("<f2")
-        return halves[..., 0].astype(np.float32), self.kind.block
-
-    def packed(self) -> _Bytes:
-        """See ``Codes``."""
         rows, cols = self.shape
-        result = np.empty((rows, cols // 4), np.uint8)
-        for strip in _strips(rows, cols):
-            blocks = self._blocks[strip]
-            codes = result[strip].reshape(*blocks.shape[:2], -1)
-            if self.kind.trits:
-                codes[...] = _of_trits(blocks, self.kind)
-            elif self.kind.scale == 0:
-                codes[...] = blocks[..., 2:]
-            else:
-                codes[...] = _of_tq2_0(blocks)
-            _check_codes(codes)
-            at = self.kind.scale
-            # Blocks of scale 0 are zeros under any scale.
-            zero = (blocks[..., at] == 0) & (blocks[..., at + 1] & 0x7F == 0)
-            codes[zero] = _ZEROS
-        return result
+        result = np.empty((rows, cols // self._kind.block), np.float32)
+        for strip in _strips(rows, cols, _CODES_AT_ONCE):
+            here = self._rows[strip]
+            result[strip] = block_scales(self._kind.layout, here.reshape(-1)).reshape(len(here), -1)
+            release(here)
+        return result, self._kind.block
 
-
-# The five ternary digits of a byte, the first one the most significant: uint8[256, 5].
-_DIGITS = (np.arange(256)[:, None] * 3 ** np.arange(5) % 256 * 3 >> 8).astype(np.uint8)
-
-
-def _of_trits(blocks: _Bytes, kind: TensorType) -> _Bytes:
-    rows, count, _ = blocks.shape
-    parts = [
-        _DIGITS[blocks[..., first : first + width], :digits].swapaxes(2, 3).reshape(rows, count, -1)
-        for first, width, digits in kind.trits
-    ]
-    return _join(np.concatenate(parts, axis=2).reshape(rows, -1)).reshape(rows, count, -1)
-
-
-def _of_tq2_0(blocks: _Bytes) -> _Bytes:
-    """Weight 128 h + 32 l + m of a block is bits 2 l of byte 32 h + m."""
-    rows, count, _ = blocks.shape
-    quarters = blocks[..., :64].reshape(rows, count, 2, 1, 32)
-    places = quarters >> np.array([[0], [2], [4], [6]], np.uint8) & 3
-    return _join(_bytes(places.reshape(rows, -1))).reshape(rows, count, -1)
+    def write(self, target: Tiles | Values, places: _Places) -> None:
+        """See ``Codes``. Blocks of scale 0 are zeros."""
+        rows, cols = self.shape
+        for strip in _strips(rows, cols, _CODES_AT_ONCE):
+            target.write(self._kind.layout, self._data, rows, places[strip], strip.start)
+            release(self._rows[strip])
 
 
 class RunsOf128:
     """A matrix of the type I2_S: runs of 128 weights over the ends of rows, and one scale.
-
-    Weights m, m + 32, m + 64 and m + 96 of a run are in byte m, the first in the highest bits.
 
     Parameters
     ----------
@@ -235,25 +195,19 @@ class RunsOf128:
 
     def __init__(self, data: _Bytes, shape: tuple[int, int]) -> None:
         self.shape = shape
-        self._runs = data[:-32].reshape(-1, 1, 32)
-        self._scale = data[-32:-28]
+        self._data = data
 
     def scales(self) -> tuple[_Floats, int]:
         """See ``Codes``."""
-        return self._scale.copy().view("<f4").astype(np.float32).reshape(1, 1), self.shape[1]
+        scale = self._data[-32:-28].copy().view("<f4").astype(np.float32)
+        return scale.reshape(1, 1), self.shape[1]
 
-    def packed(self) -> _Bytes:
+    def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
         rows, cols = self.shape
-        result = np.empty((rows, -(-cols // 4)), np.uint8)
-        for strip in _strips(rows, cols):
-            first, last = strip.start * cols, strip.stop * cols
-            runs = self._runs[first // 128 : -(-last // 128)]
-            places = (runs >> np.array([[6], [4], [2], [0]], np.uint8) & 3).reshape(-1)
-            own = _bytes(places[first % 128 :][: last - first])
-            result[strip] = _join(own.reshape(-1, cols))
-            _check_codes(result[strip])
-        return result
+        for strip in _strips(rows, cols, _CODES_AT_ONCE):
+            target.write("I2_S", self._data[:-32], rows, places[strip], strip.start)
+            release(self._data[strip.start * cols // 4 : strip.stop * cols // 4])
 
 
 class Quarters:
@@ -273,16 +227,15 @@ class Quarters:
         """See ``Codes``."""
         return np.array([[self._scale]], np.float32), self.shape[1]
 
-    def packed(self) -> _Bytes:
+    def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
-        quarter, cols = self._weight.shape
-        result = np.empty((4, quarter, -(-cols // 4)), np.uint8)
-        for strip in _strips(quarter, cols):
-            for part in range(4):
-                places = _bytes(self._weight[strip] >> np.uint8(2 * part) & 3)
-                result[part, strip] = _join(places)
-                _check_codes(result[part, strip])
-        return result.reshape(4 * quarter, -1)
+        rows, cols = self.shape
+        data, quarters = self._weight.reshape(-1), places.reshape(4, -1)
+        for strip in _strips(rows // 4, cols, _CODES_AT_ONCE // 4):
+            for i, quarter in enumerate(quarters):
+                first = i * len(quarter) + strip.start
+                target.write("quarters", data, rows, quarter[strip], first)
+            release(self._weight[strip])
 
 
 # --- Floats ---------------------------------------------------------------------------------------
@@ -320,8 +273,25 @@ class Floats:
 
     def strips(self) -> Iterator[tuple[slice, _Floats]]:
         """Yield rows and their numbers, some at a time."""
-        for strip in _strips(len(self._rows), self.shape[-1]):
+        for strip in _strips(len(self._rows), self.shape[-1], _AT_ONCE):
             yield strip, self.rows(strip)
+            release(self._rows[strip])
+
+    def each(self, use: Callable[[slice, _Floats], None], threads: int) -> None:
+        """Call a function with rows and their numbers, some at a time, in several threads."""
+
+        def take(strip: slice) -> None:
+            use(strip, self.rows(strip))
+            release(self._rows[strip])
+
+        strips = _strips(len(self._rows), self.shape[-1], _AT_ONCE)
+        if threads == 1:
+            for strip in strips:
+                take(strip)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(take, strips):
+                pass
 
     def all(self) -> _Floats:
         """Return the whole tensor."""
@@ -353,15 +323,13 @@ class Masters:
         """See ``Codes``."""
         return self._mean().reshape(1, 1), self.shape[1]
 
-    def packed(self) -> _Bytes:
+    def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
         factor = np.float32(1.0) / self._mean()
-        result = np.empty((self.shape[0], -(-self.shape[1] // 4)), np.uint8)
         for strip, values in self._weights.strips():
             with np.errstate(over="ignore"):
                 codes = np.clip(np.rint(values * factor), -1.0, 1.0)
-            result[strip] = _join((codes + 1.0).astype(np.uint8))
-        return result
+            _write_codes(target, codes, places[strip])
 
 
 class TernaryFloats:
@@ -388,13 +356,15 @@ class TernaryFloats:
             result[strip] = largest.reshape(-1, groups)
         return result, _SMALLEST
 
-    def packed(self) -> _Bytes:
+    def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
-        result = np.empty((self.shape[0], -(-self.shape[1] // 4)), np.uint8)
         for strip, values in self._weights.strips():
-            places = (values > 0.0).astype(np.uint8) + (values >= 0.0)
-            result[strip] = _join(places)
-        return result
+            _write_codes(target, np.sign(values), places[strip])
+
+
+def _write_codes(target: Tiles | Values, codes: _Floats, places: _Places) -> None:
+    """Write rows of codes."""
+    target.write("int8", codes.astype(np.int8).view(np.uint8).reshape(-1), len(codes), places)
 
 
 def _of_bf16(rows: _Bytes) -> _Floats:
@@ -459,13 +429,21 @@ _DECODE: dict[str, Any] = {
 # --- Units of scales ------------------------------------------------------------------------------
 
 
-def _merged(scales: _Floats) -> _Floats | None:
-    """Return the one number other than 0 of each row, 0 if there is none; None if there are two."""
-    highest = np.where(scales == 0.0, np.float32(-np.inf), scales).max(axis=-1)
-    lowest = np.where(scales == 0.0, np.float32(np.inf), scales).min(axis=-1)
-    if (lowest < highest).any():
-        return None
-    return np.where(highest == -np.inf, np.float32(0.0), highest)
+class Scales(NamedTuple):
+    """The scales of a matrix.
+
+    Attributes
+    ----------
+    unit : str
+        One of ``UNITS``.
+    values : float32[1, 1] or float32[R, G]
+    group : int
+        The columns that share one.
+    """
+
+    unit: str
+    values: _Floats
+    group: int
 
 
 def scales_in(unit: str, scales: _Floats, group: int, cols: int) -> _Floats | None:
@@ -487,23 +465,22 @@ def scales_in(unit: str, scales: _Floats, group: int, cols: int) -> _Floats | No
         None if a unit has several. A single scale stays one.
     """
     if unit == "tensor":
-        merged = _merged(scales.reshape(1, -1))
-        return None if merged is None else merged.reshape(1, 1)
+        return merge_scales(scales.reshape(1, -1), scales.size)
     if unit == "row":
-        merged = _merged(scales)
-        return None if merged is None else merged.reshape(-1, 1)
+        return merge_scales(scales, scales.shape[1])
     wanted = int(unit)
-    groups = -(-cols // wanted)
-    if group >= wanted:
+    if group == wanted:
+        return scales
+    if group > wanted:
+        groups = -(-cols // wanted)
         return np.ascontiguousarray(np.repeat(scales, -(-group // wanted), axis=1)[:, :groups])
-    each = wanted // group
-    padded = np.pad(scales, ((0, 0), (0, groups * each - scales.shape[1])))
-    return _merged(padded.reshape(len(scales), groups, each))
+    return merge_scales(scales, wanted // group)
 
 
-def coarsest_unit(scales: _Floats, group: int, cols: int) -> str | None:
-    """Return the first of ``UNITS`` that holds these scales; None if none does."""
+def in_coarsest_unit(scales: _Floats, group: int, cols: int) -> Scales | None:
+    """Return scales in the first of ``UNITS`` that holds them; None if none does."""
     for unit in UNITS:
-        if scales_in(unit, scales, group, cols) is not None:
-            return unit
+        merged = scales_in(unit, scales, group, cols)
+        if merged is not None:
+            return Scales(unit, merged, int(unit) if unit.isdecimal() else cols)
     return None

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import re
 import shlex
@@ -402,6 +403,22 @@ def read_regular(path: str | os.PathLike[str]) -> bytes:
         if os.fstat(file.fileno()).st_size > _MOST_BYTES:
             raise OSError(errno.EFBIG, f"Is larger than {_MOST_BYTES} bytes", str(path))
         return file.read()
+
+
+def release(array: npt.NDArray[Any]) -> None:
+    """Take the pages of an array out of this process's memory, if it is mapped from a file.
+
+    They are read again when they are needed. Other arrays stay as they are.
+    """
+    owner: Any = array
+    while isinstance(owner, (np.ndarray, memoryview)):
+        owner = owner.base if isinstance(owner, np.ndarray) else owner.obj
+    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    if start + array.nbytes > first:
+        owner.madvise(mmap.MADV_DONTNEED, first, start + array.nbytes - first)
 
 
 def _not_regular(path: str | os.PathLike[str]) -> OSError:

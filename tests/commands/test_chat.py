@@ -17,9 +17,9 @@ from helpers.models import make_config, random_model
 from helpers.paths import ROOT
 from helpers.published import golden, with_golden_models
 from legacy1bit.commands import chat as chat_command
-from legacy1bit.commands.chat import Conversation
+from legacy1bit.commands.chat import Conversation, without_thoughts
 from legacy1bit.data.tokenizer import ByteTokenizer
-from legacy1bit.formats.chat_template import PlainTemplate
+from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SamplingConfig
@@ -302,6 +302,78 @@ def test_a_terminal_keeps_a_history(folder, tmp_path):
     assert "/reset" in (tmp_path / "state" / "legacy1bit" / "chat_history").read_text()
 
 
+@pytest.mark.parametrize(
+    ("answer", "begun", "expected"),
+    [
+        ("2", False, "2"),
+        ("<think>\n1 + 1\n</think>\n\n2", False, "\n\n2"),
+        ("\n<think></think>2 </think> 3", False, "2 </think> 3"),
+        ("1 + 1\n</think>\n\n2", True, "\n\n2"),
+        ("1 + 1\n</think>\n\n2", False, "1 + 1\n</think>\n\n2"),
+        ("2 <think> 3 </think>", False, "2 <think> 3 </think>"),
+        ("<think>\n1 + 1", False, None),
+        ("1 + 1", True, None),
+    ],
+)
+def test_what_a_model_thinks_is_no_answer(answer, begun, expected):
+    assert without_thoughts(answer, begun) == expected
+
+
+# As Qwen3's: the last line says whether the model thinks.
+THINKING = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}assistant:"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+)
+
+
+def conversation_of(generator, source, thinking=None):
+    template = JinjaTemplate(source)
+    if thinking is not None:
+        chat_command._set_thinking(template, thinking)
+    return Conversation(generator, template, SAMPLING, 8)
+
+
+@pytest.mark.parametrize(
+    ("thinking", "end"), [(None, b":"), (True, b":"), (False, b":<think></think>")]
+)
+def test_thinking_is_a_variable_of_the_template(generator, thinking, end):
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    conversation = conversation_of(generator, THINKING, thinking)
+    conversation.messages.append({"role": "user", "content": "Hi"})
+    tokens = conversation._tokens()
+    assert bytes(tokens).endswith(b"user:Hi\nassistant" + end)
+    conversation._template.close()
+
+
+def test_thoughts_do_not_come_back(generator):
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    for source, begun in ((THINKING, False), (f"{THINKING}<think>\n", True)):
+        conversation = conversation_of(generator, source)
+        conversation.ask("1 + 1?").close()
+        assert conversation.finish(f"{'' if begun else '<think>'}One and one.</think>\n\n2 ")
+        assert conversation.messages[-1] == {"role": "assistant", "content": "2"}
+        conversation.ask("And 2 + 2?").close()
+        assert not conversation.finish("<think>Two and")
+        assert conversation.messages[-1] == {"role": "assistant", "content": ""}
+        conversation.messages.append({"role": "user", "content": "Well?"})
+        text = bytes(conversation._tokens()).decode()
+        assert text.startswith("user:1 + 1?\nassistant:2\nuser:And 2 + 2?\nassistant:\nuser:Well?")
+        assert "One and one" not in text
+        conversation._template.close()
+
+
+def test_thinking_without_an_end_says_so(folder, tmp_path):
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    file = tmp_path / "template"
+    file.write_text(f"{THINKING}{{% if enable_thinking is undefined %}}<think>{{% endif %}}")
+    told = "the model was still thinking: --max-tokens N gives it more"
+    assert told in run(folder, b"Hi\n", "--template", str(file))[1]
+    assert run(folder, b"Hi\n", "--template", str(file), "--no-thinking")[1] == ""
+    for option in ("--thinking", "--no-thinking"):
+        _, errors = run(folder, b"Hi\n", option, status=2)
+        assert f"{option}: the chat template has no variable enable_thinking" in errors
+
+
 @with_golden_models
 def test_conversations_have_the_tokens_of_other_software():
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
@@ -311,7 +383,7 @@ def test_conversations_have_the_tokens_of_other_software():
             if not case["add_generation_prompt"]:
                 continue
             with Generator.load(path) as generator:
-                template = read_template(path, generator.tokenizer.names)
+                template = read_template(path, generator.tokenizer)
                 conversation = Conversation(generator, template, SAMPLING, 8)
                 conversation.messages = list(case["messages"])
                 assert conversation._tokens() == case["ids"], path

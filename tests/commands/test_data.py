@@ -17,7 +17,8 @@ from legacy1bit.commands.data import inspect
 from legacy1bit.data.corpus import tokenize_source
 from legacy1bit.data.shards import open_store, read_index
 from legacy1bit.data.sources import open_source
-from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer
+from legacy1bit.data.tokenizer import ByteTokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.main import main
 from legacy1bit.model import load_model

@@ -17,15 +17,19 @@ from safetensors import safe_open
 from helpers.compilers import why_not
 from helpers.models import assert_same_model, make_config, random_model
 from helpers.paths import GOLDEN
+from helpers.published import golden, with_golden_models
 from legacy1bit import main as program
+from legacy1bit.commands.chat import Conversation
 from legacy1bit.commands.options import given
-from legacy1bit.data.tokenizer import load_tokenizer
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.formats.c_source import export_c
 from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
 from legacy1bit.formats.gguf import export_gguf, import_gguf
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig
+from legacy1bit.formats.published import read_template, read_tokenizer
+from legacy1bit.generator import Generator
+from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig, SamplingConfig
 from legacy1bit.model import load_model, save_model
 
 PROVENANCE = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
@@ -349,15 +353,101 @@ def test_gguf_files_come_back_to_the_bit(say, changes, kind):
     assert errors == b""
 
 
-def test_export_of_a_file_of_others_says_that_its_tokenizer_stays_behind(say):
+def test_what_was_exported_is_exported_again(say):
     model = saved()
     say(*export("gguf", "it.gguf"))
-    command = ("export", "--model", "it.gguf", "--format", "safetensors", "--out", "again")
-    output, errors = say(*command)
+    output, errors = say(*export("safetensors", "again", model="it.gguf"))
     assert output.startswith(b"again: ")
-    assert errors == b"the tokenizer of it.gguf is not exported\n"
+    assert errors == b""
     say("import", "--model", "again", "--out", "back")
     assert_same_model(load_model("back"), model)
+    assert load_tokenizer("back").encode("a\xe9").tolist() == [*"a\xe9".encode()]
+
+
+def chat_of(path, messages):
+    """The tokens of a conversation, what ends it, and the template."""
+    with Generator.load(path) as generator:
+        template = read_template(path, generator.tokenizer)
+        conversation = Conversation(generator, template, SamplingConfig(), 8)
+        conversation.messages = messages
+        try:
+            return conversation._tokens(), {*generator.tokenizer.stop_tokens}
+        finally:
+            template.close()
+
+
+@with_golden_models
+def test_published_models_are_exported_with_tokenizer_and_template(say):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    for path, about in golden():
+        say(*export("safetensors", "folder", model=path))
+        ways = [Path("folder")]
+        # llama.cpp has no BitNets with squared ReLU.
+        if about["config"]["act"] == "silu":
+            say(*export("gguf", "it.gguf", model=path))
+            ways.append(Path("it.gguf"))
+        # Folders of our own have scales in float16.
+        fits = "int8" not in about["references"][0]["arithmetic"]
+        for number, way in enumerate([*ways] if fits else []):
+            say("import", "--model", way, "--out", f"back-{path.name}-{number}")
+            ways.append(Path(f"back-{path.name}-{number}"))
+        rows = about["logits_shape"][-1]
+        tokenizer = read_tokenizer(path, rows)
+        for way in ways:
+            other = read_tokenizer(way, rows)
+            for case in about["tokenizer"]["strings"]:
+                if "ids_without_nfc" not in case:
+                    ids = tokenizer.encode_special(case["text"]).tolist()
+                    assert other.encode_special(case["text"]).tolist() == ids, way
+            assert (other.bos_token, other.eos_token) == (tokenizer.bos_token, tokenizer.eos_token)
+            for case in (about.get("chat") or {}).get("renderings", ()):
+                if case["add_generation_prompt"]:
+                    expected = chat_of(path, case["messages"])
+                    assert chat_of(way, case["messages"]) == expected
+                    assert expected[0] == case["ids"]
+
+
+@with_golden_models
+def test_exported_folders_have_their_tokenizer_in_transformers(say):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    for path, about in golden():
+        say(*export("safetensors", "folder", model=path))
+        theirs = transformers.AutoTokenizer.from_pretrained("folder")
+        for case in about["tokenizer"]["strings"]:
+            if path.is_dir() or "ids_without_nfc" not in case:
+                assert theirs(case["text"])["input_ids"] == case["ids_with_added_special"], path
+        assert theirs.eos_token_id == about["tokenizer"]["eos"][1]
+        for case in (about.get("chat") or {}).get("renderings", ()):
+            ids = theirs.apply_chat_template(
+                case["messages"], add_generation_prompt=case["add_generation_prompt"],
+                return_dict=False,
+            )  # fmt: skip
+            assert ids == case["ids"], path
+
+
+@with_golden_models
+def test_exported_files_have_their_tokenizer_in_llama_cpp(say):
+    pytest.importorskip("gguf", reason="gguf is not installed")
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama_cpp is not installed")
+    for path, about in golden():
+        if about["config"]["act"] != "silu":
+            continue
+        say(*export("gguf", "it.gguf", model=path))
+        theirs = llama_cpp.Llama("it.gguf", vocab_only=True, verbose=False)
+        for case in about["tokenizer"]["strings"]:
+            expected = case.get("ids_without_nfc", case["ids"])
+            text = case["text"].encode()
+            assert theirs.tokenize(text, add_bos=False, special=True) == expected, path
+        assert theirs.token_eos() == about["tokenizer"]["eos"][1]
+        template = read_tokenizer(path, about["logits_shape"][-1]).template
+        assert theirs.metadata.get("tokenizer.chat_template") == template
+
+
+@with_golden_models
+def test_c_programs_have_no_tokens_of_others(refused):
+    path = next(path for path, about in golden() if about["name"] == "llama-tq2_0")
+    assert "the model's tokens are bpe" in refused(*export("c", "it.c", model=path))
 
 
 @pytest.mark.parametrize("name", ["nemotron", "llama", "qwen3", "bitnet"])
@@ -696,7 +786,7 @@ def test_import_refuses_what_is_no_model(refused):
         (b"GGUF", "cannot be read: it ends too early"),
         (b"GGUF" + b"text" * 99, "cannot be read: it has version"),
         (b"GGUF\3\0\0\0" + b"\xff" * 99, "cannot be read: it ends too early"),
-        (b"GGUF\2\0\0\0" + bytes(99), "it has version 2, expected 3"),
+        (b"GGUF\1\0\0\0" + bytes(99), "it has version 1, expected 2 or 3"),
         (b"GGUF\3\0\0\0" + bytes(99), "only files that legacy1bit wrote"),
     ):
         Path("garbage").write_bytes(data)

@@ -15,8 +15,10 @@ import pytest
 from helpers.cases import together
 from helpers.models import make_config, random_model
 from helpers.published import gguf_keys, golden, with_golden_models
-from legacy1bit.data.published_tokenizer import RULES, PublishedTokenizer
-from legacy1bit.data.tokenizer import visible_bytes
+from legacy1bit.data.published_tokenizer import RULES, PublishedTokenizer, template_in
+from legacy1bit.data.tokenizer import ByteTokenizer, visible_bytes
+from legacy1bit.data.tokenizer_files import load_tokenizer
+from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 
 pytest.importorskip("tokenizers", reason="tokenizers is not installed")
@@ -73,11 +75,14 @@ def test_chats_end_at_the_tokens_of_other_software():
 def test_tokens_are_those_of_llama_cpp(name):
     path = Path(VOCABULARIES, f"ggml-vocab-{name}.gguf")
     tokenizer = PublishedTokenizer.of_gguf(gguf_keys(path))
+    # Written again, it is the same.
+    again = PublishedTokenizer.of_gguf(tokenizer.gguf_keys())
     with open(f"{path}.inp", encoding="utf-8", newline="") as file:
         texts = file.read().split("\n__ggml_vocab_test__\n")
     lines = Path(f"{path}.out").read_text().split("\n")
     for text, line in zip(texts, lines[: len(texts)], strict=True):
         assert tokenizer.encode(text).tolist() == [int(token) for token in line.split()], text
+        assert again.encode(text).tolist() == tokenizer.encode(text).tolist(), text
         if name != "llama-spm":
             assert tokenizer.decode(tokenizer.encode(text)).decode() == text
 
@@ -184,14 +189,253 @@ def test_lengths_of_tokens_are_those_of_their_text(chat_tokenizer):
 def test_a_saved_tokenizer_is_read_again(chat_tokenizer, tmp_path):
     chat_tokenizer.save(tmp_path)
     other = PublishedTokenizer.of_folder(tmp_path, 300)
-    text = "the<|end|><think> the\xe9"
-    assert (other.encode_special(text) == chat_tokenizer.encode_special(text)).all()
+    assert (other.encode_special(TEXT) == chat_tokenizer.encode_special(TEXT)).all()
     assert (other.bos_token, other.stop_tokens) == (BEGIN, (END,))
     # A model may have more rows than the tokenizer has tokens.
     assert other.vocab_size == 300
     assert other.decode([257, 299]) == b"the"
-    with pytest.raises(ValueError, match="has 200 tokens, and its tokenizer 263"):
+    with pytest.raises(ValueError, match="has 200 tokens, and its tokenizer 262"):
         PublishedTokenizer.of_folder(tmp_path, 200)
+
+
+# --- Written again --------------------------------------------------------------------------------
+
+TEXT = "the<|end|><think> the\xe9 12345  I'll\r\n\n"
+
+
+def assert_same(other, one, text=TEXT):
+    """Both encode alike, begin and end texts alike, and have one chat template."""
+    assert other.vocab_size == one.vocab_size
+    assert other.encode_special(text).tolist() == one.encode_special(text).tolist()
+    assert other.encode(text).tolist() == one.encode(text).tolist()
+    tokens = range(one.vocab_size)
+    assert [other.decode([token]) for token in tokens] == [one.decode([token]) for token in tokens]
+    assert other.bos_token == one.bos_token
+    assert other.eos_token == one.eos_token
+    assert {*other.stop_tokens} == {*one.stop_tokens}
+    assert other.special_tokens == one.special_tokens
+    assert other.names == one.names
+    assert other.template == one.template
+
+
+@with_golden_models
+def test_golden_tokenizers_are_written_as_they_are(tmp_path):
+    for path, about in golden():
+        rows = about["logits_shape"][-1]
+        tokenizer = published(path, rows)
+        # GGUF cannot say that a text is normalized first.
+        texts = [case["text"] for case in about["tokenizer"]["strings"]
+                 if "ids_without_nfc" not in case]  # fmt: skip
+        tokenizer.save(tmp_path)
+        for other in (
+            PublishedTokenizer.of_gguf(tokenizer.gguf_keys(), rows),
+            PublishedTokenizer.of_folder(tmp_path, rows),
+        ):
+            assert_same(other, tokenizer, "".join(texts))
+        loaded = load_tokenizer(tmp_path, rows)
+        assert loaded.sha256 == tokenizer.sha256
+        # A second time, nothing changes any more.
+        again = PublishedTokenizer.of_gguf(tokenizer.gguf_keys(), rows).gguf_keys()
+        assert again == tokenizer.gguf_keys()
+
+
+@together("name", sorted(RULES))
+def test_rules_that_split_words_are_written_by_name(name):
+    tokenizer = PublishedTokenizer.of_gguf(byte_level_keys(pre=name))
+    keys = tokenizer.gguf_keys()
+    assert RULES[keys["tokenizer.ggml.pre"]] == RULES[name]
+    assert keys["tokenizer.ggml.merges"] == ["t h", "th e", "\u0120 the"]
+    assert_same(PublishedTokenizer.of_gguf(keys), tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("pre", "expected"),
+    [
+        (
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": False,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+            "gpt-2",
+        ),
+        (
+            {
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Digits", "individual_digits": True},
+                    {
+                        "type": "ByteLevel",
+                        "add_prefix_space": False,
+                        "trim_offsets": True,
+                        "use_regex": True,
+                    },
+                ],
+            },
+            "starcoder",
+        ),
+        (
+            {
+                "type": "ByteLevel",
+                "add_prefix_space": True,
+                "trim_offsets": True,
+                "use_regex": True,
+            },
+            None,
+        ),
+        ({"type": "Digits", "individual_digits": False}, None),
+        (
+            {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False},
+            None,
+        ),
+        (
+            {"type": "Split", "pattern": {"String": "x"}, "behavior": "Isolated", "invert": False},
+            None,
+        ),
+        (None, None),
+    ],
+)
+def test_rules_of_a_folder_get_their_name(chat_tokenizer, pre, expected):
+    record = {**chat_tokenizer.description(), "pre_tokenizer": pre}
+    tokenizer = PublishedTokenizer(json.dumps(record))
+    if expected is not None:
+        assert tokenizer.gguf_keys()["tokenizer.ggml.pre"] == expected
+        return
+    with pytest.raises(ValueError, match="GGUF has no name for how the tokenizer splits words: "):
+        tokenizer.gguf_keys()
+
+
+def test_a_rule_is_the_same_however_its_contractions_are_written(chat_tokenizer):
+    record = json.dumps(chat_tokenizer.description())
+    assert "'(?:s|t|re|ve|m|ll|d)" in record
+    other = record.replace("'(?:s|t|re|ve|m|ll|d)", "'s|'t|'re|'ve|'m|'ll|'d")
+    assert PublishedTokenizer(other).gguf_keys()["tokenizer.ggml.pre"] == "llama-bpe"
+
+
+def test_all_that_keys_say_is_written():
+    more = (*CHAT[:2], ("<|eot|>", SPECIAL), ("<|eom|>", SPECIAL), CHAT[2])
+    template = "{{ messages }}"
+    keys = byte_level_keys(
+        ("t h", "th e", "\u0120 the"), more, bos_token_id=259, eos_token_id=260, eot_token_id=261,
+        eom_token_id=262, padding_token_id=259, add_bos_token=False,
+    ) | {"tokenizer.chat_template": template}  # fmt: skip
+    tokenizer = PublishedTokenizer.of_gguf(keys)
+    assert tokenizer.stop_tokens == (260, 261, 262)
+    assert tokenizer.names == {"bos_token": "<|begin|>", "eos_token": "<|end|>",
+                               "pad_token": "<|begin|>"}  # fmt: skip
+    written = tokenizer.gguf_keys()
+    assert {name: value for name, value in written.items() if name in keys} == {
+        name: value for name, value in keys.items() if name != "general.architecture"
+    }
+    assert written.keys() - keys.keys() == {"tokenizer.ggml.add_eos_token"}
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"tokenizer_config.json": '{"eos_token": "x"}'}, None),
+        ({"tokenizer_config.json": '{"chat_template": "a"}'}, "a"),
+        ({"tokenizer_config.json": '{"chat_template": "a"}', "chat_template.jinja": "b"}, "b"),
+        (
+            {"tokenizer_config.json": json.dumps({"chat_template": [
+                {"name": "tools", "template": "a"}, {"name": "default", "template": "b"}]})},
+            "b",
+        ),
+        ({"tokenizer_config.json": '{"chat_template": [{"name": "x", "template": "a"}]}'}, None),
+    ],
+)  # fmt: skip
+def test_templates_of_folders(tmp_path, files, expected):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content)
+    assert template_in(tmp_path) == expected
+    # Also beside a tokenizer that is not another program's.
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    found = read_template(tmp_path, ByteTokenizer())
+    assert (None if found is None else found.source) == expected
+
+
+@pytest.mark.parametrize("content", ['{"chat_template": 3}', '{"chat_template": {"a": "b"}}'])
+def test_templates_that_are_no_text_are_refused(tmp_path, content):
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match="its chat template is not a text"):
+        template_in(tmp_path)
+    with pytest.raises(ValueError, match="its chat template is not a text"):
+        PublishedTokenizer.of_gguf(byte_level_keys() | {"tokenizer.chat_template": 3})
+
+
+def test_a_merge_is_written_where_there_is_none():
+    """llama.cpp asks for one."""
+    tokenizer = PublishedTokenizer.of_gguf(byte_level_keys(()))
+    keys = tokenizer.gguf_keys()
+    assert keys["tokenizer.ggml.merges"] == ["\u2581 \u2581"]
+    assert_same(PublishedTokenizer.of_gguf(keys), tokenizer)
+
+
+def test_scores_are_written(tmp_path):
+    pieces = ("a", "b", "c", "ab", "bc", "abc", "\u2581a", "\u2581")
+    for space in (True, False):
+        keys = sentence_piece_keys(pieces) | {"tokenizer.ggml.add_space_prefix": space}
+        tokenizer = PublishedTokenizer.of_gguf(keys)
+        tokenizer.save(tmp_path)
+        for one in (tokenizer, PublishedTokenizer.of_folder(tmp_path)):
+            written = one.gguf_keys()
+            assert written["tokenizer.ggml.add_space_prefix"] is space
+            assert written["tokenizer.ggml.model"] == "llama"
+            assert written["tokenizer.ggml.token_type"] == keys["tokenizer.ggml.token_type"]
+            assert_same(PublishedTokenizer.of_gguf(written), tokenizer, "abc bcab a\xe9")
+
+
+def test_merges_without_an_order_of_tokens_are_refused(tmp_path):
+    tokenizer = PublishedTokenizer.of_gguf(sentence_piece_keys(("a", "b", "aa", "ab", "aab")))
+    record = tokenizer.description()
+    # Both make the same token, and another one is between them.
+    record["model"]["merges"] = [["a", "ab"], ["a", "b"], ["aa", "b"]]
+    with pytest.raises(ValueError, match="merges 'aab' sooner and later"):
+        PublishedTokenizer(json.dumps(record)).gguf_keys()
+
+
+def test_tokenizers_without_merges_are_not_written_as_gguf(chat_tokenizer):
+    record = chat_tokenizer.description()
+    record["model"] = {"type": "Unigram", "unk_id": 0, "vocab": [["a", -1.0], ["b", -2.0]]}
+    record["added_tokens"], record["post_processor"] = [], None
+    tokenizer = PublishedTokenizer(json.dumps(record))
+    with pytest.raises(ValueError, match="of the type BPE, and it is Unigram"):
+        tokenizer.gguf_keys()
+
+
+def test_tokens_behind_the_last_one_are_padding(chat_tokenizer):
+    assert "[PAD0]" not in chat_tokenizer.description()["model"]["vocab"]
+    assert chat_tokenizer.gguf_keys()["tokenizer.ggml.token_type"][-1] == UNUSED
+    assert chat_tokenizer.gguf_keys()["tokenizer.ggml.tokens"][-1] == "[PAD262]"
+    # Between others they are not.
+    keys = byte_level_keys(more=(("[PAD0]", UNUSED), ("<|end|>", SPECIAL)))
+    tokenizer = PublishedTokenizer.of_gguf(keys)
+    assert tokenizer.decode([259, 260]) == b""
+    assert tokenizer.gguf_keys()["tokenizer.ggml.token_type"][-2:] == [UNUSED, SPECIAL]
+
+
+def test_what_puts_a_token_before_texts_is_written(chat_tokenizer, tmp_path):
+    library = pytest.importorskip("tokenizers")
+    chat_tokenizer.save(tmp_path)
+    other = library.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert other.encode("the").ids == [BEGIN, 257]
+    assert other.encode("the", add_special_tokens=False).ids == [257]
+
+
+def test_texts_are_learned_with_a_published_tokenizer(tmp_path, say):
+    keys = byte_level_keys(("t h", "th e", "\u0120 the"), CHAT, bos_token_id=259, eos_token_id=260)
+    tokenizer = PublishedTokenizer.of_gguf(keys)
+    (tmp_path / "words").mkdir()
+    tokenizer.save(tmp_path / "words")
+    text = tmp_path / "text.txt"
+    text.write_text("the cat is on the mat\n" * 40)
+    say("train", "--data", text, "--tokenizer-from", tmp_path / "words", "--steps=2", "--blocks=1",
+        "--model-dim=8", "--heads=1", "--sequence-length=8", "--batch-size=2", "--threads=1",
+        "--cache", tmp_path / "cache", "--out", tmp_path / "run")  # fmt: skip
+    assert load_tokenizer(tmp_path / "run").sha256 == tokenizer.sha256
+    say("generate", "--model", tmp_path / "run", "--prompt", "the", "--max-tokens", "4")
 
 
 def test_a_vocabulary_may_have_no_merges():
@@ -355,6 +599,11 @@ def test_damaged_folders_are_refused(chat_tokenizer, tmp_path):
         ("tokenizer.json", good.replace('"BPE"', '"Unheard"'), "tokenizers refuses it"),
         ("tokenizer.json", good.replace('"ByteLevel"', '"WordPiece"'), "cannot be read"),
         ("tokenizer.json", good[: len(good) // 2], "cannot be read"),
+        (
+            "tokenizer.json",
+            good.replace('"unk_token": null', '"unk_token": "<unk>"'),
+            "unknown characters, '<unk>', is not in its vocabulary",
+        ),
         ("tokenizer_config.json", "x", "tokenizer_config.json is not JSON"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json is a list"),
         ("tokenizer_config.json", '{"eos_token": 3}', "a special token is 3"),

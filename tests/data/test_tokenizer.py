@@ -32,11 +32,10 @@ from legacy1bit.data.tokenizer import (
     UnknownTokenizer,
     character_tokenizer,
     fit_tokenizer,
-    load_tokenizer,
     load_tokenizers,
-    tokenizer_of,
     train_bpe,
 )
+from legacy1bit.data.tokenizer_files import load_tokenizer, tokenizer_of
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.generator import Generator, TextStream
 from legacy1bit.hyperparams import TrainingConfig

@@ -12,8 +12,9 @@ import pytest
 from helpers.cases import together
 from helpers.paths import ROOT
 from helpers.published import golden, with_golden_models
+from legacy1bit.data import published_tokenizer
 from legacy1bit.formats import chat_template
-from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, template_of
+from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate
 
 pytest.importorskip("jinja2", reason="jinja2 is not installed")
 
@@ -42,7 +43,7 @@ def test_texts_are_those_of_other_software():
             continue
         said = about["tokenizer"]
         names = {"bos_token": said["bos"][0], "eos_token": said["eos"][0]}
-        template = template_of(chat["template"], names)
+        template = JinjaTemplate(published_tokenizer._checked_template(chat["template"]), names)
         for case in chat["renderings"]:
             text = template.render(case["messages"], case["add_generation_prompt"])
             assert text == case["rendered"], path
@@ -56,11 +57,12 @@ def test_the_wrong_template_of_bitnet_is_replaced():
         "{% for m in messages %}{{ 'Human: ' + m.content + '\n\nBITNETAssistant: ' }}{% endfor %}"
     )
     expected = "<s>System: Be brief.<|eot_id|>User: 1+1?\n<b>&\"'\u00e9\U0001f642<|eot_id|>"
-    template = template_of(wrong, NAMES)
+    template = JinjaTemplate(published_tokenizer._checked_template(wrong), NAMES)
     assert template.render(CHAT[:2]) == expected + "Assistant: "
     assert template.render(CHAT, False) == expected + "Assistant: 2<|eot_id|>"
     assert template.stop == ()
-    assert template_of(None, NAMES) is None
+    template.close()
+    assert published_tokenizer._checked_template(None) is None
 
 
 def test_a_plain_template():

@@ -16,7 +16,8 @@ from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import assert_same_model, exact_dense, make_config, random_model
 from helpers.texts import TEXTS
 from legacy1bit.data.corpus import text_corpus
-from legacy1bit.data.tokenizer import ByteTokenizer, load_tokenizer, train_bpe
+from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
+from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.data_utils import tokenize_text
 from legacy1bit.formats.hugging_face import export_hugging_face, import_hugging_face
 from legacy1bit.formats.provenance import Provenance

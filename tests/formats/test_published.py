@@ -1,7 +1,9 @@
 """Models of others: golden ones, fabricated ones, and those that must be refused."""
 
 import json
+import random
 import re
+import shutil
 import struct
 from dataclasses import replace
 from unittest import mock
@@ -12,13 +14,17 @@ import pytest
 from helpers import fabricated, oracle
 from helpers.cases import together
 from helpers.fabricated import fabricate, runs_of
+from helpers.models import assert_same_model, random_model
 from helpers.published import GOLDEN, golden, golden_logits, with_golden_models
-from legacy1bit.formats import published, tensor_types
+from legacy1bit.formats import gguf_file, published, tensor_types
+from legacy1bit.formats.c_v1 import export_c_v1
 from legacy1bit.forward import forward_llm_batch
+from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.inference import Decoder
+from legacy1bit.main import main
 from legacy1bit.model import LegacyLLM, ModelFileError, TernaryMatrix, load_model
 from legacy1bit.packed import PackedMatrix, PackedModel
-from legacy1bit.schemes import SCHEMES
+from legacy1bit.packing import Values
 
 
 def logits_of(model, tokens):
@@ -147,6 +153,86 @@ def test_commands_take_published_models(name, say, fail, tmp_path):
     assert "TL1" in line
 
 
+# --- Damaged files --------------------------------------------------------------------------------
+
+
+def parts_of(path):
+    """The files of a model, each with the end of its header: what is not weights."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        if file.suffix == ".safetensors":
+            (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+            yield file, 8 + length
+        elif file.suffix == ".gguf":
+            with file.open("rb") as opened:
+                reader = gguf_file.GgufReader(opened)
+            reader.tensors(reader.head()[1])
+            yield file, reader._at
+        else:
+            yield file, file.stat().st_size
+
+
+def damages(path, rng, cuts, flips):
+    """What is done to the files of a model: where a file ends, or which bit of a byte changes."""
+    parts = list(parts_of(path))
+    sizes = [file.stat().st_size for file, _ in parts]
+    for _ in range(cuts):
+        which = rng.randrange(len(parts))
+        yield parts[which][0], rng.randrange(sizes[which]), None
+    in_headers = [(file, 0, end) for file, end in parts]
+    elsewhere = [(file, end, size) for (file, end), size in zip(parts, sizes, strict=True)]
+    for places in (in_headers, [place for place in elsewhere if place[1] < place[2]]):
+        for _ in range(flips):
+            file, begin, end = rng.choices(places, [end - begin for _, begin, end in places])[0]
+            yield file, rng.randrange(begin, end), 1 << rng.randrange(8)
+
+
+def status_of(capfd, *arguments):
+    """What a command ends with; where that is not 0, it says why in one line."""
+    try:
+        status = main([str(argument) for argument in arguments])
+    except SystemExit as error:
+        status = error.code
+    _, errors = capfd.readouterr()
+    if status:
+        assert status == 2
+        assert re.fullmatch(r"legacy1bit: error: [^\n]+\n", errors), errors
+    return status
+
+
+def check_damages(path, folder, capfd, cuts, flips):
+    """Have a command read a model with each damage; return how many were refused."""
+    rng = random.Random(path.name)
+    copy = folder / path.name
+    (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
+    refused = 0
+    for damaged, place, bit in damages(path, rng, cuts, flips):
+        file = copy if path.is_file() else copy / damaged.name
+        file.chmod(0o600)
+        good = file.read_bytes()
+        if bit is None:
+            file.write_bytes(good[:place])
+        else:
+            file.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+        # A tokenizer may have lost the token of a letter, too.
+        refused += bool(status_of(capfd, "generate", "--model", copy, "--max-tokens", "2",
+                                  "--prompt", "a b", "--threads", "1"))  # fmt: skip
+        file.write_bytes(good)
+    return refused
+
+
+@with_golden_models
+def test_damaged_golden_models_are_read_or_refused_in_one_line(tmp_path, capfd):
+    for path, _ in golden():
+        assert check_damages(path, tmp_path, capfd, 3, 3) >= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [path.name for path, _ in golden()])
+def test_damaged_golden_models_in_many_ways(name, tmp_path, capfd):
+    assert check_damages(GOLDEN / name, tmp_path, capfd, 20, 200) >= 20
+
+
 # --- Fabricated models ----------------------------------------------------------------------------
 
 
@@ -187,6 +273,7 @@ def test_matrices_are_the_same_however_many_rows_are_decoded_at_once(
     whole = load_model(path)
     with monkeypatch.context() as patch:
         patch.setattr(tensor_types, "_AT_ONCE", 700)
+        patch.setattr(tensor_types, "_CODES_AT_ONCE", 700)
         parts = load_model(path)
     assert parts.config == whole.config
     for name, value in whole.parameters.items():
@@ -203,9 +290,11 @@ def test_runs_of_codes_go_on_over_the_ends_of_rows(monkeypatch):
     codes = np.random.default_rng(1).integers(-1, 2, (16, 8640)).astype(np.int8)
     data = np.frombuffer(runs_of(codes, 0.5), np.uint8)
     for at_once in (1, 20_000, 1 << 20):
-        monkeypatch.setattr(tensor_types, "_AT_ONCE", at_once)
+        monkeypatch.setattr(tensor_types, "_CODES_AT_ONCE", at_once)
         matrix = tensor_types.RunsOf128(data, codes.shape)
-        np.testing.assert_array_equal(SCHEMES["ternary"].unpack(matrix.packed(), 8640), codes)
+        values = np.empty_like(codes)
+        matrix.write(Values(values, (-1, 0, 1)), np.arange(16))
+        np.testing.assert_array_equal(values, codes)
         assert matrix.scales()[0] == 0.5
 
 
@@ -305,6 +394,109 @@ def test_floats_that_are_not_ternary_are_refused(tmp_path):
     file.write_bytes(raw)
     with pytest.raises(ModelFileError, match=r"up_proj\.weight is not ternary"):
         load_model(path)
+
+
+def test_a_folder_that_has_a_file_names_it(tmp_path):
+    path, *_ = written(tmp_path)
+    for load in (load_model, PackedModel.load):
+        with pytest.raises(ModelFileError, match=re.escape(f"(--model takes {path})")):
+            load(path.parent)
+
+
+def test_ternary_embeddings_have_a_say_in_the_unit_where_both_are(tmp_path):
+    path, keys, tensors = written(tmp_path)
+    named = {name: tensor for name, *tensor in tensors}
+    assert load_model(path).config.scale == "row"
+    # A byte 0x19 has codes 1, 2, 1 and 0, which stand for 0, 1, 0 and -1.
+    finer = {
+        name: ((25, 256), 142, b"".join(struct.pack("<e", begin + block) + b"\x19" * 32
+                                        for block in range(50)))
+        for name, begin in (("token_embd.weight", 0.5), ("output.weight", 0.25))
+    }  # fmt: skip
+    for names, unit in ((["token_embd.weight"], "row"), (["output.weight"], "row"), (finer, "128")):
+        changed = named | {name: finer[name] for name in names}
+        tensors = [(name, *tensor) for name, tensor in changed.items()]
+        fabricated.write_gguf(path, keys, tensors, keys["general.alignment"])
+        model = load_model(path)
+        assert (model.config.scale, model.config.ternary_embedding) == (unit, unit == "128")
+        for theirs, ours, begin in (
+            ("token_embd.weight", "embedding.weight", 0.5),
+            ("output.weight", "output.weight", 0.25),
+        ):
+            if theirs in names:
+                value = model.parameters[ours]
+                dense = value.dense() if isinstance(value, TernaryMatrix) else value
+                expected = [begin + block for block in (2, 2, 3, 3)]
+                np.testing.assert_array_equal(dense[1, 1::64], expected)
+
+
+def test_files_of_the_c_original_are_read(tmp_path):
+    model = random_model(ModelConfig.c_original(64, 64, 1))
+    export_c_v1(model, tmp_path / "model.bin")
+    assert_same_model(load_model(tmp_path / "model.bin"), model)
+    packed = PackedModel.load(tmp_path / "model.bin")
+    for name, value in packed.parameters.items():
+        expected = model.parameters[name]
+        if isinstance(value, PackedMatrix):
+            np.testing.assert_array_equal(value.values, expected.values)
+        else:
+            np.testing.assert_array_equal(value, expected)
+
+
+def test_version_2_is_read_as_3(tmp_path):
+    path, *_ = written(tmp_path)
+    three = load_model(path)
+    raw = bytearray(path.read_bytes())
+    raw[4] = 2
+    path.write_bytes(raw)
+    two = load_model(path)
+    assert two.config == three.config
+    for name, value in three.parameters.items():
+        other = two.parameters[name]
+        if isinstance(value, TernaryMatrix):
+            np.testing.assert_array_equal(other.values, value.values)
+        else:
+            np.testing.assert_array_equal(other, value)
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (1, "it has version 1, expected 2 or 3"),
+        (4, "it has version 4, expected 2 or 3"),
+        (2 << 24, "its numbers are big-endian"),
+        (3 << 24, "its numbers are big-endian"),
+    ],
+)
+def test_other_versions_are_refused(tmp_path, version, told):
+    path, *_ = written(tmp_path)
+    raw = bytearray(path.read_bytes())
+    raw[4:8] = struct.pack("<I", version)
+    path.write_bytes(raw)
+    with pytest.raises(ModelFileError, match=told):
+        load_model(path)
+
+
+@pytest.mark.parametrize(("scales", "told"), [((1, 1), None), ((1, 2), "has scales of 32 weights")])
+def test_blocks_of_32_are_read_where_64_share_a_scale(tmp_path, scales, told):
+    path, keys, tensors = written(tmp_path)
+    named = {name: tensor for name, *tensor in tensors}
+    shape = named["blk.0.attn_q.weight"][0]
+    rows, blocks = shape[0], shape[1] // 64
+    signs = np.random.default_rng(3).integers(-1, 2, (rows, blocks, 2, 32)).astype(np.int8)
+    content = b"".join(
+        struct.pack("<e", scales[half] / 256) + (127 * signs[row, block, half]).tobytes()
+        for row in range(rows) for block in range(blocks) for half in range(2)
+    )  # fmt: skip
+    changed = [(name, *tensor) for name, tensor in named.items() if name != "blk.0.attn_q.weight"]
+    changed.append(("blk.0.attn_q.weight", shape, 8, content))
+    fabricated.write_gguf(path, keys, changed, keys["general.alignment"])
+    if told is not None:
+        with pytest.raises(ModelFileError, match=rf"blk\.0\.attn_q\.weight {told}"):
+            load_model(path)
+        return
+    found = np.sort(np.abs(load_model(path).parameters["blocks.0.attention.wq"].dense()), axis=None)
+    np.testing.assert_array_equal(found, np.sort(np.abs(signs), axis=None) * np.float32(127 / 256))
 
 
 def test_context_is_at_most_what_a_model_may_have(tmp_path):

@@ -56,7 +56,7 @@ else:
 with watched:
     import legacy1bit.model
     from legacy1bit.config_files import read_config, records_of
-    from legacy1bit.data import shards, sources, tokenizer
+    from legacy1bit.data import bpe, shards, sources, tokenizer, tokenizer_files
     from legacy1bit.data.published_tokenizer import PublishedTokenizer
     from legacy1bit.formats import published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
@@ -297,9 +297,9 @@ def fuzz_published_folder(folder: Path, parts: list[bytes]) -> None:
 def use_published(path: Path) -> None:
     """Have a model of others, its tokenizer and its chat template read."""
     model = load_model(path)
-    use_model(model, PackedModel.load(path))
+    use_model(model, PackedModel(model))
     found = published.read_tokenizer(path, model.config.vocab_size)
-    published.read_template(path, getattr(found, "names", {}))
+    published.read_template(path, found)
     use_published_tokenizer(found)
 
 
@@ -310,24 +310,33 @@ def fuzz_published_tokenizer(folder: Path, parts: list[bytes]) -> None:
         use_published_tokenizer(
             published.read_tokenizer(folder / "model.gguf", SUBWORDS.vocab_size)
         )
-        published.read_template(folder / "model.gguf", {})
     else:
         put(folder / "tokenizer.json", parts[0])
         if parts[1:]:
             put(folder / "tokenizer_config.json", parts[1])
         use_published_tokenizer(PublishedTokenizer.of_folder(folder))
-        published.read_template(folder, {})
 
 
 def use_published_tokenizer(found: tokenizer.Tokenizer) -> None:
-    """Have texts encoded, and all tokens decoded."""
-    if found.kind == "unknown":
+    """Have texts encoded, and all tokens decoded; and the same once it was written as GGUF keys."""
+    if not isinstance(found, PublishedTokenizer):
         return
     # A vocabulary of others may lack bytes.
     with contextlib.suppress(IndexError):
         found.encode_special("<s>a\u00e9 \n12")
-        found.decode(found.encode(bytes(range(256)) * 2))
+        found.decode(found.encode(bytes(range(256))))
     found.decode(np.arange(found.vocab_size))
+    # Not all can be, which is said without the file's name.
+    keys = None
+    with contextlib.suppress(ValueError):
+        keys = found.gguf_keys()
+    if keys is not None:
+        try:
+            again = PublishedTokenizer.of_gguf(keys, found.vocab_size)
+        except ValueError as error:
+            raise FaultError(f"its keys are refused: {error}") from error
+        if again.stop_tokens[:1] != found.stop_tokens[:1] or again.bos_token != found.bos_token:
+            raise FaultError("its keys begin and end texts with other tokens")
 
 
 def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
@@ -339,7 +348,7 @@ def fuzz_gguf_tokenizer(folder: Path, parts: list[bytes]) -> None:
 def fuzz_tokenizer(folder: Path, parts: list[bytes]) -> None:
     """A tokenizer's file, or its merges."""
     put(folder / "tokenizer.json", tokenizer_file(parts[0]))
-    use_tokenizer(tokenizer.load_tokenizer(folder))
+    use_tokenizer(tokenizer_files.load_tokenizer(folder))
 
 
 def use_tokenizer(found: tokenizer.Tokenizer) -> None:
@@ -692,6 +701,9 @@ SANITIZED = b"__asan_init" in Path(legacy1bit.model.__file__).read_bytes()
 def fuzz(target: str, options: list[str]) -> None:
     """Look for faults in a reader until something ends it."""
     warnings.simplefilter("error")
+    # Threads take longer to start than these texts to encode.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    bpe.can_start_threads = lambda count: True
     for name, data in stored(target).items():
         if name in ("whole-0", "whole-1"):
             run(target, data)
@@ -841,7 +853,15 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         yield "gguf_tokenizer", [plain, spelled]
         chat = {"bos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
         files = [json.dumps(SUBWORDS.description()).encode(), json.dumps(chat).encode()]
-        yield "published_tokenizer", [spelled, files, files[:1]]
+        inputs = [spelled, files, files[:1], scored_keys()]
+        words = folder / "words"
+        words.mkdir()
+        keys = {name: value for name, _, value in json.loads(inputs[-1][0])["keys"]}
+        lists = {name: value[1] for name, value in keys.items() if isinstance(value, list)}
+        PublishedTokenizer.of_gguf(keys | lists).save(words)
+        written = [words / name for name in ("tokenizer.json", "tokenizer_config.json")]
+        inputs.append([json.dumps(json.loads(file.read_bytes())).encode() for file in written])
+        yield "published_tokenizer", inputs
 
         few = json.dumps(tokenizer.ByteTokenizer(3).description()).encode()
         merges = [["a", "b"], ["ab", "c"], ["c", "b"], ["\u0120", "a"]]
@@ -952,6 +972,29 @@ _BLOCKS = {
     142: (128, b"\0\x34" + b"\x19" * 32),
     143: (128, b"\x59" * 26 + b"\0\x34"),
 }
+
+
+def scored_keys() -> list[bytes]:
+    """Return the keys of a small vocabulary of SentencePiece, as many tokens as ``SUBWORDS``."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(240)), "\u2581"]
+    kinds = [2, 3, 3, *[6] * 240, 1]
+    words = ["a", "b", "c", "ab", "abc", "\u2581a", "<|im_end|>", "<think>", *"xy"]
+    kinds += [1, 1, 1, 1, 1, 1, 3, 4, 1, 1]
+    for number in range(len(pieces) + len(words), SUBWORDS.vocab_size):
+        words.append(f"[PAD{number}]")
+        kinds.append(5)
+    scores = [-float(number) for number in range(SUBWORDS.vocab_size)]
+    keys = {
+        "model": (8, "llama"),
+        "tokens": (9, [8, [*pieces, *words]]),
+        "token_type": (9, [5, kinds]),
+        "scores": (9, [6, scores]),
+        "bos_token_id": (4, 1),
+        "eos_token_id": (4, 2),
+    }
+    told = [[f"tokenizer.ggml.{name}", kind, value] for name, (kind, value) in keys.items()]
+    told.append(["tokenizer.chat_template", 8, "{{ messages }}"])
+    return [json.dumps({"keys": told, "tensors": []}, ensure_ascii=False).encode(), b""]
 
 
 def published_gguf(
