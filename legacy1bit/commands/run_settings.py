@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from legacy1bit.commands.options import given, path_of, threads_of
+from legacy1bit.commands.options import given, option_of, path_of, threads_of
 from legacy1bit.commands.progress import STANDARD_ERROR, Output
 from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
@@ -16,6 +16,7 @@ from legacy1bit.data.tokenizer_files import load_tokenizer, tokenizer_of
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import Run
+from legacy1bit.training.start import Start, read_start, started
 
 # The first run is about a minute of training: all steps if they take at most 75 seconds, else those
 # of a minute, but enough for a model that remembers the hero of a story (98 % of endings after 300
@@ -39,6 +40,13 @@ def merged_settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
     The tables are those of ``read_config``.
     """
+    if arguments.start is not None:
+        for name in ("config", "architecture", "tokenizer_from", "tokenizer", "vocabulary"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(
+                    f"--from excludes --{option_of(name)}: the model has its own settings and "
+                    "tokens"
+                )
     settings = {} if arguments.config is None else read_config(arguments.config)
     options = {table: given(arguments, record) for table, record in TABLES.items()}
     if arguments.architecture is not None:
@@ -86,6 +94,7 @@ def is_first_run(arguments: argparse.Namespace) -> bool:
         "tokenizer_from",
         "config",
         "resume",
+        "start",
         "minutes",
         "architecture",
     )
@@ -118,6 +127,10 @@ def fit_first_run(
     return replace(training, steps=steps)
 
 
+# What the learning rate of a training that goes on from a model is multiplied by.
+FROM_A_MODEL = 0.1
+
+
 @dataclass(frozen=True)
 class RunPlan:
     """The settings and the text of a new run.
@@ -129,6 +142,8 @@ class RunPlan:
     corpus : Corpus
     run : Path or None
         The earlier run that is trained again.
+    start : Start or None
+        The model that the training goes on from.
     """
 
     model: ModelConfig
@@ -136,6 +151,7 @@ class RunPlan:
     data: DataConfig
     corpus: Corpus
     run: Path | None = None
+    start: Start | None = None
 
 
 def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> RunPlan:
@@ -149,7 +165,13 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
         If a file cannot be read or written.
     """
     settings = merged_settings(arguments)
+    start = None if arguments.start is None else read_start(arguments.start)
+    if start is not None:
+        settings["model"] = started(start, settings["model"]).to_dict()
     model, training, data = _records(arguments, settings)
+    if start is not None and arguments.learning_rate is None:
+        rate = training.learning_rate or 0.0
+        training = replace(training, learning_rate=rate * FROM_A_MODEL)
     if "source" in settings:
         origin = DataOrigin.from_dict(settings["source"])
         also = ", and --validation its validation text" if origin.validation_paths else ""
@@ -157,7 +179,7 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
         origin.check_there(remedy)
     else:
         origin, remedy = origin_of(arguments, training.seed), ""
-    tokenizer = _tokenizer_of(arguments, settings)
+    tokenizer = _tokenizer_of(arguments, settings) if start is None else start.tokenizer
     try:
         corpus = open_corpus(
             origin, data, model.sequence_length, arguments.cache, tokenizer, output.progress
@@ -176,4 +198,4 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
     model = replace(model, vocab_size=corpus.vocab_size)
-    return RunPlan(model, training, data, corpus, settings.get("run"))
+    return RunPlan(model, training, data, corpus, settings.get("run"), start)

@@ -71,6 +71,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--out", metavar="DIR", type=new_folder, help="folder of the run (default: new)"
     )
+    command.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        type=path_of,
+        help="go on from a model on another text, with a tenth of the learning rate: a run's "
+        "folder, a GGUF file, or a folder of Hugging Face",
+    )
     command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(
         "--minutes",
@@ -170,7 +178,9 @@ def start(
         training = fit_first_run(training, within, output)
     # The folder last: errors before leave nothing behind.
     source = new.corpus.origin.to_dict()
-    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data)
+    if new.start is not None:
+        source["from"] = str(new.start.path.absolute())
+    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data, new.start)
     folder, created = _make_folder(arguments.out)
     trainer.run = Run(folder)
     ends.enter_context(trainer.run.lock())
@@ -188,7 +198,7 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     settings = run.settings()
     config, origin = settings.training, settings.origin
     origin.check_path()
-    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture")
+    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture", "start")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.
     named += [

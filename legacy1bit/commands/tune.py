@@ -91,6 +91,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add_data(command)
     add_config(command)
+    command.set_defaults(start=None)
     group = command.add_argument_group("the search")
     option = group.add_argument
     option("--out", metavar="DIR", type=new_folder, help="the study's folder (default: new)")

@@ -62,6 +62,7 @@ from legacy1bit.training.evaluation import (
 )
 from legacy1bit.training.memory import check_memory
 from legacy1bit.training.run import FixedSettings, Run, RunSettings
+from legacy1bit.training.start import Start
 
 # An evaluation during training is of about this many tokens of the validation set, spread evenly;
 # the settings say of how many the last one is.
@@ -146,6 +147,8 @@ class Trainer:
         ``--resume`` reads a text from its ``path``, bundled stories from ``stories`` and ``seed``.
     data : DataConfig, optional
         How the text was read and tokenized, also stored.
+    start : Start, optional
+        The model that the training goes on from; by default the weights are random.
 
     Raises
     ------
@@ -176,6 +179,7 @@ class Trainer:
         corpus: Corpus,
         source: dict[str, Any],
         data: DataConfig | None = None,
+        start: Start | None = None,
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
         if config.float_steps and not (scheme and scheme.learns):
@@ -209,6 +213,8 @@ class Trainer:
         self.source = source
         self.data = DataConfig() if data is None else data
         self.model = create_legacy_llm(model_config, config.seed)
+        if start is not None:
+            start.fill(self.model)
         self.optimizer = _optimizer(self.model, config)
         self.gradients = create_legacy_llm_gradients(model_config)
         self.passes = BackwardPass(

@@ -1,0 +1,172 @@
+"""What a training begins with where it goes on from a model (``train --from``).
+
+Training needs latent float weights. A run has them in its checkpoint, with the model that was best.
+Of any other model they are made: codes times scales, enlarged until the quantization of these
+numbers gives the same codes and scales again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from legacy1bit.data.tokenizer import Tokenizer
+from legacy1bit.formats.published import read_tokenizer
+from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.layout import parameter_layout, views
+from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.schemes import SCHEMES
+from legacy1bit.training.checkpoint import read_checkpoint
+from legacy1bit.training.run import Run
+
+# The settings in which the new model may differ: a model of floats becomes one of codes, and
+# rotary positions take any length.
+CHANGEABLE_SETTINGS = ("sequence_length", "scheme")
+
+_Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Start:
+    """A model to go on from.
+
+    Attributes
+    ----------
+    path : Path
+        A run, or a model of any format that ``load_model`` reads.
+    config : ModelConfig
+    tokenizer : Tokenizer
+    """
+
+    path: Path
+    config: ModelConfig
+    tokenizer: Tokenizer
+
+    def fill(self, model: LegacyLLM) -> None:
+        """Give a trainable model these weights.
+
+        Parameters
+        ----------
+        model : LegacyLLM
+            Its settings may differ from ``config`` in ``CHANGEABLE_SETTINGS``.
+
+        Raises
+        ------
+        ModelFileError, ValueError
+            If a file is damaged, or the codes would not come back.
+        OSError
+            If a file cannot be read.
+        """
+        values = _of_checkpoint(self.path, self.config)
+        if values is not None:
+            for name, weights in model.latent.items():
+                weights[...] = values[name]
+            model.quantize()
+            return
+        given = load_model(self.path).parameters
+        for name, weights in model.latent.items():
+            value = given[name]
+            weights[...] = _dense(value) if isinstance(value, TernaryMatrix) else value
+        model.quantize()
+        if any(isinstance(value, TernaryMatrix) for value in given.values()):
+            _match(model, given)
+
+
+def read_start(path: Path) -> Start:
+    """Return a model to go on from.
+
+    Raises
+    ------
+    ModelFileError, ValueError
+        If it is damaged, or its scheme has no float weights behind its codes.
+    OSError
+        If it cannot be read.
+    """
+    config = load_model(path).config
+    scheme = SCHEMES.get(config.scheme)
+    if scheme is not None and not scheme.learns:
+        raise ValueError(
+            f"{path} has the scheme {config.scheme}, whose codes have no float weights to go on "
+            "from"
+        )
+    return Start(path, config, read_tokenizer(path, config.vocab_size))
+
+
+def _of_checkpoint(path: Path, config: ModelConfig) -> dict[str, _Floats] | None:
+    """Return the latent weights of a run's model by name; None if it is no run."""
+    run = Run(path)
+    if not path.is_dir() or not run.is_saved:
+        return None
+    settings = run.settings()
+    chosen = Run(run.model_folder)
+    checkpoint = read_checkpoint(chosen.checkpoint_file, settings.fixed())
+    return views(checkpoint.weights, parameter_layout(config))
+
+
+def _dense(matrix: TernaryMatrix) -> _Floats:
+    """Return codes times scales."""
+    return matrix.values * _wide(matrix.scales, matrix)
+
+
+def _wide(scales: _Floats, matrix: TernaryMatrix) -> _Floats:
+    """Return numbers for each scale of a matrix as numbers for each weight."""
+    cols = matrix.shape[1]
+    return np.repeat(scales, matrix.group, axis=1)[:, :cols]
+
+
+def _match(model: LegacyLLM, given: Mapping[str, _Floats | TernaryMatrix]) -> None:
+    """Enlarge latent weights until their codes and scales are the given ones.
+
+    A scale is a mean or a median of magnitudes, some of which are 0 here: it is proportional to
+    the weights, and codes depend on their ratios to it alone.
+    """
+    matrices = {name: value for name, value in given.items() if isinstance(value, TernaryMatrix)}
+    latent = model.latent
+    for name, value in matrices.items():
+        with np.errstate(divide="ignore", invalid="ignore"):
+            factor = value.scales / _codes(model, name).scales
+        latent[name] *= _wide(np.where(np.isfinite(factor), factor, np.float32(1.0)), value)
+    model.quantize()
+    for name, value in matrices.items():
+        if not np.array_equal(_codes(model, name).values, value.values):
+            raise ValueError(
+                f"{name}: float weights that quantize to these codes are not known for the scheme "
+                f"{model.config.scheme}"
+            )
+
+
+def _codes(model: LegacyLLM, name: str) -> TernaryMatrix:
+    found = model.parameters[name]
+    assert isinstance(found, TernaryMatrix)
+    return found
+
+
+def started(start: Start, settings: Mapping[str, Any]) -> ModelConfig:
+    """Return the settings of a model that goes on from another one.
+
+    Parameters
+    ----------
+    start : Start
+    settings : dict
+        Those that are asked for.
+
+    Raises
+    ------
+    ValueError
+        If one is fixed by the model.
+    """
+    for name, value in settings.items():
+        if name not in CHANGEABLE_SETTINGS and value != getattr(start.config, name):
+            raise ValueError(
+                f"{name} is {value}, expected {getattr(start.config, name)}, that of {start.path}"
+            )
+    wanted = replace(start.config, **settings)
+    if wanted.scheme != start.config.scheme and start.config.scheme != "float":
+        raise ValueError(
+            f"scheme is {wanted.scheme}, expected {start.config.scheme}, that of {start.path}: "
+            "only a model of floats can become another one"
+        )
+    return wanted
