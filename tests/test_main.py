@@ -228,9 +228,10 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch):
     class Stop(Exception):
         pass
 
-    def made_with(folder, model_config, config, corpus, source, data):
+    def made_with(folder, model_config, config, corpus, source, data, start):
         made.append((folder, model_config, config, corpus, source))
         assert data == DataConfig()
+        assert start is None
         raise Stop
 
     assert texts.DEFAULT_STORIES >= 10_000
