@@ -57,7 +57,7 @@ help:
 	@echo 'make test-oldest        the quick tests with the oldest of all packages, in Python 3.11'
 	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
-	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
+	@echo 'make test-old-cpus      native code on older CPUs, under qemu-x86_64; takes an hour'
 	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
 	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
 	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
@@ -243,9 +243,14 @@ test-gguf: wheel
 	    tests/formats/test_gguf.py tests/formats/test_llama_cpp.py $(ARGS)
 
 # NumPy's wheels from 2.4 on need SSE4.2 themselves: what is said then comes first, and all else with
-# an older one. The slowest tests of numbers do not depend on the CPU.
+# an older one. Then what depends on the CPU, native code, in each instruction set on the oldest CPU
+# that has it. Only pytest's workers are emulated: programs that tests start are not.
 EMULATED := build/test-old-cpus
-OLD_CPUS := core2duo Nehalem Haswell
+OLD_CPUS := core2duo:scalar,sse,sse2,ssse3 Nehalem:sse41 Haswell:avx2
+NATIVE_CODE := $(addprefix tests/test_,activations.py math_ops.py int8_products.py optimizer.py \
+    packed.py precision.py threads.py) $(addprefix tests/formats/test_published.py::test_, \
+    commands_take_published_models fabricated_models_are_read_as_they_were_written)
+OF_THIS_CPU := caches_of_any_size or are_those_of_the_system or widest_level_by_itself
 
 test-old-cpus: export LEGACY1BIT_OLD_CPUS := 1
 test-old-cpus: wheel
@@ -257,9 +262,14 @@ test-old-cpus: wheel
 	cd $(EMULATED) && venv/bin/python -m pytest tests/system/test_old_cpus.py -k check_numpy
 	$(EMULATED)/venv/bin/pip install -q 'numpy<2.4'
 	cd $(EMULATED) && venv/bin/python -m pytest -m 'slow or not slow' tests/system/test_old_cpus.py
-	cd $(EMULATED) && for cpu in $(OLD_CPUS); do \
+	cd $(EMULATED) && for one in $(OLD_CPUS); do \
+	    cpu=$${one%:*} sets=$${one#*:}; \
+	    as="qemu-x86_64 -cpu $$cpu $$PWD/venv/bin/python"; \
 	    echo "as a $$cpu:"; \
-	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
+	    $$as tests/step_and_text.py $$cpu $$(echo $$sets | tr , ' ') && \
+	    LEGACY1BIT_TEST_TIERS=$$sets venv/bin/python -m pytest -p no:cacheprovider \
+	        --dist load --tx "2*popen//python=$$as" -k 'not ($(OF_THIS_CPU))' \
+	        $(ARGS) $(NATIVE_CODE) || exit 1; \
 	done
 
 # Builds that look for mistakes (CHECKS in setup.py), each with the tests in a folder of its own.

@@ -143,6 +143,11 @@ def test_simd_levels_are_distinct_and_hold_the_one_in_use():
     assert math_ops.simd_level() in levels
 
 
+@pytest.mark.skipif("LEGACY1BIT_TEST_TIERS" not in os.environ, reason="no sets are chosen")
+def test_the_widest_level_is_the_widest_one_chosen():
+    assert math_ops.simd_level() == os.environ["LEGACY1BIT_TEST_TIERS"].split(",")[-1]
+
+
 def test_set_simd_level_is_reported_by_simd_level(tier):
     assert math_ops.simd_level() == tier
 

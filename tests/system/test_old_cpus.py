@@ -1,7 +1,7 @@
 """The package on CPUs that this machine is not: under QEMU's user-mode emulation, which stops at
 the first instruction that the emulated CPU lacks.
 
-``make test-old-cpus`` runs the whole suite that way, and there nothing here is skipped.
+``make test-old-cpus`` runs the tests of native code that way, too, and skips nothing here.
 """
 
 import functools
