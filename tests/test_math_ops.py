@@ -967,6 +967,12 @@ def test_cache_sizes_are_those_of_the_system(monkeypatch):
     assert cpu.cache_sizes() == (sizes[1], sizes[2])
 
 
+def test_peaks_say_how_much_they_did(tier):
+    assert math_ops.peak_fused(6) == 2 * math_ops.peak_fused(3) > 0
+    assert math_ops.peak_dot(6) == 2 * math_ops.peak_dot(3) > 0
+    assert math_ops.peak_read(np.ones(1001, np.float32)) == 4004
+
+
 # --- What every function rejects ------------------------------------------------------------------
 
 # The arguments of a valid call, sizes all different so that each can be told from a message, and
