@@ -57,7 +57,7 @@ help:
 	@echo 'make test-oldest        the quick tests with the oldest of all packages, in Python 3.11'
 	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
-	@echo 'make test-old-cpus      native code on older CPUs, under qemu-x86_64; takes an hour'
+	@echo 'make test-old-cpus      native code on older CPUs, under qemu-x86_64; half an hour'
 	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
 	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
 	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
