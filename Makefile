@@ -57,7 +57,7 @@ help:
 	@echo 'make test-oldest        the quick tests with the oldest of all packages, in Python 3.11'
 	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
-	@echo 'make test-old-cpus      the same on older CPUs, under qemu-x86_64; takes an hour'
+	@echo 'make test-old-cpus      native code on older CPUs, under qemu-x86_64; half an hour'
 	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
 	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
 	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
@@ -244,9 +244,26 @@ test-gguf: wheel
 	    tests/formats/test_gguf.py tests/formats/test_llama_cpp.py $(ARGS)
 
 # NumPy's wheels from 2.4 on need SSE4.2 themselves: what is said then comes first, and all else with
-# an older one. The slowest tests of numbers do not depend on the CPU.
+# an older one. Then what depends on the CPU, native code: each kernel and each function of Cython,
+# in each instruction set on the oldest CPU that has it. Programs that tests start are not emulated.
 EMULATED := build/test-old-cpus
-OLD_CPUS := core2duo Nehalem Haswell
+OLD_CPUS := core2duo:scalar,sse,sse2,ssse3 Nehalem:sse41 Haswell:avx2
+NATIVE_CODE := $(addprefix tests/test_,activations.py math_ops.py optimizer.py packed.py threads.py \
+    $(addprefix forward.py::test_,single_forms_are_the_batch_forms forward_embedding_copies_rows \
+        forward_llm_takes_a_token_a_batch_or_sequences \
+        forward_llm_batch_hides_documents_in_a_row_from_each_other) \
+    $(addprefix backward.py::test_,single_forms_are_the_batch_forms \
+        cross_entropy_loss_is_minus_the_logarithm d_loss_d_logits_is_probabilities_less_one_hot \
+        backward_layer_norm_is_the_oracles backward_output_layer_is_the_oracles \
+        backward_embedding_is_the_oracles backward_llm_is_a_batch_of_one_token \
+        backward_feed_forward_takes_the_values_after_the_activation \
+        backward_llm_batch_takes_documents) \
+    $(addprefix inference.py::test_,sample_token_of_any_vocabulary_draws_what_the_filters_leave \
+        sample_token_minds_repetition decoder_takes_long_prompts_in_blocks \
+        decoder_computes_the_same_bits_everywhere text_is_the_same_everywhere)) \
+    $(addprefix tests/formats/test_published.py::test_,commands_take_published_models \
+        fabricated_models_are_read_as_they_were_written)
+OF_THIS_CPU := caches_of_any_size or are_those_of_the_system or widest_level_by_itself
 
 test-old-cpus: export LEGACY1BIT_OLD_CPUS := 1
 test-old-cpus: wheel
@@ -258,9 +275,14 @@ test-old-cpus: wheel
 	cd $(EMULATED) && venv/bin/python -m pytest tests/system/test_old_cpus.py -k check_numpy
 	$(EMULATED)/venv/bin/pip install -q 'numpy<2.4'
 	cd $(EMULATED) && venv/bin/python -m pytest -m 'slow or not slow' tests/system/test_old_cpus.py
-	cd $(EMULATED) && for cpu in $(OLD_CPUS); do \
+	cd $(EMULATED) && for one in $(OLD_CPUS); do \
+	    cpu=$${one%:*} sets=$${one#*:}; \
+	    as="qemu-x86_64 -cpu $$cpu $$PWD/venv/bin/python"; \
 	    echo "as a $$cpu:"; \
-	    qemu-x86_64 -cpu $$cpu venv/bin/python -m pytest -p no:cacheprovider $(ARGS) || exit 1; \
+	    $$as tests/step_and_text.py $$cpu $$(echo $$sets | tr , ' ') && \
+	    LEGACY1BIT_TEST_TIERS=$$sets venv/bin/python -m pytest -p no:cacheprovider \
+	        --dist load --tx "2*popen//python=$$as" -k 'not ($(OF_THIS_CPU))' \
+	        $(ARGS) $(NATIVE_CODE) || exit 1; \
 	done
 
 # Builds that look for mistakes (CHECKS in setup.py), each with the tests in a folder of its own.

@@ -33,7 +33,9 @@ with contextlib.suppress(ImportError):
     settings.load_profile("same")
 
 
-TIERS = math_ops.simd_levels() if math_ops else []
+# All of this CPU, or those that the Makefile chooses (test-old-cpus).
+CHOSEN = os.environ.get("LEGACY1BIT_TEST_TIERS")
+TIERS = CHOSEN.split(",") if CHOSEN else math_ops.simd_levels() if math_ops else []
 
 
 @contextlib.contextmanager
@@ -71,6 +73,14 @@ def _cache_of_its_own(tmp_path_factory):
     """Tokens that tests make stay out of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_waiting_for_the_disk():
+    """The files of tests need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
         yield
 
 

@@ -7,7 +7,7 @@ memory: ``make test-memcheck`` runs this under valgrind.
 import sys
 from pathlib import Path
 
-from helpers.models import MODELS
+from helpers.models import MODELS, OPTION_MODELS
 from legacy1bit import math_ops
 from legacy1bit.data.corpus import text_corpus
 from legacy1bit.generator import Generator
@@ -17,18 +17,21 @@ from legacy1bit.training.trainer import Trainer
 
 TEXT = b"the cat sat on the mat. " * 40
 SHAPE = {"num_blocks": 1, "model_dim": 36, "num_heads": 3, "sequence_length": 24}
-# What is left of a vector, groups, dense matrices, rounded activations, every optimizer.
+# What is left of a vector, groups, dense matrices, rounded activations, every optimizer, and what
+# published models have.
 CHOSEN = {
     "defaults": {"gradient_accumulation": 2},
     "float": {"optimizer": "adamw"},
     "2bit, groups": {"optimizer": "sgd", "gradient_checkpointing": True},
     "b158": {"threads": 2},
+    "llama": {},
+    "yarn, adjacent, fraction": {},
 }
 
 
 def train_and_write(folder, name):
     """One step, measured before and after and saved; then text from what was saved."""
-    config = ModelConfig(**{**SHAPE, **MODELS[name]})
+    config = ModelConfig(**{**SHAPE, **{**MODELS, **OPTION_MODELS}[name]})
     training = TrainingConfig(steps=1, batch_size=3, warmup_steps=0, **CHOSEN[name])
     corpus = text_corpus(TEXT, "text", config.sequence_length, config.vocab_size)
     folder.mkdir(parents=True)

@@ -72,11 +72,13 @@ def test_conversations_have_the_tokens_of_other_software():
     pytest.importorskip("jinja2", reason="jinja2 is not installed")
     seen = 0
     for path, about in golden():
-        for case in (about.get("chat") or {}).get("renderings", ()):
-            if not case["add_generation_prompt"]:
-                continue
-            with Generator.load(path) as generator:
-                template = read_template(path, generator.tokenizer)
+        renderings = (about.get("chat") or {}).get("renderings", ())
+        cases = [case for case in renderings if case["add_generation_prompt"]]
+        if not cases:
+            continue
+        with Generator.load(path) as generator:
+            template = read_template(path, generator.tokenizer)
+            for case in cases:
                 conversation = Conversation(generator, template, SAMPLING, 8)
                 conversation.messages = list(case["messages"])
                 assert conversation._tokens() == case["ids"], path
@@ -93,8 +95,8 @@ def test_conversations_have_the_tokens_of_other_software():
                 conversation.messages.pop()
                 text = "".join(conversation.ask("Hello?"))
                 conversation.finish(text)
-                template.close()
                 seen += 1
+            template.close()
     assert seen
 
 

@@ -46,12 +46,6 @@ SAMPLINGS = {
 samplings = pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    # These files need not outlive a power cut.
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @functools.cache
 def exact_model(**changes):
     """A model whose answers have the same bits however they are worked out."""

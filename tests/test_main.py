@@ -69,8 +69,6 @@ TEXT = "The cat sat on the m\u00e4t.\r\nThe dog lay by the log.\n" * 20
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # These files need not outlive a power cut.
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def generate(model, prompt, count, seed=0, **settings):

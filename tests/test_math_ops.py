@@ -143,6 +143,11 @@ def test_simd_levels_are_distinct_and_hold_the_one_in_use():
     assert math_ops.simd_level() in levels
 
 
+@pytest.mark.skipif("LEGACY1BIT_TEST_TIERS" not in os.environ, reason="no sets are chosen")
+def test_the_widest_level_is_the_widest_one_chosen():
+    assert math_ops.simd_level() == os.environ["LEGACY1BIT_TEST_TIERS"].split(",")[-1]
+
+
 def test_set_simd_level_is_reported_by_simd_level(tier):
     assert math_ops.simd_level() == tier
 
@@ -960,6 +965,12 @@ def test_cache_sizes_are_those_of_the_system(monkeypatch):
     if not {1, 2} <= set(sizes):
         pytest.skip("the system does not list the caches")
     assert cpu.cache_sizes() == (sizes[1], sizes[2])
+
+
+def test_peaks_say_how_much_they_did(tier):
+    assert math_ops.peak_fused(6) == 2 * math_ops.peak_fused(3) > 0
+    assert math_ops.peak_dot(6) == 2 * math_ops.peak_dot(3) > 0
+    assert math_ops.peak_read(np.ones(1001, np.float32)) == 4004
 
 
 # --- What every function rejects ------------------------------------------------------------------

@@ -166,6 +166,7 @@ def test_run_alone_measures_a_run_once(tmp_path):
     assert results.run_alone(arguments, tmp_path / "run") == outcome
 
 
+@pytest.mark.slow
 @pytest.mark.memory
 def test_the_default_job_stays_under_200_mib(tmp_path):
     """Its first steps have all the room that the others need, and so has the look at their end."""

@@ -30,7 +30,6 @@ DAY = 24 * 3600
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
 
 

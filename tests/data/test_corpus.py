@@ -43,11 +43,6 @@ TOKENIZERS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture
 def cache(tmp_path):
     return tmp_path / "cache"

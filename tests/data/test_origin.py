@@ -22,7 +22,6 @@ TEXT = "".join(f"{number} of some sentences. " for number in range(200))
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
     Path("text.txt").write_text(TEXT)
     Path("tokens.bin").write_bytes(np.arange(99, dtype="<u2").tobytes())
     Path("lines.jsonl").write_text(

@@ -45,12 +45,6 @@ DAY = 86400
 few = settings(max_examples=40, deadline=None)
 
 
-@pytest.fixture(autouse=True)
-def _quick_disk(monkeypatch):
-    # These files need not outlive a power cut.
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 # --- Reading --------------------------------------------------------------------------------------
 
 

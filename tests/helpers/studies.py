@@ -1,6 +1,18 @@
 """Spaces of settings, and a small study."""
 
+import contextlib
+import sqlite3
+
 from legacy1bit.main import main
+
+with contextlib.suppress(ImportError):
+    from sqlalchemy import Engine, event
+
+    @event.listens_for(Engine, "connect")
+    def _no_waiting_for_the_disk(connection, _):
+        if isinstance(connection, sqlite3.Connection):
+            connection.execute("PRAGMA synchronous = OFF")
+
 
 SPACE = """
 [learning_rate]

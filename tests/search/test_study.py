@@ -337,7 +337,7 @@ def test_bad_trials_end_early(say, monkeypatch):
     Path("space.toml").write_text(
         "[learning_rate]\nchoices = [0.01, 0.009, 0.008, 0.007, 0.006, 1e-6, 2e-6]\n"
     )
-    options = ("--steps", 40, "--optimizer", "adamw", "--sampler", "grid", "--warmup-steps", 0)
+    options = ("--steps", 20, "--optimizer", "adamw", "--sampler", "grid", "--warmup-steps", 0)
     say(*search("study", *options))
     found = results_in("study")
     ended = [one for one in found if one.state == "pruned"]
@@ -345,7 +345,7 @@ def test_bad_trials_end_early(say, monkeypatch):
     for one in ended:
         assert one.number >= 4
         records = read_metrics(f"study/trials/{one.number:04}/metrics.jsonl")
-        assert records[-1]["step"] < 40
+        assert records[-1]["step"] < 20
     assert any(one.state == "complete" for one in found)
 
 

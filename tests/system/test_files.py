@@ -14,6 +14,7 @@ import sys
 import tarfile
 import threading
 import zipfile
+from os import fsync
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,12 @@ from legacy1bit.system.files import (
 from legacy1bit.training.run import WRITTEN_FILES
 
 OLD, NEW = b"the old content", b"the new content, longer"
+
+
+@pytest.fixture(autouse=True)
+def _waiting_for_the_disk(monkeypatch):
+    """Here, unlike in other tests."""
+    monkeypatch.setattr(os, "fsync", fsync)
 
 
 @pytest.fixture

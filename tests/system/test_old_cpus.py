@@ -1,7 +1,7 @@
 """The package on CPUs that this machine is not: under QEMU's user-mode emulation, which stops at
 the first instruction that the emulated CPU lacks.
 
-``make test-old-cpus`` runs the whole suite that way, and there nothing here is skipped.
+``make test-old-cpus`` runs the tests of native code that way, too, and skips nothing here.
 """
 
 import functools
@@ -14,6 +14,7 @@ import sys
 import numpy as np
 import pytest
 
+from helpers.published import golden, with_golden_models
 from legacy1bit import cpu as this_cpu
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.hyperparams import ModelConfig
@@ -78,6 +79,31 @@ def test_a_model_writes_in_the_widest_instruction_set_that_the_cpu_has(cpu, tmp_
     assert level.decode() == CPUS[cpu]
     assert text.startswith(b"abc")
     assert len(text) >= 103
+
+
+# Two threads, a prompt of several tokens, greedy sampling; and the hidden states of a text.
+WRITE_EACH = """
+import sys
+from legacy1bit.generator import Generator
+from legacy1bit.hyperparams import SamplingConfig
+for path in sys.argv[1:]:
+    with Generator.load(path, threads=2) as generator:
+        text = generator.complete("Before we proceed", 32, SamplingConfig(temperature=0)).text
+        print(ascii(text), generator.embed("Before we " + text).tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+@with_golden_models
+def test_models_of_others_write_the_same_bytes_on_every_cpu(cpu):
+    paths = [path for path, _ in golden()]
+    ran = emulated(cpu, "-c", WRITE_EACH, *paths)
+    assert ran.returncode == 0, ran.stderr.decode()
+    here = subprocess.run([sys.executable, "-c", WRITE_EACH, *paths], capture_output=True)
+    lines = ran.stdout.splitlines()
+    assert len(lines) == len(paths)
+    for path, line, expected in zip(paths, lines, here.stdout.splitlines(), strict=True):
+        assert line == expected, path.name
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,6 @@ SMALL = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
     """A run after its second look, the first of which found the best."""

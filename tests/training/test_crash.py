@@ -114,7 +114,6 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="ther
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 def interrupted(arguments, choice, how, left):

@@ -73,13 +73,6 @@ from legacy1bit.training.evaluation import Metrics, code_fractions, evaluate, re
 from legacy1bit.training.run import EARLIER_FILE, Run
 from legacy1bit.training.trainer import Trainer
 
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch):
-    """These files need not outlive a power cut."""
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
-
-
 # --- Measuring ------------------------------------------------------------------------------------
 
 
