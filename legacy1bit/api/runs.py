@@ -172,6 +172,10 @@ def train(
     """
     named = settings | {"data": data}
     arguments = arguments_of(command, named, _OPTIONS_WITHOUT_ARGUMENT)
+    if not (callback is None or callable(callback)):
+        raise TypeError(f"callback is {callback!r}, expected a function")
+    if not (cancel is None or hasattr(cancel, "is_set")):
+        raise TypeError(f"cancel is {cancel!r}, expected a threading.Event")
     callbacks: list[Callback] = [] if callback is None else [callback]
     if progress:
         callbacks.append(ProgressLine())

@@ -15,7 +15,7 @@ from helpers.arrays import assert_same_bits
 from helpers.cases import together
 from helpers.models import make_config, random_model
 from helpers.paths import ROOT
-from helpers.published import golden, with_golden_models
+from helpers.published import GOLDEN, golden, with_golden_models
 from helpers.runs import TEXT
 from legacy1bit.api.models import Model
 from legacy1bit.data.tokenizer import ByteTokenizer
@@ -62,7 +62,8 @@ def assert_same_model(one, other):
     assert_same_bits(*logits)
     for each in (one, other):
         assert each.tokenizer.vocab_size == one.tokenizer.vocab_size
-    if one.tokenizer.kind != "unknown":
+    # Small models of bytes do not know these letters.
+    if one.tokenizer.kind != "unknown" and one.tokenizer.vocab_size > ord("z"):
         texts = [each.generate("It was", 30, seed=2) for each in (one, other)]
         assert texts[0] == texts[1]
 
@@ -186,6 +187,7 @@ def test_published_models_are_saved_as_they_are(tmp_path):
     paths = [path for path, _ in golden()]
     some = [next(path for path in paths if path.is_file())]
     some += [next(path for path in paths if path.is_dir())]
+    some += [GOLDEN.parent / "c_v1_d32_l1.bin"]
     for number, path in enumerate(some):
         with legacy1bit.load(path) as model:
             model.save(tmp_path / str(number))

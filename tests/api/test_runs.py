@@ -329,6 +329,8 @@ def test_what_cannot_be_is_refused_in_one_line(whole, tmp_path):
     before = contents(folder)
     refused(TypeError, "unknown argument step: the nearest is steps", step=3)
     refused(TypeError, "steps is '3', expected a whole number", steps="3")
+    refused(TypeError, "callback is 3, expected a function", callback=3)
+    refused(TypeError, "cancel is True, expected a threading.Event", cancel=True)
     refused(ValueError, "blocks is 0, expected 1 to", blocks=0)
     refused(ValueError, "model_dim is 9, expected a multiple of heads", model_dim=9, heads=2)
     refused(ValueError, "minutes and steps exclude each other", minutes=1, steps=2)

@@ -17,10 +17,7 @@ from helpers.models import make_config, random_model
 from helpers.paths import ROOT
 from legacy1bit.commands import chat as chat_command
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.model import save_model
-
-SAMPLING = SamplingConfig()
 
 
 @pytest.fixture(scope="module")
