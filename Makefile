@@ -245,7 +245,8 @@ test-gguf: wheel
 
 # NumPy's wheels from 2.4 on need SSE4.2 themselves: what is said then comes first, and all else with
 # an older one. Then what depends on the CPU, native code: each kernel and each function of Cython,
-# in each instruction set on the oldest CPU that has it. Programs that tests start are not emulated.
+# in each instruction set on the oldest CPU that has it. Programs that tests start are not emulated,
+# and QEMU 7.2 ends a forked child that starts a thread, in any program.
 EMULATED := build/test-old-cpus
 OLD_CPUS := core2duo:scalar,sse,sse2,ssse3 Nehalem:sse41 Haswell:avx2
 NATIVE_CODE := $(addprefix tests/test_,activations.py math_ops.py optimizer.py packed.py threads.py \
@@ -263,7 +264,8 @@ NATIVE_CODE := $(addprefix tests/test_,activations.py math_ops.py optimizer.py p
         decoder_computes_the_same_bits_everywhere text_is_the_same_everywhere)) \
     $(addprefix tests/formats/test_published.py::test_,commands_take_published_models \
         fabricated_models_are_read_as_they_were_written)
-OF_THIS_CPU := caches_of_any_size or are_those_of_the_system or widest_level_by_itself
+OF_THIS_CPU := caches_of_any_size or are_those_of_the_system or widest_level_by_itself or fork or \
+    stays_on_the_cores or other_python_threads
 
 test-old-cpus: export LEGACY1BIT_OLD_CPUS := 1
 test-old-cpus: wheel
