@@ -102,6 +102,10 @@ TABLES = {
         Variant("2 heads of keys and values", "--num-kv-heads 2 --ffn-dim 576"),
         Variant("tied embeddings", "--tied-embeddings --ffn-dim 1024"),
         Variant("tied, gated, SiLU", "--tied-embeddings --gated --activation silu --ffn-dim 683"),
+        Variant(
+            "the same as Llama: RMS norms, no biases",
+            "--architecture llama --tied-embeddings --ffn-dim 683",
+        ),
     ),
     "sizes": (
         Variant(_BASE),
