@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from legacy1bit.formats.families import family_of, tensor_names
 from legacy1bit.formats.ggml import load_gguf
+from legacy1bit.formats.gguf import shape_keys
 from legacy1bit.formats.tensor_types import TYPES
 from legacy1bit.hyperparams import ModelConfig, architecture_settings
 from legacy1bit.layout import parameter_layout
@@ -79,27 +80,12 @@ def write_random(config: ModelConfig, kind: str, head: str, file: Path) -> None:
         If gguf is not installed.
     """
     gguf = load_gguf()
-    architecture = family_of(config, "llama_cpp").architecture
     rng = np.random.default_rng(1)
-    keys: dict[str, int | float] = {
-        "context_length": config.sequence_length,
-        "embedding_length": config.model_dim,
-        "block_count": config.num_blocks,
-        "feed_forward_length": config.ffn_dim,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_epsilon,
-        "rope.dimension_count": config.head_dim,
-        "rope.freq_base": config.rope_base,
-        "vocab_size": config.vocab_size,
-    }
     with atomic_path(file) as temporary:
-        writer = gguf.GGUFWriter(temporary, architecture)
-        for name, value in keys.items():
+        writer = gguf.GGUFWriter(temporary, family_of(config, "llama_cpp").architecture)
+        for key, value in shape_keys(config).items():
             add = writer.add_uint32 if isinstance(value, int) else writer.add_float32
-            add(f"{architecture}.{name}", value)
+            add(key, value)
         writer.add_tokenizer_model("no_vocab")
         names = tensor_names(config)
         for part in parameter_layout(config):

@@ -196,7 +196,7 @@ def _add_keys(writer: Any, model: LegacyLLM, tokenizer: Tokenizer) -> None:
     writer.add_name(_unicode(f"legacy1bit, trained on {provenance.data or 'unknown data'}"))
     if provenance.license:
         writer.add_license(_unicode(provenance.license))
-    keys = _shape_keys(config) | _tokenizer_keys(tokenizer, config.vocab_size)
+    keys = shape_keys(config) | _tokenizer_keys(tokenizer, config.vocab_size)
     for name, value in keys.items():
         add = {
             list: writer.add_array,
@@ -218,7 +218,7 @@ def _unicode(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def _shape_keys(config: ModelConfig) -> dict[str, int | float | str]:
+def shape_keys(config: ModelConfig) -> dict[str, int | float | str]:
     """Return llama.cpp's keys of a model's shape."""
     epsilon = {"layer": "layer_norm_epsilon", "rms": "layer_norm_rms_epsilon"}[config.norm]
     keys: dict[str, int | float | str] = {
@@ -408,7 +408,7 @@ def _config_of(keys: dict[str, Any]) -> ModelConfig:
         )
     config = stored_config(json.loads(_text(keys, _CONFIG)))
     family_of(config, "llama_cpp")
-    for name, value in _shape_keys(config).items():
+    for name, value in shape_keys(config).items():
         # The file's numbers have single precision.
         expected = float(np.float32(value)) if isinstance(value, float) else value
         stored = keys.get(name)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.tokenizer import Tokenizer
-from legacy1bit.formats.published import read_tokenizer
+from legacy1bit.formats.published import read_model, read_tokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
@@ -85,7 +85,7 @@ def read_start(path: Path) -> Start:
     OSError
         If it cannot be read.
     """
-    config = load_model(path).config
+    config, *_ = read_model(path)
     scheme = SCHEMES.get(config.scheme)
     if scheme is not None and not scheme.learns:
         raise ValueError(
