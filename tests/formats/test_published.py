@@ -451,12 +451,7 @@ def test_version_2_is_read_as_3(tmp_path):
     path.write_bytes(raw)
     two = load_model(path)
     assert two.config == three.config
-    for name, value in three.parameters.items():
-        other = two.parameters[name]
-        if isinstance(value, TernaryMatrix):
-            np.testing.assert_array_equal(other.values, value.values)
-        else:
-            np.testing.assert_array_equal(other, value)
+    assert_same_model(two, three)
 
 
 @pytest.mark.parametrize(
