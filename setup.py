@@ -46,6 +46,7 @@ if platform.machine().lower() not in ("x86_64", "amd64"):
 # These check and call. What takes time is in the kernels and in packing: they alone are worth -O3.
 # The longest comes first, so that no core waits for it in the end.
 MODULES = [
+    "projection",
     "model",
     "forward",
     "packed",

@@ -7,6 +7,8 @@ from legacy1bit.model cimport (
     FeedForwardGradient, FeedForwardView, ModelGradient, ModelView,
 )
 
+from legacy1bit.projection cimport Workspace
+
 cdef struct BackwardWorkspace:
     # Gradients of activations, which all blocks reuse; M = B T rows.
     float *d_x              # [M, C], the gradient on its way down the residual stream
@@ -24,15 +26,15 @@ cdef struct BackwardWorkspace:
 cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
                           const float *x, const BlockContext *context,
                           AttentionGradient *gradient, const BackwardWorkspace *buffers,
-                          float *d_x, float *workspace) noexcept nogil
+                          float *d_x, const Workspace *workspace) noexcept nogil
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
                        const float *x, const FeedForwardContext *context,
                        FeedForwardGradient *gradient, const BackwardWorkspace *buffers, float *d_x,
-                       float *workspace) noexcept nogil
+                       const Workspace *workspace) noexcept nogil
 cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardWorkspace *buffers, float *workspace) noexcept nogil
+                             const BackwardWorkspace *buffers, const Workspace *workspace) noexcept nogil
 cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                            const int *targets, float gradient_scale, ModelContext *context,
                            ModelGradient *gradient, const BackwardWorkspace *buffers,
-                           float *workspace) noexcept nogil
+                           const Workspace *workspace) noexcept nogil

@@ -15,16 +15,20 @@ from legacy1bit.forward cimport (
     BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
     fill_head, rotate, run_model, transform,
 )
-from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels, pack_buffer
+from legacy1bit.kernels cimport Attention, KernelTable
+from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport (
     AttentionGradient, AttentionView, BlockContext, BlockGradient, BlockView, FeedForward,
     FeedForwardContext, FeedForwardGradient, FeedForwardView, LegacyLLM, LegacyLLMGradients,
     ModelGradient, ModelView, MultiHeadAttention, NormGradient, NormView, TransformerBlock,
-    TransformerBlockContext, allocate, allocated_bytes, check_context, chosen_fields, fill_matrix,
-    float_pointer, gradient_pointer, normalize_backward, offset, point_gradients, vector_pointer,
+    TransformerBlockContext, allocate, allocated_bytes, check_context, chosen_fields,
+    fill_projection, float_pointer, gradient_pointer, normalize_backward, offset, point_gradients,
+    reserve_for, vector_pointer,
 )
-from legacy1bit.threads cimport parallel_for, scratch
+from legacy1bit.projection cimport (
+    Projection, Workspace, linear_backward, reserve, reserve_one, weight_gradient,
+)
+from legacy1bit.threads cimport parallel_for
 
 from legacy1bit.forward import as_token_rows, document_starts, padding_mask
 from legacy1bit.layout import block_options, dimensions
@@ -36,19 +40,9 @@ _SMALLEST_PROBABILITY = 1e-9
 # ---------------------------------------------------------------------------------------------
 # Without the GIL
 
-cdef inline void add_weight_gradient(const Matrix *matrix, const float *d_out, const float *x,
-                                     Py_ssize_t rows, float *d_weight, float *d_bias,
-                                     float *workspace) noexcept nogil:
-    # For out = x w^T + b: d_weight[out, in] += d_out^T x, and d_bias += the column sums of d_out
-    # unless d_bias is NULL.
-    kernels().weight_gradient(matrix, d_out, x, rows, d_weight, workspace)
-    if d_bias:
-        kernels().column_sums(d_out, rows, matrix.rows, d_bias)
-
-
 cdef struct OutputProjection:
     # What the backward pass of out = wo norm(x) + bias reads and adds to; the norm is optional.
-    const Matrix *wo
+    const Projection *wo
     const NormView *norm
     const float *x
     const float *normed
@@ -60,17 +54,17 @@ cdef struct OutputProjection:
 
 
 cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, const float *d_out,
-                             float *d_normed, float *d_x, float *workspace) noexcept nogil:
+                             float *d_normed, float *d_x, const Workspace *workspace) noexcept nogil:
     # d_normed is scratch for the gradient of the norm's output. Quantization to int8 has a
     # straight-through gradient.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t cols = layer.wo.cols
-    add_weight_gradient(layer.wo, d_out, layer.normed, rows, layer.d_weight, layer.d_bias,
+    weight_gradient(layer.wo, d_out, layer.normed, rows, layer.d_weight, layer.d_bias,
                         workspace)
     if layer.norm.gamma == NULL:
-        kernel.linear_backward(layer.wo, d_out, rows, False, d_x, workspace)
+        linear_backward(layer.wo, d_out, rows, False, d_x, workspace)
         return
-    kernel.linear_backward(layer.wo, d_out, rows, False, d_normed, workspace)
+    linear_backward(layer.wo, d_out, rows, False, d_normed, workspace)
     memset(d_x, 0, rows * cols * sizeof(float))
     normalize_backward(layer.norm, d_normed, layer.x, layer.mean, layer.inv_std, d_x,
                        layer.d_norm, rows, cols)
@@ -79,7 +73,7 @@ cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, con
 cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const float *d_out,
                        const float *x, const FeedForwardContext *context,
                        FeedForwardGradient *gradient, const BackwardWorkspace *buffers, float *d_x,
-                       float *workspace) noexcept nogil:
+                       const Workspace *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wi.rows
     cdef OutputProjection out
@@ -94,18 +88,18 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
     else:
         kernel.activate_backward(layer.activation, context.hidden, buffers.d_hidden,
                                  buffers.d_hidden, rows * wide)
-    add_weight_gradient(&layer.wi, buffers.d_hidden, x, rows, gradient.wi, gradient.bi, workspace)
-    kernel.linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
+    weight_gradient(&layer.wi, buffers.d_hidden, x, rows, gradient.wi, gradient.bi, workspace)
+    linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
     if layer.wg.rows:
-        add_weight_gradient(&layer.wg, buffers.d_gate, x, rows, gradient.wg, gradient.bg,
+        weight_gradient(&layer.wg, buffers.d_gate, x, rows, gradient.wg, gradient.bg,
                             workspace)
-        kernel.linear_backward(&layer.wg, buffers.d_gate, rows, True, d_x, workspace)
+        linear_backward(&layer.wg, buffers.d_gate, rows, True, d_x, workspace)
 
 
 cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
                           const float *x, const BlockContext *context,
                           AttentionGradient *gradient, const BackwardWorkspace *buffers,
-                          float *d_x, float *workspace) noexcept nogil:
+                          float *d_x, const Workspace *workspace) noexcept nogil:
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t wide = layer.wq.rows, narrow = layer.wk.rows
     cdef Py_ssize_t i, j, row, kv_row, rows = dims.batch * dims.time
@@ -131,7 +125,7 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
             head.d_k = buffers.d_k + kv_row
             head.d_v = buffers.d_v + kv_row
             head.accumulate_kv = j % group != 0
-            kernel.attention_backward(&head, workspace)
+            kernel.attention_backward(&head, workspace.packing)
     rotate(layer, dims, -1.0, buffers.d_q, buffers.d_k)
     if layer.q_norm.gamma:
         # d_heads has been used, so it takes the gradient of the queries before their norm.
@@ -144,17 +138,17 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
                            buffers.d_k_linear, &gradient.k_norm, rows * layer.num_kv_heads,
                            layer.head_dim)
         d_q, d_k = buffers.d_heads, buffers.d_k_linear
-    add_weight_gradient(&layer.wq, d_q, x, rows, gradient.wq, gradient.bq, workspace)
-    add_weight_gradient(&layer.wk, d_k, x, rows, gradient.wk, gradient.bk, workspace)
-    add_weight_gradient(&layer.wv, buffers.d_v, x, rows, gradient.wv, gradient.bv, workspace)
-    kernel.linear_backward(&layer.wq, d_q, rows, False, d_x, workspace)
-    kernel.linear_backward(&layer.wk, d_k, rows, True, d_x, workspace)
-    kernel.linear_backward(&layer.wv, buffers.d_v, rows, True, d_x, workspace)
+    weight_gradient(&layer.wq, d_q, x, rows, gradient.wq, gradient.bq, workspace)
+    weight_gradient(&layer.wk, d_k, x, rows, gradient.wk, gradient.bk, workspace)
+    weight_gradient(&layer.wv, buffers.d_v, x, rows, gradient.wv, gradient.bv, workspace)
+    linear_backward(&layer.wq, d_q, rows, False, d_x, workspace)
+    linear_backward(&layer.wk, d_k, rows, True, d_x, workspace)
+    linear_backward(&layer.wv, buffers.d_v, rows, True, d_x, workspace)
 
 
 cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardWorkspace *buffers, float *workspace) noexcept nogil:
+                             const BackwardWorkspace *buffers, const Workspace *workspace) noexcept nogil:
     # buffers.d_x holds the gradient of the block's output on entry and of its input on return. The
     # residual path bypasses both norms, so their gradients add to it.
     cdef Py_ssize_t dim = block.attention.wq.cols, rows = dims.batch * dims.time
@@ -179,7 +173,7 @@ cdef void backward_embed(const int *tokens, Py_ssize_t rows, Py_ssize_t vocab, P
 cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
                            const int *targets, float gradient_scale, ModelContext *context,
                            ModelGradient *gradient, const BackwardWorkspace *buffers,
-                           float *workspace) noexcept nogil:
+                           const Workspace *workspace) noexcept nogil:
     # Forward and backward. Returns the sum of -log p over the targets >= 0; gradients are those of
     # this sum times gradient_scale.
     cdef const KernelTable *kernel = kernels()
@@ -188,23 +182,24 @@ cdef double backward_model(const ModelView *model, const BatchShape *dims, const
     cdef double loss
     run_model(model, dims, tokens, context, workspace)
     loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
-    add_weight_gradient(&model.output, context.logits, context.normed, rows, gradient.output,
+    weight_gradient(&model.output, context.logits, context.normed, rows, gradient.output,
                         gradient.output_bias, workspace)
     if model.final_norm.gamma:
-        kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
+        linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
                                workspace)
         memset(buffers.d_x, 0, rows * dim * sizeof(float))
         normalize_backward(&model.final_norm, buffers.d_norm,
                            context.blocks[model.num_blocks - 1].output, context.mean,
                            context.inv_std, buffers.d_x, &gradient.final_norm, rows, dim)
     else:
-        kernel.linear_backward(&model.output, context.logits, rows, False, buffers.d_x, workspace)
+        linear_backward(&model.output, context.logits, rows, False, buffers.d_x, workspace)
     for i in range(model.num_blocks - 1, -1, -1):
         if context.recomputed and i < model.num_blocks - 1:
             transform(&model.blocks[i], dims, &context.blocks[i], workspace)
         backward_transform(&model.blocks[i], dims, &context.blocks[i], &gradient.blocks[i],
                            buffers, workspace)
-    backward_embed(tokens, rows, vocab, dim, buffers.d_x, gradient.embedding)
+    if gradient.embedding:
+        backward_embed(tokens, rows, vocab, dim, buffers.d_x, gradient.embedding)
     return loss
 
 
@@ -368,20 +363,21 @@ def backward_output_layer_batch(output, d_logits, hidden, gradients):
     C: ``backward.c``, ``backward_output_layer_batch``, which stores the matrix's gradient as
     [C, V] (departure 5).
     """
-    cdef Matrix view
-    fill_matrix(&view, output, "output")
+    cdef Projection view
+    cdef Workspace workspace
+    fill_projection(&view, output, "output")
     shape = _shape_of(hidden, view.cols, "hidden")
     cdef const float[::1] d_out = _rows(d_logits, (*shape[:-1], view.rows), "d_logits")
     cdef const float[::1] x = _rows(hidden, shape, "hidden")
     cdef float *d_weight = gradient_pointer(gradients["weight"], (view.rows, view.cols), "weight")
     cdef float *d_bias = gradient_pointer(gradients["bias"], (view.rows,), "bias")
-    cdef float *workspace = pack_buffer()
     cdef Py_ssize_t rows = x.shape[0] // view.cols
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
+    reserve_one(&workspace, &view, rows)
     with nogil:
-        add_weight_gradient(&view, &d_out[0], &x[0], rows, d_weight, d_bias, workspace)
-        kernels().linear_backward(&view, &d_out[0], rows, False, to, workspace)
+        weight_gradient(&view, &d_out[0], &x[0], rows, d_weight, d_bias, &workspace)
+        linear_backward(&view, &d_out[0], rows, False, to, &workspace)
     return d_x
 
 
@@ -435,7 +431,8 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
     gates = before if gate is None else _rows(gate, (*shape[:-1], wide), "gate").copy()
     cdef float *source = float_pointer(inputs)
     cdef Py_ssize_t rows = inputs.size // dim
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
+    reserve_for(&workspace, NULL, &ffn.view, rows)
     cdef BackwardContext buffers = BackwardContext(
         {"C": dim, "F": wide, "Q": 1, "K": 1}, {"sub_norm", "gated"}, rows, 1)
     forward_workspace = FeedForwardWorkspace(ffn, rows)
@@ -450,7 +447,7 @@ def backward_feed_forward_batch(FeedForward ffn not None, d_output, x, hidden, g
             kernels().fake_quantize_rows(source, rows, dim)
         activate(&ffn.view, rows, &context)
         backward_ffn(&ffn.view, rows, &d_out[0], source, &context, &gradient.ffn, &buffers.view,
-                     to, workspace)
+                     to, &workspace)
     return d_x
 
 
@@ -603,14 +600,15 @@ def backward_multi_head_attention_batch(MultiHeadAttention attention not None, d
     cdef float *source = float_pointer(inputs)
     cdef BackwardContext buffers = BackwardContext({**context.axes, "F": 1}, context.options,
                                                    dims.batch, dims.time)
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
+    reserve_for(&workspace, &attention.view, NULL, dims.batch * dims.time)
     d_x = np.empty(shape, np.float32)
     cdef float *to = float_pointer(d_x)
     with nogil:
         if attention.view.int8_activations:
             kernels().fake_quantize_rows(source, dims.batch * dims.time, dim)
         backward_attend(&attention.view, &dims, &d_out[0], source, &context.view,
-                        &gradient.attention, &buffers.view, to, workspace)
+                        &gradient.attention, &buffers.view, to, &workspace)
     return d_x
 
 
@@ -654,11 +652,12 @@ def backward_transformer_block_batch(TransformerBlock block not None, d_output,
     rows = _rows(d_output, shape, "d_output")
     cdef BackwardContext buffers = BackwardContext(context.axes, context.options, dims.batch,
                                                    dims.time)
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
+    reserve_for(&workspace, &block.view.attention, &block.view.ffn, dims.batch * dims.time)
     d_x = buffers.arrays["d_x"].reshape(-1)
     d_x[...] = rows
     with nogil:
-        backward_transform(&block.view, &dims, &context.view, &gradient, &buffers.view, workspace)
+        backward_transform(&block.view, &dims, &context.view, &gradient, &buffers.view, &workspace)
     return d_x.reshape(shape)
 
 
@@ -728,6 +727,8 @@ cdef struct BackwardJob:
     Py_ssize_t batch, time
     Py_ssize_t tasks
     float gradient_scale
+    float dropout               # of adapters, and the seed of this batch
+    unsigned long long seed
     bint out_of_memory
 
 
@@ -740,11 +741,13 @@ cdef void backward_task(void *context, long index) noexcept nogil:
     cdef BackwardJob *job = <BackwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
-    cdef float *workspace = scratch(kernels().workspace_floats)
+    cdef Workspace workspace
     cdef BatchShape dims
-    if workspace == NULL:
+    if not reserve(&workspace, &job.model.demand, (last - first) * job.time):
         job.out_of_memory = True
         return
+    workspace.dropout, workspace.seed = job.dropout, job.seed
+    workspace.first_row = first * job.time
     if index:
         memset(job.flat_gradients[index], 0, job.size * sizeof(float))
     dims.batch = last - first
@@ -758,7 +761,7 @@ cdef void backward_task(void *context, long index) noexcept nogil:
     job.losses[index] = backward_model(
         job.model, &dims, job.tokens + first * job.time, job.targets + first * job.time,
         job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.workspaces[index],
-        workspace)
+        &workspace)
 
 
 cdef void sum_task(void *context, long index) noexcept nogil:

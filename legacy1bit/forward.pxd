@@ -4,7 +4,8 @@ from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForwardContext, FeedForwardView, LegacyLLM,
     ModelView,
 )
-from legacy1bit.kernels cimport Attention, Matrix
+from legacy1bit.kernels cimport Attention
+from legacy1bit.projection cimport Projection, Workspace
 
 cdef struct BatchShape:
     # The positions of a pass: `time` tokens of each of `batch` sequences.
@@ -26,18 +27,18 @@ cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
                     Attention *head) noexcept nogil
 cdef void rotate(const AttentionView *layer, const BatchShape *dims, float direction, float *q,
                  float *k) noexcept nogil
-cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
-                float *out) noexcept nogil
+cdef void embed(const Projection *embedding, const int *tokens, Py_ssize_t rows, float *out,
+                const Workspace *workspace) noexcept nogil
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
-                 BlockContext *context, float *out, float *workspace) noexcept nogil
+                 BlockContext *context, float *out, const Workspace *workspace) noexcept nogil
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
-                       FeedForwardContext *context, float *out, float *workspace) noexcept nogil
+                       FeedForwardContext *context, float *out, const Workspace *workspace) noexcept nogil
 cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
-                    float *workspace) noexcept nogil
+                    const Workspace *workspace) noexcept nogil
 cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,
-                    ModelContext *context, float *workspace) noexcept nogil
+                    ModelContext *context, const Workspace *workspace) noexcept nogil
 
 
 cdef class ForwardContext:

@@ -10,15 +10,18 @@ import numpy as np
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
-from legacy1bit.kernels cimport Attention, KernelTable, Matrix
-from legacy1bit.math_ops cimport kernels, pack_buffer
+from legacy1bit.kernels cimport Attention, KernelTable
+from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport (
     AttentionView, BlockContext, BlockView, FeedForward, FeedForwardContext, FeedForwardView,
     LegacyLLM, ModelView, MultiHeadAttention, TransformerBlock, TransformerBlockContext, allocate,
-    allocated_bytes, block_fields, check_context, context_for, context_of, fill_matrix,
-    float_pointer, normalize, offset, vector_pointer,
+    allocated_bytes, block_fields, check_context, context_for, context_of, fill_projection,
+    float_pointer, normalize, offset, reserve_for, vector_pointer,
 )
-from legacy1bit.threads cimport parallel_for, scratch
+from legacy1bit.projection cimport (
+    Projection, Workspace, linear, read_row, reserve, reserve_one,
+)
+from legacy1bit.threads cimport parallel_for
 
 from legacy1bit.layout import block_options, dimensions
 
@@ -26,22 +29,15 @@ from legacy1bit.layout import block_options, dimensions
 # ---------------------------------------------------------------------------------------------
 # Without the GIL
 
-cdef void embed(const Matrix *embedding, const int *tokens, Py_ssize_t rows,
-                float *out) noexcept nogil:
+cdef void embed(const Projection *embedding, const int *tokens, Py_ssize_t rows, float *out,
+                const Workspace *workspace) noexcept nogil:
     # Only padding has an id outside the table; its row is zeros.
-    cdef Py_ssize_t i, j, dim = embedding.cols
-    cdef const signed char *codes
-    cdef const float *scales
+    cdef Py_ssize_t i, dim = embedding.cols
     for i in range(rows):
         if tokens[i] >= embedding.rows:
             memset(out + i * dim, 0, dim * sizeof(float))
-        elif embedding.codes:
-            codes = embedding.codes + tokens[i] * dim
-            scales = embedding.scale + tokens[i] * embedding.scale_row
-            for j in range(dim):
-                out[i * dim + j] = scales[j // embedding.group] * codes[j]
         else:
-            memcpy(out + i * dim, embedding.dense + tokens[i] * dim, dim * sizeof(float))
+            read_row(embedding, tokens[i], out + i * dim, workspace.codes)
 
 
 cdef void fill_head(const AttentionView *layer, const BatchShape *dims,
@@ -86,7 +82,7 @@ cdef void rotate(const AttentionView *layer, const BatchShape *dims, float direc
 
 
 cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
-                 BlockContext *context, float *out, float *workspace) noexcept nogil:
+                 BlockContext *context, float *out, const Workspace *workspace) noexcept nogil:
     # out = wo norm(heads) + bo; q, k, v, probs and heads stay in the context. With int8 activations
     # x is quantized in place.
     cdef const KernelTable *kernel = kernels()
@@ -95,9 +91,9 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
     cdef Attention head
     if layer.int8_activations:
         kernel.fake_quantize_rows(x, rows, layer.wq.cols)
-    kernel.linear(&layer.wq, layer.bq, x, rows, context.q_linear, workspace)
-    kernel.linear(&layer.wk, layer.bk, x, rows, context.k_linear, workspace)
-    kernel.linear(&layer.wv, layer.bv, x, rows, context.v, workspace)
+    linear(&layer.wq, x, rows, context.q_linear, workspace)
+    linear(&layer.wk, x, rows, context.k_linear, workspace)
+    linear(&layer.wv, x, rows, context.v, workspace)
     if layer.q_norm.gamma:
         normalize(&layer.q_norm, context.q_linear, context.q, NULL, context.q_inv_std,
                   rows * layer.num_heads, head_dim)
@@ -107,13 +103,13 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
     for i in range(dims.batch):
         for j in range(layer.num_heads):
             fill_head(layer, dims, context, i, j, &head)
-            kernel.attention(&head, workspace)
+            kernel.attention(&head, workspace.packing)
     if layer.norm.gamma:
         normalize(&layer.norm, context.heads, context.heads_normed, context.heads_mean,
                   context.heads_inv_std, rows, dim)
     if layer.int8_activations:
         kernel.fake_quantize_rows(context.heads_normed, rows, dim)
-    kernel.linear(&layer.wo, layer.bo, context.heads_normed, rows, out, workspace)
+    linear(&layer.wo, context.heads_normed, rows, out, workspace)
 
 
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
@@ -133,20 +129,21 @@ cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
 
 
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
-                       FeedForwardContext *context, float *out, float *workspace) noexcept nogil:
+                       FeedForwardContext *context, float *out,
+                       const Workspace *workspace) noexcept nogil:
     # hidden = wi x + bi; out = wo norm(act(hidden)) + bo, or with a gate wg x + bg, which stays in
     # the context, norm(act(gate) * hidden). With int8 activations x is quantized in place.
     if layer.int8_activations:
         kernels().fake_quantize_rows(x, rows, layer.wi.cols)
     if layer.wg.rows:
-        kernels().linear(&layer.wg, layer.bg, x, rows, context.gate, workspace)
-    kernels().linear(&layer.wi, layer.bi, x, rows, context.hidden, workspace)
+        linear(&layer.wg, x, rows, context.gate, workspace)
+    linear(&layer.wi, x, rows, context.hidden, workspace)
     activate(layer, rows, context)
-    kernels().linear(&layer.wo, layer.bo, context.normed, rows, out, workspace)
+    linear(&layer.wo, context.normed, rows, out, workspace)
 
 
 cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
-                    float *workspace) noexcept nogil:
+                    const Workspace *workspace) noexcept nogil:
     # residual = input + attention(norm1(input)); output = residual + ffn(norm2(residual)). Input
     # and output may be the same memory.
     cdef const KernelTable *kernel = kernels()
@@ -162,11 +159,11 @@ cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext
 
 
 cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,
-                    ModelContext *context, float *workspace) noexcept nogil:
+                    ModelContext *context, const Workspace *workspace) noexcept nogil:
     # Tokens to logits. Each block's output is the next one's input.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t i, rows = dims.batch * dims.time, dim = model.embedding.cols
-    embed(&model.embedding, tokens, rows, context.blocks[0].input)
+    embed(&model.embedding, tokens, rows, context.blocks[0].input, workspace)
     for i in range(model.num_blocks):
         transform(&model.blocks[i], dims, &context.blocks[i], workspace)
     if model.final_norm.gamma:
@@ -174,7 +171,7 @@ cdef void run_model(const ModelView *model, const BatchShape *dims, const int *t
                   context.mean, context.inv_std, rows, dim)
     if model.int8_activations:
         kernel.fake_quantize_rows(context.normed, rows, dim)
-    kernel.linear(&model.output, model.output_bias, context.normed, rows, context.logits,
+    linear(&model.output, context.normed, rows, context.logits,
                   workspace)
 
 
@@ -437,17 +434,19 @@ def forward_embedding_batch(embedding, tokens):
 
     C: ``forward.c``, ``forward_embedding_batch``.
     """
-    cdef Matrix view
+    cdef Projection view
+    cdef Workspace workspace
     cdef const int[:, ::1] rows = as_token_rows(tokens)
     cdef Py_ssize_t i, j
-    fill_matrix(&view, embedding, "embedding")
+    fill_projection(&view, embedding, "embedding")
     for i in range(rows.shape[0]):
         for j in range(rows.shape[1]):
             if rows[i, j] < 0 or rows[i, j] > view.rows:
                 raise IndexError(f"token id {rows[i, j]}, expected 0 to {view.rows - 1}, or "
                                  f"{view.rows} for padding")
     out = np.empty((*np.shape(tokens), view.cols), np.float32)
-    embed(&view, &rows[0, 0], rows.shape[0] * rows.shape[1], float_pointer(out))
+    reserve_one(&workspace, &view, 1)
+    embed(&view, &rows[0, 0], rows.shape[0] * rows.shape[1], float_pointer(out), &workspace)
     return out
 
 
@@ -501,9 +500,10 @@ def forward_multi_head_attention_batch(MultiHeadAttention attention not None, x,
     sequences = sequences.copy()
     cdef float *rows = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
+    reserve_for(&workspace, view, NULL, batch * time)
     with nogil:
-        attend(view, &dims, rows, &context.view, to, workspace)
+        attend(view, &dims, rows, &context.view, to, &workspace)
     return out
 
 
@@ -581,11 +581,12 @@ def forward_feed_forward_batch(FeedForward ffn not None, x, hidden=None, gate=No
     cdef FeedForwardContext context = buffers.view
     cdef float *source = float_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
     context.hidden = float_pointer(hidden)
     context.gate = float_pointer(gate)
+    reserve_for(&workspace, NULL, &ffn.view, rows)
     with nogil:
-        feed_forward(&ffn.view, rows, source, &context, to, workspace)
+        feed_forward(&ffn.view, rows, source, &context, to, &workspace)
     return out
 
 
@@ -653,9 +654,10 @@ def forward_transformer_block_batch_with_context(TransformerBlock block not None
     allowed, starts = _fill_batch_shape(&dims, sequences.shape, allowed, starts)
     context = _context_for(context, block.attention, block.ffn, batch, time, starts)
     context.input[...] = sequences
-    cdef float *workspace = pack_buffer()
+    cdef Workspace workspace
+    reserve_for(&workspace, view, &block.view.ffn, batch * time)
     with nogil:
-        transform(&block.view, &dims, &context.view, workspace)
+        transform(&block.view, &dims, &context.view, &workspace)
     return context.output.reshape(shape).copy()
 
 
@@ -677,17 +679,18 @@ def forward_output_layer_batch(output, bias, hidden):
     C: ``forward.c``, ``forward_output_layer_batch``, for the hidden states of the whole batch; in C
     only the first item's are kept (departure 8).
     """
-    cdef Matrix view
-    fill_matrix(&view, output, "output")
-    cdef const float *bias_pointer = vector_pointer(bias, view.rows, "bias")
+    cdef Projection view
+    cdef Workspace workspace
+    fill_projection(&view, output, "output")
+    view.bias = vector_pointer(bias, view.rows, "bias")
     sequences, shape = _as_sequences(hidden, view.cols, "hidden")
     cdef Py_ssize_t rows = sequences.shape[0] * sequences.shape[1]
     out = np.empty((*shape[:-1], view.rows), np.float32)
     cdef const float *source = _read_pointer(sequences)
     cdef float *to = float_pointer(out)
-    cdef float *workspace = pack_buffer()
+    reserve_one(&workspace, &view, rows)
     with nogil:
-        kernels().linear(&view, bias_pointer, source, rows, to, workspace)
+        linear(&view, source, rows, to, &workspace)
     return out
 
 
@@ -822,9 +825,9 @@ cdef void forward_task(void *context, long index) noexcept nogil:
     cdef ForwardJob *job = <ForwardJob *>context
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
-    cdef float *workspace = scratch(kernels().workspace_floats)
+    cdef Workspace workspace
     cdef BatchShape dims
-    if workspace == NULL:
+    if not reserve(&workspace, &job.model.demand, (last - first) * job.time):
         job.out_of_memory = True
         return
     dims.batch = last - first
@@ -835,7 +838,7 @@ cdef void forward_task(void *context, long index) noexcept nogil:
     dims.starts = NULL
     if job.starts:
         dims.starts = job.starts + first * job.time
-    run_model(job.model, &dims, job.tokens + first * job.time, &job.contexts[index], workspace)
+    run_model(job.model, &dims, job.tokens + first * job.time, &job.contexts[index], &workspace)
     if job.probabilities:
         kernels().softmax(job.contexts[index].logits, dims.batch * job.time,
                           job.model.output.rows)

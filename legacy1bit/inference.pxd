@@ -12,8 +12,6 @@ cdef struct ThreadBuffers:
     float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
     float *token_probs      # [2, V], for sampling, with scratch
     int *candidates         # [V], token ids
-    signed char *codes      # unpacked codes: of a row, or of a strip for float activations
-    float *products         # [rows, STRIP_ROWS], for float activations
 
 cdef struct Sampling:
     double temperature

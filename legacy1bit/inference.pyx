@@ -16,16 +16,14 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable,
-    Matrix, strided,
+    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
+    strided,
 )
 from legacy1bit.math_ops cimport kernels, packed_kernels
 from legacy1bit.model cimport NormView, float_pointer, normalize
-from legacy1bit.packed cimport (
-    Int8Matrix, PackedBlock, PackedModel, PackedModelView, Projection, unpack_codes,
-    unpack_row,
-)
-from legacy1bit.threads cimport barrier, parallel_region, scratch
+from legacy1bit.packed cimport Int8Matrix, PackedBlock, PackedModel, PackedModelView
+from legacy1bit.projection cimport Projection, Workspace, adapt, read_row, reserve, unpack_rows
+from legacy1bit.threads cimport barrier, parallel_region
 
 from legacy1bit.hyperparams import SamplingConfig
 
@@ -90,38 +88,46 @@ cdef const Int8Rows *prepare(DecoderView *d, Py_ssize_t thread, const float *sou
 
 cdef void project(DecoderView *d, Py_ssize_t thread, const Projection *projection,
                   const Int8Rows *quantized, const float *dense, Py_ssize_t rows, bint accumulate,
-                  float *out, float *workspace) noexcept nogil:
+                  float *out, const Workspace *workspace) noexcept nogil:
     # This thread's strips of out[rows, projection.rows] (+)= the product + bias.
     cdef Py_ssize_t strips = (projection.rows + STRIP_ROWS - 1) // STRIP_ROWS
     cdef Py_ssize_t first = slice_start(strips, thread, d.team.size)
     cdef Py_ssize_t last = slice_start(strips, thread + 1, d.team.size)
-    cdef Py_ssize_t low = first * STRIP_ROWS, t
+    cdef Py_ssize_t low = first * STRIP_ROWS
     cdef Py_ssize_t count = min(projection.rows, last * STRIP_ROWS) - low
-    cdef const float *bias = projection.bias
-    cdef const float *start = NULL
-    cdef Matrix part
     if count <= 0:
         return
-    if projection.int8.codes and not d.float_activations:
+    if projection.matrix.dense:
+        project_dense(projection, dense, rows, low, count, accumulate, out, workspace)
+    elif d.float_activations:
+        project_floats(projection, dense, rows, low, count, accumulate, out, workspace)
+    elif projection.packed.tiles:
+        packed_kernels().packed_product(&projection.packed, first, last, quantized, rows,
+                                        projection.bias, accumulate, out, projection.rows,
+                                        workspace.packing)
+    else:
         # No sum is ever added to the logits.
         kernels().int8_rows_product(&projection.int8, low, low + count, projection.cols, quantized,
-                                    rows, bias, out, projection.rows)
-        return
-    if d.float_activations and not projection.dense.dense:
-        project_floats(&d.threads[thread], projection, dense, rows, low, count, accumulate, out,
-                       workspace)
-        return
-    if projection.packed.tiles:
-        packed_kernels().packed_product(&projection.packed, first, last, quantized, rows, bias,
-                                        accumulate, out, projection.rows, workspace)
-        return
+                                    rows, projection.bias, out, projection.rows)
+    if projection.adapter.rank:
+        adapt(projection, dense, rows, low, count, out, workspace)
+
+
+cdef void project_dense(const Projection *projection, const float *dense, Py_ssize_t rows,
+                        Py_ssize_t low, Py_ssize_t count, bint accumulate, float *out,
+                        const Workspace *workspace) noexcept nogil:
+    # The same product of floats.
+    cdef const float *bias = projection.bias
+    cdef const float *start = NULL
+    cdef Py_ssize_t t
+    cdef Matrix part
     if rows == 1:
-        part = projection.dense
+        part = projection.matrix
         part.dense += low * part.cols
         part.rows = count
         if accumulate:
-            kernels().matrix_vector(&part, dense, workspace)
-            kernels().add(out + low, workspace, count)
+            kernels().matrix_vector(&part, dense, workspace.packing)
+            kernels().add(out + low, workspace.packing, count)
         else:
             kernels().matrix_vector(&part, dense, out + low)
         if bias:
@@ -130,52 +136,36 @@ cdef void project(DecoderView *d, Py_ssize_t thread, const Projection *projectio
     if bias and not accumulate:
         start = bias + low
     kernels().matmul(rows, count, projection.cols, strided(dense, projection.cols, 1),
-                     strided(projection.dense.dense + low * projection.cols, 1, projection.cols),
-                     start, accumulate, out + low, projection.rows, workspace)
+                     strided(projection.matrix.dense + low * projection.cols, 1, projection.cols),
+                     start, accumulate, out + low, projection.rows, workspace.packing)
     if accumulate and bias:
         for t in range(rows):
             kernels().add(out + t * projection.rows + low, bias + low, count)
 
 
-cdef void project_floats(ThreadBuffers *own, const Projection *projection, const float *dense,
-                         Py_ssize_t rows, Py_ssize_t low, Py_ssize_t count, bint accumulate,
-                         float *out, float *workspace) noexcept nogil:
+cdef void project_floats(const Projection *projection, const float *dense, Py_ssize_t rows,
+                         Py_ssize_t low, Py_ssize_t count, bint accumulate, float *out,
+                         const Workspace *workspace) noexcept nogil:
     # The same product of codes, which are unpacked strip by strip, with float activations.
-    cdef const Int8Rows *int8 = &projection.int8
     cdef const float *bias = projection.bias
-    cdef Py_ssize_t first, i, t
+    cdef Py_ssize_t first, t
     cdef float *to
     cdef Matrix part
-    memset(&part, 0, sizeof(part))
-    part.cols = projection.cols
-    part.codes = own.codes
     for first from low <= first < low + count by STRIP_ROWS:
-        part.rows = min(low + count - first, STRIP_ROWS)
-        if projection.packed.tiles:
-            part.scale = projection.packed.scale + first * projection.packed.scale_row
-            part.scale_row = projection.packed.scale_row
-            part.group = projection.packed.group
-            for i in range(part.rows):
-                unpack_codes(&projection.packed, first + i, own.codes + i * part.cols)
-        else:
-            part.scale = int8.scales + first
-            part.scale_row = 1
-            part.group = part.cols
-            for i in range(part.rows):
-                memcpy(own.codes + i * part.cols, int8.codes + (first + i) * int8.stride, part.cols)
-        kernels().linear(&part, NULL, dense, rows, own.products, workspace)
+        unpack_rows(projection, first, min(low + count - first, STRIP_ROWS), workspace.codes, &part)
+        kernels().linear(&part, NULL, dense, rows, workspace.products, workspace.packing)
         for t in range(rows):
             to = out + t * projection.rows + first
             if accumulate:
-                kernels().add(to, own.products + t * part.rows, part.rows)
+                kernels().add(to, workspace.products + t * part.rows, part.rows)
             else:
-                memcpy(to, own.products + t * part.rows, part.rows * sizeof(float))
+                memcpy(to, workspace.products + t * part.rows, part.rows * sizeof(float))
             if bias:
                 kernels().add(to, bias + first, part.rows)
 
 
 cdef void attend(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
-                 Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
+                 Py_ssize_t rows, Py_ssize_t step, const Workspace *workspace) noexcept nogil:
     # This thread's heads: appends their keys and values to the cache, and computes their outputs.
     cdef Py_ssize_t row
     if rows > 1 and d.single_sequence:
@@ -188,7 +178,7 @@ cdef void attend(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Posi
 
 cdef void attend_sequence(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer,
                           Py_ssize_t sequence, Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows,
-                          float *workspace) noexcept nogil:
+                          const Workspace *workspace) noexcept nogil:
     # The same for consecutive tokens of one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
@@ -296,7 +286,7 @@ cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_
 
 cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_ssize_t at,
                        Py_ssize_t window, Py_ssize_t past, Py_ssize_t rows,
-                       float *workspace) noexcept nogil:
+                       const Workspace *workspace) noexcept nogil:
     # A block of a long prompt, by the kernel of training, with keys and values from the cache.
     cdef ThreadBuffers *own = &d.threads[thread]
     cdef Py_ssize_t dim = d.model.head_dim, t, column
@@ -323,7 +313,7 @@ cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py
     for column from kv_head * group * dim <= column < (kv_head + 1) * group * dim by dim:
         for t in range(rows):
             memcpy(own.head + t * dim, d.q + t * d.query_dim + column, dim * sizeof(float))
-        kernels().attention(&view, workspace)
+        kernels().attention(&view, workspace.packing)
         for t in range(rows):
             memcpy(d.heads + t * d.query_dim + column, view.out + t * dim, dim * sizeof(float))
 
@@ -346,7 +336,7 @@ cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept 
 
 
 cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
-                    Py_ssize_t rows, Py_ssize_t step, float *workspace) noexcept nogil:
+                    Py_ssize_t rows, Py_ssize_t step, const Workspace *workspace) noexcept nogil:
     # One block: stream += attention(norm1(stream)); stream += ffn(norm2(stream)).
     cdef const PackedBlock *block = &d.model.blocks[layer]
     cdef const float *dense = NULL
@@ -376,7 +366,7 @@ cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const P
 
 cdef void forward_tokens(DecoderView *d, Py_ssize_t thread, const Position *positions,
                          Py_ssize_t rows, Py_ssize_t step, Output output,
-                         float *workspace) noexcept nogil:
+                         const Workspace *workspace) noexcept nogil:
     # The forward pass of one token for each row, `step` tokens behind its position.
     cdef const Projection *embedding = &d.model.embedding
     cdef const NormView *norm = &d.model.final_norm
@@ -389,16 +379,7 @@ cdef void forward_tokens(DecoderView *d, Py_ssize_t thread, const Position *posi
     cdef float *stream = d.stream
     for t in range(first, last):
         d.history[positions[t].sequence * d.capacity + positions[t].past + step] = d.tokens[t]
-        if embedding.packed.tiles:
-            unpack_row(&embedding.packed, d.tokens[t], d.stream + t * d.dim,
-                       d.threads[thread].codes)
-        elif embedding.int8.codes:
-            kernels().dequantize_rows(embedding.int8.codes + d.tokens[t] * embedding.int8.stride,
-                                      embedding.int8.scales + d.tokens[t], 1, d.dim,
-                                      d.stream + t * d.dim)
-        else:
-            memcpy(d.stream + t * d.dim, embedding.dense.dense + d.tokens[t] * d.dim,
-                   d.dim * sizeof(float))
+        read_row(embedding, d.tokens[t], d.stream + t * d.dim, workspace.codes)
     barrier(&d.team)
     for layer in range(d.model.num_blocks):
         transform(d, thread, layer, positions, rows, step, workspace)
@@ -425,13 +406,13 @@ cdef void decode(void *context, long thread) noexcept nogil:
     cdef Py_ssize_t rows = d.rows, i, row, length
     cdef const int *history
     cdef ThreadBuffers *own = &d.threads[thread]
-    cdef float *workspace = scratch(packed_kernels().workspace_floats)
-    if workspace == NULL:
+    cdef Workspace workspace
+    if not reserve(&workspace, &d.model.demand, rows):
         d.out_of_memory = True
     barrier(&d.team)
     if d.out_of_memory:
         return
-    forward_tokens(d, thread, positions, rows, 0, d.output, workspace)
+    forward_tokens(d, thread, positions, rows, 0, d.output, &workspace)
     if d.single_sequence:
         positions += rows - 1
         rows = 1
@@ -451,7 +432,7 @@ cdef void decode(void *context, long thread) noexcept nogil:
             return
         # The last token has no pass: nothing follows it in this job.
         if i + 1 < d.to_sample:
-            forward_tokens(d, thread, positions, rows, i + 1, ALL_LOGITS, workspace)
+            forward_tokens(d, thread, positions, rows, i + 1, ALL_LOGITS, &workspace)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -867,10 +848,6 @@ cdef class Decoder:
         own.head = self._floats(4 * view.cache_rows * self.model.config.head_dim)
         own.token_probs = self._floats(2 * view.vocab)
         own.candidates = self._ints(view.vocab)
-        own.codes = self._int8((STRIP_ROWS if view.float_activations else 1) * view.width
-                               + TILE_TRITS)
-        if view.float_activations:
-            own.products = self._floats(self.max_rows * STRIP_ROWS)
         return 0
 
     cdef float *_floats(self, size) except NULL:

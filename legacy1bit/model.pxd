@@ -4,8 +4,9 @@ The structs hold borrowed pointers; the classes own the arrays behind them. Ever
 a gradient struct of the same shape.
 """
 
-from legacy1bit.kernels cimport Matrix, Rotary
+from legacy1bit.kernels cimport Rotary
 from legacy1bit.math_ops cimport kernels
+from legacy1bit.projection cimport Demand, Projection, Workspace
 
 cdef struct NormView:
     const float *gamma      # [C]; NULL without a norm
@@ -14,11 +15,7 @@ cdef struct NormView:
     bint rms                # RMS norm, else layer norm
 
 cdef struct AttentionView:
-    Matrix wq, wk, wv, wo   # [H D, C], [G D, C], [G D, C], [C, H D]
-    const float *bq         # [H D]; each bias is NULL where there is none
-    const float *bk         # [G D]
-    const float *bv         # [G D]
-    const float *bo         # [C]
+    Projection wq, wk, wv, wo   # [H D, C], [G D, C], [G D, C], [C, H D]
     Py_ssize_t num_heads    # H, of queries
     Py_ssize_t num_kv_heads     # G, of keys and values
     Py_ssize_t head_dim     # D
@@ -29,11 +26,8 @@ cdef struct AttentionView:
     bint int8_activations   # inputs of its matrices are quantized to int8
 
 cdef struct FeedForwardView:
-    Matrix wg, wi           # [F, C]; the gate has no rows where there is none
-    Matrix wo               # [C, F]
-    const float *bg         # [F]
-    const float *bi         # [F]
-    const float *bo         # [C]
+    Projection wg, wi       # [F, C]; the gate has no rows where there is none
+    Projection wo           # [C, F]
     int activation          # RELU and so on
     NormView norm           # before wo
     bint int8_activations   # inputs of its matrices are quantized to int8
@@ -44,13 +38,13 @@ cdef struct BlockView:
     NormView norm1, norm2
 
 cdef struct ModelView:
-    Matrix embedding        # [V, C]
+    Projection embedding    # [V, C]; its bias is NULL
     BlockView *blocks
     Py_ssize_t num_blocks
     NormView final_norm
-    Matrix output           # [V, C]
-    const float *output_bias    # [V]; NULL without a bias
+    Projection output       # [V, C]
     bint int8_activations   # inputs of the output matrix are quantized to int8
+    Demand demand           # of a pass, on its scratch
 
 cdef struct NormGradient:
     float *gamma
@@ -123,13 +117,17 @@ cdef struct BlockContext:
     FeedForwardContext ffn
 
 
-cdef class TernaryMatrix:
+cdef class WeightMatrix:
+    # A matrix in another form than an array of floats.
+    cdef int fill(self, Projection *view) except -1
+
+
+cdef class TernaryMatrix(WeightMatrix):
     cdef object codes
     cdef readonly object scales
     cdef readonly Py_ssize_t group
     cdef bint freed
     cdef int reach
-    cdef int fill(self, Matrix *view) except -1
 
 
 cdef class LayerNorm:
@@ -187,6 +185,7 @@ cdef class LegacyLLM:
     cdef object codes, scales, weights, quantized_parts
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
+    cdef int _point_demand(self) except -1
     cdef ModelView *alive(self) except NULL
 
 
@@ -217,6 +216,9 @@ cdef int check_context(TransformerBlockContext context, MultiHeadAttention atten
 cdef int fill_rotary_view(Rotary *view, object table, Py_ssize_t head_dim) except -1
 cdef int point_gradients(BlockGradient *block, dict arrays) except -1
 cdef float *float_pointer(object array) except NULL
-cdef int fill_matrix(Matrix *view, object weights, str name) except -1
+cdef int fill_projection(Projection *view, object weights, str name) except -1
+cdef const float *optional_vector(object array, Py_ssize_t size, str name) except? NULL
+cdef int reserve_for(Workspace *workspace, const AttentionView *attention,
+                     const FeedForwardView *ffn, Py_ssize_t rows) except -1
 cdef const float *vector_pointer(object array, Py_ssize_t size, str name) except NULL
 cdef float *gradient_pointer(object array, tuple shape, str name) except NULL

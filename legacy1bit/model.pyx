@@ -26,8 +26,11 @@ from legacy1bit.system.files import atomic_write
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
-from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, Matrix, Rotary, Scheme
+from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, Rotary, Scheme
 from legacy1bit.math_ops cimport kernels
+from legacy1bit.projection cimport (
+    Demand, Projection, Workspace, add_demand, reserve_or_raise,
+)
 from legacy1bit.threads cimport parallel_for, scratch
 
 LAYER_NORM_EPSILON = 1e-5
@@ -70,24 +73,21 @@ cdef float *float_pointer(object array) except NULL:
     return &view[0]
 
 
-cdef int fill_matrix(Matrix *view, object weights, str name) except -1:
+cdef int fill_projection(Projection *view, object weights, str name) except -1:
+    # Points at the weights of a linear map; it has no bias yet.
     cdef const float[:, ::1] dense
-    if isinstance(weights, TernaryMatrix):
-        (<TernaryMatrix>weights).fill(view)
-        return 0
-    if weights is None:
+    memset(view, 0, sizeof(view[0]))
+    if isinstance(weights, WeightMatrix):
+        (<WeightMatrix>weights).fill(view)
+    elif weights is None:
         raise ValueError(f"{name} is None, expected a matrix")
-    dense = weights
-    if dense.shape[0] * dense.shape[1] == 0:
-        raise ValueError(f"{name} is empty")
-    view.rows = dense.shape[0]
-    view.cols = dense.shape[1]
-    view.codes = NULL
-    view.scale = NULL
-    view.scale_row = 0
-    view.group = view.cols
-    view.dense = &dense[0, 0]
-    view.reach = 0
+    else:
+        dense = weights
+        if dense.shape[0] * dense.shape[1] == 0:
+            raise ValueError(f"{name} is empty")
+        view.rows = view.matrix.rows = dense.shape[0]
+        view.cols = view.matrix.cols = view.matrix.group = dense.shape[1]
+        view.matrix.dense = &dense[0, 0]
     return 0
 
 
@@ -98,7 +98,7 @@ cdef const float *optional_vector(object array, Py_ssize_t size, str name) excep
     return vector_pointer(array, size, name)
 
 
-cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str name) except -1:
+cdef int check_shape(const Projection *view, Py_ssize_t rows, Py_ssize_t cols, str name) except -1:
     if view.rows != rows or view.cols != cols:
         raise ValueError(f"{name} has shape ({view.rows}, {view.cols}), expected ({rows}, {cols})")
     return 0
@@ -107,7 +107,14 @@ cdef int check_matrix(const Matrix *view, Py_ssize_t rows, Py_ssize_t cols, str 
 # ---------------------------------------------------------------------------------------------
 # Matrices and vectors
 
-cdef class TernaryMatrix:
+cdef class WeightMatrix:
+    """The base class of matrices that are not arrays of floats."""
+
+    cdef int fill(self, Projection *view) except -1:
+        raise TypeError(f"{type(self).__name__} has no weights")
+
+
+cdef class TernaryMatrix(WeightMatrix):
     """A matrix of -1, 0 and 1 times scales (C: ``TernaryMatrix``), or of another scheme's codes.
 
     Parameters
@@ -190,17 +197,16 @@ cdef class TernaryMatrix:
         wide = np.repeat(self.scales, self.group, axis=1)[:, :cols]
         return self.values.astype(np.float32) * wide
 
-    cdef int fill(self, Matrix *view) except -1:
+    cdef int fill(self, Projection *view) except -1:
         cdef const signed char[:, ::1] codes = self.values
         cdef const float[:, ::1] scales = self.scales
-        view.rows = codes.shape[0]
-        view.cols = codes.shape[1]
-        view.codes = &codes[0, 0]
-        view.scale = &scales[0, 0]
-        view.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
-        view.group = self.group
-        view.dense = NULL
-        view.reach = self.reach
+        view.rows = view.matrix.rows = codes.shape[0]
+        view.cols = view.matrix.cols = codes.shape[1]
+        view.matrix.codes = &codes[0, 0]
+        view.matrix.scale = &scales[0, 0]
+        view.matrix.scale_row = 0 if self.scales.shape == (1, 1) else scales.shape[1]
+        view.matrix.group = self.group
+        view.matrix.reach = self.reach
         return 0
 
     def __repr__(self):
@@ -430,10 +436,10 @@ cdef class MultiHeadAttention:
                  rms=False):
         cdef Py_ssize_t dim, wide, narrow
         cdef AttentionView *view = &self.view
-        fill_matrix(&view.wq, wq, "wq")
-        fill_matrix(&view.wk, wk, "wk")
-        fill_matrix(&view.wv, wv, "wv")
-        fill_matrix(&view.wo, wo, "wo")
+        fill_projection(&view.wq, wq, "wq")
+        fill_projection(&view.wk, wk, "wk")
+        fill_projection(&view.wv, wv, "wv")
+        fill_projection(&view.wo, wo, "wo")
         dim, wide = view.wq.cols, view.wq.rows
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if _size("num_heads", num_heads) > wide or wide % num_heads:
@@ -443,13 +449,13 @@ cdef class MultiHeadAttention:
         view.num_heads, view.num_kv_heads = num_heads, num_kv_heads
         view.head_dim = wide // view.num_heads
         narrow = view.num_kv_heads * view.head_dim
-        check_matrix(&view.wk, narrow, dim, "wk")
-        check_matrix(&view.wv, narrow, dim, "wv")
-        check_matrix(&view.wo, dim, wide, "wo")
-        view.bq = optional_vector(bq, wide, "bq")
-        view.bk = optional_vector(bk, narrow, "bk")
-        view.bv = optional_vector(bv, narrow, "bv")
-        view.bo = optional_vector(bo, dim, "bo")
+        check_shape(&view.wk, narrow, dim, "wk")
+        check_shape(&view.wv, narrow, dim, "wv")
+        check_shape(&view.wo, dim, wide, "wo")
+        view.wq.bias = optional_vector(bq, wide, "bq")
+        view.wk.bias = optional_vector(bk, narrow, "bk")
+        view.wv.bias = optional_vector(bv, narrow, "bv")
+        view.wo.bias = optional_vector(bo, dim, "bo")
         if window < 0:
             raise ValueError(f"window is {window}, expected 0 or more")
         if (q_gamma is None) != (k_gamma is None):
@@ -525,18 +531,17 @@ cdef class FeedForward:
         if activation not in list(ACTIVATIONS):
             raise ValueError(f"activation is {activation!r}, expected one of "
                              f"{', '.join(ACTIVATIONS)}")
-        fill_matrix(&view.wi, wi, "wi")
-        fill_matrix(&view.wo, wo, "wo")
-        check_matrix(&view.wo, view.wi.cols, view.wi.rows, "wo")
-        view.bi = optional_vector(bi, view.wi.rows, "bi")
-        view.bo = optional_vector(bo, view.wo.rows, "bo")
-        view.wg.rows = 0
+        fill_projection(&view.wi, wi, "wi")
+        fill_projection(&view.wo, wo, "wo")
+        check_shape(&view.wo, view.wi.cols, view.wi.rows, "wo")
+        view.wi.bias = optional_vector(bi, view.wi.rows, "bi")
+        view.wo.bias = optional_vector(bo, view.wo.rows, "bo")
         if wg is not None:
-            fill_matrix(&view.wg, wg, "wg")
-            check_matrix(&view.wg, view.wi.rows, view.wi.cols, "wg")
+            fill_projection(&view.wg, wg, "wg")
+            check_shape(&view.wg, view.wi.rows, view.wi.cols, "wg")
         elif bg is not None:
             raise ValueError("bg is an array without wg")
-        view.bg = optional_vector(bg, view.wi.rows, "bg")
+        view.wg.bias = optional_vector(bg, view.wi.rows, "bg")
         view.activation = ACTIVATIONS[activation]
         self.wi, self.bi, self.wo, self.bo = wi, bi, wo, bo
         self.wg, self.bg = wg, bg
@@ -556,7 +561,7 @@ cdef class TransformerBlock:
     def __init__(self, MultiHeadAttention attention not None, FeedForward ffn not None,
                  LayerNorm norm1 not None, LayerNorm norm2 not None):
         cdef Py_ssize_t dim = attention.view.wq.cols
-        check_matrix(&ffn.view.wi, ffn.view.wi.rows, dim, "ffn.wi")
+        check_shape(&ffn.view.wi, ffn.view.wi.rows, dim, "ffn.wi")
         for name, norm in (("norm1", norm1), ("norm2", norm2)):
             vector_pointer(norm.gamma, dim, f"{name}.gamma")
         if (attention.norm is None) != (ffn.norm is None):
@@ -571,6 +576,28 @@ cdef class TransformerBlock:
 
     def __reduce__(self):
         raise TypeError("a layer cannot be copied or pickled: use save_model and load_model")
+
+
+cdef void add_demands(Demand *demand, const AttentionView *attention,
+                      const FeedForwardView *ffn) noexcept nogil:
+    # Of a pass through one layer or two; NULL: not through this one.
+    if attention:
+        add_demand(demand, &attention.wq)
+        add_demand(demand, &attention.wk)
+        add_demand(demand, &attention.wv)
+        add_demand(demand, &attention.wo)
+    if ffn:
+        add_demand(demand, &ffn.wg)
+        add_demand(demand, &ffn.wi)
+        add_demand(demand, &ffn.wo)
+
+
+cdef int reserve_for(Workspace *workspace, const AttentionView *attention,
+                     const FeedForwardView *ffn, Py_ssize_t rows) except -1:
+    cdef Demand demand
+    memset(&demand, 0, sizeof(demand))
+    add_demands(&demand, attention, ffn)
+    return reserve_or_raise(workspace, &demand, rows)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -659,12 +686,23 @@ cdef class LegacyLLM:
             self.final_norm = LayerNorm(**_layer(parameters, "final_norm."), **norms)
             view.final_norm = self.final_norm.view
         output = "embedding.weight" if config.tied_embeddings else "output.weight"
-        fill_matrix(&view.embedding, parameters["embedding.weight"], "embedding.weight")
-        fill_matrix(&view.output, parameters[output], output)
-        if config.output_bias:
-            view.output_bias = vector_pointer(parameters["output.bias"], config.vocab_size,
-                                              "output.bias")
+        fill_projection(&view.embedding, parameters["embedding.weight"], "embedding.weight")
+        fill_projection(&view.output, parameters[output], output)
+        view.output.bias = optional_vector(parameters.get("output.bias"), config.vocab_size,
+                                           "output.bias")
         view.int8_activations = int8_activations and config.ternary_embedding
+        self._point_demand()
+
+    cdef int _point_demand(self) except -1:
+        # What a pass needs: the most of any block.
+        cdef ModelView *view = &self.view
+        cdef Py_ssize_t i
+        memset(&view.demand, 0, sizeof(Demand))
+        add_demand(&view.demand, &view.embedding)
+        add_demand(&view.demand, &view.output)
+        for i in range(view.num_blocks):
+            add_demands(&view.demand, &view.blocks[i].attention, &view.blocks[i].ffn)
+        return 0
 
     def __dealloc__(self):
         free(self.view.blocks)

@@ -1,16 +1,8 @@
 """Models for decoding, for code that runs without the GIL."""
 
-from legacy1bit.kernels cimport Int8Rows, Matrix, PackedMatrix as PackedView, Rotary
-from legacy1bit.model cimport NormView
-
-cdef struct Projection:
-    # One linear map: packed codes, int8, or, if packed.tiles and int8.codes are NULL, dense floats.
-    PackedView packed
-    Int8Rows int8
-    Matrix dense
-    Py_ssize_t rows
-    Py_ssize_t cols
-    const float *bias
+from legacy1bit.kernels cimport Int8Rows, PackedMatrix as PackedView, Rotary
+from legacy1bit.model cimport NormView, WeightMatrix
+from legacy1bit.projection cimport Demand, Projection
 
 cdef struct PackedBlock:
     Projection wq, wk, wv, wo, wg, wi, wo_ffn   # wg has no rows where there is no gate
@@ -28,9 +20,10 @@ cdef struct PackedModelView:
     Rotary rotary
     NormView final_norm
     Projection output       # [V, C]
+    Demand demand           # of a pass with float activations or an adapter, on its scratch
 
 
-cdef class PackedMatrix:
+cdef class PackedMatrix(WeightMatrix):
     cdef readonly object tiles, scales
     cdef readonly tuple shape, levels
     cdef readonly Py_ssize_t group
@@ -44,17 +37,15 @@ cdef class PackedModel:
     cdef readonly object config
     cdef readonly object parameters
     cdef readonly object rotary
+    cdef readonly object adapter
     cdef PackedModelView view
+    cdef int _connect(self) except -1
     cdef int _projection(self, str name, str bias, Projection *view) except -1
     cdef int _norm(self, str gamma, str beta, NormView *view) except -1
 
 
-cdef class Int8Matrix:
+cdef class Int8Matrix(WeightMatrix):
     cdef object codes, sums
     cdef readonly object scales
     cdef readonly tuple shape
     cdef Int8Rows view
-
-cdef void unpack_codes(const PackedView *matrix, Py_ssize_t row, signed char *codes) noexcept nogil
-cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out,
-                     signed char *codes) noexcept nogil

@@ -18,10 +18,14 @@ from libc.string cimport memset
 
 from legacy1bit.kernels cimport (
     ACTIVATION_COLUMNS, ACTIVATION_ROWS, CODES_PER_BYTE, STRIP_ROWS, TILE_BYTES, TILE_CODES,
-    TILE_ROW_BYTES, TILE_TRITS, TRITS_PER_BYTE, Int8Rows, PackedMatrix as PackedView,
+    TILE_ROW_BYTES, TILE_TRITS, TRITS_PER_BYTE, Int8Rows,
 )
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
-from legacy1bit.model cimport LegacyLLM, fill_matrix, fill_rotary_view, vector_pointer
+from legacy1bit.model cimport (
+    LegacyLLM, WeightMatrix, fill_projection, fill_rotary_view, float_pointer,
+    optional_vector, vector_pointer,
+)
+from legacy1bit.projection cimport Projection, add_demand
 
 from legacy1bit.formats.native import StoredParameter, stored_codes
 from legacy1bit.formats.published import read_model
@@ -57,7 +61,7 @@ def packed_size(shape, form="2bit") -> int:
     return strips * ((shape[1] + width - 1) // width) * TILE_BYTES
 
 
-cdef class PackedMatrix:
+cdef class PackedMatrix(WeightMatrix):
     """A matrix of few-valued codes times scales, packed for products with int8 activations.
 
     Parameters
@@ -135,6 +139,11 @@ cdef class PackedMatrix:
         self.view.group = self.group
         return 0
 
+    cdef int fill(self, Projection *view) except -1:
+        view.rows, view.cols = self.shape
+        view.packed = self.view
+        return 0
+
     @property
     def values(self):
         """The codes, int8[R, C], unpacked."""
@@ -188,7 +197,7 @@ cdef class PackedMatrix:
                 f"{'trits' if self.trits else '2 bits'})")
 
 
-cdef class Int8Matrix:
+cdef class Int8Matrix(WeightMatrix):
     """Rows of int8 codes, each with its scale: activations, or a float matrix in a quarter of its
     bytes.
 
@@ -248,6 +257,11 @@ cdef class Int8Matrix:
         to.sums += <Py_ssize_t>first
         with nogil:
             kernels().quantize_rows(&rows[0, 0], rows.shape[0], rows.shape[1], &to)
+
+    cdef int fill(self, Projection *view) except -1:
+        view.rows, view.cols = self.shape
+        view.int8 = self.view
+        return 0
 
     @property
     def values(self):
@@ -314,40 +328,6 @@ def _unpack(tiles, trits):
         rest = rest if trits else rest >> 2
     indices = np.stack(parts, axis=3).astype(np.uint8)
     return indices.transpose(0, 2, 1, 3, 4).reshape(STRIP_ROWS * strips, -1)
-
-
-cdef void unpack_codes(const PackedView *matrix, Py_ssize_t row,
-                       signed char *codes) noexcept nogil:
-    # One row of the matrix without its scales; codes has room for whole tiles of columns.
-    cdef Py_ssize_t fields = TRITS_PER_BYTE if matrix.trits else CODES_PER_BYTE
-    cdef Py_ssize_t tiles = _ceil_div(matrix.cols, fields * TILE_ROW_BYTES), _tile, byte, field
-    cdef const unsigned char *here = (matrix.tiles + row // STRIP_ROWS * tiles * TILE_BYTES
-                                      + row % STRIP_ROWS * TILE_ROW_BYTES)
-    cdef unsigned int rest
-    for _tile in range(tiles):
-        for byte in range(TILE_ROW_BYTES):
-            rest = here[byte]
-            for field in range(fields):
-                if matrix.trits:
-                    rest = 3 * (rest & 255)
-                    codes[TILE_ROW_BYTES * field + byte] = (
-                        matrix.factor * <int>(rest >> 8) + matrix.offset)
-                else:
-                    codes[TILE_ROW_BYTES * field + byte] = (
-                        matrix.factor * <int>(rest & 3) + matrix.offset)
-                    rest >>= 2
-        here += TILE_BYTES
-        codes += fields * TILE_ROW_BYTES
-
-
-cdef void unpack_row(const PackedView *matrix, Py_ssize_t row, float *out,
-                     signed char *codes) noexcept nogil:
-    # Dequantizes one row of the matrix, for embeddings; codes is scratch as for unpack_codes.
-    cdef const float *scales = matrix.scale + row * matrix.scale_row
-    cdef Py_ssize_t col
-    unpack_codes(matrix, row, codes)
-    for col in range(matrix.cols):
-        out[col] = scales[col // matrix.group] * codes[col]
 
 
 cdef PackedMatrix _matrix_of(part, scheme, form, buffer, threads):
@@ -439,7 +419,6 @@ cdef class PackedModel:
 
     def _fill(self, config, stored, form, head, threads):
         """Pack parameters."""
-        cdef PackedBlock *block
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
         if head not in (None, *HEADS):
@@ -462,6 +441,13 @@ cdef class PackedModel:
             parameters[part.name] = packed
             buffer = buffer[size:]
         self.parameters = MappingProxyType(parameters)
+        self.adapter = MappingProxyType({})
+        self._connect()
+
+    cdef int _connect(self) except -1:
+        """Point the structs for the kernels at the parameters and the adapter."""
+        cdef PackedBlock *block
+        config = self.config
         self._projection("embedding.weight", None, &self.view.embedding)
         self._projection("embedding.weight" if config.tied_embeddings else "output.weight",
                          "output.bias", &self.view.output)
@@ -494,6 +480,35 @@ cdef class PackedModel:
             self._norm(f"{at}.attention.k_gamma", None, &block.k_norm)
             self._norm(f"{at}.attention.gamma", f"{at}.attention.beta", &block.heads_norm)
             self._norm(f"{at}.ffn.gamma", f"{at}.ffn.beta", &block.hidden_norm)
+        return 0
+
+    def with_adapter(self, adapter):
+        """Return the model with a low-rank adapter (LoRA); both share all weights.
+
+        Parameters
+        ----------
+        adapter : dict of str to (float32[r, C], float32[R, r])
+            A and B of matrices of the blocks, by their names: ``y = W x + B A x``. They are not
+            copied.
+
+        Raises
+        ------
+        ValueError
+            If a matrix is not in the blocks, or a shape does not fit.
+        """
+        cdef PackedModel model = PackedModel.__new__(PackedModel)
+        for name, (a, b) in adapter.items():
+            weights = self.parameters.get(name)
+            if not name.startswith("blocks.") or len(getattr(weights, "shape", ())) != 2:
+                raise ValueError(f"the adapter is for {name}, which the model does not have")
+            rows, cols = weights.shape
+            if a.shape != (len(a), cols) or b.shape != (rows, len(a)) or len(a) == 0:
+                raise ValueError(f"the adapter's {name} is {a.shape} and {b.shape}, expected "
+                                 f"(r, {cols}) and ({rows}, r)")
+        model.config, model.parameters = self.config, self.parameters
+        model.adapter = MappingProxyType(dict(adapter))
+        model._connect()
+        return model
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -542,16 +557,14 @@ cdef class PackedModel:
             if isinstance(weights, PackedMatrix))
 
     cdef int _projection(self, str name, str bias, Projection *view) except -1:
-        weights = self.parameters[name]
-        if isinstance(weights, PackedMatrix):
-            view.packed = (<PackedMatrix>weights).view
-        elif isinstance(weights, Int8Matrix):
-            view.int8 = (<Int8Matrix>weights).view
-        else:
-            fill_matrix(&view.dense, weights, name)
-        view.rows, view.cols = weights.shape
-        if bias in self.parameters:
-            view.bias = vector_pointer(self.parameters[bias], view.rows, bias)
+        fill_projection(view, self.parameters[name], name)
+        view.bias = optional_vector(self.parameters.get(bias), view.rows, bias)
+        if name in self.adapter:
+            a, b = self.adapter[name]
+            view.adapter.rank = len(a)
+            view.adapter.a, view.adapter.b = float_pointer(a), float_pointer(b)
+            view.adapter.scale = 1.0
+        add_demand(&self.view.demand, view)
         return 0
 
     cdef int _norm(self, str gamma, str beta, NormView *view) except -1:
