@@ -830,7 +830,7 @@ cdef class BackwardPass:
             job.contexts[i] = context.view
             job.workspaces[i] = buffers.view
             if i:
-                gradients = LegacyLLMGradients(config)
+                gradients = LegacyLLMGradients(config, model.adapter)
                 self.gradients.append(gradients)
                 job.gradients[i] = gradients.view
                 job.flat_gradients[i] = float_pointer(gradients.flat)
@@ -851,7 +851,7 @@ cdef class BackwardPass:
         return sum(part.nbytes for part in (*self.contexts, *self.workspaces, *self.gradients))
 
     def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
-            starts=None):
+            starts=None, dropout=0.0, seed=0):
         """Add the gradient of a batch's mean loss to ``gradients``.
 
         Parameters
@@ -864,6 +864,10 @@ cdef class BackwardPass:
             default its own.
         starts : int[B, T], optional
             For each position the first of its row that it sees; see ``forward.document_starts``.
+        dropout : float
+            The probability that an element of an adapter's input is left out.
+        seed : int
+            What is left out depends on it alone.
 
         Returns
         -------
@@ -883,7 +887,7 @@ cdef class BackwardPass:
         cdef const int[:, ::1] start_rows
         cdef Py_ssize_t i
         config = self.model.config
-        if gradients.config != config:
+        if (gradients.config, gradients.adapter) != (config, self.model.adapter):
             raise ValueError("the gradients are those of a model with other settings")
         if total is not None and (not isinstance(total, (int, np.integer)) or total < 0):
             raise ValueError(f"total is {total}, expected a whole number of positions")
@@ -907,6 +911,9 @@ cdef class BackwardPass:
         if starts is not None:
             start_rows = document_starts(starts, job.batch, job.time)
             job.starts = &start_rows[0, 0]
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout is {dropout}, expected 0 or more and less than 1")
+        job.dropout, job.seed = dropout, seed
         job.gradient_scale = 1.0 / max(count if total is None else total, 1)
         job.gradients[0] = gradients.alive()[0]
         job.flat_gradients[0] = float_pointer(gradients.flat)

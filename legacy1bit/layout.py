@@ -47,6 +47,30 @@ _BLOCK = (
 )
 
 
+# The matrices of a block that an adapter may be for, by the name of the choice.
+ADAPTED = {
+    "all": ("attention.", "ffn."),
+    "attention": ("attention.",),
+    "ffn": ("ffn.",),
+}
+
+
+class AdapterConfig(NamedTuple):
+    """A low-rank adapter (LoRA: Hu et al., arXiv 2106.09685): ``y = W x + alpha / rank B A x``.
+
+    Attributes
+    ----------
+    rank : int
+    alpha : float
+    layers : {"all", "attention", "ffn"}
+        The layers whose matrices have one.
+    """
+
+    rank: int
+    alpha: float
+    layers: str = "all"
+
+
 class Parameter(NamedTuple):
     """A parameter and its place.
 
@@ -163,6 +187,26 @@ def parameter_layout(config: ModelConfig) -> list[Parameter]:
         scale_shape, group = _scales(config, shape) if kind == "quantized" else ((0, 0), 0)
         layout.append(Parameter(name, shape, kind, start, scale_shape, group, scale_start))
         start, scale_start = layout[-1].stop, layout[-1].scale_stop
+    return layout
+
+
+def adapter_layout(config: ModelConfig, adapter: AdapterConfig) -> list[Parameter]:
+    """Return the parameters of an adapter, in their order in memory.
+
+    They have the names of the matrices, and ``.a`` (rank, columns) or ``.b`` (rows, rank) behind
+    them; a matrix's b follows its a.
+    """
+    layout: list[Parameter] = []
+    start = 0
+    for i in range(config.num_blocks):
+        for name, shape in block_layout(config):
+            if len(shape) != 2 or not name.startswith(ADAPTED[adapter.layers]):
+                continue
+            rows, cols = shape
+            for end, size in (("a", (adapter.rank, cols)), ("b", (rows, adapter.rank))):
+                at = f"blocks.{i}.{name}.{end}"
+                layout.append(Parameter(at, size, "matrix", start, (0, 0), 0, 0))
+                start = layout[-1].stop
     return layout
 
 

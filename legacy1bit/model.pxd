@@ -181,18 +181,23 @@ cdef class LegacyLLM:
     cdef readonly list blocks
     cdef readonly LayerNorm final_norm
     cdef readonly bint full_precision
+    cdef readonly object adapter        # AdapterConfig or None
+    cdef readonly object learned        # list of Parameter, or None
     cdef public object provenance
     cdef object codes, scales, weights, quantized_parts
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
     cdef int _point_demand(self) except -1
+    cdef int _point_adapter(self, str prefix, MultiHeadAttention attention,
+                            FeedForward ffn) except -1
     cdef ModelView *alive(self) except NULL
 
 
 cdef class LegacyLLMGradients:
-    cdef readonly object config
+    cdef readonly object config, adapter
     cdef readonly dict parameters
     cdef readonly object flat
+    cdef object unused      # receives the gradients of norms that do not learn
     cdef ModelGradient view
     cdef float *_pointer(self, str name) except NULL
     cdef ModelGradient *alive(self) except NULL

@@ -18,7 +18,9 @@ import numpy as np
 
 from legacy1bit.formats import native, published
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.layout import block_options, parameter_layout, views
+from legacy1bit.layout import (
+    adapter_layout, block_layout, block_options, parameter_layout, views,
+)
 from legacy1bit.packing import Values
 from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.files import atomic_write
@@ -609,6 +611,25 @@ def _layer(parameters, prefix):
             if name.startswith(prefix)}
 
 
+cdef Projection *projection_of(MultiHeadAttention attention, FeedForward ffn, name) except NULL:
+    # A matrix of a block by its name.
+    if name == "attention.wq":
+        return &attention.view.wq
+    if name == "attention.wk":
+        return &attention.view.wk
+    if name == "attention.wv":
+        return &attention.view.wv
+    if name == "attention.wo":
+        return &attention.view.wo
+    if name == "ffn.wg":
+        return &ffn.view.wg
+    if name == "ffn.wi":
+        return &ffn.view.wi
+    if name == "ffn.wo":
+        return &ffn.view.wo
+    raise ValueError(f"there is no matrix {name} in a block")
+
+
 cdef class LegacyLLM:
     """A decoder-only transformer with ternary weights (C: ``LegacyLLM``).
 
@@ -623,6 +644,10 @@ cdef class LegacyLLM:
     final_norm : LayerNorm or None
     full_precision : bool
         Whether the forward pass uses the latent weights in place of the codes.
+    adapter : AdapterConfig or None
+        Of a model whose weights stay as they are while an adapter learns.
+    learned : list of Parameter or None
+        What learns, as one array has it: all weights, or those of an adapter; None: nothing.
     provenance : Provenance
         Where the weights come from; model files record it.
     """
@@ -630,8 +655,11 @@ cdef class LegacyLLM:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, config, trainable=False):
+    def __init__(self, config, trainable=False, parameters=None, adapter=None):
         layout = parameter_layout(config)
+        if parameters is not None:
+            self._freeze(config, parameters, adapter)
+            return
         quantized = [part for part in layout if part.kind == "quantized"]
         self.config = config
         self.provenance = Provenance()
@@ -645,12 +673,23 @@ cdef class LegacyLLM:
         self.scales = np.ones(layout[-1].scale_stop, np.float32)
         self.weights = np.zeros(self.total_size - (0 if trainable else self.quantized_size),
                                 np.float32)
+        self.learned = layout if trainable else None
         floats = self.weights[self.quantized_size:] if trainable else self.weights
         self.parameters = views(floats, layout[len(quantized):])
         for part in quantized:
             scales = self.scales[part.scale_start:part.scale_stop].reshape(part.scale_shape)
             self.parameters[part.name] = TernaryMatrix(
                 self.codes[part.start:part.stop].reshape(part.shape), scales, part.group, levels)
+        self._connect(self.parameters)
+
+    def _freeze(self, config, parameters, adapter):
+        """Take weights of any kind, which do not change, and an adapter, which learns."""
+        self.config, self.adapter = config, adapter
+        self.provenance = Provenance()
+        self.parameters = dict(parameters)
+        self.total_size = parameter_layout(config)[-1].stop
+        self.learned = adapter_layout(config, adapter)
+        self.weights = np.zeros(self.learned[-1].stop, np.float32)
         self._connect(self.parameters)
 
     def _connect(self, parameters):
@@ -662,7 +701,7 @@ cdef class LegacyLLM:
         norms = {"epsilon": config.norm_epsilon, "rms": config.norm == "rms"}
         # Matrices that are not quantized get float inputs.
         int8_activations = config.int8_activations and isinstance(
-            parameters["blocks.0.attention.wq"], TernaryMatrix)
+            parameters["blocks.0.attention.wq"], WeightMatrix)
         view.num_blocks = config.num_blocks
         if view.blocks == NULL:
             view.blocks = <BlockView *>calloc(config.num_blocks, sizeof(BlockView))
@@ -670,15 +709,17 @@ cdef class LegacyLLM:
             raise MemoryError("no memory for the model's blocks")
         self.blocks = []
         for i in range(config.num_blocks):
+            attention = MultiHeadAttention(
+                **_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
+                num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
+                window=config.windows[i], int8_activations=int8_activations, **norms)
+            ffn = FeedForward(
+                **_layer(parameters, f"blocks.{i}.ffn."), activation=config.activation,
+                int8_activations=int8_activations, **norms)
+            if self.adapter is not None:
+                self._point_adapter(f"blocks.{i}.", attention, ffn)
             block = TransformerBlock(
-                MultiHeadAttention(**_layer(parameters, f"blocks.{i}.attention."), rotary=rotary,
-                                   num_heads=config.num_heads, num_kv_heads=config.num_kv_heads,
-                                   window=config.windows[i], int8_activations=int8_activations,
-                                   **norms),
-                FeedForward(**_layer(parameters, f"blocks.{i}.ffn."),
-                            activation=config.activation, int8_activations=int8_activations,
-                            **norms),
-                LayerNorm(**_layer(parameters, f"blocks.{i}.norm1."), **norms),
+                attention, ffn, LayerNorm(**_layer(parameters, f"blocks.{i}.norm1."), **norms),
                 LayerNorm(**_layer(parameters, f"blocks.{i}.norm2."), **norms))
             self.blocks.append(block)
             view.blocks[i] = block.view
@@ -692,6 +733,23 @@ cdef class LegacyLLM:
                                            "output.bias")
         view.int8_activations = int8_activations and config.ternary_embedding
         self._point_demand()
+
+    cdef int _point_adapter(self, str prefix, MultiHeadAttention attention,
+                            FeedForward ffn) except -1:
+        # Points the adapters of a block's matrices at this model's.
+        cdef Projection *projection
+        latent = self.latent
+        for number, part in enumerate(self.learned):
+            matrix, _, end = part.name.rpartition(".")
+            if end != "a" or not matrix.startswith(prefix):
+                continue
+            projection = projection_of(attention, ffn, matrix.removeprefix(prefix))
+            projection.adapter.rank = self.adapter.rank
+            projection.adapter.a = float_pointer(latent[part.name])
+            projection.adapter.b = float_pointer(latent[f"{matrix}.b"])
+            projection.adapter.scale = self.adapter.alpha / self.adapter.rank
+            projection.adapter.stream = number
+        return 0
 
     cdef int _point_demand(self) except -1:
         # What a pass needs: the most of any block.
@@ -717,14 +775,19 @@ cdef class LegacyLLM:
 
     @property
     def trainable(self) -> bool:
-        """Whether the model has latent weights to learn with."""
+        """Whether the model has latent weights, or an adapter, to learn with."""
         self.alive()
-        return self.weights.size == self.total_size
+        return self.learned is not None
 
     @property
     def num_parameters(self) -> int:
         """The number of weights of all kinds."""
         return self.total_size
+
+    @property
+    def num_trainable(self) -> int:
+        """The number of weights that learn."""
+        return self.weights.size if self.trainable else 0
 
     @property
     def latent(self) -> dict:
@@ -734,7 +797,7 @@ cdef class LegacyLLM:
         """
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
-        return views(self.weights, parameter_layout(self.config))
+        return views(self.weights, self.learned)
 
     def use_full_precision(self, wanted) -> None:
         """Let the forward pass use the latent weights instead of the codes, or the codes again.
@@ -779,8 +842,10 @@ cdef class LegacyLLM:
             raise MemoryError("no memory to find the median of a matrix")
 
     def stored_bytes(self) -> int:
-        """Return the size of the weights as ``save_model`` packs them."""
+        """Return the size of the weights, or of the adapter, as files have them."""
         self.alive()
+        if self.adapter is not None:
+            return self.weights.nbytes
         return native.stored_bytes(self.config)
 
     def __repr__(self):
@@ -905,6 +970,28 @@ def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
     return model if trainable else _without_latent(model)
 
 
+def create_adapted_llm(config, parameters, adapter, seed) -> LegacyLLM:
+    """Return a model that learns by a low-rank adapter; its weights stay as they are.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    parameters : dict of str to float32 array, TernaryMatrix, PackedMatrix or Int8Matrix
+        The weights by name, such as those of a ``PackedModel``; they are not copied.
+    adapter : AdapterConfig
+        A begins uniform within 1 / sqrt(columns), B with zeros, so that the adapter adds nothing
+        at first (arXiv 2106.09685, section 4.1).
+    seed : int or numpy.random.Generator
+    """
+    rng = np.random.default_rng(seed)
+    model = LegacyLLM(config, False, parameters, adapter)
+    for name, values in model.latent.items():
+        if name.endswith(".a"):
+            bound = 1.0 / math.sqrt(values.shape[1])
+            values[...] = rng.uniform(-bound, bound, values.shape)
+    return model
+
+
 def _without_latent(LegacyLLM model):
     """Return a copy of a model without latent weights."""
     cdef LegacyLLM copy = LegacyLLM(model.config)
@@ -988,15 +1075,18 @@ cdef class LegacyLLMGradients:
     def __cinit__(self):
         memset(&self.view, 0, sizeof(self.view))
 
-    def __init__(self, config):
+    def __init__(self, config, adapter=None):
         cdef ModelGradient *view = &self.view
-        layout = parameter_layout(config)
-        self.config = config
+        layout = parameter_layout(config) if adapter is None else adapter_layout(config, adapter)
+        self.config, self.adapter = config, adapter
         self.flat = np.zeros(layout[-1].stop, np.float32)
         self.parameters = views(self.flat, layout)
         view.blocks = <BlockGradient *>calloc(config.num_blocks, sizeof(BlockGradient))
         if view.blocks == NULL:
             raise MemoryError("no memory for the model's gradients")
+        if adapter is not None:
+            self._point_adapter()
+            return
         view.embedding = self._pointer("embedding.weight")
         view.output = view.embedding
         if not config.tied_embeddings:
@@ -1012,6 +1102,20 @@ cdef class LegacyLLMGradients:
 
     cdef float *_pointer(self, str name) except NULL:
         return float_pointer(self.parameters[name])
+
+    def _point_adapter(self):
+        """Point at the gradients of an adapter's A, which those of B follow."""
+        config = self.config
+        widest = max(config.model_dim, config.ffn_dim, config.query_dim)
+        self.unused = np.empty(widest, np.float32)
+        self.view.final_norm.gamma = self.view.final_norm.beta = float_pointer(self.unused)
+        norms = [name for name, shape in block_layout(config)
+                 if name.endswith((".gamma", "_gamma", ".beta"))]
+        for i in range(config.num_blocks):
+            arrays = dict.fromkeys(norms, self.unused)
+            arrays |= {name.removesuffix(".a"): array
+                       for name, array in self.layer(f"blocks.{i}").items() if name.endswith(".a")}
+            point_gradients(&self.view.blocks[i], arrays)
 
     def __dealloc__(self):
         free(self.view.blocks)
@@ -1036,9 +1140,12 @@ cdef class LegacyLLMGradients:
         raise TypeError("gradients cannot be copied or pickled: copy their flat array")
 
 
-def create_legacy_llm_gradients(config) -> LegacyLLMGradients:
-    """Return gradients for a model of these settings, all 0. C: ``create_legacy_llm_gradients``."""
-    return LegacyLLMGradients(config)
+def create_legacy_llm_gradients(config, adapter=None) -> LegacyLLMGradients:
+    """Return gradients for a model of these settings, all 0. C: ``create_legacy_llm_gradients``.
+
+    With an ``AdapterConfig`` they are those of such an adapter's A and B.
+    """
+    return LegacyLLMGradients(config, adapter)
 
 
 def free_legacy_llm_gradients(LegacyLLMGradients gradients not None) -> None:

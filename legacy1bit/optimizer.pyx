@@ -15,7 +15,6 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
 
-from legacy1bit.layout import parameter_layout
 from legacy1bit.schemes import SCHEMES
 
 cdef enum:
@@ -167,10 +166,10 @@ def _check(**settings):
                              + ("" if name == "weight_decay" else " and less than 1"))
 
 
-def _spans(config, rule_of):
-    """Return the spans of a model's parameters, whole matrices first, as they take longest."""
+def _spans(layout, rule_of):
+    """Return the spans of parameters, whole matrices first, as they take longest."""
     whole, cut = [], []
-    for part in parameter_layout(config):
+    for part in layout:
         rule, decays = rule_of(part.name, part.kind), part.kind != "vector"
         if rule == BY_MUON:
             whole.append((part.start, part.stop, *part.shape, rule, decays))
@@ -223,10 +222,10 @@ cdef class Optimizer:
         self.weight_decay = weight_decay
         self.muon_lr_ratio = 1.0
         self.direction = -1.0 if sign_direction == "descend" else 1.0
-        self.first = np.zeros(model.num_parameters, np.float32)
-        self.second = np.zeros(model.num_parameters, np.float32)
+        self.first = np.zeros(model.num_trainable, np.float32)
+        self.second = np.zeros(model.num_trainable, np.float32)
         self.spans = _spans(
-            model.config,
+            model.learned,
             lambda name, kind: BY_SIGN if kind == "quantized" and not scheme.learns
             else self._rule(name, kind))
         self.squares = np.zeros(self.spans.size, np.float64)
@@ -277,7 +276,7 @@ cdef class Optimizer:
             raise ValueError(f"threads is {threads}, expected at least 1")
         if not isfinite(learning_rate):
             raise ValueError(f"learning_rate is {learning_rate}, expected a finite number")
-        if gradients.config != self.model.config:
+        if (gradients.config, gradients.adapter) != (self.model.config, self.model.adapter):
             raise ValueError("the gradients are those of a model with other settings")
         gradient = gradients.flat
         job.weights, job.first, job.second = &weights[0], &first[0], &second[0]
