@@ -157,7 +157,8 @@ def check_adapter(config: ModelConfig, adapter: LoraWeights) -> None:
             )
         check_finite(f"{name} (A)", a)
         check_finite(f"{name} (B)", b)
-        check_finite(f"{name} (scaling)", np.array([scaling], np.float32))
+        if not abs(scaling) <= float(np.finfo(np.float32).max):
+            raise ValueError(f"{name} has the scaling {scaling}, expected a finite number")
 
 
 def split_scale(text: str) -> tuple[str, float]:
@@ -195,11 +196,18 @@ def combine(adapters: Adapters) -> LoraWeights:
     -------
     LoraWeights
         Their matrices, stacked along the rank; all scalings are in B.
+
+    Raises
+    ------
+    ValueError
+        If a number times its factor is not finite.
     """
     stacks: dict[str, list[tuple[_Floats, _Floats]]] = {}
     for adapter, factor in adapters:
         for name, pair in adapter.pairs.items():
-            scaled = np.float32(factor * pair.scaling) * pair.b
+            with np.errstate(all="ignore"):
+                scaled = np.float32(factor * pair.scaling) * pair.b
+            check_finite(f"{name} (B, scaled)", scaled)
             stacks.setdefault(name, []).append((pair.a, scaled))
     return LoraWeights(
         {
@@ -242,7 +250,8 @@ def merge(
     for name, value in parameters.items():
         numbers = value if isinstance(value, np.ndarray) else value.dense()
         if name in added:
-            numbers = numbers + added[name].dense()
+            with np.errstate(all="ignore"):
+                numbers = numbers + added[name].dense()
             check_finite(name, numbers)
         merged[name] = numbers
     return merged
@@ -361,8 +370,8 @@ def _check_peft_settings(own: Settings, content: Mapping[str, Any]) -> None:
     for name, value in content.items():
         if name not in _PEFT_SETTINGS and value not in (None, False, [], {}, ""):
             raise ValueError(
-                f"its setting {name[:100]} is {str(value)[:100]!r}, expected none: it could change "
-                "what the adapter computes"
+                f"its setting {name[:100]} is {json.dumps(value)[:100]}, expected none: it could "
+                "change what the adapter computes"
             )
 
 

@@ -509,6 +509,8 @@ def read_gguf(path: Path) -> Model:
                 f"its key {foreign[0]} says that its weights are not used as they are (after a "
                 "Hadamard transform, if it is prism.hadamard), which is not known here"
             )
+        # An adapter has the architecture of its model.
+        Settings(keys).refuse_unless("general.type", "model")
         Settings(keys).refuse_unless("split.count", 0, 1)
         architecture = Settings(keys).text("general.architecture")
         if architecture not in ARCHITECTURES:
