@@ -60,6 +60,10 @@ class Family:
     square: tuple[Program, ...] = ()
     llama_cpp_pairs: Pairs = "halves"
 
+    def fits(self, config: ModelConfig) -> bool:
+        """Return whether a model has the settings of the family."""
+        return not _differences(self, config)
+
 
 _ALL = {
     "positions": ("rope",),

@@ -102,7 +102,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         If a file cannot be read.
     """
     if path.is_file() and is_gguf(path):
-        with _refusing(path):
+        with refusing(path):
             keys = read_keys(path)
             if f"{_TOKENIZER}model" not in keys:
                 return UnknownTokenizer(vocab_size)
@@ -132,7 +132,7 @@ def read_template(path: Path, tokenizer: Tokenizer) -> Template | None:
     if isinstance(tokenizer, PublishedTokenizer):
         source, names = tokenizer.template, tokenizer.names
     else:
-        with _refusing(path):
+        with refusing(path):
             source, names = template_in(path) if path.is_dir() else None, {}
     return None if source is None else JinjaTemplate(source, names)
 
@@ -154,7 +154,7 @@ def _read_c_v1(path: Path) -> Model:
 
 
 @contextlib.contextmanager
-def _refusing(path: Path) -> Iterator[None]:
+def refusing(path: Path) -> Iterator[None]:
     """Turn errors into those of this file."""
     try:
         yield
@@ -270,7 +270,7 @@ def _model_of(
     # Of each matrix the coarsest unit, in which its scales are the fewest.
     found: dict[str, Scales] = {}
     for name in inner + outer:
-        with _telling(names[name]):
+        with telling(names[name]):
             scales = sources[names[name]].scales()
             if scales is not None:
                 found[name] = scales
@@ -286,7 +286,7 @@ def _model_of(
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
             theirs = names[part.name]
-            with _refusing(path), _telling(theirs):
+            with refusing(path), telling(theirs):
                 order = row_order(config, part.name, pairs)
                 source = sources[theirs]
                 if part.kind == "quantized":
@@ -300,7 +300,7 @@ def _model_of(
                     read = read._replace(values=read.array() + np.float32(shift))
             if read.write is not None:
                 # It is called after this.
-                read = read._replace(write=_refusing(path)(_telling(theirs)(read.write)))
+                read = read._replace(write=refusing(path)(telling(theirs)(read.write)))
             yield read
 
     return config, provenance, stored()
@@ -319,7 +319,7 @@ def _why_not_ternary(source: _Source) -> str:
 
 
 @contextlib.contextmanager
-def _telling(name: str) -> Iterator[None]:
+def telling(name: str) -> Iterator[None]:
     """Put the name of a tensor before an error."""
     try:
         yield
@@ -335,11 +335,11 @@ class _Rows(NamedTuple):
     floats: Floats
 
     def each(self, use: Callable[[slice, npt.NDArray[np.float32]], None], threads: int) -> None:
-        with _refusing(self.path), _telling(self.name):
+        with refusing(self.path), telling(self.name):
             self.floats.each(use, threads)
 
     def all(self) -> npt.NDArray[np.float32]:
-        with _refusing(self.path), _telling(self.name):
+        with refusing(self.path), telling(self.name):
             return self.floats.all()
 
 
@@ -379,7 +379,7 @@ def _in_order(values: npt.NDArray[Any], order: _Order) -> npt.NDArray[Any]:
 # --- Settings that both kinds of files have -------------------------------------------------------
 
 
-class _Settings:
+class Settings:
     """The settings of a file, looked up with checks of their kind.
 
     Parameters
@@ -462,7 +462,7 @@ def _head_settings(heads: int, kv_heads: int, dim: int, head_dim: int | None) ->
 _MODEL_TYPES = {family.model_type: family for family in FAMILIES}
 
 # Architectures, their families, and the activation of the feed-forward layer.
-_ARCHITECTURES = {
+ARCHITECTURES = {
     **{family.architecture: (family, family.settings["activation"][0]) for family in FAMILIES},
     # The first BitNets, of 1bitLLM, and those of Microsoft.
     "bitnet": (_MODEL_TYPES["bitnet"], "silu"),
@@ -501,7 +501,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
 
 def read_gguf(path: Path) -> Model:
     """Read a GGUF file; see ``read_model``."""
-    with _refusing(path):
+    with refusing(path):
         keys, tensors = read_container(path)
         foreign = sorted(name for name in keys if name.startswith("prism."))
         if foreign:
@@ -509,17 +509,19 @@ def read_gguf(path: Path) -> Model:
                 f"its key {foreign[0]} says that its weights are not used as they are (after a "
                 "Hadamard transform, if it is prism.hadamard), which is not known here"
             )
-        _Settings(keys).refuse_unless("split.count", 0, 1)
-        architecture = _Settings(keys).text("general.architecture")
-        if architecture not in _ARCHITECTURES:
+        # An adapter has the architecture of its model.
+        Settings(keys).refuse_unless("general.type", "model")
+        Settings(keys).refuse_unless("split.count", 0, 1)
+        architecture = Settings(keys).text("general.architecture")
+        if architecture not in ARCHITECTURES:
             raise ValueError(
                 f"its architecture is {architecture[:100]!r}, expected one of "
-                f"{', '.join(sorted(_ARCHITECTURES))}"
+                f"{', '.join(sorted(ARCHITECTURES))}"
             )
-        family, activation = _ARCHITECTURES[architecture]
+        family, activation = ARCHITECTURES[architecture]
         sources = {}
         for name, tensor in tensors.items():
-            with _telling(name):
+            with telling(name):
                 sources[name] = _of_type(tensor.kind, tensor.data, tensor.shape)
         tied = "output.weight" not in tensors
         if not tied and _are_same(tensors["output.weight"], tensors.get("token_embd.weight")):
@@ -563,7 +565,7 @@ def _have_same_bytes(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -
 def _gguf_config(
     architecture: str, family: Family, keys: Keys, tensors: Mapping[str, Any]
 ) -> ModelConfig:
-    own = _Settings(keys, f"{architecture}.")
+    own = Settings(keys, f"{architecture}.")
     for key in keys:
         name = key.removeprefix(f"{architecture}.")
         if name == key or name in _READ:
@@ -623,7 +625,7 @@ def _biases(family: Family, has_bias: bool) -> str:
 
 def _check_tokens(keys: Keys, vocab_size: int) -> None:
     """Compare the tokenizer with the number of tokens."""
-    own = _Settings(keys, _TOKENIZER)
+    own = Settings(keys, _TOKENIZER)
     for name in ("tokens", "token_type", "scores"):
         value = own.any(name)
         if isinstance(value, Texts | np.ndarray) and len(value) != vocab_size:
@@ -648,7 +650,7 @@ def _apply_scale_tensors(sources: dict[str, _Source], names: Mapping[str, str]) 
             own = sources.pop(extra)
             if own.shape != (1,) or own.floats is None:
                 raise ValueError(f"{extra} has shape {list(own.shape)}, expected one number")
-            with _telling(extra):
+            with telling(extra):
                 factor = float(own.floats.all()[0])
             sources[theirs] = sources[theirs]._replace(factor=factor)
 
@@ -679,7 +681,7 @@ _EARLIER_NAMES = {
     "self_attn.inner_attn_ln.weight": "self_attn.attn_sub_norm.weight",
     "mlp.ffn_layernorm.weight": "mlp.ffn_sub_norm.weight",
 }
-_FLOAT_TYPES = {"F32": F32, "F16": F16, "BF16": BF16}
+FLOAT_TYPES = {"F32": F32, "F16": F16, "BF16": BF16}
 
 
 def is_hugging_face(folder: Path) -> bool:
@@ -693,9 +695,9 @@ def is_hugging_face(folder: Path) -> bool:
 
 def read_hugging_face(folder: Path) -> Model:
     """Read a folder of Hugging Face; see ``read_model``."""
-    with _refusing(folder):
+    with refusing(folder):
         content = json.loads(read_regular(folder / CONFIG_FILE))
-        own = _Settings(content)
+        own = Settings(content)
         kind = own.text("model_type")
         if kind not in _MODEL_TYPES:
             code = ": its auto_map names remote code, which is not run" if "auto_map" in own else ""
@@ -761,7 +763,7 @@ class _Packing(NamedTuple):
     is_first_bitnet: bool = False
 
     @classmethod
-    def of(cls, own: _Settings, kind: str) -> "_Packing":
+    def of(cls, own: Settings, kind: str) -> "_Packing":
         """Return that of a folder's settings."""
         settings = own.any("quantization_config")
         if settings is None:
@@ -769,7 +771,7 @@ class _Packing(NamedTuple):
             return cls(first, first, False, first)
         if not isinstance(settings, dict):
             raise ValueError("its setting quantization_config is not an object")
-        about = _Settings(settings)
+        about = Settings(settings)
         method = about.text("quant_method")
         if method != "bitnet":
             raise ValueError(f"its quant_method is {method[:100]!r}, expected bitnet")
@@ -791,12 +793,12 @@ def _sources_of(
     inner = {theirs for ours, theirs in names.items() if ours.startswith("blocks.")}
     sources, scales = {}, set()
     for name, tensor in tensors.items():
-        with _telling(name):
+        with telling(name):
             if tensor.dtype == "U8" and len(tensor.shape) == 2 and name in inner:
                 sources[name] = _packed_source(name, tensor, tensors, packing)
                 scales.add(f"{name}_scale")
-            elif tensor.dtype in _FLOAT_TYPES:
-                source = _of_type(_FLOAT_TYPES[tensor.dtype], tensor.data, tensor.shape)
+            elif tensor.dtype in FLOAT_TYPES:
+                source = _of_type(FLOAT_TYPES[tensor.dtype], tensor.data, tensor.shape)
                 if packing.online and name in inner and source.codes is not None:
                     assert source.floats is not None
                     source = source._replace(codes=Masters(source.floats))
@@ -817,9 +819,9 @@ def _packed_source(
     scale = tensors.get(f"{name}_scale")
     if scale is None:
         raise ValueError("is packed, and its weight_scale is missing")
-    if scale.dtype not in _FLOAT_TYPES or scale.shape not in ((), (1,)):
+    if scale.dtype not in FLOAT_TYPES or scale.shape not in ((), (1,)):
         raise ValueError(f"has a weight_scale of {scale.dtype}{list(scale.shape)}, not one number")
-    number = Floats(_FLOAT_TYPES[scale.dtype], scale.data, (1,)).all()[0]
+    number = Floats(FLOAT_TYPES[scale.dtype], scale.data, (1,)).all()[0]
     if number <= 0.0:
         raise ValueError(f"has weight_scale {number}, expected a number above 0")
     if packing.divides:
@@ -830,7 +832,7 @@ def _packed_source(
 
 
 def _hugging_face_config(
-    kind: str, family: Family, own: _Settings, tensors: Mapping[str, Any]
+    kind: str, family: Family, own: Settings, tensors: Mapping[str, Any]
 ) -> ModelConfig:
     dim, heads = own.integer("hidden_size"), own.integer("num_attention_heads")
     head_dim = own.integer("head_dim") if "head_dim" in own else _HEAD_DIMS.get(kind)
@@ -847,7 +849,7 @@ def _hugging_face_config(
     rope = own.any("rope_parameters") or own.any("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ValueError("its setting rope_scaling is not an object")
-    about = _Settings(rope)
+    about = Settings(rope)
     base = own.number("rope_theta", about.number("rope_theta", _BASES.get(kind, 10000.0)))
     settings = {
         **_base_settings(family),
@@ -870,7 +872,7 @@ def _hugging_face_config(
     return _config_of(settings)
 
 
-def _add_yarn(settings: dict[str, Any], about: _Settings) -> None:
+def _add_yarn(settings: dict[str, Any], about: Settings) -> None:
     """Add the settings of YaRN, if a folder has it."""
     kind = about.any("rope_type") or about.any("type") or "default"
     if kind == "default":

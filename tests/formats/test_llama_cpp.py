@@ -18,8 +18,17 @@ from legacy1bit import math_ops
 from legacy1bit.data.stories import corpus, generate_stories
 from legacy1bit.data.tokenizer import character_tokenizer, train_bpe
 from legacy1bit.data_utils import tokenize_text
+from legacy1bit.formats.adapters import (
+    LoraPair,
+    LoraWeights,
+    adaptable,
+    merged_model,
+    write_gguf,
+)
 from legacy1bit.formats.gguf import export_gguf, import_gguf
+from legacy1bit.forward import forward_llm
 from legacy1bit.generator import Generator
+from legacy1bit.hyperparams import ARCHITECTURES
 from legacy1bit.inference import Decoder
 from legacy1bit.main import main
 from legacy1bit.model import load_model
@@ -69,7 +78,7 @@ def trained(folder, name):
     return load_model(out)
 
 
-def started(path, length):
+def started(path, length, **more):
     """A model in llama.cpp, of that context; threads would wait for each other in vain."""
     return llama_cpp.Llama(
         str(path),
@@ -79,6 +88,7 @@ def started(path, length):
         n_threads_batch=1,
         logits_all=True,
         verbose=False,
+        **more,
     )
 
 
@@ -301,3 +311,36 @@ def test_logits_behind_subwords_are_ours(subword):
         Decoder(generator.model).prefill_logits(tokens),
     )
     assert np.linalg.norm(theirs - ours) / np.linalg.norm(ours) < 0.02
+
+
+# --- Adapters -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alphas", [(16.0,), (16.0, 4.0)], ids=["one alpha", "two alphas"])
+@pytest.mark.parametrize("name", ["nemotron", "llama", "qwen3", "bitnet"])
+def test_probabilities_with_an_adapter_are_those_of_the_merged_model(tmp_path, name, alphas):
+    """Elements 2 i and 2 i + 1 of a head rotate together here, and in llama.cpp only in Llama."""
+    settings = {**ARCHITECTURES[name], "output_bias": False, "rope_pairs": "adjacent"}
+    if name == "bitnet":
+        settings["activation"] = "silu"
+    model = random_model(
+        make_config(**{**settings, "model_dim": 64, "num_heads": 4, "vocab_size": 256})
+    )
+    rng, pairs = np.random.default_rng(1), {}
+    for i, (matrix, (rows, cols)) in enumerate(adaptable(model.config).items()):
+        a, b = (0.1 * rng.normal(size=shape).astype(np.float32) for shape in ((3, cols), (rows, 3)))
+        pairs[matrix] = LoraPair(a, b, alphas[i % len(alphas)] / 3)
+    adapter = LoraWeights(pairs)
+    export_gguf(model, tmp_path / "model.gguf", "f32")
+    write_gguf(adapter, model.config, tmp_path / "adapter.gguf")
+    tokens = np.arange(1, 9, dtype=np.int32)
+    for scale in (1.0, -0.5):
+        more = {"lora_path": str(tmp_path / "adapter.gguf"), "lora_scale": scale}
+        twin = started(tmp_path / "model.gguf", 64, **more)
+        twin.eval(tokens.tolist())
+        theirs = np.exp(log_softmax(np.array(twin.scores[: tokens.size])))
+        twin.close()
+        ours = forward_llm(merged_model(model, [(adapter, scale)]), tokens[None])[0]
+        # Its cache rounds keys and values to float16.
+        assert 0.5 * np.abs(ours - theirs).sum(axis=1).max() < 2e-3
+        assert 0.5 * np.abs(forward_llm(model, tokens[None])[0] - theirs).sum(axis=1).max() > 0.02

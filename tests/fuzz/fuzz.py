@@ -58,7 +58,7 @@ with watched:
     from legacy1bit.config_files import read_config, records_of
     from legacy1bit.data import bpe, shards, sources, tokenizer, tokenizer_files
     from legacy1bit.data.published_tokenizer import PublishedTokenizer
-    from legacy1bit.formats import published
+    from legacy1bit.formats import adapters, published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
     from legacy1bit.formats.ggml import load_gguf
     from legacy1bit.formats.gguf import export_gguf, import_gguf, import_gguf_tokenizer
@@ -292,6 +292,19 @@ def fuzz_published_folder(folder: Path, parts: list[bytes]) -> None:
         for number, (header, data) in enumerate(zip(rest[1::2], rest[2::2], strict=False)):
             put(folder / f"{number}.safetensors", tensor_file(header, data))
     use_published(folder)
+
+
+def fuzz_adapter(folder: Path, parts: list[bytes]) -> None:
+    """An adapter: PEFT's settings and weights, a header and data; or a GGUF file."""
+    config = ModelConfig.from_dict({**TINY.to_dict(), **ARCHITECTURES["llama"]})
+    if len(parts) == 3:
+        put(folder / adapters.ADAPTER_CONFIG_FILE, parts[0])
+        put(folder / adapters.ADAPTER_FILE, tensor_file(*parts[1:]))
+        found = adapters.read_adapter(folder, config)
+    else:
+        put(folder / "adapter.gguf", gguf_file(parts))
+        found = adapters.read_adapter(folder / "adapter.gguf", config)
+    adapters.check_adapter(config, adapters.combine([(found, 1.0)]))
 
 
 def use_published(path: Path) -> None:
@@ -851,6 +864,18 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         )
         yield "gguf", [plain, other]
         yield "gguf_tokenizer", [plain, spelled]
+        config = ModelConfig.from_dict({**TINY.to_dict(), **ARCHITECTURES["llama"]})
+        pairs = {
+            name: adapters.LoraPair(np.ones((1, cols), "f4"), np.ones((rows, 1), "f4"), 1.0 + i)
+            for i, (name, (rows, cols)) in enumerate(adapters.adaptable(config).items())
+        }
+        adapter = adapters.LoraWeights(pairs, "name")
+        adapters.write_gguf(adapter, config, folder / "adapter.gguf")
+        adapters.write_peft(adapter, config, folder / "adapter")
+        told, data = tensor_parts(folder / "adapter" / adapters.ADAPTER_FILE)
+        content = (folder / "adapter" / adapters.ADAPTER_CONFIG_FILE).read_bytes()
+        peft = [content, json.dumps(told).encode(), data]
+        yield "adapter", [peft, gguf_parts(folder / "adapter.gguf")]
         chat = {"bos_token": "<|endoftext|>", "chat_template": "{{ messages }}"}
         files = [json.dumps(SUBWORDS.description()).encode(), json.dumps(chat).encode()]
         inputs = [spelled, files, files[:1], scored_keys()]
@@ -1148,15 +1173,20 @@ def tables() -> Iterator[bytes]:
 
 def model_parts(folder: Path, config: str | None) -> list[bytes]:
     """Return a model's files as parts for ``put_model``, with this for the header's settings."""
-    raw = (folder / "model.safetensors").read_bytes()
-    (length,) = struct.unpack_from("<Q", raw)
-    told = json.loads(raw[8 : 8 + length])
+    told, data = tensor_parts(folder / "model.safetensors")
     if config is None:
         del told["__metadata__"]["config"]
     else:
         told["__metadata__"]["config"] = config
     settings = json.dumps(json.loads((folder / "config.json").read_bytes())).encode()
-    return [settings, json.dumps(told).encode(), raw[8 + length :]]
+    return [settings, json.dumps(told).encode(), data]
+
+
+def tensor_parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the header and the data of a safetensors file."""
+    raw = path.read_bytes()
+    (length,) = struct.unpack_from("<Q", raw)
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
 
 
 def gguf_parts(path: Path) -> list[bytes]:
