@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.tokenizer import ByteTokenizer, Tokenizer
+from legacy1bit.formats.adapters import read_adapters, resolve
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.inference import Decoder, check_tokens
@@ -245,6 +246,7 @@ class Generator:
         head: str | None = None,
         activations: str = "int8",
         context: int | None = None,
+        adapters: Sequence[str] = (),
     ) -> Self:
         """Load a model of any known format, without the modules of training.
 
@@ -260,14 +262,20 @@ class Generator:
             How float matrices are stored; see ``PackedModel``.
         activations, context
             As above.
+        adapters : sequence of str
+            LoRA adapters on it, ``PATH[:SCALE]`` each: folders of PEFT or of runs, GGUF files. They
+            are added.
 
         Raises
         ------
         ModelFileError, OSError, ValueError
             As ``PackedModel.load`` and ``read_tokenizer``.
         """
+        path, added = resolve(Path(path), adapters)
         model = PackedModel.load(path, form, head, threads)
-        tokenizer = read_tokenizer(Path(path), model.config.vocab_size)
+        tokenizer = read_tokenizer(path, model.config.vocab_size)
+        if added:
+            model = model.with_adapter(read_adapters(added, model.config))
         return cls(model, tokenizer, threads, activations, context)
 
     @property

@@ -183,6 +183,7 @@ cdef class LegacyLLM:
     cdef readonly bint full_precision
     cdef readonly object adapter        # AdapterConfig or None
     cdef readonly object learned        # list of Parameter, or None
+    cdef readonly object pairs          # dict of (A, B) of an adapter by matrix, or None
     cdef public object provenance
     cdef object codes, scales, weights, quantized_parts
     cdef Py_ssize_t quantized_size, total_size
@@ -219,6 +220,8 @@ cdef TransformerBlockContext context_for(MultiHeadAttention attention, FeedForwa
 cdef int check_context(TransformerBlockContext context, MultiHeadAttention attention,
                        FeedForward ffn, batch, time) except -1
 cdef int fill_rotary_view(Rotary *view, object table, Py_ssize_t head_dim) except -1
+cdef int point_adapter(Projection *projection, str name, a, b, float scale,
+                       unsigned int stream) except -1
 cdef int point_gradients(BlockGradient *block, dict arrays) except -1
 cdef float *float_pointer(object array) except NULL
 cdef int fill_projection(Projection *view, object weights, str name) except -1

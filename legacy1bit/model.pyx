@@ -19,7 +19,7 @@ import numpy as np
 from legacy1bit.formats import native, published
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.layout import (
-    adapter_layout, block_layout, block_options, parameter_layout, views,
+    AdapterConfig, adapter_layout, block_layout, block_options, parameter_layout, views,
 )
 from legacy1bit.packing import Values
 from legacy1bit.schemes import FLOAT, SCHEMES
@@ -611,6 +611,27 @@ def _layer(parameters, prefix):
             if name.startswith(prefix)}
 
 
+cdef int point_adapter(Projection *projection, str name, a, b, float scale,
+                       unsigned int stream) except -1:
+    # Points a map at its adapter.
+    if (len(a) == 0 or a.shape != (len(a), projection.cols)
+            or b.shape != (projection.rows, len(a))):
+        raise ValueError(f"the adapter's {name} is {a.shape} and {b.shape}, expected "
+                         f"(r, {projection.cols}) and ({projection.rows}, r)")
+    projection.adapter.rank = len(a)
+    projection.adapter.a, projection.adapter.b = float_pointer(a), float_pointer(b)
+    projection.adapter.scale, projection.adapter.stream = scale, stream
+    return 0
+
+
+def check_adapted(parameters, adapter) -> None:
+    """Raise ``ValueError`` for an adapter of a matrix that is not in the blocks."""
+    for name in adapter:
+        weights = parameters.get(name)
+        if not name.startswith("blocks.") or len(getattr(weights, "shape", ())) != 2:
+            raise ValueError(f"the adapter is for {name}, which is no matrix of the blocks")
+
+
 cdef Projection *projection_of(MultiHeadAttention attention, FeedForward ffn, name) except NULL:
     # A matrix of a block by its name.
     if name == "attention.wq":
@@ -683,13 +704,20 @@ cdef class LegacyLLM:
         self._connect(self.parameters)
 
     def _freeze(self, config, parameters, adapter):
-        """Take weights of any kind, which do not change, and an adapter, which learns."""
-        self.config, self.adapter = config, adapter
+        """Take weights of any kind, which do not change, and an adapter."""
+        self.config = config
         self.provenance = Provenance()
         self.parameters = dict(parameters)
         self.total_size = parameter_layout(config)[-1].stop
-        self.learned = adapter_layout(config, adapter)
-        self.weights = np.zeros(self.learned[-1].stop, np.float32)
+        if isinstance(adapter, AdapterConfig):
+            # One that learns.
+            self.adapter = adapter
+            self.learned = adapter_layout(config, adapter)
+            self.weights = np.zeros(self.learned[-1].stop, np.float32)
+            latent = self.latent
+            adapter = {name.removesuffix(".a"): (latent[name], latent[f"{name[:-2]}.b"])
+                       for name in latent if name.endswith(".a")}
+        self.pairs = adapter
         self._connect(self.parameters)
 
     def _connect(self, parameters):
@@ -716,7 +744,7 @@ cdef class LegacyLLM:
             ffn = FeedForward(
                 **_layer(parameters, f"blocks.{i}.ffn."), activation=config.activation,
                 int8_activations=int8_activations, **norms)
-            if self.adapter is not None:
+            if self.pairs:
                 self._point_adapter(f"blocks.{i}.", attention, ffn)
             block = TransformerBlock(
                 attention, ffn, LayerNorm(**_layer(parameters, f"blocks.{i}.norm1."), **norms),
@@ -737,18 +765,11 @@ cdef class LegacyLLM:
     cdef int _point_adapter(self, str prefix, MultiHeadAttention attention,
                             FeedForward ffn) except -1:
         # Points the adapters of a block's matrices at this model's.
-        cdef Projection *projection
-        latent = self.latent
-        for number, part in enumerate(self.learned):
-            matrix, _, end = part.name.rpartition(".")
-            if end != "a" or not matrix.startswith(prefix):
-                continue
-            projection = projection_of(attention, ffn, matrix.removeprefix(prefix))
-            projection.adapter.rank = self.adapter.rank
-            projection.adapter.a = float_pointer(latent[part.name])
-            projection.adapter.b = float_pointer(latent[f"{matrix}.b"])
-            projection.adapter.scale = self.adapter.alpha / self.adapter.rank
-            projection.adapter.stream = number
+        scale = 1.0 if self.adapter is None else self.adapter.alpha / self.adapter.rank
+        for number, (name, (a, b)) in enumerate(self.pairs.items()):
+            if name.startswith(prefix):
+                point_adapter(projection_of(attention, ffn, name.removeprefix(prefix)), name, a, b,
+                              scale, number)
         return 0
 
     cdef int _point_demand(self) except -1:
@@ -798,6 +819,26 @@ cdef class LegacyLLM:
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
         return views(self.weights, self.learned)
+
+    def with_adapter(self, adapter) -> LegacyLLM:
+        """Return the model with a low-rank adapter (LoRA), for inference; both share all weights.
+
+        Parameters
+        ----------
+        adapter : dict of str to (float32[r, C], float32[R, r])
+            A and B of matrices of the blocks, by their names: ``y = W x + B A x``. They are not
+            copied.
+
+        Raises
+        ------
+        ValueError
+            If a matrix is not in the blocks, or a shape does not fit.
+        """
+        self.alive()
+        check_adapted(self.parameters, adapter)
+        model = LegacyLLM(self.config, False, self.parameters, dict(adapter))
+        model.provenance = self.provenance
+        return model
 
     def use_full_precision(self, wanted) -> None:
         """Let the forward pass use the latent weights instead of the codes, or the codes again.

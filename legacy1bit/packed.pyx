@@ -22,8 +22,8 @@ from legacy1bit.kernels cimport (
 )
 from legacy1bit.math_ops cimport kernels, pack_buffer, packed_kernels
 from legacy1bit.model cimport (
-    LegacyLLM, WeightMatrix, fill_projection, fill_rotary_view, float_pointer,
-    optional_vector, vector_pointer,
+    LegacyLLM, WeightMatrix, fill_projection, fill_rotary_view, optional_vector,
+    point_adapter, vector_pointer,
 )
 from legacy1bit.projection cimport Projection, add_demand
 
@@ -31,7 +31,7 @@ from legacy1bit.formats.native import StoredParameter, stored_codes
 from legacy1bit.formats.published import read_model
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import (
-    ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, rotary_table,
+    ACTIVATIONS as _ACTIVATIONS, TernaryMatrix as _TernaryMatrix, check_adapted, rotary_table,
 )
 from legacy1bit.packing import Tiles
 from legacy1bit.schemes import SCHEMES
@@ -390,7 +390,7 @@ cdef class PackedModel:
     ----------
     model : LegacyLLM
         Its codes are used, even while it is trained in full precision. They are copied, so that
-        the model can be freed.
+        the model can be freed; weights that are packed are shared. An adapter is copied.
     form : {"2bit", "trits"}
         How codes are packed. Two bits are faster if the model fits the cache, trits are smaller.
         Trits cannot store schemes of four levels or with several scales per row.
@@ -415,9 +415,17 @@ cdef class PackedModel:
 
     def __init__(self, LegacyLLM model not None, form="2bit", head=None):
         model.alive()
-        self._fill(model.config, _parameters_of(model), form, head, 1)
+        adapter = {}
+        if model.pairs:
+            scale = 1.0 if model.adapter is None else model.adapter.alpha / model.adapter.rank
+            adapter = {name: (a.copy(), np.float32(scale) * b)
+                       for name, (a, b) in model.pairs.items()}
+        if any(isinstance(value, (PackedMatrix, Int8Matrix)) for value in model.parameters.values()):
+            self._share(model.config, model.parameters, adapter)
+            return
+        self._fill(model.config, _parameters_of(model), form, head, 1, adapter)
 
-    def _fill(self, config, stored, form, head, threads):
+    def _fill(self, config, stored, form, head, threads, adapter=MappingProxyType({})):
         """Pack parameters."""
         if form not in FORMS:
             raise ValueError(f"form is {form!r}, expected {' or '.join(FORMS)}")
@@ -428,7 +436,6 @@ cdef class PackedModel:
                  if part.kind == "quantized"}
         # One contiguous buffer, read in order: large enough for huge pages.
         buffer = _aligned(sum(sizes.values()))
-        self.config = config
         parameters = {}
         for part in stored:
             size = sizes.get(part.name, 0)
@@ -440,8 +447,12 @@ cdef class PackedModel:
                 packed = part.array().copy()
             parameters[part.name] = packed
             buffer = buffer[size:]
-        self.parameters = MappingProxyType(parameters)
-        self.adapter = MappingProxyType({})
+        self._share(config, parameters, adapter)
+
+    def _share(self, config, parameters, adapter):
+        """Take packed parameters, which another model may have, too, and an adapter."""
+        self.config, self.parameters = config, MappingProxyType(dict(parameters))
+        self.adapter = MappingProxyType(dict(adapter))
         self._connect()
 
     cdef int _connect(self) except -1:
@@ -483,31 +494,10 @@ cdef class PackedModel:
         return 0
 
     def with_adapter(self, adapter):
-        """Return the model with a low-rank adapter (LoRA); both share all weights.
-
-        Parameters
-        ----------
-        adapter : dict of str to (float32[r, C], float32[R, r])
-            A and B of matrices of the blocks, by their names: ``y = W x + B A x``. They are not
-            copied.
-
-        Raises
-        ------
-        ValueError
-            If a matrix is not in the blocks, or a shape does not fit.
-        """
+        """Return the model with a low-rank adapter; as ``LegacyLLM.with_adapter``."""
         cdef PackedModel model = PackedModel.__new__(PackedModel)
-        for name, (a, b) in adapter.items():
-            weights = self.parameters.get(name)
-            if not name.startswith("blocks.") or len(getattr(weights, "shape", ())) != 2:
-                raise ValueError(f"the adapter is for {name}, which the model does not have")
-            rows, cols = weights.shape
-            if a.shape != (len(a), cols) or b.shape != (rows, len(a)) or len(a) == 0:
-                raise ValueError(f"the adapter's {name} is {a.shape} and {b.shape}, expected "
-                                 f"(r, {cols}) and ({rows}, r)")
-        model.config, model.parameters = self.config, self.parameters
-        model.adapter = MappingProxyType(dict(adapter))
-        model._connect()
+        check_adapted(self.parameters, adapter)
+        model._share(self.config, self.parameters, adapter)
         return model
 
     def __dealloc__(self):
@@ -561,9 +551,7 @@ cdef class PackedModel:
         view.bias = optional_vector(self.parameters.get(bias), view.rows, bias)
         if name in self.adapter:
             a, b = self.adapter[name]
-            view.adapter.rank = len(a)
-            view.adapter.a, view.adapter.b = float_pointer(a), float_pointer(b)
-            view.adapter.scale = 1.0
+            point_adapter(view, name, a, b, 1.0, 0)
         add_demand(&self.view.demand, view)
         return 0
 

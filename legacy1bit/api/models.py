@@ -12,10 +12,16 @@ import numpy.typing as npt
 from legacy1bit.api.arguments import arguments_of, check_names, naming_arguments
 from legacy1bit.api.output import output_of
 from legacy1bit.commands import evaluate as evaluate_command
-from legacy1bit.commands.export import FORMATS, export_model
+from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
 from legacy1bit.conversation import Conversation, choose_template
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, model_folder
+from legacy1bit.formats.adapters import ADAPTER_CONFIG_FILE, resolve
+from legacy1bit.formats.native import (
+    ADAPTER_FILE,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    model_folder,
+)
 from legacy1bit.formats.published import is_hugging_face
 from legacy1bit.generator import Completion, Generator, Stream
 from legacy1bit.hyperparams import ModelConfig, SamplingConfig
@@ -33,6 +39,7 @@ def load(
     head: str | None = None,
     activations: str = "int8",
     context: int | None = None,
+    adapters: Sequence[StrPath] = (),
 ) -> "Model":
     """Load a model of any known format.
 
@@ -51,6 +58,9 @@ def load(
         See ``Decoder``.
     context : int, optional
         The tokens that are kept; by default the model's context, at most 8192.
+    adapters : sequence of path-like
+        LoRA adapters on it: runs, folders of PEFT, GGUF files; ``"PATH:SCALE"`` multiplies one by a
+        factor. They are added.
 
     Raises
     ------
@@ -63,9 +73,10 @@ def load(
     """
     if not os.fspath(path):
         raise ValueError("path is empty, expected a model")
-    path = Path(path)
+    path, named = Path(path), tuple(os.fspath(adapter) for adapter in adapters)
     stamps = _stamps(path)
-    return Model(path, Generator.load(path, threads, form, head, activations, context), stamps)
+    generator = Generator.load(path, threads, form, head, activations, context, named)
+    return Model(path, generator, stamps, named)
 
 
 class Model:
@@ -78,6 +89,8 @@ class Model:
     generator : Generator
     stamps : dict
         When the model's files were written.
+    adapters : tuple of str
+        On the model.
 
     Attributes
     ----------
@@ -93,8 +106,11 @@ class Model:
     ``close``, or the end of a ``with``, releases the weights; streams keep them until they end.
     """
 
-    def __init__(self, path: Path, generator: Generator, stamps: "_Stamps") -> None:
+    def __init__(
+        self, path: Path, generator: Generator, stamps: "_Stamps", adapters: Sequence[str] = ()
+    ) -> None:
         self.path, self.generator, self._stamps = path, generator, stamps
+        self._adapters = tuple(adapters)
 
     def __enter__(self) -> Self:
         return self
@@ -223,7 +239,7 @@ class Model:
         settings = _sampling(sampling)
         wanted = None if template is None else Path(template)
         with naming_arguments():
-            chosen = choose_template(wanted, self.path, self.tokenizer)
+            chosen = choose_template(wanted, resolve(self.path, ())[0], self.tokenizer)
         conversation = Conversation(self.generator, chosen, settings, max_tokens)
         conversation.system = system
         conversation.stop += tuple(stop)
@@ -276,8 +292,8 @@ class Model:
             If a file cannot be read.
         """
         self._check_unchanged()
-        arguments = arguments_of(evaluate_command, settings | {"data": data}, ("model",))
-        arguments.model = self.path
+        arguments = arguments_of(evaluate_command, settings | {"data": data}, ("model", "adapter"))
+        arguments.model, arguments.adapter = self.path, list(self._adapters)
         with naming_arguments(arguments):
             return evaluate_command.measure(arguments, output_of()).metrics
 
@@ -290,7 +306,7 @@ class Model:
         ----------
         path : path-like
             A file, or a new or empty folder for a model that is a folder.
-        format : {"gguf", "c", "safetensors", "c-v1"}, optional
+        format : {"gguf", "c", "safetensors", "c-v1", "peft", "gguf-adapter"}, optional
             A form for other programs, as ``legacy1bit export`` writes it. Without one the model's
             own files are copied, as hard links where the file system has them.
 
@@ -306,10 +322,12 @@ class Model:
         self._check_unchanged()
         with naming_arguments():
             if format is not None:
-                if format not in FORMATS:
-                    expected = ", ".join(FORMATS)
+                if format not in (*FORMATS, *ADAPTER_FORMATS):
+                    expected = ", ".join((*FORMATS, *ADAPTER_FORMATS))
                     raise ValueError(f"format is {format!r}, expected one of {expected}")
-                export_model(self.path, target, format)
+                export_model(self.path, target, format, adapters=self._adapters)
+            elif self._adapters:
+                raise ValueError("the model has adapters: format says how they are saved with it")
             elif self.path.is_dir():
                 if target.exists() and not (target.is_dir() and not any(target.iterdir())):
                     raise ValueError(f"{target} is not an empty folder: name another")
@@ -345,5 +363,6 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if is_hugging_face(path):
         return sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    files = (model_folder(path) / name for name in (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE))
+    names = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE)
+    files = (model_folder(path) / name for name in names)
     return [file for file in files if file.exists()]

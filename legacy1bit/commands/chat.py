@@ -21,6 +21,7 @@ from legacy1bit.commands.options import (
     write_bytes,
 )
 from legacy1bit.conversation import THINKING, Conversation, choose_template
+from legacy1bit.formats.adapters import resolve
 from legacy1bit.system.errors import INTERRUPTED
 from legacy1bit.system.files import atomic_write
 
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"standard {name} is closed")
     path = arguments.model or latest_run()
     with load_generator(arguments, path, threads) as generator:
+        path, _ = resolve(path, arguments.adapter)
         template = choose_template(arguments.template, path, generator.tokenizer)
         with Conversation(generator, template, sampling, arguments.max_tokens) as conversation:
             if arguments.thinking is not None:

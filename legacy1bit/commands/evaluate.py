@@ -9,6 +9,7 @@ from legacy1bit.commands.options import (
     add_settings,
     given,
     latest_run,
+    read_model,
     threads_of,
 )
 from legacy1bit.commands.progress import STANDARD_ERROR, Output
@@ -16,9 +17,9 @@ from legacy1bit.commands.texts import add_cache, moved, paths_named
 from legacy1bit.data.corpus import open_corpus, open_text
 from legacy1bit.data.origin import DataOrigin
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.adapters import resolve
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import DataConfig
-from legacy1bit.model import load_model
 from legacy1bit.training.evaluation import Metrics, evaluate, recall_of_heroes
 from legacy1bit.training.run import Run
 
@@ -94,9 +95,10 @@ def measure(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> M
     """
     threads = threads_of(arguments)
     folder = arguments.model or latest_run()
-    model = load_model(folder)
+    place, adapters = resolve(folder, arguments.adapter)
+    model = read_model(place, adapters)
     config = model.config
-    tokenizer = read_tokenizer(folder, config.vocab_size)
+    tokenizer = read_tokenizer(place, config.vocab_size)
     places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
     if arguments.data is None:
         settings = Run(folder).settings()

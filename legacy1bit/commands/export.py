@@ -2,19 +2,34 @@
 
 import argparse
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 from legacy1bit.commands.options import add_model, latest_run, path_of, read_model
 from legacy1bit.data.tokenizer import Tokenizer
+from legacy1bit.formats.adapters import (
+    combine,
+    merged_model,
+    read_adapter,
+    resolve,
+    write_gguf,
+    write_peft,
+)
+from legacy1bit.formats.published import read_model as read_settings
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.model import LegacyLLM
 from legacy1bit.training.run import Run
 
+# Adapters alone, for the model that they are on.
+ADAPTER_FORMATS = ("peft", "gguf-adapter")
+
 _TYPES = ("tq2_0", "tq1_0", "q2_0", "f16", "f32")
 _EMBEDDING_TYPES = ("f32", "f16", "q8_0", "tq2_0", "tq1_0", "q2_0")
+
+# Adapters alone, for the model that they are on.
+ADAPTER_FORMATS = ("peft", "gguf-adapter")
 
 
 class _Types(NamedTuple):
@@ -76,7 +91,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         "Write a model as a file for other programs. gguf: for llama.cpp, with its tokenizer. "
         "c: one C99 file, weights inside. safetensors: a folder that Hugging Face's transformers "
-        "loads. c-v1: the file of the C original, with the provenance as .json beside it."
+        "loads. c-v1: the file of the C original, with the provenance as .json beside it. An "
+        "--adapter is added to the weights, which become floats; peft and gguf-adapter write the "
+        "adapters alone, as a folder for Hugging Face's PEFT or a file for llama.cpp."
     )
     add_model(command)
     command.add_argument(
@@ -86,7 +103,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="the file to write; a folder for safetensors",
     )
-    command.add_argument("--format", choices=FORMATS, required=True, help="format of the file")
+    command.add_argument(
+        "--format",
+        choices=(*FORMATS, *ADAPTER_FORMATS),
+        required=True,
+        help="format of the file",
+    )
     command.add_argument(
         "--type",
         choices=_TYPES,
@@ -108,6 +130,7 @@ def export_model(
     kind: str,
     types: tuple[str | None, str | None] = (None, None),
     license: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> str:
     """Write a model as a file for other programs, and return how that is used.
 
@@ -117,10 +140,12 @@ def export_model(
         Of a model of any known format.
     out : Path
     kind : str
-        One of ``FORMATS``.
+        One of ``FORMATS`` or ``ADAPTER_FORMATS``.
     types : (str or None, str or None)
         Of the matrices, and of embedding and output matrix, in GGUF; None: the default.
     license : str, optional
+    adapters : sequence of str
+        On the model, ``PATH[:SCALE]`` each.
 
     Raises
     ------
@@ -128,12 +153,37 @@ def export_model(
         If the model cannot be read, or has no such form.
     """
     _check_output(out, path)
+    path, named = resolve(path, adapters)
+    if kind in ADAPTER_FORMATS:
+        return _export_adapters(path, named, out, kind)
     model = read_model(path)
+    if named:
+        model = merged_model(
+            model, [(read_adapter(place, model.config), factor) for place, factor in named]
+        )
     known = read_tokenizer(path, model.config.vocab_size)
     tokenizer = None if known.kind == "unknown" else known
     if license is not None:
         model.provenance = replace(model.provenance, license=license)
     return FORMATS[kind](model, out, _Types(*types), tokenizer)
+
+
+def _export_adapters(path: Path, named: Sequence[tuple[Path, float]], out: Path, kind: str) -> str:
+    """Write the sum of adapters, and return how it is used."""
+    if not named:
+        raise ValueError(f"--format {kind} needs an --adapter")
+    config, *_ = read_settings(path)
+    adapters = [(read_adapter(place, config), factor) for place, factor in named]
+    # A single one keeps its alpha.
+    single = len(adapters) == 1 and adapters[0][1] == 1.0
+    adapter = replace(
+        adapters[0][0] if single else combine(adapters), base_model=str(path.absolute())
+    )
+    if kind == "peft":
+        write_peft(adapter, config, out)
+        return f"load it: peft.PeftModel.from_pretrained(model, {str(out)!r})"
+    write_gguf(adapter, config, out)
+    return f"use it with llama.cpp: llama-completion -m MODEL --lora {_quote(out)} -p TEXT"
 
 
 def _check_output(out: Path, model: Path) -> None:
@@ -150,7 +200,9 @@ def run(arguments: argparse.Namespace) -> int:
         if given is not None and arguments.format != "gguf":
             raise ValueError(f"{option} is for --format gguf, not {arguments.format}")
     path = arguments.model or latest_run()
-    hint = export_model(path, arguments.out, arguments.format, types, arguments.license)
+    hint = export_model(
+        path, arguments.out, arguments.format, types, arguments.license, arguments.adapter
+    )
     files = [arguments.out] if arguments.out.is_file() else sorted(arguments.out.iterdir())
     size = sum(file.stat().st_size for file in files)
     print(f"{arguments.out}: {size:,} bytes; {hint}")

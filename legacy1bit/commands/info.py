@@ -4,6 +4,7 @@ import argparse
 from dataclasses import asdict
 
 from legacy1bit.commands.options import add_model, latest_run, read_model
+from legacy1bit.formats.adapters import read_adapter, resolve
 from legacy1bit.model import TernaryMatrix
 from legacy1bit.training.evaluation import code_fractions
 
@@ -15,7 +16,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print settings, sizes and the fraction of each code in every matrix."""
-    folder = arguments.model or latest_run()
+    folder, adapters = resolve(arguments.model or latest_run(), arguments.adapter)
     model = read_model(folder)
     settings = asdict(model.config) | model.provenance.to_dict()
     rows = {
@@ -24,6 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
         "parameters": f"{model.num_parameters:,}",
         "stored": f"{model.stored_bytes():,} bytes of weights",
     }
+    for path, factor in adapters:
+        adapter = read_adapter(path, model.config)
+        rows[f"adapter {path}"] = (
+            f"rank {adapter.rank}, {', '.join(adapter.targets)}, times {factor:g}"
+        )
     for name, value in rows.items():
         print(f"{name:<{max(map(len, rows))}}  {value}")
     matrices = code_fractions(model)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.data_utils import with_line_breaks
+from legacy1bit.formats.adapters import read_adapters
 from legacy1bit.formats.c_v1 import import_c_v1
 from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.generator import MOST_CONTEXT, Generator
@@ -139,12 +140,20 @@ def new_folder(text: str) -> Path:
 
 
 def add_model(command: argparse.ArgumentParser) -> None:
-    """Add the option that names a model."""
+    """Add the options that name a model, and adapters on it."""
     command.add_argument(
         "--model",
         metavar="PATH",
         type=path_of,
         help="a run's folder (default: the latest), a GGUF file, or a folder of Hugging Face",
+    )
+    command.add_argument(
+        "--adapter",
+        metavar="PATH[:SCALE]",
+        action="append",
+        default=[],
+        help="a LoRA adapter on the model: a run, a folder of PEFT, or a GGUF file; may be given "
+        "several times, and each may be multiplied by a factor",
     )
 
 
@@ -215,6 +224,7 @@ def load_generator(arguments: argparse.Namespace, model: Path, threads: int | No
         head=arguments.head,
         activations=arguments.activations,
         context=arguments.context,
+        adapters=arguments.adapter,
     )
 
 
@@ -267,8 +277,8 @@ def threads_of(arguments: argparse.Namespace) -> int:
     return min(int(arguments.threads), available_cores())
 
 
-def read_model(path: Path) -> LegacyLLM:
-    """Return a model of any known format, with its provenance.
+def read_model(path: Path, adapters: Sequence[tuple[Path, float]] = ()) -> LegacyLLM:
+    """Return a model of any known format, with its provenance and adapters on it.
 
     Raises
     ------
@@ -276,7 +286,8 @@ def read_model(path: Path) -> LegacyLLM:
         If it cannot be read.
     """
     is_c_v1 = path.is_file() and not is_gguf(path)
-    return import_c_v1(path) if is_c_v1 else load_model(path)
+    model = import_c_v1(path) if is_c_v1 else load_model(path)
+    return model.with_adapter(read_adapters(adapters, model.config)) if adapters else model
 
 
 def write_bytes(data: bytes) -> None:

@@ -21,12 +21,12 @@ import numpy.typing as npt
 from legacy1bit.formats.families import Pairs, family_of, row_order, tensor_names
 from legacy1bit.formats.ggml import load_gguf
 from legacy1bit.formats.gguf_file import read_container
-from legacy1bit.formats.native import check_finite
+from legacy1bit.formats.native import ADAPTER_FILE, WEIGHTS_FILE, check_finite, model_folder
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.formats.published import ARCHITECTURES, FLOAT_TYPES, Settings, refusing, telling
 from legacy1bit.formats.safetensors_file import read_file
 from legacy1bit.formats.tensor_types import Floats
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import SETTINGS_FILE, ModelConfig
 from legacy1bit.layout import parameter_layout
 from legacy1bit.model import LegacyLLM, TernaryMatrix
 from legacy1bit.schemes import FLOAT
@@ -37,7 +37,7 @@ from legacy1bit.system.files import (
     serialize_tensors,
 )
 
-ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 _Floats = npt.NDArray[np.float32]
 
@@ -181,6 +181,42 @@ def split_scale(text: str) -> tuple[str, float]:
     return path, factor
 
 
+def resolve(model: Path, adapters: Sequence[str]) -> tuple[Path, list[tuple[Path, float]]]:
+    """Return where a model is, and the adapters on it with their factors.
+
+    Parameters
+    ----------
+    model : Path
+        A model; or a run that has trained an adapter, which stands for its model and that.
+    adapters : sequence of str
+        Each as ``PATH[:SCALE]``.
+
+    Raises
+    ------
+    ValueError
+        If a factor is no finite number, or the folder has an adapter without the place of a model.
+    """
+    named = [(Path(path), factor) for path, factor in map(split_scale, adapters)]
+    if not (model / ADAPTER_CONFIG_FILE).is_file() or (model / WEIGHTS_FILE).exists():
+        return model, named
+    base = None
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        base = json.loads(read_regular(model / SETTINGS_FILE))["source"]["from"]
+    if not isinstance(base, str) or not base:
+        raise ValueError(
+            f"{model} is an adapter: name its model with --model, and this with --adapter"
+        )
+    return Path(base), [(model, 1.0), *named]
+
+
+def read_adapters(
+    named: Sequence[tuple[Path, float]], config: ModelConfig
+) -> dict[str, tuple[_Floats, _Floats]]:
+    """Return the sum of adapters as ``LegacyLLM.with_adapter`` takes it; errors are theirs."""
+    adapters = [(read_adapter(path, config), factor) for path, factor in named]
+    return {name: (pair.a, pair.b) for name, pair in combine(adapters).pairs.items()}
+
+
 # --- Several adapters; merging --------------------------------------------------------------------
 
 
@@ -294,7 +330,10 @@ def read_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraWeigh
     """
     path = Path(path)
     with refusing(path):
-        adapter = _read_peft(path, config) if path.is_dir() else _read_gguf(path, config)
+        # Of a run that of its best step.
+        adapter = (
+            _read_peft(model_folder(path), config) if path.is_dir() else _read_gguf(path, config)
+        )
         names = adaptable(config)
         pairs = {name: adapter.pairs[name] for name in names if name in adapter.pairs}
         adapter = replace(adapter, pairs=pairs)

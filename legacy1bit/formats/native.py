@@ -39,6 +39,8 @@ from legacy1bit.system.files import (
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+# The weights of an adapter, which a run may have in place of a model.
+ADAPTER_FILE = "adapter_model.safetensors"
 # Of a run: the state it resumes from, and the folder of its best model.
 CHECKPOINT_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
@@ -228,7 +230,8 @@ def model_folder(run: Path) -> Path:
         A folder. One that is not a run's, or whose last model is the best, is returned as it is.
     """
     best = run / BEST_FOLDER
-    if not (run / WEIGHTS_FILE).is_file():
+    files = [name for name in (WEIGHTS_FILE, ADAPTER_FILE) if (run / name).is_file()]
+    if not files:
         return run
     last, best_step = _steps_of(run)
     copied = _steps_of(best)[0]
@@ -241,8 +244,11 @@ def model_folder(run: Path) -> Path:
         # Its checkpoint is copied last.
         if copied != best_step:
             raise ModelFileError(f"{best} does not hold the model of step {best_step}")
-        for _ in read_folder(best)[2]:
-            pass
+        if files[0] == ADAPTER_FILE:
+            read_file(best / ADAPTER_FILE)
+        else:
+            for _ in read_folder(best)[2]:
+                pass
     except (ModelFileError, OSError) as error:
         print(f"{describe(error)}: using the last model instead of the best", file=sys.stderr)
         return run
