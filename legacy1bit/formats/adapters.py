@@ -55,7 +55,7 @@ _PEFT_SETTINGS = {
     *("loftq_config", "eva_config", "qalora_group_size"),
 }
 # Ways to begin a training that leave the weights of the model as they are.
-_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoraPair(NamedTuple):
