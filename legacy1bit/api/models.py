@@ -15,6 +15,8 @@ from legacy1bit.commands import evaluate as evaluate_command
 from legacy1bit.commands.export import FORMATS, export_model
 from legacy1bit.conversation import Conversation, choose_template
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from legacy1bit.formats.c_v1 import copy_with_provenance
+from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.formats.native import CONFIG_FILE, WEIGHTS_FILE, model_folder
 from legacy1bit.formats.published import is_hugging_face
 from legacy1bit.generator import Completion, Generator, Stream
@@ -297,8 +299,8 @@ class Model:
         Raises
         ------
         ValueError
-            If the folder is not empty, the model has no such form, or its file has changed since
-            it was loaded.
+            If the folder is not empty, the model has no such form, its file has changed since it
+            was loaded, or another file has the name of its provenance.
         OSError
             If a file cannot be read or written.
         """
@@ -314,8 +316,10 @@ class Model:
                 if target.exists() and not (target.is_dir() and not any(target.iterdir())):
                     raise ValueError(f"{target} is not an empty folder: name another")
                 atomic_copies(_files(self.path), target)
-            else:
+            elif is_gguf(self.path):
                 atomic_copy(self.path, target)
+            else:
+                copy_with_provenance(self.path, target)
 
     def _check_unchanged(self) -> None:
         if _stamps(self.path) != self._stamps:
