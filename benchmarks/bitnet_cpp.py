@@ -1,4 +1,4 @@
-"""bitnet.cpp's I2_S kernels, compiled alone from a source tree that is given."""
+"""bitnet.cpp: its I2_S kernels, compiled alone from a source tree that is given; its program."""
 
 import shutil
 from pathlib import Path
@@ -6,6 +6,8 @@ from pathlib import Path
 from benchmarks.llama_cpp import run
 
 KERNELS = Path("src/ggml-bitnet-mad.cpp")
+# Where its own build, ``setup_env.py`` or CMake in ``build``, leaves it.
+PROGRAM = Path("build/bin/llama-bench")
 _DRIVER = Path(__file__).with_suffix(".cpp")
 # Of llama.cpp, which is not in every copy of the source; the driver declares what is used of them.
 _NOT_NEEDED = ("ggml.h", "ggml-backend.h", "ggml-quants.h", "ggml-cpu-impl.h")
@@ -53,3 +55,17 @@ def run_kernels(program: Path, size: int, rows: int, least: float) -> float:
         If the program fails, or its sums are wrong.
     """
     return float(run([str(program), str(size), str(rows), str(least)], "bitnet.cpp"))
+
+
+def find_bench(source: Path) -> Path:
+    """Return the path of bitnet.cpp's ``llama-bench``, which runs whole models.
+
+    Raises
+    ------
+    ValueError
+        If it is not built.
+    """
+    program = (source / PROGRAM).resolve()
+    if not program.is_file():
+        raise ValueError(f"{program} is missing: build bitnet.cpp there, as its README says")
+    return program

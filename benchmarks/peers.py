@@ -3,7 +3,8 @@
 Training beside a twin of the model in PyTorch, eagerly and under ``torch.compile``; decoding and
 prompts beside llama.cpp, built for this CPU and compared with our widest instruction set, and built
 without AVX and compared with our narrower ones; products of ternary matrices beside bitnet.cpp's
-I2_S kernels, where its source is given. Every row names its CPU and instruction set.
+I2_S kernels, where its source is given, and with --published the whole model beside its program, if
+that is built. Every row names its CPU and instruction set.
 """
 
 import argparse
@@ -43,7 +44,12 @@ PAUSE = 0.2
 LEAST_SECONDS = 0.2
 
 # Our instruction sets beside a build of llama.cpp; beside the native one the widest.
-BESIDE = {"only-avx2": ("avx2",), "noavx": ("sse2", "ssse3", "sse41")}
+BESIDE = {
+    "only-avx2": ("avx2",),
+    "noavx": ("sse2", "ssse3", "sse41"),
+    # Its kernels are written for AVX2.
+    "bitnet.cpp": ("avx2",),
+}
 
 # Shapes of published models, with the types of their matrices and of their heads.
 PUBLISHED = {
@@ -51,6 +57,8 @@ PUBLISHED = {
     "BitNet 2B-4T, Q6_K head": (BITNET_2B, "TQ2_0", "Q6_K"),
     "Bonsai 1.7B": (BONSAI_1_7B, "Q2_0", ""),
 }
+# The same for bitnet.cpp, whose type it is.
+OF_BITNET = {"BitNet 2B-4T, I2_S, F16 head": (BITNET_2B, "I2_S", "F16")}
 _LONG_PROMPT, _FEW_TOKENS = 512, 16
 
 # By column; ratios are to the first of a row.
@@ -224,6 +232,42 @@ def bitnet_turns(
     return turns
 
 
+def published_results(
+    programs: Mapping[str, Path],
+    shapes: Mapping[str, tuple[ModelConfig, str, str]],
+    folder: Path,
+    threads: Sequence[int],
+    rounds: int,
+) -> dict[str, Result]:
+    """Time prompts and decoding of random models of published shapes: theirs and ours.
+
+    Parameters
+    ----------
+    programs : mapping of str to Path
+        ``llama-bench`` by the name of its build.
+    shapes : mapping of str to (ModelConfig, str, str)
+        By a model's name its settings, and the types of its matrices and of its head.
+    folder : Path
+        Where the models are, or are written to.
+    threads : sequence of int
+    rounds : int
+
+    Raises
+    ------
+    ValueError
+        If a program fails, or gguf is needed and not installed.
+    """
+    results: dict[str, Result] = {}
+    for label, shape in shapes.items():
+        file = find_published(folder, *shape)
+        packed = PackedModel.load(file)
+        for count in threads:
+            beside = {label: (file, Decoder(packed, count, 1024))}
+            turns = decoding_turns(programs, beside, _LONG_PROMPT, _FEW_TOKENS)
+            results |= take_turns(turns, rounds)
+    return results
+
+
 def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
@@ -331,7 +375,7 @@ def _parser() -> argparse.ArgumentParser:
         group.add_argument(f"--llama-bench-{name}", type=Path, metavar="FILE", help="a built one")
     parser.add_argument(
         "--bitnet-cpp", type=Path, metavar="DIR", help="the source of bitnet.cpp, whose kernels "
-        "are compiled and measured, too",
+        f"are compiled and measured, too; with --published also its {bitnet_cpp.PROGRAM}",
     )  # fmt: skip
     parser.add_argument("--folder", type=Path, default=Path("build/peers"), metavar="DIR")
     parser.add_argument(
@@ -362,6 +406,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     before = math_ops.simd_level()
     tiers = {"float32": before, "bf16": before, "bitnet.cpp": "native"}
     results: dict[str, Result] = {}
+    time_published = functools.partial(
+        published_results, folder=arguments.folder, threads=counts, rounds=arguments.rounds
+    )
     try:
         # Compiled first: a wrong path is known before minutes have passed.
         kernels = None
@@ -388,15 +435,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                         for kind, form in llama_cpp.TYPES.items()
                     }
                     results |= take_turns(decoding_turns(programs, beside), arguments.rounds)
-            for label, shape in PUBLISHED.items() if arguments.published else ():
-                file = find_published(arguments.folder, *shape)
-                packed = PackedModel.load(file)
-                for count in counts:
-                    beside = {label: (file, Decoder(packed, count, 1024))}
-                    turns = decoding_turns(programs, beside, _LONG_PROMPT, _FEW_TOKENS)
-                    results |= take_turns(turns, arguments.rounds)
+            if arguments.published:
+                results |= time_published(programs, PUBLISHED)
         if kernels is not None:
             results |= take_turns(bitnet_turns(kernels), arguments.rounds, unit="GMAC/s")
+            if arguments.published:
+                program = bitnet_cpp.find_bench(arguments.bitnet_cpp)
+                results |= time_published({"bitnet.cpp": program}, OF_BITNET)
     except ValueError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     finally:

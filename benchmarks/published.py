@@ -1,4 +1,4 @@
-"""Random models with the shapes of published ones, as GGUF files that llama.cpp reads, too.
+"""Random models with the shapes of published ones, as GGUF files of llama.cpp and bitnet.cpp.
 
 Speed depends on shapes and types alone, so that no weights need to be downloaded.
 """
@@ -70,8 +70,8 @@ def write_random(config: ModelConfig, kind: str, head: str, file: Path) -> None:
     ----------
     config : ModelConfig
     kind, head : str
-        The types of matrices of codes (TQ2_0 or Q2_0), and of embedding and output matrix where
-        they are floats (F16, Q8_0 or Q6_K).
+        The types of matrices of codes (TQ2_0, Q2_0, or I2_S for bitnet.cpp), and of embedding and
+        output matrix where they are floats (F16, Q8_0 or Q6_K).
     file : Path
 
     Raises
@@ -110,7 +110,7 @@ def write_random(config: ModelConfig, kind: str, head: str, file: Path) -> None:
 def _random_tensor(
     rng: np.random.Generator, kind: str, shape: tuple[int, ...], scale: str
 ) -> npt.NDArray[Any]:
-    """Return the bytes of a matrix, uint8[R, bytes]."""
+    """Return the bytes of a matrix, uint8[R, bytes] or uint8[bytes]."""
     rows, cols = shape
     stored = next(one for one in TYPES.values() if one.name == kind)
     blocks = rng.integers(0, 256, (rows, cols // stored.block, stored.bytes), np.uint8)
@@ -118,6 +118,10 @@ def _random_tensor(
         return (rng.random(shape, np.float32) - 0.5).astype("<f2").view(np.uint8)
     if stored.is_ternary:
         blocks = _FOURS[blocks % len(_FOURS)]
+        if kind == "I2_S":
+            # One scale for the matrix, behind its codes, and 28 other bytes.
+            last = np.array([2.0**-6] * 8, "<f4").view(np.uint8)
+            return np.concatenate([blocks.reshape(-1), last])
         at = _SCALE_AT[kind]
         blocks[..., at : at + 2] = _SCALE
         if scale.isdigit():

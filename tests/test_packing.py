@@ -20,6 +20,7 @@ from legacy1bit.packing import (
     Values,
     block_scales,
     merge_scales,
+    read_floats,
     stored_size,
 )
 from legacy1bit.schemes import SCHEMES
@@ -294,6 +295,61 @@ def test_scales_are_merged_where_they_are_the_same():
 
 
 # --- Memory ---------------------------------------------------------------------------------------
+
+
+def every_number(kind):
+    """All numbers of two bytes, or of four those around each of them: bytes, and float64."""
+    upper = np.arange(1 << 16, dtype="<u4")
+    if kind == "F16":
+        sign, exponent, fraction = upper >> 15, (upper >> 10 & 31).astype(int), upper & 0x3FF
+        size = np.where(
+            exponent == 0, fraction * 2.0**-24, (fraction + 1024.0) * 2.0 ** (exponent - 25)
+        )
+        size[exponent == 31] = np.inf
+        return upper.astype("<u2").view(np.uint8), np.where(sign, -size, size)
+    if kind == "BF16":
+        bits, raw = upper << 16, upper.astype("<u2")
+    else:
+        bits = raw = (upper[:, None] << 16 | np.array([0, 1, 0xFFFF], "<u4")).ravel()
+    sign, exponent, fraction = bits >> 31, (bits >> 23 & 255).astype(int), bits & 0x7FFFFF
+    size = np.where(exponent == 0, fraction * 2.0**-149,
+                    (fraction + 2.0**23) * 2.0 ** np.maximum(exponent - 150.0, -149))  # fmt: skip
+    size[exponent == 255] = np.inf
+    return raw.view(np.uint8), np.where(sign, -size, size)
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_floats_are_read_exactly(kind):
+    data, expected = every_number(kind)
+    finite = np.isfinite(expected)
+    rows = data.reshape(len(expected), -1)
+    expected = expected[finite].astype(np.float32)
+    assert_same_bits(read_floats(kind, rows[finite].reshape(-1)), expected)
+    # Places that are no multiple of a number's size, and counts that are none of a vector's lanes.
+    moved = np.concatenate([np.zeros(1, np.uint8), rows[finite].reshape(-1)])
+    for count in (1, 2, 3, 5, 8, 13, 100):
+        first = moved[1 : 1 + count * rows.shape[1]]
+        assert_same_bits(read_floats(kind, first), expected[:count])
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "F32"])
+def test_floats_that_are_not_finite_are_refused(kind):
+    data, expected = every_number(kind)
+    rows = data.reshape(len(expected), -1)
+    wrong = rows[~np.isfinite(expected)]
+    assert len(wrong) == {"F16": 2048, "BF16": 256, "F32": 768}[kind]
+    for row in wrong[:: max(len(wrong) // 100, 1)]:
+        for place in (0, 5, 18):
+            numbers = np.zeros((19, len(row)), np.uint8)
+            numbers[place] = row
+            with pytest.raises(ValueError, match="holds a number that is not finite"):
+                read_floats(kind, numbers.reshape(-1))
+
+
+@pytest.mark.parametrize(("kind", "size"), [("F16", 3), ("BF16", 0), ("F32", 6)])
+def test_floats_of_another_size_are_refused(kind, size):
+    with pytest.raises(ValueError, match=f"data has {size} bytes, expected numbers of [24]"):
+        read_floats(kind, np.zeros(size, np.uint8))
 
 
 def test_released_arrays_are_as_they_were(tmp_path):

@@ -16,6 +16,8 @@ from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
 from legacy1bit.conversation import Conversation, choose_template
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.formats.adapters import ADAPTER_CONFIG_FILE, resolve
+from legacy1bit.formats.c_v1 import copy_with_provenance
+from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.formats.native import (
     ADAPTER_FILE,
     CONFIG_FILE,
@@ -313,8 +315,8 @@ class Model:
         Raises
         ------
         ValueError
-            If the folder is not empty, the model has no such form, or its file has changed since
-            it was loaded.
+            If the folder is not empty, the model has no such form, its file has changed since it
+            was loaded, or another file has the name of its provenance.
         OSError
             If a file cannot be read or written.
         """
@@ -332,8 +334,10 @@ class Model:
                 if target.exists() and not (target.is_dir() and not any(target.iterdir())):
                     raise ValueError(f"{target} is not an empty folder: name another")
                 atomic_copies(_files(self.path), target)
-            else:
+            elif is_gguf(self.path):
                 atomic_copy(self.path, target)
+            else:
+                copy_with_provenance(self.path, target)
 
     def _check_unchanged(self) -> None:
         if _stamps(self.path) != self._stamps:

@@ -55,7 +55,7 @@ _PEFT_SETTINGS = {
     *("loftq_config", "eva_config", "qalora_group_size"),
 }
 # Ways to begin a training that leave the weights of the model as they are.
-_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal")
+_BEGINNINGS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
 
 
 class LoraPair(NamedTuple):
@@ -358,12 +358,13 @@ def _read_peft(folder: Path, config: ModelConfig) -> LoraWeights:
             )
         raise ValueError(f"it has no {ADAPTER_FILE}")
     tensors, header = read_file(folder / ADAPTER_FILE)
-    modules = {_module(name.transformers): ours for ours, name in tensor_names(config).items()}
+    names = tensor_names(config)
+    modules = {_module(names[ours].transformers): ours for ours in adaptable(config)}
     found: dict[str, dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         match = re.fullmatch(r"base_model\.model\.(.+)\.lora_([AB])\.weight", name)
         ours = modules.get(match[1]) if match else None
-        if match is None or ours not in adaptable(config):
+        if match is None or ours is None:
             raise ValueError(
                 f"it has the tensor {name[:200]}, expected lora_A and lora_B of matrices in the "
                 "model's blocks only"
@@ -375,7 +376,7 @@ def _read_peft(folder: Path, config: ModelConfig) -> LoraWeights:
     rank, alpha = own.integer("r"), own.number("lora_alpha")
     pairs = {}
     for ours, parts in found.items():
-        module = _module(tensor_names(config)[ours].transformers)
+        module = _module(names[ours].transformers)
         a, b = _both(ours, parts)
         expected = _by_pattern(own, "rank_pattern", module, rank)
         if len(a) != expected:
@@ -442,12 +443,13 @@ def _read_gguf(path: Path, config: ModelConfig) -> LoraWeights:
     family = ARCHITECTURES[architecture][0] if architecture in ARCHITECTURES else None
     if family is None or not family.fits(config):
         raise ValueError(f"it is an adapter of {architecture[:100]!r}, and the model is another")
-    names = {theirs.llama_cpp: ours for ours, theirs in tensor_names(config).items()}
+    names = tensor_names(config)
+    matrices = {names[ours].llama_cpp: ours for ours in adaptable(config)}
     found: dict[str, dict[str, Floats]] = {}
     for name, tensor in tensors.items():
         theirs, _, part = name.rpartition(".lora_")
-        ours = names.get(theirs)
-        if part not in ("a", "b") or ours not in adaptable(config):
+        ours = matrices.get(theirs)
+        if part not in ("a", "b") or ours is None:
             raise ValueError(
                 f"it has the tensor {name[:200]}, expected lora_a and lora_b of matrices in the "
                 "model's blocks only"

@@ -11,7 +11,12 @@ from pathlib import Path
 from legacy1bit.data.tokenizer import Tokenizer, check_bytes
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.model import LegacyLLM, ModelFileError, load_model, serialize_c_v1
-from legacy1bit.system.files import NAME_CHARACTERS, atomic_write_all, read_regular
+from legacy1bit.system.files import (
+    NAME_CHARACTERS,
+    atomic_copy,
+    atomic_write_all,
+    read_regular,
+)
 
 # The longest file name, in bytes.
 _LONGEST_NAME = 255
@@ -24,6 +29,14 @@ def _beside(path: str | os.PathLike[str]) -> Path:
         short = f"{path.name[:NAME_CHARACTERS]}.{hashlib.sha256(name).hexdigest()[:16]}.json"
         return path.parent / short
     return path.parent / f"{path.name}.json"
+
+
+def _place_beside(path: str | os.PathLike[str]) -> Path:
+    """Return where the provenance of a file goes, unless something else is there."""
+    beside = _beside(path)
+    if beside.is_file() and not _is_ours(beside):
+        raise ValueError(f"{beside} is something else, expected the provenance of an earlier file")
+    return beside
 
 
 def _is_ours(path: Path) -> bool:
@@ -47,9 +60,7 @@ def export_c_v1(
         If a file cannot be written.
     """
     check_bytes(tokenizer)
-    beside = _beside(path)
-    if beside.is_file() and not _is_ours(beside):
-        raise ValueError(f"{beside} is something else, expected the provenance of an earlier file")
+    beside = _place_beside(path)
     content = {
         "config": model.config.to_dict(),
         "scheme": model.config.scheme,
@@ -78,3 +89,22 @@ def import_c_v1(path: str | os.PathLike[str]) -> LegacyLLM:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ModelFileError(f"{beside} is damaged: {error}") from None
     return model
+
+
+def copy_with_provenance(source: Path, target: Path) -> None:
+    """Copy a file, with the provenance beside it if it has one.
+
+    Raises
+    ------
+    ValueError
+        If another file has the name of the copied provenance.
+    OSError
+        If a file cannot be read or written.
+    """
+    provenance, beside = _beside(source), _place_beside(target)
+    atomic_copy(source, target)
+    if provenance.is_file() and _is_ours(provenance):
+        atomic_copy(provenance, beside)
+    else:
+        # Of the file that was replaced.
+        beside.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from legacy1bit.packing import Tiles, Values, block_scales, merge_scales
+from legacy1bit.packing import Tiles, Values, block_scales, merge_scales, read_floats
 from legacy1bit.system.files import release
 
 _Floats = npt.NDArray[np.float32]
@@ -265,8 +265,11 @@ class Floats:
         ValueError
             If a number is not finite.
         """
+        stored, decode = self._rows[strip], _DECODE.get(self._kind.name)
+        if decode is None:
+            return read_floats(self._kind.name, stored.reshape(-1)).reshape(len(stored), -1)
         with np.errstate(all="ignore"):
-            values: _Floats = _DECODE[self._kind.name](self._rows[strip])
+            values: _Floats = decode(stored)
         if not np.isfinite(values).all():
             raise ValueError("holds a number that is not finite")
         return values
@@ -367,10 +370,6 @@ def _write_codes(target: Tiles | Values, codes: _Floats, places: _Places) -> Non
     target.write("int8", codes.astype(np.int8).view(np.uint8).reshape(-1), len(codes), places)
 
 
-def _of_bf16(rows: _Bytes) -> _Floats:
-    return (rows.view("<u2").astype(np.uint32) << 16).view(np.float32)
-
-
 def _halves(data: _Bytes) -> _Floats:
     """Return numbers of two bytes in the last axis as float32[..., 1]."""
     return np.ascontiguousarray(data).view("<f2").astype(np.float32)
@@ -415,10 +414,8 @@ def _of_q6_k(rows: _Bytes) -> _Floats:
     return values.reshape(len(rows), -1)
 
 
+# Other types are numbers that packing reads.
 _DECODE: dict[str, Any] = {
-    "F32": lambda rows: rows.view("<f4").astype(np.float32),
-    "F16": lambda rows: rows.view("<f2").astype(np.float32),
-    "BF16": _of_bf16,
     "Q8_0": _of_q8_0,
     "Q4_0": _of_q4_0,
     "Q4_K": _of_q4_k,

@@ -19,10 +19,12 @@ from helpers.published import GOLDEN, golden, with_golden_models
 from helpers.runs import TEXT
 from legacy1bit.api.models import Model
 from legacy1bit.data.tokenizer import ByteTokenizer
+from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
 from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.formats.hugging_face import export_hugging_face
+from legacy1bit.formats.provenance import Provenance
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import SamplingConfig
+from legacy1bit.hyperparams import ModelConfig, SamplingConfig
 from legacy1bit.model import save_model
 
 PROMPT = "Kim was a"
@@ -167,6 +169,25 @@ def test_every_form_is_the_same_model(kind, files, tmp_path):
     assert_same_model(saved, legacy1bit.load(files[kind]))
     texts = [one.generate("It was", 30, seed=1).text for one in (saved, model)]
     assert texts[0] == texts[1]
+
+
+def test_the_provenance_beside_a_file_of_the_c_original_is_saved_with_it(tmp_path):
+    known, unknown = (random_model(ModelConfig.c_original(64, 64, 1), seed) for seed in (1, 2))
+    known.provenance = Provenance("a text", "0123abcd", 7, 1.25, "CC0-1.0")
+    export_c_v1(known, tmp_path / "known.bin")
+    export_c_v1(unknown, tmp_path / "unknown.bin")
+    (tmp_path / "unknown.bin.json").unlink()
+    target = tmp_path / "copy.bin"
+    legacy1bit.load(tmp_path / "known.bin").save(target)
+    assert import_c_v1(target).provenance == known.provenance
+    # That of a replaced file does not stay.
+    legacy1bit.load(tmp_path / "unknown.bin").save(target)
+    assert target.read_bytes() == (tmp_path / "unknown.bin").read_bytes()
+    assert import_c_v1(target).provenance == Provenance()
+    (tmp_path / "copy.bin.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"copy\.bin\.json is something else, expected the prov"):
+        legacy1bit.load(tmp_path / "known.bin").save(target)
+    assert (tmp_path / "copy.bin.json").read_text() == "{}"
 
 
 def test_the_best_model_of_a_run_is_saved(run, model, tmp_path):

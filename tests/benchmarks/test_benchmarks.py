@@ -1,5 +1,6 @@
 """The benchmarks: that they run, that they count right, and what their reports say of numbers."""
 
+import functools
 import json
 import shutil
 import subprocess
@@ -515,7 +516,7 @@ def test_decoding_turns_run(monkeypatch, tmp_path):
 def test_random_models_of_published_shapes_are_read(tmp_path):
     pytest.importorskip("gguf", reason="needs gguf")
     small = {"num_blocks": 1, "vocab_size": 64, "ffn_dim": 512}
-    for config, kind, head in peers.PUBLISHED.values():
+    for config, kind, head in (peers.PUBLISHED | peers.OF_BITNET).values():
         file = peers.find_published(tmp_path, replace(config, **small), kind, head)
         packed = PackedModel.load(file)
         assert packed.config.num_kv_heads == config.num_kv_heads
@@ -613,6 +614,43 @@ def test_bitnet_kernels_that_are_wrong_are_one_line(bitnet_source, tmp_path):
         bitnet_cpp.run_kernels(program, 128, 1, 0.0)
     with pytest.raises(ValueError, match=r"the build of bitnet\.cpp's kernels failed with "):
         bitnet_cpp.build(bitnet_source("("), tmp_path / "peers")
+
+
+def test_whole_models_run_beside_bitnet_cpp(bitnet_source, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("gguf", reason="needs gguf")
+    source = bitnet_source("3")
+    config, *kinds = peers.OF_BITNET["BitNet 2B-4T, I2_S, F16 head"]
+    small = replace(config, num_blocks=1, vocab_size=64, ffn_dim=512)
+    monkeypatch.setattr(peers, "OF_BITNET", {"small": (small, *kinds)})
+    monkeypatch.setattr(peers, "_LONG_PROMPT", 4)
+    monkeypatch.setattr(peers, "_FEW_TOKENS", 2)
+    monkeypatch.setattr(peers, "take_turns", functools.partial(peers.take_turns, pause=0.0))
+    monkeypatch.setattr(peers, "bitnet_turns", lambda program: [])
+    words = ["--only", "bitnet", "--published", "--bitnet-cpp", str(source), "--threads", "1",
+             "--rounds", "1", "--folder", str(tmp_path / "peers"),
+             "--json", str(tmp_path / "x.json")]  # fmt: skip
+    with pytest.raises(SystemExit):
+        peers.main(words)
+    program = source / "build" / "bin" / "llama-bench"
+    assert f"{program} is missing: build bitnet.cpp there" in capsys.readouterr().err
+
+    program.parent.mkdir(parents=True)
+    # Writes down what it is asked for: -p is its fourth word, -n its sixth.
+    program.write_text(
+        '#!/bin/sh\necho "$@" >> "$0.log"\n'
+        'echo "[{\\"n_prompt\\": $4, \\"n_gen\\": $6, \\"samples_ts\\": [1$4$6.5]}]"\n'
+    )
+    program.chmod(0o755)
+    assert peers.main(words) == 0
+    told = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert told["prompt small, 1 thread, bitnet.cpp"]["rates"]["bitnet.cpp"] == [140.5]
+    assert told["decoding small, 1 thread, bitnet.cpp"]["rates"]["bitnet.cpp"] == [102.5]
+    assert [*told["prompt small, 1 thread, bitnet.cpp"]["rates"]][1:] == ["avx2"] * (
+        "avx2" in LEVELS
+    )
+    asked = Path(f"{program}.log").read_text().splitlines()
+    file = tmp_path / "peers" / "2560-I2_S-F16.gguf"
+    assert asked[-1] == f"-m {file} -p 0 -n 2 -t 1 -r 1 -o json"
 
 
 def test_bitnet_path_that_is_wrong_is_one_line(tmp_path, capsys):

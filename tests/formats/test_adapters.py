@@ -604,6 +604,13 @@ def test_gguf_files_of_others_are_read(tmp_path):
     assert_same_bits(pair.b, halves[WI_B][1].astype(np.float32))
 
 
+def test_gguf_files_of_other_names_of_an_architecture_are_read(tmp_path):
+    config, path = config_of("bitnet", activation="relu2"), tmp_path / "a.gguf"
+    for name in ("bitnet", "bitnet-b1.58", "bitnet-25"):
+        write_gguf_file(path, {**KEYS, "general.architecture": name}, gguf_tensors(config))
+        assert list(adapters.read_adapter(path, config).pairs) == ["blocks.1.ffn.wi"]
+
+
 def test_gguf_files_of_something_else_are_refused(tmp_path):
     config, path = config_of("qwen3"), tmp_path / "a.gguf"
     for changes, told in (

@@ -346,6 +346,41 @@ def test_keys_that_change_what_is_computed_are_refused(tmp_path, key, value, mes
         load_model(path)
 
 
+def test_any_base_above_1_is_read(tmp_path):
+    path, *_ = written(tmp_path, **{"llama.rope.freq_base": 1.0625})
+    assert load_model(path).config.rope_base == 1.0625
+
+
+@together(
+    ("numbers", "number"), [([3], 3), ([3, 3], 3), ([3, 4], None), ([3, 3, 4], None), ([], None)]
+)
+def test_numbers_of_blocks_are_read_where_they_are_the_same(numbers, number):
+    settings = published.Settings({"a.b": np.array(numbers, np.int32)}, "a.")
+    if number is not None:
+        assert settings.integer("b") == number
+        return
+    with pytest.raises(
+        ValueError, match=r"its setting a\.b is .*, expected a whole number above 0"
+    ):
+        settings.integer("b")
+
+
+@together(
+    ("bits", "is_first"),
+    [
+        ({"weight_bits": 1, "input_bits": 8}, True),
+        ({"weight_bits": 1, "input_bits": 16}, False),
+        ({"weight_bits": 2, "input_bits": 8}, False),
+        ({"weight_bits": 1}, False),
+        ({"input_bits": 8}, False),
+        ({}, False),
+    ],
+)
+def test_the_first_bitnets_state_the_bits_of_weights_and_inputs(bits, is_first):
+    packing = published._Packing.of(published.Settings(bits), "llama")
+    assert packing == (is_first, is_first, False, is_first)
+
+
 def test_keys_without_effect_are_not(tmp_path):
     path, *_ = written(
         tmp_path,
@@ -364,14 +399,15 @@ def test_files_that_end_early_are_refused(tmp_path, size):
         load_model(path)
 
 
-def test_scales_beside_matrices_multiply_them(tmp_path):
+@pytest.mark.parametrize("factor", [0.25, 1.125])
+def test_scales_beside_matrices_multiply_them(tmp_path, factor):
     """llama.cpp's converter of BitNet writes them."""
     path, keys, tensors = written(tmp_path)
     plain = load_model(path).parameters["blocks.0.attention.wq"].dense()
-    extra = ("blk.0.attn_q.scale", (1,), 0, struct.pack("<f", 0.25))
+    extra = ("blk.0.attn_q.scale", (1,), 0, struct.pack("<f", factor))
     fabricated.write_gguf(path, keys, [*tensors, extra], keys["general.alignment"])
     scaled = load_model(path).parameters["blocks.0.attention.wq"].dense()
-    np.testing.assert_array_equal(scaled, plain * 0.25)
+    np.testing.assert_array_equal(scaled, plain * np.float32(factor))
 
 
 def test_output_that_repeats_the_embedding_is_dropped(tmp_path):

@@ -1,4 +1,4 @@
-"""The mutation check of the readers of published models: faults seeded into Python.
+"""The mutation check of the readers of published models and adapters: faults seeded into Python.
 
 The suite runs once, to learn which test enters which function. Then, for each fault, a forked
 process gives the function the code of its faulty copy, and runs the tests that enter it until one
@@ -21,12 +21,13 @@ import check
 import pytest
 import seed
 
-MODULES = ("gguf_file", "safetensors_file", "published", "tensor_types")
+MODULES = ("gguf_file", "safetensors_file", "published", "tensor_types", "adapters")
 PATHS = [f"legacy1bit/formats/{name}.py" for name in MODULES]
 TESTS = [
     "tests/formats/test_gguf_file.py",
     "tests/formats/test_safetensors_file.py",
     "tests/formats/test_published.py",
+    "tests/formats/test_adapters.py",
     "tests/test_fuzz.py",
 ]
 # For a function.
