@@ -47,7 +47,7 @@ from legacy1bit.data.tokenizer import (
 )
 from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.data_utils import Tokens, tokenize_text
-from legacy1bit.dataset import TokenDataset
+from legacy1bit.dataset import MixedDataset, TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.system.errors import SettingError
 
@@ -98,7 +98,7 @@ class Corpus:
     Attributes
     ----------
     name : str
-    training, validation : TokenDataset
+    training, validation : TokenDataset or MixedDataset
     floor : float or None
         The lowest loss any model can reach on the validation set, in nats per token, where that is
         known.
@@ -114,8 +114,8 @@ class Corpus:
     """
 
     name: str
-    training: TokenDataset
-    validation: TokenDataset
+    training: TokenDataset | MixedDataset
+    validation: TokenDataset | MixedDataset
     floor: float | None = None
     stories: tuple[str, ...] = ()
     sha256: str = ""
@@ -150,7 +150,7 @@ def open_corpus(
     cache : Path, optional
         The folder of tokens; the user's when not given.
     tokenizer : Tokenizer, optional
-        That of a run that is resumed; made from the text when not given.
+        That of a run that is resumed; made from the text when not given, or from the first one.
     progress : callable, optional
 
     Raises
@@ -162,6 +162,8 @@ def open_corpus(
     """
     origin.check()
     kind = origin.kind
+    if kind is Kind.MIX:
+        return _mixed_corpus(origin, data, sequence_length, cache, tokenizer, progress)
     if kind is Kind.STORIES:
         _refuse(data, _OF_TEXTS, kind)
         assert origin.stories is not None
@@ -191,6 +193,45 @@ def open_corpus(
             *("subword_splitting", "tokenizer"),
         )
     return replace(corpus, origin=origin.with_hash(corpus.sha256))
+
+
+def _mixed_corpus(
+    origin: DataOrigin,
+    data: DataConfig,
+    sequence_length: int,
+    cache: Path | None,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+) -> Corpus:
+    """Return the corpus of texts that are mixed, each of which has its own validation set."""
+    parts: list[Corpus] = []
+    for text in origin.texts:
+        part = open_corpus(text, data, sequence_length, cache, tokenizer, progress)
+        tokenizer = part.tokenizer if tokenizer is None else tokenizer
+        if parts and part.vocab_size != parts[0].vocab_size:
+            raise SettingError(
+                f"{part.name} has {part.vocab_size:,} kinds of tokens, expected "
+                f"{parts[0].vocab_size:,}, those of {parts[0].name}: vocabulary sets their number",
+                "vocabulary",
+            )
+        parts.append(part)
+    origin = replace(origin, texts=tuple(part.origin for part in parts))
+    sha256 = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+
+    def mixed(which: str) -> MixedDataset:
+        datasets = (getattr(part, which) for part in parts)
+        texts = zip(origin.texts, datasets, strict=True)
+        return MixedDataset([(text.name, text.weight or 0.0, dataset) for text, dataset in texts])
+
+    return Corpus(
+        origin.name,
+        mixed("training"),
+        mixed("validation"),
+        sha256=sha256,
+        tokenizer=parts[0].tokenizer,
+        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),
+        origin=origin.with_hash(sha256),
+    )
 
 
 def open_text(

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, DataOrigin, located
+from legacy1bit.data.origin import DataOrigin, located, without_paths
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.formats.native import (
     BEST_FOLDER,
@@ -108,8 +108,7 @@ class RunSettings:
         for name in CHANGEABLE:
             del tables["training"][name]
         # The text may move; its name and its hash identify it.
-        moving = (TEXT_PATH, VALIDATION_PATH)
-        tables["source"] = {key: v for key, v in self.source.items() if key not in moving}
+        tables["source"] = without_paths(self.source)
         return tables
 
 
