@@ -182,6 +182,9 @@ class TokenDataset:
         own, by length.
     document_mask : bool
         Whether a token sees its own document only.
+    predicted : TokenStore or None
+        For each token 1 if it is predicted, 0 if it is only read; None: all are predicted. The
+        documents are conversations then, of which none goes on in another row: a longer one is cut.
     """
 
     tokens: TokenStore
@@ -191,10 +194,13 @@ class TokenDataset:
     stops: _Integers | None = None
     order: str = "windows"
     document_mask: bool = False
+    predicted: TokenStore | None = None
 
     def __post_init__(self) -> None:
         if self.order not in BATCH_ORDERS:
             raise ValueError(f"order is {self.order!r}, expected one of {', '.join(BATCH_ORDERS)}")
+        if self.predicted is not None and self.order not in ("packed", "buckets"):
+            raise ValueError(f"order is {self.order!r}, expected packed or buckets for chats")
         least = self.sequence_length if self.order == "windows" else 1
         if self.starts is None and self.tokens.size <= least:
             raise ValueError(
@@ -231,6 +237,11 @@ class TokenDataset:
         return self.tokens.size
 
     @property
+    def target_count(self) -> int:
+        """How many tokens are predicted, about; 0 where that is not known."""
+        return self.tokens.size if self.predicted is None else 0
+
+    @property
     def block_count(self) -> int:
         """How many sequences hold all tokens once, or all that lie between starts and stops."""
         if self.starts is None:
@@ -249,6 +260,8 @@ class TokenDataset:
     def sweep(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """Go through all tokens once, or through all that lie between starts and stops.
 
+        Conversations are packed.
+
         Parameters
         ----------
         batch_size : int
@@ -260,6 +273,9 @@ class TokenDataset:
         Batch
             The last one may have fewer rows.
         """
+        if self.predicted is not None:
+            yield from PackedReader(self, batch_size, 0).sweep(limit)
+            return
         tokens = self.block_count * self.sequence_length
         stride = max(tokens // limit, 1) if limit else 1
         blocks = range(0, self.block_count, stride)
@@ -333,6 +349,12 @@ class MixedDataset:
     def token_count(self) -> int:
         """How many tokens there are, in all texts."""
         return sum(part.dataset.token_count for part in self.parts)
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens are predicted, about; 0 where that is not known."""
+        counts = [part.dataset.target_count for part in self.parts]
+        return sum(counts) if all(counts) else 0
 
     def reader(self, batch_size: int, seed: int) -> "MixedReader":
         """Return what gives one batch after the other."""
@@ -436,6 +458,12 @@ class _Pool:
     def size(self) -> int:
         return int(self.whole[-1]) + len(self.rests)
 
+    def rows(self, numbers: _Integers, width: int) -> list[list[tuple[int, int]]]:
+        """Return some of the rows, those that one piece fills first."""
+        shared = numbers >= self.whole[-1]
+        rests = (numbers[shared] - self.whole[-1]).tolist()
+        return [*self.filled(numbers[~shared], width), *(self.rests[place] for place in rests)]
+
     def filled(self, rows: _Integers, width: int) -> list[list[tuple[int, int]]]:
         """Return rows that one piece fills."""
         documents = np.searchsorted(self.whole, rows, side="right")
@@ -474,9 +502,7 @@ class PackedReader:
             pool = self._pool(epoch, number)
             stop = min(row + self._batch_size - len(rows), pool.size)
             numbers = self._rows.between(row, stop, pool.size, self._order(epoch, number))
-            shared = numbers >= pool.whole[-1]
-            rows += pool.filled(numbers[~shared], width)
-            rows += [pool.rests[place] for place in (numbers[shared] - pool.whole[-1]).tolist()]
+            rows += pool.rows(numbers, width)
             row = stop
             if row == pool.size:
                 number, row = number + 1, 0
@@ -484,6 +510,16 @@ class PackedReader:
                 epoch, number = epoch + 1, 0
         self.position = (epoch, number, row)
         return self._compose(rows, width)
+
+    def sweep(self, limit: int) -> Iterator[Batch]:
+        """Yield the rows of one epoch, or some of them; see ``TokenDataset.sweep``."""
+        width = self._dataset.sequence_length
+        stride = max(self._dataset.tokens.size // limit, 1) if limit else 1
+        for number in range(self._pools):
+            pool = self._pool(0, number)
+            rows = pool.rows(np.arange(0, pool.size, stride), width)
+            for first in range(0, len(rows), self._batch_size):
+                yield self._compose(rows[first : first + self._batch_size], width)
 
     def _order(self, epoch: int, number: int) -> int:
         """Return the order of an epoch for the rows of a pool; the last is for its documents."""
@@ -498,6 +534,8 @@ class PackedReader:
         places = np.arange(number * _POOL, min((number + 1) * _POOL, count))
         order = self._order(epoch, self._pools)
         begins, ends = store.document_bounds(shuffled(places, count, self._seed, order))
+        if self._dataset.predicted is not None:
+            ends = np.minimum(ends, begins + width)
         whole, rests = np.divmod(ends - begins, width)
         shared = np.flatnonzero(rests)
         pieces = list(
@@ -522,13 +560,21 @@ class PackedReader:
             for begin, size in row:
                 piece = self._dataset.tokens.read(begin, begin + size + 1)
                 tokens[i, at : at + size] = piece[:size]
-                targets[i, at : at + piece.size - 1] = piece[1:]
+                targets[i, at : at + piece.size - 1] = self._targets(begin, piece[1:])
                 if starts is not None:
                     starts[i, at:] = at
                 at += size
             if starts is not None:
                 starts[i, at:] = min(at, width - 1)
         return Batch(tokens, targets, starts)
+
+    def _targets(self, begin: int, following: Tokens) -> Tokens:
+        """Return the targets of the tokens from a place on: padding where they do not count."""
+        predicted = self._dataset.predicted
+        if predicted is None:
+            return following
+        counted = predicted.read(begin + 1, begin + 1 + following.size)
+        return np.where(counted == 1, following, np.int32(self._dataset.pad_token))
 
 
 class BucketReader(PackedReader):

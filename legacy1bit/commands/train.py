@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import shlex
 import sys
 import time
@@ -38,6 +39,7 @@ from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
 from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger, StepLog, check_tensorboard
@@ -242,7 +244,10 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     tokenizer = tokenizer_of(folder, settings.model.vocab_size)
     origin = moved(origin, folder, arguments.data, arguments.validation, arguments.cache)
     length = settings.model.sequence_length
-    corpus = open_corpus(origin, settings.data, length, arguments.cache, tokenizer, output.progress)
+    corpus = open_corpus(
+        *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
+        functools.partial(chat_encoder, folder),
+    )
     for remark in corpus.remarks:
         output.say(remark)
     source = settings.source | corpus.origin.to_dict()
@@ -400,7 +405,7 @@ def _report(trainer: Trainer) -> None:
             f"{'best at step':<18}{model.provenance.steps} of {trainer.step}; the last step's "
             f"validation loss was {trainer.metrics.loss:.4f}"
         )
-    print_metrics(metrics, tokenizer.kind, corpus.validation.token_count)
+    print_metrics(metrics, tokenizer.kind, corpus.validation.target_count)
     if corpus.floor is not None:
         print(
             f"{'entropy floor':<18}{corpus.floor:.4f} nats per character "
@@ -423,4 +428,6 @@ def _report(trainer: Trainer) -> None:
         print(ending)
     else:
         print(f"{ending}; next:")
-        print(f'  legacy1bit generate --model {folder} --prompt "{prompt}"')
+        command = "chat" if corpus.template is not None else "generate"
+        ending = "" if command == "chat" else f' --prompt "{prompt}"'
+        print(f"  legacy1bit {command} --model {folder}{ending}")

@@ -1,6 +1,7 @@
 """``tune``: search for the best settings within a budget of time and bytes."""
 
 import argparse
+import functools
 import multiprocessing
 import re
 import shlex
@@ -33,6 +34,7 @@ from legacy1bit.data.corpus import Corpus, open_corpus
 from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.data.tokenizer_files import load_tokenizer
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.search.space import Dimension, default_space, read_space
 from legacy1bit.search.study import (
@@ -256,6 +258,7 @@ class _Work:
                 self._cache,
                 self._tokenizer,
                 progress_of_bytes,
+                functools.partial(chat_encoder, None),
             )
             if self._corpora[length].sha256 != self.config.sha256:
                 raise ValueError("the text is not that of the study's other trials")
