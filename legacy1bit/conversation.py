@@ -4,17 +4,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn, Self
 
-from legacy1bit.data.published_tokenizer import PublishedTokenizer
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, Template
+from legacy1bit.formats.chat_tokens import THINK, chat_text, chat_tokens, without_thoughts
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator, Stream, new_seed
 from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.system.files import read_regular
 
-# What models that think write before their answer, between these; and the variable of their
-# templates (Qwen3's) that says whether they are to.
-_THINK, _THOUGHT, THINKING = "<think>", "</think>", "enable_thinking"
+# The variable of templates (Qwen3's) that says whether models are to think before they answer.
+THINKING = "enable_thinking"
 
 # Tokens of a prompt that are read before Ctrl-C is heard.
 _BLOCK = 256
@@ -50,26 +49,6 @@ def choose_template(wanted: Path | None, model: Path, tokenizer: Tokenizer) -> T
             "makes lines of User: and Assistant: of them, and --template FILE reads one"
         )
     return template
-
-
-def without_thoughts(answer: str, begun: bool = False) -> str | None:
-    """Return an answer without what the model thought before it.
-
-    Parameters
-    ----------
-    answer : str
-    begun : bool
-        Whether the thoughts began before the answer, in what the model read.
-
-    Returns
-    -------
-    str or None
-        None if the thoughts have no end.
-    """
-    if not begun and not answer.lstrip().startswith(_THINK):
-        return answer
-    _, thought, said = answer.partition(_THOUGHT)
-    return said if thought else None
 
 
 class Conversation:
@@ -252,14 +231,10 @@ class Conversation:
         return [*system, *self.messages[first:]]
 
     def _tokens(self) -> list[int]:
-        messages = self.transcript(self.dropped)
         tokenizer = self._generator.tokenizer
-        names_tokens = self._template.names_tokens
-        if names_tokens and isinstance(tokenizer, PublishedTokenizer):
-            messages = [{**one, "content": tokenizer.protect(one["content"])} for one in messages]
-        text = self._template.render(messages)
-        self._thinks = text.rstrip().endswith(_THINK)
-        tokens = tokenizer.encode_special(text) if names_tokens else self._generator.encode(text)
+        text = chat_text(self._template, tokenizer, self.transcript(self.dropped))
+        self._thinks = text.rstrip().endswith(THINK)
+        tokens = chat_tokens(self._template, tokenizer, text)
         if not tokens.size:
             raise ValueError("the chat template makes no text of the conversation")
         return [int(token) for token in tokens]

@@ -9,7 +9,7 @@ import contextlib
 import queue
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, NoReturn, Protocol
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 from legacy1bit.data.shards import TokenStore
 from legacy1bit.data_utils import Tokens
 from legacy1bit.hyperparams import BATCH_ORDERS
+from legacy1bit.system.errors import SettingError
 
 # Documents that are packed together: with more, rows are fuller; with fewer, memory is smaller and
 # a resumed run has less to pack again.
@@ -29,6 +30,9 @@ _KNOWN = 4096
 
 # Batches that lie ready.
 _AHEAD = 4
+
+# Where random numbers begin that say which texts are mixed: others with the same key begin at 0.
+_OF_MIXES = 1 << 128
 
 # No run comes as far in its data; what is counted stays a 64-bit number.
 _MOST_PLACES = 1 << 62
@@ -178,6 +182,9 @@ class TokenDataset:
         own, by length.
     document_mask : bool
         Whether a token sees its own document only.
+    predicted : TokenStore or None
+        For each token 1 if it is predicted, 0 if it is only read; None: all are predicted. The
+        documents are conversations then, of which none goes on in another row: a longer one is cut.
     """
 
     tokens: TokenStore
@@ -187,10 +194,13 @@ class TokenDataset:
     stops: _Integers | None = None
     order: str = "windows"
     document_mask: bool = False
+    predicted: TokenStore | None = None
 
     def __post_init__(self) -> None:
         if self.order not in BATCH_ORDERS:
             raise ValueError(f"order is {self.order!r}, expected one of {', '.join(BATCH_ORDERS)}")
+        if self.predicted is not None and self.order not in ("packed", "buckets"):
+            raise ValueError(f"order is {self.order!r}, expected packed or buckets for chats")
         least = self.sequence_length if self.order == "windows" else 1
         if self.starts is None and self.tokens.size <= least:
             raise ValueError(
@@ -222,6 +232,16 @@ class TokenDataset:
         return kind(self, batch_size, seed)
 
     @property
+    def token_count(self) -> int:
+        """How many tokens there are."""
+        return self.tokens.size
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens are predicted, about; 0 where that is not known."""
+        return self.tokens.size if self.predicted is None else 0
+
+    @property
     def block_count(self) -> int:
         """How many sequences hold all tokens once, or all that lie between starts and stops."""
         if self.starts is None:
@@ -240,6 +260,8 @@ class TokenDataset:
     def sweep(self, batch_size: int, limit: int = 0) -> Iterator[Batch]:
         """Go through all tokens once, or through all that lie between starts and stops.
 
+        Conversations are packed.
+
         Parameters
         ----------
         batch_size : int
@@ -251,6 +273,9 @@ class TokenDataset:
         Batch
             The last one may have fewer rows.
         """
+        if self.predicted is not None:
+            yield from PackedReader(self, batch_size, 0).sweep(limit)
+            return
         tokens = self.block_count * self.sequence_length
         stride = max(tokens // limit, 1) if limit else 1
         blocks = range(0, self.block_count, stride)
@@ -266,6 +291,74 @@ class TokenDataset:
             begins = self.tokens.document_begins(starts, width)
             seen = np.maximum(begins - starts[:, None], 0).astype(np.int32)
         return Batch(rows[:, :-1], rows[:, 1:], seen)
+
+
+class MixedPart(NamedTuple):
+    """A text of several that are mixed.
+
+    Attributes
+    ----------
+    name : str
+    share : float
+        The fraction of the sequences that come from it.
+    dataset : TokenDataset
+    """
+
+    name: str
+    share: float
+    dataset: TokenDataset
+
+
+class MixedDataset:
+    """The sequences of several texts, each of which has its share of them.
+
+    Parameters
+    ----------
+    parts : sequence of (str, float, TokenDataset)
+        For each text its name, its weight above 0, and its sequences, all of one length.
+
+    Attributes
+    ----------
+    parts : tuple of MixedPart
+        The shares are the weights over their sum.
+    """
+
+    def __init__(self, parts: Sequence[tuple[str, float, TokenDataset]]) -> None:
+        total = sum(weight for _, weight, _ in parts)
+        self.parts = tuple(
+            MixedPart(name, weight / total, dataset) for name, weight, dataset in parts
+        )
+        if any(part.dataset.order == "buckets" for part in self.parts):
+            raise SettingError(
+                "order is buckets, whose rows differ in length: expected another one where texts "
+                "are mixed",
+                "order",
+            )
+
+    @property
+    def sequence_length(self) -> int:
+        """T, the number of tokens per sequence predicts."""
+        return self.parts[0].dataset.sequence_length
+
+    @property
+    def pad_token(self) -> int:
+        """What fills a sequence that reaches past the end."""
+        return self.parts[0].dataset.pad_token
+
+    @property
+    def token_count(self) -> int:
+        """How many tokens there are, in all texts."""
+        return sum(part.dataset.token_count for part in self.parts)
+
+    @property
+    def target_count(self) -> int:
+        """How many tokens are predicted, about; 0 where that is not known."""
+        counts = [part.dataset.target_count for part in self.parts]
+        return sum(counts) if all(counts) else 0
+
+    def reader(self, batch_size: int, seed: int) -> "MixedReader":
+        """Return what gives one batch after the other."""
+        return MixedReader(self, batch_size, seed)
 
 
 # --- Readers --------------------------------------------------------------------------------------
@@ -365,6 +458,12 @@ class _Pool:
     def size(self) -> int:
         return int(self.whole[-1]) + len(self.rests)
 
+    def rows(self, numbers: _Integers, width: int) -> list[list[tuple[int, int]]]:
+        """Return some of the rows, those that one piece fills first."""
+        shared = numbers >= self.whole[-1]
+        rests = (numbers[shared] - self.whole[-1]).tolist()
+        return [*self.filled(numbers[~shared], width), *(self.rests[place] for place in rests)]
+
     def filled(self, rows: _Integers, width: int) -> list[list[tuple[int, int]]]:
         """Return rows that one piece fills."""
         documents = np.searchsorted(self.whole, rows, side="right")
@@ -403,9 +502,7 @@ class PackedReader:
             pool = self._pool(epoch, number)
             stop = min(row + self._batch_size - len(rows), pool.size)
             numbers = self._rows.between(row, stop, pool.size, self._order(epoch, number))
-            shared = numbers >= pool.whole[-1]
-            rows += pool.filled(numbers[~shared], width)
-            rows += [pool.rests[place] for place in (numbers[shared] - pool.whole[-1]).tolist()]
+            rows += pool.rows(numbers, width)
             row = stop
             if row == pool.size:
                 number, row = number + 1, 0
@@ -413,6 +510,16 @@ class PackedReader:
                 epoch, number = epoch + 1, 0
         self.position = (epoch, number, row)
         return self._compose(rows, width)
+
+    def sweep(self, limit: int) -> Iterator[Batch]:
+        """Yield the rows of one epoch, or some of them; see ``TokenDataset.sweep``."""
+        width = self._dataset.sequence_length
+        stride = max(self._dataset.tokens.size // limit, 1) if limit else 1
+        for number in range(self._pools):
+            pool = self._pool(0, number)
+            rows = pool.rows(np.arange(0, pool.size, stride), width)
+            for first in range(0, len(rows), self._batch_size):
+                yield self._compose(rows[first : first + self._batch_size], width)
 
     def _order(self, epoch: int, number: int) -> int:
         """Return the order of an epoch for the rows of a pool; the last is for its documents."""
@@ -427,6 +534,8 @@ class PackedReader:
         places = np.arange(number * _POOL, min((number + 1) * _POOL, count))
         order = self._order(epoch, self._pools)
         begins, ends = store.document_bounds(shuffled(places, count, self._seed, order))
+        if self._dataset.predicted is not None:
+            ends = np.minimum(ends, begins + width)
         whole, rests = np.divmod(ends - begins, width)
         shared = np.flatnonzero(rests)
         pieces = list(
@@ -451,13 +560,21 @@ class PackedReader:
             for begin, size in row:
                 piece = self._dataset.tokens.read(begin, begin + size + 1)
                 tokens[i, at : at + size] = piece[:size]
-                targets[i, at : at + piece.size - 1] = piece[1:]
+                targets[i, at : at + piece.size - 1] = self._targets(begin, piece[1:])
                 if starts is not None:
                     starts[i, at:] = at
                 at += size
             if starts is not None:
                 starts[i, at:] = min(at, width - 1)
         return Batch(tokens, targets, starts)
+
+    def _targets(self, begin: int, following: Tokens) -> Tokens:
+        """Return the targets of the tokens from a place on: padding where they do not count."""
+        predicted = self._dataset.predicted
+        if predicted is None:
+            return following
+        counted = predicted.read(begin + 1, begin + 1 + following.size)
+        return np.where(counted == 1, following, np.int32(self._dataset.pad_token))
 
 
 class BucketReader(PackedReader):
@@ -520,6 +637,80 @@ class BucketReader(PackedReader):
             rows = self._batch_size * (self._dataset.sequence_length // width)
             batches += [pieces[first : first + rows] for first in range(0, len(pieces), rows)]
         return batches
+
+
+class MixedReader:
+    """Batches of rows of several texts, each of which comes in an order of its own.
+
+    Of B points that lie 1/B apart, from a random one on, each falls into the share of a text: so
+    every batch has as many rows of a text as it should, up to less than one, and all batches
+    together exactly as many (systematic sampling; Madow and Madow, "On the Theory of Systematic
+    Sampling", 1944).
+
+    The position is the number of batches so far, and the positions of all texts behind each other.
+    """
+
+    def __init__(self, dataset: MixedDataset, batch_size: int, seed: int) -> None:
+        self._batch_size, self._seed, self._step = batch_size, seed, 0
+        self._readers = [
+            part.dataset.reader(1, seed + number) for number, part in enumerate(dataset.parts)
+        ]
+        self._bounds = np.cumsum([part.share for part in dataset.parts])[:-1]
+
+    @property
+    def position(self) -> tuple[int, ...]:
+        """Where in the data the next batch begins."""
+        return (self._step, *(n for reader in self._readers for n in reader.position))
+
+    @position.setter
+    def position(self, position: tuple[int, ...]) -> None:
+        self._step, *_ = position
+        for reader, part in zip(self._readers, self._parted(position), strict=True):
+            reader.position = part
+
+    def _parted(self, position: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Yield the position of each text."""
+        at = 1
+        for reader in self._readers:
+            size = len(reader.position)
+            yield position[at : at + size]
+            at += size
+
+    def check(self, position: tuple[int, ...]) -> None:
+        """Raise ``ValueError`` unless it is a position in this order of this data."""
+        _check_position(position[:1], (_MOST_PLACES,))
+        if len(position) != len(self.position):
+            raise ValueError(
+                f"its position is {list(position)}, expected {len(self.position)} numbers"
+            )
+        for reader, part in zip(self._readers, self._parted(position), strict=True):
+            reader.check(part)
+
+    def counts(self) -> _Integers:
+        """Return how many rows of the next batch are of each text."""
+        # The readers of the texts draw from the same keys, and count from 0.
+        rng = np.random.Generator(np.random.Philox(key=[self._seed, self._step], counter=_OF_MIXES))
+        points = (np.arange(self._batch_size) + rng.random()) / self._batch_size
+        texts = np.searchsorted(self._bounds, points, side="right")
+        return np.bincount(texts, minlength=len(self._readers))
+
+    def next_batch(self) -> Batch:
+        """Return a batch and move on."""
+        rows = [
+            reader.next_batch()
+            for reader, count in zip(self._readers, self.counts().tolist(), strict=True)
+            for _ in range(count)
+        ]
+        self._step += 1
+        starts = None
+        if any(row.starts is not None for row in rows):
+            whole = np.zeros_like(rows[0].tokens)
+            starts = np.concatenate([whole if row.starts is None else row.starts for row in rows])
+        return Batch(
+            np.concatenate([row.tokens for row in rows]),
+            np.concatenate([row.targets for row in rows]),
+            starts,
+        )
 
 
 _Change = Callable[[Batch, tuple[int, ...]], Batch]

@@ -490,7 +490,9 @@ class DataConfig(_Record):
         "1024)",
         BASIC,
     )
-    field: str = _text("text", "field of JSON lines and Parquet files that holds the text")
+    field: str = _text(
+        "text", "field of JSON lines and Parquet files that holds the text; messages: conversations"
+    )
     encoding: str = _text("utf-8", "encoding of the text")
     separator: str | None = _text(
         None, "text between the documents of a text file; \\n: a line break"

@@ -23,7 +23,7 @@ from legacy1bit.backward import BackwardPass
 from legacy1bit.data import stories
 from legacy1bit.data.corpus import story_corpus, text_corpus
 from legacy1bit.data.shards import TokenStore
-from legacy1bit.dataset import Prefetcher, TokenDataset, pack, shuffled
+from legacy1bit.dataset import MixedDataset, Prefetcher, TokenDataset, pack, shuffled
 from legacy1bit.forward import document_starts
 from legacy1bit.model import create_legacy_llm_gradients
 
@@ -629,6 +629,121 @@ def test_passes_over_stories_take_each_one_once(corpus):
     assert len(begins) == 140
     assert len(set(begins[:60])) == len(set(begins[60:120])) == 60
     assert begins[:60] != begins[60:120]
+
+
+# --- Several texts --------------------------------------------------------------------------------
+
+
+def texts_of(orders, masks=(True, False, True)):
+    """Texts of which each has tokens of its own: the first 1000, the next 1000, ..."""
+    texts = []
+    for number, (order, mask) in enumerate(zip(orders, masks, strict=False)):
+        ends = np.cumsum(MIXED)
+        tokens = np.arange(ends[-1] + 1) + 1000 * number
+        store = TokenStore([tokens.astype(np.int32)], ends - MIXED, int(ends[-1]))
+        texts.append(TokenDataset(store, 8, BLANK, order=order, document_mask=mask))
+    return texts
+
+
+def mix_of(weights, orders, masks=(True, False, True)):
+    texts = zip("abc", weights, texts_of(orders, masks), strict=False)
+    return MixedDataset(list(texts))
+
+
+def text_numbers(batch):
+    """The text that each row is of."""
+    return batch.tokens[:, 0] // 1000
+
+
+THREE = ("windows", "packed", "epochs")
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=3),
+    st.permutations(THREE),
+    st.integers(1, 9),
+    st.integers(0, 20),
+    st.sampled_from([0, 5, (1 << 63) - 1]),
+)
+def test_mix_goes_on_from_every_step(weights, orders, batch_size, step, seed):
+    reader = mix_of(weights, orders).reader(batch_size, seed)
+    positions, batches = [], []
+    for _ in range(24):
+        positions.append(reader.position)
+        batches.append(reader.next_batch())
+    again = mix_of(weights, orders).reader(batch_size, seed)
+    for another in (again, reader):
+        another.check(positions[step])
+        another.position = positions[step]
+        assert another.position == positions[step]
+        assert_same_batches(read(another, 24 - step), batches[step:])
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.3), (5, 1, 2), (1e-6, 1.0), (0.25, 0.25, 0.5)])
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_mix_has_the_share_of_each_text_in_every_batch(weights, batch_size):
+    dataset = mix_of(weights, THREE)
+    shares = np.array(weights) / sum(weights)
+    np.testing.assert_allclose([part.share for part in dataset.parts], shares)
+    reader = dataset.reader(batch_size, 3)
+    counts = np.array([np.bincount(text_numbers(batch), minlength=len(weights))
+                       for batch in read(reader, 400)])  # fmt: skip
+    assert (counts.sum(axis=1) == batch_size).all()
+    assert (abs(counts - batch_size * shares) < 1).all()
+    # Rounded at random: within half a row of the share, in each batch independently.
+    assert (abs(counts.sum(axis=0) - 400 * batch_size * shares) < 5 * 0.5 * math.sqrt(400)).all()
+
+
+def test_mix_depends_on_the_seed():
+    drawn = [
+        [text_numbers(batch).tolist() for batch in read(mix_of((1, 1), THREE).reader(3, seed), 20)]
+        for seed in (0, 1)
+    ]
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize("orders", [THREE, ("packed",) * 3])
+def test_rows_of_each_text_come_in_its_own_order(orders):
+    batches = read(mix_of((3, 2, 1), orders).reader(6, 4), 40)
+    for number, text in enumerate(texts_of(orders)):
+        reader, seen = text.reader(1, 4 + number), 0
+        for batch in batches:
+            for row in np.flatnonzero(text_numbers(batch) == number):
+                alone, seen = reader.next_batch(), seen + 1
+                assert (batch.tokens[row] == alone.tokens[0]).all()
+                assert (batch.targets[row] == alone.targets[0]).all()
+                # Without a mask of its own, all of a row is seen.
+                own = np.zeros(8) if alone.starts is None else alone.starts[0]
+                assert (batch.starts[row] == own).all()
+        assert seen >= 35
+
+
+def test_mix_without_masks_has_no_starts():
+    assert mix_of((1, 1), THREE, (False, False)).reader(4, 1).next_batch().starts is None
+
+
+BAD_OF_MIX = [
+    *((), (0,), (0, 0, 0, 0), (0, 0, 0, 0, 0, 0)),
+    *((-1, 0, 0, 0, 0), (1 << 62, 0, 0, 0, 0), (0, -1, 0, 0, 0), (0, 0, 0, 1, 0), (0, 0, 0, 0, 99)),
+]
+
+
+@pytest.mark.parametrize("position", BAD_OF_MIX, ids=str)
+def test_mix_knows_what_is_no_position(position):
+    with pytest.raises(ValueError, match=r"its position is .* expected"):
+        mix_of((1, 1), THREE).reader(3, 1).check(position)
+
+
+def test_mix_refuses_rows_of_several_lengths():
+    with pytest.raises(ValueError, match=r"order is buckets.* expected another one"):
+        mix_of((1, 1), ("windows", "buckets"))
+
+
+def test_mix_has_the_tokens_of_all_texts():
+    dataset = mix_of((1, 2), THREE)
+    assert dataset.token_count == 2 * (sum(MIXED) + 1)
+    assert (dataset.sequence_length, dataset.pad_token) == (8, BLANK)
 
 
 # --- The document mask ----------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 
 from legacy1bit.commands.names import nearest_option
 from legacy1bit.commands.options import option_typed
+from legacy1bit.commands.texts import TextsAction, texts_of_python
 from legacy1bit.system.errors import SettingError
 
 _WORDS = {int: "a whole number", float: "a number"}
@@ -71,6 +72,13 @@ def check_names(given: Iterable[str], known: Iterable[str]) -> None:
 def _fitting(name: str, action: argparse.Action, value: Any) -> Any:
     """Return a value as the parser would have made it of text."""
     kind = action.type
+    if isinstance(action, TextsAction):
+        try:
+            return texts_of_python(value)
+        except TypeError:
+            raise TypeError(
+                f"{name} is {value!r}, expected a path, or several, or pairs of a path and a weight"
+            ) from None
     if isinstance(action, (argparse._ExtendAction, argparse._AppendAction)):
         values = [value] if isinstance(value, (str, os.PathLike)) else value
         try:

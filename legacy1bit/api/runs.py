@@ -27,7 +27,9 @@ from legacy1bit.training.evaluation import Metrics
 from legacy1bit.training.run import RunSettings
 from legacy1bit.training.trainer import Trainer, TrainingCallback
 
-Paths = str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
+_StrPath = str | os.PathLike[str]
+Paths = _StrPath | Iterable[_StrPath]
+Texts = Paths | Mapping[_StrPath, float] | Iterable[tuple[Paths, float]]
 Callback = Callable[[TrainingEvent], object]
 
 # What only a terminal needs.
@@ -109,7 +111,7 @@ class Run:
 
 
 def train(
-    data: Paths | None = None,
+    data: Texts | None = None,
     *,
     callback: Callback | None = None,
     cancel: threading.Event | None = None,
@@ -123,8 +125,9 @@ def train(
 
     Parameters
     ----------
-    data : path-like or sequence of path-like, optional
-        The text: what ``--data`` takes. By default the bundled stories.
+    data : path-like, sequence of path-like, mapping or sequence of pairs, optional
+        The text: what ``--data`` takes. By default the bundled stories. Texts that are mixed by
+        weights: ``{"a.txt": 1.0, "b.txt": 0.3}`` or ``[("a.txt", 1.0), ("b.txt", 0.3)]``.
     callback : callable, optional
         Called with each event (``legacy1bit.api.events``), in the thread that trains. An exception
         that it raises ends the training; the run stays as its last checkpoint then.

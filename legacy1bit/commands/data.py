@@ -229,6 +229,11 @@ def _check_empty(folder: Path) -> None:
 
 def _tokenize(arguments: argparse.Namespace, source: Source, data: DataConfig, cache: Path) -> int:
     _check_empty(arguments.out)
+    if source.has_chats:
+        raise ValueError(
+            f"{source.name} holds conversations, whose tokens depend on the model's chat template: "
+            "train --data takes them as they are"
+        )
     tokenizer = tokenizer_for(source, data, cache, progress_of_bytes)
     begin = time.perf_counter()
     with progress_of_bytes("tokens", source.nbytes) as on_progress:

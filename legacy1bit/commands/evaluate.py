@@ -1,6 +1,7 @@
 """``evaluate``: how well a model predicts a text."""
 
 import argparse
+import functools
 from typing import NamedTuple
 
 from legacy1bit.commands.options import (
@@ -13,11 +14,12 @@ from legacy1bit.commands.options import (
     threads_of,
 )
 from legacy1bit.commands.progress import STANDARD_ERROR, Output
-from legacy1bit.commands.texts import add_cache, moved, paths_named
-from legacy1bit.data.corpus import open_corpus, open_text
+from legacy1bit.commands.texts import TextsAction, add_cache, moved, paths_named
+from legacy1bit.data.corpus import open_chats, open_corpus, open_text
 from legacy1bit.data.origin import DataOrigin
 from legacy1bit.dataset import TokenDataset
 from legacy1bit.formats.adapters import resolve
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.formats.published import read_tokenizer
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.training.evaluation import Metrics, evaluate, recall_of_heroes
@@ -38,12 +40,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         action="extend",
         help="any text, as for train (default: the run's validation set)",
     )
-    for option, text in (("--run-data", "text"), ("--run-validation", "validation text")):
+    for option, action, text in (
+        ("--run-data", TextsAction, "text"),
+        ("--run-validation", "extend", "validation text"),
+    ):
         command.add_argument(
             option,
             metavar="PATH",
             nargs="+",
-            action="extend",
+            action=action,
             help=f"where the run's own {text} has moved to, to measure on its validation set",
         )
     add_settings(command, "the data", DataConfig, ("field", "encoding", "separator"))
@@ -99,30 +104,37 @@ def measure(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> M
     model = read_model(place, adapters)
     config = model.config
     tokenizer = read_tokenizer(place, config.vocab_size)
-    places = {"run-data": arguments.run_data, "run-validation": arguments.run_validation}
+    places = (arguments.run_data, arguments.run_validation)
+    encoder_of = functools.partial(chat_encoder, place)
     if arguments.data is None:
         settings = Run(folder).settings()
         origin = settings.origin
-        origin = moved(origin, folder, places, arguments.cache)
+        origin = moved(origin, folder, *places, arguments.cache, prefix="run-")
         length = config.sequence_length
         corpus = open_corpus(
-            origin, settings.data, length, arguments.cache, tokenizer, output.progress
+            *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
+            encoder_of,
         )
         limit = settings.training.validation_tokens
         metrics = evaluate(model, corpus.validation, threads, limit, tokenizer)
         recall = recall_of_heroes(model, corpus.stories, threads) if corpus.stories else None
-        return Measured(metrics, tokenizer.kind, corpus.validation.tokens.size, recall)
+        return Measured(metrics, tokenizer.kind, corpus.validation.target_count, recall)
     given_data = DataConfig(**given(arguments, DataConfig))
-    if any(places.values()):
+    if any(places):
         raise ValueError("--run-data and --run-validation exclude --data")
     origin = DataOrigin.of_texts(paths_named(arguments.data, "data", arguments.cache))
-    tokens, remarks = open_text(origin, given_data, tokenizer, arguments.cache, output.progress)
+    read = (arguments.cache, output.progress)
+    length = config.sequence_length
+    chats = open_chats(origin, given_data, tokenizer, length, encoder_of, *read)
+    if chats is not None:
+        dataset, remarks = chats
+    else:
+        tokens, remarks = open_text(origin, given_data, tokenizer, *read)
+        if tokens.size < 2:
+            raise ValueError(f"{' '.join(arguments.data)} has one byte, expected at least two")
+        dataset = TokenDataset(tokens, min(length, tokens.size - 1), config.pad_token)
     for remark in remarks:
         output.say(remark)
-    if tokens.size < 2:
-        raise ValueError(f"{' '.join(arguments.data)} has one byte, expected at least two")
-    length = min(config.sequence_length, tokens.size - 1)
-    dataset = TokenDataset(tokens, length, config.pad_token)
     return Measured(evaluate(model, dataset, threads, 0, tokenizer), tokenizer.kind)
 
 
@@ -141,3 +153,5 @@ def print_metrics(metrics: Metrics, kind: str = "bytes", tokens: int = 0) -> Non
     print(f"{'top 1 / 3 / 5':<18}{metrics.top1:.1%} / {metrics.top3:.1%} / {metrics.top5:.1%}")
     if metrics.tokens < _NEARLY_ALL * tokens:
         print(f"{'measured on':<18}{metrics.tokens:,} of {tokens:,} tokens")
+    for name, share, part in metrics.parts:
+        print(f"{f'loss {part.loss:.4f}':<18}of {name}, {share:.1%} of the training")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from legacy1bit.commands.options import latest_run, option_of, path_of
-from legacy1bit.commands.texts import options_of
+from legacy1bit.commands.texts import words_of
 from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
@@ -90,14 +90,12 @@ def train_command(folder: Path) -> str:
     run = Run(folder)
     settings = run.settings()
     origin = settings.origin
-    options = {**options_of(origin), **_of_tokenizer(run, settings.data, origin)}
+    options = _of_tokenizer(run, settings.data, origin)
     for record in (settings.model, settings.training, settings.data):
         options |= _given(record)
-    words = ["legacy1bit", "train"]
+    words = ["legacy1bit", "train", *words_of(origin)]
     for name, value in options.items():
-        if isinstance(value, list):
-            words += [f"--{name}", *value]
-        elif isinstance(value, bool):
+        if isinstance(value, bool):
             words.append(f"--{name}" if value else f"--no-{name}")
         elif str(value).startswith("-"):
             words.append(f"--{name}={value}")
@@ -119,7 +117,7 @@ def _given(record: ModelConfig | TrainingConfig | DataConfig) -> dict[str, Any]:
 
 def _of_tokenizer(run: Run, data: DataConfig, origin: DataOrigin) -> dict[str, Any]:
     """Return the option for a tokenizer that was not made as the settings say."""
-    if origin.kind is not Kind.TEXT or not run.tokenizer_file.exists():
+    if origin.kind not in (Kind.TEXT, Kind.MIX) or not run.tokenizer_file.exists():
         return {}
     if load_tokenizer(run.folder).kind == data.tokenizer:
         return {}

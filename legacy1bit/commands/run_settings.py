@@ -1,6 +1,7 @@
 """The settings of a run: those of a file and of the command line, merged."""
 
 import argparse
+import functools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ from legacy1bit.commands.texts import origin_of
 from legacy1bit.config_files import TABLES, Records, read_config, records_of
 from legacy1bit.data.corpus import Corpus, open_corpus
 from legacy1bit.data.origin import DataOrigin, TextChanged
+from legacy1bit.data.published_tokenizer import template_in
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.data.tokenizer_files import load_tokenizer, tokenizer_of
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import Run
@@ -180,15 +183,19 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
     else:
         origin, remedy = origin_of(arguments, training.seed), ""
     tokenizer = _tokenizer_of(arguments, settings) if start is None else start.tokenizer
+    path = settings.get("run") if start is None else start.path
+    encoder_of = functools.partial(chat_encoder, path)
+    length, progress = model.sequence_length, output.progress
     try:
-        corpus = open_corpus(
-            origin, data, model.sequence_length, arguments.cache, tokenizer, output.progress
-        )
+        corpus = open_corpus(origin, data, length, arguments.cache, tokenizer, progress, encoder_of)
     except SettingError as error:
         error.place = None if arguments.config is None else str(arguments.config)
         raise
     except TextChanged as error:
         raise ValueError(f"{error} ({remedy})") from None
+    if path is not None and path.is_dir() and corpus.template is None:
+        # A model of conversations stays one on other texts.
+        corpus = replace(corpus, template=template_in(path))
     for remark in corpus.remarks:
         output.say(remark)
     tokens = settings["model"].get("vocab_size")

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import shlex
 import sys
 import time
@@ -37,6 +38,8 @@ from legacy1bit.config_files import config_text, records_of
 from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
 from legacy1bit.data.tokenizer_files import tokenizer_of
+from legacy1bit.dataset import TokenDataset
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger, StepLog, check_tensorboard
@@ -203,7 +206,10 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     # A text that has moved may be named.
     named += [
         name
-        for name, paths in (("data", origin.paths), ("validation", origin.validation_paths))
+        for name, paths in (
+            ("data", origin.paths or origin.texts),
+            ("validation", origin.validation_paths),
+        )
         if getattr(arguments, name) is not None and not paths
     ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
@@ -236,10 +242,12 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
             )
         raise ValueError(f"{folder} has had its {done} steps: give more with --steps to go on")
     tokenizer = tokenizer_of(folder, settings.model.vocab_size)
-    places = {"data": arguments.data, "validation": arguments.validation}
-    origin = moved(origin, folder, places, arguments.cache)
+    origin = moved(origin, folder, arguments.data, arguments.validation, arguments.cache)
     length = settings.model.sequence_length
-    corpus = open_corpus(origin, settings.data, length, arguments.cache, tokenizer, output.progress)
+    corpus = open_corpus(
+        *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
+        functools.partial(chat_encoder, folder),
+    )
     for remark in corpus.remarks:
         output.say(remark)
     source = settings.source | corpus.origin.to_dict()
@@ -294,11 +302,12 @@ def say_what_is_trained(trainer: Trainer, output: Output) -> None:
         f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
         f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
-        f"{_epochs(trainer):.1f} epochs"
+        + ", ".join(f"{epochs:.1f} epochs{of}" for of, epochs in _epochs(trainer).items())
     )
-    if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
+    most = max(_epochs(trainer).values())
+    if most > _MANY_EPOCHS and not trainer.config.patience:
         output.say(
-            f"{_epochs(trainer):.0f} epochs may overfit: use more text or fewer --steps, or stop "
+            f"{most:.0f} epochs may overfit: use more text or fewer --steps, or stop "
             "early with --patience 3"
         )
 
@@ -328,9 +337,15 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     """Return the record of an evaluation as a line for people."""
     return (
         f"step {record['step']:>6}  train loss {record['train_loss']:.4f}  "
-        f"validation loss {record['val_loss']:.4f}  "
+        f"validation loss {record['val_loss']:.4f}{_losses_of(record)}  "
         f"{record['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def _losses_of(record: Mapping[str, Any]) -> str:
+    """Return the loss of each text, where several are mixed."""
+    losses = [f"{name} {loss:.4f}" for name, loss in record.get("val_losses", {}).items()]
+    return f" ({', '.join(losses)})" if losses else ""
 
 
 class _Display(TrainingCallback):
@@ -363,11 +378,16 @@ class _Display(TrainingCallback):
         return self._interrupts.requested
 
 
-def _epochs(trainer: Trainer) -> float:
-    """Return the number of epochs of a run."""
+def _epochs(trainer: Trainer) -> dict[str, float]:
+    """Return the number of epochs of a run; of each of several texts, by " of " and its name."""
     config, dataset = trainer.config, trainer.corpus.training
     a_step = config.batch_size * config.gradient_accumulation * dataset.sequence_length
-    return config.steps * a_step / dataset.tokens.size
+    if isinstance(dataset, TokenDataset):
+        return {"": config.steps * a_step / dataset.token_count}
+    return {
+        f" of {part.name}": config.steps * a_step * part.share / part.dataset.token_count
+        for part in dataset.parts
+    }
 
 
 def _report(trainer: Trainer) -> None:
@@ -385,7 +405,7 @@ def _report(trainer: Trainer) -> None:
             f"{'best at step':<18}{model.provenance.steps} of {trainer.step}; the last step's "
             f"validation loss was {trainer.metrics.loss:.4f}"
         )
-    print_metrics(metrics, tokenizer.kind, corpus.validation.tokens.size)
+    print_metrics(metrics, tokenizer.kind, corpus.validation.target_count)
     if corpus.floor is not None:
         print(
             f"{'entropy floor':<18}{corpus.floor:.4f} nats per character "
@@ -408,4 +428,6 @@ def _report(trainer: Trainer) -> None:
         print(ending)
     else:
         print(f"{ending}; next:")
-        print(f'  legacy1bit generate --model {folder} --prompt "{prompt}"')
+        command = "chat" if corpus.template is not None else "generate"
+        ending = "" if command == "chat" else f' --prompt "{prompt}"'
+        print(f"  legacy1bit {command} --model {folder}{ending}")

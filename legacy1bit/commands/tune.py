@@ -1,6 +1,7 @@
 """``tune``: search for the best settings within a budget of time and bytes."""
 
 import argparse
+import functools
 import multiprocessing
 import re
 import shlex
@@ -27,12 +28,13 @@ from legacy1bit.commands.options import (
 from legacy1bit.commands.progress import progress_of_bytes, progress_of_tuning
 from legacy1bit.commands.run_settings import add_config, plan_run
 from legacy1bit.commands.streams import unfailing
-from legacy1bit.commands.texts import add_data, moved, options_of
+from legacy1bit.commands.texts import add_data, moved, words_of
 from legacy1bit.config_files import write_config
 from legacy1bit.data.corpus import Corpus, open_corpus
-from legacy1bit.data.origin import DataOrigin
+from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.data.tokenizer_files import load_tokenizer
+from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.search.space import Dimension, default_space, read_space
 from legacy1bit.search.study import (
@@ -256,6 +258,7 @@ class _Work:
                 self._cache,
                 self._tokenizer,
                 progress_of_bytes,
+                functools.partial(chat_encoder, None),
             )
             if self._corpora[length].sha256 != self.config.sha256:
                 raise ValueError("the text is not that of the study's other trials")
@@ -326,11 +329,8 @@ class _Work:
         )
         for result in printed:
             print(_line(result, False))
-        text = "".join(
-            f" --{option} {shlex.join(paths)}"
-            for option, paths in options_of(self._origin).items()
-            if option != "stories"
-        )
+        words = [] if self._origin.kind is Kind.STORIES else words_of(self._origin)
+        text = f" {shlex.join(words)}" if words else ""
         config = shlex.quote(str(self.folder / BEST_FILE))
         print(f"\nthe best settings are in {config}; next:")
         print(f"  legacy1bit train --config {config}{text}")
@@ -468,8 +468,13 @@ def _resume(arguments: argparse.Namespace, threads: int) -> _Work:
     study = StudyRecord.read(folder)
     url = study.url(folder, arguments.storage)
     tokenizer = load_tokenizer(folder) if (folder / TOKENIZER_FILE).exists() else None
-    places = {"data": arguments.data, "validation": arguments.validation}
-    origin = moved(DataOrigin.from_dict(study.source), folder, places, arguments.cache)
+    origin = moved(
+        DataOrigin.from_dict(study.source),
+        folder,
+        arguments.data,
+        arguments.validation,
+        arguments.cache,
+    )
     return _Work(folder, url, study.study, origin, None, threads, arguments.cache, tokenizer)
 
 

@@ -6,16 +6,20 @@ once, into the cache; the split into training and validation parts is made of it
 
 import contextlib
 import hashlib
+import json
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from legacy1bit.data import stories
-from legacy1bit.data.cache import cache_errors, hold_streams, mark_used, text_of, trim
+from legacy1bit.data.cache import cache_errors, hold_streams, mark_used, trim
+from legacy1bit.data.cache import text_of as name_of
+from legacy1bit.data.chats import ChatEncoder, EncoderOf, encoded, text_of
 from legacy1bit.data.origin import DataOrigin, Kind
 from legacy1bit.data.shards import (
     Index,
@@ -47,12 +51,13 @@ from legacy1bit.data.tokenizer import (
 )
 from legacy1bit.data.tokenizer_files import load_tokenizer
 from legacy1bit.data_utils import Tokens, tokenize_text
-from legacy1bit.dataset import TokenDataset
+from legacy1bit.dataset import MixedDataset, TokenDataset
 from legacy1bit.hyperparams import DataConfig
 from legacy1bit.system.errors import SettingError
 
-# The one part of a folder of tokens.
-TEXT = "text"
+# The one part of a folder of tokens; of conversations there is another, with 1 for each token that
+# is predicted, and 0 for the others.
+TEXT, PREDICTED = "text", "predicted"
 
 # Pieces are encoded together until they have this number of bytes: enough for every core, and no
 # more than a few megabytes.
@@ -77,6 +82,7 @@ _LEARNED_BYTES = 200_000_000
 # Settings of texts; the stories are bytes, each from its beginning.
 _OF_READING = ("tokenizer", "field", "encoding", "separator", "split")
 _OF_TOKENS = (*_OF_READING, "vocabulary")
+_NOISE = ("subword_splitting", "case_noise", "space_noise")
 _OF_TEXTS = (*_OF_TOKENS, "validation_fraction", "order", "document_mask")
 
 # The origin of a corpus that was not opened by its origin.
@@ -98,7 +104,7 @@ class Corpus:
     Attributes
     ----------
     name : str
-    training, validation : TokenDataset
+    training, validation : TokenDataset or MixedDataset
     floor : float or None
         The lowest loss any model can reach on the validation set, in nats per token, where that is
         known.
@@ -111,17 +117,20 @@ class Corpus:
         Lines about the text that its user should read.
     origin : DataOrigin
         Where it comes from, with the hash of the text.
+    template : str or None
+        The chat template, in Jinja, that its conversations were made of text with.
     """
 
     name: str
-    training: TokenDataset
-    validation: TokenDataset
+    training: TokenDataset | MixedDataset
+    validation: TokenDataset | MixedDataset
     floor: float | None = None
     stories: tuple[str, ...] = ()
     sha256: str = ""
     tokenizer: Tokenizer = field(default_factory=ByteTokenizer)
     remarks: tuple[str, ...] = ()
     origin: DataOrigin = _MEMORY
+    template: str | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -139,6 +148,7 @@ def open_corpus(
     cache: Path | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress = no_progress,
+    encoder_of: EncoderOf | None = None,
 ) -> Corpus:
     """Return the corpus of an origin.
 
@@ -150,8 +160,10 @@ def open_corpus(
     cache : Path, optional
         The folder of tokens; the user's when not given.
     tokenizer : Tokenizer, optional
-        That of a run that is resumed; made from the text when not given.
+        That of a run that is resumed; made from the text when not given, or from the first one.
     progress : callable, optional
+    encoder_of : callable, optional
+        Returns what makes tokens of conversations, which are refused without it.
 
     Raises
     ------
@@ -162,6 +174,8 @@ def open_corpus(
     """
     origin.check()
     kind = origin.kind
+    if kind is Kind.MIX:
+        return _mixed_corpus(origin, data, sequence_length, cache, tokenizer, progress, encoder_of)
     if kind is Kind.STORIES:
         _refuse(data, _OF_TEXTS, kind)
         assert origin.stories is not None
@@ -181,9 +195,13 @@ def open_corpus(
         cache = cache or default_cache()
         with cache_errors(cache):
             tokenizer = tokenizer or tokenizer_for(source, data, cache, progress)
-            corpus = source_corpus(
-                source, tokenizer, data, sequence_length, cache, validation, progress
-            )
+            encoder = _encoder_for(source, tokenizer, encoder_of)
+            with contextlib.ExitStack() as ends:
+                if encoder is not None:
+                    ends.enter_context(contextlib.closing(encoder))
+                corpus = source_corpus(
+                    source, tokenizer, data, sequence_length, cache, validation, progress, encoder
+                )
         hold_streams(corpus.training, source.files, cache)
     if data.subword_splitting and (corpus.tokenizer.parents < 0).all():
         raise SettingError(
@@ -191,6 +209,95 @@ def open_corpus(
             *("subword_splitting", "tokenizer"),
         )
     return replace(corpus, origin=origin.with_hash(corpus.sha256))
+
+
+def _mixed_corpus(
+    origin: DataOrigin,
+    data: DataConfig,
+    sequence_length: int,
+    cache: Path | None,
+    tokenizer: Tokenizer | None,
+    progress: Progress,
+    encoder_of: EncoderOf | None,
+) -> Corpus:
+    """Return the corpus of texts that are mixed, each of which has its own validation set."""
+    parts: list[Corpus] = []
+    for text in origin.texts:
+        part = open_corpus(text, data, sequence_length, cache, tokenizer, progress, encoder_of)
+        tokenizer = part.tokenizer if tokenizer is None else tokenizer
+        if parts and part.vocab_size != parts[0].vocab_size:
+            raise SettingError(
+                f"{part.name} has {part.vocab_size:,} kinds of tokens, expected "
+                f"{parts[0].vocab_size:,}, those of {parts[0].name}: vocabulary sets their number",
+                "vocabulary",
+            )
+        parts.append(part)
+    origin = replace(origin, texts=tuple(part.origin for part in parts))
+    sha256 = hashlib.sha256("".join(part.sha256 for part in parts).encode()).hexdigest()
+
+    def mixed(which: str) -> MixedDataset:
+        datasets = (getattr(part, which) for part in parts)
+        texts = zip(origin.texts, datasets, strict=True)
+        return MixedDataset([(text.name, text.weight or 0.0, dataset) for text, dataset in texts])
+
+    return Corpus(
+        origin.name,
+        mixed("training"),
+        mixed("validation"),
+        sha256=sha256,
+        tokenizer=parts[0].tokenizer,
+        remarks=tuple(dict.fromkeys(remark for part in parts for remark in part.remarks)),
+        origin=origin.with_hash(sha256),
+        template=next(filter(None, (part.template for part in parts)), None),
+    )
+
+
+def _encoder_for(
+    source: Source, tokenizer: Tokenizer, encoder_of: EncoderOf | None
+) -> ChatEncoder | None:
+    """Return what makes tokens of a text's conversations; None if it has none."""
+    if not source.has_chats:
+        return None
+    if encoder_of is None:
+        raise ValueError(f"{source.name} holds conversations, which need a chat template")
+    return encoder_of(tokenizer)
+
+
+def open_chats(
+    origin: DataOrigin,
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    sequence_length: int,
+    encoder_of: EncoderOf,
+    cache: Path | None = None,
+    progress: Progress = no_progress,
+) -> tuple[TokenDataset, tuple[str, ...]] | None:
+    """Return all conversations of a text, and lines about it; None if it is not made of them.
+
+    Parameters and errors are those of ``open_corpus``.
+    """
+    origin.check()
+    if origin.kind is not Kind.TEXT:
+        return None
+    source, cache = text_source(origin.paths, data), cache or default_cache()
+    encoder = _encoder_for(source, tokenizer, encoder_of)
+    if encoder is None:
+        return None
+    with cache_errors(cache), contextlib.closing(encoder):
+        folder, index = tokens_of(source, tokenizer, cache, progress, encoder)
+    store, predicted = (open_store(folder, index, part) for part in (TEXT, PREDICTED))
+    hold_streams(store, source.files, cache)
+    return (
+        TokenDataset(
+            store,
+            sequence_length,
+            tokenizer.vocab_size,
+            order="packed",
+            document_mask=True,
+            predicted=predicted,
+        ),
+        (*_remarks(source, index), *_cut_chats(source, store, sequence_length)),
+    )
 
 
 def open_text(
@@ -308,6 +415,42 @@ def tokenize_source(
         return writer.finish(fingerprint, tokenizer.sha256, digest.hexdigest())
 
 
+def tokenize_chats(
+    source: Source,
+    tokenizer: Tokenizer,
+    folder: Path,
+    encoder: ChatEncoder,
+    on_progress: Callable[[int], None] | None = None,
+) -> Index:
+    """Turn a source's conversations into tokens on disk, with what is predicted of them.
+
+    All parts of a conversation have one hash, by which it is split later: so they, and its copies,
+    are on the same side. Parameters and errors are those of ``tokenize_source``.
+    """
+    fingerprint = source.fingerprint()
+    digest, done = hashlib.sha256(encoder.sha256.encode()), 0
+    with ShardWriter(folder, (TEXT, PREDICTED), tokenizer.vocab_size) as writer:
+        writer.put_beside(tokenizer.save)
+        for messages, parts in encoded(source.conversations(), encoder):
+            content = json.dumps(messages).encode()
+            digest.update(content + _BETWEEN)
+            for part in parts:
+                for name, values in ((TEXT, part.tokens), (PREDICTED, part.predicted)):
+                    writer.begin_document(name, zlib.crc32(content))
+                    writer.write(name, values.astype(np.int32))
+            done += len(text_of(messages))
+            if on_progress is not None:
+                on_progress(done)
+        if not done:
+            raise ValueError(f"{source.name} holds no text")
+        # What follows the last token, and is not predicted.
+        for name in (TEXT, PREDICTED):
+            writer.write(name, np.zeros(1, np.int32))
+        if source.fingerprint() != fingerprint:
+            raise ValueError(f"{source.name} has changed while it was read")
+        return writer.finish(fingerprint, tokenizer.sha256, digest.hexdigest())
+
+
 def _boundary(tokenizer: Tokenizer) -> int:
     return tokenizer.bos_token or 0
 
@@ -328,24 +471,34 @@ def _together(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
 
 
 def tokens_of(
-    source: Source, tokenizer: Tokenizer, cache: Path, progress: Progress = no_progress
+    source: Source,
+    tokenizer: Tokenizer,
+    cache: Path,
+    progress: Progress = no_progress,
+    encoder: ChatEncoder | None = None,
 ) -> tuple[Path, Index]:
     """Return the folder of a source's tokens, written if need be, and its index.
 
-    Parameters and errors are those of ``tokenize_source``; ``cache`` is the folder of the tokens of
-    all sources.
+    Parameters and errors are those of ``tokenize_source``, or of ``tokenize_chats`` where there is
+    an encoder; ``cache`` is the folder of the tokens of all sources.
     """
     fingerprint = source.fingerprint()
-    folder = cache / cache_key({"source": fingerprint, "tokenizer": tokenizer.sha256})
+    key = {"source": fingerprint, "tokenizer": tokenizer.sha256}
+    if encoder is not None:
+        key["template"] = encoder.sha256
+    folder = cache / cache_key(key)
 
     def write(folder: Path) -> Index:
         with progress("tokens", source.nbytes) as on_progress:
-            index = tokenize_source(source, tokenizer, folder, on_progress)
+            if encoder is None:
+                index = tokenize_source(source, tokenizer, folder, on_progress)
+            else:
+                index = tokenize_chats(source, tokenizer, folder, encoder, on_progress)
         trim(cache, folder)
         return index
 
     index = cached(folder, write, fingerprint, tokenizer.sha256)
-    mark_used(folder, text_of(source.files))
+    mark_used(folder, name_of(source.files))
     return folder, index
 
 
@@ -373,7 +526,7 @@ def tokenizer_for(
     fingerprint = source.fingerprint()
     known = {"source": fingerprint, "kind": data.tokenizer, "size": size}
     folder = cache / f"tokenizer-{cache_key(known)}"
-    text = text_of(source.files)
+    text = name_of(source.files)
     with contextlib.suppress(OSError, ValueError):
         tokenizer = load_tokenizer(folder)
         mark_used(folder, text)
@@ -413,6 +566,7 @@ def source_corpus(
     cache: Path,
     validation: Source | None = None,
     progress: Progress = no_progress,
+    encoder: ChatEncoder | None = None,
 ) -> Corpus:
     """Return a corpus of any text.
 
@@ -427,6 +581,8 @@ def source_corpus(
         The folder of tokens.
     validation : Source, optional
     progress : callable, optional
+    encoder : ChatEncoder, optional
+        Of texts that are made of conversations.
 
     Raises
     ------
@@ -435,30 +591,50 @@ def source_corpus(
     OSError
         If a file cannot be read or written.
     """
-    folder, index = tokens_of(source, tokenizer, cache, progress)
+    if validation is not None and validation.has_chats != (encoder is not None):
+        raise ValueError(
+            f"of {source.name} and {validation.name} one holds conversations, the other one text"
+        )
+    folder, index = tokens_of(source, tokenizer, cache, progress, encoder)
     sha256, remarks = index.sha256, _remarks(source, index)
+    if encoder is not None:
+        remarks += _cut_chats(source, open_store(folder, index, TEXT), sequence_length)
     if validation is None:
         validation_name = source.name
-        training, held_out = _split(folder, index, source, data, sequence_length)
+        split = _split if encoder is None else _split_chats
+        sides = split(folder, index, source, data, sequence_length)
     else:
-        validation_name, training = validation.name, open_store(folder, index, TEXT)
-        folder, index = tokens_of(validation, tokenizer, cache, progress)
-        held_out = open_store(folder, index, TEXT)
+        validation_name, folders = validation.name, [(folder, index)]
+        folder, index = tokens_of(validation, tokenizer, cache, progress, encoder)
+        folders.append((folder, index))
+        sides = [_Side(*(open_store(*one, part) for part in one[1].parts)) for one in folders]
         sha256 = _sha256_of_both(sha256, index.sha256)
         remarks += _remarks(validation, index)
-    _check_sizes(source.name, training.size, held_out.size, sequence_length, validation_name)
+    (training, predicted), (held_out, others) = sides
+    if encoder is None:
+        _check_sizes(source.name, training.size, held_out.size, sequence_length, validation_name)
     return Corpus(
         source.name,
-        *_datasets(training, held_out, data, sequence_length, tokenizer.vocab_size),
+        *_datasets(
+            *(training, held_out, data, sequence_length, tokenizer.vocab_size), predicted, others
+        ),
         sha256=sha256,
         tokenizer=tokenizer,
         remarks=remarks,
+        template=None if encoder is None else encoder.source,
     )
+
+
+class _Side(NamedTuple):
+    """The tokens to train on, or to validate on, and which of them are predicted, if not all."""
+
+    tokens: TokenStore
+    predicted: TokenStore | None = None
 
 
 def _split(
     folder: Path, index: Index, source: Source, data: DataConfig, sequence_length: int
-) -> Sequence[TokenStore]:
+) -> Sequence[_Side]:
     """Return the tokens of a text to train on, and those to validate on."""
     if data.split == "documents" or (data.split == "auto" and source.has_documents):
         parts = split_documents(folder, index, TEXT, data.validation_fraction)
@@ -470,8 +646,45 @@ def _split(
                         f"{source.name}: by chance no document is for {name}; expected more "
                         "documents, another --validation-share, or --split tail"
                     )
-            return parts
-    return _cut_tail(open_store(folder, index, TEXT), source.name, data, sequence_length)
+            return [_Side(part) for part in parts]
+    store = open_store(folder, index, TEXT)
+    return [_Side(part) for part in _cut_tail(store, source.name, data, sequence_length)]
+
+
+def _split_chats(
+    folder: Path, index: Index, source: Source, data: DataConfig, sequence_length: int
+) -> Sequence[_Side]:
+    """Return the conversations to train on, and those to validate on; none is cut."""
+    names, share = (TEXT, PREDICTED), data.validation_fraction
+    if data.split != "tail":
+        parts = [split_documents(folder, index, name, share) for name in names]
+        if all(part.document_count for part in parts[0]):
+            return [_Side(*side) for side in zip(*parts, strict=True)]
+    stores = [open_store(folder, index, name) for name in names]
+    count = stores[0].document_count
+    if data.split == "documents" or count < 2:
+        raise ValueError(
+            f"{source.name}: no conversation of {count:,} is left for training or validation; "
+            "expected more, another --validation-share, or --split tail"
+        )
+    first = min(max(count - round(count * share), 1), count - 1)
+    begins, _ = stores[0].document_bounds(np.array([first]))
+    cut = int(begins[0])
+    return [
+        _Side(*(store.window(0, cut) for store in stores)),
+        _Side(*(store.window(cut, store.size) for store in stores)),
+    ]
+
+
+def _cut_chats(source: Source, store: TokenStore, sequence_length: int) -> tuple[str, ...]:
+    """Return a line about conversations that are longer than a row, if there are any."""
+    longer = store.longer_documents(sequence_length)
+    if not longer:
+        return ()
+    return (
+        f"{source.name}: {longer:,} of {store.document_count:,} conversations are longer than "
+        f"{sequence_length:,} tokens, and are cut there: --sequence-length keeps more",
+    )
 
 
 def _remarks(source: Source, index: Index) -> tuple[str, ...]:
@@ -522,12 +735,37 @@ def _datasets(
     data: DataConfig,
     sequence_length: int,
     pad_token: int,
+    predicted: TokenStore | None = None,
+    others: TokenStore | None = None,
 ) -> tuple[TokenDataset, TokenDataset]:
+    """Return the sequences to train on, and those to validate on.
+
+    Where not all tokens are predicted, they are of conversations, which are packed.
+    """
+    order, mask, held_out_order = data.order, data.document_mask, "windows"
+    if predicted is not None:
+        for name in _NOISE:
+            if getattr(data, name):
+                raise SettingError(f"{name} changes text, and answers are marked in it", name)
+        if order == "epochs":
+            raise SettingError(
+                "order is epochs, which cuts conversations: expected packed or buckets", "order"
+            )
+        order = "packed" if order == "windows" else order
+        mask, held_out_order = True, "packed"
     return (
         TokenDataset(
-            training, sequence_length, pad_token, order=data.order, document_mask=data.document_mask
+            *(training, sequence_length, pad_token),
+            order=order,
+            document_mask=mask,
+            predicted=predicted,
         ),
-        TokenDataset(held_out, sequence_length, pad_token, document_mask=data.document_mask),
+        TokenDataset(
+            *(held_out, sequence_length, pad_token),
+            order=held_out_order,
+            document_mask=mask,
+            predicted=others,
+        ),
     )
 
 

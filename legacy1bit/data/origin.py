@@ -1,4 +1,5 @@
-"""Where a corpus comes from: stories, a text, or tokens; as options name it and runs record it.
+"""Where a corpus comes from: stories, a text, tokens, or a mix of texts; as options name it and
+runs record it.
 
 A run records the absolute paths of its texts, and their hash, which is checked wherever they are
 read from: so a run is resumed after it has moved together with its texts.
@@ -16,13 +17,16 @@ from typing import Any
 from legacy1bit.data.shards import INDEX_FILE
 from legacy1bit.data.sources import is_stream, is_token_file, text_name
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
-from legacy1bit.system.errors import SettingError
+from legacy1bit.system.errors import SettingError, format_value
 
 STORIES = "stories"
 MOST_STORIES = 10_000_000
 
 # The keys of a record that name texts, by a path or by several.
 TEXT_PATH, VALIDATION_PATH = "path", "validation"
+# The key of the records of texts that are mixed, and in each the key of its weight.
+MIXED, WEIGHT = "texts", "weight"
+MOST_WEIGHT = 1e9
 
 # How many folders above a run are searched for its text: `best` lies one deeper than the run.
 _LEVELS = 3
@@ -42,6 +46,7 @@ class Kind(enum.Enum):
     TEXT = "a text"
     TOKEN_FILE = "a file of tokens"
     TOKEN_FOLDER = "a folder of tokens"
+    MIX = "several texts with weights"
     UNKNOWN = "an unknown origin"
 
 
@@ -59,6 +64,10 @@ class DataOrigin:
         The number of stories to train on, and the seed they are generated from.
     sha256 : str or None
         The hash of the text, once it was read; None for the stories.
+    texts : tuple of DataOrigin
+        The texts that are mixed, each with its weight and a name of its own; two or more, or none.
+    weight : float or None
+        Of a text in a mix: its fraction of the sequences, over those of the others.
     """
 
     name: str
@@ -67,6 +76,8 @@ class DataOrigin:
     stories: int | None = None
     seed: int | None = None
     sha256: str | None = None
+    texts: tuple["DataOrigin", ...] = ()
+    weight: float | None = None
 
     @classmethod
     def of_stories(cls, count: int, seed: int) -> "DataOrigin":
@@ -82,6 +93,19 @@ class DataOrigin:
         return cls(" + ".join(names), tuple(paths), tuple(validation_paths))
 
     @classmethod
+    def of_mix(cls, texts: Sequence["DataOrigin"]) -> "DataOrigin":
+        """Return the origin of several texts that are mixed; each has its weight."""
+        named: dict[str, DataOrigin] = {}
+        for text in texts:
+            name, number = text.name, 1
+            while name in named:
+                number += 1
+                name = f"{text.name} ({number})"
+            named[name] = replace(text, name=name)
+        names = [f"{name}:{text.weight:g}" for name, text in named.items()]
+        return cls(" + ".join(names), texts=tuple(named.values()))
+
+    @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> "DataOrigin":
         """Return the origin that a run or a study has recorded.
 
@@ -92,6 +116,7 @@ class DataOrigin:
         """
         paths, validation = paths_of(record, TEXT_PATH), paths_of(record, VALIDATION_PATH)
         required: dict[str, type] = {"name": str}
+        texts = _records_of(record)
         if is_stories(record):
             required |= {"stories": int, "seed": int}
         for key, kind in required.items():
@@ -103,7 +128,8 @@ class DataOrigin:
             record["name"],
             tuple(paths),
             tuple(validation),
-            *(record.get(key) for key in ("stories", "seed", "sha256")),
+            **{key: record.get(key) for key in ("stories", "seed", "sha256", WEIGHT)},
+            texts=tuple(map(cls.from_dict, texts)),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,12 +138,16 @@ class DataOrigin:
         if self.paths:
             record[TEXT_PATH] = _path_entry(self.paths)
             record[VALIDATION_PATH] = _path_entry(self.validation_paths)
-        optional = {"stories": self.stories, "seed": self.seed, "sha256": self.sha256}
+        if self.texts:
+            record[MIXED] = [text.to_dict() for text in self.texts]
+        optional = {key: getattr(self, key) for key in ("stories", "seed", "sha256", WEIGHT)}
         return record | {key: value for key, value in optional.items() if value is not None}
 
     @property
     def kind(self) -> Kind:
         """The kind of corpus, as the paths and the folders they lead to say."""
+        if self.texts:
+            return Kind.MIX
         if not self.paths:
             return Kind.STORIES if self.name == STORIES else Kind.UNKNOWN
         if len(self.paths) == 1 and _is_token_folder(self.paths[0]):
@@ -128,6 +158,9 @@ class DataOrigin:
     def check(self) -> None:
         """Raise ``ValueError`` for an origin from which no corpus can be opened again."""
         self.check_path()
+        for text in self.texts:
+            text.check()
+            check_weight(text.weight)
         if self.kind is Kind.STORIES and not 1 <= (self.stories or 0) <= MOST_STORIES:
             raise SettingError(
                 f"stories is {self.stories}, expected 1 to {MOST_STORIES}", "stories"
@@ -156,6 +189,8 @@ class DataOrigin:
 
     def check_there(self, remedy: str) -> None:
         """Raise ``FileNotFoundError``, with a remedy, for a text that does not exist."""
+        for text in self.texts:
+            text.check_there(remedy)
         for path in (*self.paths, *self.validation_paths):
             if not _exists(path):
                 raise FileNotFoundError(errno.ENOENT, f"No such file or directory ({remedy})", path)
@@ -172,10 +207,45 @@ class DataOrigin:
             several = len(self.paths) + len(self.validation_paths) > 1
             whose = "its SHA-256" + (" with the others'" if several else "")
             raise TextChanged(
-                f"{self.paths[0]} has changed, or is another text: {whose} is "
+                f"{next(iter(self.paths), self.name)} has changed, or is another text: {whose} is "
                 f"{sha256}, expected {self.sha256}"
             )
         return replace(self, sha256=sha256)
+
+
+def check_weight(weight: object) -> None:
+    """Raise ``ValueError`` unless it is the weight of a text."""
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not (number and 0 < weight <= MOST_WEIGHT):  # type: ignore[operator]
+        raise ValueError(
+            f"the weight of a text is {format_value(weight)}, expected a number above 0, at most "
+            f"{MOST_WEIGHT:,.0f}"
+        )
+
+
+def _records_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of the texts of a mix; none of anything else.
+
+    Raises
+    ------
+    ValueError
+        If the record is damaged.
+    """
+    texts = record.get(MIXED, [])
+    # Of strangers' files: no mix has mixes in it.
+    if not isinstance(texts, list) or any(
+        not isinstance(text, dict) or MIXED in text or TEXT_PATH not in text for text in texts
+    ):
+        raise ValueError(f"the recorded source has {MIXED} that are damaged")
+    return texts
+
+
+def without_paths(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the record of a run without what may change: where its texts are."""
+    kept = {key: v for key, v in record.items() if key not in (TEXT_PATH, VALIDATION_PATH)}
+    if MIXED in record:
+        kept[MIXED] = [without_paths(text) for text in _records_of(record)]
+    return kept
 
 
 def is_stories(record: Mapping[str, Any]) -> bool:
@@ -224,6 +294,8 @@ def located(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     for key in (TEXT_PATH, VALIDATION_PATH):
         if paths := paths_of(record, key):
             updated[key] = _path_entry([_located(path, bases) for path in paths])
+    if MIXED in record:
+        updated[MIXED] = [located(text, folder) for text in _records_of(record)]
     return updated
 
 

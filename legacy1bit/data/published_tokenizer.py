@@ -33,7 +33,7 @@ from legacy1bit.data_utils import Tokens
 from legacy1bit.system.files import atomic_write, read_regular
 
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
-_TEMPLATE_FILE, _TEMPLATE_KEY = "chat_template.jinja", "tokenizer.chat_template"
+TEMPLATE_FILE, _TEMPLATE_KEY = "chat_template.jinja", "tokenizer.chat_template"
 
 # What is written into ``tokenizer_config.json``, besides what other programs read.
 STOP_TOKENS = "stop_tokens"
@@ -518,8 +518,8 @@ def template_in(folder: Path) -> str | None:
     OSError
         If a file cannot be read.
     """
-    if (folder / _TEMPLATE_FILE).exists():
-        return _checked_template(read_regular(folder / _TEMPLATE_FILE).decode())
+    if (folder / TEMPLATE_FILE).exists():
+        return _checked_template(read_regular(folder / TEMPLATE_FILE).decode())
     source = _json_of(folder / TOKENIZER_CONFIG_FILE).get("chat_template")
     if isinstance(source, list):
         # Several, with names.

@@ -220,6 +220,16 @@ class TokenStore:
         begins, ends = bounds[:, 0], bounds[:, 1]
         return begins, np.where(numbers == self.document_count - 1, self.stop, ends)
 
+    def longer_documents(self, width: int) -> int:
+        """Return how many documents have more than ``width`` tokens."""
+        count, first, last = 0, self._first, self._first + self.document_count
+        for at in range(first, last, _COUNTED * _BLOCK_DOCUMENTS):
+            stop = min(at + _COUNTED * _BLOCK_DOCUMENTS, last)
+            begins = self._documents[at : min(stop + 1, last)] - self._origin
+            bounds = begins if stop < last else np.append(begins, self.stop)
+            count += int((np.diff(bounds) > width).sum())
+        return count
+
     def document_begins(self, starts: npt.NDArray[np.int64], width: int) -> npt.NDArray[np.int64]:
         """Return where the documents begin that the tokens of some rows lie in.
 

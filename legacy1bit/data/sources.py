@@ -6,6 +6,7 @@ are read here, too.
 """
 
 import codecs
+import contextlib
 import dataclasses
 import errno
 import glob
@@ -22,7 +23,6 @@ import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from legacy1bit.data.chats import MESSAGES, Message, is_conversation, messages_of, text_of
 from legacy1bit.data.shards import IntegerFile
 from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.logger import is_run
@@ -251,6 +252,48 @@ class Source:
         with open(path, "rb") as file:
             return self._rows_or_text(_Input(file), str(path), path.name)[0]
 
+    @property
+    def has_chats(self) -> bool:
+        """Whether its documents are conversations, as the first file's first one says.
+
+        Raises
+        ------
+        OSError, ValueError
+            If the beginning of the text cannot be read.
+        """
+        if self._is_stream() or self.field not in (DEFAULT_FIELD, MESSAGES):
+            return False
+        path = self.files[0]
+        if path.suffix.lower() == _PARQUET or not _may_hold_rows(path.name) or not self.nbytes:
+            return False
+        with open(path, "rb") as file:
+            has_rows, blocks = self._rows_or_text(_Input(file), str(path), path.name)
+            if not has_rows:
+                return False
+            # What is damaged is told where it is read.
+            with contextlib.suppress(ValueError):
+                for _, record in _json_records(blocks, str(path)):
+                    return is_conversation(record, self.field, DEFAULT_FIELD)
+        return False
+
+    def conversations(self) -> Iterator[tuple[str, list[Message]]]:
+        """Go through the conversations once: where each is, for errors, and its messages.
+
+        Raises
+        ------
+        OSError, ValueError
+            As ``pieces``, and if a record is no conversation.
+        """
+        for path in self.files:
+            with _opened(path) as file:
+                has_rows, blocks = self._rows_or_text(file, str(path), path.name)
+                if not has_rows:
+                    raise ValueError(
+                        f"{path} is not JSON lines, expected conversations as in {self.files[0]}"
+                    )
+                for where, record in _json_records(blocks, str(path)):
+                    yield where, messages_of(record, where)
+
     def warnings(self, documents: int) -> tuple[str, ...]:
         """Return lines about a text that was read: on its separator, and on JSON taken for text.
 
@@ -309,6 +352,9 @@ class Source:
 
     def _documents(self, file: "_Input", path: str, name: str) -> Iterator[_Part]:
         has_rows, blocks = self._rows_or_text(file, path, name)
+        if has_rows and self.has_chats:
+            records = _json_records(blocks, path)
+            return ((True, text_of(messages_of(record, where))) for where, record in records)
         if has_rows:
             return _json_documents(blocks, path, self.field)
         if self.field != DEFAULT_FIELD and not any(_holds_rows(path.name) for path in self.files):
@@ -421,7 +467,8 @@ def open_source(
         on a line, and plain text otherwise. What is there goes before a pattern.
         Several of these, but no pipes, are read one after the other, and no file twice.
     field : str, optional
-        Which field of a JSON line, or column of a Parquet file, has the text.
+        Which field of a JSON line, or column of a Parquet file, has the text; "messages": it has a
+        conversation, as lines without a "text" may have, too.
     encoding : str, optional
         Of plain text and JSON lines. A byte order mark is dropped.
     separator : str, optional
@@ -655,7 +702,7 @@ class _Input(io.BufferedIOBase):
         return data
 
 
-@contextmanager
+@contextlib.contextmanager
 def _opened(path: Path) -> Iterator[_Input]:
     """Open a file that must not change until all of it is read."""
     with open(path, "rb") as raw:
@@ -1050,7 +1097,8 @@ def _lines(blocks: Iterator[bytes], path: str) -> Iterator[bytes]:
     yield b"".join(held)
 
 
-def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[_Part]:
+def _json_records(blocks: Iterator[bytes], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield objects of JSON, each with the line where it is."""
     for number, line in enumerate(_lines(blocks, path), 1):
         if not line.strip():
             continue
@@ -1063,6 +1111,11 @@ def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[
             raise ValueError(f"{where}: not JSON that can be read, {error}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: {_JSON_KINDS[type(record)]}, expected an object")
+        yield where, record
+
+
+def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[_Part]:
+    for where, record in _json_records(blocks, path):
         if field not in record:
             raise ValueError(f"{where}: no field {field!r}; {_there_are(record)}")
         text = record[field]

@@ -110,7 +110,8 @@ def _has_learned_tokens(run: Path) -> bool:
     try:
         source = json.loads(read_regular(run / SETTINGS_FILE))["source"]
         # The module that knows such records imports this one.
-        paths = source["path"]
-        return any(map(is_token_file, [paths] if isinstance(paths, str) else paths))
+        texts = [text["path"] for text in source.get("texts", [source])]
+        paths = (path for text in texts for path in ([text] if isinstance(text, str) else text))
+        return any(map(is_token_file, paths))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return False

@@ -9,6 +9,7 @@ may call ``raise_exception`` and ``strftime_now``.
 
 import contextlib
 import datetime
+import functools
 import json
 import os
 import select
@@ -18,11 +19,18 @@ import sys
 import time
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 from legacy1bit.system.child import end_child, ready_line, start_child, why_ended
 from legacy1bit.system.optional import load_extra
+
+# What ``PlainTemplate`` writes.
+PLAIN = (
+    "{% for message in messages %}"
+    "{{ message.role | title ~ ': ' ~ message.content | trim ~ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant: {% endif %}"
+)
 
 Messages = Sequence[Mapping[str, str]]
 
@@ -44,13 +52,20 @@ class Template(Protocol):
 
     Attributes
     ----------
+    source : str
+        In Jinja.
     stop : tuple of str
         Texts that end an answer, beside the stop tokens.
+    ending : str
+        What of these a conversation that ends with an answer does not have, if it is not in its
+        text.
     names_tokens : bool
         Whether names of special tokens in the text stand for them.
     """
 
+    source: str
     stop: tuple[str, ...]
+    ending: str
     names_tokens: bool
 
     def render(self, messages: Messages, answer: bool = True) -> str:
@@ -68,7 +83,9 @@ class Template(Protocol):
 class PlainTemplate:
     """Lines of ``User: …`` and ``Assistant: …``. For its members see ``Template``."""
 
+    source = PLAIN
     stop: tuple[str, ...] = ("\nUser:",)
+    ending = "User:"
     names_tokens = False
 
     def render(self, messages: Messages, answer: bool = True) -> str:
@@ -103,6 +120,7 @@ class JinjaTemplate:
     """
 
     stop: tuple[str, ...] = ()
+    ending = ""
     names_tokens = True
 
     def __init__(self, source: str, names: Mapping[str, str] | None = None) -> None:
@@ -291,12 +309,12 @@ def _environment() -> Any:
     return environment
 
 
-def _render(environment: Any, request: dict[str, Any], most: int) -> dict[str, str]:
+def _render(compiled: Callable[[str], Any], request: dict[str, Any], most: int) -> dict[str, str]:
     """Return the text of a template, or what it did wrong."""
     jinja2: Any = load_extra("chat templates need", "jinja2", "sandbox")
     pieces, size = [], 0
     try:
-        for piece in environment.from_string(request["source"]).generate(**request["variables"]):
+        for piece in compiled(request["source"]).generate(**request["variables"]):
             pieces.append(piece)
             size += len(piece)
             if size > most:
@@ -338,11 +356,12 @@ def _main() -> None:
     # A terminal's Ctrl-C comes to all of its processes; the one that asks answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    environment = _environment()
+    # Most templates render many conversations.
+    compiled = functools.lru_cache(1)(_environment().from_string)
     # Rendered once, so that nothing is left to load.
-    _render(environment, {"source": "{{ [1]|tojson }}{{ 1|d }}", "variables": {}}, 100)
+    _render(compiled, {"source": "{{ [1]|tojson }}{{ 1|d }}", "variables": {}}, 100)
     strftime = "{{ strftime_now('%d %b %Y') }}{% if x %}{{ x.y }}{% endif %}"
-    _render(environment, {"source": strftime, "variables": {}}, 100)
+    _render(compiled, {"source": strftime, "variables": {}}, 100)
     output = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     output.write(ready_line(_MODULE))
@@ -351,7 +370,7 @@ def _main() -> None:
     while len(head := sys.stdin.buffer.read(_LENGTH_BYTES)) == _LENGTH_BYTES:
         data = sys.stdin.buffer.read(int.from_bytes(head))
         signal.setitimer(signal.ITIMER_PROF, _CPU_SECONDS)
-        result = _render(environment, json.loads(data), max(_MOST_TEXT, 4 * len(data)))
+        result = _render(compiled, json.loads(data), max(_MOST_TEXT, 4 * len(data)))
         signal.setitimer(signal.ITIMER_PROF, 0)
         if "error" in result:
             result["error"] = " ".join(result["error"][:500].split())

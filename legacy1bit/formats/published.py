@@ -22,7 +22,7 @@ from legacy1bit.data.published_tokenizer import PublishedTokenizer, template_in
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer, UnknownTokenizer
 from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.formats import native, safetensors_file
-from legacy1bit.formats.chat_template import JinjaTemplate, Template
+from legacy1bit.formats.chat_template import PLAIN, JinjaTemplate, PlainTemplate, Template
 from legacy1bit.formats.families import FAMILIES, Family, Pairs, row_order, tensor_names
 from legacy1bit.formats.gguf_file import Keys, Texts, is_gguf, read_container, read_keys
 from legacy1bit.formats.native import CONFIG_FILE, ModelFileError, StoredParameter, stored_codes
@@ -134,6 +134,8 @@ def read_template(path: Path, tokenizer: Tokenizer) -> Template | None:
     else:
         with refusing(path):
             source, names = template_in(path) if path.is_dir() else None, {}
+    if source == PLAIN:
+        return PlainTemplate()
     return None if source is None else JinjaTemplate(source, names)
 
 

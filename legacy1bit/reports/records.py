@@ -99,6 +99,27 @@ class RunRecords:
                 losses.append(self._number(point[1], "a loss of train_losses", record))
         return steps, losses
 
+    def losses(self) -> dict[str, list[float]]:
+        """Return the losses of each text that is mixed, by its name; NaN as in ``column``.
+
+        Raises
+        ------
+        ValueError
+            If a value is not a number.
+        """
+        parts = [record.get("val_losses", {}) for record in self.records]
+        for record, losses in zip(self.records, parts, strict=True):
+            if not isinstance(losses, dict):
+                raise self._damaged("val_losses", losses, "a loss for each text", record)
+        names = dict.fromkeys(name for losses in parts for name in losses)
+        return {
+            name: [
+                self._number(losses.get(name), f"the loss of {name}", record)
+                for record, losses in zip(self.records, parts, strict=True)
+            ]
+            for name in names
+        }
+
     def matrices(self) -> list[str]:
         """Return the names of the quantized matrices, in the model's order."""
         return list(

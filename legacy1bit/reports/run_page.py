@@ -1,8 +1,10 @@
 """The page about a run: curves, generated texts, settings, weights, hardware."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from legacy1bit.data.origin import MIXED, TEXT_PATH, paths_of
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     DataConfig,
@@ -168,13 +170,14 @@ _COLUMNS = {
 
 
 def _evaluations(records: RunRecords) -> str:
-    columns = {key: records.column(key) for key in _COLUMNS}
+    columns = {name: (records.column(key), form) for key, (name, form) in _COLUMNS.items()}
+    columns |= {f"loss of {name}": (losses, ".4f") for name, losses in records.losses().items()}
     rows = [
         [f"{records.records[i]['step']:,}"]
-        + [_format(columns[key][i], form) for key, (_, form) in _COLUMNS.items()]
+        + [_format(values[i], form) for values, form in columns.values()]
         for i in some(range(len(records.records)), _MOST_ROWS)
     ]
-    return table("", ["step", *(name for name, _ in _COLUMNS.values())], rows, words=0)
+    return table("", ["step", *columns], rows, words=0)
 
 
 def _format_setting(value: Any) -> str:
@@ -197,7 +200,11 @@ def _settings(settings: RunSettings) -> list[str]:
             row = [setting.name, *map(_format_setting, (value, default))]
             (rest if value == default else changed).append([*row, setting.metadata["meaning"]])
     head = ["setting", "value", "default", "meaning"]
-    source = [[name, _format_setting(value)] for name, value in settings.source.items()]
+    source = [
+        row
+        for name, value in settings.source.items()
+        for row in (_texts(value) if name == MIXED else [[name, _format_setting(value)]])
+    ]
     others = [[name, value, meaning] for name, value, _, meaning in rest]
     return [
         table("Changed from the defaults", head, changed, words=4)
@@ -205,6 +212,14 @@ def _settings(settings: RunSettings) -> list[str]:
         else paragraph("All settings are the defaults."),
         table("Data", ["name", "value"], source, words=2),
         folded("All other settings", table("", ["setting", "value", "meaning"], others, words=3)),
+    ]
+
+
+def _texts(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a row for each text that is mixed."""
+    return [
+        [f"weight of {one['name']}", f"{one['weight']:g} ({', '.join(paths_of(one, TEXT_PATH))})"]
+        for one in records
     ]
 
 

@@ -1,8 +1,9 @@
 """How well a model predicts a text, and how its codes are distributed."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,7 @@ from legacy1bit.backward import ignore_padding
 from legacy1bit.data import stories
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
-from legacy1bit.dataset import Batch, TokenDataset
+from legacy1bit.dataset import Batch, MixedDataset, TokenDataset
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.model import LegacyLLM, TernaryMatrix
 from legacy1bit.schemes import SCHEMES
@@ -34,6 +35,9 @@ class Metrics:
         The number of predicted tokens.
     bytes : int
         The number of bytes that these tokens stand for.
+    parts : tuple of (str, float, Metrics)
+        Where several texts are mixed, the name of each, its share, and its own metrics: those of
+        the mix are the means of these, by the shares.
     """
 
     loss: float
@@ -42,6 +46,17 @@ class Metrics:
     top5: float
     tokens: int
     bytes: int
+    parts: tuple[tuple[str, float, "Metrics"], ...] = ()
+
+    @classmethod
+    def of_mix(cls, parts: Sequence[tuple[str, float, "Metrics"]]) -> "Metrics":
+        """Return the metrics of several texts that are mixed; for ``parts`` see the class."""
+        loss, top1, top3, top5 = (
+            sum(share * getattr(one, name) for _, share, one in parts)
+            for name in ("loss", "top1", "top3", "top5")
+        )
+        tokens, size = (sum(getattr(one, key) for *_, one in parts) for key in ("tokens", "bytes"))
+        return cls(loss, top1, top3, top5, tokens, size, tuple(parts))
 
     @property
     def perplexity(self) -> float:
@@ -51,10 +66,14 @@ class Metrics:
     @property
     def bits_per_byte(self) -> float:
         """The loss in bits per byte, which compares models with different tokenizers."""
-        nats = self.loss * self.tokens
-        return nats / self.bytes / math.log(2.0) if self.bytes else math.inf
+        nats, size = self.loss * self.tokens, float(self.bytes)
+        if self.parts:
+            # Of a token of the mix.
+            nats = self.loss
+            size = sum(share * one.bytes / one.tokens for _, share, one in self.parts)
+        return nats / size / math.log(2.0) if size else math.inf
 
-    def record(self) -> dict[str, float]:
+    def record(self) -> dict[str, Any]:
         """Return the entries of a record in ``metrics.jsonl``."""
         return {
             "val_loss": self.loss,
@@ -65,7 +84,13 @@ class Metrics:
             "top1": self.top1,
             "top3": self.top3,
             "top5": self.top5,
+            **({"val_losses": self.losses} if self.parts else {}),
         }
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The loss of each text, where several are mixed."""
+        return {name: metrics.loss for name, _, metrics in self.parts}
 
 
 class NotFiniteError(ValueError):
@@ -84,7 +109,7 @@ class NotFiniteError(ValueError):
 
 def evaluate(
     model: LegacyLLM,
-    dataset: TokenDataset,
+    dataset: TokenDataset | MixedDataset,
     threads: int = 1,
     limit: int = 0,
     tokenizer: Tokenizer | None = None,
@@ -95,10 +120,11 @@ def evaluate(
     Parameters
     ----------
     model : LegacyLLM
-    dataset : TokenDataset
+    dataset : TokenDataset or MixedDataset
     threads : int
     limit : int
-        About how many tokens to measure, spread evenly over the dataset; 0: all.
+        About how many tokens to measure, spread evenly over the dataset, and as many of each of
+        several texts; 0: all.
     tokenizer : Tokenizer, optional
         That of the dataset; bytes when not given.
     stop : callable, optional
@@ -111,6 +137,18 @@ def evaluate(
     ValueError
         If every token is padding.
     """
+    if isinstance(dataset, MixedDataset):
+        each = -(-limit // len(dataset.parts))
+        return Metrics.of_mix(
+            [
+                (
+                    part.name,
+                    part.share,
+                    evaluate(model, part.dataset, threads, each, tokenizer, stop),
+                )
+                for part in dataset.parts
+            ]
+        )
     loss, tokens, size = 0.0, 0, 0
     within = np.zeros(3, np.int64)
     for batch in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):

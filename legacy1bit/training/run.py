@@ -12,7 +12,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from legacy1bit.data.origin import TEXT_PATH, VALIDATION_PATH, DataOrigin, located
+from legacy1bit.data.origin import DataOrigin, located, without_paths
+from legacy1bit.data.published_tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.formats.native import (
     BEST_FOLDER,
@@ -43,7 +44,10 @@ from legacy1bit.system.files import (
 EARLIER_FILE = "earlier.safetensors"
 
 # The files of a saved run. The checkpoint of the best model is copied last: it marks a whole copy.
-RUN_FILES = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE)
+RUN_FILES = (
+    *(TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE),
+    *(WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE),
+)
 # Every file that a training writes into its folder.
 WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES))
 
@@ -108,8 +112,7 @@ class RunSettings:
         for name in CHANGEABLE:
             del tables["training"][name]
         # The text may move; its name and its hash identify it.
-        moving = (TEXT_PATH, VALIDATION_PATH)
-        tables["source"] = {key: v for key, v in self.source.items() if key not in moving}
+        tables["source"] = without_paths(self.source)
         return tables
 
 
@@ -150,6 +153,11 @@ class Run:
     def tokenizer_file(self) -> Path:
         """The tokenizer; missing where the tokens are those of another program."""
         return self.folder / TOKENIZER_FILE
+
+    @property
+    def template_file(self) -> Path:
+        """The chat template of a model that has learned from conversations."""
+        return self.folder / TEMPLATE_FILE
 
     @property
     def checkpoint_file(self) -> Path:

@@ -41,10 +41,7 @@ from legacy1bit.model import (
 from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import SettingError
-from legacy1bit.system.files import (
-    remove,
-    temporary_of,
-)
+from legacy1bit.system.files import atomic_write, remove, temporary_of
 from legacy1bit.system.hardware import machine
 from legacy1bit.training.checkpoint import (
     Checkpoint,
@@ -523,6 +520,8 @@ class Trainer:
     def _save_model(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save(self.folder)
+        if self.corpus.template is not None:
+            atomic_write(self.run.template_file, self.corpus.template)
         self.model.provenance = self._provenance()
         save_model(self.model, self.folder)
 

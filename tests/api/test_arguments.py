@@ -38,6 +38,9 @@ ALIKE = [
         {"data": Path("a"), "out": "b", "config": Path("c"), "validation": ["d", Path("e")]},
         ["--data", "a", "--out=b", "--config=c", "--validation", "d", "e"],
     ),
+    ({"data": ["a", Path("b")]}, ["--data", "a", "b"]),
+    ({"data": {"a": 1, Path("b"): 0.3}}, ["--data", "a:1", "--data", "b:0.3"]),
+    ({"data": [("a", 1), (["b", "c"], 0.3)]}, ["--data", "a:1", "--data", "b", "c:.3"]),
     ({"steps": None, "data": None}, []),
     ({"separator": "-x", "minutes": 2}, ["--separator=-x", "--minutes=2"]),
 ]
@@ -75,6 +78,10 @@ def test_arguments_are_those_of_the_command_line(settings, words):
         ({"out": ""}, ValueError, "out is empty, expected a path"),
         ({"data": 3}, TypeError, "data is 3, expected a path, or several"),
         ({"data": [3]}, TypeError, r"data is \[3\], expected a path, or several"),
+        ({"data": [("a", 1), "b"]}, TypeError, r"data is \[\('a', 1\), 'b'\], expected a path"),
+        ({"data": [("a", 1, 2)]}, TypeError, r".* or pairs of a path and a weight"),
+        ({"data": {"a": "x"}}, ValueError, "the weight of a text is 'x', expected a number above"),
+        ({"data": {"a": 0}}, ValueError, "the weight of a text is 0, expected a number above"),
     ],
 )
 def test_what_does_not_fit_is_refused(settings, kind, message):

@@ -70,6 +70,19 @@ def test_training_gives_the_bits_of_the_command_line(whole, say, tmp_path):
     assert_same_run(whole[0].folder, tmp_path / "run")
 
 
+@pytest.mark.parametrize("form", [dict, list])
+def test_texts_are_mixed_as_on_the_command_line(say, tmp_path, form):
+    for name, text in (("a.txt", TEXT), ("b.txt", TEXT.upper())):
+        (tmp_path / name).write_bytes(text)
+    mix = {tmp_path / "a.txt": 1, str(tmp_path / "b.txt"): 0.3}
+    words = words_of(SIZES)[:-1]
+    say("train", *words, "--data", tmp_path / "a.txt:1", "--data", tmp_path / "b.txt:0.3",
+        f"--out={tmp_path / 'run'}")  # fmt: skip
+    run = train(tmp_path / "mine", stories=None, data=mix if form is dict else [*mix.items()])
+    assert_same_run(run.folder, tmp_path / "run")
+    assert run.metrics.parts[1][0] == "b.txt"
+
+
 @pytest.mark.parametrize(
     "settings",
     [

@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import math
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger, read_metrics
+from legacy1bit.training.checkpoint import read_checkpoint
 from legacy1bit.training.run import Run
 from legacy1bit.training.trainer import Trainer
 
@@ -711,3 +713,163 @@ def test_several_texts_that_cannot_be_taken(refuse, text):
     assert "text.txt is named twice" in refuse("data", "inspect", text, text)
     assert "- is named twice" in refuse(*tiny("-", "--data", "-"))
     assert "holds tokens" in refuse(*tiny("train.bin", "--validation", "val.bin", "train.bin"))
+
+
+# --- Texts that are mixed -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def texts():
+    put("a.txt", TEXT)
+    put("b/c.txt", TEXT.upper())
+    put("b/a.txt", TEXT.lower())
+
+
+def mix(*more, **options):
+    """A training on two texts, of which one has a weight."""
+    return tiny("a.txt", "--data", "b/c.txt:0.3", *more, **options)
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("order", ["windows", "epochs", "packed"])
+def test_train_mixes_texts_and_goes_on_as_if_it_had_not_stopped(say, order):
+    options = ("--order", order, "--evaluate-every", 3)
+    say(*mix(*options, steps=7, warmup_steps=0, schedule="constant", out="one"))
+    say(*mix(*options, steps=4, warmup_steps=0, schedule="constant", out="two"))
+    say("train", "--resume", "two", "--steps", 7, "--cache", "cache")
+    one, two = (newest_checkpoint_of(name) for name in ("one", "two"))
+    assert one == two
+    records = read_metrics("one/metrics.jsonl")
+    for record in records:
+        losses = record["val_losses"]
+        assert list(losses) == ["a.txt", "c.txt"]
+        mean = (losses["a.txt"] + 0.3 * losses["c.txt"]) / 1.3
+        assert math.isclose(record["val_loss"], mean, rel_tol=1e-12)
+
+
+def newest_checkpoint_of(name):
+    run = Run(Path(name))
+    checkpoint = read_checkpoint(run.checkpoint_file, run.settings().fixed())
+    return checkpoint.step, checkpoint.position, checkpoint.weights.tobytes()
+
+
+@pytest.mark.usefixtures("texts")
+def test_run_of_a_mix_tells_its_texts(say, tmp_path):
+    _, told = say(*mix(out="run"))
+    assert b"on a.txt:1 + c.txt:0.3," in told
+    assert b"epochs of a.txt" in told
+    source = Run(Path("run")).settings().source
+    assert source["name"] == "a.txt:1 + c.txt:0.3"
+    assert [(text["name"], text["weight"]) for text in source["texts"]] == [
+        ("a.txt", 1.0),
+        ("c.txt", 0.3),
+    ]
+    assert source["texts"][1]["path"] == os.path.abspath("b/c.txt")
+    assert len({text["sha256"] for text in source["texts"]} | {source["sha256"]}) == 3
+    measured = say("evaluate", "--model", "run", "--cache", "cache").out.decode()
+    losses = read_metrics("run/metrics.jsonl")[-1]["val_losses"]
+    assert f"loss {losses['a.txt']:.4f}" in measured
+    assert re.search(rf"loss {losses['c.txt']:.4f} +of c.txt, 23.1% of the training", measured)
+    # The command of its report trains it again, and so does --config.
+    words = shlex.split(train_command(Path("run")))[1:]
+    say(*words, "--out", "again", "--cache", "cache")
+    say("train", "--config", "run", "--out", "other", "--cache", "cache")
+    for folder in ("again", "other"):
+        assert_same_files(Path("run"), Path(folder))
+
+
+@pytest.mark.usefixtures("texts")
+def test_texts_of_a_mix_are_found_where_they_are_now(say, fail):
+    say(*mix(out="runs/mine"))
+    go_on = ("train", "--resume", "there/mine", "--cache", "cache", "--steps")
+    Path("there").mkdir()
+    Path("runs/mine").rename("there/mine")
+    Path("a.txt").rename("there/a.txt")
+    Path("b/c.txt").rename("there/c.txt")
+    say(*go_on, 3)
+    Path("there/a.txt").rename("x.txt")
+    assert "a.txt: No such file" in fail(*go_on, 4)
+    places = ("--data", "x.txt", "--data", "there/c.txt")
+    say(*go_on, 4, *places)
+    assert "once for each text of there/mine" in fail(*go_on, 5, "--data", "x.txt")
+    assert "is another text" in fail(*go_on, 5, "--data", "there/c.txt", "--data", "x.txt")
+    assert "has the weight 0.5, expected 0.3" in fail(*go_on, 5, *places[:-1], "there/c.txt:0.5")
+    measure = ("evaluate", "--model", "there/mine", "--cache", "cache")
+    assert "--run-validation names a text that there/mine does not have" in fail(
+        *measure, "--run-validation", "x.txt"
+    )
+    say(*measure, "--run-data", "x.txt", "--run-data", "there/c.txt:0.3")
+    Path("there/c.txt").write_bytes(TEXT.swapcase())
+    assert "c.txt has changed, or is another text" in fail(*go_on, 5, *places)
+
+
+@pytest.mark.usefixtures("texts")
+def test_texts_with_one_name_are_told_apart(say):
+    say(*tiny("a.txt:2", "--data", "b/a.txt", out="run"))
+    assert list(read_metrics("run/metrics.jsonl")[0]["val_losses"]) == ["a.txt", "a.txt (2)"]
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_text_of_a_mix_may_have_several_files(say):
+    say(*tiny("b/c.txt", "--data", "a.txt", "b/a.txt:2", out="run"))
+    texts = Run(Path("run")).settings().source["texts"]
+    assert [text["name"] for text in texts] == ["c.txt", "a.txt + a.txt"]
+    assert "b/a.txt:2.0" in train_command(Path("run"))
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_file_may_have_the_name_of_a_weight(say):
+    put("a.txt:0.5", TEXT)
+    say(*tiny("a.txt:0.5", "--data", "b/c.txt", out="one"))
+    assert Run(Path("one")).settings().source["name"] == "a.txt:0.5 + c.txt"
+    say(*tiny("a.txt:0.5:2", "--data", "b/c.txt", out="two"))
+    assert Run(Path("two")).settings().source["name"] == "a.txt:0.5:2 + c.txt:1"
+
+
+@pytest.mark.usefixtures("texts")
+def test_texts_of_a_mix_have_the_tokenizer_of_the_first(say):
+    say("data", "tokenize", "b/c.txt", "--tokenizer", "bpe", "--vocab-size", 280, "--out", "tokens")
+    say(*tiny("tokens:1", "--data", "a.txt", out="run"))
+    assert (Path("run/tokenizer.json")).read_bytes() == Path("tokens/tokenizer.json").read_bytes()
+    say(*mix(out="bpe", tokenizer="bpe", vocab_size=280))
+    say(*tiny("a.txt", out="alone", tokenizer="bpe", vocab_size=280))
+    one, other = (Path(name, "tokenizer.json").read_bytes() for name in ("bpe", "alone"))
+    assert one == other
+    # Tokens of another program have no tokenizer: only their number has to be one.
+    put("x.bin", np.arange(300, dtype="<u2").tobytes())
+    put("y.bin", np.arange(100, 310, dtype="<u2").tobytes())
+    say(*tiny("x.bin:1", "--data", "y.bin", out="numbers", vocab_size=310))
+
+
+@pytest.mark.usefixtures("texts")
+def test_tune_mixes_texts(say):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    small = tiny("a.txt", "--data", "b/c.txt:0.3", steps=3)[1:]
+    out = say("tune", *small, "--trials", 1, "--out", "study").out.decode()
+    (line,) = (line for line in out.splitlines() if "best.toml --data" in line)
+    words = shlex.split(line)[4:]
+    assert words == ["--data", f"{os.path.abspath('a.txt')}:1.0", "--data",
+                     f"{os.path.abspath('b/c.txt')}:0.3"]  # fmt: skip
+    say("tune", "--resume", "study", "--trials", 2, "--threads", 1, "--cache", "cache")
+
+
+@pytest.mark.usefixtures("texts")
+def test_mixes_that_cannot_be_taken(refuse):
+    put("x.bin", np.arange(300, dtype="<u2").tobytes())
+    put("y.bin", np.arange(310, dtype="<u2").tobytes())
+    for more, reason in (
+        (("--data", "b/c.txt:0"), "the weight of a text is 0.0, expected a number above 0"),
+        (("--data", "b/c.txt:-1"), "the weight of a text is -1.0, expected a number above 0"),
+        (("--data", "b/c.txt:1e10"), "expected a number above 0, at most 1,000,000,000"),
+        (("--data", "b/c.txt:1", "--data", "none:2"), "none: No such file"),
+        (("--data", "b/c.txt:x"), "b/c.txt:x: No such file"),
+        (("--data", "b/c.txt:1", "--data", "a.txt"), "a.txt is named twice"),
+        (("--data", "b/c.txt:1", "b/a.txt"), "b/c.txt:1 is one of several files of a text"),
+        (("--data", "b/c.txt:1", "--validation", "b/a.txt"), "--validation goes with one text"),
+        (("--data", "b/c.txt:1", "--order", "buckets"), "--order is buckets, whose rows differ"),
+    ):
+        assert reason in refuse(*tiny("a.txt", *more))
+    assert "a.txt is the only text, and has a weight" in refuse(*tiny("a.txt:2"))
+    assert "y.bin has 310 kinds of tokens, expected 300, those of x.bin: --vocab-size" in refuse(
+        *tiny("x.bin:1", "--data", "y.bin")
+    )

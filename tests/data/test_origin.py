@@ -40,6 +40,26 @@ RECORDS = {
         "validation": ["/c.txt", "/d.txt"],
         "sha256": "0" * 64,
     },
+    "mixed": {
+        "name": "a.txt:1 + b.txt + c.txt:0.3",
+        "texts": [
+            {
+                "name": "a.txt",
+                "path": "/a.txt",
+                "validation": None,
+                "sha256": "0" * 64,
+                "weight": 1.0,
+            },
+            {
+                "name": "b.txt + c.txt",
+                "path": ["/b.txt", "/c.txt"],
+                "validation": None,
+                "sha256": "1" * 64,
+                "weight": 0.3,
+            },
+        ],
+        "sha256": "2" * 64,
+    },
     "not read": {"name": "stories", "path": "stories", "validation": None},
     "a program's": {"name": "mine"},
 }
@@ -66,6 +86,14 @@ def test_origin_is_frozen():
         ({"name": "stories", "stories": 9, "seed": "0"}, "has seed '0'"),
         ({"name": "x", "path": 5}, "has path 5"),
         ({"name": "x", "path": []}, r"has path \[\]"),
+        ({"name": "x", "texts": 5}, "has texts that are damaged"),
+        ({"name": "x", "texts": [5]}, "has texts that are damaged"),
+        ({"name": "x", "texts": [{"name": "y"}]}, "has texts that are damaged"),
+        ({"name": "x", "texts": [{"name": "y", "path": 5}]}, "has path 5"),
+        (
+            {"name": "x", "texts": [{"name": "y", "path": "y", "texts": []}]},
+            "has texts that are damaged",
+        ),
         ({"name": "x", "path": "x", "validation": ["y", None]}, r"has validation \['y', None\]"),
     ],
 )
@@ -83,6 +111,16 @@ def test_kind_follows_from_the_paths():
     assert DataOrigin.of_texts(["tokens.bin"]).kind is Kind.TOKEN_FILE
     assert DataOrigin.of_texts(["tokens.bin", "more.bin"]).kind is Kind.TEXT
     assert DataOrigin("mine").kind is Kind.UNKNOWN
+
+
+@pytest.mark.parametrize("weight", [None, 0, -1.0, True, "1", float("nan"), 1e10])
+def test_texts_of_a_mix_have_weights(weight):
+    texts = [{"name": name, "path": f"/{name}", "weight": 1.0} for name in "ab"]
+    texts[1]["weight"] = weight
+    origin = DataOrigin.from_dict({"name": "a + b", "texts": texts})
+    assert origin.kind is Kind.MIX
+    with pytest.raises(ValueError, match=r"the weight of a text is .*, expected a number above 0"):
+        origin.check()
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**15])

@@ -18,6 +18,7 @@ from legacy1bit.logger import read_metrics
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
+from legacy1bit.reports.records import read_records
 from legacy1bit.system.hardware import machine
 from legacy1bit.training.evaluation import Metrics
 from legacy1bit.training.run import Run
@@ -150,6 +151,26 @@ def test_strange_runs_have_a_page(run, written, name):
     _, page = written(run)
     assert "The run has no samples.jsonl." in " ".join(page.text)
     assert "not recorded" in page.text
+
+
+def test_report_has_the_losses_of_texts_that_are_mixed(written, monkeypatch, tmp_path, say):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        Path(f"{name}.txt").write_text(f"{name} b c d. " * 100)
+    small = ("--model-dim", 8, "--blocks", 1, "--heads", 1, "--sequence-length", 8, "--steps", 2)
+    say("train", "--data", "a.txt", "--data", "b.txt:2", *small, "--threads", 1, "--out", "mix")
+    _, parsed = written(Path("mix"))
+    text = " ".join(parsed.text)
+    for name, loss in read_metrics("mix/metrics.jsonl")[-1]["val_losses"].items():
+        assert f"loss of {name}" in text
+        assert f"{loss:.4f}" in text
+    assert f"weight of b.txt 2 ({tmp_path / 'b.txt'})" in " ".join(text.split())
+    for losses, told in (("[1]", "a loss for each text"), ('{"a.txt": "x"}', "a number")):
+        line = Path("mix/metrics.jsonl").read_text().splitlines()[-1]
+        damaged = re.sub(r'"val_losses": {[^}]*}', f'"val_losses": {losses}', line)
+        Path("mix/metrics.jsonl").write_text(f"{damaged}\n{line}\n")
+        with pytest.raises(ValueError, match=f"expected {told}"):
+            read_records(Run(Path("mix"))).losses()
 
 
 def test_report_needs_a_saved_run(run, fail):
