@@ -184,7 +184,8 @@ cdef class LegacyLLM:
     cdef readonly LayerNorm final_norm
     cdef readonly bint full_precision
     cdef public object provenance
-    cdef object codes, scales, weights, quantized_parts
+    cdef object codes, scales, weights, quantized_parts, blended
+    cdef bint blends
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
     cdef ModelView *alive(self) except NULL

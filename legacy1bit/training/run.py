@@ -50,6 +50,9 @@ WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES)
 # The settings that hold for the whole of a run, by their table in the file of settings.
 FixedSettings = Mapping[str, Mapping[str, Any]]
 
+# What ``RunSettings.source`` has of a teacher: where it is, and the hash of its weights.
+TEACHER_PATH, TEACHER_HASH = "teacher", "teacher_sha256"
+
 # What the libraries that read a damaged file can raise.
 DAMAGE = (
     SafetensorError,
@@ -107,8 +110,8 @@ class RunSettings:
         del tables["machine"]
         for name in CHANGEABLE:
             del tables["training"][name]
-        # The text may move; its name and its hash identify it.
-        moving = (TEXT_PATH, VALIDATION_PATH)
+        # Text and teacher may move; their hashes identify them.
+        moving = (TEXT_PATH, VALIDATION_PATH, TEACHER_PATH)
         tables["source"] = {key: v for key, v in self.source.items() if key not in moving}
         return tables
 

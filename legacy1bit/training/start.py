@@ -18,8 +18,10 @@ from legacy1bit.formats.published import read_model, read_tokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.optimizer import moment_bytes
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.training.checkpoint import read_checkpoint
+from legacy1bit.training.memory import model_bytes
 from legacy1bit.training.run import Run
 
 # The settings in which the new model may differ: a model of floats becomes one of codes, and
@@ -44,6 +46,14 @@ class Start:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
+
+    def nbytes(self) -> int:
+        """Return the most bytes that reading the weights takes beside those that are filled."""
+        if _is_run(self.path):
+            # All of a checkpoint.
+            bits = Run(self.path).settings().training.optimizer_bits
+            return 4 * parameter_layout(self.config)[-1].stop + moment_bytes(self.config, bits)
+        return model_bytes(self.config)
 
     def fill(self, model: LegacyLLM) -> None:
         """Give a trainable model these weights.
@@ -95,11 +105,15 @@ def read_start(path: Path) -> Start:
     return Start(path, config, read_tokenizer(path, config.vocab_size))
 
 
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and Run(path).is_saved
+
+
 def _of_checkpoint(path: Path, config: ModelConfig) -> dict[str, _Floats] | None:
     """Return the latent weights of a run's model by name; None if it is no run."""
-    run = Run(path)
-    if not path.is_dir() or not run.is_saved:
+    if not _is_run(path):
         return None
+    run = Run(path)
     settings = run.settings()
     chosen = Run(run.model_folder)
     checkpoint = read_checkpoint(chosen.checkpoint_file, settings.fixed())

@@ -1838,8 +1838,8 @@ class Sick:
     def __init__(self, passes, healthy, loss, gradient):
         self.passes, self.healthy, self.loss, self.gradient = passes, healthy, loss, gradient
 
-    def run(self, tokens, targets, gradients, divisor, starts):
-        total, count = self.passes.run(tokens, targets, gradients, divisor, starts)
+    def run(self, tokens, targets, gradients, *arguments):
+        total, count = self.passes.run(tokens, targets, gradients, *arguments)
         self.healthy -= 1
         if self.healthy >= 0:
             return total, count
