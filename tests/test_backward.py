@@ -1365,6 +1365,25 @@ def test_full_precision_has_the_gradients_of_the_float_twin(changes):
     assert_same_bits(again.flat, coded.flat)
 
 
+@outer_tiers
+@pytest.mark.parametrize("changes", [{}, {"ternary_embedding": True, "scale": "row"}], ids=str)
+def test_blend_has_the_gradients_of_the_float_twin(changes):
+    """They go straight through to the latent weights."""
+    model = random_model(make_config(**changes))
+    twin, config = float_twin(model), model.config
+    tokens, targets = random_tokens(config, 3, 7, "middle"), random_tokens(config, 3, 7, seed=7)
+    passes = [BackwardPass(one, 3, 7) for one in (model, twin)]
+    ours, theirs = (create_legacy_llm_gradients(each) for each in (config, twin.config))
+    model.use_blend(0.5)
+    for name, value in model.parameters.items():
+        if hasattr(value, "dense"):
+            latent = model.latent[name]
+            twin.latent[name][...] = latent + np.float32(0.5) * (value.dense() - latent)
+    assert passes[0].run(tokens, targets, ours) == passes[1].run(tokens, targets, theirs)
+    for name, value in theirs.parameters.items():
+        assert_same_bits(ours.parameters[name], value, name)
+
+
 @every_tier
 def test_backward_pass_adds_to_what_is_there():
     config = make_config()
