@@ -23,6 +23,12 @@ cdef struct BackwardWorkspace:
     float *d_hidden_normed  # [M, F] if layers have a norm before wo, else NULL
     float *d_probs          # [T, T]
 
+cdef struct Distillation:
+    # A teacher, from which a model learns beside the text.
+    float *logits           # [B, T, V]; NULL without a teacher
+    float weight            # of its term in the loss, 0 to 1
+    float temperature
+
 cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, const float *d_out,
                           const float *x, const BlockContext *context,
                           AttentionGradient *gradient, const BackwardWorkspace *buffers,
@@ -33,8 +39,10 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
                        const Workspace *workspace) noexcept nogil
 cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardWorkspace *buffers, const Workspace *workspace) noexcept nogil
+                             const BackwardWorkspace *buffers,
+                             const Workspace *workspace) noexcept nogil
 cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
-                           const int *targets, float gradient_scale, ModelContext *context,
-                           ModelGradient *gradient, const BackwardWorkspace *buffers,
+                           const int *targets, float gradient_scale, const Distillation *teacher,
+                           ModelContext *context, ModelGradient *gradient,
+                           const BackwardWorkspace *buffers,
                            const Workspace *workspace) noexcept nogil

@@ -127,6 +127,9 @@ class BackwardPass:
         gradients: LegacyLLMGradients,
         total: int | None = None,
         starts: npt.ArrayLike | None = None,
+        teacher: npt.NDArray[np.float32] | None = None,
+        distillation_weight: float = 0.5,
+        teacher_temperature: float = 1.0,
     ) -> tuple[float, int]: ...
 
 def backward_llm(

@@ -9,7 +9,7 @@ import numpy as np
 
 from libc.math cimport log
 from libc.stdlib cimport calloc, free
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
 
 from legacy1bit.forward cimport (
     BatchShape, FeedForwardWorkspace, ForwardContext, ModelContext, activate, check_tokens,
@@ -26,7 +26,7 @@ from legacy1bit.model cimport (
     reserve_for, vector_pointer,
 )
 from legacy1bit.projection cimport (
-    Projection, Workspace, linear_backward, reserve, reserve_one, weight_gradient,
+    Demand, Projection, Workspace, linear_backward, reserve, reserve_one, weight_gradient,
 )
 from legacy1bit.threads cimport parallel_for
 
@@ -170,23 +170,65 @@ cdef void backward_embed(const int *tokens, Py_ssize_t rows, Py_ssize_t vocab, P
             kernels().add(d_embedding + tokens[i] * dim, d_out + i * dim, dim)
 
 
+cdef inline void soften(float *logits, Py_ssize_t cols, float temperature) noexcept nogil:
+    # softmax(logits / T). Their largest is subtracted first: what is left is small, and divides
+    # without a large error.
+    cdef const KernelTable *kernel = kernels()
+    kernel.shift(logits, -kernel.largest(logits, cols), cols)
+    kernel.divide(logits, temperature, cols)
+    kernel.softmax(logits, 1, cols)
+
+
+cdef double distill(float *logits, const Distillation *teacher, const int *targets,
+                    Py_ssize_t rows, Py_ssize_t cols, float gradient_scale,
+                    float *buffer) noexcept nogil:
+    # The loss (1 - w) CE(targets) + w T^2 KL(softmax(teacher / T) || softmax(logits / T)), summed
+    # over the rows whose target is >= 0 (Hinton, Vinyals & Dean, arXiv 1503.02531, section 2).
+    # Returns the sum of CE alone. Logits become gradients, the teacher's become probabilities;
+    # buffer holds `cols` floats.
+    cdef const KernelTable *kernel = kernels()
+    cdef float of_text = gradient_scale * (<float>1.0 - teacher.weight)
+    cdef float of_teacher = gradient_scale * teacher.weight * teacher.temperature
+    cdef float *row
+    cdef float *goal
+    cdef Py_ssize_t i
+    cdef double loss = 0.0
+    for i in range(rows):
+        row = logits + i * cols
+        goal = teacher.logits + i * cols
+        if targets[i] < 0:
+            memset(row, 0, cols * sizeof(float))
+            continue
+        memcpy(buffer, row, cols * sizeof(float))
+        soften(buffer, cols, teacher.temperature)
+        soften(goal, cols, teacher.temperature)
+        loss += kernel.cross_entropy(row, targets + i, 1, cols, of_text)
+        kernel.add_scaled(row, of_teacher, buffer, cols)
+        kernel.add_scaled(row, -of_teacher, goal, cols)
+    return loss
+
+
 cdef double backward_model(const ModelView *model, const BatchShape *dims, const int *tokens,
-                           const int *targets, float gradient_scale, ModelContext *context,
-                           ModelGradient *gradient, const BackwardWorkspace *buffers,
+                           const int *targets, float gradient_scale, const Distillation *teacher,
+                           ModelContext *context, ModelGradient *gradient,
+                           const BackwardWorkspace *buffers,
                            const Workspace *workspace) noexcept nogil:
     # Forward and backward. Returns the sum of -log p over the targets >= 0; gradients are those of
-    # this sum times gradient_scale.
+    # this sum times gradient_scale, or with a teacher's logits those of `distill`.
     cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t i, rows = dims.batch * dims.time
     cdef Py_ssize_t dim = model.embedding.cols, vocab = model.output.rows
     cdef double loss
     run_model(model, dims, tokens, context, workspace)
-    loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
+    if teacher.logits:
+        loss = distill(context.logits, teacher, targets, rows, vocab, gradient_scale,
+                       workspace.row)
+    else:
+        loss = kernel.cross_entropy(context.logits, targets, rows, vocab, gradient_scale)
     weight_gradient(&model.output, context.logits, context.normed, rows, gradient.output,
-                        gradient.output_bias, workspace)
+                    gradient.output_bias, workspace)
     if model.final_norm.gamma:
-        linear_backward(&model.output, context.logits, rows, False, buffers.d_norm,
-                               workspace)
+        linear_backward(&model.output, context.logits, rows, False, buffers.d_norm, workspace)
         memset(buffers.d_x, 0, rows * dim * sizeof(float))
         normalize_backward(&model.final_norm, buffers.d_norm,
                            context.blocks[model.num_blocks - 1].output, context.mean,
@@ -727,6 +769,7 @@ cdef struct BackwardJob:
     Py_ssize_t batch, time
     Py_ssize_t tasks
     float gradient_scale
+    Distillation teacher
     float dropout               # of adapters, and the seed of this batch
     unsigned long long seed
     bint out_of_memory
@@ -742,8 +785,13 @@ cdef void backward_task(void *context, long index) noexcept nogil:
     cdef Py_ssize_t first = job.batch * index // job.tasks
     cdef Py_ssize_t last = job.batch * (index + 1) // job.tasks
     cdef Workspace workspace
+    cdef Demand demand = job.model.demand
+    cdef Distillation teacher = job.teacher
     cdef BatchShape dims
-    if not reserve(&workspace, &job.model.demand, (last - first) * job.time):
+    if teacher.logits:
+        demand.row = job.model.output.rows
+        teacher.logits += first * job.time * demand.row
+    if not reserve(&workspace, &demand, (last - first) * job.time):
         job.out_of_memory = True
         return
     workspace.dropout, workspace.seed = job.dropout, job.seed
@@ -760,8 +808,8 @@ cdef void backward_task(void *context, long index) noexcept nogil:
         dims.starts = job.starts + first * job.time
     job.losses[index] = backward_model(
         job.model, &dims, job.tokens + first * job.time, job.targets + first * job.time,
-        job.gradient_scale, &job.contexts[index], &job.gradients[index], &job.workspaces[index],
-        &workspace)
+        job.gradient_scale, &teacher, &job.contexts[index], &job.gradients[index],
+        &job.workspaces[index], &workspace)
 
 
 cdef void sum_task(void *context, long index) noexcept nogil:
@@ -851,8 +899,13 @@ cdef class BackwardPass:
         return sum(part.nbytes for part in (*self.contexts, *self.workspaces, *self.gradients))
 
     def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
-            starts=None, dropout=0.0, seed=0):
+            starts=None, teacher=None, float distillation_weight=0.5,
+            float teacher_temperature=1.0, dropout=0.0, seed=0):
         """Add the gradient of a batch's mean loss to ``gradients``.
+
+        With a teacher's logits t the loss of a position, whose own logits are z, is
+        ``(1 - w) CE(z, target) + w T^2 KL(softmax(t / T) || softmax(z / T))`` (Hinton, Vinyals &
+        Dean, arXiv 1503.02531, section 2).
 
         Parameters
         ----------
@@ -864,6 +917,12 @@ cdef class BackwardPass:
             default its own.
         starts : int[B, T], optional
             For each position the first of its row that it sees; see ``forward.document_starts``.
+        teacher : float32[B', T', V], optional
+            The logits of another model, which are overwritten.
+        distillation_weight : float
+            w, 0 to 1.
+        teacher_temperature : float
+            T, above 0.
         dropout : float
             The probability that an element of an adapter's input is left out.
         seed : int
@@ -872,7 +931,8 @@ cdef class BackwardPass:
         Returns
         -------
         (float, int)
-            The sum of -log p of the targets in nats, and their number.
+            The sum of -log p of the targets in nats, also where there is a teacher, and their
+            number.
 
         Raises
         ------
@@ -914,6 +974,17 @@ cdef class BackwardPass:
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}, expected 0 or more and less than 1")
         job.dropout, job.seed = dropout, seed
+        job.teacher.logits = NULL
+        if teacher is not None:
+            if not 0.0 <= distillation_weight <= 1.0:
+                raise ValueError(f"distillation_weight is {distillation_weight}, expected 0 to 1")
+            if not 0.0 < teacher_temperature < np.inf:
+                raise ValueError(f"teacher_temperature is {teacher_temperature}, expected a finite "
+                                 "number above 0")
+            logits = _rows(teacher, (*tokens.shape, config.vocab_size), "teacher")
+            job.teacher.logits = float_pointer(logits)
+            job.teacher.weight = distillation_weight
+            job.teacher.temperature = teacher_temperature
         job.gradient_scale = 1.0 / max(count if total is None else total, 1)
         job.gradients[0] = gradients.alive()[0]
         job.flat_gradients[0] = float_pointer(gradients.flat)

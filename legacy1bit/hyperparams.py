@@ -583,6 +583,9 @@ class TrainingConfig(_Record):
         "peak of the learning rate (default: 0.0057, with adamw 0.003, with sgd 0.1)",
         BASIC,
     )
+    optimizer_bits: int = _later(
+        _integer(32, 8, 32, "bits of each of the optimizer's moments: 32, or 8 for less memory")
+    )
     muon_lr_ratio: float = _number(2.3, 1e-6, 1e6, "Muon's learning rate over AdamW's")
     momentum: float = _number(0.95, 0.0, 0.999999, "momentum of Muon and SGD")
     beta1: float = _number(0.9, 0.0, 0.999999, "decay rate of AdamW's first moment")
@@ -611,6 +614,23 @@ class TrainingConfig(_Record):
     )
     decay_every: int = _integer(100, 1, 1 << 40, "steps between two decays of the schedule step")
     float_steps: int = _integer(0, 0, 1 << 40, "first steps in full precision: a warm start")
+    quantization_warmup: int = _later(
+        _integer(
+            0,
+            0,
+            1 << 40,
+            "steps, after the float steps, in which quantization sets in: w + x (q(w) - w) with x "
+            "from 0 to 1",
+        )
+    )
+    distillation_weight: float = _later(
+        _number(0.5, 0.0, 1.0, "with --teacher: the weight of the teacher's term in the loss")
+    )
+    teacher_temperature: float = _later(
+        _number(
+            1.0, 0.1, 100.0, "with --teacher: divisor of both models' logits in the teacher's term"
+        )
+    )
     sign_direction: str = _choice(
         "descend", ("descend", "ascend"), "of the scheme sign; ascend is the C program's own"
     )
@@ -655,6 +675,10 @@ class TrainingConfig(_Record):
             # A frozen record is set so; an unknown optimizer is refused right after.
             object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.optimizer])
         super().__post_init__()
+        if self.optimizer_bits not in (8, 32):
+            raise SettingError(
+                f"optimizer_bits is {self.optimizer_bits}, expected 8 or 32", "optimizer_bits"
+            )
 
     @property
     def warmup(self) -> int:
@@ -675,12 +699,20 @@ class TrainingConfig(_Record):
         fall = lr_scheduler_cosine if self.schedule == "cosine" else lr_scheduler_linear
         return fall(falling, decay_steps, peak, lowest)
 
+    def quantized_share_at(self, step: int) -> float:
+        """Return how far the weights of update ``step``, counted from 0, are quantized, 0 to 1."""
+        since = step - self.float_steps
+        if since < 0:
+            return 0.0
+        return since / self.quantization_warmup if since < self.quantization_warmup else 1.0
+
     def patience_ends(self, step: int, best_step: int) -> bool:
         """Return whether a run ends early after ``step``, where ``best_step`` was its best.
 
-        Models of a warm start are not compared, so that the evaluations count from its end.
+        The evaluations count from the first step with codes: it is for them that one waits.
         """
-        since = max(best_step, self.float_steps) // self.evaluate_every
+        warm = self.float_steps + self.quantization_warmup
+        since = max(best_step, warm) // self.evaluate_every
         return 0 < self.patience <= step // self.evaluate_every - since
 
     def weight_decay_at(self, step: int) -> float:

@@ -185,7 +185,8 @@ cdef class LegacyLLM:
     cdef readonly object learned        # list of Parameter, or None
     cdef readonly object pairs          # dict of (A, B) of an adapter by matrix, or None
     cdef public object provenance
-    cdef object codes, scales, weights, quantized_parts
+    cdef object codes, scales, weights, quantized_parts, blended
+    cdef bint blends
     cdef Py_ssize_t quantized_size, total_size
     cdef ModelView view
     cdef int _point_demand(self) except -1

@@ -846,9 +846,44 @@ cdef class LegacyLLM:
         Either way codes and scales follow the latent weights, and files contain the codes.
         """
         self.alive()
-        if bool(wanted) != self.full_precision:
+        if bool(wanted) != self.full_precision or self.blends:
             self._connect(self.latent if wanted else self.parameters)
-            self.full_precision = wanted
+            self.full_precision, self.blends = wanted, False
+
+    def use_blend(self, float share, threads=1) -> None:
+        """Let the forward pass use ``w + share (q - w)`` of latent weights w and their values q.
+
+        q are codes times scales. A share of 0 is full precision, and 1 the codes again. As in full
+        precision, inputs of matrices are not rounded. Call it again when the weights have changed.
+
+        Parameters
+        ----------
+        share : float
+            0 to 1.
+        threads : int
+        """
+        cdef QuantizeJob job
+        cdef float[::1] blended
+        cdef Py_ssize_t parts
+        cdef int workers = _size("threads", threads)
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share is {share}, expected 0 to 1")
+        latent = self.latent
+        if share in (0.0, 1.0) or self.quantized_size == 0:
+            self.use_full_precision(share == 0.0)
+            self.blended = None
+            return
+        if self.blended is None:
+            self.blended = np.empty(self.quantized_size, np.float32)
+        blended = self.blended
+        parts = fill_job(self, &job)
+        job.blended, job.share = &blended[0], share
+        with nogil:
+            parallel_for(blend_task, &job, parts, workers)
+        if not self.blends:
+            layout = [part for part in parameter_layout(self.config) if part.kind == "quantized"]
+            self._connect({**latent, **views(self.blended, layout)})
+            self.full_precision, self.blends = False, True
 
     def quantize(self, threads=1) -> None:
         """Compute codes and scales from the latent weights, by the rule of ``schemes``.
@@ -857,20 +892,14 @@ cdef class LegacyLLM:
         the scale is fixed: the mean |w| of the initial weights of other schemes.
         """
         cdef QuantizeJob job
-        cdef float[::1] weights, scales
-        cdef signed char[::1] codes
-        cdef const QuantizedPart[::1] quantized_parts = self.quantized_parts
+        cdef Py_ssize_t parts
         cdef int workers = _size("threads", threads)
         if not self.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
         if self.quantized_size == 0:
             return
         scheme = SCHEMES[self.config.scheme]
-        weights, codes, scales = self.weights, self.codes, self.scales
-        job.weights = &weights[0]
-        job.codes = &codes[0]
-        job.scales = &scales[0]
-        job.quantized_parts = &quantized_parts[0]
+        parts = fill_job(self, &job)
         job.scheme.median = scheme.median
         job.scheme.factor = scheme.factor
         job.scheme.threshold = scheme.threshold
@@ -878,7 +907,7 @@ cdef class LegacyLLM:
         job.scheme.outer = scheme.outer
         job.out_of_memory = False
         with nogil:
-            parallel_for(quantize_task, &job, quantized_parts.shape[0], workers)
+            parallel_for(quantize_task, &job, parts, workers)
         if job.out_of_memory:
             raise MemoryError("no memory to find the median of a matrix")
 
@@ -944,7 +973,21 @@ cdef struct QuantizeJob:
     float *scales
     const QuantizedPart *quantized_parts
     Scheme scheme
+    float *blended              # of the weights, for `blend_task`
+    float share
     bint out_of_memory
+
+
+cdef Py_ssize_t fill_job(LegacyLLM model, QuantizeJob *job) except -1:
+    # Points at weights, codes and scales, and returns the number of quantized parts.
+    cdef float[::1] weights = model.weights, scales = model.scales
+    cdef signed char[::1] codes = model.codes
+    cdef const QuantizedPart[::1] quantized_parts = model.quantized_parts
+    job.weights = &weights[0]
+    job.codes = &codes[0]
+    job.scales = &scales[0]
+    job.quantized_parts = &quantized_parts[0]
+    return quantized_parts.shape[0]
 
 
 cdef void quantize_task(void *context, long index) noexcept nogil:
@@ -967,6 +1010,21 @@ cdef void quantize_task(void *context, long index) noexcept nogil:
                 scale[i] = scale[0]
             scale += part.copies
             start += count
+
+
+cdef void blend_task(void *context, long index) noexcept nogil:
+    cdef QuantizeJob *job = <QuantizeJob *>context
+    cdef const QuantizedPart *part = &job.quantized_parts[index]
+    cdef Py_ssize_t _row, first, i, start = part.start
+    cdef const float *scale = job.scales + part.scale
+    cdef float weight
+    for _row in range(part.rows):
+        for first from 0 <= first < part.cols by part.group:
+            for i in range(start, start + min(part.group, part.cols - first)):
+                weight = job.weights[i]
+                job.blended[i] = weight + job.share * (scale[0] * job.codes[i] - weight)
+            scale += part.copies
+            start += min(part.group, part.cols - first)
 
 
 def create_legacy_llm(config, seed, trainable=True) -> LegacyLLM:
@@ -1051,7 +1109,7 @@ def free_legacy_llm(LegacyLLM model not None) -> None:
     model.parameters = None
     model.blocks = None
     model.final_norm = None
-    model.codes = model.scales = model.weights = None
+    model.codes = model.scales = model.weights = model.blended = None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -1,19 +1,27 @@
-import numpy as np
+from typing import Any
+
 import numpy.typing as npt
 
+from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM, LegacyLLMGradients
 from legacy1bit.schemes import SCHEMES as SCHEMES
+
+def moment_bytes(config: ModelConfig, bits: int = 32) -> int: ...
 
 class Optimizer:
     steps: int
     weight_decay: float
-    def __init__(self, model: LegacyLLM, weight_decay: float, sign_direction: str) -> None: ...
+    def __init__(
+        self, model: LegacyLLM, weight_decay: float, sign_direction: str, bits: int = 32
+    ) -> None: ...
     @property
     def model(self) -> LegacyLLM: ...
     @property
-    def first(self) -> npt.NDArray[np.float32]: ...
+    def moments(self) -> dict[str, npt.NDArray[Any]]: ...
     @property
-    def second(self) -> npt.NDArray[np.float32]: ...
+    def first(self) -> npt.NDArray[Any]: ...
+    @property
+    def second(self) -> npt.NDArray[Any]: ...
     @property
     def nbytes(self) -> int: ...
     def step(
@@ -33,6 +41,7 @@ class AdamW(Optimizer):
         epsilon: float = 1e-8,
         weight_decay: float = 0.1,
         sign_direction: str = "descend",
+        bits: int = 32,
     ) -> None: ...
 
 class Muon(AdamW):
@@ -46,6 +55,7 @@ class Muon(AdamW):
         sign_direction: str = "descend",
         muon_lr_ratio: float = 3.3,
         momentum: float = 0.95,
+        bits: int = 32,
     ) -> None: ...
 
 class SGD(Optimizer):
@@ -55,4 +65,5 @@ class SGD(Optimizer):
         momentum: float = 0.9,
         weight_decay: float = 0.1,
         sign_direction: str = "descend",
+        bits: int = 32,
     ) -> None: ...

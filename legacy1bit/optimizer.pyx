@@ -3,12 +3,19 @@
 An optimizer updates a model's latent weights in place, in spans that are distributed over threads.
 Each span has its rule and is processed by one thread, so that the result has the same bits for any
 number of threads.
+
+Moments are float32, or have eight bits (Dettmers et al., arXiv 2110.02861): 256 consecutive ones
+share a scale, their largest magnitude, and each is the nearest of 256 values times it. These values
+are the paper's dynamic tree (section 1.3): for each of seven decades the middles of equal steps,
+more of them the higher it is; with a sign for the first moment, and twice as many without one for
+the second. Unlike there, a second moment above 0 does not become 0: the quotient by its root would
+be arbitrarily large where the next gradient is 0.
 """
 
 import numpy as np
 
-from libc.math cimport fmax, isfinite, pow, sqrt
-from libc.string cimport memcpy
+from libc.math cimport fabsf, fmax, isfinite, pow, sqrt
+from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport KernelTable, Update, strided
 from legacy1bit.math_ops cimport kernels
@@ -22,6 +29,14 @@ cdef enum:
     PANELS = 4
     LEAST_PANEL = 24
 
+cdef enum:
+    # Consecutive moments that share a scale, in eight bits.
+    BLOCK = 256
+    # The nearest of their values is found by the upper 16 bits of a float32: these of 2^-23, and
+    # their number up to those of 1. No two middles between values agree in them.
+    FIRST_CELL = 104 << 7
+    CELLS = (23 << 7) + 1
+
 # The longest span, short enough to balance the load of threads.
 _LONGEST = 16384
 
@@ -34,21 +49,81 @@ cdef enum Rule:
 
 cdef struct Span:
     Py_ssize_t start, stop
+    Py_ssize_t block            # the first of its blocks of moments
     Py_ssize_t rows, cols       # for Muon
     int rule
     bint decays
 
 
+cdef struct Code:
+    # The values of eight bits, -1 to 1: magnitude k has the code zero + k, its negative zero - k.
+    const float *values             # [256]
+    const float *middles            # between each magnitude and the next; the last is infinite
+    const unsigned char *cells      # [CELLS], the least magnitude of numbers with these bits
+    int zero, largest
+    bint has_sign
+
+
+cdef struct Moments:
+    float *floats                   # [N]; NULL: codes
+    unsigned char *codes            # [N]
+    float *scales                   # of each block
+    Code code
+
+
 cdef struct UpdateJob:
     float *weights
-    float *first
-    float *second
+    Moments first, second
     const float *gradient
     double *squares
     const Span *spans
     Update decay, plain, matrix
     float direction
     bint out_of_memory
+
+
+cdef void decode(const Moments *moments, Py_ssize_t start, Py_ssize_t block, Py_ssize_t n,
+                 float *out) noexcept nogil:
+    # The moments from `start` on, which is where a block begins.
+    cdef Py_ssize_t i, j
+    cdef float scale
+    for i from 0 <= i < n by BLOCK:
+        scale = moments.scales[block + i // BLOCK]
+        for j in range(i, min(i + BLOCK, n)):
+            out[j] = scale * moments.code.values[moments.codes[start + j]]
+
+
+cdef void encode(const Moments *moments, Py_ssize_t start, Py_ssize_t block, Py_ssize_t n,
+                 const float *x) noexcept nogil:
+    cdef const Code *code = &moments.code
+    cdef unsigned char *codes = moments.codes + start
+    cdef Py_ssize_t i, j, stop
+    cdef float top, ratio
+    cdef unsigned int bits
+    cdef int cell, k
+    for i from 0 <= i < n by BLOCK:
+        stop = min(i + BLOCK, n)
+        top = 0.0
+        for j in range(i, stop):
+            ratio = fabsf(x[j])
+            top = ratio if ratio > top else top
+        moments.scales[block + i // BLOCK] = top
+        if top == 0.0:
+            memset(codes + i, code.zero, stop - i)
+            continue
+        for j in range(i, stop):
+            ratio = fabsf(x[j]) / top
+            memcpy(&bits, &ratio, sizeof(float))
+            cell = <int>(bits >> 16) - FIRST_CELL
+            # The bounds hold for NaN, too.
+            k = code.cells[min(max(cell, 0), CELLS - 1)]
+            k += ratio > code.middles[k]
+            if not code.has_sign:
+                codes[j] = k + (k == 0 and ratio > 0.0)
+            elif x[j] < 0.0:
+                codes[j] = code.zero - min(k, code.largest - 1)
+            else:
+                codes[j] = code.zero + k
 
 
 cdef void squares_task(void *context, long index) noexcept nogil:
@@ -67,16 +142,35 @@ cdef void update_task(void *context, long index) noexcept nogil:
     cdef const float *gradient = job.gradient + span.start
     if span.rule == BY_MUON:
         muon(job, span)
+    elif span.rule != BY_SIGN and job.first.codes:
+        update_blocks(job, span, update)
     elif span.rule == BY_SIGN:
         # The C program's rule: a weight is the sign of its gradient times a direction.
         for i in range(size):
             if gradient[i] != 0.0:
                 weights[i] = job.direction if gradient[i] > 0.0 else -job.direction
     elif span.rule == BY_SGD:
-        kernels().sgd(weights, job.first + span.start, gradient, size, update)
+        kernels().sgd(weights, job.first.floats + span.start, gradient, size, update)
     else:
-        kernels().adamw(weights, job.first + span.start, job.second + span.start, gradient, size,
-                        update)
+        kernels().adamw(weights, job.first.floats + span.start, job.second.floats + span.start,
+                        gradient, size, update)
+
+
+cdef void update_blocks(UpdateJob *job, const Span *span, const Update *update) noexcept nogil:
+    # AdamW or SGD with moments in eight bits, a block after the other.
+    cdef float[BLOCK] first, second
+    cdef Py_ssize_t start, n, block = span.block
+    for start from span.start <= start < span.stop by BLOCK:
+        n = min(span.stop - start, BLOCK)
+        decode(&job.first, start, block, n, first)
+        if span.rule == BY_SGD:
+            kernels().sgd(job.weights + start, first, job.gradient + start, n, update)
+        else:
+            decode(&job.second, start, block, n, second)
+            kernels().adamw(job.weights + start, first, second, job.gradient + start, n, update)
+            encode(&job.second, start, block, n, second)
+        encode(&job.first, start, block, n, first)
+        block += 1
 
 
 cdef void symmetric_product(const float *x, const float *y, Py_ssize_t rows, Py_ssize_t depth,
@@ -139,14 +233,20 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     cdef float *transposed = update + size
     cdef float *buffer = transposed + size
     cdef float *weights = job.weights + span.start
-    cdef float *momentum = job.first + span.start
+    cdef float *momentum = job.first.floats + span.start
     if workspace == NULL:
         job.out_of_memory = True
         return
+    if job.first.codes:
+        # Until it is encoded it takes the place of what is transposed.
+        momentum = transposed
+        decode(&job.first, span.start, span.block, size, momentum)
     kernel.scale(momentum, settings.momentum, size)
     kernel.add(momentum, job.gradient + span.start, size)
     memcpy(update, job.gradient + span.start, size * sizeof(float))
     kernel.add_scaled(update, settings.momentum, momentum, size)
+    if job.first.codes:
+        encode(&job.first, span.start, span.block, size, momentum)
     if rows <= cols:
         orthogonalize(update, rows, cols, buffer, workspace)
     else:
@@ -168,15 +268,83 @@ def _check(**settings):
 
 def _spans(layout, rule_of):
     """Return the spans of parameters, whole matrices first, as they take longest."""
-    whole, cut = [], []
+    whole, cut, block = [], [], 0
     for part in layout:
         rule, decays = rule_of(part.name, part.kind), part.kind != "vector"
         if rule == BY_MUON:
-            whole.append((part.start, part.stop, *part.shape, rule, decays))
+            whole.append((part.start, part.stop, block, *part.shape, rule, decays))
         else:
-            cut += [(start, min(start + _LONGEST, part.stop), 0, 0, rule, decays)
+            cut += [(start, min(start + _LONGEST, part.stop),
+                     block + (start - part.start) // BLOCK, 0, 0, rule, decays)
                     for start in range(part.start, part.stop, _LONGEST)]
+        block += _blocks(part.size)
     return np.array(whole + cut, _SPAN)
+
+
+def _blocks(size):
+    """Return the number of blocks of so many moments."""
+    return -(-size // BLOCK)
+
+
+def moment_bytes(layout, bits=32) -> int:
+    """Return the bytes of an optimizer's moments for these parameters."""
+    if bits == 32:
+        return 8 * layout[-1].stop
+    return 2 * layout[-1].stop + 8 * sum(_blocks(part.size) for part in layout)
+
+
+def _magnitudes(steps):
+    """Return the magnitudes of the dynamic tree, ascending: 0, seven decades, 1.
+
+    The decade below 10^-n has ``steps / 2^n`` equal steps; their middles are the values.
+    """
+    values = []
+    for n in range(6, -1, -1):
+        edges = np.linspace(0.1, 1.0, (steps >> n) + 1)
+        values.append((edges[:-1] + edges[1:]) / 2.0 * 10.0 ** -n)
+    return np.concatenate([[0.0], *values, [1.0]]).astype(np.float32)
+
+
+def _tables(steps, has_sign):
+    """Return values, middles and cells of a ``Code``."""
+    magnitudes = _magnitudes(steps)
+    values = np.concatenate([-magnitudes[-2:0:-1], magnitudes]) if has_sign else magnitudes
+    exact = (magnitudes[:-1].astype(np.float64) + magnitudes[1:]) / 2.0
+    # Rounded down: a float32 is above this if and only if it is above the exact middle.
+    middles = exact.astype(np.float32)
+    middles[middles > exact] = np.nextafter(middles[middles > exact], np.float32(0.0))
+    begins = ((np.arange(CELLS, dtype=np.uint32) + FIRST_CELL) << 16).view(np.float32)
+    cells = np.searchsorted(middles, begins, "left").astype(np.uint8)
+    return values, np.append(middles, np.float32(np.inf)), cells
+
+
+_SIGNED, _UNSIGNED = _tables(64, True), _tables(128, False)
+
+
+cdef int point_moments(Moments *moments, object values, object scales, bint has_sign) except -1:
+    # Points at arrays of moments, and at what their codes mean.
+    cdef float[::1] floats
+    cdef unsigned char[::1] codes
+    cdef const float[::1] numbers
+    cdef const unsigned char[::1] cells
+    memset(moments, 0, sizeof(Moments))
+    if scales is None:
+        floats = values
+        moments.floats = &floats[0]
+        return 0
+    codes, floats = values, scales
+    moments.codes, moments.scales = &codes[0], &floats[0]
+    tables = _SIGNED if has_sign else _UNSIGNED
+    numbers = tables[0]
+    moments.code.values = &numbers[0]
+    numbers = tables[1]
+    moments.code.middles = &numbers[0]
+    moments.code.largest = numbers.shape[0] - 1
+    moments.code.zero = 255 - moments.code.largest
+    moments.code.has_sign = has_sign
+    cells = tables[2]
+    moments.code.cells = &cells[0]
+    return 0
 
 
 cdef class Optimizer:
@@ -192,38 +360,51 @@ cdef class Optimizer:
     sign_direction : {"descend", "ascend"}
         "ascend" sets the weights of the scheme ``sign`` to their gradient's own sign, as C does:
         that increases the loss (departure 1).
+    bits : {32, 8}
+        Of a moment.
 
     Attributes
     ----------
     steps : int
         Steps taken.
-    first, second : float32[N]
-        The moments, in the order of ``parameter_layout``. Momentum is a first moment.
+    moments : dict of str to array
+        ``first`` and ``second``, float32[N] in the order of ``parameter_layout``; momentum is a
+        first moment. With eight bits they are uint8[N], and ``first_scales`` and ``second_scales``
+        float32[K] have a number for each block of 256 moments, of which every parameter begins one.
     weight_decay : float
         May change between steps.
     """
 
     cdef readonly LegacyLLM model
-    cdef readonly object first, second
+    cdef readonly dict moments
     cdef public float weight_decay
     cdef public long steps
     cdef Update settings
     cdef float muon_lr_ratio, direction
     cdef object squares, spans
 
-    def __init__(self, LegacyLLM model not None, weight_decay, sign_direction):
+    def __init__(self, LegacyLLM model not None, weight_decay, sign_direction, bits=32):
         if not model.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
         if sign_direction not in ("descend", "ascend"):
             raise ValueError(f"sign_direction is {sign_direction!r}, expected descend or ascend")
+        if bits not in (8, 32):
+            raise ValueError(f"bits is {bits}, expected 8 or 32")
         _check(weight_decay=weight_decay)
         scheme = SCHEMES.get(model.config.scheme)
         self.model = model
         self.weight_decay = weight_decay
         self.muon_lr_ratio = 1.0
         self.direction = -1.0 if sign_direction == "descend" else 1.0
-        self.first = np.zeros(model.num_trainable, np.float32)
-        self.second = np.zeros(model.num_trainable, np.float32)
+        self.moments = {}
+        for name, (values, *_) in (("first", _SIGNED), ("second", _UNSIGNED)):
+            if bits == 32:
+                self.moments[name] = np.zeros(model.num_trainable, np.float32)
+            else:
+                zero = np.flatnonzero(values == 0.0)[0]
+                blocks = sum(_blocks(part.size) for part in model.learned)
+                self.moments[name] = np.full(model.num_trainable, zero, np.uint8)
+                self.moments[f"{name}_scales"] = np.zeros(blocks, np.float32)
         self.spans = _spans(
             model.learned,
             lambda name, kind: BY_SIGN if kind == "quantized" and not scheme.learns
@@ -234,7 +415,17 @@ cdef class Optimizer:
     @property
     def nbytes(self) -> int:
         """The bytes of the moments."""
-        return self.first.nbytes + self.second.nbytes
+        return sum(values.nbytes for values in self.moments.values())
+
+    @property
+    def first(self):
+        """``moments["first"]``."""
+        return self.moments["first"]
+
+    @property
+    def second(self):
+        """``moments["second"]``."""
+        return self.moments["second"]
 
     def _rule(self, name, kind):
         raise TypeError("make an AdamW, a Muon or an SGD")
@@ -264,7 +455,7 @@ cdef class Optimizer:
             squares that underflow to 0.
         """
         cdef UpdateJob job
-        cdef float[::1] weights = self.model.weights, first = self.first, second = self.second
+        cdef float[::1] weights = self.model.weights
         cdef const float[::1] gradient
         cdef const Span[::1] spans = self.spans
         cdef double[::1] squares = self.squares
@@ -279,7 +470,10 @@ cdef class Optimizer:
         if (gradients.config, gradients.adapter) != (self.model.config, self.model.adapter):
             raise ValueError("the gradients are those of a model with other settings")
         gradient = gradients.flat
-        job.weights, job.first, job.second = &weights[0], &first[0], &second[0]
+        job.weights = &weights[0]
+        for has_sign, name in ((False, "second"), (True, "first")):
+            point_moments(&job.first if has_sign else &job.second, self.moments[name],
+                          self.moments.get(f"{name}_scales"), has_sign)
         job.gradient = &gradient[0]
         job.squares = &squares[0]
         job.spans = &spans[0]
@@ -321,13 +515,13 @@ cdef class AdamW(Optimizer):
         Decay rates of the first and the second moment.
     epsilon : float
         Below 1e-20 it no longer compensates for gradients whose squares underflow in float32.
-    weight_decay, sign_direction
+    weight_decay, sign_direction, bits
         See ``Optimizer``.
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, sign_direction="descend"):
-        super().__init__(model, weight_decay, sign_direction)
+                 weight_decay=0.1, sign_direction="descend", bits=32):
+        super().__init__(model, weight_decay, sign_direction, bits)
         _check(beta1=beta1, beta2=beta2, epsilon=epsilon)
         self.settings.beta1, self.settings.beta2 = beta1, beta2
         self.settings.epsilon = epsilon
@@ -346,7 +540,7 @@ cdef class Muon(AdamW):
 
     Parameters
     ----------
-    model, beta1, beta2, epsilon, weight_decay, sign_direction
+    model, beta1, beta2, epsilon, weight_decay, sign_direction, bits
         As for ``AdamW``.
     muon_lr_ratio : float
         Muon's learning rate over that of AdamW.
@@ -355,8 +549,9 @@ cdef class Muon(AdamW):
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, sign_direction="descend", muon_lr_ratio=3.3, momentum=0.95):
-        super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction)
+                 weight_decay=0.1, sign_direction="descend", muon_lr_ratio=3.3, momentum=0.95,
+                 bits=32):
+        super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction, bits)
         _check(momentum=momentum)
         self.muon_lr_ratio = muon_lr_ratio
         self.settings.momentum = momentum
@@ -373,13 +568,13 @@ cdef class SGD(Optimizer):
     model : LegacyLLM
     momentum : float
         Decay rate of the momentum.
-    weight_decay, sign_direction
+    weight_decay, sign_direction, bits
         See ``Optimizer``.
     """
 
     def __init__(self, LegacyLLM model not None, momentum=0.9, weight_decay=0.1,
-                 sign_direction="descend"):
-        super().__init__(model, weight_decay, sign_direction)
+                 sign_direction="descend", bits=32):
+        super().__init__(model, weight_decay, sign_direction, bits)
         _check(momentum=momentum)
         self.settings.momentum = momentum
 
@@ -387,5 +582,5 @@ cdef class SGD(Optimizer):
         return BY_SGD
 
 
-_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("rows", np.intp), ("cols", np.intp),
-                  ("rule", np.intc), ("decays", np.intc)], align=True)
+_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("block", np.intp), ("rows", np.intp),
+                  ("cols", np.intp), ("rule", np.intc), ("decays", np.intc)], align=True)

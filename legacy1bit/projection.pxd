@@ -26,6 +26,7 @@ cdef struct Demand:
     Py_ssize_t unpacked     # the most columns of packed ones
     Py_ssize_t adapted      # the most columns of those with an adapter
     Py_ssize_t rank         # the highest
+    Py_ssize_t row          # floats of a row of something else
 
 cdef struct Workspace:
     # The scratch of one thread.
@@ -34,6 +35,7 @@ cdef struct Workspace:
     float *products         # [rows, UNPACKED_ROWS]
     float *low              # [rows, rank], A x
     float *dropped          # [rows, cols], x after dropout
+    float *row
     float dropout           # the probability that an element is left out
     unsigned long long seed # of dropout
     Py_ssize_t first_row    # of this thread in the batch

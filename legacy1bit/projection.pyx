@@ -42,7 +42,8 @@ cdef bint reserve(Workspace *workspace, const Demand *demand, Py_ssize_t rows) n
     if demand.unpacked:
         codes = (UNPACKED_ROWS * (demand.unpacked + TILE_TRITS) + 3) // 4
         products = rows * UNPACKED_ROWS
-    start = scratch(kernel_floats + codes + products + rows * (demand.rank + demand.adapted))
+    start = scratch(kernel_floats + codes + products + rows * (demand.rank + demand.adapted)
+                    + demand.row)
     memset(workspace, 0, sizeof(workspace[0]))
     workspace.packing = start
     if start == NULL:
@@ -51,6 +52,7 @@ cdef bint reserve(Workspace *workspace, const Demand *demand, Py_ssize_t rows) n
     workspace.products = start + kernel_floats + codes
     workspace.low = workspace.products + products
     workspace.dropped = workspace.low + rows * demand.rank
+    workspace.row = workspace.dropped + rows * demand.adapted
     return True
 
 

@@ -1042,6 +1042,122 @@ def test_backward_pass_rejects_starts_that_do_not_fit(starts, error, message):
     assert not gradients.flat.any()
 
 
+# --- A teacher ------------------------------------------------------------------------------------
+
+
+@without_ties
+def taught_case(config, documents, padding, weight, temperature, *, draw):
+    """Tokens, targets, starts, a teacher's logits, the exact loss and the exact gradients."""
+    starts = starts_of(documents)
+    tokens = random_tokens(config, *starts.shape, padding, seed=(6, draw))
+    targets = random_tokens(config, *starts.shape, seed=(10, draw))
+    targets[0, 0] = config.pad_token
+    teacher = (2 * rows(*starts.shape, config.vocab_size, seed=draw)).astype(np.float32)
+
+    def exact(arrays):
+        weights = dict(arrays)
+        settings = (weights.pop("teacher"), weight, temperature)
+        loss, gradients = oracle.loss_and_gradients(
+            weights, oracle_config(config), tokens, targets, starts, settings
+        )
+        return {"loss": np.array(loss), **gradients}
+
+    arrays = {**oracle_weights(model_of(config)), "teacher": teacher.astype(np.float64)}
+    return tokens, targets, starts, teacher, rounding_effect(exact, arrays)
+
+
+@every_tier
+@pytest.mark.parametrize(
+    ("changes", "padding", "weight", "temperature"),
+    [
+        ({}, "middle", 0.5, 2.0),
+        ({"vocab_size": 67, "scheme": "float"}, "none", 1.0, 1.0),
+        ({"vocab_size": 1, "ternary_embedding": True}, "left", 0.3, 4.0),
+        ({"vocab_size": 130, "tied_embeddings": True, "norm": "rms"}, "row", 0.9, 0.5),
+        ({}, "all", 0.5, 2.0),
+    ],
+    ids=str,
+)
+def test_backward_pass_with_a_teacher_is_the_oracles(changes, padding, weight, temperature):
+    config = make_config(**changes)
+    case = taught_case(config, SHORT_ROWS, padding, weight, temperature)
+    tokens, targets, starts, teacher, expected = case
+    for threads, recompute in ((1, False), (2, False), (3, True)):
+        backward_pass = BackwardPass(model_of(config), *tokens.shape, threads, recompute)
+        gradients = create_legacy_llm_gradients(config)
+        loss, count = backward_pass.run(
+            tokens, targets, gradients, starts=starts, teacher=teacher.copy(),
+            distillation_weight=weight, teacher_temperature=temperature,
+        )  # fmt: skip
+        assert_gradients_near(gradients, loss / max(count, 1), expected)
+        # Without one again: the teacher is forgotten.
+        plain = [create_legacy_llm_gradients(config) for _ in range(2)]
+        backward_pass.run(tokens, targets, plain[0], starts=starts)
+        BackwardPass(model_of(config), *tokens.shape, threads, recompute).run(
+            tokens, targets, plain[1], starts=starts
+        )
+        assert_same_bits(plain[0].flat, plain[1].flat)
+
+
+EXTREME_LOGITS = {
+    "equal": lambda n: np.zeros(n),
+    "one-hot": lambda n: np.eye(n)[n // 2] * 1e4,
+    "large": lambda n: np.linspace(-1e4, 1e4, n),
+    "near each other": lambda n: 1e4 + np.linspace(-2.0, 2.0, n),
+    "largest": lambda n: np.where(np.arange(n) % 2, 3.4e38, -3.4e38),
+    "small": lambda n: np.linspace(-1e-30, 1e-30, n),
+}
+
+
+@every_tier
+@pytest.mark.parametrize("vocab", [1, 2, 17, 97])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_gradient_of_extreme_logits_is_the_oracles(vocab, temperature):
+    """A model whose logits are its bias: the gradient of the bias is that of the logits."""
+    config = make_config(vocab_size=vocab, scheme="float", num_blocks=1)
+    model, weight, target = random_model(config), 0.25, np.array([[vocab // 3]])
+    model.latent["output.weight"][...] = 0.0
+    backward_pass, counted = BackwardPass(model, 1, 1), np.ones((1, 1), bool)
+    for (name, own), (of, theirs) in itertools.product(EXTREME_LOGITS.items(), repeat=2):
+        logits, teacher = (make(vocab).astype(np.float32)[None, None] for make in (own, theirs))
+        model.latent["output.bias"][...] = logits[0, 0]
+        gradients = create_legacy_llm_gradients(config)
+        backward_pass.run(
+            [[0]], target, gradients, teacher=teacher.copy(),
+            distillation_weight=weight, teacher_temperature=temperature,
+        )  # fmt: skip
+        exact = oracle.distillation_backward(
+            logits.astype(np.float64), target, counted, teacher, weight, temperature
+        )
+        # Probabilities of exponents that are rounded, each once and again by the division.
+        atol = 40 * UNIT_ROUNDOFF * (1.0 + weight * temperature)
+        found = gradients.parameters["output.bias"]
+        assert_close(found, exact[0, 0], rtol=0, atol=atol, what=f"{name}, {of}", dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"teacher": np.zeros((2, 5, 10), np.float32)}, ValueError, r"teacher has shape"),
+        ({"teacher": np.zeros((2, 4, 11), np.float32)}, ValueError, r"teacher has shape"),
+        ({"teacher": np.zeros((2, 5, 11))}, TypeError, "teacher is not a float32 array"),
+        ({"teacher": np.zeros((2, 5, 22), np.float32)[..., ::2]}, ValueError, "not C-contiguous"),
+        ({"distillation_weight": 1.5}, ValueError, r"distillation_weight is 1.5, expected 0 to 1"),
+        ({"distillation_weight": math.nan}, ValueError, "distillation_weight is nan"),
+        ({"teacher_temperature": 0.0}, ValueError, r"teacher_temperature is 0.0, expected"),
+        ({"teacher_temperature": math.inf}, ValueError, "teacher_temperature is inf"),
+    ],
+    ids=str,
+)
+def test_backward_pass_rejects_teachers_that_do_not_fit(changes, error, message):
+    config, tokens = make_config(), np.zeros((2, 5), int)
+    gradients = create_legacy_llm_gradients(config)
+    teacher = {"teacher": np.zeros((2, 5, 11), np.float32), **changes}
+    with pytest.raises(error, match=message):
+        BackwardPass(model_of(config), 2, 5).run(tokens, tokens, gradients, **teacher)
+    assert not gradients.flat.any()
+
+
 # --- BackwardPass ---------------------------------------------------------------------------------
 
 
@@ -1247,6 +1363,25 @@ def test_full_precision_has_the_gradients_of_the_float_twin(changes):
     again = create_legacy_llm_gradients(config)
     assert passes[0].run(tokens, targets, again) == coded_loss
     assert_same_bits(again.flat, coded.flat)
+
+
+@outer_tiers
+@pytest.mark.parametrize("changes", [{}, {"ternary_embedding": True, "scale": "row"}], ids=str)
+def test_blend_has_the_gradients_of_the_float_twin(changes):
+    """They go straight through to the latent weights."""
+    model = random_model(make_config(**changes))
+    twin, config = float_twin(model), model.config
+    tokens, targets = random_tokens(config, 3, 7, "middle"), random_tokens(config, 3, 7, seed=7)
+    passes = [BackwardPass(one, 3, 7) for one in (model, twin)]
+    ours, theirs = (create_legacy_llm_gradients(each) for each in (config, twin.config))
+    model.use_blend(0.5)
+    for name, value in model.parameters.items():
+        if hasattr(value, "dense"):
+            latent = model.latent[name]
+            twin.latent[name][...] = latent + np.float32(0.5) * (value.dense() - latent)
+    assert passes[0].run(tokens, targets, ours) == passes[1].run(tokens, targets, theirs)
+    for name, value in theirs.parameters.items():
+        assert_same_bits(ours.parameters[name], value, name)
 
 
 @every_tier

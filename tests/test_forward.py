@@ -834,6 +834,68 @@ def test_full_precision_is_the_float_twin_of_the_same_latent_weights(changes):
     assert_same_bits(forward_llm_batch(model, tokens, logits=True), coded)
 
 
+def blended_twin(model, share):
+    """The float model of the weights w + share (q - w), in float32."""
+    twin = float_twin(model)
+    for name, value in model.parameters.items():
+        if isinstance(value, TernaryMatrix):
+            weights = model.latent[name]
+            twin.latent[name][...] = weights + np.float32(share) * (value.dense() - weights)
+    return twin
+
+
+@outer_tiers
+@pytest.mark.parametrize("changes", CODED.values(), ids=CODED)
+def test_blend_is_the_float_twin_of_blended_weights(changes):
+    model = random_model(make_config(**changes))
+    tokens = random_tokens(model.config, 3, 7, "middle")
+    coded, seen = forward_llm_batch(model, tokens, logits=True), []
+    for share, threads in ((0.25, 1), (0.75, 3), (0.0, 1), (1.0, 1), (0.75, 1)):
+        model.use_blend(share, threads)
+        assert model.full_precision is (share == 0.0)
+        seen.append(forward_llm_batch(model, tokens, logits=True))
+        if share < 1.0:
+            twin = blended_twin(model, share)
+            assert_same_bits(seen[-1], forward_llm_batch(twin, tokens, logits=True))
+    assert_same_bits(seen[3], coded)
+    assert_same_bits(seen[4], seen[1])
+    assert np.abs(seen[0] - seen[1]).max() > 1e-3
+    # Codes and full precision are found again from a blend.
+    model.use_full_precision(True)
+    assert_same_bits(forward_llm_batch(model, tokens, logits=True), seen[2])
+    model.use_blend(0.25)
+    model.use_full_precision(False)
+    assert_same_bits(forward_llm_batch(model, tokens, logits=True), coded)
+
+
+@every_tier
+def test_blend_follows_the_weights_when_it_is_called_again():
+    model, tokens = random_model(make_config()), [[1, 2, 3]]
+    model.use_blend(0.5)
+    before = forward_llm_batch(model, tokens, logits=True)
+    model.latent["blocks.0.ffn.wi"][...] *= -1.1
+    model.quantize()
+    assert_same_bits(forward_llm_batch(model, tokens, logits=True), before)
+    model.use_blend(0.5)
+    expected = forward_llm_batch(blended_twin(model, 0.5), tokens, logits=True)
+    assert_same_bits(forward_llm_batch(model, tokens, logits=True), expected)
+
+
+def test_blend_needs_a_share_and_latent_weights():
+    model = random_model(make_config())
+    for share in (-0.1, 1.1, np.nan):
+        with pytest.raises(ValueError, match=r"share is .*, expected 0 to 1"):
+            model.use_blend(share)
+    with pytest.raises(ValueError, match="threads is 0"):
+        model.use_blend(0.5, 0)
+    with pytest.raises(ValueError, match="no latent weights"):
+        create_legacy_llm(make_config(), 1, trainable=False).use_blend(0.5)
+    floats = random_model(make_config(scheme="float"))
+    before = forward_llm_batch(floats, [[1, 2]])
+    floats.use_blend(0.5)
+    assert_same_bits(forward_llm_batch(floats, [[1, 2]]), before)
+
+
 @every_tier
 def test_full_precision_follows_the_latent_weights_before_they_are_quantized():
     model = random_model(make_config())

@@ -104,6 +104,10 @@ TRAINING_FIELDS = {
     "weight_decay": ((0, 1e3), (-0.1, 1.1e3, NAN, INF), NOT_NUMBERS),
     "weight_decay_until": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "float_steps": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    "quantization_warmup": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
+    "distillation_weight": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
+    "teacher_temperature": ((0.1, 100), (0.0, 101.0, NAN, INF), NOT_NUMBERS),
+    "optimizer_bits": ((8, 32), (0, 7, 33, 64), NOT_INTEGERS),
     "momentum": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "sign_direction": (("descend", "ascend"), (*NOT_CHOICES, "up"), ()),
     "precision": (("auto", "float32", "int8", "bf16"), NOT_CHOICES, ()),
@@ -395,6 +399,29 @@ def test_from_dict_takes_the_names_of_earlier_versions(record, earlier, name, va
 
 def test_to_dict_keeps_the_keys_of_files():
     assert ModelConfig(attention_window=3).to_dict()["attention_span"] == 3
+
+
+@pytest.mark.parametrize("value", [9, 16, 31])
+def test_optimizer_has_moments_of_eight_or_of_32_bits(value):
+    with pytest.raises(SettingError, match=f"optimizer_bits is {value}, expected 8 or 32"):
+        TrainingConfig(optimizer_bits=value)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 4, 5, 7, 8, 100])
+def test_quantization_sets_in_after_the_float_steps(step):
+    config = TrainingConfig(float_steps=3, quantization_warmup=4)
+    assert config.quantized_share_at(step) == min(max((step - 3) / 4, 0.0), 1.0)
+    assert TrainingConfig(float_steps=3).quantized_share_at(step) == (step >= 3)
+    assert TrainingConfig().quantized_share_at(step) == 1.0
+
+
+def test_patience_begins_with_the_first_step_of_codes_alone():
+    config = TrainingConfig(
+        float_steps=10, quantization_warmup=20, evaluate_every=10, patience=2, steps=100
+    )
+    assert [config.patience_ends(step, 5) for step in (30, 40, 50)] == [False, False, True]
+    assert config.patience_ends(60, 40)
+    assert not config.patience_ends(50, 40)
 
 
 @records

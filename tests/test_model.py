@@ -389,6 +389,7 @@ FREED_MODEL = {
     "quantize": lambda m: m.quantize(),
     "use_full_precision": lambda m: m.use_full_precision(True),
     "use_full_precision again": lambda m: m.use_full_precision(False),
+    "use_blend": lambda m: m.use_blend(0.5),
     "stored_bytes": lambda m: m.stored_bytes(),
     "save_model": lambda m: save_model(m, "/nonexistent/model"),
     "save_model c-v1": lambda m: save_model(m, "/nonexistent/model", "c-v1"),

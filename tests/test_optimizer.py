@@ -30,7 +30,7 @@ from legacy1bit.model import (
     create_legacy_llm,
     create_legacy_llm_gradients,
 )
-from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer, moment_bytes
 from legacy1bit.schemes import SCHEMES
 
 optimizers = pytest.mark.parametrize("make", OPTIMIZERS)
@@ -590,3 +590,124 @@ def test_step_rejects_rates_that_are_not_finite(rate):
     config = make_config()
     with pytest.raises(ValueError, match=r"learning_rate is .*finite"):
         AdamW(random_model(config)).step(random_gradients(config), rate)
+
+
+# --- Moments in eight bits ------------------------------------------------------------------------
+
+# Blocks of 256: below one, and spans of several with a remainder.
+EIGHT_BIT_CONFIGS = together("config", [CONFIGS["small"], CONFIGS["sign"], CONFIGS["large"]])
+MOMENTS = {"first": True, "second": False}
+
+
+def starts_of_parameters(config):
+    return [part.start for part in parameter_layout(config)]
+
+
+def decoded(optimizer, name):
+    return oracle.from_eight_bits(
+        optimizer.moments[name],
+        optimizer.moments[f"{name}_scales"],
+        starts_of_parameters(optimizer.model.config),
+        MOMENTS[name],
+    )
+
+
+@every_tier
+@optimizers
+@EIGHT_BIT_CONFIGS
+def test_step_in_eight_bits_is_that_of_floats_between_codes(make, config):
+    """Decoded moments, the same step to the bit, and the oracle's codes of its moments."""
+    small, whole = make(random_model(config), bits=8), make(random_model(config))
+    for step in range(3):
+        gradients = random_gradients(config, seed=step)
+        for name in MOMENTS:
+            whole.moments[name][...] = decoded(small, name)
+        norms = [each.step(gradients, 0.01, 1.0) for each in (small, whole)]
+        assert norms[0] == norms[1]
+        assert_same_bits(flat(small.model), flat(whole.model), "weights")
+        for name, signed in MOMENTS.items():
+            codes, scales = oracle.to_eight_bits(
+                whole.moments[name], starts_of_parameters(config), signed
+            )
+            assert_same_bits(small.moments[f"{name}_scales"], scales, f"scales of {name}")
+            assert_same_bits(small.moments[name], codes, name)
+    assert np.abs(decoded(small, "first")).max() > 0.0
+
+
+@outer_tiers
+@optimizers
+@EIGHT_BIT_CONFIGS
+def test_step_in_eight_bits_has_the_same_bits_with_any_number_of_threads(make, config):
+    answers = []
+    for threads in (1, 2, 300):
+        optimizer = make(random_model(config), bits=8)
+        for step in range(2):
+            optimizer.step(random_gradients(config, seed=step), 0.01, 1.0, threads)
+        answers.append([flat(optimizer.model), *optimizer.moments.values()])
+    for answer in answers[1:]:
+        assert_same_state(answer, answers[0])
+
+
+def of_first_moments(values):
+    """The decoded first moments of a float model after a step of SGD with these gradients."""
+    config = make_config(scheme="float", vocab_size=512, model_dim=6, num_blocks=1)
+    optimizer = SGD(create_legacy_llm(config, 1), bits=8)
+    gradients = create_legacy_llm_gradients(config)
+    place = gradients.parameters["embedding.weight"].reshape(-1)
+    place[: values.size] = values
+    optimizer.step(gradients, 0.0)
+    start = next(p.start for p in parameter_layout(config) if p.name == "embedding.weight")
+    return decoded(optimizer, "first")[start : start + values.size]
+
+
+@every_tier
+def test_eight_bits_hold_every_value_and_every_size():
+    """Each of the 256 values comes back, and a number is off by at most half a step."""
+    values = oracle.eight_bit_values(signed=True)
+    assert values.size == 256
+    assert np.unique(values).size == 256
+    for scale in (1.0, 2.0**-130, 2.0**100 * 1e-14):
+        values = (oracle.eight_bit_values(signed=True) * np.float32(scale)).astype(np.float32)
+        if scale == 1.0:
+            assert_same_bits(of_first_moments(values), values)
+        # Of the smallest scale a value may be a few times the smallest denormal.
+        assert_close(of_first_moments(values), values, rtol=2.0**-22, atol=2.0**-149)
+    rng = np.random.default_rng(3)
+    values = (rng.uniform(-1, 1, 1024) * 10.0 ** rng.uniform(-5, 0, 1024)).astype(np.float32)
+    values[::256] = 1.0
+    # Half of the way to the next value; the worst is at the lower end of a decade of few values.
+    bound = np.maximum(0.5 * np.abs(values), 1.4e-6)
+    assert (np.abs(of_first_moments(values) - values) <= bound).all()
+    near_one = np.abs(values) > 0.1
+    assert (np.abs(of_first_moments(values) - values)[near_one] <= 0.0071).all()
+
+
+@every_tier
+def test_second_moment_in_eight_bits_does_not_vanish():
+    """Where it did, a step after it would be a moment over epsilon."""
+    config = make_config(scheme="float")
+    optimizer = AdamW(create_legacy_llm(config, 1), weight_decay=0.0, bits=8)
+    before, gradients = flat(optimizer.model), create_legacy_llm_gradients(config)
+    gradients.flat[::2], gradients.flat[::4] = 1e-4, 1.0
+    optimizer.step(gradients, 0.001)
+    gradients.flat[...] = 0.0
+    for _ in range(5):
+        optimizer.step(gradients, 0.001)
+    assert np.abs(flat(optimizer.model) - before).max() < 0.01
+    assert (decoded(optimizer, "second")[2::4] > 0.0).all()
+
+
+@EIGHT_BIT_CONFIGS
+def test_moments_in_eight_bits_take_a_quarter_of_the_bytes(config):
+    for bits in (8, 32):
+        optimizer = AdamW(random_model(config), bits=bits)
+        assert optimizer.nbytes == moment_bytes(parameter_layout(config), bits)
+        assert optimizer.nbytes == sum(array.nbytes for array in optimizer.moments.values())
+    large = ModelConfig(model_dim=512, num_blocks=2)
+    assert moment_bytes(parameter_layout(large), 8) < 0.26 * moment_bytes(parameter_layout(large))
+
+
+def test_optimizer_refuses_other_bits():
+    for make in OPTIMIZERS:
+        with pytest.raises(ValueError, match="bits is 16, expected 8 or 32"):
+            make(random_model(CONFIGS["small"]), bits=16)

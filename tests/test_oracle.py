@@ -275,6 +275,26 @@ def test_cross_entropy_gradients(padding):
     )
 
 
+@pytest.mark.parametrize(("weight", "temperature"), [(0.0, 2.0), (0.3, 1.0), (1.0, 4.0)])
+@pytest.mark.parametrize("padding", PADDED_ROWS)
+def test_distillation_gradients(padding, weight, temperature):
+    counted = oracle.counted_positions(tokens_with(padding), TARGETS, VOCAB)
+    teacher = 3 * np.random.default_rng(8).normal(size=(2, TIME, VOCAB))
+    settings = (TARGETS, counted, teacher, weight, temperature)
+    check_gradients(
+        lambda logits: oracle.distillation(logits, *settings),
+        lambda d, logits: {"logits": d * oracle.distillation_backward(logits, *settings)},
+        {"logits": 3 * normal(2, TIME, VOCAB)},
+    )
+
+
+def test_distillation_is_none_of_an_equal_teacher():
+    logits = 3 * normal(2, TIME, VOCAB)
+    counted = oracle.counted_positions(tokens_with("none"), TARGETS, VOCAB)
+    loss = oracle.distillation(logits, TARGETS, counted, logits + 5.0, 0.5, 2.0)
+    assert loss == pytest.approx(0.5 * oracle.cross_entropy(logits, TARGETS, counted), rel=1e-12)
+
+
 sub_norms = pytest.mark.parametrize("sub_norm", [False, True])
 
 

@@ -18,8 +18,9 @@ from legacy1bit.data.tokenizer_files import load_tokenizer, tokenizer_of
 from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
-from legacy1bit.training.run import Run
+from legacy1bit.training.run import TEACHER_PATH, Run
 from legacy1bit.training.start import Start, read_start, started
+from legacy1bit.training.teacher import Teacher, read_teacher
 
 # The first run is about a minute of training: all steps if they take at most 75 seconds, else those
 # of a minute, but enough for a model that remembers the hero of a story (98 % of endings after 300
@@ -66,6 +67,8 @@ def merged_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     if "run" in settings and (other_text or other_tokens):
         # The run's vocabulary does not hold any more.
         del settings["model"]["vocab_size"]
+    if arguments.teacher is None and TEACHER_PATH in settings.get("source", {}):
+        settings["teacher"] = Path(str(settings["source"][TEACHER_PATH]))
     if other_text:
         settings.pop("source", None)
     return settings | {table: settings.get(table, {}) | options[table] for table in TABLES}
@@ -98,6 +101,7 @@ def is_first_run(arguments: argparse.Namespace) -> bool:
         "config",
         "resume",
         "start",
+        "teacher",
         "minutes",
         "architecture",
     )
@@ -147,6 +151,8 @@ class RunPlan:
         The earlier run that is trained again.
     start : Start or None
         The model that the training goes on from.
+    teacher : Teacher or None
+        The model whose predictions are learned beside the text.
     """
 
     model: ModelConfig
@@ -155,6 +161,7 @@ class RunPlan:
     corpus: Corpus
     run: Path | None = None
     start: Start | None = None
+    teacher: Teacher | None = None
 
 
 def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> RunPlan:
@@ -205,4 +212,6 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
     model = replace(model, vocab_size=corpus.vocab_size)
-    return RunPlan(model, training, data, corpus, settings.get("run"), start)
+    teacher_path = arguments.teacher or settings.get("teacher")
+    teacher = None if teacher_path is None else read_teacher(teacher_path)
+    return RunPlan(model, training, data, corpus, settings.get("run"), start, teacher)

@@ -47,7 +47,8 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
-from legacy1bit.training.run import Run
+from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH, Run
+from legacy1bit.training.teacher import Teacher, read_teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 # Stories that a finished run generates.
@@ -81,6 +82,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         type=path_of,
         help="go on from a model on another text, with a tenth of the learning rate: a run's "
         "folder, a GGUF file, or a folder of Hugging Face",
+    )
+    command.add_argument(
+        "--teacher",
+        metavar="MODEL",
+        type=path_of,
+        help="learn the predictions of a model with the same tokens, too (knowledge distillation); "
+        "with --resume: where the run's teacher has moved to",
     )
     command.add_argument("--resume", metavar="DIR", type=path_of, help="resume an earlier run")
     command.add_argument(
@@ -173,7 +181,8 @@ def start(
             f"text: --resume {shlex.quote(str(new.run))}"
         )
     if arguments.minutes is not None:
-        steps = steps_within(60 * arguments.minutes, new.model, training, new.corpus, new.data)
+        seconds = 60 * arguments.minutes
+        steps = steps_within(seconds, new.model, training, new.corpus, new.data, new.teacher)
         training = replace(training, steps=steps)
         output.say(f"{steps:,} steps in {arguments.minutes:g} minutes")
     if is_first_run(arguments):
@@ -183,7 +192,9 @@ def start(
     source = new.corpus.origin.to_dict()
     if new.start is not None:
         source["from"] = str(new.start.path.absolute())
-    trainer = Trainer(RUNS, new.model, training, new.corpus, source, new.data, new.start)
+    trainer = Trainer(
+        RUNS, new.model, training, new.corpus, source, new.data, new.start, new.teacher
+    )
     folder, created = _make_folder(arguments.out)
     trainer.run = Run(folder)
     ends.enter_context(trainer.run.lock())
@@ -212,6 +223,8 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
         )
         if getattr(arguments, name) is not None and not paths
     ]
+    if arguments.teacher is not None and TEACHER_HASH not in settings.source:
+        named.append("teacher")
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
     refused = [option_of(name) for name in named if name not in CHANGEABLE]
@@ -251,10 +264,23 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     for remark in corpus.remarks:
         output.say(remark)
     source = settings.source | corpus.origin.to_dict()
-    trainer = Trainer(folder, settings.model, config, corpus, source, settings.data)
+    teacher = _teacher_of(settings.source, arguments.teacher)
+    trainer = Trainer(
+        folder, settings.model, config, corpus, source, settings.data, teacher=teacher
+    )
     trainer.restore(checkpoint)
     output.say(f"going on with {folder} at step {trainer.step}")
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
+
+
+def _teacher_of(source: Mapping[str, Any], moved_to: Path | None) -> Teacher | None:
+    """Return the teacher that a run has recorded, or None."""
+    if TEACHER_HASH not in source:
+        return None
+    path = Path(str(source.get(TEACHER_PATH))) if moved_to is None else moved_to
+    if not path.exists():
+        raise ValueError(f"the teacher {path} is not there: --teacher says where it has moved to")
+    return read_teacher(path)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -304,6 +330,12 @@ def say_what_is_trained(trainer: Trainer, output: Output) -> None:
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
         + ", ".join(f"{epochs:.1f} epochs{of}" for of, epochs in _epochs(trainer).items())
     )
+    if trainer.teacher is not None:
+        output.say(
+            f"learning from {trainer.teacher.path} ({trainer.teacher.model.num_parameters:,} "
+            f"parameters): weight {trainer.config.distillation_weight:g}, temperature "
+            f"{trainer.config.teacher_temperature:g}"
+        )
     most = max(_epochs(trainer).values())
     if most > _MANY_EPOCHS and not trainer.config.patience:
         output.say(

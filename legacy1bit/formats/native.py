@@ -104,6 +104,9 @@ class StoredParameter(NamedTuple):
     write : callable or None
         Decodes the codes into ``packing.Tiles`` or ``packing.Values``. Raises ``ModelFileError`` if
         they are not the scheme's.
+    masters : callable or None
+        Returns the float weights, float32[R, C], of which the codes are the quantization; errors
+        are those of ``write``.
     """
 
     name: str
@@ -112,6 +115,7 @@ class StoredParameter(NamedTuple):
     scales: _Floats | None = None
     group: int = 0
     write: Callable[[Tiles | Values], None] | None = None
+    masters: Callable[[], _Floats] | None = None
 
     def array(self) -> npt.NDArray[Any]:
         """Return the values as one array."""

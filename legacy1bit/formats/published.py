@@ -303,6 +303,8 @@ def _model_of(
             if read.write is not None:
                 # It is called after this.
                 read = read._replace(write=refusing(path)(telling(theirs)(read.write)))
+            if read.masters is not None:
+                read = read._replace(masters=refusing(path)(telling(theirs)(read.masters)))
             yield read
 
     return config, provenance, stored()
@@ -354,12 +356,14 @@ def _codes(
     assert scales is not None
     scales = np.ascontiguousarray(np.broadcast_to(scales, part.scale_shape))
     places = np.arange(part.shape[0]) if order is None else order
+    masters = source.codes.floats if isinstance(source.codes, Masters) else None
     return StoredParameter(
         part.name,
         part.shape,
         scales=scales if len(scales) == 1 else _in_order(scales, order),
         group=part.group,
         write=partial(source.codes.write, places=places),
+        masters=None if masters is None else lambda: _in_order(masters.all(), order),
     )
 
 

@@ -308,17 +308,22 @@ class Masters:
     """A matrix that is ternary only after quantization (arXiv 2402.17764, equations 1 to 3).
 
     The scale is the mean magnitude of the whole matrix.
+
+    Attributes
+    ----------
+    floats : Floats
+        The weights before it.
     """
 
     def __init__(self, weights: Floats) -> None:
         rows, cols = weights.shape
         self.shape = rows, cols
-        self._weights = weights
+        self.floats = weights
         self._scale: np.float32 | None = None
 
     def _mean(self) -> np.float32:
         if self._scale is None:
-            total = sum(float(np.abs(v).sum(dtype=np.float64)) for _, v in self._weights.strips())
+            total = sum(float(np.abs(v).sum(dtype=np.float64)) for _, v in self.floats.strips())
             self._scale = np.float32(max(total / math.prod(self.shape), 1e-5))
         return self._scale
 
@@ -329,7 +334,7 @@ class Masters:
     def write(self, target: Tiles | Values, places: _Places) -> None:
         """See ``Codes``."""
         factor = np.float32(1.0) / self._mean()
-        for strip, values in self._weights.strips():
+        for strip, values in self.floats.strips():
             with np.errstate(over="ignore"):
                 codes = np.clip(np.rint(values * factor), -1.0, 1.0)
             _write_codes(target, codes, places[strip])

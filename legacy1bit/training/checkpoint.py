@@ -24,6 +24,8 @@ from legacy1bit.system.files import atomic_copy, atomic_write, check_regular, se
 from legacy1bit.training.run import DAMAGE, FixedSettings, Run
 
 _TENSORS = ("weights", "first", "second")
+# What moments in eight bits have besides; see ``Optimizer.moments``.
+_SCALES = ("first_scales", "second_scales")
 
 
 class OtherRunError(ModelFileError):
@@ -44,8 +46,10 @@ class Checkpoint:
         The lowest validation loss so far, and its step.
     position : tuple of int
         The position of the next batch in the data.
-    weights, first, second : float32[parameters]
-        The latent weights, and the optimizer's moments.
+    weights : float32[parameters]
+        The latent weights.
+    moments : dict of str to array
+        ``Optimizer.moments``.
     path : Path, optional
         The file that it was read from.
     """
@@ -55,8 +59,7 @@ class Checkpoint:
     best: tuple[float, int]
     position: tuple[int, ...]
     weights: npt.NDArray[np.float32]
-    first: npt.NDArray[np.float32]
-    second: npt.NDArray[np.float32]
+    moments: Mapping[str, npt.NDArray[Any]]
     path: Path | None = None
 
 
@@ -75,7 +78,7 @@ def write_checkpoint(run: Run, checkpoint: Checkpoint, settings: FixedSettings) 
         "best": json.dumps(checkpoint.best),
         "position": json.dumps(checkpoint.position),
     }
-    tensors = {name: getattr(checkpoint, name) for name in _TENSORS}
+    tensors = {"weights": checkpoint.weights, **checkpoint.moments}
     header["crc32"] = _checksum(header, tensors)
     if run.checkpoint_file.exists():
         atomic_copy(run.checkpoint_file, run.earlier_file)
@@ -85,7 +88,7 @@ def write_checkpoint(run: Run, checkpoint: Checkpoint, settings: FixedSettings) 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     checked = {key: value for key, value in header.items() if key != "crc32"}
     checksum = zlib.crc32(json.dumps(checked, sort_keys=True).encode())
-    for name in _TENSORS:
+    for name in (name for name in (*_TENSORS, *_SCALES) if name in tensors):
         checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).data, checksum)
     return f"{checksum:08x}"
 
@@ -182,24 +185,37 @@ def read_checkpoint(path: Path, settings: FixedSettings) -> Checkpoint:
         position = tuple(json.loads(header.get("position", f"[{step}]")))
         if not all(type(n) is int for n in position):
             raise ValueError(f"its position is {position}, expected whole numbers")
-        for name in _TENSORS:
-            values, others = tensors.get(name), tensors.get("weights")
-            if values is None or others is None or values.dtype != np.float32:
-                raise ValueError(f"{name} is missing, or not of float32")
-            if values.ndim != 1 or values.size != others.size:
-                raise ValueError(f"{name} is {values.shape}, expected one axis as weights has")
+        tensors = _of_checkpoint(tensors)
         # Checkpoints of earlier versions have no checksum.
         if "crc32" in header and header["crc32"] != _checksum(header, tensors):
             raise ValueError("its checksum does not fit its content")
-        for name in _TENSORS:
-            if not np.isfinite(tensors[name]).all():
+        for name, values in tensors.items():
+            if not np.isfinite(values).all():
                 raise ValueError(f"{name} has a value that is not finite")
     except OtherRunError:
         raise
     except DAMAGE as error:
         raise ModelFileError(f"{path} is not a checkpoint: {one_line(error)}") from None
-    weights, first, second = (tensors[name] for name in _TENSORS)
-    return Checkpoint(step, seconds, best, position, weights, first, second, path)
+    return Checkpoint(step, seconds, best, position, tensors.pop("weights"), tensors, path)
+
+
+def _of_checkpoint(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Return weights and moments, of 32 or of eight bits; other tensors do not matter."""
+    if missing := [name for name in _TENSORS if name not in tensors]:
+        raise ValueError(f"{missing[0]} is missing, or not of float32")
+    expected: dict[str, Any] = dict.fromkeys(_TENSORS, np.float32)
+    if tensors["first"].dtype == np.uint8:
+        expected |= {"first": np.uint8, "second": np.uint8, **dict.fromkeys(_SCALES, np.float32)}
+    for name, dtype in expected.items():
+        values = tensors.get(name)
+        if values is None or values.dtype != dtype:
+            raise ValueError(f"{name} is missing, or not of {np.dtype(dtype)}")
+        like = _SCALES[0] if name in _SCALES else "weights"
+        if values.ndim != 1 or values.size != tensors[like].size:
+            raise ValueError(f"{name} is {values.shape}, expected one axis as {like} has")
+        if name in _SCALES and (values < 0.0).any():
+            raise ValueError(f"{name} has a scale below 0")
+    return {name: tensors[name] for name in expected}
 
 
 def _check_settings(path: Path, header: Mapping[str, str], settings: FixedSettings) -> None:

@@ -2,12 +2,14 @@
 
 import contextlib
 import resource
+from collections.abc import Mapping
 from pathlib import Path
 
 from legacy1bit.backward import backward_bytes
 from legacy1bit.forward import forward_bytes
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.layout import parameter_layout
+from legacy1bit.optimizer import moment_bytes
 from legacy1bit.system.cgroups import free_memory
 from legacy1bit.training.evaluation import EVALUATION_TOKENS
 
@@ -17,13 +19,23 @@ _FLOAT = 4
 _LOGIT_COPIES = 5
 
 
-def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, int]:
+def training_bytes(
+    model: ModelConfig,
+    training: TrainingConfig,
+    teacher: ModelConfig | None = None,
+    start: int = 0,
+) -> dict[str, int]:
     """Return an upper bound of the bytes of a training's arrays, by their purpose.
 
     Parameters
     ----------
     model : ModelConfig
     training : TrainingConfig
+    teacher : ModelConfig, optional
+        The settings of the model whose predictions are learned.
+    start : int
+        The bytes of a model that the training goes on from (``Start.nbytes``), until its weights
+        are copied.
     """
     layout = parameter_layout(model)
     codes = sum(part.size for part in layout if part.kind == "quantized")
@@ -34,18 +46,34 @@ def training_bytes(model: ModelConfig, training: TrainingConfig) -> dict[str, in
     sequence = backward_bytes(model, 1, length) + forward_bytes(
         model, 1, length, "inputs" if training.gradient_checkpointing else "all"
     )
-    measured = max(EVALUATION_TOKENS, length)
+    blended = codes if training.quantization_warmup else 0
+    moments = moment_bytes(model, training.optimizer_bits)
     matrices = [part.size for part in layout if len(part.shape) == 2]
+    measured = max(EVALUATION_TOKENS, length)
     token = forward_bytes(model, 1, length, "none") // length
     evaluation = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
-    return {
-        "weights": _FLOAT * parameters + codes,
+    # A checkpoint holds the weights and two moments, twice while it is read.
+    checkpoint = _FLOAT * parameters + moments
+    needed = {
+        "weights": _FLOAT * (parameters + blended) + codes,
         "gradients": _FLOAT * parameters * slices,
-        "the optimizer": _FLOAT * (2 * parameters + 3 * max(matrices)),
+        "the optimizer": moments + _FLOAT * 3 * max(matrices),
         "activations": slices * rows * sequence,
-        # A checkpoint holds the weights and two moments, twice while it is read.
-        "evaluation and checkpoints": max(evaluation, _FLOAT * 3 * parameters),
+        "evaluation and checkpoints": max(evaluation, checkpoint, start),
     }
+    if teacher is not None:
+        logits = _FLOAT * rows * length * teacher.vocab_size
+        passes = logits + forward_bytes(teacher, rows, length, "none")
+        needed["the teacher"] = model_bytes(teacher) + slices * passes
+    return needed
+
+
+def model_bytes(model: ModelConfig) -> int:
+    """Return the bytes of a model's weights without latent ones."""
+    return sum(
+        part.size if part.kind == "quantized" else _FLOAT * part.size
+        for part in parameter_layout(model)
+    )
 
 
 def free_bytes() -> int | None:
@@ -64,24 +92,35 @@ def free_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(model: ModelConfig, training: TrainingConfig) -> None:
+def check_memory(needed: Mapping[str, int], training: TrainingConfig) -> None:
     """Check that a training fits into memory.
+
+    Parameters
+    ----------
+    needed : mapping of str to int
+        The result of ``training_bytes``.
+    training : TrainingConfig
 
     Raises
     ------
     MemoryError
         If it does not; with the bytes of each part, and options that need less.
     """
-    needed, free = training_bytes(model, training), free_bytes()
-    total = sum(needed.values())
-    if free is None or total <= free:
+    free = free_bytes()
+    if free is None or sum(needed.values()) <= free:
         return
-    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in needed.items())
+    fewer = "" if training.optimizer_bits == 8 else " or --optimizer-bits 8"
     raise MemoryError(
-        f"training needs about {_format_bytes(total)} ({parts}), and {_format_bytes(free)} are "
-        "free: lower --batch-size, --sequence-length, --model-dim, --blocks or --threads, or use "
-        "--gradient-checkpointing"
+        f"training needs {told_bytes(needed)}, and {_format_bytes(free)} are free: lower "
+        "--batch-size, --sequence-length, --model-dim, --blocks or --threads, or use "
+        f"--gradient-checkpointing{fewer}"
     )
+
+
+def told_bytes(needed: Mapping[str, int]) -> str:
+    """Return the result of ``training_bytes`` in words: the sum, and its parts."""
+    parts = ", ".join(f"{name} {_format_bytes(size)}" for name, size in needed.items())
+    return f"about {_format_bytes(sum(needed.values()))} ({parts})"
 
 
 def _format_bytes(size: int) -> str:

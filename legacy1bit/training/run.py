@@ -54,6 +54,9 @@ WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES)
 # The settings that hold for the whole of a run, by their table in the file of settings.
 FixedSettings = Mapping[str, Mapping[str, Any]]
 
+# What ``RunSettings.source`` has of a teacher: where it is, and the hash of its weights.
+TEACHER_PATH, TEACHER_HASH = "teacher", "teacher_sha256"
+
 # What the libraries that read a damaged file can raise.
 DAMAGE = (
     SafetensorError,
@@ -111,8 +114,9 @@ class RunSettings:
         del tables["machine"]
         for name in CHANGEABLE:
             del tables["training"][name]
-        # The text may move; its name and its hash identify it.
+        # Text and teacher may move; their hashes identify them.
         tables["source"] = without_paths(self.source)
+        tables["source"].pop(TEACHER_PATH, None)
         return tables
 
 

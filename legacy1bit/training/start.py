@@ -1,8 +1,9 @@
 """What a training begins with where it goes on from a model (``train --from``).
 
 Training needs latent float weights. A run has them in its checkpoint, with the model that was best.
-Of any other model they are made: codes times scales, enlarged until the quantization of these
-numbers gives the same codes and scales again.
+Some published models are float weights that are quantized when they are loaded: these are taken. Of
+any other model they are made: codes times scales, enlarged until the quantization of these numbers
+gives the same codes and scales again.
 """
 
 from collections.abc import Mapping
@@ -18,8 +19,10 @@ from legacy1bit.formats.published import read_model, read_tokenizer
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.optimizer import moment_bytes
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.training.checkpoint import read_checkpoint
+from legacy1bit.training.memory import model_bytes
 from legacy1bit.training.run import Run
 
 # The settings in which the new model may differ: a model of floats becomes one of codes, and
@@ -45,6 +48,15 @@ class Start:
     config: ModelConfig
     tokenizer: Tokenizer
 
+    def nbytes(self) -> int:
+        """Return the most bytes that reading the weights takes beside those that are filled."""
+        if _is_run(self.path):
+            # All of a checkpoint.
+            bits = Run(self.path).settings().training.optimizer_bits
+            layout = parameter_layout(self.config)
+            return 4 * layout[-1].stop + moment_bytes(layout, bits)
+        return model_bytes(self.config)
+
     def fill(self, model: LegacyLLM) -> None:
         """Give a trainable model these weights.
 
@@ -67,12 +79,24 @@ class Start:
             model.quantize()
             return
         given = load_model(self.path).parameters
+        matrices = {name: one for name, one in given.items() if isinstance(one, TernaryMatrix)}
         for name, weights in model.latent.items():
-            value = given[name]
-            weights[...] = _dense(value) if isinstance(value, TernaryMatrix) else value
+            weights[...] = _dense(matrices[name]) if name in matrices else given[name]
+        quantized = []
+        for part in read_model(self.path)[2]:
+            if part.masters is not None:
+                model.latent[part.name][...] = part.masters()
+                quantized.append(part.name)
         model.quantize()
-        if any(isinstance(value, TernaryMatrix) for value in given.values()):
-            _match(model, given)
+        for name in quantized:
+            if _has_codes(model, name, matrices[name]):
+                del matrices[name]
+            else:
+                # Our scale is rounded, and a weight lay on the border of two codes.
+                model.latent[name][...] = _dense(matrices[name])
+        model.quantize()
+        if model.config.scheme == self.config.scheme:
+            _match(model, matrices)
 
 
 def read_start(path: Path) -> Start:
@@ -95,11 +119,15 @@ def read_start(path: Path) -> Start:
     return Start(path, config, read_tokenizer(path, config.vocab_size))
 
 
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and Run(path).is_saved
+
+
 def _of_checkpoint(path: Path, config: ModelConfig) -> dict[str, _Floats] | None:
     """Return the latent weights of a run's model by name; None if it is no run."""
-    run = Run(path)
-    if not path.is_dir() or not run.is_saved:
+    if not _is_run(path):
         return None
+    run = Run(path)
     settings = run.settings()
     chosen = Run(run.model_folder)
     checkpoint = read_checkpoint(chosen.checkpoint_file, settings.fixed())
@@ -117,13 +145,16 @@ def _wide(scales: _Floats, matrix: TernaryMatrix) -> _Floats:
     return np.repeat(scales, matrix.group, axis=1)[:, :cols]
 
 
-def _match(model: LegacyLLM, given: Mapping[str, _Floats | TernaryMatrix]) -> None:
+def _has_codes(model: LegacyLLM, name: str, matrix: TernaryMatrix) -> bool:
+    return np.array_equal(_codes(model, name).values, matrix.values)
+
+
+def _match(model: LegacyLLM, matrices: Mapping[str, TernaryMatrix]) -> None:
     """Enlarge latent weights until their codes and scales are the given ones.
 
     A scale is a mean or a median of magnitudes, some of which are 0 here: it is proportional to
     the weights, and codes depend on their ratios to it alone.
     """
-    matrices = {name: value for name, value in given.items() if isinstance(value, TernaryMatrix)}
     latent = model.latent
     for name, value in matrices.items():
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -131,7 +162,7 @@ def _match(model: LegacyLLM, given: Mapping[str, _Floats | TernaryMatrix]) -> No
         latent[name] *= _wide(np.where(np.isfinite(factor), factor, np.float32(1.0)), value)
     model.quantize()
     for name, value in matrices.items():
-        if not np.array_equal(_codes(model, name).values, value.values):
+        if not _has_codes(model, name, value):
             raise ValueError(
                 f"{name}: float weights that quantize to these codes are not known for the scheme "
                 f"{model.config.scheme}"

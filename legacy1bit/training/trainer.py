@@ -57,9 +57,10 @@ from legacy1bit.training.evaluation import (
     evaluate,
     model_codes,
 )
-from legacy1bit.training.memory import check_memory
-from legacy1bit.training.run import FixedSettings, Run, RunSettings
+from legacy1bit.training.memory import check_memory, training_bytes
+from legacy1bit.training.run import TEACHER_HASH, FixedSettings, Run, RunSettings
 from legacy1bit.training.start import Start
+from legacy1bit.training.teacher import Teacher
 
 # An evaluation during training is of about this many tokens of the validation set, spread evenly;
 # the settings say of how many the last one is.
@@ -146,6 +147,8 @@ class Trainer:
         How the text was read and tokenized, also stored.
     start : Start, optional
         The model that the training goes on from; by default the weights are random.
+    teacher : Teacher, optional
+        The model whose predictions are learned beside the text.
 
     Raises
     ------
@@ -157,6 +160,8 @@ class Trainer:
     Attributes
     ----------
     run : Run
+    memory : dict of str to int
+        The bytes that it needs, by their purpose; see ``memory.training_bytes``.
     tokenizer : Tokenizer
         That of the corpus, saved with the model.
     step : int
@@ -177,16 +182,29 @@ class Trainer:
         source: dict[str, Any],
         data: DataConfig | None = None,
         start: Start | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
-        if config.float_steps and not (scheme and scheme.learns):
-            raise SettingError(
-                f"float_steps is {config.float_steps}, expected 0: the scheme "
-                f"{model_config.scheme} has no codes that follow float weights",
-                "float_steps",
-            )
+        for name in ("float_steps", "quantization_warmup"):
+            value = getattr(config, name)
+            if value and not (scheme and scheme.learns):
+                raise SettingError(
+                    f"{name} is {value}, expected 0: the scheme {model_config.scheme} has no codes "
+                    "that follow float weights",
+                    name,
+                )
+        for name in ("distillation_weight", "teacher_temperature"):
+            value = getattr(config, name)
+            if teacher is None and value != getattr(TrainingConfig, name):
+                raise SettingError(f"{name} is {value:g}, and there is no --teacher", name)
         _check_source(source)
-        check_memory(model_config, config)
+        self.memory = training_bytes(
+            model_config,
+            config,
+            None if teacher is None else teacher.config,
+            0 if start is None else start.nbytes(),
+        )
+        check_memory(self.memory, config)
         self.run = Run(Path(folder))
         if config.precision == "auto":
             fastest = fastest_precision(model_config.has_int8_products)
@@ -207,7 +225,13 @@ class Trainer:
                     f"the corpus has {dataset.pad_token} tokens, and the model "
                     f"{model_config.vocab_size}: expected as many"
                 )
+        self.teacher = teacher
         self.source = source
+        if teacher is not None:
+            teacher.check(model_config, self.tokenizer)
+            self.source = teacher.recorded_in(source)
+        elif TEACHER_HASH in source:
+            raise ValueError("the run has a teacher: expected it")
         self.data = DataConfig() if data is None else data
         self.model = create_legacy_llm(model_config, config.seed)
         if start is not None:
@@ -338,7 +362,8 @@ class Trainer:
     def _evaluate(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
         """Evaluate the model, update ``best``, and return whether the run ends."""
         self._check_weights()
-        # A run ends with its codes, never in full precision.
+        # A run ends with its codes, never in full precision; and what is saved while quantization
+        # sets in are codes, too.
         self.model.use_full_precision(not last and self.step < self.config.float_steps)
         self.metrics = self._measure(_QUICK_TOKENS)
         # A run that was stopped between two evaluations ends like one that was not stopped.
@@ -352,10 +377,12 @@ class Trainer:
 
     def _check_weights(self) -> None:
         """Raise ``TrainingDiverged`` where a checkpoint would not be finite."""
+        moments = self.optimizer.moments
+        # Of moments in eight bits only the scales can be no numbers.
         arrays = {
             **self.model.latent,
-            "the first moments": self.optimizer.first,
-            "the second moments": self.optimizer.second,
+            "the first moments": moments.get("first_scales", moments["first"]),
+            "the second moments": moments.get("second_scales", moments["second"]),
         }
         for name, values in arrays.items():
             if not np.isfinite(values).all():
@@ -375,7 +402,7 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Do one update, and return the loss of its batch and the norm of the gradient."""
         config = self.config
-        self.model.use_full_precision(self.step < config.float_steps)
+        self.model.use_blend(config.quantized_share_at(self.step), config.threads)
         with product_precision(config.precision):
             return self._train_step(config)
 
@@ -393,7 +420,16 @@ class Trainer:
         for first in range(0, len(tokens), size):
             rows = slice(first, first + size)
             part = None if starts is None else starts[rows]
-            loss += self.passes.run(tokens[rows], targets[rows], self.gradients, total, part)[0]
+            loss += self.passes.run(
+                tokens[rows],
+                targets[rows],
+                self.gradients,
+                total,
+                part,
+                self._logits_of_teacher(tokens[rows], part),
+                config.distillation_weight,
+                config.teacher_temperature,
+            )[0]
         loss /= max(total, 1)
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {self.step + 1}"
@@ -403,10 +439,29 @@ class Trainer:
             self.gradients, config.learning_rate_at(self.step), config.clip, config.threads
         )
         if not math.isfinite(norm):
+            self._check_teacher(batch)
             what = f"the gradient's norm is {norm} at step {self.step + 1}"
             raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
         return loss, norm
+
+    def _logits_of_teacher(
+        self, tokens: npt.NDArray[Any], starts: npt.NDArray[Any] | None
+    ) -> npt.NDArray[np.float32] | None:
+        if self.teacher is None:
+            return None
+        return self.teacher.logits(tokens, starts, self.config.threads)
+
+    def _check_teacher(self, batch: Batch) -> None:
+        """Raise ``ValueError`` if it is the teacher whose numbers are not finite."""
+        logits = self._logits_of_teacher(batch.tokens, batch.starts)
+        used = batch.tokens != self.model.config.pad_token
+        if logits is not None and not np.isfinite(logits[used]).all():
+            assert self.teacher is not None
+            raise ValueError(
+                f"the logits of the teacher {self.teacher.path} are not finite at step "
+                f"{self.step + 1}: its weights are damaged"
+            )
 
     def _next_batch(self) -> Batch:
         """Return the batch of the next step; a thread reads ahead from the first on."""
@@ -481,8 +536,7 @@ class Trainer:
             self.best,
             self.position,
             np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
-            self.optimizer.first,
-            self.optimizer.second,
+            self.optimizer.moments,
         )
         write_checkpoint(self.run, checkpoint, self.fixed_settings)
         self._save_settings()
@@ -510,7 +564,8 @@ class Trainer:
             remove(trial)
         if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
-            needed = 12 * self.model.num_parameters + self.model.stored_bytes()
+            weights = 4 * self.model.num_parameters
+            needed = weights + self.optimizer.nbytes + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
             # Some file systems report no size.
             if needed > free and total:
@@ -553,6 +608,12 @@ class Trainer:
         size, path = self.model.num_parameters, checkpoint.path
         if checkpoint.weights.size != size:
             raise ModelFileError(f"{path}: weights is not float32[{size}]")
+        for name, values in self.optimizer.moments.items():
+            found = checkpoint.moments.get(name)
+            if found is None or (found.dtype, found.shape) != (values.dtype, values.shape):
+                raise ModelFileError(
+                    f"{path}: {name} is missing, or not {values.dtype}[{values.size}]"
+                )
         self.close()
         try:
             self.reader.check(checkpoint.position)
@@ -566,8 +627,8 @@ class Trainer:
             weights[...] = part.reshape(weights.shape)
             start += weights.size
         self.model.quantize(self.config.threads)
-        self.optimizer.first[...] = checkpoint.first
-        self.optimizer.second[...] = checkpoint.second
+        for name, values in self.optimizer.moments.items():
+            values[...] = checkpoint.moments[name]
         self.optimizer.steps = self.step = self._saved = checkpoint.step
         self.seconds = checkpoint.seconds
         self.best = checkpoint.best
@@ -595,6 +656,7 @@ def steps_within(
     config: TrainingConfig,
     corpus: Corpus,
     data: DataConfig | None = None,
+    teacher: Teacher | None = None,
 ) -> int:
     """Return the number of steps that a run can do in a time, evaluations not counted.
 
@@ -605,7 +667,8 @@ def steps_within(
     TrainingDiverged
         If the trial run diverges.
     """
-    probe = Trainer(Path(), model_config, config, corpus, {"name": corpus.name}, data)
+    source = {"name": corpus.name}
+    probe = Trainer(Path(), model_config, config, corpus, source, data, teacher=teacher)
     shortest, longest = _PROBE_SECONDS
     least = min(max(_PROBE_FRACTION * seconds, shortest), longest, seconds)
     with contextlib.closing(probe):
@@ -620,9 +683,10 @@ def steps_within(
 
 def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
     decay, direction = config.weight_decay, config.sign_direction
+    bits = config.optimizer_bits
     if config.optimizer == "sgd":
-        return SGD(model, config.momentum, decay, direction)
+        return SGD(model, config.momentum, decay, direction, bits)
     shared = (config.beta1, config.beta2, config.epsilon, decay, direction)
     if config.optimizer == "adamw":
-        return AdamW(model, *shared)
-    return Muon(model, *shared, config.muon_lr_ratio, config.momentum)
+        return AdamW(model, *shared, bits)
+    return Muon(model, *shared, config.muon_lr_ratio, config.momentum, bits)

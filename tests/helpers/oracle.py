@@ -31,6 +31,7 @@ are, each head by itself. Keys with defaults: ``head_dim`` (C / H), ``norm`` ("l
 ``rope_fraction``, ``rope_factor``, ``rope_original_length`` (`rotary` has their meaning).
 """
 
+import itertools
 import math
 import struct
 
@@ -695,6 +696,28 @@ def cross_entropy_backward(logits, targets, counted):
     return d_logits
 
 
+def distillation(logits, targets, counted, teacher, weight, temperature):
+    """Mean of (1 - w) CE + w T^2 KL(teacher || student), both softened by T, where counted.
+
+    Hinton, Vinyals & Dean, arXiv 1503.02531, section 2. teacher [B, T, V] are another model's
+    logits.
+    """
+    goal, own = (softmax(_float64(each)[counted] / temperature) for each in (teacher, logits))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(goal == 0.0, 0.0, goal * (np.log(goal) - np.log(own)))
+    divergence = terms.sum(axis=-1).mean() if counted.any() else 0.0
+    of_text = cross_entropy(logits, targets, counted)
+    return (1.0 - weight) * of_text + weight * temperature**2 * divergence
+
+
+def distillation_backward(logits, targets, counted, teacher, weight, temperature):
+    """d_logits [B, T, V] of ``distillation``; 0 where not counted."""
+    goal, own = (softmax(_float64(each)[counted] / temperature) for each in (teacher, logits))
+    d_logits = (1.0 - weight) * cross_entropy_backward(logits, targets, counted)
+    d_logits[counted] += weight * temperature * (own - goal) / max(counted.sum(), 1)
+    return d_logits
+
+
 # --- The whole model ------------------------------------------------------------------------------
 
 
@@ -761,8 +784,10 @@ def decode(params, config, tokens):
     return forward(params, settings, np.asarray(tokens)[None])[0][0]
 
 
-def loss_and_gradients(params, config, tokens, targets, starts=None):
+def loss_and_gradients(params, config, tokens, targets, starts=None, teacher=None):
     """Mean cross entropy and its gradient for every parameter.
+
+    With a teacher the gradient is that of ``distillation``.
 
     Parameters
     ----------
@@ -772,6 +797,8 @@ def loss_and_gradients(params, config, tokens, targets, starts=None):
         Ids in [0, V), or V for padding.
     starts : int[B, T], optional
         The first position of its row that each position may see.
+    teacher : (float64[B, T, V], float, float), optional
+        The teacher's logits, the weight of its term, and the temperature.
 
     Returns
     -------
@@ -787,9 +814,11 @@ def loss_and_gradients(params, config, tokens, targets, starts=None):
     loss = cross_entropy(logits, targets, counted)
 
     gradients = {}
-    d_x, d_output_weight, d_bias = linear_backward(
-        cross_entropy_backward(logits, targets, counted), x, _output_weight(params, config)
-    )
+    if teacher is None:
+        d_logits = cross_entropy_backward(logits, targets, counted)
+    else:
+        d_logits = distillation_backward(logits, targets, counted, *teacher)
+    d_x, d_output_weight, d_bias = linear_backward(d_logits, x, _output_weight(params, config))
     if "output.bias" in params:
         gradients["output.bias"] = d_bias
     if config["final_norm"]:
@@ -831,6 +860,60 @@ def sgd_step(weight, gradient, momentum, *, learning_rate, mu, weight_decay):
     """
     weight, momentum = _float64(weight), mu * _float64(momentum) + _float64(gradient)
     return weight - learning_rate * (weight_decay * weight + momentum), momentum
+
+
+def eight_bit_values(signed):
+    """The 256 values of moments in eight bits, by code (Dettmers et al., arXiv 2110.02861, 1.3).
+
+    Seven decades below 1, each of twice as many equal steps as the one below it; a value is the
+    middle of a step. Besides 0 and 1. Rounded to float32 once.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        steps = 2**exponent if signed else 2 ** (exponent + 1)
+        for i in range(steps):
+            middle = 0.1 + 0.9 * (i + 0.5) / steps
+            values += [middle * 10.0 ** (exponent - 6)]
+            values += [-values[-1]] if signed else []
+    return np.sort(np.array(values).astype(np.float32))
+
+
+def to_eight_bits(x, starts, signed):
+    """Codes uint8[N], and scales float32[K], of moments float32[N] in blocks of 256.
+
+    Every parameter begins with a block, at one of ``starts``. A code is that of the nearest value,
+    times the largest magnitude of its block; of two, the smaller magnitude. Without signs a number
+    above 0 has no code of 0.
+    """
+    values = _float64(eight_bit_values(signed))
+    zero = int(np.flatnonzero(values == 0.0)[0])
+    codes, scales = np.full(x.size, zero, np.uint8), []
+    for first, stop in itertools.pairwise([*starts, x.size]):
+        for begin in range(first, stop, 256):
+            block = x[begin : min(begin + 256, stop)]
+            scales.append(np.abs(block).max())
+            if scales[-1] == 0.0:
+                continue
+            ratios = np.abs(block) / scales[-1]
+            upper = values[zero:]
+            place = np.argmin(np.abs(_float64(ratios)[:, None] - upper), axis=1)
+            if signed:
+                # There is no -1.
+                place = np.where(block < 0, np.minimum(place, len(upper) - 2), place)
+                place = np.where(block < 0, -place, place)
+            else:
+                place = np.where((ratios > 0) & (place == 0), 1, place)
+            codes[begin : begin + block.size] = zero + place
+    return codes, np.array(scales, np.float32)
+
+
+def from_eight_bits(codes, scales, starts, signed):
+    """The moments that codes stand for, float32[N]."""
+    values, result, scales = eight_bit_values(signed), [], iter(scales)
+    for first, stop in itertools.pairwise([*starts, codes.size]):
+        for begin in range(first, stop, 256):
+            result.append(values[codes[begin : min(begin + 256, stop)]] * next(scales))
+    return np.concatenate(result)
 
 
 def sign_step(weight, gradient, direction="descend"):

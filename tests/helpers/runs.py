@@ -126,8 +126,7 @@ def resumed(folder, **changes):
 def state_of(run):
     return {
         **{name: weights.copy() for name, weights in run.model.latent.items()},
-        "first": run.optimizer.first.copy(),
-        "second": run.optimizer.second.copy(),
+        **{name: values.copy() for name, values in run.optimizer.moments.items()},
     }
 
 

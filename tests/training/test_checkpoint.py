@@ -78,7 +78,17 @@ def replaced(path, content):
 # --- Damage ---------------------------------------------------------------------------------------
 
 
-def test_every_changed_byte_is_found(stopped, tmp_path):
+def values_of(checkpoint):
+    """What a checkpoint tells, the moments one by one."""
+    values = {name: value for name, value in vars(checkpoint).items() if name != "path"}
+    return values | values.pop("moments")
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_every_changed_byte_is_found(stopped, tmp_path, bits):
+    if bits == 8:
+        stopped = make(tmp_path / "run", optimizer_bits=8)
+        train(stopped, stop_at=2 * EVERY)
     whole = (stopped.folder / CHECKPOINT_FILE).read_bytes()
     expected = read_checkpoint(stopped.folder / CHECKPOINT_FILE, stopped.fixed_settings)
     path = tmp_path / CHECKPOINT_FILE
@@ -93,12 +103,13 @@ def test_every_changed_byte_is_found(stopped, tmp_path):
         except (ModelFileError, MemoryError):
             continue
         # A blank that has become another one changes nothing.
-        assert vars(found).keys() == vars(expected).keys()
-        for name, value in vars(found).items():
-            if name != "path":
-                assert (value == vars(expected)[name]) is True or (
-                    value.tobytes() == vars(expected)[name].tobytes()
-                ), (place, name)
+        now, before = values_of(found), values_of(expected)
+        assert now.keys() == before.keys()
+        for name, value in now.items():
+            assert (value == before[name]) is True or (value.tobytes() == before[name].tobytes()), (
+                place,
+                name,
+            )
 
 
 @settings(max_examples=150, deadline=None)

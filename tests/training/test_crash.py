@@ -21,6 +21,7 @@ from helpers.runs import assert_same_files, measured, tiny
 from legacy1bit.formats.native import BEST_FOLDER, CHECKPOINT_FILE
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.logger import METRICS_FILE, SAMPLES_FILE, read_metrics
+from legacy1bit.main import main
 from legacy1bit.training.checkpoint import (
     newest_checkpoint,
 )
@@ -89,7 +90,7 @@ sys.exit(main.main(arguments))
 
 # What a run can be like, besides the number of its seed.
 KINDS = (
-    {},
+    {"quantization_warmup": 30, "optimizer_bits": 8, "teacher": "teacher"},
     {"float_steps": 20},
     {"threads": 2, "optimizer": "adamw"},
     {"optimizer": "sgd", "batch_size": 3},
@@ -114,6 +115,7 @@ pytestmark = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="ther
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    assert main(tiny(out="teacher", scheme="float", steps=1)) == 0
 
 
 def interrupted(arguments, choice, how, left):

@@ -85,14 +85,14 @@ def test_training_that_does_not_fit_is_refused_with_the_sum(tmp_path, monkeypatc
     with pytest.raises(
         MemoryError, match=r"needs about .* GiB \(weights .* GiB, gradients"
     ) as error:
-        check_memory(config, TrainingConfig())
+        check_memory(training_bytes(config, TrainingConfig()), TrainingConfig())
     assert "and 1.0 GiB are free" in str(error.value)
     assert "--gradient-checkpointing" in str(error.value)
-    check_memory(ModelConfig(), TrainingConfig())
+    check_memory(training_bytes(ModelConfig(), TrainingConfig()), TrainingConfig())
     with pytest.raises(MemoryError, match="activations"):
         make(tmp_path, batch_size=1 << 20)
     monkeypatch.setattr(memory, "free_bytes", lambda: None)
-    check_memory(config, TrainingConfig())
+    check_memory(training_bytes(config, TrainingConfig()), TrainingConfig())
 
 
 def test_refusal_takes_one_line_and_leaves_nothing(tmp_path, monkeypatch, fail):

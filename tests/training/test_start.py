@@ -5,12 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
+from helpers import oracle
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import make_config, random_model
 from helpers.runs import assert_same_files, make, newest, tiny, train
 from legacy1bit.formats.hugging_face import export_hugging_face
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.main import main
 from legacy1bit.model import TernaryMatrix, create_legacy_llm, load_model, save_model
@@ -71,6 +73,50 @@ def test_a_model_of_hugging_face_can_go_on(tmp_path):
     model = create_legacy_llm(config, 3)
     export_hugging_face(model, tmp_path / "hf")
     assert_same_model(filled(tmp_path / "hf"), model)
+
+
+def online_model(folder, border=False):
+    """A folder of Hugging Face whose matrices are bfloat16, to be quantized when it is loaded."""
+    settings = {**ARCHITECTURES["bitnet"], "vocab_size": 300, "model_dim": 64, "num_blocks": 1}
+    settings |= {"num_heads": 2, "num_kv_heads": 1, "ffn_dim": 96}
+    model = create_legacy_llm(ModelConfig(**settings), 3)
+    export_hugging_face(model, folder)
+    path = folder / "model.safetensors"
+    tensors, rng = {}, np.random.default_rng(4)
+    for name, values in load_file(path).items():
+        if values.dtype == np.uint8:
+            shape = 4 * values.shape[0], values.shape[1]
+            values = oracle.bfloat16(rng.normal(0.0, 0.05, shape)).astype(np.float32)
+            # None lies on the border of two codes, or one between their scale and ours.
+            sizes = np.abs(np.abs(values) / np.abs(values).mean() - 0.5)
+            values[sizes < 0.005] = 0.0
+            if border and "up_proj" in name:
+                # A scale that float16 rounds down, and a weight between the halves of both.
+                values[0, 0] = np.abs(values).mean() / 2
+                scale = float(np.float16(np.abs(values).mean()))
+                values *= np.float32(scale * (1 + 2e-4) / np.abs(values).mean(dtype=np.float64))
+                values[0, 0] = scale * (1 + 1e-4) / 2
+        elif name.endswith("_scale"):
+            continue
+        tensors[name] = values
+    save_file(tensors, path, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["quantization_mode"] = "online"
+    (folder / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+@pytest.mark.parametrize("border", [False, True])
+def test_a_model_begins_with_the_floats_behind_its_codes(tmp_path, border):
+    tensors = online_model(tmp_path / "hf", border)
+    expected, model = load_model(tmp_path / "hf"), filled(tmp_path / "hf")
+    assert_same_model(model, expected)
+    names = {"attention.wq": "self_attn.q_proj", "ffn.wi": "mlp.up_proj", "ffn.wo": "mlp.down_proj"}
+    for ours, theirs in names.items():
+        latent = model.latent[f"blocks.0.{ours}"]
+        found = np.array_equal(latent, tensors[f"model.layers.0.{theirs}.weight"])
+        # Where ours would be another code, all weights are codes times scales.
+        assert found == (not border or ours != "ffn.wi"), ours
 
 
 def test_a_model_of_floats_becomes_ternary(tmp_path):

@@ -559,6 +559,30 @@ def test_restored_run_ends_like_an_unbroken_one(tmp_path, optimizer, scheme, thr
     assert_same_state(*(load_file(r.folder / "model.safetensors") for r in (run, whole)))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_restored_run_of_eight_bits_ends_like_an_unbroken_one(tmp_path, optimizer, threads):
+    settings = {"optimizer": optimizer, "optimizer_bits": 8, "threads": threads}
+    settings |= {"gradient_checkpointing": True}
+    whole = make(tmp_path / "whole", **settings)
+    losses = train(whole)[1]
+    run = make(tmp_path / "run", **settings)
+    parts = train(run, stop_at=5)[1]
+    stored = load_file(run.run.checkpoint_file)
+    assert {name: str(values.dtype) for name, values in stored.items()} == {
+        **dict.fromkeys(("weights", "first_scales", "second_scales"), "float32"),
+        **dict.fromkeys(("first", "second"), "uint8"),
+    }
+    for name, values in run.optimizer.moments.items():
+        assert_same_bits(stored[name], values, name)
+    run = resumed(tmp_path / "run", **settings)
+    parts += train(run)[1]
+    assert parts == losses
+    assert_same_state(state_of(run), state_of(whole))
+    assert_same_files(tmp_path / "run", tmp_path / "whole")
+    assert losses != train(make(tmp_path / "other", **settings | {"optimizer_bits": 32}))[1]
+
+
 def test_restored_run_forgets_what_came_after_its_checkpoint(tmp_path):
     """As after a crash between two checkpoints, when the file of metrics is ahead."""
     run = make(tmp_path / "run")
@@ -1326,6 +1350,67 @@ def test_warm_start_goes_on_to_the_bit(tmp_path, stop):
     assert [r["full_precision"] for r in kept] == [r["step"] < FLOAT_STEPS for r in kept]
 
 
+# --- Quantization that sets in --------------------------------------------------------------------
+
+GRADUAL = {"quantization_warmup": 6, "evaluate_every": 3}
+
+
+class Watching:
+    """A backward pass that notes what the model computes for its tokens."""
+
+    def __init__(self, run):
+        self.passes, self.model, self.seen = run.passes, run.model, []
+
+    def run(self, tokens, *arguments):
+        dense = {name: self.model.parameters[name].dense() for name in codes_of(self.model)}
+        latent = {name: value.copy() for name, value in self.model.latent.items()}
+        found = forward_llm_batch(self.model, tokens, logits=True)
+        self.seen.append((tokens, dense, latent, found))
+        return self.passes.run(tokens, *arguments)
+
+
+@pytest.mark.parametrize("float_steps", [0, 2])
+@pytest.mark.parametrize("scheme", ["ternary", "2bit"])
+def test_quantization_sets_in_by_equal_shares(tmp_path, scheme, float_steps):
+    settings = {"float_steps": float_steps, "precision": "float32", **GRADUAL}
+    run = make(tmp_path / "run", scheme=scheme, **settings)
+    run.passes = Watching(run)
+    train(run)
+    twin = create_legacy_llm(replace(run.model.config, scheme=FLOAT), 1)
+    assert len(run.passes.seen) == STEPS
+    for step, (tokens, dense, latent, found) in enumerate(run.passes.seen):
+        share = np.float32(min(max((step - float_steps) / 6, 0.0), 1.0))
+        for name, weights in latent.items():
+            twin.latent[name][...] = weights + share * (dense.get(name, weights) - weights)
+        expected = forward_llm_batch(twin, tokens, logits=True)
+        # Codes have another product than floats.
+        if share in (0.0, 1.0):
+            assert_close(found, expected, rtol=0, atol=1e-5, what=str(step))
+        else:
+            assert_same_bits(found, expected, str(step))
+
+
+def test_models_are_measured_by_their_codes_while_quantization_sets_in(tmp_path):
+    run = make(tmp_path / "run", learning_rate=0.05, **GRADUAL)
+    _, _, (record,) = train(run, stop_at=3)
+    assert not record["full_precision"]
+    assert run.best == (record["val_loss"], 3)
+    assert evaluate(load_model(run.folder), run.corpus.validation).loss == record["val_loss"]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 6, 7])
+def test_quantization_that_sets_in_goes_on_to_the_bit(tmp_path, stop):
+    settings = {"float_steps": 1, "optimizer_bits": 8, "threads": 2, **GRADUAL}
+    whole = make(tmp_path / "whole", **settings)
+    losses = train(whole)[1]
+    run = make(tmp_path / "run", **settings)
+    parts = train(run, stop_at=stop)[1]
+    run = resumed(tmp_path / "run", **settings)
+    parts += train(run)[1]
+    assert parts == losses
+    assert_same_state(state_of(run), state_of(whole))
+
+
 def test_no_model_of_a_warm_start_is_the_best(tmp_path, monkeypatch):
     with_losses(monkeypatch, {3: 1.0, 6: 5.0, 9: 4.0, 12: 6.0})
     run = make(tmp_path / "run", **WARM)
@@ -1838,8 +1923,8 @@ class Sick:
     def __init__(self, passes, healthy, loss, gradient):
         self.passes, self.healthy, self.loss, self.gradient = passes, healthy, loss, gradient
 
-    def run(self, tokens, targets, gradients, divisor, starts):
-        total, count = self.passes.run(tokens, targets, gradients, divisor, starts)
+    def run(self, tokens, targets, gradients, *arguments):
+        total, count = self.passes.run(tokens, targets, gradients, *arguments)
         self.healthy -= 1
         if self.healthy >= 0:
             return total, count
@@ -1984,6 +2069,56 @@ def test_restore_refuses_bad_tensors(saved, name, make_bad):
     rewrite(saved, bad_tensor(name, make_bad))
     with pytest.raises(ModelFileError, match=f"{name}"):
         restored(saved)
+
+
+EIGHT_BITS = {
+    "a scale is nan": ("first_scales", with_number(np.nan)),
+    "a scale is negative": ("second_scales", with_number(-1.0)),
+    "fewer scales": ("second_scales", lambda values: values[:-1]),
+    "a matrix of scales": ("first_scales", lambda values: values[None]),
+    "scales of float64": ("second_scales", lambda values: values.astype(np.float64)),
+    "fewer codes": ("second", lambda values: values[:-1]),
+    "signed codes": ("second", lambda values: values.view(np.int8)),
+    "floats beside codes": ("second", lambda values: values.astype(np.float32)),
+    "weights of codes": ("weights", lambda values: values.astype(np.uint8)),
+}
+
+
+@pytest.fixture(scope="module")
+def eight_bits(tmp_path_factory):
+    run = make(tmp_path_factory.mktemp("eight") / "run", optimizer_bits=8)
+    train(run, stop_at=5)
+    return run.folder
+
+
+@pytest.mark.parametrize("name", EIGHT_BITS)
+def test_restore_refuses_bad_moments_of_eight_bits(eight_bits, tmp_path, name):
+    folder = Path(shutil.copytree(eight_bits, tmp_path / "run"))
+    tensor, make_bad = EIGHT_BITS[name]
+    rewrite(folder, bad_tensor(tensor, make_bad))
+    with pytest.raises(ModelFileError, match=tensor):
+        restored(folder, optimizer_bits=8)
+
+
+def test_restore_refuses_moments_of_other_bits_or_of_fewer_blocks(eight_bits, saved, tmp_path):
+    folder = Path(shutil.copytree(eight_bits, tmp_path / "eight"))
+
+    def shorten(tensors, header):
+        for name in ("first_scales", "second_scales"):
+            tensors[name] = tensors[name][:-1]
+
+    with pytest.raises(ModelFileError, match=r"first is missing, or not float32\["):
+        restored(Path(shutil.copytree(folder, tmp_path / "copy")))
+    with pytest.raises(ModelFileError, match=r"optimizer_bits|first is missing, or not uint8\["):
+        restored(saved, optimizer_bits=8)
+    for name in ("first_scales", "second_scales"):
+        copied = Path(shutil.copytree(folder, tmp_path / name))
+        rewrite(copied, lambda tensors, header, name=name: tensors.pop(name))
+        with pytest.raises(ModelFileError, match=f"{name} is missing"):
+            restored(copied, optimizer_bits=8)
+    rewrite(folder, shorten)
+    with pytest.raises(ModelFileError, match=r"first_scales is missing, or not float32\["):
+        restored(folder, optimizer_bits=8)
 
 
 @pytest.mark.parametrize("name", ["weights", "first", "second"])
@@ -2167,8 +2302,9 @@ def test_run_that_ends_in_full_precision_is_measured_by_its_codes(tmp_path):
 
 @pytest.mark.parametrize("scheme", ["sign", FLOAT])
 def test_warm_start_needs_codes_that_follow_float_weights(tmp_path, scheme):
-    with pytest.raises(ValueError, match=r"float_steps is 3, expected 0: the scheme "):
-        make(tmp_path / "run", scheme=scheme, float_steps=3)
+    for name in ("float_steps", "quantization_warmup"):
+        with pytest.raises(ValueError, match=rf"{name} is 3, expected 0: the scheme "):
+            make(tmp_path / "run", scheme=scheme, **{name: 3})
 
 
 def test_int8_activations_are_those_of_quantized_layers(tmp_path):
