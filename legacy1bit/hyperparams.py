@@ -43,6 +43,12 @@ SCALES = ("tensor", "row", "64", "128", "256", "one")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
 BIASES = ("all", "qkv", "none")
+# The matrices of a block that have an adapter, by the beginnings of their names.
+ADAPTED = {
+    "all": ("attention.", "ffn."),
+    "attention": ("attention.",),
+    "ffn": ("ffn.",),
+}
 OPTIMIZERS = ("muon", "adamw", "sgd")
 SCHEDULES = ("cosine", "linear", "step", "constant")
 TOKENIZERS = ("bytes", "chars", "bpe")
@@ -630,6 +636,29 @@ class TrainingConfig(_Record):
         _number(
             1.0, 0.1, 100.0, "with --teacher: divisor of both models' logits in the teacher's term"
         )
+    )
+    adapter: int = _later(
+        _integer(
+            0,
+            0,
+            1 << 12,
+            "with --from: train a LoRA adapter of rank N, and leave the model's weights as they "
+            "are",
+        )
+    )
+    adapter_alpha: float | None = _later(
+        _number(
+            None,
+            1e-6,
+            1e6,
+            "what the adapter adds is multiplied by this over the rank (default: twice the rank)",
+        )
+    )
+    adapter_dropout: float = _later(
+        _number(0.0, 0.0, 0.99, "fraction of an adapter's inputs that are left out in training")
+    )
+    adapter_layers: str = _later(
+        _choice("all", tuple(ADAPTED), "the layers whose matrices have an adapter")
     )
     sign_direction: str = _choice(
         "descend", ("descend", "ascend"), "of the scheme sign; ascend is the C program's own"

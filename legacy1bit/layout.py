@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy.typing as npt
 
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ADAPTED, ModelConfig
 from legacy1bit.schemes import FLOAT
 
 Kind = Literal["quantized", "matrix", "vector"]
@@ -45,14 +45,6 @@ _BLOCK = (
     ("ffn.gamma", "F", "sub_norm"),
     ("ffn.beta", "F", "sub_norm_bias"),
 )
-
-
-# The matrices of a block that an adapter may be for, by the name of the choice.
-ADAPTED = {
-    "all": ("attention.", "ffn."),
-    "attention": ("attention.",),
-    "ffn": ("ffn.",),
-}
 
 
 class AdapterConfig(NamedTuple):

@@ -7,6 +7,7 @@ quantized to int8, with one scale per token (BitNet b1.58, arXiv 2402.17764, sec
 are integers.
 """
 
+import math
 from operator import index
 from pathlib import Path
 from types import MappingProxyType
@@ -378,6 +379,18 @@ def _parameters_of(model):
                                weights.scales.copy(), weights.group)
         else:
             yield StoredParameter(name, weights.shape, weights)
+
+
+def packed_bytes(config) -> int:
+    """Return the bytes of the weights of a model of these settings, packed by default."""
+    total = 0
+    for part in parameter_layout(config):
+        size = part.size
+        if part.kind == "quantized":
+            total += packed_size(part.shape) + 4 * math.prod(part.scale_shape)
+        else:
+            total += size if size >= _LARGE else 4 * size
+    return total
 
 
 cdef class PackedModel:

@@ -32,18 +32,41 @@ cdef void add_demand(Demand *demand, const Projection *projection) noexcept nogi
         demand.rank = max(demand.rank, projection.adapter.rank)
 
 
+cdef inline Py_ssize_t code_floats(const Demand *demand) noexcept nogil:
+    # The room of unpacked codes, in floats.
+    if demand.unpacked == 0:
+        return 0
+    return (UNPACKED_ROWS * (demand.unpacked + TILE_TRITS) + 3) // 4
+
+
+def scratch_bytes(rows, unpacked, adapted, rank) -> int:
+    """Return the bytes that a thread needs, beside the kernels' own, for a pass over some rows.
+
+    Parameters
+    ----------
+    rows : int
+    unpacked : int
+        The most columns of packed matrices.
+    adapted : int
+        The most columns of matrices with an adapter.
+    rank : int
+        The adapter's.
+    """
+    cdef Demand demand
+    memset(&demand, 0, sizeof(demand))
+    demand.unpacked = unpacked
+    return 4 * (code_floats(&demand) + rows * (UNPACKED_ROWS + adapted + rank))
+
+
 cdef bint reserve(Workspace *workspace, const Demand *demand, Py_ssize_t rows) noexcept nogil:
     # The calling thread's scratch for passes over some rows, without dropout; False if there is no
     # memory for it.
     cdef Py_ssize_t kernel_floats = max(kernels().workspace_floats,
                                         packed_kernels().workspace_floats)
-    cdef Py_ssize_t codes = 0, products = 0
-    cdef float *start
-    if demand.unpacked:
-        codes = (UNPACKED_ROWS * (demand.unpacked + TILE_TRITS) + 3) // 4
-        products = rows * UNPACKED_ROWS
-    start = scratch(kernel_floats + codes + products + rows * (demand.rank + demand.adapted)
-                    + demand.row)
+    cdef Py_ssize_t codes = code_floats(demand)
+    cdef Py_ssize_t products = rows * UNPACKED_ROWS if codes else 0
+    cdef float *start = scratch(kernel_floats + codes + products
+                                + rows * (demand.rank + demand.adapted) + demand.row)
     memset(workspace, 0, sizeof(workspace[0]))
     workspace.packing = start
     if start == NULL:

@@ -15,10 +15,11 @@ from legacy1bit.commands import evaluate as evaluate_command
 from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
 from legacy1bit.conversation import Conversation, choose_template
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
-from legacy1bit.formats.adapters import ADAPTER_CONFIG_FILE, resolve
+from legacy1bit.formats.adapters import resolve
 from legacy1bit.formats.c_v1 import copy_with_provenance
 from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.formats.native import (
+    ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
     CONFIG_FILE,
     WEIGHTS_FILE,

@@ -71,7 +71,11 @@ def merged_settings(arguments: argparse.Namespace) -> dict[str, Any]:
         settings["teacher"] = Path(str(settings["source"][TEACHER_PATH]))
     if other_text:
         settings.pop("source", None)
-    return settings | {table: settings.get(table, {}) | options[table] for table in TABLES}
+    merged = settings | {table: settings.get(table, {}) | options[table] for table in TABLES}
+    if merged["training"].get("adapter"):
+        # Adapters are small matrices: what is right for whole models is not for them.
+        merged["training"] = {"optimizer": "adamw", "weight_decay": 0.0} | merged["training"]
+    return merged
 
 
 def _records(arguments: argparse.Namespace, settings: dict[str, Any]) -> Records:

@@ -47,8 +47,9 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
-from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH, Run
-from legacy1bit.training.teacher import Teacher, read_teacher
+from legacy1bit.training.run import START_HASH, START_PATH, TEACHER_HASH, TEACHER_PATH, Run
+from legacy1bit.training.start import read_start
+from legacy1bit.training.teacher import read_teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 # Stories that a finished run generates.
@@ -182,18 +183,24 @@ def start(
         )
     if arguments.minutes is not None:
         seconds = 60 * arguments.minutes
-        steps = steps_within(seconds, new.model, training, new.corpus, new.data, new.teacher)
+        steps = steps_within(
+            seconds, new.model, training, new.corpus, new.data, new.start, new.teacher
+        )
         training = replace(training, steps=steps)
         output.say(f"{steps:,} steps in {arguments.minutes:g} minutes")
     if is_first_run(arguments):
         within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
         training = fit_first_run(training, within, output)
     # The folder last: errors before leave nothing behind.
-    source = new.corpus.origin.to_dict()
-    if new.start is not None:
-        source["from"] = str(new.start.path.absolute())
     trainer = Trainer(
-        RUNS, new.model, training, new.corpus, source, new.data, new.start, new.teacher
+        RUNS,
+        new.model,
+        training,
+        new.corpus,
+        new.corpus.origin.to_dict(),
+        new.data,
+        new.start,
+        new.teacher,
     )
     folder, created = _make_folder(arguments.out)
     trainer.run = Run(folder)
@@ -212,7 +219,7 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     settings = run.settings()
     config, origin = settings.training, settings.origin
     origin.check_path()
-    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture", "start")
+    new_only = ("config", "out", "minutes", "stories", "tokenizer_from", "architecture")
     named = [name for name in new_only if getattr(arguments, name) is not None]
     # A text that has moved may be named.
     named += [
@@ -223,8 +230,12 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
         )
         if getattr(arguments, name) is not None and not paths
     ]
-    if arguments.teacher is not None and TEACHER_HASH not in settings.source:
-        named.append("teacher")
+    # So may another model that the run still needs.
+    named += [
+        name
+        for name, sha256 in (("teacher", TEACHER_HASH), ("start", START_HASH))
+        if getattr(arguments, name) is not None and sha256 not in settings.source
+    ]
     for record in (ModelConfig, TrainingConfig, DataConfig):
         named += given(arguments, record)
     refused = [option_of(name) for name in named if name not in CHANGEABLE]
@@ -264,23 +275,37 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     for remark in corpus.remarks:
         output.say(remark)
     source = settings.source | corpus.origin.to_dict()
-    teacher = _teacher_of(settings.source, arguments.teacher)
+    teacher = _model_of(settings.source, "teacher", arguments.teacher)
+    start = _model_of(settings.source, "from", arguments.start)
     trainer = Trainer(
-        folder, settings.model, config, corpus, source, settings.data, teacher=teacher
+        folder,
+        settings.model,
+        config,
+        corpus,
+        source,
+        settings.data,
+        None if start is None else read_start(start),
+        None if teacher is None else read_teacher(teacher),
     )
     trainer.restore(checkpoint)
     output.say(f"going on with {folder} at step {trainer.step}")
     return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
 
 
-def _teacher_of(source: Mapping[str, Any], moved_to: Path | None) -> Teacher | None:
-    """Return the teacher that a run has recorded, or None."""
-    if TEACHER_HASH not in source:
+def _model_of(source: Mapping[str, Any], option: str, moved_to: Path | None) -> Path | None:
+    """Return where another model is that a run needs to go on, or None."""
+    path, sha256 = {
+        "teacher": (TEACHER_PATH, TEACHER_HASH),
+        "from": (START_PATH, START_HASH),
+    }[option]
+    if sha256 not in source:
         return None
-    path = Path(str(source.get(TEACHER_PATH))) if moved_to is None else moved_to
-    if not path.exists():
-        raise ValueError(f"the teacher {path} is not there: --teacher says where it has moved to")
-    return read_teacher(path)
+    place = Path(str(source.get(path))) if moved_to is None else moved_to
+    if not place.exists():
+        raise ValueError(
+            f"{place} is not there, which the run needs: --{option} says where it has moved to"
+        )
+    return place
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -323,9 +348,16 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
 
 def say_what_is_trained(trainer: Trainer, output: Output) -> None:
     """Say how large the model is and on what it is trained, and whether it may overfit."""
-    config = trainer.model.config
+    model = trainer.model
+    config, adapter = model.config, model.adapter
+    what = f"{model.num_parameters:,} parameters"
+    if adapter is not None:
+        what = (
+            f"an adapter of rank {adapter.rank}, {model.num_trainable:,} parameters, on a model of "
+            f"{what}"
+        )
     output.say(
-        f"training {trainer.model.num_parameters:,} parameters ({config.scheme}, "
+        f"training {what} ({config.scheme}, "
         f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
         f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
         + ", ".join(f"{epochs:.1f} epochs{of}" for of, epochs in _epochs(trainer).items())
@@ -455,7 +487,8 @@ def _report(trainer: Trainer) -> None:
     elif tokenizer.kind != "unknown":
         print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
-    ending = f"\nthe run is in {trainer.folder} ({model.stored_bytes():,} bytes of weights)"
+    size = trainer.model.stored_bytes()
+    ending = f"\nthe run is in {trainer.folder} ({size:,} bytes of weights)"
     if tokenizer.kind == "unknown":
         print(ending)
     else:

@@ -21,7 +21,13 @@ import numpy.typing as npt
 from legacy1bit.formats.families import Pairs, family_of, row_order, tensor_names
 from legacy1bit.formats.ggml import load_gguf
 from legacy1bit.formats.gguf_file import read_container
-from legacy1bit.formats.native import ADAPTER_FILE, WEIGHTS_FILE, check_finite, model_folder
+from legacy1bit.formats.native import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
+    WEIGHTS_FILE,
+    check_finite,
+    model_folder,
+)
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.formats.published import ARCHITECTURES, FLOAT_TYPES, Settings, refusing, telling
 from legacy1bit.formats.safetensors_file import read_file
@@ -36,8 +42,6 @@ from legacy1bit.system.files import (
     read_regular,
     serialize_tensors,
 )
-
-ADAPTER_CONFIG_FILE = "adapter_config.json"
 
 _Floats = npt.NDArray[np.float32]
 
@@ -499,7 +503,12 @@ def _in_our_order(config: ModelConfig, name: str, b: _Floats, pairs: Pairs) -> _
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def write_peft(adapter: LoraWeights, config: ModelConfig, folder: str | os.PathLike[str]) -> None:
+def write_peft(
+    adapter: LoraWeights,
+    config: ModelConfig,
+    folder: str | os.PathLike[str],
+    beside: bool = False,
+) -> None:
     """Write an adapter as a folder of Hugging Face's PEFT.
 
     Parameters
@@ -509,6 +518,8 @@ def write_peft(adapter: LoraWeights, config: ModelConfig, folder: str | os.PathL
         The model's settings.
     folder : path-like
         A new or empty folder, or one with an adapter, which is replaced.
+    beside : bool
+        Whether the folder may hold something else, too.
 
     Raises
     ------
@@ -520,7 +531,7 @@ def write_peft(adapter: LoraWeights, config: ModelConfig, folder: str | os.PathL
     check_adapter(config, adapter)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()) and not (folder / ADAPTER_CONFIG_FILE).exists():
+    if not beside and any(folder.iterdir()) and not (folder / ADAPTER_CONFIG_FILE).exists():
         raise ValueError(f"{folder} holds something else than an adapter: choose another")
     names = tensor_names(config)
     modules = {ours: _module(names[ours].transformers) for ours in adapter.pairs}

@@ -39,8 +39,8 @@ from legacy1bit.system.files import (
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
-# The weights of an adapter, which a run may have in place of a model.
-ADAPTER_FILE = "adapter_model.safetensors"
+# PEFT's files of an adapter, which a run may have in place of a model.
+ADAPTER_FILE, ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 # Of a run: the state it resumes from, and the folder of its best model.
 CHECKPOINT_FILE = "checkpoint.safetensors"
 BEST_FOLDER = "best"
@@ -296,6 +296,10 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
     OSError
         If a file cannot be read.
     """
+    if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
+        raise ModelFileError(
+            f"{path} is an adapter and not a model: name its model, and this with --adapter"
+        )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
             others = sorted(path.glob("*.gguf"))

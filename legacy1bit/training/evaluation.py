@@ -14,11 +14,15 @@ from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, MixedDataset, TokenDataset
 from legacy1bit.forward import forward_llm_batch
+from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM, TernaryMatrix
 from legacy1bit.schemes import SCHEMES
 
 # Tokens of one forward pass of an evaluation.
 EVALUATION_TOKENS = 1024
+
+# Logits of one forward pass, at most, unless those of one sequence are more.
+_MOST_LOGITS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def evaluate(
         )
     loss, tokens, size = 0.0, 0, 0
     within = np.zeros(3, np.int64)
-    for batch in dataset.sweep(_evaluation_batch(dataset.sequence_length), limit):
+    for batch in dataset.sweep(_batch_of(model.config, dataset.sequence_length), limit):
         logits = forward_llm_batch(
             model, batch.tokens, threads=threads, logits=True, starts=batch.starts
         )
@@ -179,8 +183,14 @@ def evaluate(
     return Metrics(loss / tokens, top1, top3, top5, tokens, size)
 
 
-def _evaluation_batch(sequence_length: int) -> int:
-    return max(EVALUATION_TOKENS // sequence_length, 1)
+def evaluation_tokens(config: ModelConfig, sequence_length: int) -> int:
+    """Return the tokens of one forward pass of an evaluation."""
+    return _batch_of(config, sequence_length) * sequence_length
+
+
+def _batch_of(config: ModelConfig, sequence_length: int) -> int:
+    most = min(EVALUATION_TOKENS, _MOST_LOGITS // config.vocab_size)
+    return max(most // sequence_length, 1)
 
 
 def code_fractions(
@@ -230,7 +240,7 @@ def recall_of_heroes(model: LegacyLLM, texts: tuple[str, ...], threads: int = 1)
     """
     pad_token = model.config.pad_token
     right = total = 0
-    batch = _evaluation_batch(model.config.sequence_length)
+    batch = _batch_of(model.config, model.config.sequence_length)
     for first in range(0, len(texts), batch):
         part = texts[first : first + batch]
         length = min(max(len(story) for story in part) + 1, model.config.sequence_length)

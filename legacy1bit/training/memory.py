@@ -8,10 +8,13 @@ from pathlib import Path
 from legacy1bit.backward import backward_bytes
 from legacy1bit.forward import forward_bytes
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
-from legacy1bit.layout import parameter_layout
+from legacy1bit.layout import adapter_layout, parameter_layout
 from legacy1bit.optimizer import moment_bytes
+from legacy1bit.packed import packed_bytes
+from legacy1bit.projection import scratch_bytes
 from legacy1bit.system.cgroups import free_memory
-from legacy1bit.training.evaluation import EVALUATION_TOKENS
+from legacy1bit.training.adapters import adapter_config
+from legacy1bit.training.evaluation import evaluation_tokens
 
 _FLOAT = 4
 
@@ -37,7 +40,8 @@ def training_bytes(
         The bytes of a model that the training goes on from (``Start.nbytes``), until its weights
         are copied.
     """
-    layout = parameter_layout(model)
+    adapter = adapter_config(training)
+    layout = parameter_layout(model) if adapter is None else adapter_layout(model, adapter)
     codes = sum(part.size for part in layout if part.kind == "quantized")
     parameters = layout[-1].stop
     slices = min(training.threads, training.batch_size)
@@ -47,9 +51,9 @@ def training_bytes(
         model, 1, length, "inputs" if training.gradient_checkpointing else "all"
     )
     blended = codes if training.quantization_warmup else 0
-    moments = moment_bytes(model, training.optimizer_bits)
+    moments = moment_bytes(layout, training.optimizer_bits)
     matrices = [part.size for part in layout if len(part.shape) == 2]
-    measured = max(EVALUATION_TOKENS, length)
+    measured = evaluation_tokens(model, length)
     token = forward_bytes(model, 1, length, "none") // length
     evaluation = measured * (token + _FLOAT * (_LOGIT_COPIES - 1) * model.vocab_size)
     # A checkpoint holds the weights and two moments, twice while it is read.
@@ -61,6 +65,13 @@ def training_bytes(
         "activations": slices * rows * sequence,
         "evaluation and checkpoints": max(evaluation, checkpoint, start),
     }
+    if adapter is not None:
+        # The model, and what is unpacked of it at a time.
+        widest = max(model.model_dim, model.ffn_dim, model.query_dim)
+        needed["the model"] = packed_bytes(model) + slices * scratch_bytes(
+            rows * length, widest, widest, adapter.rank
+        )
+        needed["evaluation and checkpoints"] = max(evaluation, checkpoint)
     if teacher is not None:
         logits = _FLOAT * rows * length * teacher.vocab_size
         passes = logits + forward_bytes(teacher, rows, length, "none")

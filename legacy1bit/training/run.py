@@ -16,6 +16,8 @@ from legacy1bit.data.origin import DataOrigin, located, without_paths
 from legacy1bit.data.published_tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from legacy1bit.data.tokenizer import TOKENIZER_FILE
 from legacy1bit.formats.native import (
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_FILE,
     BEST_FOLDER,
     CHECKPOINT_FILE,
     CONFIG_FILE,
@@ -46,7 +48,8 @@ EARLIER_FILE = "earlier.safetensors"
 # The files of a saved run. The checkpoint of the best model is copied last: it marks a whole copy.
 RUN_FILES = (
     *(TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE),
-    *(WEIGHTS_FILE, CONFIG_FILE, SETTINGS_FILE, CHECKPOINT_FILE),
+    *(WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE),
+    *(SETTINGS_FILE, CHECKPOINT_FILE),
 )
 # Every file that a training writes into its folder.
 WRITTEN_FILES = frozenset((METRICS_FILE, SAMPLES_FILE, EARLIER_FILE, *RUN_FILES))
@@ -56,6 +59,9 @@ FixedSettings = Mapping[str, Mapping[str, Any]]
 
 # What ``RunSettings.source`` has of a teacher: where it is, and the hash of its weights.
 TEACHER_PATH, TEACHER_HASH = "teacher", "teacher_sha256"
+
+# And of the model that a training has gone on from; the hash, if it is needed again.
+START_PATH, START_HASH = "from", "from_sha256"
 
 # What the libraries that read a damaged file can raise.
 DAMAGE = (
@@ -114,9 +120,11 @@ class RunSettings:
         del tables["machine"]
         for name in CHANGEABLE:
             del tables["training"][name]
-        # Text and teacher may move; their hashes identify them.
+        # Texts and other models may move; their hashes identify them.
         tables["source"] = without_paths(self.source)
-        tables["source"].pop(TEACHER_PATH, None)
+        for path, sha256 in ((TEACHER_PATH, TEACHER_HASH), (START_PATH, START_HASH)):
+            if sha256 in self.source:
+                tables["source"].pop(path, None)
         return tables
 
 

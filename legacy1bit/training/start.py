@@ -16,14 +16,15 @@ import numpy.typing as npt
 
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.formats.published import read_model, read_tokenizer
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.layout import parameter_layout, views
-from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.model import LegacyLLM, TernaryMatrix, create_legacy_llm, load_model
 from legacy1bit.optimizer import moment_bytes
 from legacy1bit.schemes import SCHEMES
+from legacy1bit.training.adapters import adapted, weights_hash
 from legacy1bit.training.checkpoint import read_checkpoint
 from legacy1bit.training.memory import model_bytes
-from legacy1bit.training.run import Run
+from legacy1bit.training.run import START_HASH, START_PATH, Run
 
 # The settings in which the new model may differ: a model of floats becomes one of codes, and
 # rotary positions take any length.
@@ -57,6 +58,47 @@ class Start:
             return 4 * layout[-1].stop + moment_bytes(layout, bits)
         return model_bytes(self.config)
 
+    def model(self, config: ModelConfig, training: TrainingConfig) -> LegacyLLM:
+        """Return the model that is trained: with these weights, or with an adapter on them.
+
+        Parameters
+        ----------
+        config : ModelConfig
+            May differ from that of the model in ``CHANGEABLE_SETTINGS``.
+        training : TrainingConfig
+
+        Raises
+        ------
+        ModelFileError, ValueError
+            If a file is damaged, or the codes would not come back.
+        OSError
+            If a file cannot be read.
+        """
+        if training.adapter:
+            return adapted(self.path, config, training)
+        model = create_legacy_llm(config, training.seed)
+        self.fill(model)
+        return model
+
+    def recorded_in(self, source: dict[str, Any], model: LegacyLLM) -> dict[str, Any]:
+        """Return a run's source with this model, of which ``model`` is what is trained.
+
+        Raises
+        ------
+        ValueError
+            If the run has an adapter that began on other weights.
+        """
+        recorded = source | {START_PATH: str(self.path.absolute())}
+        if model.adapter is None:
+            return recorded
+        found = weights_hash(model.parameters)
+        if source.get(START_HASH, found) != found:
+            raise ValueError(
+                f"{self.path} is not the model that the adapter is on: its weights are others; "
+                "--from says where that is"
+            )
+        return recorded | {START_HASH: found}
+
     def fill(self, model: LegacyLLM) -> None:
         """Give a trainable model these weights.
 
@@ -68,10 +110,16 @@ class Start:
         Raises
         ------
         ModelFileError, ValueError
-            If a file is damaged, or the codes would not come back.
+            If a file is damaged, or there are no float weights that would give the codes.
         OSError
             If a file cannot be read.
         """
+        scheme = SCHEMES.get(self.config.scheme)
+        if scheme is not None and not scheme.learns:
+            raise ValueError(
+                f"{self.path} has the scheme {self.config.scheme}, whose codes have no float "
+                "weights to go on from"
+            )
         values = _of_checkpoint(self.path, self.config)
         if values is not None:
             for name, weights in model.latent.items():
@@ -105,17 +153,11 @@ def read_start(path: Path) -> Start:
     Raises
     ------
     ModelFileError, ValueError
-        If it is damaged, or its scheme has no float weights behind its codes.
+        If it is damaged.
     OSError
         If it cannot be read.
     """
     config, *_ = read_model(path)
-    scheme = SCHEMES.get(config.scheme)
-    if scheme is not None and not scheme.learns:
-        raise ValueError(
-            f"{path} has the scheme {config.scheme}, whose codes have no float weights to go on "
-            "from"
-        )
     return Start(path, config, read_tokenizer(path, config.vocab_size))
 
 

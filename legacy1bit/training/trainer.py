@@ -43,6 +43,7 @@ from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import SettingError
 from legacy1bit.system.files import atomic_write, remove, temporary_of
 from legacy1bit.system.hardware import machine
+from legacy1bit.training.adapters import best_adapted, save_adapter
 from legacy1bit.training.checkpoint import (
     Checkpoint,
     best_is_missing,
@@ -58,7 +59,7 @@ from legacy1bit.training.evaluation import (
     model_codes,
 )
 from legacy1bit.training.memory import check_memory, training_bytes
-from legacy1bit.training.run import TEACHER_HASH, FixedSettings, Run, RunSettings
+from legacy1bit.training.run import START_PATH, TEACHER_HASH, FixedSettings, Run, RunSettings
 from legacy1bit.training.start import Start
 from legacy1bit.training.teacher import Teacher
 
@@ -72,6 +73,10 @@ _CURVE_STEPS, _CURVE_POINTS = 10, 50
 # The fraction of a run's time in which its speed is measured, and the bounds of that time in
 # seconds.
 _PROBE_FRACTION, _PROBE_SECONDS = 0.05, (0.5, 10.0)
+
+
+# 64 bits, and an odd number of them by which seeds are spread.
+_MASK, _ODD = (1 << 64) - 1, 0x9E3779B97F4A7C15
 
 
 class TrainingCallback:
@@ -197,6 +202,15 @@ class Trainer:
             value = getattr(config, name)
             if teacher is None and value != getattr(TrainingConfig, name):
                 raise SettingError(f"{name} is {value:g}, and there is no --teacher", name)
+        if config.adapter and start is None:
+            raise SettingError(
+                f"adapter is {config.adapter}, and there is no --from: expected a model for it",
+                "adapter",
+            )
+        for name in ("adapter_alpha", "adapter_dropout", "adapter_layers"):
+            value = getattr(config, name)
+            if not config.adapter and value != getattr(TrainingConfig, name):
+                raise SettingError(f"{name} is {value}, and there is no --adapter", name)
         _check_source(source)
         self.memory = training_bytes(
             model_config,
@@ -233,11 +247,13 @@ class Trainer:
         elif TEACHER_HASH in source:
             raise ValueError("the run has a teacher: expected it")
         self.data = DataConfig() if data is None else data
-        self.model = create_legacy_llm(model_config, config.seed)
-        if start is not None:
-            start.fill(self.model)
+        if start is None:
+            self.model = create_legacy_llm(model_config, config.seed)
+        else:
+            self.model = start.model(model_config, config)
+            self.source = start.recorded_in(self.source, self.model)
         self.optimizer = _optimizer(self.model, config)
-        self.gradients = create_legacy_llm_gradients(model_config)
+        self.gradients = create_legacy_llm_gradients(model_config, self.model.adapter)
         self.passes = BackwardPass(
             self.model,
             config.batch_size,
@@ -429,6 +445,8 @@ class Trainer:
                 self._logits_of_teacher(tokens[rows], part),
                 config.distillation_weight,
                 config.teacher_temperature,
+                config.adapter_dropout,
+                self._dropout_seed(first),
             )[0]
         loss /= max(total, 1)
         if not math.isfinite(loss):
@@ -444,6 +462,10 @@ class Trainer:
             raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
         return loss, norm
+
+    def _dropout_seed(self, row: int) -> int:
+        """Return the seed of the dropout of a pass, that from this row of the batch on."""
+        return (self.config.seed * _ODD + self.step * (_ODD ^ _MASK) + row) & _MASK
 
     def _logits_of_teacher(
         self, tokens: npt.NDArray[Any], starts: npt.NDArray[Any] | None
@@ -480,7 +502,8 @@ class Trainer:
         """
         model, metrics = self.model, self.metrics
         if 0 < self.best[1] < self.step:
-            best = load_model(self.folder)
+            adapted = self.model.adapter is not None
+            best = best_adapted(self.model, self.folder) if adapted else load_model(self.folder)
             if best.provenance.steps != self.step:
                 model, metrics = best, None
         if metrics is None:
@@ -564,7 +587,7 @@ class Trainer:
             remove(trial)
         if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
-            weights = 4 * self.model.num_parameters
+            weights = 4 * self.model.num_trainable
             needed = weights + self.optimizer.nbytes + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
             # Some file systems report no size.
@@ -578,7 +601,11 @@ class Trainer:
         if self.corpus.template is not None:
             atomic_write(self.run.template_file, self.corpus.template)
         self.model.provenance = self._provenance()
-        save_model(self.model, self.folder)
+        if self.model.adapter is not None:
+            base = str(self.source[START_PATH])
+            save_adapter(self.model, self.folder, base, self.config.adapter_dropout)
+        else:
+            save_model(self.model, self.folder)
 
     def _save_settings(self) -> None:
         """Write the settings, and copy the run if it is the best so far."""
@@ -605,7 +632,7 @@ class Trainer:
         OSError
             If it cannot be made the newest.
         """
-        size, path = self.model.num_parameters, checkpoint.path
+        size, path = self.model.num_trainable, checkpoint.path
         if checkpoint.weights.size != size:
             raise ModelFileError(f"{path}: weights is not float32[{size}]")
         for name, values in self.optimizer.moments.items():
@@ -656,6 +683,7 @@ def steps_within(
     config: TrainingConfig,
     corpus: Corpus,
     data: DataConfig | None = None,
+    start: Start | None = None,
     teacher: Teacher | None = None,
 ) -> int:
     """Return the number of steps that a run can do in a time, evaluations not counted.
@@ -668,7 +696,7 @@ def steps_within(
         If the trial run diverges.
     """
     source = {"name": corpus.name}
-    probe = Trainer(Path(), model_config, config, corpus, source, data, teacher=teacher)
+    probe = Trainer(Path(), model_config, config, corpus, source, data, start, teacher)
     shortest, longest = _PROBE_SECONDS
     least = min(max(_PROBE_FRACTION * seconds, shortest), longest, seconds)
     with contextlib.closing(probe):

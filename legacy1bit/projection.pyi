@@ -1,0 +1,3 @@
+"""Linear maps as layers hold them."""
+
+def scratch_bytes(rows: int, unpacked: int, adapted: int, rank: int) -> int: ...
