@@ -1534,7 +1534,7 @@ def serialize_c_v1(LegacyLLM model not None) -> bytes:
     return native.serialize_c_v1(model.config, model.parameters)
 
 
-def load_model(path) -> LegacyLLM:
+def load_model(path, floats=False) -> LegacyLLM:
     """Load a model: a folder that ``save_model`` wrote, or one of those that others have published.
 
     Parameters
@@ -1542,6 +1542,8 @@ def load_model(path) -> LegacyLLM:
     path : path-like
         A folder, of this program or of Hugging Face; a GGUF file; or a file of the C original. Of
         a run, its best model is read. See ``published.read_model``.
+    floats : bool
+        Whether a published model may have floats in place of ternary matrices.
 
     Returns
     -------
@@ -1561,7 +1563,7 @@ def load_model(path) -> LegacyLLM:
     C: ``model.c``, ``load_model``. A C file does not store the number of heads, which does not
     matter because its tokens see only themselves.
     """
-    config, provenance, stored = published.read_model(Path(path))
+    config, provenance, stored = published.read_model(Path(path), floats)
     model = LegacyLLM(config)
     model.provenance = provenance
     for part in stored:

@@ -48,7 +48,7 @@ from legacy1bit.formats.tensor_types import (
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.layout import Parameter, parameter_layout
 from legacy1bit.packing import Values
-from legacy1bit.schemes import SCHEMES
+from legacy1bit.schemes import FLOAT, SCHEMES
 from legacy1bit.system.errors import one_line
 from legacy1bit.system.files import read_regular, release
 
@@ -61,7 +61,7 @@ _MOST_TOKENS = 1 << 17
 _COMPARED_AT_ONCE = 1 << 22  # bytes
 
 
-def read_model(path: Path) -> Model:
+def read_model(path: Path, floats: bool = False) -> Model:
     """Read a model of any known format one parameter at a time, without creating a model.
 
     Parameters
@@ -69,6 +69,9 @@ def read_model(path: Path) -> Model:
     path : Path
         A folder, of this program or of Hugging Face; a GGUF file; or a file of the C original. Of
         a run, its best model is read.
+    floats : bool
+        Whether a model of others may have matrices of floats that are not ternary, with which a
+        training begins: it has the scheme float then. Such a model is refused otherwise.
 
     Returns
     -------
@@ -85,9 +88,9 @@ def read_model(path: Path) -> Model:
         If it cannot be read.
     """
     if not path.is_dir():
-        return read_gguf(path) if is_gguf(path) else _read_c_v1(path)
+        return read_gguf(path, floats) if is_gguf(path) else _read_c_v1(path)
     if is_hugging_face(path):
-        return read_hugging_face(path)
+        return read_hugging_face(path, floats)
     return native.read_folder(native.model_folder(path))
 
 
@@ -242,6 +245,7 @@ def _model_of(
     pairs: Pairs,
     provenance: Provenance,
     shift: float = 0.0,
+    floats: bool = False,
 ) -> Model:
     """Return a model of these tensors.
 
@@ -259,6 +263,8 @@ def _model_of(
     provenance : Provenance
     shift : float
         What is added to the gamma of norms.
+    floats : bool
+        Whether the blocks may have matrices of floats.
     """
     _check_names(dict.fromkeys(names.values()), sources)
     for part in parameter_layout(draft):
@@ -276,14 +282,14 @@ def _model_of(
             scales = sources[names[name]].scales()
             if scales is not None:
                 found[name] = scales
-            elif name in inner:
+            elif name in inner and not (floats and sources[names[name]].floats is not None):
                 raise ValueError(_why_not_ternary(sources[names[name]]))
-    ternary = found.keys() >= set(outer)
-    config = replace(
-        draft,
-        scale=max((found[name].unit for name in inner + outer * ternary), key=UNITS.index),
-        ternary_embedding=ternary,
-    )
+    if found.keys() >= set(inner):
+        ternary = found.keys() >= set(outer)
+        unit = max((found[name].unit for name in inner + outer * ternary), key=UNITS.index)
+        config = replace(draft, scale=unit, ternary_embedding=ternary)
+    else:
+        config = replace(draft, scheme=FLOAT)
 
     def stored() -> Iterator[StoredParameter]:
         for part in parameter_layout(config):
@@ -293,7 +299,7 @@ def _model_of(
                 source = sources[theirs]
                 if part.kind == "quantized":
                     read = _codes(part, source, found[part.name], config.scale, order)
-                elif part.kind == "matrix" and source.floats is not None:
+                elif part.kind == "matrix" and source.floats is not None and order is None:
                     rows = _Rows(path, theirs, source.floats)
                     read = StoredParameter(part.name, part.shape, rows)
                 else:
@@ -505,7 +511,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[Any, ...] | None] = {
 }
 
 
-def read_gguf(path: Path) -> Model:
+def read_gguf(path: Path, floats: bool = False) -> Model:
     """Read a GGUF file; see ``read_model``."""
     with refusing(path):
         keys, tensors = read_container(path)
@@ -545,7 +551,8 @@ def read_gguf(path: Path) -> Model:
         _check_tokens(keys, draft.vocab_size)
         names = {ours: name.llama_cpp for ours, name in tensor_names(draft).items()}
         _apply_scale_tensors(sources, names)
-        return _model_of(path, draft, names, sources, family.llama_cpp_pairs, _provenance_of(keys))
+        pairs, provenance = family.llama_cpp_pairs, _provenance_of(keys)
+        return _model_of(path, draft, names, sources, pairs, provenance, floats=floats)
 
 
 def _are_same(one: Any, other: Any) -> bool:
@@ -699,7 +706,7 @@ def is_hugging_face(folder: Path) -> bool:
     return isinstance(settings, dict) and "model_type" in settings
 
 
-def read_hugging_face(folder: Path) -> Model:
+def read_hugging_face(folder: Path, floats: bool = False) -> Model:
     """Read a folder of Hugging Face; see ``read_model``."""
     with refusing(folder):
         content = json.loads(read_regular(folder / CONFIG_FILE))
@@ -738,7 +745,7 @@ def read_hugging_face(folder: Path) -> Model:
         names = {ours: name.transformers for ours, name in tensor_names(draft).items()}
         sources = _sources_of(tensors, names, packing)
         shift = 1.0 if family.model_type == "nemotron" else 0.0
-        return _model_of(folder, draft, names, sources, "halves", Provenance(), shift)
+        return _model_of(folder, draft, names, sources, "halves", Provenance(), shift, floats)
 
 
 def _name_today(name: str) -> str:

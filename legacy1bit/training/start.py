@@ -126,12 +126,12 @@ class Start:
                 weights[...] = values[name]
             model.quantize()
             return
-        given = load_model(self.path).parameters
+        given = load_model(self.path, floats=True).parameters
         matrices = {name: one for name, one in given.items() if isinstance(one, TernaryMatrix)}
         for name, weights in model.latent.items():
             weights[...] = _dense(matrices[name]) if name in matrices else given[name]
         quantized = []
-        for part in read_model(self.path)[2]:
+        for part in read_model(self.path, floats=True)[2]:
             if part.masters is not None:
                 model.latent[part.name][...] = part.masters()
                 quantized.append(part.name)
@@ -157,7 +157,7 @@ def read_start(path: Path) -> Start:
     OSError
         If it cannot be read.
     """
-    config, *_ = read_model(path)
+    config, *_ = read_model(path, floats=True)
     return Start(path, config, read_tokenizer(path, config.vocab_size))
 
 

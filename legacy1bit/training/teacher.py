@@ -41,7 +41,7 @@ class Teacher:
     @cached_property
     def model(self) -> LegacyLLM:
         """The model, without latent weights; read when it is first needed."""
-        return load_model(self.path)
+        return load_model(self.path, floats=True)
 
     @cached_property
     def sha256(self) -> str:
@@ -112,7 +112,7 @@ def read_teacher(path: Path) -> Teacher:
     OSError
         If it cannot be read.
     """
-    config, *_ = read_model(path)
+    config, *_ = read_model(path, floats=True)
     return Teacher(path, config, read_tokenizer(path, config.vocab_size))
 
 
