@@ -114,9 +114,9 @@ def add_data(command: argparse.ArgumentParser) -> None:
         nargs="+",
         action=TextsAction,
         help="text files, folders, patterns or -; .jsonl (of conversations, too), .parquet, .gz, "
-        ".zst, .xz and .bz2, and .bin of tokens (default: the stories); PATH:WEIGHT, where --data is given several "
-        "times, mixes texts, and all are one where none has a weight; with --resume, where the "
-        "text has moved to",
+        ".zst, .xz and .bz2, and .bin of tokens (default: the stories); PATH:WEIGHT, where --data "
+        "is given several times, mixes texts, and all are one where none has a weight; with "
+        "--resume, where the text has moved to",
     )
     command.add_argument(
         "--validation",

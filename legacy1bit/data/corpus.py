@@ -287,17 +287,14 @@ def open_chats(
         folder, index = tokens_of(source, tokenizer, cache, progress, encoder)
     store, predicted = (open_store(folder, index, part) for part in (TEXT, PREDICTED))
     hold_streams(store, source.files, cache)
-    return (
-        TokenDataset(
-            store,
-            sequence_length,
-            tokenizer.vocab_size,
-            order="packed",
-            document_mask=True,
-            predicted=predicted,
-        ),
-        (*_remarks(source, index), *_cut_chats(source, store, sequence_length)),
+    dataset = TokenDataset(
+        *(store, sequence_length, tokenizer.vocab_size),
+        order="packed",
+        document_mask=True,
+        predicted=predicted,
     )
+    _check_answers(source.name, dataset)
+    return dataset, (*_remarks(source, index), *_cut_chats(source, store, sequence_length))
 
 
 def open_text(
@@ -613,11 +610,15 @@ def source_corpus(
     (training, predicted), (held_out, others) = sides
     if encoder is None:
         _check_sizes(source.name, training.size, held_out.size, sequence_length, validation_name)
+    datasets = _datasets(
+        *(training, held_out, data, sequence_length, tokenizer.vocab_size), predicted, others
+    )
+    if encoder is not None:
+        for name, dataset in zip((source.name, validation_name), datasets, strict=True):
+            _check_answers(name, dataset)
     return Corpus(
         source.name,
-        *_datasets(
-            *(training, held_out, data, sequence_length, tokenizer.vocab_size), predicted, others
-        ),
+        *datasets,
         sha256=sha256,
         tokenizer=tokenizer,
         remarks=remarks,
@@ -674,6 +675,17 @@ def _split_chats(
         _Side(*(store.window(0, cut) for store in stores)),
         _Side(*(store.window(cut, store.size) for store in stores)),
     ]
+
+
+def _check_answers(name: str, dataset: TokenDataset) -> None:
+    """Raise ``ValueError`` if no row has anything of an answer."""
+    if all((batch.targets == dataset.pad_token).all() for batch in dataset.sweep(1)):
+        length = dataset.sequence_length
+        raise SettingError(
+            f"{name}: no answer begins within the first {length:,} tokens of its conversation: "
+            "expected a longer sequence_length",
+            "sequence_length",
+        )
 
 
 def _cut_chats(source: Source, store: TokenStore, sequence_length: int) -> tuple[str, ...]:

@@ -447,6 +447,7 @@ def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
     run = read_records(Run(folder))
     run.column("train_loss")
     run.train_losses()
+    run.losses()
     for matrix in run.matrices():
         for code in run.codes():
             run.fraction(matrix, code)
