@@ -375,7 +375,11 @@ def fuzz_run(folder: Path, parts: list[bytes]) -> None:
     records_of(read_config(folder), folder)
     told = Run(folder).settings()
     told.fixed()
-    origin = told.origin
+    try:
+        origin = told.origin
+    except ValueError:
+        # It does not name the file: another place does.
+        return
     if json.dumps(DataOrigin.from_dict(origin.to_dict()).to_dict()) != json.dumps(origin.to_dict()):
         raise FaultError("where a text comes from does not come back")
 
