@@ -92,6 +92,8 @@ def texts_of_python(given: Any) -> list[Text]:
     if isinstance(given, (str, os.PathLike)):
         return [Text((os.fspath(given),))]
     texts = list(given.items() if isinstance(given, Mapping) else given)
+    if not texts:
+        raise ValueError("data names no path, expected one or more")
     pairs = [text for text in texts if isinstance(text, (tuple, list))]
     if not pairs:
         return [Text(tuple(map(os.fspath, texts)))]

@@ -17,6 +17,17 @@ MESSAGES = "messages"
 _PROMPT, _COMPLETION = "prompt", "completion"
 _ROLES = ("system", "user", "assistant")
 
+# What values of JSON are called.
+JSON_KINDS = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    type(None): "null",
+}
+
 # What a message has: its ``role`` and its ``content``.
 Message = dict[str, str]
 
@@ -109,7 +120,7 @@ def messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
         expected = f"{MESSAGES!r}, or {_PROMPT!r} and {_COMPLETION!r}"
         raise ValueError(f"{where}: no conversation, expected {expected}")
     if not isinstance(messages, list) or not messages:
-        came = "empty" if messages == [] else "not a list"
+        came = "empty" if messages == [] else JSON_KINDS[type(messages)]
         raise ValueError(f"{where}: {MESSAGES!r} is {came}, expected a list of messages")
     checked = [
         _checked(message, f"{where}, message {number}")
@@ -122,12 +133,15 @@ def messages_of(record: Mapping[str, Any], where: str) -> list[Message]:
 def _checked(message: Any, where: str) -> Message:
     """Return the role and the content of a message."""
     if not isinstance(message, dict):
-        raise ValueError(f"{where}: expected an object with 'role' and 'content'")
+        came = JSON_KINDS[type(message)]
+        raise ValueError(f"{where}: {came}, expected an object with 'role' and 'content'")
     role, content = message.get("role"), message.get("content")
-    if role not in _ROLES:
-        raise ValueError(f"{where}: the role is {role!r:.40}, expected one of {', '.join(_ROLES)}")
+    if not isinstance(role, str) or role not in _ROLES:
+        came = f"{role[:40]!r}" if isinstance(role, str) else JSON_KINDS[type(role)]
+        raise ValueError(f"{where}: the role is {came}, expected one of {', '.join(_ROLES)}")
     if not isinstance(content, str):
-        raise ValueError(f"{where}: the content is {content!r:.40}, expected text")
+        came = JSON_KINDS[type(content)]
+        raise ValueError(f"{where}: the content is {came}, expected text")
     try:
         content.encode()
     except UnicodeEncodeError as error:

@@ -285,19 +285,11 @@ def open_chats(
         return None
     with cache_errors(cache), contextlib.closing(encoder):
         folder, index = tokens_of(source, tokenizer, cache, progress, encoder)
-    store, predicted = (open_store(folder, index, part) for part in (TEXT, PREDICTED))
-    hold_streams(store, source.files, cache)
-    return (
-        TokenDataset(
-            store,
-            sequence_length,
-            tokenizer.vocab_size,
-            order="packed",
-            document_mask=True,
-            predicted=predicted,
-        ),
-        (*_remarks(source, index), *_cut_chats(source, store, sequence_length)),
-    )
+    side = _Side(*(open_store(folder, index, part) for part in (TEXT, PREDICTED)))
+    hold_streams(side.tokens, source.files, cache)
+    dataset = _chat_dataset(side, sequence_length, tokenizer.vocab_size)
+    _check_answers(source.name, dataset)
+    return dataset, (*_remarks(source, index), *_cut_chats(source, side.tokens, sequence_length))
 
 
 def open_text(
@@ -610,14 +602,17 @@ def source_corpus(
         sides = [_Side(*(open_store(*one, part) for part in one[1].parts)) for one in folders]
         sha256 = _sha256_of_both(sha256, index.sha256)
         remarks += _remarks(validation, index)
-    (training, predicted), (held_out, others) = sides
     if encoder is None:
+        (training, _), (held_out, _) = sides
         _check_sizes(source.name, training.size, held_out.size, sequence_length, validation_name)
+        datasets = _datasets(training, held_out, data, sequence_length, tokenizer.vocab_size)
+    else:
+        datasets = _chat_datasets(sides, data, sequence_length, tokenizer.vocab_size)
+        for name, dataset in zip((source.name, validation_name), datasets, strict=True):
+            _check_answers(name, dataset)
     return Corpus(
         source.name,
-        *_datasets(
-            *(training, held_out, data, sequence_length, tokenizer.vocab_size), predicted, others
-        ),
+        *datasets,
         sha256=sha256,
         tokenizer=tokenizer,
         remarks=remarks,
@@ -674,6 +669,17 @@ def _split_chats(
         _Side(*(store.window(0, cut) for store in stores)),
         _Side(*(store.window(cut, store.size) for store in stores)),
     ]
+
+
+def _check_answers(name: str, dataset: TokenDataset) -> None:
+    """Raise ``ValueError`` if no row has anything of an answer."""
+    if all((batch.targets == dataset.pad_token).all() for batch in dataset.sweep(1)):
+        length = dataset.sequence_length
+        raise SettingError(
+            f"{name}: no answer begins within the first {length:,} tokens of its conversation: "
+            "expected a longer sequence_length",
+            "sequence_length",
+        )
 
 
 def _cut_chats(source: Source, store: TokenStore, sequence_length: int) -> tuple[str, ...]:
@@ -735,37 +741,42 @@ def _datasets(
     data: DataConfig,
     sequence_length: int,
     pad_token: int,
-    predicted: TokenStore | None = None,
-    others: TokenStore | None = None,
 ) -> tuple[TokenDataset, TokenDataset]:
-    """Return the sequences to train on, and those to validate on.
-
-    Where not all tokens are predicted, they are of conversations, which are packed.
-    """
-    order, mask, held_out_order = data.order, data.document_mask, "windows"
-    if predicted is not None:
-        for name in _NOISE:
-            if getattr(data, name):
-                raise SettingError(f"{name} changes text, and answers are marked in it", name)
-        if order == "epochs":
-            raise SettingError(
-                "order is epochs, which cuts conversations: expected packed or buckets", "order"
-            )
-        order = "packed" if order == "windows" else order
-        mask, held_out_order = True, "packed"
     return (
         TokenDataset(
-            *(training, sequence_length, pad_token),
-            order=order,
-            document_mask=mask,
-            predicted=predicted,
+            training, sequence_length, pad_token, order=data.order, document_mask=data.document_mask
         ),
-        TokenDataset(
-            *(held_out, sequence_length, pad_token),
-            order=held_out_order,
-            document_mask=mask,
-            predicted=others,
-        ),
+        TokenDataset(held_out, sequence_length, pad_token, document_mask=data.document_mask),
+    )
+
+
+def _chat_datasets(
+    sides: Sequence[_Side], data: DataConfig, sequence_length: int, pad_token: int
+) -> tuple[TokenDataset, TokenDataset]:
+    """Return the conversations to train on, and those to validate on, which are always packed."""
+    for name in _NOISE:
+        if getattr(data, name):
+            raise SettingError(f"{name} changes text, and answers are marked in it", name)
+    if data.order == "epochs":
+        raise SettingError(
+            "order is epochs, which cuts conversations: expected packed or buckets", "order"
+        )
+    order = "packed" if data.order == "windows" else data.order
+    training, held_out = sides
+    return (
+        _chat_dataset(training, sequence_length, pad_token, order),
+        _chat_dataset(held_out, sequence_length, pad_token),
+    )
+
+
+def _chat_dataset(
+    side: _Side, sequence_length: int, pad_token: int, order: str = "packed"
+) -> TokenDataset:
+    return TokenDataset(
+        *(side.tokens, sequence_length, pad_token),
+        order=order,
+        document_mask=True,
+        predicted=side.predicted,
     )
 
 

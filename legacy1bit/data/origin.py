@@ -117,6 +117,8 @@ class DataOrigin:
         paths, validation = paths_of(record, TEXT_PATH), paths_of(record, VALIDATION_PATH)
         required: dict[str, type] = {"name": str}
         texts = _records_of(record)
+        for text in texts:
+            check_weight(text.get(WEIGHT))
         if is_stories(record):
             required |= {"stories": int, "seed": int}
         for key, kind in required.items():
@@ -160,7 +162,6 @@ class DataOrigin:
         self.check_path()
         for text in self.texts:
             text.check()
-            check_weight(text.weight)
         if self.kind is Kind.STORIES and not 1 <= (self.stories or 0) <= MOST_STORIES:
             raise SettingError(
                 f"stories is {self.stories}, expected 1 to {MOST_STORIES}", "stories"

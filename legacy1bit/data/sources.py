@@ -30,7 +30,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from legacy1bit.data.chats import MESSAGES, Message, is_conversation, messages_of, text_of
+from legacy1bit.data.chats import (
+    JSON_KINDS,
+    MESSAGES,
+    Message,
+    is_conversation,
+    messages_of,
+    text_of,
+)
 from legacy1bit.data.shards import IntegerFile
 from legacy1bit.data_utils import with_line_breaks
 from legacy1bit.logger import is_run
@@ -99,16 +106,6 @@ _CLASSES = bytes(
     _PRINTABLE[0] if 0x21 <= byte <= 0x7E else _SPACE[0] if byte in b" \n" else 0
     for byte in range(256)
 )
-
-_JSON_KINDS = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
 
 # A document's beginning, or what follows of it.
 _Part = tuple[bool, bytes]
@@ -1110,7 +1107,7 @@ def _json_records(blocks: Iterator[bytes], path: str) -> Iterator[tuple[str, dic
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON that can be read, {error}") from None
         if not isinstance(record, dict):
-            raise ValueError(f"{where}: {_JSON_KINDS[type(record)]}, expected an object")
+            raise ValueError(f"{where}: {JSON_KINDS[type(record)]}, expected an object")
         yield where, record
 
 
@@ -1121,7 +1118,7 @@ def _json_documents(blocks: Iterator[bytes], path: str, field: str) -> Iterator[
         text = record[field]
         if not isinstance(text, str):
             raise ValueError(
-                f"{where}: field {field!r} is {_JSON_KINDS[type(text)]}, expected a string"
+                f"{where}: field {field!r} is {JSON_KINDS[type(text)]}, expected a string"
             )
         try:
             yield True, text.encode()

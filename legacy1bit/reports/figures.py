@@ -210,6 +210,11 @@ def _loss(runs: Sequence[RunRecords]) -> list[Panel]:
             Series("training" if alone else "", steps, losses, i + alone, thin=True),
         ]
         highest += [*val_losses, *losses[len(losses) // 10 :]]
+        # Of texts that are mixed, below the mean of them.
+        for number, (text, part) in enumerate(run.losses().items() if alone else ()):
+            label = f"validation on {printable(text)}"
+            series.append(Series(label, run.steps(), part, number + 2, 1, number + 2))
+            highest += part
     title = "Loss" if alone else "Loss (thick: validation, thin: training)"
     return [Panel(title, "step", f"nats per {_unit(runs)}", series, floors, top=_largest(highest))]
 

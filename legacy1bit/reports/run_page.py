@@ -1,10 +1,9 @@
 """The page about a run: curves, generated texts, settings, weights, hardware."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from legacy1bit.data.origin import MIXED, TEXT_PATH, paths_of
+from legacy1bit.data.origin import MIXED
 from legacy1bit.hyperparams import (
     DEFAULT_RATES,
     DataConfig,
@@ -203,7 +202,7 @@ def _settings(settings: RunSettings) -> list[str]:
     source = [
         row
         for name, value in settings.source.items()
-        for row in (_texts(value) if name == MIXED else [[name, _format_setting(value)]])
+        for row in (_texts(settings) if name == MIXED else [[name, _format_setting(value)]])
     ]
     others = [[name, value, meaning] for name, value, _, meaning in rest]
     return [
@@ -215,11 +214,11 @@ def _settings(settings: RunSettings) -> list[str]:
     ]
 
 
-def _texts(records: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def _texts(settings: RunSettings) -> list[list[str]]:
     """Return a row for each text that is mixed."""
     return [
-        [f"weight of {one['name']}", f"{one['weight']:g} ({', '.join(paths_of(one, TEXT_PATH))})"]
-        for one in records
+        [f"weight of {text.name}", f"{text.weight:g} ({', '.join(text.paths)})"]
+        for text in settings.origin.texts
     ]
 
 

@@ -81,6 +81,8 @@ def test_arguments_are_those_of_the_command_line(settings, words):
         ({"data": [("a", 1), "b"]}, TypeError, r"data is \[\('a', 1\), 'b'\], expected a path"),
         ({"data": [("a", 1, 2)]}, TypeError, r".* or pairs of a path and a weight"),
         ({"data": {"a": "x"}}, ValueError, "the weight of a text is 'x', expected a number above"),
+        ({"data": []}, ValueError, "data names no path, expected one or more"),
+        ({"data": [([], 1.0)]}, ValueError, "data names no path, expected one or more"),
         ({"data": {"a": 0}}, ValueError, "the weight of a text is 0, expected a number above"),
     ],
 )

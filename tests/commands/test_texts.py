@@ -21,10 +21,12 @@ import numpy as np
 import pytest
 
 from helpers.paths import ROOT
+from helpers.published import golden, with_golden_models
 from helpers.runs import assert_same_files
 from legacy1bit.commands.report import train_command
 from legacy1bit.data import corpus, sources
 from legacy1bit.data.shards import read_index
+from legacy1bit.formats.chat_template import PLAIN
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import MetricsLogger, read_metrics
 from legacy1bit.training.checkpoint import read_checkpoint
@@ -873,3 +875,128 @@ def test_mixes_that_cannot_be_taken(refuse):
     assert "y.bin has 310 kinds of tokens, expected 300, those of x.bin: --vocab-size" in refuse(
         *tiny("x.bin:1", "--data", "y.bin")
     )
+
+
+# --- Conversations --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats():
+    lines = []
+    for number in range(60):
+        turns = [("user", f"say {number}"), ("assistant", f"{number} it is"),
+                 ("user", "more"), ("assistant", "no")][: 2 + 2 * (number % 2)]  # fmt: skip
+        messages = [{"role": role, "content": content} for role, content in turns]
+        lines.append(json.dumps({"messages": messages}))
+    return put("chats.jsonl", "\n".join(lines).encode())
+
+
+def measured_tokens(name):
+    return read_metrics(f"{name}/metrics.jsonl")[-1]["val_tokens"]
+
+
+def test_train_learns_answers_and_goes_on_as_if_it_had_not_stopped(say, chats):
+    options = {"schedule": "constant", "warmup_steps": 0, "sequence_length": 32}
+    say(*tiny(chats, steps=9, out="one", **options))
+    say(*tiny(chats, steps=4, out="two", **options))
+    say("train", "--resume", "two", "--steps", 9, "--cache", "cache")
+    assert newest_checkpoint_of("one") == newest_checkpoint_of("two")
+    assert_same_files(Path("one"), Path("two"))
+    # Answers of the conversations that validate, and what ends each.
+    assert measured_tokens("one") < 60 * len("59 it is\nUser:no\nUser:") // 4
+    assert Path("one/chat_template.jinja").read_text() == PLAIN
+    assert Path("one/best/chat_template.jinja").read_text() == PLAIN
+    out = say("evaluate", "--model", "one", "--cache", "cache").out
+    assert b"measured on" not in out
+    whole = say("evaluate", "--model", "one", "--data", chats, "--cache", "cache").out
+    assert out != whole
+    # The command of its report, and --config, train it again.
+    say(*shlex.split(train_command(Path("one")))[1:], "--out", "again", "--cache", "cache")
+    assert_same_files(Path("one"), Path("again"))
+
+
+def test_chat_asks_as_a_model_was_trained(say, chats, text, monkeypatch):
+    say(*tiny(chats, sequence_length=64, out="run"))
+    typed(monkeypatch, b"say 3\n")
+    plain = say("chat", "--model", "run", "--seed", 1, "--max-tokens", 9, "--template", "plain").out
+    typed(monkeypatch, b"say 3\n")
+    assert say("chat", "--model", "run", "--seed", 1, "--max-tokens", 9).out == plain
+    # It stays a model of conversations on other texts.
+    say("train", "--from", "run", "--data", text, "--steps", 1, "--out", "more", "--cache", "cache")
+    assert Path("more/chat_template.jinja").read_text() == PLAIN
+    # Another template is the run's own.
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    own = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" + (
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    put("run/chat_template.jinja", own.encode())
+    say("train", "--from", "run", "--data", chats, "--steps", 1, "--out", "own", "--cache", "cache")
+    assert Path("own/chat_template.jinja").read_text() == own
+    source, other = (Run(Path(name)).settings().source for name in ("run", "own"))
+    assert source["sha256"] != other["sha256"]
+
+
+def test_conversations_are_mixed_with_texts(say, chats, text):
+    say(*tiny(text, "--data", f"{chats}:2", sequence_length=32, steps=3, out="run"))
+    losses = read_metrics("run/metrics.jsonl")[-1]["val_losses"]
+    assert list(losses) == ["text.txt", "chats.jsonl"]
+    assert Path("run/chat_template.jinja").exists()
+    say("train", "--resume", "run", "--steps", 4, "--cache", "cache")
+    assert b"of chats.jsonl, 66.7%" in say("evaluate", "--model", "run", "--cache", "cache").out
+
+
+def test_data_looks_at_conversations_and_does_not_tokenize_them(say, fail, chats):
+    inspection = json.loads(say("data", "inspect", chats, "--json").out)
+    assert inspection["documents"] == 60
+    say("data", "train-tokenizer", chats, "--tokenizer", "chars", "--out", "letters")
+    refused = fail("data", "tokenize", chats, "--out", "tokens")
+    assert "chats.jsonl holds conversations, whose tokens depend on the model's chat" in refused
+
+
+def test_damaged_conversations_are_one_line(refuse, chats):
+    with open(chats, "a") as file:
+        file.write('\n{"messages": [{"role": "robot", "content": "x"}]}\n')
+    refused = refuse(*tiny(chats))
+    assert "chats.jsonl, line 61, message 1: the role is 'robot', expected one of" in refused
+    make_chats("b.jsonl")
+    short = refuse(*tiny("b.jsonl"))
+    assert "b.jsonl: no answer begins within the first 8 tokens of its conversation" in short
+    assert "expected a longer --sequence-length" in short
+    assert "--order is epochs, which cuts" in refuse(*tiny("b.jsonl", order="epochs"))
+
+
+def make_chats(name):
+    lines = [json.dumps({"prompt": f"{i}?", "completion": f"{i}!"}) for i in range(60)]
+    return put(name, "\n".join(lines).encode())
+
+
+def test_streams_may_have_conversations(say, monkeypatch):
+    content = Path(make_chats("b.jsonl")).read_bytes()
+    say(*tiny("b.jsonl", sequence_length=32, out="run"))
+    typed(monkeypatch, content)
+    say(*tiny("-", sequence_length=32, out="piped"))
+    one, other = (Run(Path(name)).settings().source["sha256"] for name in ("run", "piped"))
+    assert one == other
+    say("train", "--resume", "piped", "--steps", 3, "--cache", "cache")
+
+
+@with_golden_models
+def test_published_models_learn_conversations(say, chats):
+    """One with a template of its own, and one without."""
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    with_template = [path for path, about in golden() if (about.get("chat") or {}).get("template")]
+    model = next(path for path in with_template if path.suffix == ".gguf")
+    options = ("--steps", 2, "--threads", 1, "--batch-size", 2, "--sequence-length", 48)
+    say("train", "--from", model, "--data", chats, *options, "--out", "run", "--cache", "cache")
+    assert Path("run/chat_template.jinja").read_text() != PLAIN
+    say("train", "--resume", "run", "--steps", 3, "--cache", "cache")
+    say("evaluate", "--model", "run", "--cache", "cache")
+    copy = Path("bare")
+    shutil.copytree(next(path for path in with_template if path.is_dir()), copy)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    about = json.loads((copy / "tokenizer_config.json").read_text())
+    about.pop("chat_template", None)
+    (copy / "tokenizer_config.json").write_text(json.dumps(about))
+    say("train", "--from", copy, "--data", chats, *options, "--out", "own", "--cache", "cache")
+    assert Path("own/chat_template.jinja").read_text() == PLAIN
+    say("train", "--resume", "own", "--steps", 3, "--cache", "cache")

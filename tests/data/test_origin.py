@@ -89,7 +89,7 @@ def test_origin_is_frozen():
         ({"name": "x", "texts": 5}, "has texts that are damaged"),
         ({"name": "x", "texts": [5]}, "has texts that are damaged"),
         ({"name": "x", "texts": [{"name": "y"}]}, "has texts that are damaged"),
-        ({"name": "x", "texts": [{"name": "y", "path": 5}]}, "has path 5"),
+        ({"name": "x", "texts": [{"name": "y", "path": 5, "weight": 1}]}, "has path 5"),
         (
             {"name": "x", "texts": [{"name": "y", "path": "y", "texts": []}]},
             "has texts that are damaged",
@@ -117,10 +117,11 @@ def test_kind_follows_from_the_paths():
 def test_texts_of_a_mix_have_weights(weight):
     texts = [{"name": name, "path": f"/{name}", "weight": 1.0} for name in "ab"]
     texts[1]["weight"] = weight
-    origin = DataOrigin.from_dict({"name": "a + b", "texts": texts})
-    assert origin.kind is Kind.MIX
+    record = {"name": "a + b", "texts": texts}
     with pytest.raises(ValueError, match=r"the weight of a text is .*, expected a number above 0"):
-        origin.check()
+        DataOrigin.from_dict(record)
+    texts[1]["weight"] = 0.5
+    assert DataOrigin.from_dict(record).kind is Kind.MIX
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**15])

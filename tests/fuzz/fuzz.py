@@ -57,6 +57,7 @@ with watched:
     import legacy1bit.model
     from legacy1bit.config_files import read_config, records_of
     from legacy1bit.data import bpe, shards, sources, tokenizer, tokenizer_files
+    from legacy1bit.data.origin import DataOrigin
     from legacy1bit.data.published_tokenizer import PublishedTokenizer
     from legacy1bit.formats import adapters, published
     from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
@@ -385,7 +386,15 @@ def fuzz_run(folder: Path, parts: list[bytes]) -> None:
     if len(parts) > 1:
         read_config(folder / "config.json")
     records_of(read_config(folder), folder)
-    Run(folder).settings()
+    told = Run(folder).settings()
+    told.fixed()
+    try:
+        origin = told.origin
+    except ValueError:
+        # It does not name the file: another place does.
+        return
+    if json.dumps(DataOrigin.from_dict(origin.to_dict()).to_dict()) != json.dumps(origin.to_dict()):
+        raise FaultError("where a text comes from does not come back")
 
 
 def fuzz_space(folder: Path, parts: list[bytes]) -> None:
@@ -460,6 +469,7 @@ def fuzz_metrics(folder: Path, parts: list[bytes]) -> None:
     run = read_records(Run(folder))
     run.column("train_loss")
     run.train_losses()
+    run.losses()
     for matrix in run.matrices():
         for code in run.codes():
             run.fraction(matrix, code)
@@ -518,6 +528,8 @@ def use_text(source: sources.Source) -> None:
         documents += piece.begins
         if not documents or len(piece.text) > sources.MOST_PIECE_BYTES:
             raise FaultError(f"{source.name}: a piece that is none")
+    if source.has_chats and len(list(source.conversations())) != documents:
+        raise FaultError(f"{source.name}: conversations that are no documents")
     if documents > 1 and not source.has_documents:
         raise FaultError(f"{source.name}: documents where none were expected")
 
@@ -908,7 +920,10 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
             "source": {"path": "x", "name": "x"},
         }
         empty: dict[str, Any] = {"model": {}, "training": TrainingConfig().to_dict(), "source": {}}
-        yield "run", [[json.dumps(told).encode()], [json.dumps(empty).encode(), b"{}"]]
+        texts = [{"name": name, "path": name, "weight": 0.5} for name in "xy"]
+        mixed = told | {"source": {"name": "x:0.5 + y:0.5", "texts": texts}}
+        inputs = [[json.dumps(one).encode()] for one in (told, mixed)]
+        yield "run", [*inputs, [json.dumps(empty).encode(), b"{}"]]
         yield (
             "space",
             [
@@ -961,6 +976,8 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
     yield "study", [[json.dumps(study | {"own_database": True}).encode(), b""]]
 
     lines = b'{"text": "a b"}\n{"text": "\\u00e9"}\n'
+    chats = b'{"prompt": "a", "completion": "b"}\n{"messages": [{"role": "system", "content": "a"},'
+    chats += b'{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}\n'
     texts = {0: "\u00e4b c".encode(), 1: lines, 2: b"a" * 50, 3: lines, 4: b"b" * 50, 5: lines}
     texts |= {6: lines, 7: b" " + lines, 8: b"c" * 50, 9: lines, 10: b"d" * 50, 11: lines}
     yield (
@@ -968,6 +985,7 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
         [
             *([bytes([kind, 0]), text] for kind, text in texts.items()),
             [b"\0\0--", b"one--two"],
+            [b"\1\0", chats],
             [b"\0\1", "\u00e4b".encode("utf-16")],
             [b"\x82\0", gzip.compress(b"a b", mtime=0)],
             [b"\x84\0", zstandard().compress(b"a b")],

@@ -17,6 +17,7 @@ from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig
 from legacy1bit.logger import read_metrics
 from legacy1bit.main import main, parser_of
 from legacy1bit.math_ops import simd_level
+from legacy1bit.reports.figures import panels_of
 from legacy1bit.reports.page import escape, page, quotation, section, some, table, tiles
 from legacy1bit.reports.records import read_records
 from legacy1bit.system.hardware import machine
@@ -165,6 +166,13 @@ def test_report_has_the_losses_of_texts_that_are_mixed(written, monkeypatch, tmp
         assert f"loss of {name}" in text
         assert f"{loss:.4f}" in text
     assert f"weight of b.txt 2 ({tmp_path / 'b.txt'})" in " ".join(text.split())
+    (panel,) = panels_of([read_records(Run(Path("mix")))], "loss")
+    curves = {one.label: list(one.y) for one in panel.series}
+    assert [label for label in curves if "on " in label] == [
+        "validation on a.txt",
+        "validation on b.txt",
+    ]
+    assert curves["validation on b.txt"][-1] == loss
     for losses, told in (("[1]", "a loss for each text"), ('{"a.txt": "x"}', "a number")):
         line = Path("mix/metrics.jsonl").read_text().splitlines()[-1]
         damaged = re.sub(r'"val_losses": {[^}]*}', f'"val_losses": {losses}', line)
