@@ -44,6 +44,7 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
+from legacy1bit.training.memory import told_bytes
 from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH, Run
 from legacy1bit.training.teacher import Teacher, read_teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
@@ -328,6 +329,7 @@ def say_what_is_trained(trainer: Trainer, output: Output) -> None:
             f"parameters): weight {trainer.config.distillation_weight:g}, temperature "
             f"{trainer.config.teacher_temperature:g}"
         )
+    output.say(f"memory: {told_bytes(trainer.memory)}")
     if _epochs(trainer) > _MANY_EPOCHS and not trainer.config.patience:
         output.say(
             f"{_epochs(trainer):.0f} epochs may overfit: use more text or fewer --steps, or stop "
