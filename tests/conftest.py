@@ -147,7 +147,7 @@ def fail(capsysbinary):
         assert len(lines[-1]) > len("legacy1bit: error: ") + 10
         # What went well before the error may have been told.
         assert all(
-            re.match(r"training [\d,]+ parameters|(.*; )?going on with ", line)
+            re.match(r"training [\d,]+ parameters|memory: about|(.*; )?going on with ", line)
             for line in lines[:-1]
         )
         return lines[-1].removeprefix("legacy1bit: error: ")

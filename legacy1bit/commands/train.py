@@ -47,6 +47,7 @@ from legacy1bit.math_ops import simd_level
 from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
+from legacy1bit.training.memory import told_bytes
 from legacy1bit.training.run import START_HASH, START_PATH, TEACHER_HASH, TEACHER_PATH, Run
 from legacy1bit.training.start import read_start
 from legacy1bit.training.teacher import read_teacher
@@ -368,6 +369,7 @@ def say_what_is_trained(trainer: Trainer, output: Output) -> None:
             f"parameters): weight {trainer.config.distillation_weight:g}, temperature "
             f"{trainer.config.teacher_temperature:g}"
         )
+    output.say(f"memory: {told_bytes(trainer.memory)}")
     most = max(_epochs(trainer).values())
     if most > _MANY_EPOCHS and not trainer.config.patience:
         output.say(

@@ -18,10 +18,12 @@ from legacy1bit.hyperparams import (
 )
 from legacy1bit.system.errors import format_value
 
-# The vocabulary is the tokenizer's, and the others do not make a model better.
+# The vocabulary is the tokenizer's, studies have no teacher, and the others do not make a model
+# better.
 _NOT_SEARCHED = (
     *("vocab_size", "steps", "seed", "threads"),
     *("evaluate_every", "patience", "validation_tokens"),
+    *("distillation_weight", "teacher_temperature"),
 )
 
 
@@ -124,7 +126,7 @@ _MOST_VALUES = 1_000_000
 
 _FLAGS = ("log", "of_steps", "for_bytes")
 _KEYS = ("low", "high", "step", "choices", *_FLAGS)
-_COUNTING_STEPS = ("float_steps", "warmup_steps", "decay_every")
+_COUNTING_STEPS = ("float_steps", "quantization_warmup", "warmup_steps", "decay_every")
 
 
 def default_space() -> Path:

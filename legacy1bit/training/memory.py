@@ -136,5 +136,5 @@ def told_bytes(needed: Mapping[str, int]) -> str:
 
 def _format_bytes(size: int) -> str:
     if size < 1 << 30:
-        return f"{size / 2**20:,.0f} MiB"
+        return f"{size / 2**20:,.{0 if size >= 10 << 20 else 1}f} MiB"
     return f"{size / 2**30:,.1f} GiB"
