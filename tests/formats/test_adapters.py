@@ -1,7 +1,6 @@
 """LoRA adapters: there and back, several at once, merged, what PEFT and llama.cpp make of them, and
 what is refused."""
 
-import contextlib
 import json
 import random
 import re
@@ -15,6 +14,7 @@ from helpers import gguf_file
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.cases import together
 from helpers.models import exact_dense, make_config, random_model
+from helpers.published import damaged
 from legacy1bit.formats import adapters
 from legacy1bit.formats.adapters import LoraPair, LoraWeights
 from legacy1bit.formats.gguf import export_gguf
@@ -660,30 +660,16 @@ def test_models_are_no_adapters_and_adapters_no_models(tmp_path):
 
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
-    config, rng = config_of("llama"), random.Random(1)
+    config, refused = config_of("llama"), 0
     adapter = adapter_of(config, only="wq$")
     adapters.write_peft(adapter, config, tmp_path / "folder")
     adapters.write_gguf(adapter, config, tmp_path / "a.gguf")
-    refused = 0
-    for path, file in (
-        (tmp_path / "folder", tmp_path / "folder" / "adapter_config.json"),
-        (tmp_path / "folder", tmp_path / "folder" / "adapter_model.safetensors"),
-        (tmp_path / "a.gguf", tmp_path / "a.gguf"),
-    ):
-        good = file.read_bytes()
-        # The heads of the files are where numbers and names are.
-        head = min(len(good), 900)
-        damages = [good[: rng.randrange(len(good))] for _ in range(20)]
-        for _ in range(100):
-            place = rng.randrange(head)
-            flipped = bytes([good[place] ^ 1 << rng.randrange(8)])
-            damages.append(good[:place] + flipped + good[place + 1 :])
-        for damage in damages:
-            file.write_bytes(damage)
-            with contextlib.suppress(ModelFileError):
+    for path in (tmp_path / "folder", tmp_path / "a.gguf"):
+        for _ in damaged(path, random.Random(1), 30, 100):
+            try:
                 adapters.check_adapter(config, adapters.read_adapter(path, config))
-                continue
-            assert refusal(path, config)
-            refused += 1
-        file.write_bytes(good)
+            except ModelFileError:
+                assert refusal(path, config)
+                refused += 1
+        adapters.read_adapter(path, config)
     assert refused > 150
