@@ -1,6 +1,7 @@
 """LoRA adapters: there and back, several at once, merged, what PEFT and llama.cpp make of them, and
 what is refused."""
 
+import contextlib
 import json
 import random
 import re
@@ -111,12 +112,23 @@ def test_target_modules_are_short_where_every_block_has_them(tmp_path):
     for only, expected in (
         (r"w[qg]$", ["q_proj", "gate_proj"]),
         (r"1\.attention\.wv", ["model.layers.1.self_attn.v_proj"]),
+        # All but one.
+        (
+            r"w[qkvo]$|ffn\.wi$|1.*w[go]$",
+            [
+                *(f"model.layers.0.self_attn.{name}" for name in MODULES[:4]),
+                "model.layers.0.mlp.up_proj",
+                "model.layers.0.mlp.down_proj",
+                *(f"model.layers.1.self_attn.{name}" for name in MODULES[:4]),
+                *(f"model.layers.1.mlp.{name}" for name in MODULES[4:]),
+            ],
+        ),
     ):
         adapter = adapter_of(config, only=only)
         adapters.write_peft(adapter, config, tmp_path)
         content = json.loads((tmp_path / "adapter_config.json").read_bytes())
         assert content["target_modules"] == expected
-    assert adapter.targets == ("attention.wv",)
+    assert adapter_of(config, only="wv$").targets == ("attention.wv",)
 
 
 @every_model
@@ -257,6 +269,22 @@ def test_merged_parameters_are_the_sum(name):
     assert whole.config == replace(model.config, scheme="float")
     for parameter, value in whole.parameters.items():
         assert_same_bits(value, merged[parameter], parameter)
+
+
+def test_adapters_of_other_models_are_not_merged():
+    model = random_model(config_of("llama"))
+    wider = adapter_of(config_of("llama", ffn_dim=24))
+    with pytest.raises(ValueError, match="it is an adapter of another model"):
+        adapters.merge(model.config, model.parameters, [(wider, 1.0)])
+
+
+def test_the_largest_scaling_is_that_of_float32():
+    config = config_of("llama")
+    adapter, largest = adapter_of(config, only="0.*wq$"), float(np.finfo(np.float32).max)
+    for scaling, fits in ((largest, True), (-largest, True), (2.0 * largest, False)):
+        pairs = {name: pair._replace(scaling=scaling) for name, pair in adapter.pairs.items()}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the scaling"):
+            adapters.check_adapter(config, replace(adapter, pairs=pairs))
 
 
 def test_sums_beyond_float32_are_refused():
