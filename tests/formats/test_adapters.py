@@ -15,6 +15,7 @@ from helpers import gguf_file
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.cases import together
 from helpers.models import exact_dense, make_config, random_model
+from helpers.published import damaged
 from legacy1bit.formats import adapters
 from legacy1bit.formats.adapters import LoraPair, LoraWeights
 from legacy1bit.formats.gguf import export_gguf
@@ -111,12 +112,23 @@ def test_target_modules_are_short_where_every_block_has_them(tmp_path):
     for only, expected in (
         (r"w[qg]$", ["q_proj", "gate_proj"]),
         (r"1\.attention\.wv", ["model.layers.1.self_attn.v_proj"]),
+        # All but one.
+        (
+            r"w[qkvo]$|ffn\.wi$|1.*w[go]$",
+            [
+                *(f"model.layers.0.self_attn.{name}" for name in MODULES[:4]),
+                "model.layers.0.mlp.up_proj",
+                "model.layers.0.mlp.down_proj",
+                *(f"model.layers.1.self_attn.{name}" for name in MODULES[:4]),
+                *(f"model.layers.1.mlp.{name}" for name in MODULES[4:]),
+            ],
+        ),
     ):
         adapter = adapter_of(config, only=only)
         adapters.write_peft(adapter, config, tmp_path)
         content = json.loads((tmp_path / "adapter_config.json").read_bytes())
         assert content["target_modules"] == expected
-    assert adapter.targets == ("attention.wv",)
+    assert adapter_of(config, only="wv$").targets == ("attention.wv",)
 
 
 @every_model
@@ -257,6 +269,22 @@ def test_merged_parameters_are_the_sum(name):
     assert whole.config == replace(model.config, scheme="float")
     for parameter, value in whole.parameters.items():
         assert_same_bits(value, merged[parameter], parameter)
+
+
+def test_adapters_of_other_models_are_not_merged():
+    model = random_model(config_of("llama"))
+    wider = adapter_of(config_of("llama", ffn_dim=24))
+    with pytest.raises(ValueError, match="it is an adapter of another model"):
+        adapters.merge(model.config, model.parameters, [(wider, 1.0)])
+
+
+def test_the_largest_scaling_is_that_of_float32():
+    config = config_of("llama")
+    adapter, largest = adapter_of(config, only="0.*wq$"), float(np.finfo(np.float32).max)
+    for scaling, fits in ((largest, True), (-largest, True), (2.0 * largest, False)):
+        pairs = {name: pair._replace(scaling=scaling) for name, pair in adapter.pairs.items()}
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="the scaling"):
+            adapters.check_adapter(config, replace(adapter, pairs=pairs))
 
 
 def test_sums_beyond_float32_are_refused():
@@ -660,30 +688,16 @@ def test_models_are_no_adapters_and_adapters_no_models(tmp_path):
 
 def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     pytest.importorskip("gguf", reason="gguf is not installed")
-    config, rng = config_of("llama"), random.Random(1)
+    config, refused = config_of("llama"), 0
     adapter = adapter_of(config, only="wq$")
     adapters.write_peft(adapter, config, tmp_path / "folder")
     adapters.write_gguf(adapter, config, tmp_path / "a.gguf")
-    refused = 0
-    for path, file in (
-        (tmp_path / "folder", tmp_path / "folder" / "adapter_config.json"),
-        (tmp_path / "folder", tmp_path / "folder" / "adapter_model.safetensors"),
-        (tmp_path / "a.gguf", tmp_path / "a.gguf"),
-    ):
-        good = file.read_bytes()
-        # The heads of the files are where numbers and names are.
-        head = min(len(good), 900)
-        damages = [good[: rng.randrange(len(good))] for _ in range(20)]
-        for _ in range(100):
-            place = rng.randrange(head)
-            flipped = bytes([good[place] ^ 1 << rng.randrange(8)])
-            damages.append(good[:place] + flipped + good[place + 1 :])
-        for damage in damages:
-            file.write_bytes(damage)
-            with contextlib.suppress(ModelFileError):
+    for path in (tmp_path / "folder", tmp_path / "a.gguf"):
+        for _ in damaged(path, random.Random(1), 30, 100):
+            try:
                 adapters.check_adapter(config, adapters.read_adapter(path, config))
-                continue
-            assert refusal(path, config)
-            refused += 1
-        file.write_bytes(good)
+            except ModelFileError:
+                assert refusal(path, config)
+                refused += 1
+        adapters.read_adapter(path, config)
     assert refused > 150

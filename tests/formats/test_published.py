@@ -15,8 +15,8 @@ from helpers import fabricated, oracle
 from helpers.cases import together
 from helpers.fabricated import fabricate, runs_of
 from helpers.models import assert_same_model, random_model
-from helpers.published import GOLDEN, golden, golden_logits, with_golden_models
-from legacy1bit.formats import gguf_file, published, tensor_types
+from helpers.published import GOLDEN, damaged, golden, golden_logits, with_golden_models
+from legacy1bit.formats import published, tensor_types
 from legacy1bit.formats.c_v1 import export_c_v1
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
@@ -156,37 +156,6 @@ def test_commands_take_published_models(name, say, fail, tmp_path):
 # --- Damaged files --------------------------------------------------------------------------------
 
 
-def parts_of(path):
-    """The files of a model, each with the end of its header: what is not weights."""
-    files = [path] if path.is_file() else sorted(path.iterdir())
-    for file in files:
-        if file.suffix == ".safetensors":
-            (length,) = struct.unpack("<Q", file.read_bytes()[:8])
-            yield file, 8 + length
-        elif file.suffix == ".gguf":
-            with file.open("rb") as opened:
-                reader = gguf_file.GgufReader(opened)
-            reader.tensors(reader.head()[1])
-            yield file, reader._at
-        else:
-            yield file, file.stat().st_size
-
-
-def damages(path, rng, cuts, flips):
-    """What is done to the files of a model: where a file ends, or which bit of a byte changes."""
-    parts = list(parts_of(path))
-    sizes = [file.stat().st_size for file, _ in parts]
-    for _ in range(cuts):
-        which = rng.randrange(len(parts))
-        yield parts[which][0], rng.randrange(sizes[which]), None
-    in_headers = [(file, 0, end) for file, end in parts]
-    elsewhere = [(file, end, size) for (file, end), size in zip(parts, sizes, strict=True)]
-    for places in (in_headers, [place for place in elsewhere if place[1] < place[2]]):
-        for _ in range(flips):
-            file, begin, end = rng.choices(places, [end - begin for _, begin, end in places])[0]
-            yield file, rng.randrange(begin, end), 1 << rng.randrange(8)
-
-
 def status_of(capfd, *arguments):
     """What a command ends with; where that is not 0, it says why in one line."""
     try:
@@ -206,18 +175,10 @@ def check_damages(path, folder, capfd, cuts, flips):
     copy = folder / path.name
     (shutil.copytree if path.is_dir() else shutil.copyfile)(path, copy)
     refused = 0
-    for damaged, place, bit in damages(path, rng, cuts, flips):
-        file = copy if path.is_file() else copy / damaged.name
-        file.chmod(0o600)
-        good = file.read_bytes()
-        if bit is None:
-            file.write_bytes(good[:place])
-        else:
-            file.write_bytes(good[:place] + bytes([good[place] ^ bit]) + good[place + 1 :])
+    for _ in damaged(copy, rng, cuts, flips):
         # A tokenizer may have lost the token of a letter, too.
         refused += bool(status_of(capfd, "generate", "--model", copy, "--max-tokens", "2",
                                   "--prompt", "a b", "--threads", "1"))  # fmt: skip
-        file.write_bytes(good)
     return refused
 
 

@@ -1,4 +1,4 @@
-"""Files of published models for tests: where they are, and the keys of a GGUF file."""
+"""Files of published models for tests: where they are, the keys of a GGUF file; damaged files."""
 
 import json
 import struct
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from helpers import paths
+from legacy1bit.formats import gguf_file
 
 # A folder of small models with the tokens, chats and logits that other software gives for them.
 GOLDEN = paths.GOLDEN / "models"
@@ -56,3 +57,45 @@ def gguf_keys(path):
         return number(kind)
 
     return {value(8): value(number(4)) for _ in range(struct.unpack_from("<Q", data, 16)[0])}
+
+
+def parts_of(path):
+    """The files of a model, each with the end of its header: what is not weights."""
+    files = [path] if path.is_file() else sorted(path.iterdir())
+    for file in files:
+        if file.suffix == ".safetensors":
+            (length,) = struct.unpack("<Q", file.read_bytes()[:8])
+            yield file, 8 + length
+        elif file.suffix == ".gguf":
+            with file.open("rb") as opened:
+                reader = gguf_file.GgufReader(opened)
+            reader.tensors(reader.head()[1])
+            yield file, reader._at
+        else:
+            yield file, file.stat().st_size
+
+
+def damages(path, rng, cuts, flips):
+    """What is done to the files of a model: where a file ends, or which bit of a byte changes."""
+    parts = list(parts_of(path))
+    sizes = [file.stat().st_size for file, _ in parts]
+    for _ in range(cuts):
+        which = rng.randrange(len(parts))
+        yield parts[which][0], rng.randrange(sizes[which]), None
+    in_headers = [(file, 0, end) for file, end in parts]
+    elsewhere = [(file, end, size) for (file, end), size in zip(parts, sizes, strict=True)]
+    for places in (in_headers, [place for place in elsewhere if place[1] < place[2]]):
+        for _ in range(flips):
+            file, begin, end = rng.choices(places, [end - begin for _, begin, end in places])[0]
+            yield file, rng.randrange(begin, end), 1 << rng.randrange(8)
+
+
+def damaged(path, rng, cuts, flips):
+    """Yield for each of ``damages`` while it is done to the files of a model."""
+    for file, place, bit in damages(path, rng, cuts, flips):
+        file.chmod(0o600)
+        good = file.read_bytes()
+        flipped = b"" if bit is None else bytes([good[place] ^ bit]) + good[place + 1 :]
+        file.write_bytes(good[:place] + flipped)
+        yield
+        file.write_bytes(good)
