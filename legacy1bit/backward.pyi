@@ -130,6 +130,8 @@ class BackwardPass:
         teacher: npt.NDArray[np.float32] | None = None,
         distillation_weight: float = 0.5,
         teacher_temperature: float = 1.0,
+        dropout: float = 0.0,
+        seed: int = 0,
     ) -> tuple[float, int]: ...
 
 def backward_llm(

@@ -54,13 +54,12 @@ cdef struct OutputProjection:
 
 
 cdef inline void backward_wo(const OutputProjection *layer, Py_ssize_t rows, const float *d_out,
-                             float *d_normed, float *d_x, const Workspace *workspace) noexcept nogil:
+                             float *d_normed, float *d_x,
+                             const Workspace *workspace) noexcept nogil:
     # d_normed is scratch for the gradient of the norm's output. Quantization to int8 has a
     # straight-through gradient.
-    cdef const KernelTable *kernel = kernels()
     cdef Py_ssize_t cols = layer.wo.cols
-    weight_gradient(layer.wo, d_out, layer.normed, rows, layer.d_weight, layer.d_bias,
-                        workspace)
+    weight_gradient(layer.wo, d_out, layer.normed, rows, layer.d_weight, layer.d_bias, workspace)
     if layer.norm.gamma == NULL:
         linear_backward(layer.wo, d_out, rows, False, d_x, workspace)
         return
@@ -91,8 +90,7 @@ cdef void backward_ffn(const FeedForwardView *layer, Py_ssize_t rows, const floa
     weight_gradient(&layer.wi, buffers.d_hidden, x, rows, gradient.wi, gradient.bi, workspace)
     linear_backward(&layer.wi, buffers.d_hidden, rows, False, d_x, workspace)
     if layer.wg.rows:
-        weight_gradient(&layer.wg, buffers.d_gate, x, rows, gradient.wg, gradient.bg,
-                            workspace)
+        weight_gradient(&layer.wg, buffers.d_gate, x, rows, gradient.wg, gradient.bg, workspace)
         linear_backward(&layer.wg, buffers.d_gate, rows, True, d_x, workspace)
 
 
@@ -148,7 +146,8 @@ cdef void backward_attend(const AttentionView *layer, const BatchShape *dims, co
 
 cdef void backward_transform(const BlockView *block, const BatchShape *dims,
                              const BlockContext *context, BlockGradient *gradient,
-                             const BackwardWorkspace *buffers, const Workspace *workspace) noexcept nogil:
+                             const BackwardWorkspace *buffers,
+                             const Workspace *workspace) noexcept nogil:
     # buffers.d_x holds the gradient of the block's output on entry and of its input on return. The
     # residual path bypasses both norms, so their gradients add to it.
     cdef Py_ssize_t dim = block.attention.wq.cols, rows = dims.batch * dims.time

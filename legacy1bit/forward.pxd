@@ -34,7 +34,8 @@ cdef void attend(const AttentionView *layer, const BatchShape *dims, float *x,
 cdef void activate(const FeedForwardView *layer, Py_ssize_t rows,
                    FeedForwardContext *context) noexcept nogil
 cdef void feed_forward(const FeedForwardView *layer, Py_ssize_t rows, float *x,
-                       FeedForwardContext *context, float *out, const Workspace *workspace) noexcept nogil
+                       FeedForwardContext *context, float *out,
+                       const Workspace *workspace) noexcept nogil
 cdef void transform(const BlockView *block, const BatchShape *dims, BlockContext *context,
                     const Workspace *workspace) noexcept nogil
 cdef void run_model(const ModelView *model, const BatchShape *dims, const int *tokens,

@@ -8,7 +8,7 @@ returns arrays. Weight matrices are [out, in]; activations are rows, ``y = x W^T
 import numpy as np
 
 from libc.stdlib cimport calloc, free
-from libc.string cimport memcpy, memset
+from libc.string cimport memset
 
 from legacy1bit.kernels cimport Attention, KernelTable
 from legacy1bit.math_ops cimport kernels
@@ -171,8 +171,7 @@ cdef void run_model(const ModelView *model, const BatchShape *dims, const int *t
                   context.mean, context.inv_std, rows, dim)
     if model.int8_activations:
         kernel.fake_quantize_rows(context.normed, rows, dim)
-    linear(&model.output, context.normed, rows, context.logits,
-                  workspace)
+    linear(&model.output, context.normed, rows, context.logits, workspace)
 
 
 # ---------------------------------------------------------------------------------------------

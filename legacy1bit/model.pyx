@@ -1206,9 +1206,9 @@ cdef class LegacyLLMGradients:
         """Point at the gradients of an adapter's A, which those of B follow."""
         config = self.config
         widest = max(config.model_dim, config.ffn_dim, config.query_dim)
-        self.unused = np.empty(widest, np.float32)
+        self.unused = np.zeros(widest, np.float32)
         self.view.final_norm.gamma = self.view.final_norm.beta = float_pointer(self.unused)
-        norms = [name for name, shape in block_layout(config)
+        norms = [name for name, _ in block_layout(config)
                  if name.endswith((".gamma", "_gamma", ".beta"))]
         for i in range(config.num_blocks):
             arrays = dict.fromkeys(norms, self.unused)

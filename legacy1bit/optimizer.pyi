@@ -1,12 +1,13 @@
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
 
-from legacy1bit.hyperparams import ModelConfig
+from legacy1bit.layout import Parameter
 from legacy1bit.model import LegacyLLM, LegacyLLMGradients
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
-def moment_bytes(config: ModelConfig, bits: int = 32) -> int: ...
+def moment_bytes(layout: Sequence[Parameter], bits: int = 32) -> int: ...
 
 class Optimizer:
     steps: int

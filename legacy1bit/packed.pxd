@@ -45,7 +45,7 @@ cdef class PackedModel:
 
 
 cdef class Int8Matrix(WeightMatrix):
-    cdef object codes, sums
-    cdef readonly object scales
+    cdef object sums
+    cdef readonly object codes, scales
     cdef readonly tuple shape
     cdef Int8Rows view

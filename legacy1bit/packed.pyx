@@ -210,6 +210,8 @@ cdef class Int8Matrix(WeightMatrix):
     Attributes
     ----------
     shape : (int, int)
+    codes : uint8[N]
+        The int8 codes as bytes, with padding.
     scales : float32[rows]
         Those of the rows: the largest magnitude of each is 127 times its scale.
     """
@@ -433,7 +435,8 @@ cdef class PackedModel:
             scale = 1.0 if model.adapter is None else model.adapter.alpha / model.adapter.rank
             adapter = {name: (a.copy(), np.float32(scale) * b)
                        for name, (a, b) in model.pairs.items()}
-        if any(isinstance(value, (PackedMatrix, Int8Matrix)) for value in model.parameters.values()):
+        packed = (PackedMatrix, Int8Matrix)
+        if any(isinstance(value, packed) for value in model.parameters.values()):
             self._share(model.config, model.parameters, adapter)
             return
         self._fill(model.config, _parameters_of(model), form, head, 1, adapter)

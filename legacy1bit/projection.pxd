@@ -37,7 +37,7 @@ cdef struct Workspace:
     float *dropped          # [rows, cols], x after dropout
     float *row
     float dropout           # the probability that an element is left out
-    unsigned long long seed # of dropout
+    unsigned long long seed     # of dropout
     Py_ssize_t first_row    # of this thread in the batch
 
 cdef void add_demand(Demand *demand, const Projection *projection) noexcept nogil

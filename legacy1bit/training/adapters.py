@@ -16,7 +16,7 @@ import numpy.typing as npt
 from legacy1bit.formats.adapters import LoraPair, LoraWeights, read_adapters, write_peft
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.layout import AdapterConfig
-from legacy1bit.model import LegacyLLM, create_adapted_llm
+from legacy1bit.model import LegacyLLM, TernaryMatrix, create_adapted_llm
 from legacy1bit.packed import Int8Matrix, PackedMatrix, PackedModel
 
 
@@ -51,7 +51,10 @@ def adapted(path: Path, model: ModelConfig, training: TrainingConfig) -> LegacyL
 
 
 def weights_hash(parameters: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of packed weights, in hexadecimal digits."""
+    """Return the SHA-256 of weights, packed or not, in hexadecimal digits.
+
+    It is the same in whichever format files store them.
+    """
     digest = hashlib.sha256()
     for value in parameters.values():
         arrays: tuple[npt.NDArray[Any], ...] = (value,)
@@ -59,8 +62,10 @@ def weights_hash(parameters: Mapping[str, Any]) -> str:
             arrays = value.tiles, value.scales
         elif isinstance(value, Int8Matrix):
             arrays = value.codes, value.scales
+        elif isinstance(value, TernaryMatrix):
+            arrays = value.values, value.scales
         for array in arrays:
-            digest.update(np.ascontiguousarray(array))
+            digest.update(memoryview(np.ascontiguousarray(array)))
     return digest.hexdigest()
 
 

@@ -129,7 +129,8 @@ class Start:
         given = load_model(self.path, floats=True).parameters
         matrices = {name: one for name, one in given.items() if isinstance(one, TernaryMatrix)}
         for name, weights in model.latent.items():
-            weights[...] = _dense(matrices[name]) if name in matrices else given[name]
+            value = given[name]
+            weights[...] = _dense(value) if isinstance(value, TernaryMatrix) else value
         quantized = []
         for part in read_model(self.path, floats=True)[2]:
             if part.masters is not None:

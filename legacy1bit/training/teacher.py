@@ -5,7 +5,6 @@ computes it. The teacher's logits are computed beside the training, for the sequ
 a time: storing those of a text takes more room than the text, by the size of the vocabulary.
 """
 
-import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +17,8 @@ from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.formats.published import read_model, read_tokenizer
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import LegacyLLM, TernaryMatrix, load_model
+from legacy1bit.model import LegacyLLM, load_model
+from legacy1bit.training.adapters import weights_hash
 from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH
 
 
@@ -46,12 +46,7 @@ class Teacher:
     @cached_property
     def sha256(self) -> str:
         """The hash of its weights, the same in whichever format they are stored."""
-        digest = hashlib.sha256()
-        for value in self.model.parameters.values():
-            coded = isinstance(value, TernaryMatrix)
-            for array in (value.values, value.scales) if coded else (value,):
-                digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+        return weights_hash(self.model.parameters)
 
     def recorded_in(self, source: dict[str, Any]) -> dict[str, Any]:
         """Return a run's source with this teacher.
