@@ -22,7 +22,9 @@ _Seed = int | np.random.Generator
 ACTIVATIONS: dict[str, int]
 LAYER_NORM_EPSILON: float
 
-class TernaryMatrix:
+class WeightMatrix: ...
+
+class TernaryMatrix(WeightMatrix):
     def __init__(
         self,
         values: _Codes,

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.hyperparams import ModelConfig
-from legacy1bit.model import LegacyLLM, RotaryTable, TernaryMatrix
+from legacy1bit.model import LegacyLLM, RotaryTable, TernaryMatrix, WeightMatrix
 from legacy1bit.schemes import SCHEMES as SCHEMES
 
 _Bytes = npt.NDArray[np.uint8]
@@ -19,7 +19,7 @@ HEADS: tuple[str, ...]
 def packed_bytes(config: ModelConfig) -> int: ...
 def packed_size(shape: tuple[int, int], form: str = "2bit") -> int: ...
 
-class PackedMatrix:
+class PackedMatrix(WeightMatrix):
     def __init__(
         self,
         values: _Codes | TernaryMatrix,
@@ -47,7 +47,7 @@ class PackedMatrix:
     def nbytes(self) -> int: ...
     def multiply(self, x: _Floats, bias: _Floats | None = None) -> _Floats: ...
 
-class Int8Matrix:
+class Int8Matrix(WeightMatrix):
     def __init__(self, rows: int, cols: int) -> None: ...
     @property
     def shape(self) -> tuple[int, int]: ...

@@ -65,7 +65,7 @@ def weights_hash(parameters: Mapping[str, Any]) -> str:
         elif isinstance(value, TernaryMatrix):
             arrays = value.values, value.scales
         for array in arrays:
-            digest.update(memoryview(np.ascontiguousarray(array)))
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
