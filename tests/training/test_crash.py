@@ -94,6 +94,7 @@ KINDS = (
     {"float_steps": 20},
     {"threads": 2, "optimizer": "adamw"},
     {"optimizer": "sgd", "batch_size": 3},
+    {"from": "teacher", "adapter": 2, "adapter_dropout": 0.2},
 )
 STEPS, EVERY = 240, 10
 
