@@ -14,6 +14,7 @@ from legacy1bit.api.output import output_of
 from legacy1bit.commands import evaluate as evaluate_command
 from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
 from legacy1bit.conversation import Conversation, choose_template
+from legacy1bit.data.published_tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.formats.adapters import resolve
 from legacy1bit.formats.c_v1 import copy_with_provenance
@@ -368,6 +369,9 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if is_hugging_face(path):
         return sorted(file for file in path.iterdir() if file.is_file() and file.name[0] != ".")
-    names = (TOKENIZER_FILE, WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE)
+    names = (
+        *(TOKENIZER_FILE, TOKENIZER_CONFIG_FILE, TEMPLATE_FILE),
+        *(WEIGHTS_FILE, CONFIG_FILE, ADAPTER_FILE, ADAPTER_CONFIG_FILE),
+    )
     files = (model_folder(path) / name for name in names)
     return [file for file in files if file.exists()]

@@ -103,7 +103,9 @@ def texts_of_python(given: Any) -> list[Text]:
             raise TypeError(f"a text is {pair!r}, expected a pair of a path and a weight")
         paths, weight = pair
         check_weight(weight)
-        [text] = texts_of_python(paths)
+        text, *others = texts_of_python(paths)
+        if others or text.weight is not None:
+            raise TypeError(f"a text is {paths!r}, expected a path, or several")
         mixed.append(text._replace(weight=float(weight)))
     return mixed
 

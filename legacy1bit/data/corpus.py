@@ -285,7 +285,7 @@ def open_chats(
         return None
     with cache_errors(cache), contextlib.closing(encoder):
         folder, index = tokens_of(source, tokenizer, cache, progress, encoder)
-    side = _Side(*(open_store(folder, index, part) for part in (TEXT, PREDICTED)))
+    side = _Side.of(folder, index)
     hold_streams(side.tokens, source.files, cache)
     dataset = _chat_dataset(side, sequence_length, tokenizer.vocab_size)
     _check_answers(source.name, dataset)
@@ -594,12 +594,12 @@ def source_corpus(
     if validation is None:
         validation_name = source.name
         split = _split if encoder is None else _split_chats
-        sides = split(folder, index, source, data, sequence_length)
+        sides = [*split(folder, index, source, data, sequence_length)]
     else:
-        validation_name, folders = validation.name, [(folder, index)]
+        # Open before the other is written, which may remove what is not in use.
+        validation_name, sides = validation.name, [_Side.of(folder, index)]
         folder, index = tokens_of(validation, tokenizer, cache, progress, encoder)
-        folders.append((folder, index))
-        sides = [_Side(*(open_store(*one, part) for part in one[1].parts)) for one in folders]
+        sides.append(_Side.of(folder, index))
         sha256 = _sha256_of_both(sha256, index.sha256)
         remarks += _remarks(validation, index)
     if encoder is None:
@@ -626,6 +626,12 @@ class _Side(NamedTuple):
     tokens: TokenStore
     predicted: TokenStore | None = None
 
+    @classmethod
+    def of(cls, folder: Path, index: Index) -> "_Side":
+        """Return all of a folder of tokens."""
+        parts = (part for part in (TEXT, PREDICTED) if part in index.parts)
+        return cls(*(open_store(folder, index, part) for part in parts))
+
 
 def _split(
     folder: Path, index: Index, source: Source, data: DataConfig, sequence_length: int
@@ -639,7 +645,7 @@ def _split(
                 if part.document_count == 0:
                     raise ValueError(
                         f"{source.name}: by chance no document is for {name}; expected more "
-                        "documents, another --validation-share, or --split tail"
+                        "documents, another --validation-fraction, or --split tail"
                     )
             return [_Side(part) for part in parts]
     store = open_store(folder, index, TEXT)
@@ -660,7 +666,7 @@ def _split_chats(
     if data.split == "documents" or count < 2:
         raise ValueError(
             f"{source.name}: no conversation of {count:,} is left for training or validation; "
-            "expected more, another --validation-share, or --split tail"
+            "expected more, another --validation-fraction, or --split tail"
         )
     first = min(max(count - round(count * share), 1), count - 1)
     begins, _ = stores[0].document_bounds(np.array([first]))

@@ -80,6 +80,8 @@ def test_arguments_are_those_of_the_command_line(settings, words):
         ({"data": [3]}, TypeError, r"data is \[3\], expected a path, or several"),
         ({"data": [("a", 1), "b"]}, TypeError, r"data is \[\('a', 1\), 'b'\], expected a path"),
         ({"data": [("a", 1, 2)]}, TypeError, r".* or pairs of a path and a weight"),
+        ({"data": [([("a", 1), ("b", 1)], 1)]}, TypeError, r"data is \[\(\[.*, expected a path"),
+        ({"data": [([("a", 1)], 1)]}, TypeError, r"data is .*, expected a path, or several"),
         ({"data": {"a": "x"}}, ValueError, "the weight of a text is 'x', expected a number above"),
         ({"data": []}, ValueError, "data names no path, expected one or more"),
         ({"data": [([], 1.0)]}, ValueError, "data names no path, expected one or more"),

@@ -83,6 +83,21 @@ def test_texts_are_mixed_as_on_the_command_line(say, tmp_path, form):
     assert run.metrics.parts[1][0] == "b.txt"
 
 
+def test_a_model_of_conversations_talks(tmp_path):
+    lines = [json.dumps({"prompt": f"say {i}", "completion": f"{i}"}) for i in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    run = train(tmp_path / "run", stories=None, data=tmp_path / "chats.jsonl")
+    model = run.load()
+    assert model.evaluate().loss == run.metrics.loss
+    assert model.evaluate(tmp_path / "chats.jsonl").tokens > run.metrics.tokens
+    model.save(tmp_path / "copy")
+    said = []
+    for folder, template in ((run.folder, None), (run.folder, "plain"), (tmp_path / "copy", None)):
+        with legacy1bit.load(folder).chat(template=template, seed=1, max_tokens=5) as chat:
+            said.append(chat.answer("say 3"))
+    assert said[0] == said[1] == said[2]
+
+
 @pytest.mark.parametrize(
     "settings",
     [

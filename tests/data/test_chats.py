@@ -379,6 +379,34 @@ def test_conversations_need_a_template():
         replace(corpus_of(FEW).training, order="windows")
 
 
+@pytest.mark.parametrize("order", ["windows", "packed"])
+def test_conversations_in_a_mix_go_on_from_every_step(order):
+    Path("text.txt").write_text("some text, and more of it. " * 40)
+    chats, text = (DataOrigin.of_texts([os.path.abspath(name)]) for name in
+                   ("chats.jsonl", "text.txt"))  # fmt: skip
+    put(FEW)
+    origin = DataOrigin.of_mix([replace(chats, weight=1.0), replace(text, weight=0.5)])
+    data = DataConfig(order=order)
+    corpus = open_corpus(origin, data, 40, Path("cache"), encoder_of=plain)
+    assert corpus.template == PlainTemplate.source
+    reader, positions, batches = corpus.training.reader(4, 5), [], []
+    for _ in range(30):
+        positions.append(reader.position)
+        batches.append(reader.next_batch())
+    for step in (0, 1, 13, 29):
+        again = corpus.training.reader(4, 5)
+        again.check(positions[step])
+        again.position = positions[step]
+        for batch in batches[step:]:
+            for one, other in zip(again.next_batch(), batch, strict=True):
+                np.testing.assert_array_equal(one, other)
+    # Texts have no mask of their own here: all of a row is seen, and learned.
+    rows = [row for batch in batches for row in zip(*batch, strict=True)]
+    texts = [row for row in rows if b"some" in bytes(row[0][row[0] < PAD].astype(np.uint8))]
+    assert 25 <= len(texts) <= 55
+    assert all((starts == 0).all() and (goal != PAD).all() for _, goal, starts in texts)
+
+
 # --- What is measured -----------------------------------------------------------------------------
 
 

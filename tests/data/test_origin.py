@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from legacy1bit.commands import data as data_command
 from legacy1bit.data import corpus as corpora
 from legacy1bit.data.corpus import open_corpus, open_text
 from legacy1bit.data.origin import DataOrigin, Kind
@@ -145,7 +146,8 @@ def tokenized(monkeypatch):
         names.append(source.name)
         return tokenize(source, *arguments)
 
-    monkeypatch.setattr(corpora, "tokenize_source", count)
+    for module in (corpora, data_command):
+        monkeypatch.setattr(module, "tokenize_source", count)
     return names
 
 

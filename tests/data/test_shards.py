@@ -850,3 +850,16 @@ def test_token_store_copies_have_the_same_tokens_or_are_refused(tmp_path):
             copied(IntegerFile(path, np.uint8))
     with pytest.raises(TypeError, match="is open, and cannot be copied"):
         copy.deepcopy(TokenStore([IntegerFile(path, np.uint8)]))
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 5, 9])
+def test_documents_that_are_longer_than_a_width_are_counted(width, monkeypatch):
+    monkeypatch.setattr(shards, "_BLOCK_DOCUMENTS", 2)
+    monkeypatch.setattr(shards, "_COUNTED", 2)
+    lengths = np.array([3, 1, 9, 2, 2, 6, 1, 1, 10])
+    ends = np.cumsum(lengths)
+    store = TokenStore([np.arange(ends[-1] + 1)], ends - lengths, int(ends[-1]))
+    assert store.longer_documents(width) == (lengths > width).sum()
+    # What a window cuts off of documents does not count.
+    cut = np.array([8, 2, 2, 6, 1, 1, 7])
+    assert store.window(5, 32).longer_documents(width) == (cut > width).sum()
