@@ -78,9 +78,12 @@ class Start:
             model.quantize()
             return
         given = load_model(self.path).parameters
-        matrices = {name: one for name, one in given.items() if isinstance(one, TernaryMatrix)}
+        matrices = {}
         for name, weights in model.latent.items():
-            weights[...] = _dense(matrices[name]) if name in matrices else given[name]
+            value = given[name]
+            if isinstance(value, TernaryMatrix):
+                matrices[name], value = value, _dense(value)
+            weights[...] = value
         quantized = []
         for part in read_model(self.path)[2]:
             if part.masters is not None:

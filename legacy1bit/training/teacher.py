@@ -48,9 +48,11 @@ class Teacher:
         """The hash of its weights, the same in whichever format they are stored."""
         digest = hashlib.sha256()
         for value in self.model.parameters.values():
-            coded = isinstance(value, TernaryMatrix)
-            for array in (value.values, value.scales) if coded else (value,):
-                digest.update(np.ascontiguousarray(array))
+            if isinstance(value, TernaryMatrix):
+                digest.update(value.values.data)
+                digest.update(value.scales.data)
+            else:
+                digest.update(value.data)
         return digest.hexdigest()
 
     def recorded_in(self, source: dict[str, Any]) -> dict[str, Any]:
