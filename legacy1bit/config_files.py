@@ -472,7 +472,7 @@ def _comment(setting: Field[Any]) -> list[str]:
     meta = setting.metadata
     takes = ""
     if "choices" in meta:
-        takes = f" ({', '.join(meta['choices'])})"
+        takes = f" ({', '.join(map(str, meta['choices']))})"
     elif "low" in meta:
         kind = "g" if meta["kind"] is float else "d"
         takes = f" ({meta['low']:{kind}} to {meta['high']:{kind}})"

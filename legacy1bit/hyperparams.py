@@ -82,8 +82,10 @@ def _number(default: float | None, low: float, high: float, meaning: str, group:
     return field(default=default, metadata={**limits, "meaning": meaning, "group": group})
 
 
-def _choice(default: str, choices: tuple[str, ...], meaning: str, group: str = "") -> Any:
-    meta = {"kind": str, "choices": choices, "meaning": meaning, "group": group}
+def _choice(
+    default: str | int, choices: tuple[str, ...] | tuple[int, ...], meaning: str, group: str = ""
+) -> Any:
+    meta = {"kind": type(default), "choices": choices, "meaning": meaning, "group": group}
     return field(default=default, metadata=meta)
 
 
@@ -122,15 +124,14 @@ def check_setting(setting: Field[Any], value: Any, name: str | None = None) -> N
         if not value:
             raise SettingError(f"{name} is '', expected text", name)
         return
-    if kind is str:
-        if value not in setting.metadata["choices"]:
-            expected = ", ".join(setting.metadata["choices"])
-            raise SettingError(f"{name} is {format_value(value)}, expected one of {expected}", name)
-        return
     fits = isinstance(value, (int, float) if kind is float else kind)
-    if not fits or (kind is not bool and isinstance(value, bool)):
+    if kind is not str and (not fits or (kind is not bool and isinstance(value, bool))):
         raise TypeError(f"{name} is {format_value(value)}, expected {_WORDS[kind]}")
-    if kind is not bool:
+    if "choices" in setting.metadata:
+        if value not in setting.metadata["choices"]:
+            expected = ", ".join(map(str, setting.metadata["choices"]))
+            raise SettingError(f"{name} is {format_value(value)}, expected one of {expected}", name)
+    elif kind is not bool:
         low, high = setting.metadata["low"], setting.metadata["high"]
         if not low <= value <= high:
             raise SettingError(f"{name} is {format_value(value)}, expected {low} to {high}", name)
@@ -590,7 +591,7 @@ class TrainingConfig(_Record):
         BASIC,
     )
     optimizer_bits: int = _later(
-        _integer(32, 8, 32, "bits of each of the optimizer's moments: 32, or 8 for less memory")
+        _choice(32, (32, 8), "bits of each of the optimizer's moments: 8 take less memory")
     )
     muon_lr_ratio: float = _number(2.3, 1e-6, 1e6, "Muon's learning rate over AdamW's")
     momentum: float = _number(0.95, 0.0, 0.999999, "momentum of Muon and SGD")
@@ -704,10 +705,6 @@ class TrainingConfig(_Record):
             # A frozen record is set so; an unknown optimizer is refused right after.
             object.__setattr__(self, "learning_rate", DEFAULT_RATES[self.optimizer])
         super().__post_init__()
-        if self.optimizer_bits not in (8, 32):
-            raise SettingError(
-                f"optimizer_bits is {self.optimizer_bits}, expected 8 or 32", "optimizer_bits"
-            )
 
     @property
     def warmup(self) -> int:

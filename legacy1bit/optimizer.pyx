@@ -97,33 +97,36 @@ cdef void encode(const Moments *moments, Py_ssize_t start, Py_ssize_t block, Py_
                  const float *x) noexcept nogil:
     cdef const Code *code = &moments.code
     cdef unsigned char *codes = moments.codes + start
-    cdef Py_ssize_t i, j, stop
-    cdef float top, ratio
-    cdef unsigned int bits
-    cdef int cell, k
+    cdef float[BLOCK] ratios
+    cdef Py_ssize_t i, j, count
+    cdef float top
+    cdef unsigned int bits, number
+    cdef int cell, k, negative
     for i from 0 <= i < n by BLOCK:
-        stop = min(i + BLOCK, n)
-        top = 0.0
-        for j in range(i, stop):
-            ratio = fabsf(x[j])
-            top = ratio if ratio > top else top
+        count = min(n - i, BLOCK)
+        for j in range(count):
+            ratios[j] = fabsf(x[i + j])
+        top = kernels().largest(ratios, count)
         moments.scales[block + i // BLOCK] = top
         if top == 0.0:
-            memset(codes + i, code.zero, stop - i)
+            memset(codes + i, code.zero, count)
             continue
-        for j in range(i, stop):
-            ratio = fabsf(x[j]) / top
-            memcpy(&bits, &ratio, sizeof(float))
+        kernels().divide(ratios, top, count)
+        # Without branches, because signs are random. The bounds hold for NaN, too.
+        for j in range(count):
+            memcpy(&bits, &ratios[j], sizeof(float))
             cell = <int>(bits >> 16) - FIRST_CELL
-            # The bounds hold for NaN, too.
-            k = code.cells[min(max(cell, 0), CELLS - 1)]
-            k += ratio > code.middles[k]
-            if not code.has_sign:
-                codes[j] = k + (k == 0 and ratio > 0.0)
-            elif x[j] < 0.0:
-                codes[j] = code.zero - min(k, code.largest - 1)
+            cell = cell if cell > 0 else 0
+            k = code.cells[cell if cell < CELLS else CELLS - 1]
+            k += ratios[j] > code.middles[k]
+            if code.has_sign:
+                memcpy(&number, &x[i + j], sizeof(float))
+                negative = number >> 31
+                # There is no -1.
+                k -= negative & (k == code.largest)
+                codes[i + j] = code.zero + (k ^ -negative) + negative
             else:
-                codes[j] = code.zero + k
+                codes[i + j] = k + ((k == 0) & (bits != 0))
 
 
 cdef void squares_task(void *context, long index) noexcept nogil:

@@ -107,7 +107,7 @@ TRAINING_FIELDS = {
     "quantization_warmup": ((0, 1 << 40), (-1, (1 << 40) + 1), NOT_INTEGERS),
     "distillation_weight": ((0, 1.0), (-0.1, 1.1, NAN, INF), NOT_NUMBERS),
     "teacher_temperature": ((0.1, 100), (0.0, 101.0, NAN, INF), NOT_NUMBERS),
-    "optimizer_bits": ((8, 32), (0, 7, 33, 64), NOT_INTEGERS),
+    "optimizer_bits": ((32, 8), (0, 7, 16, 33, 64), NOT_INTEGERS),
     "momentum": ((0, 0.999999), (-0.1, 1.0, NAN, INF), NOT_NUMBERS),
     "sign_direction": (("descend", "ascend"), (*NOT_CHOICES, "up"), ()),
     "precision": (("auto", "float32", "int8", "bf16"), NOT_CHOICES, ()),
@@ -155,7 +155,7 @@ def test_fields_say_what_they_take(record, table):
         expected = {"kind", "meaning", "group"} | {"later"} & set(field.metadata)
         if kind is str and "choices" not in field.metadata:
             assert field.default is None
-        elif kind is str:
+        elif "choices" in field.metadata:
             expected |= {"choices"}
             assert field.metadata["choices"] == accepted, field.name
             assert field.default in accepted, field.name
@@ -399,12 +399,6 @@ def test_from_dict_takes_the_names_of_earlier_versions(record, earlier, name, va
 
 def test_to_dict_keeps_the_keys_of_files():
     assert ModelConfig(attention_window=3).to_dict()["attention_span"] == 3
-
-
-@pytest.mark.parametrize("value", [9, 16, 31])
-def test_optimizer_has_moments_of_eight_or_of_32_bits(value):
-    with pytest.raises(SettingError, match=f"optimizer_bits is {value}, expected 8 or 32"):
-        TrainingConfig(optimizer_bits=value)
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 4, 5, 7, 8, 100])

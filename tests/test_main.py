@@ -226,10 +226,11 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch):
     class Stop(Exception):
         pass
 
-    def made_with(folder, model_config, config, corpus, source, data, start):
+    def made_with(folder, model_config, config, corpus, source, data, start, teacher):
         made.append((folder, model_config, config, corpus, source))
         assert data == DataConfig()
         assert start is None
+        assert teacher is None
         raise Stop
 
     assert texts.DEFAULT_STORIES >= 10_000
@@ -355,6 +356,10 @@ SETTINGS = {
     "decay_factor": 0.9,
     "decay_every": 8,
     "float_steps": 3,
+    "quantization_warmup": 2,
+    "distillation_weight": 0.25,
+    "teacher_temperature": 3.0,
+    "optimizer_bits": 8,
     "sign_direction": "ascend",
     "precision": "float32",
     "gradient_checkpointing": True,
@@ -400,9 +405,10 @@ def test_every_setting_has_an_option(say):
     """But the vocabulary: tokens are bytes. All at once, so that none sets another's."""
     assert SETTABLE.keys() == {setting.name for setting in BOTH} - {"vocab_size"}
     assert all(SETTABLE[s.name] != s.default for s in BOTH if s.name in SETTABLE)
+    say(*tiny(out="teacher"))
     for name, settings in (("here", SETTINGS), ("there", OTHERS)):
         options = [text for name, value in settings.items() for text in option_of(name, value)]
-        say("train", "--out", name, "--stories", 20, *options)
+        say("train", "--out", name, "--stories", 20, "--teacher", "teacher", *options)
         of_model = {s.name: settings[s.name] for s in fields(ModelConfig) if s.name in settings}
         expected = ModelConfig(**of_model)
         assert stored_settings(name) == asdict(expected) | {
@@ -2220,6 +2226,8 @@ def wrong_values(setting):
         return ["", "x", "3,", "1.5"]
     if meta["kind"] is str:
         return ["", "x", meta["choices"][0].upper(), ",".join(meta["choices"][:2])]
+    if meta["kind"] is int and "choices" in meta:
+        return ["", "x", f"{meta['choices'][0]}.0", "0", "9"]
     if meta["kind"] is int:
         return ["", "x", "1.5", str(meta["low"] - 1), str(meta["high"] + 1)]
     below, above = np.nextafter(meta["low"], -math.inf), np.nextafter(meta["high"], math.inf)

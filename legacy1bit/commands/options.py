@@ -83,7 +83,7 @@ def add_settings(
             settings["action"] = argparse.BooleanOptionalAction
             settings["default"] = None
         elif "choices" in meta:
-            settings["choices"] = meta["choices"]
+            settings |= {"choices": meta["choices"], "type": meta["kind"]}
         else:
             settings["type"] = meta["kind"]
             settings["metavar"] = {int: "N", float: "X", str: "TEXT"}[meta["kind"]]

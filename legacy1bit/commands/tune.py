@@ -93,7 +93,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     )
     add_data(command)
     add_config(command)
-    command.set_defaults(start=None)
+    command.set_defaults(start=None, teacher=None)
     group = command.add_argument_group("the search")
     option = group.add_argument
     option("--out", metavar="DIR", type=new_folder, help="the study's folder (default: new)")
@@ -383,6 +383,8 @@ def _begin(arguments: argparse.Namespace, threads: int, budget: Budget) -> _Work
             "sqlite:///study.db"
         )
     new = plan_run(arguments)
+    if new.teacher is not None:
+        raise ValueError(f"{arguments.config} has a teacher, and trials of a study have none")
     config = StudyConfig(
         space,
         new.model,

@@ -127,10 +127,12 @@ class Start:
             model.quantize()
             return
         given = load_model(self.path, floats=True).parameters
-        matrices = {name: one for name, one in given.items() if isinstance(one, TernaryMatrix)}
+        matrices = {}
         for name, weights in model.latent.items():
             value = given[name]
-            weights[...] = _dense(value) if isinstance(value, TernaryMatrix) else value
+            if isinstance(value, TernaryMatrix):
+                matrices[name], value = value, _dense(value)
+            weights[...] = value
         quantized = []
         for part in read_model(self.path, floats=True)[2]:
             if part.masters is not None:

@@ -252,6 +252,13 @@ def test_run_is_trained_again_with_its_teacher(folder, fail):
     assert "No such file" in fail("train", "--teacher", folder / "nothing")
 
 
+def test_trials_of_a_study_have_no_teacher(folder, fail):
+    pytest.importorskip("optuna")
+    ran(*tiny("--teacher", folder / "teacher", out=folder / "first"))
+    told = fail("tune", "--config", folder / "first", "--trials", 1)
+    assert told.endswith("first has a teacher, and trials of a study have none")
+
+
 def test_teacher_goes_together_with_from(folder):
     ran(*tiny(out=folder / "first"))
     ran("train", "--from", folder / "first", "--teacher", folder / "teacher", "--stories", 20,
