@@ -46,7 +46,7 @@ from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_
 from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.memory import told_bytes
 from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH, Run
-from legacy1bit.training.teacher import Teacher, read_teacher
+from legacy1bit.training.teacher import Teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 # Stories that a finished run generates.
@@ -273,7 +273,7 @@ def _teacher_of(source: Mapping[str, Any], moved_to: Path | None) -> Teacher | N
     path = Path(str(source.get(TEACHER_PATH))) if moved_to is None else moved_to
     if not path.exists():
         raise ValueError(f"the teacher {path} is not there: --teacher says where it has moved to")
-    return read_teacher(path)
+    return Teacher.read(path)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -9,7 +9,7 @@ gives the same codes and scales again.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,8 +33,8 @@ _Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Start:
-    """A model to go on from.
+class StoredModel:
+    """A model in a file or a folder, whose weights are not read yet.
 
     Attributes
     ----------
@@ -47,6 +47,25 @@ class Start:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the model of a path.
+
+        Raises
+        ------
+        ModelFileError, ValueError
+            If it is damaged.
+        OSError
+            If it cannot be read.
+        """
+        config, *_ = read_model(path)
+        return cls(path, config, read_tokenizer(path, config.vocab_size))
+
+
+@dataclass(frozen=True)
+class Start(StoredModel):
+    """A model to go on from."""
 
     def nbytes(self) -> int:
         """Return the most bytes that reading the weights takes beside those that are filled."""
@@ -111,14 +130,14 @@ def read_start(path: Path) -> Start:
     OSError
         If it cannot be read.
     """
-    config, *_ = read_model(path)
-    scheme = SCHEMES.get(config.scheme)
+    start = Start.read(path)
+    scheme = SCHEMES.get(start.config.scheme)
     if scheme is not None and not scheme.learns:
         raise ValueError(
-            f"{path} has the scheme {config.scheme}, whose codes have no float weights to go on "
-            "from"
+            f"{path} has the scheme {start.config.scheme}, whose codes have no float weights to go "
+            "on from"
         )
-    return Start(path, config, read_tokenizer(path, config.vocab_size))
+    return start
 
 
 def _is_run(path: Path) -> bool:
