@@ -245,12 +245,15 @@ def test_trials_of_a_study_have_no_teacher(folder, fail):
 
 
 def test_model_takes_the_tokens_of_its_teacher(folder, fail):
-    ran(*tiny("--tokenizer", "bpe", "--vocab-size", 300, out=folder / "bpe"))
-    ran(*tiny("--teacher", folder / "bpe", out=folder / "taught"))
+    (folder / "text").write_bytes(TEXT * 20)
+    text = ("--data", folder / "text", "--cache", folder / "cache")
+    ran(*tiny(*text, "--tokenizer", "bpe", "--vocab-size", 280, stories=None, out=folder / "bpe"))
+    ran(*tiny(*text, "--teacher", folder / "bpe", stories=None, out=folder / "taught"))
     tokens = [(folder / name / "tokenizer.json").read_bytes() for name in ("bpe", "taught")]
     assert tokens[0] == tokens[1]
-    told = fail(*tiny("--teacher", folder / "bpe", "--tokenizer", "bytes"))
-    assert "has other tokens (bpe, 300) than the model (bytes, 256): expected the same" in told
+    told = fail(*tiny(*text, "--teacher", folder / "bpe", "--tokenizer", "bytes", stories=None))
+    assert "has other tokens (bpe, 280) than the model (bytes, 256): expected the same" in told
+    assert fail(*tiny("--teacher", folder / "bpe"))
 
 
 def test_teacher_goes_together_with_from(folder):
