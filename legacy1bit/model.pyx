@@ -694,7 +694,8 @@ cdef class LegacyLLM:
         self.scales = np.ones(layout[-1].scale_stop, np.float32)
         self.weights = np.zeros(self.total_size - (0 if trainable else self.quantized_size),
                                 np.float32)
-        self.learned = layout if trainable else None
+        # Weights of floats are their own latent weights.
+        self.learned = layout if trainable or not quantized else None
         floats = self.weights[self.quantized_size:] if trainable else self.weights
         self.parameters = views(floats, layout[len(quantized):])
         for part in quantized:

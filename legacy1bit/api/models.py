@@ -13,7 +13,7 @@ from legacy1bit.api.arguments import arguments_of, check_names, naming_arguments
 from legacy1bit.api.output import output_of
 from legacy1bit.commands import evaluate as evaluate_command
 from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
-from legacy1bit.conversation import Conversation, choose_template
+from legacy1bit.formats.conversation import Conversation, choose_template
 from legacy1bit.data.published_tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.formats.adapters import resolve

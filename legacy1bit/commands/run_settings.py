@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.hyperparams import DataConfig, ModelConfig, TrainingConfig, architecture_settings
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import TEACHER_PATH, Run
-from legacy1bit.training.start import Start, read_start, started
-from legacy1bit.training.teacher import Teacher, read_teacher
+from legacy1bit.training.start import Start, started
+from legacy1bit.training.teacher import Teacher
 
 # The first run is about a minute of training: all steps if they take at most 75 seconds, else those
 # of a minute, but enough for a model that remembers the hero of a story (98 % of endings after 300
@@ -93,6 +94,11 @@ def _tokenizer_of(arguments: argparse.Namespace, settings: dict[str, Any]) -> To
     if "run" in settings and tokens is not None and Run(settings["run"]).tokenizer_file.exists():
         return tokenizer_of(settings["run"], tokens)
     return None
+
+
+def _names_tokens(settings: Mapping[str, Any]) -> bool:
+    """Whether merged settings say what a token is."""
+    return bool({"tokenizer", "vocabulary"} & settings["data"].keys())
 
 
 def is_first_run(arguments: argparse.Namespace) -> bool:
@@ -179,7 +185,7 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
         If a file cannot be read or written.
     """
     settings = merged_settings(arguments)
-    start = None if arguments.start is None else read_start(arguments.start)
+    start = None if arguments.start is None else Start.read(arguments.start)
     if start is not None:
         settings["model"] = started(start, settings["model"]).to_dict()
     model, training, data = _records(arguments, settings)
@@ -193,7 +199,11 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
         origin.check_there(remedy)
     else:
         origin, remedy = origin_of(arguments, training.seed), ""
+    teacher_path = arguments.teacher or settings.get("teacher")
+    teacher = None if teacher_path is None else Teacher.read(teacher_path)
     tokenizer = _tokenizer_of(arguments, settings) if start is None else start.tokenizer
+    if tokenizer is None and teacher is not None and not _names_tokens(settings):
+        tokenizer = teacher.tokenizer
     path = settings.get("run") if start is None else start.path
     encoder_of = functools.partial(chat_encoder, path)
     length, progress = model.sequence_length, output.progress
@@ -216,6 +226,4 @@ def plan_run(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> 
             f"{corpus.tokenizer.vocab_size}, the tokenizer's: leave it out, or set vocabulary"
         )
     model = replace(model, vocab_size=corpus.vocab_size)
-    teacher_path = arguments.teacher or settings.get("teacher")
-    teacher = None if teacher_path is None else read_teacher(teacher_path)
     return RunPlan(model, training, data, corpus, settings.get("run"), start, teacher)

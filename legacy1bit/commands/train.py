@@ -49,8 +49,8 @@ from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_
 from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.memory import told_bytes
 from legacy1bit.training.run import START_HASH, START_PATH, TEACHER_HASH, TEACHER_PATH, Run
-from legacy1bit.training.start import read_start
-from legacy1bit.training.teacher import read_teacher
+from legacy1bit.training.start import Start
+from legacy1bit.training.teacher import Teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
 
 # Stories that a finished run generates.
@@ -285,8 +285,8 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
         corpus,
         source,
         settings.data,
-        None if start is None else read_start(start),
-        None if teacher is None else read_teacher(teacher),
+        None if start is None else Start.read(start),
+        None if teacher is None else Teacher.read(teacher),
     )
     trainer.restore(checkpoint)
     output.say(f"going on with {folder} at step {trainer.step}")
@@ -357,25 +357,27 @@ def say_what_is_trained(trainer: Trainer, output: Output) -> None:
             f"an adapter of rank {adapter.rank}, {model.num_trainable:,} parameters, on a model of "
             f"{what}"
         )
-    output.say(
-        f"training {what} ({config.scheme}, "
-        f"{config.num_blocks} blocks of {config.model_dim}) on {trainer.corpus.name}, "
-        f"{trainer.config.threads} threads, {simd_level()}, {trainer.config.precision}, "
+    lines = [
+        f"training {what} ({config.scheme}, {config.num_blocks} blocks of {config.model_dim}) on "
+        f"{trainer.corpus.name}, {trainer.config.threads} threads, {simd_level()}, "
+        f"{trainer.config.precision}, "
         + ", ".join(f"{epochs:.1f} epochs{of}" for of, epochs in _epochs(trainer).items())
-    )
+    ]
     if trainer.teacher is not None:
-        output.say(
+        lines.append(
             f"learning from {trainer.teacher.path} ({trainer.teacher.model.num_parameters:,} "
             f"parameters): weight {trainer.config.distillation_weight:g}, temperature "
             f"{trainer.config.teacher_temperature:g}"
         )
-    output.say(f"memory: {told_bytes(trainer.memory)}")
+    lines.append(f"memory: {told_bytes(trainer.memory)}")
     most = max(_epochs(trainer).values())
     if most > _MANY_EPOCHS and not trainer.config.patience:
-        output.say(
+        lines.append(
             f"{most:.0f} epochs may overfit: use more text or fewer --steps, or stop "
             "early with --patience 3"
         )
+    # At once: who reads the first line only may be gone after it.
+    output.say("\n".join(lines))
 
 
 class SampleLog:

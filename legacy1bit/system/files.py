@@ -33,7 +33,7 @@ _MOST_BYTES = 1 << 28
 # The names of temporary files and folders contain the beginning of the target's name, so that they
 # fit wherever the target does. The names of a run's files are shorter.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{32}\.tmp", re.DOTALL)
-NAME_CHARACTERS = 24
+NAME_CHARACTERS = 32
 
 # Errors of a write that was lost; other errors mean that a folder cannot be synced.
 _LOST = (errno.EIO, errno.ENOSPC, errno.EDQUOT)

@@ -9,7 +9,7 @@ gives the same codes and scales again.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,8 +34,8 @@ _Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
-class Start:
-    """A model to go on from.
+class StoredModel:
+    """A model in a file or a folder, whose weights are not read yet.
 
     Attributes
     ----------
@@ -48,6 +48,25 @@ class Start:
     path: Path
     config: ModelConfig
     tokenizer: Tokenizer
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Return the model of a path.
+
+        Raises
+        ------
+        ModelFileError, ValueError
+            If it is damaged.
+        OSError
+            If it cannot be read.
+        """
+        config, *_ = read_model(path, floats=True)
+        return cls(path, config, read_tokenizer(path, config.vocab_size))
+
+
+@dataclass(frozen=True)
+class Start(StoredModel):
+    """A model to go on from."""
 
     def nbytes(self) -> int:
         """Return the most bytes that reading the weights takes beside those that are filled."""
@@ -148,20 +167,6 @@ class Start:
         model.quantize()
         if model.config.scheme == self.config.scheme:
             _match(model, matrices)
-
-
-def read_start(path: Path) -> Start:
-    """Return a model to go on from.
-
-    Raises
-    ------
-    ModelFileError, ValueError
-        If it is damaged.
-    OSError
-        If it cannot be read.
-    """
-    config, *_ = read_model(path, floats=True)
-    return Start(path, config, read_tokenizer(path, config.vocab_size))
 
 
 def _is_run(path: Path) -> bool:

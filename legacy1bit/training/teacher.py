@@ -7,36 +7,23 @@ a time: storing those of a text takes more room than the text, by the size of th
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from legacy1bit.data.tokenizer import Tokenizer
-from legacy1bit.formats.published import read_model, read_tokenizer
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM, load_model
 from legacy1bit.training.adapters import weights_hash
 from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH
+from legacy1bit.training.start import StoredModel
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A model to learn from.
-
-    Attributes
-    ----------
-    path : Path
-        A run, or a model of any format that ``load_model`` reads.
-    config : ModelConfig
-    tokenizer : Tokenizer
-    """
-
-    path: Path
-    config: ModelConfig
-    tokenizer: Tokenizer
+class Teacher(StoredModel):
+    """A model to learn from."""
 
     @cached_property
     def model(self) -> LegacyLLM:
@@ -70,7 +57,7 @@ class Teacher:
             raise ValueError(
                 f"the teacher {self.path} has other tokens ({self.tokenizer.kind}, "
                 f"{own.vocab_size:,}) than the model ({tokenizer.kind}, {student.vocab_size:,}): "
-                "expected the same tokenizer, which --tokenizer-from gives the model"
+                "expected the same tokenizer, which a model without --tokenizer takes"
             )
         if own.positions == "rope" and own.sequence_length < student.sequence_length:
             raise ValueError(
@@ -95,20 +82,6 @@ class Teacher:
         float32[B, T, V]
         """
         return forward_llm_batch(self.model, tokens, threads, logits=True, starts=starts)
-
-
-def read_teacher(path: Path) -> Teacher:
-    """Return a model to learn from, whose weights are not read yet.
-
-    Raises
-    ------
-    ModelFileError, ValueError
-        If it is damaged.
-    OSError
-        If it cannot be read.
-    """
-    config, *_ = read_model(path, floats=True)
-    return Teacher(path, config, read_tokenizer(path, config.vocab_size))
 
 
 def _same_tokens(one: Tokenizer, other: Tokenizer) -> bool:

@@ -457,6 +457,7 @@ def test_it_is_silent_and_logs(tmp_path, capfd, caplog):
     messages = [record.getMessage() for record in caplog.records]
     assert {record.name for record in caplog.records} == {"legacy1bit"}
     assert messages[0].startswith("training ")
+    assert "\nmemory: about " in messages[0]
     assert [message[:11] for message in messages[1:4]] == [f"step      {n}" for n in (2, 4, 6)]
     assert messages[4] == "ended at step 6 of 6: steps"
     caplog.clear()

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.models import make_config, random_model
 from helpers.published import golden, with_golden_models
-from legacy1bit.conversation import Conversation
+from legacy1bit.formats.conversation import Conversation
 from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.formats import chat_template
 from legacy1bit.formats.chat_template import PLAIN, JinjaTemplate, PlainTemplate

@@ -957,13 +957,19 @@ def seeds() -> Iterator[tuple[str, list[list[bytes]]]]:
 
         size = tiny.num_parameters
         some = np.linspace(0.0, 1.0, size, dtype=np.float32)
-        state = checkpoint.Checkpoint(3, 1.5, (0.5, 2), (3,), some, some, some)
-        checkpoint.write_checkpoint(Run(folder), state, SETTINGS)
-        raw = Run(folder).checkpoint_file.read_bytes()
-        (length,) = struct.unpack_from("<Q", raw)
-        told = json.loads(raw[8 : 8 + length])
-        told["__metadata__"] |= dict.fromkeys([*SETTINGS, "crc32"], "right")
-        yield "checkpoint", [[json.dumps(told).encode(), raw[8 + length :]]]
+        codes = np.arange(size, dtype=np.uint8)
+        eight_bits = dict.fromkeys(("first", "second"), codes)
+        eight_bits |= {f"{name}_scales": some[:3] for name in eight_bits}
+        inputs = []
+        for moments in ({"first": some, "second": some}, eight_bits):
+            state = checkpoint.Checkpoint(3, 1.5, (0.5, 2), (3,), some, moments)
+            checkpoint.write_checkpoint(Run(folder), state, SETTINGS)
+            raw = Run(folder).checkpoint_file.read_bytes()
+            (length,) = struct.unpack_from("<Q", raw)
+            told = json.loads(raw[8 : 8 + length])
+            told["__metadata__"] |= dict.fromkeys([*SETTINGS, "crc32"], "right")
+            inputs.append([json.dumps(told).encode(), raw[8 + length :]])
+        yield "checkpoint", inputs
 
     yield (
         "metrics",

@@ -51,7 +51,7 @@ RECORD_KEYS = (
 TIMES = ("tokens_per_second", "elapsed_seconds")
 
 
-def make(folder, text=TEXT, data=None, **changes):
+def make(folder, text=TEXT, data=None, teacher=None, source=None, **changes):
     """A trainer of a tiny model; changes go to the settings that know them.
 
     With settings of data it learns from documents.
@@ -66,7 +66,9 @@ def make(folder, text=TEXT, data=None, **changes):
     else:
         corpus = documents_corpus(data, config.sequence_length)
         config = replace(config, vocab_size=corpus.training.pad_token)
-    return Trainer(folder, config, TrainingConfig(**training), corpus, {"name": "text"}, data)
+    source = {"name": "text"} if source is None else source
+    training = TrainingConfig(**training)
+    return Trainer(folder, config, training, corpus, source, data, teacher=teacher)
 
 
 DOCUMENTS = [TEXT[3 * i : 3 * i + 1 + i * 7 % 23] for i in range(40)]

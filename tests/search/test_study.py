@@ -150,7 +150,8 @@ def test_search_writes_settings_that_train(say):
     read = read_config("study/best.toml")
     assert ModelConfig(**{**read["model"], "vocab_size": 256}) == ModelConfig.from_dict(best.model)
     # The warm-up is what it is in a run of as many steps.
-    assert {**read["training"], "warmup_steps": None} == best.training
+    training = TrainingConfig(**{**read["training"], "warmup_steps": None})
+    assert training == TrainingConfig.from_dict(best.training)
     say("train", "--config", "study/best.toml", "--data", "text.txt", "--cache", "cache",
         "--out", "again")  # fmt: skip
     again = read_metrics("again/metrics.jsonl")[-1]

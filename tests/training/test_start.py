@@ -16,7 +16,7 @@ from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig
 from legacy1bit.layout import parameter_layout, views
 from legacy1bit.main import main
 from legacy1bit.model import TernaryMatrix, create_legacy_llm, load_model, save_model
-from legacy1bit.training.start import Start, read_start, started
+from legacy1bit.training.start import Start, started
 
 SCHEMES = ("ternary", "ternary-median", "binary", "float")
 SCALES = ("tensor", "row", "64")
@@ -31,7 +31,7 @@ def model_of(folder, **changes):
 
 def filled(path, **changes):
     """A model that begins with the weights of another one."""
-    start = read_start(path)
+    start = Start.read(path)
     model = create_legacy_llm(started(start, changes), 7)
     start.fill(model)
     return model
@@ -129,7 +129,7 @@ def test_a_model_of_floats_becomes_ternary(tmp_path):
 
 def test_settings_of_the_model_hold(tmp_path):
     model_of(tmp_path)
-    start = read_start(tmp_path)
+    start = Start.read(tmp_path)
     assert started(start, {"sequence_length": 8}).sequence_length == 8
     with pytest.raises(ValueError, match=r"model_dim is 20, expected 12, that of "):
         started(start, {"model_dim": 20})
@@ -140,7 +140,7 @@ def test_settings_of_the_model_hold(tmp_path):
 def test_codes_without_float_weights_are_refused(tmp_path):
     model_of(tmp_path, scheme="sign")
     with pytest.raises(ValueError, match="has the scheme sign, whose codes have no float weights"):
-        read_start(tmp_path)
+        Start.read(tmp_path)
 
 
 # --- The command line -----------------------------------------------------------------------------

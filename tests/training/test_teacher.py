@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,6 @@ from helpers import oracle
 from helpers.arrays import assert_same_bits
 from helpers.models import random_model
 from helpers.runs import (
-    PAD,
-    STEPS,
     TEXT,
     assert_same_files,
     assert_same_state,
@@ -25,17 +22,16 @@ from helpers.runs import (
     tiny,
     train,
 )
-from legacy1bit.data.corpus import text_corpus
 from legacy1bit.data.tokenizer import ByteTokenizer, UnknownTokenizer, train_bpe
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.forward import forward_llm_batch
-from legacy1bit.hyperparams import ARCHITECTURES, DataConfig, ModelConfig, TrainingConfig
+from legacy1bit.hyperparams import ARCHITECTURES, DataConfig, ModelConfig
 from legacy1bit.main import main
 from legacy1bit.model import save_model
 from legacy1bit.system.errors import SettingError
 from legacy1bit.training.run import TEACHER_HASH, TEACHER_PATH
-from legacy1bit.training.teacher import Teacher, read_teacher
-from legacy1bit.training.trainer import Trainer, steps_within
+from legacy1bit.training.teacher import Teacher
+from legacy1bit.training.trainer import steps_within
 
 SMALL = {"model_dim": 8, "num_blocks": 1, "num_heads": 2, "sequence_length": 8}
 LARGER = {"vocab_size": 256, "model_dim": 20, "num_blocks": 2, "num_heads": 2}
@@ -50,23 +46,12 @@ def teacher_in(folder, tokenizer=None, **changes):
     save_model(model, folder)
     tokenizer = ByteTokenizer() if tokenizer is None else tokenizer
     tokenizer.save(folder)
-    return read_teacher(folder)
+    return Teacher.read(folder)
 
 
-def taught(folder, teacher, data=None, source=None, **changes):
+def taught(folder, teacher, **changes):
     """A trainer of a tiny model with a teacher."""
-    model = {**SMALL, **{key: changes.pop(key) for key in ("scheme",) if key in changes}}
-    training = {"steps": STEPS, "batch_size": 3, "warmup_steps": 4, "evaluate_every": 5, **changes}
-    config = ModelConfig(**model)
-    if data is None:
-        corpus = text_corpus(TEXT, "text", config.sequence_length, PAD)
-    else:
-        corpus = documents_corpus(data, config.sequence_length)
-        config = replace(config, vocab_size=corpus.training.pad_token)
-    source = {"name": "text"} if source is None else source
-    return Trainer(
-        folder, config, TrainingConfig(**training), corpus, source, data, teacher=teacher
-    )
+    return make(folder, teacher=teacher, **changes)
 
 
 def test_teacher_without_weight_changes_no_bit(tmp_path):
@@ -122,7 +107,7 @@ def test_run_with_a_teacher_goes_on_to_the_bit(tmp_path, name):
     losses = train(whole)[1]
     run = taught(tmp_path / "run", teacher, **KINDS[name])
     parts = train(run, stop_at=5)[1]
-    run = taught(tmp_path / "run", read_teacher(teacher.path), **KINDS[name])
+    run = taught(tmp_path / "run", Teacher.read(teacher.path), **KINDS[name])
     run.restore(newest(run))
     parts += train(run)[1]
     assert parts == losses
@@ -140,11 +125,11 @@ def test_gradient_checkpointing_changes_no_bit_of_a_run_with_a_teacher(tmp_path)
 def test_hash_of_a_teacher_is_that_of_its_weights_in_any_format(tmp_path):
     teacher = teacher_in(tmp_path / "own", **ARCHITECTURES["llama"])
     export_hugging_face(teacher.model, tmp_path / "hf")
-    assert read_teacher(tmp_path / "hf").sha256 == teacher.sha256
+    assert Teacher.read(tmp_path / "hf").sha256 == teacher.sha256
     teacher.model.parameters["blocks.0.norm1.gamma"][3] += 1.0
     assert Teacher(teacher.path, teacher.config, teacher.tokenizer).sha256 == teacher.sha256
     save_model(teacher.model, tmp_path / "changed")
-    assert read_teacher(tmp_path / "changed").sha256 != teacher.sha256
+    assert Teacher.read(tmp_path / "changed").sha256 != teacher.sha256
 
 
 def test_tokens_have_to_be_the_same(tmp_path):
@@ -205,7 +190,7 @@ def test_speed_is_measured_with_the_teacher(tmp_path, monkeypatch):
     run = taught(tmp_path / "run", teacher)
     found = Teacher.logits
     monkeypatch.setattr(Teacher, "logits", lambda *args: seen.append(1) or found(*args))
-    steps_within(0.01, run.model.config, run.config, run.corpus, None, teacher)
+    steps_within(0.01, run.model.config, run.config, run.corpus, teacher=teacher)
     assert seen
 
 
@@ -257,6 +242,18 @@ def test_trials_of_a_study_have_no_teacher(folder, fail):
     ran(*tiny("--teacher", folder / "teacher", out=folder / "first"))
     told = fail("tune", "--config", folder / "first", "--trials", 1)
     assert told.endswith("first has a teacher, and trials of a study have none")
+
+
+def test_model_takes_the_tokens_of_its_teacher(folder, fail):
+    (folder / "text").write_bytes(TEXT * 20)
+    text = ("--data", folder / "text", "--cache", folder / "cache")
+    ran(*tiny(*text, "--tokenizer", "bpe", "--vocab-size", 280, stories=None, out=folder / "bpe"))
+    ran(*tiny(*text, "--teacher", folder / "bpe", stories=None, out=folder / "taught"))
+    tokens = [(folder / name / "tokenizer.json").read_bytes() for name in ("bpe", "taught")]
+    assert tokens[0] == tokens[1]
+    told = fail(*tiny(*text, "--teacher", folder / "bpe", "--tokenizer", "bytes", stories=None))
+    assert "has other tokens (bpe, 280) than the model (bytes, 256): expected the same" in told
+    assert fail(*tiny("--teacher", folder / "bpe"))
 
 
 def test_teacher_goes_together_with_from(folder):

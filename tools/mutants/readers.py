@@ -27,7 +27,7 @@ TESTS = [
     "tests/formats/test_gguf_file.py",
     "tests/formats/test_safetensors_file.py",
     "tests/formats/test_published.py",
-    "tests/formats/test_adapters.py",
+    "tests/formats/test_adapter_files.py",
     "tests/test_fuzz.py",
 ]
 # For a function.
