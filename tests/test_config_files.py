@@ -326,6 +326,7 @@ def test_write_config_shows_every_setting_and_its_meaning():
             "head_dim",
             "ffn_dim",
             "window_pattern",
+            "adapter_alpha",
         }
     assert "\n# updates of the weights (1 to 1099511627776)\nsteps = 1500\n" in text
     assert "\n# how the learning rate falls (cosine, linear, step, constant)\n" in text

@@ -379,7 +379,14 @@ CONTRARY = {
 }
 OTHERS = {name: value for name, value in SETTINGS.items()
           if name not in ("scale", "positions", "attention_window")} | CONTRARY  # fmt: skip
-SETTABLE = SETTINGS | CONTRARY
+# Those of an adapter, which is on a model that has settings.
+ADAPTER = {
+    "adapter": 2,
+    "adapter_alpha": 3.0,
+    "adapter_dropout": 0.125,
+    "adapter_layers": "ffn",
+}
+SETTABLE = SETTINGS | CONTRARY | ADAPTER
 CHANGEABLE = ("steps", "threads", "precision", "patience")
 RENAMED = {"num_blocks": "blocks", "num_heads": "heads"}
 BOTH = [*fields(ModelConfig), *fields(TrainingConfig)]
@@ -412,10 +419,13 @@ def test_every_setting_has_an_option(say):
         of_model = {s.name: settings[s.name] for s in fields(ModelConfig) if s.name in settings}
         expected = ModelConfig(**of_model)
         assert stored_settings(name) == asdict(expected) | {
-            s.name: settings[s.name] for s in fields(TrainingConfig)
+            s.name: settings.get(s.name, s.default) for s in fields(TrainingConfig)
         }
         config = json.loads(Path(name, "config.json").read_bytes())
         assert config.items() >= expected.to_dict().items()
+    options = [text for name, value in ADAPTER.items() for text in option_of(name, value)]
+    say(*tiny(*options, out="adapted", **{"from": "teacher"}))
+    assert stored_settings("adapted").items() >= ADAPTER.items()
 
 
 @pytest.mark.parametrize("setting", [s for s in BOTH if s.name in SETTABLE], ids=lambda s: s.name)

@@ -13,11 +13,11 @@ from legacy1bit.api.arguments import arguments_of, check_names, naming_arguments
 from legacy1bit.api.output import output_of
 from legacy1bit.commands import evaluate as evaluate_command
 from legacy1bit.commands.export import ADAPTER_FORMATS, FORMATS, export_model
-from legacy1bit.formats.conversation import Conversation, choose_template
 from legacy1bit.data.published_tokenizer import TEMPLATE_FILE, TOKENIZER_CONFIG_FILE
 from legacy1bit.data.tokenizer import TOKENIZER_FILE, Tokenizer
 from legacy1bit.formats.adapters import resolve
 from legacy1bit.formats.c_v1 import copy_with_provenance
+from legacy1bit.formats.conversation import Conversation, choose_template
 from legacy1bit.formats.gguf_file import is_gguf
 from legacy1bit.formats.native import (
     ADAPTER_CONFIG_FILE,

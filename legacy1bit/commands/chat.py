@@ -20,8 +20,8 @@ from legacy1bit.commands.options import (
     path_of,
     write_bytes,
 )
-from legacy1bit.formats.conversation import THINKING, Conversation, choose_template
 from legacy1bit.formats.adapters import resolve
+from legacy1bit.formats.conversation import THINKING, Conversation, choose_template
 from legacy1bit.system.errors import INTERRUPTED
 from legacy1bit.system.files import atomic_write
 

@@ -7,11 +7,11 @@ import pytest
 
 from helpers.models import make_config, random_model
 from helpers.published import golden, with_golden_models
-from legacy1bit.formats.conversation import Conversation
 from legacy1bit.data.tokenizer import ByteTokenizer, train_bpe
 from legacy1bit.formats import chat_template
 from legacy1bit.formats.chat_template import PLAIN, JinjaTemplate, PlainTemplate
 from legacy1bit.formats.chat_tokens import TemplateEncoder, chat_encoder
+from legacy1bit.formats.conversation import Conversation
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SamplingConfig

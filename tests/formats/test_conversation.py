@@ -7,9 +7,9 @@ import pytest
 from helpers.conversations import answers
 from helpers.models import make_config, random_model
 from helpers.published import golden, with_golden_models
-from legacy1bit.formats.conversation import Conversation, without_thoughts
 from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate
+from legacy1bit.formats.conversation import Conversation, without_thoughts
 from legacy1bit.formats.published import read_template
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import SamplingConfig

@@ -609,8 +609,8 @@ def test_killed_process_loses_its_running_trial_at_most(database, say):
     assert before[0].state.name == "COMPLETE"
     killed = [t for t in before.values() if t.state.name == "RUNNING"]
     assert len(killed) == 1
-    # It is known to be dead after a while.
-    time.sleep(3)
+    # It is known to be dead after a while; the times of SQLite are whole seconds.
+    time.sleep(5)
     arguments = ("--resume", "study", "--storage", url, "--trials", 4, "--threads", 1)
     process = started("-c", WORK, "tune", *arguments, "--cache", "cache")
     _, errors = process.communicate(timeout=120)

@@ -140,7 +140,7 @@ def test_settings_of_the_model_hold(tmp_path):
 def test_codes_without_float_weights_are_refused(tmp_path):
     model_of(tmp_path, scheme="sign")
     with pytest.raises(ValueError, match="has the scheme sign, whose codes have no float weights"):
-        Start.read(tmp_path)
+        filled(tmp_path)
 
 
 # --- The command line -----------------------------------------------------------------------------
