@@ -419,7 +419,7 @@ def test_every_setting_has_an_option(say):
         of_model = {s.name: settings[s.name] for s in fields(ModelConfig) if s.name in settings}
         expected = ModelConfig(**of_model)
         assert stored_settings(name) == asdict(expected) | {
-            s.name: settings.get(s.name, s.default) for s in fields(TrainingConfig)
+            s.name: settings[s.name] for s in fields(TrainingConfig) if s.name in settings
         }
         config = json.loads(Path(name, "config.json").read_bytes())
         assert config.items() >= expected.to_dict().items()

@@ -19,8 +19,8 @@ def unfailing(stream: TextIO | None) -> TextIO:
 
 
 def say(line: str) -> None:
-    """Write a line to standard error."""
-    print(line, file=sys.stderr)
+    """Write a line, or several, to standard error, at once: a reader may leave after one."""
+    print(f"{line}\n", end="", file=sys.stderr)
 
 
 class _Unfailing:

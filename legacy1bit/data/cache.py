@@ -41,7 +41,7 @@ _DISK_PART = 10
 TOKENS, TOKENIZER, TEXT, UNFINISHED = "tokens", "tokenizer", "text", "unfinished"
 _FOLDERS = {TOKENS: re.compile("[0-9a-f]{32}"), TOKENIZER: re.compile("tokenizer-[0-9a-f]{32}")}
 # The beginnings of the names of unfinished entries, in the folder and in that of texts.
-_UNFINISHED = re.compile("[0-9a-f]{24}|tokenizer-[0-9a-f]{14}")
+_UNFINISHED = re.compile("[0-9a-f]{24,32}|tokenizer-[0-9a-f]{14,22}")
 _STREAM = "stream"
 
 _UNKNOWN = "unknown"
