@@ -379,7 +379,7 @@ cdef class Optimizer:
     """
 
     cdef readonly LegacyLLM model
-    cdef readonly dict moments
+    cdef dict arrays
     cdef public float weight_decay
     cdef public long steps
     cdef Update settings
@@ -399,15 +399,15 @@ cdef class Optimizer:
         self.weight_decay = weight_decay
         self.muon_lr_ratio = 1.0
         self.direction = -1.0 if sign_direction == "descend" else 1.0
-        self.moments = {}
+        self.arrays = {}
         for name, (values, *_) in (("first", _SIGNED), ("second", _UNSIGNED)):
             if bits == 32:
-                self.moments[name] = np.zeros(model.num_trainable, np.float32)
+                self.arrays[name] = np.zeros(model.num_trainable, np.float32)
             else:
                 zero = np.flatnonzero(values == 0.0)[0]
                 blocks = sum(_blocks(part.size) for part in model.learned)
-                self.moments[name] = np.full(model.num_trainable, zero, np.uint8)
-                self.moments[f"{name}_scales"] = np.zeros(blocks, np.float32)
+                self.arrays[name] = np.full(model.num_trainable, zero, np.uint8)
+                self.arrays[f"{name}_scales"] = np.zeros(blocks, np.float32)
         self.spans = _spans(
             model.learned,
             lambda name, kind: BY_SIGN if kind == "quantized" and not scheme.learns
@@ -418,17 +418,22 @@ cdef class Optimizer:
     @property
     def nbytes(self) -> int:
         """The bytes of the moments."""
-        return sum(values.nbytes for values in self.moments.values())
+        return sum(values.nbytes for values in self.arrays.values())
+
+    @property
+    def moments(self) -> dict:
+        """The arrays of moments by name; see ``Optimizer``."""
+        return dict(self.arrays)
 
     @property
     def first(self):
         """``moments["first"]``."""
-        return self.moments["first"]
+        return self.arrays["first"]
 
     @property
     def second(self):
         """``moments["second"]``."""
-        return self.moments["second"]
+        return self.arrays["second"]
 
     def _rule(self, name, kind):
         raise TypeError("make an AdamW, a Muon or an SGD")
@@ -475,8 +480,8 @@ cdef class Optimizer:
         gradient = gradients.flat
         job.weights = &weights[0]
         for has_sign, name in ((False, "second"), (True, "first")):
-            point_moments(&job.first if has_sign else &job.second, self.moments[name],
-                          self.moments.get(f"{name}_scales"), has_sign)
+            point_moments(&job.first if has_sign else &job.second, self.arrays[name],
+                          self.arrays.get(f"{name}_scales"), has_sign)
         job.gradient = &gradient[0]
         job.squares = &squares[0]
         job.spans = &spans[0]

@@ -682,6 +682,43 @@ def test_eight_bits_hold_every_value_and_every_size():
     assert (np.abs(of_first_moments(values) - values)[near_one] <= 0.0071).all()
 
 
+def beside_middles(signed):
+    """The middles between neighboring values, and the numbers next to them."""
+    values = oracle.eight_bit_values(signed).astype(np.float64)
+    middles = ((values[:-1] + values[1:]) / 2).astype(np.float32)
+    return np.sort(
+        np.concatenate([np.nextafter(middles, np.float32(way)) for way in (-2.0, 2.0)] + [middles])
+    )
+
+
+@every_tier
+def test_numbers_beside_the_middle_of_two_values_have_the_nearest():
+    values = beside_middles(signed=True)
+    # Each block has its largest magnitude.
+    blocks = [np.append(part, np.float32(1.0)) for part in np.array_split(values, 4)]
+    for block in blocks:
+        codes, scales = oracle.to_eight_bits(block, [0], signed=True)
+        expected = oracle.from_eight_bits(codes, scales, [0], signed=True)
+        assert_same_bits(of_first_moments(block), expected)
+
+
+@every_tier
+def test_second_moments_beside_the_middle_of_two_values_have_the_nearest():
+    config = make_config(scheme="float", vocab_size=512, model_dim=6, num_blocks=1)
+    roots = np.sqrt(beside_middles(signed=False))
+    for part in np.array_split(roots, 4):
+        optimizers = [AdamW(create_legacy_llm(config, 1), beta2=0.0, bits=bits) for bits in (8, 32)]
+        gradients = create_legacy_llm_gradients(config)
+        place = gradients.parameters["embedding.weight"].reshape(-1)
+        place[: part.size + 1] = np.append(part, np.float32(1.0))
+        for optimizer in optimizers:
+            optimizer.step(gradients, 0.0)
+        codes, _ = oracle.to_eight_bits(
+            optimizers[1].second, starts_of_parameters(config), signed=False
+        )
+        assert_same_bits(optimizers[0].second, codes)
+
+
 @every_tier
 def test_second_moment_in_eight_bits_does_not_vanish():
     """Where it did, a step after it would be a moment over epsilon."""

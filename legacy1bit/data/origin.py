@@ -277,12 +277,13 @@ def _path_entry(paths: Sequence[str]) -> str | list[str] | None:
     return list(paths) if len(paths) > 1 else next(iter(paths), None)
 
 
-def located(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def located(record: Mapping[str, Any], folder: Path, others: Sequence[str] = ()) -> dict[str, Any]:
     """Return the record of a run or a study, in its folder, with paths that exist.
 
     The longest end of a missing path that exists in the folder, or in one of those above it, takes
     its place: ``/old/data/text.txt`` may have become ``/new/data/text.txt``, where the run has
-    moved to ``/new/runs/mine``. A path without such an end stays.
+    moved to ``/new/runs/mine``. A path without such an end stays. ``others`` are keys of further
+    paths.
 
     Raises
     ------
@@ -292,7 +293,7 @@ def located(record: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     updated = dict(record)
     base = Path(os.path.realpath(folder))
     bases = [base, *list(base.parents)[:_LEVELS]]
-    for key in (TEXT_PATH, VALIDATION_PATH):
+    for key in (TEXT_PATH, VALIDATION_PATH, *others):
         if paths := paths_of(record, key):
             updated[key] = _path_entry([_located(path, bases) for path in paths])
     if MIXED in record:

@@ -233,7 +233,7 @@ class Run:
                 ModelConfig.from_dict(tables["model"]),
                 TrainingConfig.from_dict(tables["training"]),
                 DataConfig.from_dict(tables.get("data", {})),
-                located(tables["source"], self.folder),
+                located(tables["source"], self.folder, (TEACHER_PATH,)),
                 machine if isinstance(machine, dict) else {},
             )
         except KeyError as error:

@@ -230,6 +230,16 @@ def test_resume_finds_the_teacher_or_says_what_to_do(folder, fail):
     assert_same_files(folder / "half", folder / "whole")
 
 
+def test_teacher_is_found_where_it_has_moved_together_with_the_run(folder):
+    (folder / "old").mkdir()
+    shutil.move(folder / "teacher", folder / "old" / "teacher")
+    ran(*tiny("--teacher", folder / "old" / "teacher", out=folder / "old" / "run", steps=2))
+    shutil.move(folder / "old", folder / "new")
+    ran("train", "--resume", folder / "new" / "run", "--steps", 3)
+    source = json.loads((folder / "new" / "run" / "training.json").read_text())["source"]
+    assert source[TEACHER_PATH] == str(folder / "new" / "teacher")
+
+
 def test_run_is_trained_again_with_its_teacher(folder, fail):
     ran(*tiny("--teacher", folder / "teacher", out=folder / "first"))
     ran("train", "--config", folder / "first", "--out", folder / "again")
