@@ -376,6 +376,17 @@ def test_int8_decoding_is_near_it_and_an_empty_adapter_changes_no_bit(changes):
     assert np.abs(logits - plain).max() > 3 * np.abs(logits - exact).max()
 
 
+@outer_tiers
+@cases
+def test_threads_decode_the_same_bits(changes):
+    config = make_config(**changes | {"vocab_size": 70, "ffn_dim": 200, "model_dim": 48})
+    adapted = PackedModel(adapted_model(config), head="int8")
+    tokens = random_tokens(config, 1, 12)[0]
+    logits = [Decoder(adapted, threads).prefill_logits(tokens) for threads in (1, 2, 3, 7)]
+    for other in logits[1:]:
+        assert_same_bits(other, logits[0])
+
+
 def test_a_model_that_trains_is_packed_with_its_adapter():
     config = make_config()
     for form in ("as they are", "2bit"):

@@ -21,7 +21,7 @@ from legacy1bit.formats.adapters import LoraPair, LoraWeights
 from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
-from legacy1bit.forward import forward_llm
+from legacy1bit.forward import forward_llm, forward_llm_batch
 from legacy1bit.hyperparams import ARCHITECTURES
 from legacy1bit.model import ModelFileError, TernaryMatrix
 
@@ -384,6 +384,9 @@ def test_peft_has_the_logits_of_the_merged_model(tmp_path, name, part):
         theirs = torch.softmax(logits, -1).numpy()
     whole = adapters.merged_model(model, [(adapter, 1.0)])
     assert_close(forward_llm(whole, tokens), theirs, rtol=2e-3, atol=1e-6)
+    pairs = adapters.read_adapters([(tmp_path / "adapter", 1.0)], model.config)
+    beside = forward_llm_batch(model.with_adapter(pairs), tokens, logits=True)
+    assert_close(beside, logits.numpy(), rtol=0, atol=1e-4)
     # And what PEFT writes is read.
     twin.save_pretrained(tmp_path / "again")
     found = adapters.read_adapter(tmp_path / "again", model.config)
