@@ -488,7 +488,7 @@ def _report(trainer: Trainer) -> None:
         whole = sum(stories.is_story(story) for story in written)
         print(f"{'whole stories':<18}{whole} of {_SAMPLES} that it wrote obey the grammar")
         print("\nsample:\n  " + "\n  ".join(written[:3]))
-    elif tokenizer.kind != "unknown":
+    elif tokenizer.bos_token is not None:
         print("\nsample:\n" + generator.complete("", 300, seed=0).text)
     folder, prompt = shlex.quote(str(trainer.folder)), "Kim was a" if corpus.stories else "The"
     size = trainer.model.stored_bytes()

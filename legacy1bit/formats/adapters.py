@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from legacy1bit.formats.families import Pairs, family_of, row_order, tensor_names
 from legacy1bit.formats.ggml import load_gguf
-from legacy1bit.formats.gguf_file import read_container
+from legacy1bit.formats.gguf_file import is_gguf, read_container
 from legacy1bit.formats.native import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
@@ -168,17 +168,21 @@ def check_adapter(config: ModelConfig, adapter: LoraWeights) -> None:
 def split_scale(text: str) -> tuple[str, float]:
     """Return path and factor of ``PATH[:SCALE]``; by default the factor is 1.
 
+    What ends in a colon and a number and exists is a path.
+
     Raises
     ------
     ValueError
-        If the factor is not a finite number.
+        If there is no path, or the factor is not a finite number.
     """
+    if not text:
+        raise ValueError("--adapter is empty, expected a path")
     path, colon, scale = text.rpartition(":")
     try:
         factor = float(scale)
     except ValueError:
         return text, 1.0
-    if not colon or not path:
+    if not colon or not path or os.path.exists(text):
         return text, 1.0
     if not math.isfinite(factor):
         raise ValueError(f"the scale of the adapter {path} is {scale}, expected a finite number")
@@ -198,7 +202,7 @@ def resolve(model: Path, adapters: Sequence[str]) -> tuple[Path, list[tuple[Path
     Raises
     ------
     ValueError
-        If a factor is no finite number, or the folder has an adapter without the place of a model.
+        If a factor is no finite number, or the model of an adapter is not named, or not there.
     """
     named = [(Path(path), factor) for path, factor in map(split_scale, adapters)]
     if not (model / ADAPTER_CONFIG_FILE).is_file() or (model / WEIGHTS_FILE).exists():
@@ -209,6 +213,11 @@ def resolve(model: Path, adapters: Sequence[str]) -> tuple[Path, list[tuple[Path
     if not isinstance(base, str) or not base:
         raise ValueError(
             f"{model} is an adapter: name its model with --model, and this with --adapter"
+        )
+    if not Path(base).exists():
+        raise ValueError(
+            f"{base} is not there, the model of the adapter {model}: name its new place with "
+            "--model, and the adapter with --adapter"
         )
     return Path(base), [(model, 1.0), *named]
 
@@ -334,6 +343,8 @@ def read_adapter(path: str | os.PathLike[str], config: ModelConfig) -> LoraWeigh
     """
     path = Path(path)
     with refusing(path):
+        if path.is_file() and not is_gguf(path):
+            raise ValueError("it is neither a folder of PEFT nor a GGUF file")
         # Of a run that of its best step.
         adapter = (
             _read_peft(model_folder(path), config) if path.is_dir() else _read_gguf(path, config)

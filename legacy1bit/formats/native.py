@@ -298,7 +298,8 @@ def read_folder(path: Path) -> tuple[ModelConfig, Provenance, Iterator[StoredPar
     """
     if (path / ADAPTER_CONFIG_FILE).is_file() and not (path / WEIGHTS_FILE).exists():
         raise ModelFileError(
-            f"{path} is an adapter and not a model: name its model, and this with --adapter"
+            f"{path} is an adapter and not a model: name its model, and this with the option "
+            "--adapter of generate, chat, evaluate, info or export"
         )
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():

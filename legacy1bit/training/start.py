@@ -7,7 +7,7 @@ gives the same codes and scales again.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -94,6 +94,8 @@ class Start(StoredModel):
             If a file cannot be read.
         """
         if training.adapter:
+            # A run that goes on may name another model.
+            started(self, asdict(config))
             return adapted(self.path, config, training)
         model = create_legacy_llm(config, training.seed)
         self.fill(model)

@@ -192,6 +192,12 @@ class Trainer:
         scheme = SCHEMES.get(model_config.scheme)
         for name in ("float_steps", "quantization_warmup"):
             value = getattr(config, name)
+            if value and config.adapter:
+                raise SettingError(
+                    f"{name} is {value}, expected 0 with an adapter: the weights of its model stay "
+                    "as they are",
+                    name,
+                )
             if value and not (scheme and scheme.learns):
                 raise SettingError(
                     f"{name} is {value}, expected 0: the scheme {model_config.scheme} has no codes "

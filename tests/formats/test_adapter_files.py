@@ -314,6 +314,14 @@ def test_split_scale(text, path, scale):
     assert adapters.split_scale(text) == (path, scale)
 
 
+def test_split_scale_takes_what_exists_as_a_path(tmp_path):
+    (tmp_path / "ä:2").mkdir()
+    assert adapters.split_scale(f"{tmp_path}/ä:2") == (f"{tmp_path}/ä:2", 1.0)
+    assert adapters.split_scale(f"{tmp_path}/ä:2:0.5") == (f"{tmp_path}/ä:2", 0.5)
+    with pytest.raises(ValueError, match="--adapter is empty, expected a path"):
+        adapters.split_scale("")
+
+
 @pytest.mark.parametrize("scale", ["nan", "inf", "-inf"])
 def test_split_scale_refuses_what_is_not_finite(scale):
     with pytest.raises(ValueError, match=f"is {scale}, expected a finite number"):
@@ -675,6 +683,14 @@ def test_gguf_files_of_something_else_are_refused(tmp_path):
         change(tensors)
         write_gguf_file(path, KEYS, tensors)
         assert told in refusal(path, config)
+
+
+def test_a_file_that_is_no_gguf_is_no_adapter(tmp_path):
+    config = config_of("llama")
+    adapters.write_peft(adapter_of(config), config, tmp_path)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        told = refusal(tmp_path / name, config)
+        assert "it is neither a folder of PEFT nor a GGUF file" in told
 
 
 def test_models_are_no_adapters_and_adapters_no_models(tmp_path):

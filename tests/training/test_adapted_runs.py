@@ -10,6 +10,7 @@ import pytest
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import make_config, random_model
 from helpers.runs import TEXT, measured
+from legacy1bit.data.tokenizer import ByteTokenizer
 from legacy1bit.formats.adapters import read_adapter, read_adapters
 from legacy1bit.formats.native import BEST_FOLDER
 from legacy1bit.forward import forward_llm_batch
@@ -196,6 +197,38 @@ def test_a_damaged_adapter_gives_one_line(tmp_path, capsys):
         line = error_of(capsys, ["generate", "--model", "run"])
         assert line.startswith("legacy1bit: error: ")
         assert "run" in line
+
+
+@pytest.mark.parametrize("name", ["float_steps", "quantization_warmup"])
+def test_steps_of_float_weights_exclude_an_adapter(tmp_path, capsys, name):
+    line = error_of(capsys, arguments(**{name: 2}))
+    assert f"{name} is 2, expected 0 with an adapter" in line.replace("--", "").replace("-", "_")
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_say_where_the_model_of_an_adapter_is_named(tmp_path, capsys):
+    assert main(arguments(steps=2)) == 0
+    line = error_of(capsys, ["train", "--config", "run", "--data", "text.txt"])
+    assert "run has adapter 3, and --config excludes --from, which an adapter needs" in line
+    line = error_of(capsys, arguments("next", **{"from": "run"}))
+    assert "run is an adapter and not a model" in line
+    save_model(random_model(make_config(vocab_size=256)), tmp_path / "other")
+    line = error_of(capsys, ["train", "--resume", "run", "--steps", "4", "--from", "other"])
+    assert line.endswith(", that of other")
+    (tmp_path / "base").rename(tmp_path / "moved")
+    line = error_of(capsys, ["generate", "--model", "run"])
+    assert f"{tmp_path / 'base'} is not there, the model of the adapter run" in line
+    assert main(["generate", "--model", "moved", "--adapter", "run", "--max-tokens", "2"]) == 0
+
+
+def test_a_model_without_a_first_token_is_trained_to_the_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        ByteTokenizer, "bos_token", property(lambda self: None, lambda *_: None), raising=False
+    )
+    assert main(arguments(steps=2)) == 0
+    told = capsys.readouterr().out
+    assert "sample:" not in told
+    assert "legacy1bit generate --model run" in told
 
 
 def test_memory_is_that_of_the_packed_model():
