@@ -1,7 +1,7 @@
 """A model from Python: text, conversations, measures, files."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
@@ -77,8 +77,10 @@ def load(
     """
     if not os.fspath(path):
         raise ValueError("path is empty, expected a model")
+    if isinstance(adapters, (str, os.PathLike, Mapping)):
+        raise TypeError(f"adapters is {adapters!r}, expected a list of paths")
     path, named = Path(path), tuple(os.fspath(adapter) for adapter in adapters)
-    stamps = _stamps(path)
+    stamps = _stamps(path, named)
     generator = Generator.load(path, threads, form, head, activations, context, named)
     return Model(path, generator, stamps, named)
 
@@ -342,7 +344,7 @@ class Model:
                 copy_with_provenance(self.path, target)
 
     def _check_unchanged(self) -> None:
-        if _stamps(self.path) != self._stamps:
+        if _stamps(self.path, self._adapters) != self._stamps:
             raise ValueError(f"{self.path} has changed since it was loaded: load it again")
 
 
@@ -355,11 +357,13 @@ def _sampling(settings: dict[str, Any]) -> SamplingConfig:
 _Stamps = dict[Path, tuple[int, int, int]]
 
 
-def _stamps(path: Path) -> _Stamps:
+def _stamps(path: Path, adapters: Sequence[str]) -> _Stamps:
+    base, named = resolve(path, adapters)
     stamps = {}
-    for file in _files(path):
-        about = file.stat()
-        stamps[file] = (about.st_ino, about.st_size, about.st_mtime_ns)
+    for place in (path, base, *(adapter for adapter, _ in named)):
+        for file in _files(place):
+            about = file.stat()
+            stamps[file] = (about.st_ino, about.st_size, about.st_mtime_ns)
     return stamps
 
 

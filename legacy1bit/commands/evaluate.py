@@ -110,7 +110,8 @@ def measure(arguments: argparse.Namespace, output: Output = STANDARD_ERROR) -> M
         settings = Run(folder).settings()
         origin = settings.origin
         origin = moved(origin, folder, *places, arguments.cache, prefix="run-")
-        length = config.sequence_length
+        # An adapter may have been trained in shorter sequences than its model, or longer ones.
+        length = min(settings.model.sequence_length, config.sequence_length)
         corpus = open_corpus(
             *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
             encoder_of,

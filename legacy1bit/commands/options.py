@@ -39,6 +39,8 @@ _OPTIONS = {
     "vocabulary": "vocab-size",
     "num_blocks": "blocks",
     "num_heads": "heads",
+    # ``from`` is a word of Python.
+    "start": "from",
     # Of a study, beside that of each training.
     "trial_patience": "patience",
 }

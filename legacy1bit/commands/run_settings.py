@@ -55,8 +55,8 @@ def merged_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {} if arguments.config is None else read_config(arguments.config)
     if rank := settings.get("training", {}).get("adapter"):
         raise ValueError(
-            f"{arguments.config} has adapter {rank}, and --config excludes --from, which an adapter "
-            "needs: give its settings as options"
+            f"{arguments.config} has adapter {rank}, and --config excludes --from, which an "
+            "adapter needs: give its settings as options"
         )
     options = {table: given(arguments, record) for table, record in TABLES.items()}
     if arguments.architecture is not None:

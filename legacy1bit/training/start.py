@@ -95,7 +95,12 @@ class Start(StoredModel):
         """
         if training.adapter:
             # A run that goes on may name another model.
-            started(self, asdict(config))
+            wanted = started(self, asdict(config))
+            if wanted.scheme != self.config.scheme:
+                raise ValueError(
+                    f"scheme is {wanted.scheme}, expected {self.config.scheme}, that of "
+                    f"{self.path}: with an adapter its weights stay as they are"
+                )
             return adapted(self.path, config, training)
         model = create_legacy_llm(config, training.seed)
         self.fill(model)

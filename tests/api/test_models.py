@@ -19,12 +19,13 @@ from helpers.published import GOLDEN, golden, with_golden_models
 from helpers.runs import TEXT
 from legacy1bit.api.models import Model
 from legacy1bit.data.tokenizer import ByteTokenizer
+from legacy1bit.formats.adapters import LoraPair, LoraWeights, write_peft
 from legacy1bit.formats.c_v1 import export_c_v1, import_c_v1
 from legacy1bit.formats.gguf import export_gguf
 from legacy1bit.formats.hugging_face import export_hugging_face
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.generator import Generator
-from legacy1bit.hyperparams import ModelConfig, SamplingConfig
+from legacy1bit.hyperparams import ARCHITECTURES, ModelConfig, SamplingConfig
 from legacy1bit.model import save_model
 
 PROMPT = "Kim was a"
@@ -228,6 +229,24 @@ def test_a_model_that_has_changed_is_not_saved(files, tmp_path):
     assert model.generate("a", 20, seed=1) == before
 
 
+def test_a_model_whose_adapter_has_changed_is_not_measured(files, tmp_path):
+    model = random_model(make_config(**(ARCHITECTURES["llama"] | {"output_bias": False})))
+    save_model(model, tmp_path / "base")
+
+    dim = model.config.model_dim
+
+    def write(value):
+        pair = LoraPair(np.full((1, dim), value, "f4"), np.ones((dim, 1), "f4"), 1.0)
+        weights = LoraWeights({"blocks.0.attention.wq": pair})
+        write_peft(weights, model.config, tmp_path / "adapter")
+
+    write(1.0)
+    loaded = legacy1bit.load(tmp_path / "base", adapters=[f"{tmp_path / 'adapter'}:0.5"])
+    write(2.0)
+    with pytest.raises(ValueError, match="has changed since it was loaded: load it again"):
+        loaded.save(tmp_path / "other", "safetensors")
+
+
 # --- Errors ---------------------------------------------------------------------------------------
 
 
@@ -237,6 +256,8 @@ def test_a_model_that_has_changed_is_not_saved(files, tmp_path):
         (lambda model: model.generate("a", temprature=1), TypeError,
          "unknown argument temprature: the nearest is temperature"),
         (lambda model: model.stream("a", top_k=-1), ValueError, "top_k is -1, expected"),
+        (lambda model: legacy1bit.load(model.path, adapters="a"), TypeError,
+         "adapters is 'a', expected a list of paths"),
         (lambda model: model.batch("a"), TypeError, "prompts is one text, expected several"),
         (lambda model: model.generate("a", -1), ValueError, "max_tokens is -1, expected 0 or"),
         (lambda model: model.generate("a", seed=-1), ValueError, "seed is -1, expected 0 or"),

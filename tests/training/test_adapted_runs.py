@@ -206,6 +206,27 @@ def test_steps_of_float_weights_exclude_an_adapter(tmp_path, capsys, name):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("context", [16, 1 << 17])
+def test_a_run_is_measured_in_sequences_of_its_own(tmp_path, capsys, context):
+    # The text has fewer tokens than the context of the larger model.
+    settings = ARCHITECTURES["llama"] | {"vocab_size": 256, "sequence_length": context}
+    save_model(random_model(make_config(**settings | {"output_bias": False})), tmp_path / "base")
+    assert main(arguments(sequence_length=32, steps=4)) == 0
+    best = min(record["val_loss"] for record in read_metrics(tmp_path / "run" / METRICS_FILE))
+    capsys.readouterr()
+    assert main(["evaluate", "--model", "run"]) == 0
+    assert float(capsys.readouterr().out.split()[2]) == pytest.approx(best, abs=0.1)
+
+
+def test_a_model_of_floats_does_not_become_ternary_beside_an_adapter(tmp_path, capsys):
+    settings = ARCHITECTURES["llama"] | {"vocab_size": 256, "output_bias": False}
+    save_model(random_model(make_config(**settings, scheme="float")), tmp_path / "base")
+    line = error_of(capsys, arguments(scheme="ternary"))
+    assert "scheme is ternary, expected float, that of base: with an adapter" in line
+    assert not (tmp_path / "run").exists()
+    assert main(arguments(steps=2)) == 0
+
+
 def test_errors_say_where_the_model_of_an_adapter_is_named(tmp_path, capsys):
     assert main(arguments(steps=2)) == 0
     line = error_of(capsys, ["train", "--config", "run", "--data", "text.txt"])
@@ -213,12 +234,16 @@ def test_errors_say_where_the_model_of_an_adapter_is_named(tmp_path, capsys):
     line = error_of(capsys, arguments("next", **{"from": "run"}))
     assert "run is an adapter and not a model" in line
     save_model(random_model(make_config(vocab_size=256)), tmp_path / "other")
+    assert main(["train", "--stories", "20", "--steps", "1", "--batch-size", "2", "--model-dim",
+                 "8", "--heads", "2", "--out", "plain"]) == 0  # fmt: skip
+    line = error_of(capsys, ["train", "--resume", "plain", "--from", "base"])
+    assert "--from cannot change in a run that goes on" in line
     line = error_of(capsys, ["train", "--resume", "run", "--steps", "4", "--from", "other"])
     assert line.endswith(", that of other")
     (tmp_path / "base").rename(tmp_path / "moved")
     line = error_of(capsys, ["generate", "--model", "run"])
     assert f"{tmp_path / 'base'} is not there, the model of the adapter run" in line
-    assert main(["generate", "--model", "moved", "--adapter", "run", "--max-tokens", "2"]) == 0
+    assert main(["info", "--model", "moved", "--adapter", "run"]) == 0
 
 
 def test_a_model_without_a_first_token_is_trained_to_the_end(tmp_path, capsys, monkeypatch):
