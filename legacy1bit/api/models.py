@@ -245,7 +245,9 @@ class Model:
         settings = _sampling(sampling)
         wanted = None if template is None else Path(template)
         with naming_arguments():
-            chosen = choose_template(wanted, resolve(self.path, ())[0], self.tokenizer)
+            model, named = resolve(self.path, self._adapters)
+            adapters = [adapter for adapter, _ in named]
+            chosen = choose_template(wanted, model, self.tokenizer, adapters)
         conversation = Conversation(self.generator, chosen, settings, max_tokens)
         conversation.system = system
         conversation.stop += tuple(stop)

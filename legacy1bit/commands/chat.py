@@ -73,8 +73,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"standard {name} is closed")
     path = arguments.model or latest_run()
     with load_generator(arguments, path, threads) as generator:
-        path, _ = resolve(path, arguments.adapter)
-        template = choose_template(arguments.template, path, generator.tokenizer)
+        path, named = resolve(path, arguments.adapter)
+        adapters = [adapter for adapter, _ in named]
+        template = choose_template(arguments.template, path, generator.tokenizer, adapters)
         with Conversation(generator, template, sampling, arguments.max_tokens) as conversation:
             if arguments.thinking is not None:
                 _set_thinking(conversation, arguments.thinking)

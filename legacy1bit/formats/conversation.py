@@ -1,9 +1,10 @@
 """A conversation with a model, whose beginning stays in the decoder's cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, Self
 
+from legacy1bit.data.published_tokenizer import TEMPLATE_FILE
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.formats.chat_template import JinjaTemplate, PlainTemplate, Template
 from legacy1bit.formats.chat_tokens import THINK, chat_text, chat_tokens, without_thoughts
@@ -19,7 +20,9 @@ THINKING = "enable_thinking"
 _BLOCK = 256
 
 
-def choose_template(wanted: Path | None, model: Path, tokenizer: Tokenizer) -> Template:
+def choose_template(
+    wanted: Path | None, model: Path, tokenizer: Tokenizer, adapters: Sequence[Path] = ()
+) -> Template:
     """Return the chat template that is asked for, or the model's own.
 
     Parameters
@@ -29,6 +32,8 @@ def choose_template(wanted: Path | None, model: Path, tokenizer: Tokenizer) -> T
     model : Path
     tokenizer : Tokenizer
         The model's.
+    adapters : sequence of Path
+        On the model. The template that the last of them was trained with comes before the model's.
 
     Raises
     ------
@@ -42,7 +47,8 @@ def choose_template(wanted: Path | None, model: Path, tokenizer: Tokenizer) -> T
     if wanted is not None:
         names: dict[str, str] = getattr(tokenizer, "names", {})
         return JinjaTemplate(read_regular(wanted).decode("utf-8"), names)
-    template = read_template(model, tokenizer)
+    trained = [path for path in adapters if (path / TEMPLATE_FILE).is_file()]
+    template = read_template(trained[-1] if trained else model, tokenizer)
     if template is None:
         raise ValueError(
             f"{model} has no chat template: it was not trained for conversations; --template plain "

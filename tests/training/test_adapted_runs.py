@@ -1,5 +1,6 @@
 """Trainings of adapters: what learns, what is saved, and how a run goes on."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import legacy1bit
 from helpers.arrays import assert_close, assert_same_bits
 from helpers.models import make_config, random_model
 from helpers.runs import TEXT, measured
@@ -216,6 +218,23 @@ def test_a_run_is_measured_in_sequences_of_its_own(tmp_path, capsys, context):
     capsys.readouterr()
     assert main(["evaluate", "--model", "run"]) == 0
     assert float(capsys.readouterr().out.split()[2]) == pytest.approx(best, abs=0.1)
+
+
+def test_an_adapter_is_talked_with_as_it_was_trained(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("jinja2", reason="jinja2 is not installed")
+    # The model has no template of its own.
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "chats.jsonl").write_text(40 * (json.dumps(chat) + "\n"))
+    words = ["chats.jsonl" if word == "text.txt" else word for word in arguments(steps=2)]
+    assert main([*words, "--sequence-length", "64"]) == 0
+    assert "legacy1bit chat --model run" in capsys.readouterr().out
+    tokens = ["--max-tokens", "1", "--seed", "1", "--context", "64"]
+    for model in (["run"], ["base", "--adapter", "run"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO("a\n"))
+        assert main(["chat", "--model", *model, *tokens]) == 0
+        with legacy1bit.load(model[0], adapters=model[2:]) as loaded, loaded.chat(seed=1) as talk:
+            assert isinstance(talk.answer("a"), str)
+    assert "has no chat template" in error_of(capsys, ["chat", "--model", "base", *tokens])
 
 
 def test_a_model_of_floats_does_not_become_ternary_beside_an_adapter(tmp_path, capsys):
