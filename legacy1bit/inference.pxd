@@ -20,6 +20,7 @@ cdef struct Sampling:
     float penalty           # of repetition, for tokens among the last `window`; 0: all
     Py_ssize_t top_k
     Py_ssize_t window
+    const float *bias       # [V], added to the logits; NULL for none
 
 cdef struct Position:
     # The position of a token: its sequence, and the number of tokens before it.
@@ -66,7 +67,7 @@ cdef struct DecoderView:
     int *sampled            # [rows or 1, to_sample], the sampled tokens
     Py_ssize_t to_sample
     const double *uniforms  # [rows or 1, to_sample], a random number for each
-    Sampling sampling
+    Sampling *samplings     # [rows or 1]
     bint out_of_memory
     bint nonfinite          # a logit is not finite
 
@@ -86,5 +87,6 @@ cdef class Decoder:
     cdef int _allocate_cache(self) except -1
     cdef int _allocate_rows(self) except -1
     cdef int _allocate_thread(self, ThreadBuffers *own) except -1
+    cdef int _fill_samplings(self, sampling, bias, Py_ssize_t rows) except -1
     cdef int _run(self, Output output, int[:, ::1] sampled,
                   const double[:, ::1] uniforms) except -1

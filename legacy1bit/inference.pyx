@@ -421,9 +421,9 @@ cdef void decode(void *context, long thread) noexcept nogil:
                          slice_start(rows, thread + 1, d.team.size)):
             history = d.history + positions[row].sequence * d.capacity
             length = positions[row].past + i + 1
-            d.tokens[row] = sample(d.logits + row * d.vocab, d.vocab, &d.sampling, history, length,
-                                   d.uniforms[row * d.to_sample + i], own.token_probs,
-                                   own.candidates)
+            d.tokens[row] = sample(d.logits + row * d.vocab, d.vocab, d.samplings + row, history,
+                                   length, d.uniforms[row * d.to_sample + i],
+                                   own.token_probs, own.candidates)
             d.sampled[row * d.to_sample + i] = d.tokens[row]
             if d.tokens[row] < 0:
                 d.nonfinite = True
@@ -626,6 +626,8 @@ cdef int sample(const float *logits, Py_ssize_t n, const Sampling *sampling, con
     memcpy(probs, logits, n * sizeof(float))
     if sampling.penalty != 1.0:
         penalize_repetition(sampling, logits, history, length, probs)
+    if sampling.bias:
+        kernels().add(probs, sampling.bias, n)
     likeliest = softmax(probs, n, temperature, candidates, &total)
     if likeliest < 0 or temperature < GREEDY:
         return likeliest
@@ -681,16 +683,31 @@ def sample_token(logits, rng, sampling=_SAMPLING, history=()) -> int:
     probs = np.empty(2 * given.shape[0], np.float32)
     candidates = np.empty(given.shape[0], np.int32)
     before = check_tokens(history if len(history) else [0], given.shape[0], "history")
-    fill_sampling(&view, sampling, given.shape[0])
+    fill_sampling(&view, sampling, None, given.shape[0])
     uniform = rng.random() if view.temperature else 0.0
     token = sample(&given[0], given.shape[0], &view, &before[0], len(history), uniform,
                    &probs[0], &candidates[0])
     if token < 0:
-        raise ValueError("the model's logits are not finite: its weights are damaged")
+        raise NonfiniteLogits((0,))
     return token
 
 
-cdef int fill_sampling(Sampling *view, settings, Py_ssize_t vocab) except -1:
+class NonfiniteLogits(ValueError):
+    """A logit is not finite.
+
+    Attributes
+    ----------
+    rows : tuple of int
+        Of the call's sequences, those that are concerned.
+    """
+
+    def __init__(self, rows):
+        super().__init__("the model's logits are not finite: its weights are damaged")
+        self.rows = rows
+
+
+cdef int fill_sampling(Sampling *view, settings, bias, Py_ssize_t vocab) except -1:
+    cdef const float[::1] added
     if not isinstance(settings, SamplingConfig):
         raise TypeError(f"sampling is {settings!r}, expected a SamplingConfig")
     view.temperature = settings.temperature
@@ -699,6 +716,12 @@ cdef int fill_sampling(Sampling *view, settings, Py_ssize_t vocab) except -1:
     view.top_k = settings.top_k if settings.top_k < vocab else 0
     view.penalty = settings.repetition_penalty
     view.window = settings.repetition_window
+    view.bias = NULL
+    if bias is not None:
+        added = bias
+        if added.shape[0] != vocab:
+            raise ValueError(f"bias has {added.shape[0]} numbers, expected {vocab}")
+        view.bias = &added[0]
     return 0
 
 
@@ -833,6 +856,9 @@ cdef class Decoder:
         view.normed = self._floats(self.max_rows * view.width)
         self.arrays.append(quantized)
         view.quantized = quantized.view
+        view.samplings = <Sampling *>calloc(self.sequences, sizeof(Sampling))
+        if view.samplings == NULL:
+            raise MemoryError("no memory for the settings of sampling")
         self.logits = np.empty(self.sequences * view.vocab, np.float32)
         view.logits = float_pointer(self.logits)
         return 0
@@ -869,6 +895,7 @@ cdef class Decoder:
     def __dealloc__(self):
         free(self.view.threads)
         free(self.view.positions)
+        free(self.view.samplings)
 
     def __reduce__(self):
         raise TypeError("a decoder cannot be copied or pickled: make another one of its model")
@@ -919,6 +946,61 @@ cdef class Decoder:
         if not 0 <= length <= self.lengths[sequence]:
             raise ValueError(f"length is {length}, expected 0 to {self.lengths[sequence]}")
         self.lengths[sequence] = length
+
+    def copy(self, source, target, length) -> None:
+        """Make the first tokens of a sequence those of another, with their keys and values.
+
+        Parameters
+        ----------
+        source, target : int
+            Sequences. What the target had is removed.
+        length : int
+            The number of tokens.
+
+        Raises
+        ------
+        ValueError
+            If the source is shorter.
+        """
+        cdef DecoderView *view = &self.view
+        cdef Py_ssize_t dim = view.model.head_dim, i, of, to, rows, size
+        cdef Py_ssize_t heads = view.model.num_blocks * view.model.num_kv_heads
+        self._check_idle()
+        self._check_sequence(source)
+        self._check_sequence(target)
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(f"length is {length}, expected 0 to {self.lengths[source]}")
+        if source == target:
+            self.lengths[target] = length
+            return
+        size = length
+        rows = (size + KEY_TILE - 1) // KEY_TILE * KEY_TILE
+        for i in range(heads):
+            of = (<Py_ssize_t>source * heads + i) * view.cache_rows
+            to = (<Py_ssize_t>target * heads + i) * view.cache_rows
+            memcpy(view.keys + to * dim, view.keys + of * dim, rows * dim)
+            memcpy(view.values + to * dim, view.values + of * dim, size * dim)
+            memcpy(view.key_scales + to, view.key_scales + of, size * sizeof(float))
+            memcpy(view.value_scales + to, view.value_scales + of, size * sizeof(float))
+        memcpy(view.history + <Py_ssize_t>target * view.capacity,
+               view.history + <Py_ssize_t>source * view.capacity, size * sizeof(int))
+        self.lengths[target] = length
+
+    def last_logits(self, row=0):
+        """Return the logits from which the last call sampled the last token of a row: float32[V].
+
+        They are the model's own, before penalties and bias. Rows are those of ``generate_batch``;
+        ``generate`` and ``prefill`` have one.
+
+        Raises
+        ------
+        IndexError
+            If there is no such row.
+        """
+        self._check_idle()
+        if not 0 <= row < self.sequences:
+            raise IndexError(f"row is {row}, expected 0 to {self.sequences - 1}")
+        return self.logits[row * self.view.vocab:(row + 1) * self.view.vocab].copy()
 
     def _check_open(self):
         if self.arrays is None:
@@ -991,7 +1073,7 @@ cdef class Decoder:
             part[...] = np.asarray(<float[:part.size]>self.view.normed).reshape(part.shape)
         return result
 
-    def generate(self, tokens, uniforms, sampling=_SAMPLING, sequence=0):
+    def generate(self, tokens, uniforms, sampling=_SAMPLING, sequence=0, bias=None):
         """Append tokens to a sequence and sample those that follow.
 
         Parameters
@@ -1001,6 +1083,8 @@ cdef class Decoder:
             Random numbers in [0, 1), one for each token to sample.
         sampling : SamplingConfig
         sequence : int
+        bias : float32[V], optional
+            Added to the logits, after the repetition penalty; minus infinity excludes a token.
 
         Returns
         -------
@@ -1015,7 +1099,7 @@ cdef class Decoder:
             If an id is not a token's.
         """
         numbers = _check_uniforms(uniforms, 1)
-        fill_sampling(&self.view.sampling, sampling, self.view.vocab)
+        self._fill_samplings(sampling, [bias], 1)
         sampled = np.empty(numbers.size, np.int32)
         prompt = self._check_prompt(tokens, sequence, sampled.size - 1)
         prompt = self._prefill_blocks(prompt, sequence)
@@ -1026,7 +1110,7 @@ cdef class Decoder:
             prompt = part[-1:]
         return sampled
 
-    def generate_batch(self, tokens, uniforms, sampling=_SAMPLING, sequences=None):
+    def generate_batch(self, tokens, uniforms, sampling=_SAMPLING, sequences=None, bias=None):
         """Append a token to each of several sequences and sample those that follow, side by side.
 
         Parameters
@@ -1034,9 +1118,12 @@ cdef class Decoder:
         tokens : int[S]
         uniforms : float64[S, N]
             Random numbers in [0, 1), one for each token to sample.
-        sampling : SamplingConfig
+        sampling : SamplingConfig or sequence of SamplingConfig
+            For all sequences, or one for each.
         sequences : int[S], optional
             Different sequences; by default all.
+        bias : sequence of float32[V] or None, optional
+            For each sequence, as of ``generate``.
 
         Returns
         -------
@@ -1046,7 +1133,9 @@ cdef class Decoder:
         Raises
         ------
         ValueError
-            If a sequence would exceed its capacity, or a logit is not finite.
+            If a sequence would exceed its capacity.
+        NonfiniteLogits
+            If a logit is not finite; of the call's first tokens none has then been appended.
         IndexError
             If an id is not a token's, or a sequence does not exist.
         """
@@ -1054,7 +1143,6 @@ cdef class Decoder:
         self._check_open()
         numbers = _check_uniforms(uniforms, 2)
         selected = list(range(self.sequences) if sequences is None else sequences)
-        fill_sampling(&self.view.sampling, sampling, self.view.vocab)
         newest = check_tokens(tokens, self.view.vocab, "tokens")
         self._check_idle()
         if len(set(selected)) != len(selected):
@@ -1064,6 +1152,7 @@ cdef class Decoder:
                              f"{len(numbers)} rows of uniforms, expected as many of each")
         for sequence in selected:
             self._check_capacity(sequence, numbers.shape[1])
+        self._fill_samplings(sampling, bias, len(selected))
         sampled = np.empty(numbers.shape, np.int32)
         steps = max(TOKENS_PER_CALL // len(selected), 1)
         for start in range(0, sampled.shape[1], steps):
@@ -1078,6 +1167,20 @@ cdef class Decoder:
             sampled[:, start:start + steps] = part
             newest = part[:, -1]
         return sampled
+
+    cdef int _fill_samplings(self, sampling, bias, Py_ssize_t rows) except -1:
+        cdef Py_ssize_t row
+        samplings = [sampling] * rows if isinstance(sampling, SamplingConfig) else sampling
+        biases = [None] * rows if bias is None else bias
+        if not isinstance(samplings, (list, tuple)):
+            raise TypeError(f"sampling is {sampling!r}, expected a SamplingConfig")
+        if not len(samplings) == len(biases) == rows:
+            raise ValueError(f"there are {rows} sequences, {len(samplings)} settings of sampling "
+                             f"and {len(biases)} of bias, expected as many of each")
+        for row in range(rows):
+            fill_sampling(&self.view.samplings[row], samplings[row], biases[row],
+                          self.view.vocab)
+        return 0
 
     def _check_prompt(self, tokens, sequence, more=0):
         """Return tokens as int32[T] that fit a sequence, with a number of others after them."""
@@ -1134,7 +1237,8 @@ cdef class Decoder:
         if view.out_of_memory:
             raise MemoryError("no memory for the kernels' packing buffers")
         if view.nonfinite:
-            raise ValueError("the model's logits are not finite: its weights are damaged")
+            rows = 1 if view.single_sequence else view.rows
+            raise NonfiniteLogits(tuple(row for row in range(rows) if view.tokens[row] < 0))
         return 0
 
 

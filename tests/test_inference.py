@@ -1142,6 +1142,133 @@ def test_generate_batch_samples_what_each_would_alone(settings, threads):
     assert decoder.length == 0
 
 
+SEVERAL = (
+    SamplingConfig(),
+    SamplingConfig(temperature=0.0),
+    SamplingConfig(top_k=5),
+    SamplingConfig(top_p=0.7, min_p=0.02),
+    SamplingConfig(1.3, 40, 0.9, 0.01, 1.7, 5),
+)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_generate_batch_samples_each_sequence_in_its_own_way(threads):
+    packed = PackedModel(wild_model(ternary_embedding=True))
+    prompts = [[72, 1], [1, 2, 3], [9, 8], [200, 100, 50, 25, 12], [0, 4]]
+    uniforms = rng(6).random((5, 9))
+    biases = [None, *rng(7).normal(0.0, 3.0, (3, 256)).astype(np.float32), None]
+    alone = [
+        Decoder(packed).generate(prompt, uniforms[i], SEVERAL[i], bias=biases[i])
+        for i, prompt in enumerate(prompts)
+    ]
+    assert any(
+        (Decoder(packed).generate(prompt, uniforms[i]) != alone[i]).any()
+        for i, prompt in enumerate(prompts)
+    )
+    decoder = Decoder(packed, threads, sequences=5)
+    for i, prompt in enumerate(prompts):
+        decoder.prefill(prompt[:-1], i)
+    newest = [prompt[-1] for prompt in prompts]
+    assert_same_bits(decoder.generate_batch(newest, uniforms, SEVERAL, bias=biases), alone)
+
+
+def test_bias_is_added_to_the_logits():
+    packed, bias = packed_model(), rng(3).normal(0.0, 2.0, 11).astype(np.float32)
+    bias[[0, 7]] = -np.inf
+    sampling = SamplingConfig(20.0, repetition_penalty=1.5)
+    decoder, drawn = Decoder(packed), set()
+    for number in np.arange(0.02, 1.0, 0.04):
+        decoder.clear()
+        (token,) = decoder.generate([1, 2], [number], sampling, bias=bias)
+        penalized = penalised(decoder.last_logits(), [1, 2], np.float32(1.5), 64)
+        assert token == sample_token(penalized + bias, always(number), 20.0)
+        drawn.add(token)
+    assert len(drawn) > 2
+    assert not drawn & {0, 7}
+
+
+def test_last_logits_are_those_that_were_sampled_from():
+    packed = PackedModel(wild_model(ternary_embedding=True))
+    decoder = Decoder(packed, 2, sequences=3)
+    decoder.generate_batch([1, 2], [[0.1] * 3, [0.7] * 3], sequences=[2, 0])
+    assert_same_bits(decoder.last_logits(0), Decoder(packed).prefill(tokens_of(decoder, 1, 0.1)))
+    assert_same_bits(decoder.last_logits(1), Decoder(packed).prefill(tokens_of(decoder, 2, 0.7)))
+    decoder.generate([5, 6], [0.5], sequence=1, bias=np.ones(256, np.float32))
+    assert_same_bits(decoder.last_logits(), Decoder(packed).prefill([5, 6]))
+    for row in (-1, 3):
+        with pytest.raises(IndexError, match=f"row is {row}, expected 0 to 2"):
+            decoder.last_logits(row)
+
+
+def tokens_of(decoder, first, number):
+    """The tokens in a sequence of three sampled with one number."""
+    return [first, *Decoder(decoder.model).generate([first], [number] * 2)]
+
+
+def test_nonfinite_logits_name_the_sequences():
+    """And leave all of them as they were, so that the others can be sampled."""
+    packed = PackedModel(wild_model(ternary_embedding=True))
+    decoder, nothing = Decoder(packed, 2, sequences=4), np.full(256, -np.inf, np.float32)
+    for i in range(4):
+        decoder.prefill([i, i + 1], i)
+    bias = [None, nothing, None, nothing]
+    with pytest.raises(inference.NonfiniteLogits, match="not finite") as caught:
+        decoder.generate_batch([9] * 4, [[0.5]] * 4, bias=bias)
+    assert caught.value.rows == (1, 3)
+    assert [decoder.length_of(i) for i in range(4)] == [2] * 4
+    drawn = decoder.generate_batch([9] * 2, [[0.5]] * 2, sequences=[0, 2])
+    for token, i in zip(drawn[:, 0], (0, 2), strict=True):
+        assert token == Decoder(packed).generate([i, i + 1, 9], [0.5])
+    with pytest.raises(inference.NonfiniteLogits) as caught:
+        decoder.generate([1], [0.5], sequence=3, bias=nothing)
+    assert caught.value.rows == (0,)
+
+
+@every_tier
+def test_sequences_with_an_adapter_are_rounded_as_alone_and_in_any_blocks():
+    config = make_config(vocab_size=256, ternary_embedding=True, model_dim=60, sequence_length=200)
+    model = model_of(config)
+    shapes = {
+        name: value.shape for name, value in model.parameters.items() if "attention.w" in name
+    }
+    draw = rng(5)
+    adapter = {
+        name: (draw.normal(0, 1, (3, cols)).astype(np.float32),
+               draw.normal(0, 1, (rows, 3)).astype(np.float32))
+        for name, (rows, cols) in shapes.items()
+    }  # fmt: skip
+    packed = PackedModel(model).with_adapter(adapter)
+    decoder, uniforms = Decoder(packed, 2, sequences=7), draw.random((7, 5))
+    decoder.generate_batch(range(7), uniforms)
+    for i in range(7):
+        alone = Decoder(packed)
+        alone.generate([i], uniforms[i])
+        assert_same_bits(decoder.last_logits(i), alone.last_logits())
+    text = draw.integers(0, 256, 190)
+    for cuts in ([1], [64, 65], [120, 150]):
+        alone = Decoder(packed)
+        parts = [alone.prefill_logits(part) for part in np.split(text, cuts)]
+        assert_same_bits(np.concatenate(parts), Decoder(packed).prefill_logits(text))
+
+
+def test_copy_continues_as_the_original():
+    sizes = {"num_blocks": 3, "num_heads": 4, "num_kv_heads": 2, "sequence_length": 100}
+    packed = PackedModel(wild_model(ternary_embedding=True, **sizes))
+    text = rng(4).integers(0, 256, 70)
+    decoder, sampling = Decoder(packed, sequences=3), SamplingConfig(repetition_penalty=1.5)
+    decoder.prefill(text, 1)
+    for length in (0, 1, 15, 16, 17, 64, 70):
+        decoder.truncate(0, 2)
+        decoder.prefill([7] * 90, 2)
+        decoder.copy(1, 2, length)
+        assert [decoder.length_of(i) for i in range(3)] == [0, 70, length]
+        expected = Decoder(packed).generate([*text[:length], 3], [0.3] * 9, sampling)
+        assert_same_bits(decoder.generate([3], [0.3] * 9, sampling, 2), expected)
+    decoder.copy(1, 1, 20)
+    expected = Decoder(packed).generate([*text[:20], 3], [0.3] * 9)
+    assert_same_bits(decoder.generate([3], [0.3] * 9, sequence=1), expected)
+
+
 def test_generate_batch_of_many_samples_all():
     packed = PackedModel(wild_model(sequence_length=200, ternary_embedding=True))
     decoder, uniforms = Decoder(packed, 2, sequences=128), rng(2).random((128, 3))
@@ -1164,6 +1291,17 @@ def test_generate_batch_refuses_what_does_not_fit(model):
          "named twice"),
         (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, sequences=[0, 2]), IndexError,
          "sequence is 2, expected 0 to 1"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, SEVERAL), ValueError,
+         "2 sequences, 5 settings of sampling and 2 of bias"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, [None] * 2), TypeError, "is None"),
+        (lambda: decoder.generate_batch([1, 2], [[0.5]] * 2, bias=[None]), ValueError,
+         "2 sequences, 2 settings of sampling and 1 of bias"),
+        (lambda: decoder.generate([1], [0.5], bias=np.zeros(9, np.float32)), ValueError,
+         "bias has 9 numbers, expected 256"),
+        (lambda: decoder.generate([1], [0.5], bias=np.zeros(256)), ValueError, "mismatch"),
+        (lambda: decoder.copy(1, 0, 15), ValueError, "length is 15, expected 0 to 14"),
+        (lambda: decoder.copy(0, 2, 0), IndexError, "sequence is 2"),
+        (lambda: decoder.copy(-1, 0, 0), IndexError, "sequence is -1"),
         (lambda: decoder.prefill([1], 2), IndexError, "sequence is 2, expected 0 to 1"),
         (lambda: decoder.prefill([1], -1), IndexError, "sequence is -1, expected 0 to 1"),
         (lambda: decoder.length_of(2), IndexError, "sequence is 2"),

@@ -28,7 +28,8 @@ MAY_IMPORT = {
     "training": {"system", "engine", "data", "formats"},
     "search": {"system", "engine", "data", "formats", "training"},
     "reports": {"system", "engine", "data", "formats", "training", "search"},
-    "commands": {"system", "engine", "data", "formats", "training", "search", "reports"},
+    "serve": {"system", "engine", "data", "formats"},
+    "commands": {"system", "engine", "data", "formats", "training", "search", "reports", "serve"},
     "api": {"system", "engine", "data", "formats", "training", "commands"},
     "main": {"system", "engine", "formats", "training", "commands", "api"},
 }

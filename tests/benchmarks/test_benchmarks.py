@@ -23,6 +23,7 @@ from benchmarks import (
     peaks,
     peers,
     report,
+    serving,
     torch_twin,
 )
 from benchmarks.measure import (
@@ -698,3 +699,17 @@ def test_a_report_that_cannot_be_written_is_refused_before_anything_is_measured(
         report.prepare(tmp_path / name)
     report.prepare(tmp_path / "new" / "report.json")
     assert (tmp_path / "new").is_dir()
+
+
+# --- Serving --------------------------------------------------------------------------------------
+
+
+def test_serving_counts_what_its_clients_get(capsys):
+    config = ModelConfig(model_dim=32, num_blocks=1, sequence_length=256)
+    arguments = ["--clients", "1", "3", "--seconds", "0.2", "--threads", "1"]
+    assert serving.main(arguments, config) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows] == ["clients", "1", "3"]
+    for _, tokens, middle, _, late, _ in rows[1:]:
+        assert int(tokens) > 100
+        assert 0 < float(middle) <= float(late)

@@ -1,0 +1,1 @@
+"""A server of models to many users at once."""
