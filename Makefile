@@ -171,7 +171,7 @@ test-browser: build
 	    $$sudo apt-get update -qq && \
 	    $$sudo apt-get install -qq --no-install-recommends chromium < /dev/null; }
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
-	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/reports/test_browser.py
+	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/reports/test_browser.py tests/serve/test_serve_page.py
 
 # What is found that reaches further stays in build/fuzzing, and so does what shows a fault.
 fuzz: build

@@ -40,6 +40,11 @@ COMMANDS = {
         "talk with a model",
         ("chat --model bitnet-b1.58-2B-4T.gguf", "chat --model runs/mine --template plain"),
     ),
+    "serve": (
+        "serve",
+        "answer requests in the form of OpenAI's API, and show a page to chat",
+        ("serve --model bitnet-b1.58-2B-4T.gguf", "serve --model a=runs/a --model b=b.gguf"),
+    ),
     "tune": (
         "tune",
         "search for the best settings within a time and a size",

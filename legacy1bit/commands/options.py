@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields
@@ -30,6 +31,11 @@ RUNS = Path("runs")
 
 # The largest number of an option, so that sums are finite.
 _MOST = 1e15
+
+# A size may have a unit: powers of a thousand.
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
+_MOST_BYTES = 1 << 50
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
 
 ALL_CORES = "LEGACY1BIT_THREADS, or all cores"
 
@@ -129,6 +135,17 @@ def path_of(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("is empty, expected a path")
     return Path(text)
+
+
+def size_of(text: str) -> int:
+    """Return the bytes that an option says, as 500000, 500kB or 2G."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
+    size = float(match[1]) * _UNITS[match[2].upper()]
+    if size > _MOST_BYTES:
+        raise argparse.ArgumentTypeError(f"it is {text[:40]!r}, expected at most {_MOST_BYTES:,}")
+    return round(size)
 
 
 def new_folder(text: str) -> Path:

@@ -3,7 +3,6 @@
 import argparse
 import functools
 import multiprocessing
-import re
 import shlex
 import signal
 import sys
@@ -23,6 +22,7 @@ from legacy1bit.commands.options import (
     new_folder,
     option_of,
     path_of,
+    size_of,
     threads_of,
 )
 from legacy1bit.commands.progress import progress_of_bytes, progress_of_tuning
@@ -78,11 +78,6 @@ _SECONDS = 60.0
 _MOST_JOBS = 256
 _MOST_PRINTED = 5
 
-# A size may have a unit: powers of a thousand.
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMG]?)B?", re.IGNORECASE)
-_MOST_BYTES = 1 << 50
-_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3}
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Add the options of the command."""
@@ -116,7 +111,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     option(
         "--max-bytes",
         metavar="N",
-        type=_size,
+        type=size_of,
         help="largest file of a model; 500kB is 500000",
     )
     option("--min-speed", metavar="X", type=float, help="slowest generation, in tokens per second")
@@ -140,16 +135,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     # --patience is the study's; that of a training is set in a file.
     names = [setting.name for setting in fields(TrainingConfig) if setting.name != "patience"]
     add_settings(command, "the training", TrainingConfig, names)
-
-
-def _size(text: str) -> int:
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"it is {text!r}, expected bytes, as 500000 or 500kB")
-    size = float(match[1]) * _UNITS[match[2].upper()]
-    if size > _MOST_BYTES:
-        raise argparse.ArgumentTypeError(f"it is {text[:40]!r}, expected at most {_MOST_BYTES:,}")
-    return round(size)
 
 
 def _objectives(text: str) -> tuple[str, ...]:

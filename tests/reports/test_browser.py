@@ -4,36 +4,21 @@ import contextlib
 import importlib.util
 import json
 import re
-import shutil
 
 import pytest
 
+from helpers.browser import NEEDS_BROWSER, launched
 from helpers.runs import SHORT
 from helpers.studies import make_study
 from legacy1bit.main import main
 
-CHROMIUM = shutil.which("chromium")
-
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium: make test-browser"),
-    pytest.mark.skipif(
-        importlib.util.find_spec("playwright") is None,
-        reason="playwright is not installed: make test-browser",
-    ),
+    *NEEDS_BROWSER,
     pytest.mark.skipif(
         importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed"
     ),
 ]
 
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 SCREENS = {"desk": (1280, 900), "tablet": (768, 1024), "telephone": (360, 740)}
 NASTY = "<script>document.title = 'changed'</script><img src=http://127.0.0.1:9/x> & \x00"
 
@@ -53,12 +38,8 @@ def written(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with launched() as found:
         yield found
-        found.close()
 
 
 @contextlib.contextmanager
@@ -153,7 +134,7 @@ def test_folded_settings_open(shown):
     page, *_ = shown
     setting = page.get_by_text("rope_base")
     assert not setting.is_visible()
-    page.get_by_text("The other settings").click()
+    page.get_by_text("All other settings").click()
     assert setting.is_visible()
 
 
