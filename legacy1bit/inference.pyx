@@ -1099,6 +1099,7 @@ cdef class Decoder:
             If an id is not a token's.
         """
         numbers = _check_uniforms(uniforms, 1)
+        self._check_idle()
         self._fill_samplings(sampling, [bias], 1)
         sampled = np.empty(numbers.size, np.int32)
         prompt = self._check_prompt(tokens, sequence, sampled.size - 1)
