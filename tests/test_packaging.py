@@ -91,7 +91,7 @@ def installed(tmp_path_factory):
 
 def test_wheel_has_every_file_of_the_package(installed):
     def files(folder):
-        kinds = {".py", ".pyi", ".pxd", ".toml", ".c", ".typed"}
+        kinds = {".py", ".pyi", ".pxd", ".toml", ".c", ".typed", ".html"}
         paths = (path.relative_to(folder) for path in folder.rglob("*"))
         return {path for path in paths if path.suffix in kinds}
 
@@ -197,7 +197,8 @@ def test_wheel_has_the_package_and_nothing_else():
     info = f"legacy1bit-{legacy1bit.__version__}.dist-info"
     assert {path.parts[0] for path in files} == {"legacy1bit", info}
     kinds = {"".join(path.suffixes) for path in files if path.parts[0] == "legacy1bit"}
-    assert kinds == {".py", ".pyi", ".pxd", ".h", ".toml", ".c", EXTENSION_SUFFIXES[0], ".typed"}
+    sources = {".py", ".pyi", ".pxd", ".h", ".toml", ".c", ".html"}
+    assert kinds == sources | {EXTENSION_SUFFIXES[0], ".typed"}
     assert [path.name for path in files if path.suffix == ".c"] == ["model.c"]
 
 
