@@ -62,6 +62,11 @@ class AdapterConfig(NamedTuple):
     alpha: float
     layers: str = "all"
 
+    @property
+    def scale(self) -> float:
+        """What ``B A x`` is multiplied by."""
+        return self.alpha / self.rank
+
 
 class Parameter(NamedTuple):
     """A parameter and its place.

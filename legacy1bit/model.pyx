@@ -766,7 +766,7 @@ cdef class LegacyLLM:
     cdef int _point_adapter(self, str prefix, MultiHeadAttention attention,
                             FeedForward ffn) except -1:
         # Points the adapters of a block's matrices at this model's.
-        scale = 1.0 if self.adapter is None else self.adapter.alpha / self.adapter.rank
+        scale = 1.0 if self.adapter is None else self.adapter.scale
         for number, (name, (a, b)) in enumerate(self.pairs.items()):
             if name.startswith(prefix):
                 point_adapter(projection_of(attention, ffn, name.removeprefix(prefix)), name, a, b,

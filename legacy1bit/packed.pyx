@@ -432,7 +432,7 @@ cdef class PackedModel:
         model.alive()
         adapter = {}
         if model.pairs:
-            scale = 1.0 if model.adapter is None else model.adapter.alpha / model.adapter.rank
+            scale = 1.0 if model.adapter is None else model.adapter.scale
             adapter = {name: (a.copy(), np.float32(scale) * b)
                        for name, (a, b) in model.pairs.items()}
         packed = (PackedMatrix, Int8Matrix)

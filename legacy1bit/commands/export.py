@@ -11,8 +11,8 @@ from legacy1bit.commands.options import add_model, latest_run, path_of, read_mod
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.formats.adapters import (
     combine,
+    each_adapter,
     merged_model,
-    read_adapter,
     resolve,
     write_gguf,
     write_peft,
@@ -27,9 +27,6 @@ ADAPTER_FORMATS = ("peft", "gguf-adapter")
 
 _TYPES = ("tq2_0", "tq1_0", "q2_0", "f16", "f32")
 _EMBEDDING_TYPES = ("f32", "f16", "q8_0", "tq2_0", "tq1_0", "q2_0")
-
-# Adapters alone, for the model that they are on.
-ADAPTER_FORMATS = ("peft", "gguf-adapter")
 
 
 class _Types(NamedTuple):
@@ -158,9 +155,7 @@ def export_model(
         return _export_adapters(path, named, out, kind)
     model = read_model(path)
     if named:
-        model = merged_model(
-            model, [(read_adapter(place, model.config), factor) for place, factor in named]
-        )
+        model = merged_model(model, each_adapter(named, model.config))
     known = read_tokenizer(path, model.config.vocab_size)
     tokenizer = None if known.kind == "unknown" else known
     if license is not None:
@@ -173,7 +168,7 @@ def _export_adapters(path: Path, named: Sequence[tuple[Path, float]], out: Path,
     if not named:
         raise ValueError(f"--format {kind} needs an --adapter")
     config, *_ = read_settings(path)
-    adapters = [(read_adapter(place, config), factor) for place, factor in named]
+    adapters = each_adapter(named, config)
     # A single one keeps its alpha.
     single = len(adapters) == 1 and adapters[0][1] == 1.0
     adapter = replace(

@@ -226,8 +226,15 @@ def read_adapters(
     named: Sequence[tuple[Path, float]], config: ModelConfig
 ) -> dict[str, tuple[_Floats, _Floats]]:
     """Return the sum of adapters as ``LegacyLLM.with_adapter`` takes it; errors are theirs."""
-    adapters = [(read_adapter(path, config), factor) for path, factor in named]
-    return {name: (pair.a, pair.b) for name, pair in combine(adapters).pairs.items()}
+    pairs = combine(each_adapter(named, config)).pairs
+    return {name: (pair.a, pair.b) for name, pair in pairs.items()}
+
+
+def each_adapter(
+    named: Sequence[tuple[Path, float]], config: ModelConfig
+) -> list[tuple[LoraWeights, float]]:
+    """Read adapters of a model, each with its factor; errors are those of ``read_adapter``."""
+    return [(read_adapter(path, config), factor) for path, factor in named]
 
 
 # --- Several adapters; merging --------------------------------------------------------------------

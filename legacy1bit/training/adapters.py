@@ -89,7 +89,7 @@ def save_adapter(model: LegacyLLM, folder: Path, base: str, dropout: float) -> N
     """
     assert model.adapter is not None
     assert model.pairs is not None
-    scaling = model.adapter.alpha / model.adapter.rank
+    scaling = model.adapter.scale
     pairs = {name: LoraPair(a, b, scaling) for name, (a, b) in model.pairs.items()}
     weights = LoraWeights(pairs, base, dropout, model.provenance)
     write_peft(weights, model.config, folder, beside=True)
