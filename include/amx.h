@@ -16,7 +16,7 @@
 enum {
     MATRIX_UNIT = 1,
     AMX_SIDE = 16,              /* rows of a tile */
-    AMX_MIN_ROWS = 8            /* fewer rows of activations are faster without the unit */
+    AMX_MIN_ROWS = 6            /* fewer rows of activations are faster without the unit */
 };
 
 static inline void amx_begin(void)
@@ -37,6 +37,8 @@ static inline void amx_begin(void)
     __asm__ volatile("" : : "r"(&layout) : "memory");
     _tile_loadconfig(&layout);
 }
+
+static inline void amx_end(void) { _tile_release(); }
 
 /* Unpacks `tiles` tiles of a strip of packed codes to bytes, in groups of four columns, the upper
  * 16 rows separately from the lower 16: one right tile of each for every 64 columns, the last
@@ -70,63 +72,84 @@ static long amx_unpack(const unsigned char *w, long tiles, int trits, unsigned c
     return groups / 16;
 }
 
-/* totals[rows][32] of a strip and rows of int8 activations. Reads blocks of 16 rows and of 64
- * columns, so the activations must be padded to multiples of both. */
+/* Adds to the sums in tiles 0 to 3 the products of 16 rows of activations, or of 32 if there are
+ * more, with `blocks` right tiles. */
+FORCE_INLINE void amx_multiply(const signed char *x, long stride, const unsigned char *upper,
+                               const unsigned char *lower, long blocks, const int more)
+{
+    for (long j = 0; j < blocks; j++) {
+        _tile_loadd(4, x + 64 * j, stride);
+        _tile_loadd(6, upper + 1024 * j, 64);
+        _tile_dpbsud(0, 4, 6);
+        _tile_loadd(7, lower + 1024 * j, 64);
+        _tile_dpbsud(1, 4, 7);
+        if (more) {
+            _tile_loadd(5, x + AMX_SIDE * stride + 64 * j, stride);
+            _tile_dpbsud(2, 5, 6);
+            _tile_dpbsud(3, 5, 7);
+        }
+    }
+}
+
+/* totals[rows][32] of a strip and rows of int8 activations, after amx_begin. Reads blocks of 16 rows
+ * and of 64 columns, so the activations must be padded to multiples of both. The codes are unpacked
+ * a few tiles at a time, which stay in the L1 cache; the sums of up to 32 rows stay in the unit. */
 static void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
                             const signed char *x, long stride, long rows, int *totals,
                             float *workspace)
 {
     enum {
-        TILES = 256,
+        TILES = 16,
         BYTES = TILES * TRITS_PER_BYTE * 64 + 1024,
         ROW = STRIP_ROWS * 4    /* bytes of a row of totals */
     };
     unsigned char *upper = (unsigned char *)(((uintptr_t)workspace + 63) & ~(uintptr_t)63);
     unsigned char *lower = upper + BYTES;
-    long done, i, j;
-    amx_begin();
+    const int keep = rows <= 2 * AMX_SIDE;
+    long done, i;
     for (done = 0; done < tiles; done += TILES) {
         const long here = tiles - done < TILES ? tiles - done : TILES;
         const long blocks = amx_unpack(strip + TILE_BYTES * done, here, trits, upper, lower);
         const signed char *from = x + done * (trits ? TILE_TRITS : TILE_CODES);
         for (i = 0; i < rows; i += 2 * AMX_SIDE) {
-            int *to = totals + i * STRIP_ROWS;
-            const int more = i + 16 < rows;
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
-            if (done) {
+            int *to = totals + i * STRIP_ROWS, *next = to + AMX_SIDE * STRIP_ROWS;
+            const int more = i + AMX_SIDE < rows;
+            if (!done) {
+                _tile_zero(0);
+                _tile_zero(1);
+                _tile_zero(2);
+                _tile_zero(3);
+            } else if (!keep) {
                 _tile_loadd(0, to, ROW);
                 _tile_loadd(1, to + 16, ROW);
-                _tile_loadd(2, to + 16 * STRIP_ROWS, ROW);
-                _tile_loadd(3, to + 16 * STRIP_ROWS + 16, ROW);
-            }
-            for (j = 0; j < blocks; j++) {
-                _tile_loadd(4, from + i * stride + 64 * j, stride);
-                _tile_loadd(6, upper + 1024 * j, 64);
-                _tile_dpbsud(0, 4, 6);
-                _tile_loadd(7, lower + 1024 * j, 64);
-                _tile_dpbsud(1, 4, 7);
                 if (more) {
-                    _tile_loadd(5, from + (i + 16) * stride + 64 * j, stride);
-                    _tile_dpbsud(2, 5, 6);
-                    _tile_dpbsud(3, 5, 7);
+                    _tile_loadd(2, next, ROW);
+                    _tile_loadd(3, next + 16, ROW);
                 }
             }
+            if (more)
+                amx_multiply(from + i * stride, stride, upper, lower, blocks, 1);
+            else
+                amx_multiply(from + i * stride, stride, upper, lower, blocks, 0);
+            if (keep && done + here < tiles)
+                continue;
             _tile_stored(0, to, ROW);
             _tile_stored(1, to + 16, ROW);
-            _tile_stored(2, to + 16 * STRIP_ROWS, ROW);
-            _tile_stored(3, to + 16 * STRIP_ROWS + 16, ROW);
+            if (more) {
+                _tile_stored(2, next, ROW);
+                _tile_stored(3, next + 16, ROW);
+            }
         }
     }
-    _tile_release();
 }
 
 #else
 
 /* Never called, but referenced by the kernels' source. */
 enum { MATRIX_UNIT = 0, AMX_MIN_ROWS = 0 };
+
+static inline void amx_begin(void) {}
+static inline void amx_end(void) {}
 
 static inline void amx_packed_sums(const unsigned char *strip, long tiles, int trits,
                                    const signed char *x, long stride, long rows, int *totals,

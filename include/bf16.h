@@ -117,7 +117,7 @@ static inline void bf16_pack(const bf16_operand *x, long line, long first, long 
 #if defined(LEGACY1BIT_TIER_AMX)
 
 static inline void bf16_begin(void) { amx_begin(); }
-static inline void bf16_end(void) { _tile_release(); }
+static inline void bf16_end(void) { amx_end(); }
 
 /* sums[32][32] = the product of a left and a right panel, only the tiles that both have. */
 static inline void bf16_multiply(long blocks, const uint16_t *a, const uint16_t *b, long rows,

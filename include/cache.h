@@ -1,135 +1,100 @@
-/* Attention over an int8 cache of keys and values, for one query or a few consecutive ones, with a
- * fixed order of summation: a score is summed over the head's dimensions and an output over the
- * keys, one at a time, without fused multiply-add. So all instruction sets give the same bits.
+/* Attention over an int8 cache of keys and values, for one query or a few that share it, in whole
+ * numbers: queries and the weights of values are rounded to int16, and every sum is exact. So all
+ * instruction sets give the same bits, for any number of queries at a time.
  *
- * Keys are stored in tiles of KEY_TILE, [dimension][key], so that a vector holds one dimension of
- * several keys. Values are stored in rows. Up to CACHED_QUERIES queries share each load. */
+ * Keys are stored in tiles of KEY_TILE, as pairs of dimensions, [dimension / 2][key][2]; values as
+ * pairs of rows, [row / 2][dimension][2]. So one product of pairs makes scores of keys and weighted
+ * sums of values: columns come in blocks of KEY_TILE, and each load serves several queries. */
 #ifndef LEGACY1BIT_CACHE_H
 #define LEGACY1BIT_CACHE_H
+
+#include <string.h>
 
 #include "simd.h"
 
 enum {
-    KEY_VECTORS = KEY_TILE / VF32_LANES,
-    /* Tiles of scores that fit the register file. */
-    SCORE_TILES = VF32_LANES == 16 ? 8 : VF32_LANES == 8 ? 4 : VF32_LANES == 4 ? 2 : 1,
-    VALUE_VECTORS = VF32_LANES == 16 ? 4 : 2
+    BLOCK_VECTORS = KEY_TILE / VF32_LANES,
+    /* Queries, and blocks of columns for them or for one query, whose sums fit the registers. */
+    SUM_QUERIES = VF32_LANES >= 8 ? CACHED_QUERIES : VF32_LANES == 4 ? 2 : 1,
+    SUM_BLOCKS = VF32_LANES == 16 ? 4 : 1,
+    SUM_BLOCKS_OF_ONE = VF32_LANES == 16 ? 8 : VF32_LANES == 8 ? 4 : VF32_LANES == 4 ? 2 : 1,
+    MOST_SUMS = BLOCK_VECTORS * (SUM_QUERIES * SUM_BLOCKS > SUM_BLOCKS_OF_ONE
+                                 ? SUM_QUERIES * SUM_BLOCKS : SUM_BLOCKS_OF_ONE),
+    /* Sums of products with int8 stay within int32 if the int16 factors add up to no more. */
+    MOST_SUM = 16900000,
+    MOST_LEVELS = 32767
 };
 
-/* Scores of `tiles` tiles of keys for `queries` queries. Both are constants after inlining, so that
- * the sums stay in registers. */
-FORCE_INLINE void score_tiles(const signed char *k, const float *q, long q_row, long dim, float *out,
-                              long out_row, const int queries, const int tiles)
-{
-    vf32 sums[SCORE_TILES * KEY_VECTORS];
-    for (int i = 0; i < queries * tiles * KEY_VECTORS; i++)
-        sums[i] = vf32_zero();
-    for (long d = 0; d < dim; d++)
-        for (int t = 0; t < tiles; t++)
-            for (int j = 0; j < KEY_VECTORS; j++) {
-                const vf32 w = vf32_load_i8(k + (t * dim + d) * KEY_TILE + j * VF32_LANES);
-                for (int i = 0; i < queries; i++) {
-                    vf32 *sum = &sums[(i * tiles + t) * KEY_VECTORS + j];
-                    *sum = vf32_add(*sum, vf32_mul(vf32_splat(q[i * q_row + d]), w));
-                }
-            }
-    for (int i = 0; i < queries; i++)
-        for (int t = 0; t < tiles * KEY_VECTORS; t++)
-            vf32_store(out + i * out_row + t * VF32_LANES, sums[i * tiles * KEY_VECTORS + t]);
-}
+/* A matrix of int8 as pairs of rows: bytes from a pair to the next, and from a block of columns. */
+typedef struct {
+    const signed char *data;
+    long pair, block;
+} cached_pairs;
 
-/* out[KEY_TILE * tiles]: the scores of all tiles of keys for one query. */
-static inline void score_one_query(const signed char *k, const float *q, long dim, long tiles,
-                                   float *out)
+/* out[queries][KEY_TILE * blocks] = a[queries][2 * pairs] m. `queries` and `blocks` are constants
+ * after inlining, so that the sums stay in registers. */
+FORCE_INLINE void cached_block(const cached_pairs *m, long first, const short *a, long a_row,
+                               long pairs, float *out, long out_row, const int queries,
+                               const int blocks)
 {
-    long t = 0;
-    for (; t + SCORE_TILES <= tiles; t += SCORE_TILES)
-        score_tiles(k + t * dim * KEY_TILE, q, 0, dim, out + t * KEY_TILE, 0, 1, SCORE_TILES);
-    for (; t < tiles; t++)
-        score_tiles(k + t * dim * KEY_TILE, q, 0, dim, out + t * KEY_TILE, 0, 1, 1);
-}
-
-/* The same for several queries, as many at a time as fit the registers. */
-static inline void score_queries(const signed char *k, const float *q, long q_row, long dim,
-                                 long tiles, float *out, long out_row, long queries)
-{
-    enum { FEW = (int)SCORE_TILES < (int)CACHED_QUERIES ? SCORE_TILES : (int)CACHED_QUERIES,
-           AT_ONCE = SCORE_TILES / FEW };
-    long i = 0;
-    for (; i + FEW <= queries; i += FEW) {
-        long t = 0;
-        for (; t + AT_ONCE <= tiles; t += AT_ONCE)
-            score_tiles(k + t * dim * KEY_TILE, q + i * q_row, q_row, dim,
-                        out + i * out_row + t * KEY_TILE, out_row, FEW, AT_ONCE);
-        for (; t < tiles; t++)
-            score_tiles(k + t * dim * KEY_TILE, q + i * q_row, q_row, dim,
-                        out + i * out_row + t * KEY_TILE, out_row, FEW, 1);
-    }
-    for (; i < queries; i++)
-        score_one_query(k, q + i * q_row, dim, tiles, out + i * out_row);
-}
-
-/* `vectors` vectors of the weighted sums of values; `left` is the number of valid lanes. */
-FORCE_INLINE void mix_vectors(const signed char *v, long dim, const float *p, long p_row, long keys,
-                              float *out, long out_row, long left, const int queries,
-                              const int vectors)
-{
-    vf32 sums[CACHED_QUERIES * VALUE_VECTORS];
+    vi32 sums[MOST_SUMS];
+    const signed char *at = m->data + first * m->block;
+    const int vectors = blocks * BLOCK_VECTORS;
     for (int i = 0; i < queries * vectors; i++)
-        sums[i] = vf32_zero();
-    for (long j = 0; j < keys; j++)
-        for (int t = 0; t < vectors; t++) {
-            const signed char *at = v + j * dim + t * VF32_LANES;
-            const vf32 w = left == VF32_LANES ? vf32_load_i8(at) : vf32_load_i8_first(at, left);
+        sums[i] = vi32_zero();
+    for (long r = 0; r < pairs; r++, at += m->pair) {
+        vi32 factor[CACHED_QUERIES];
+        for (int i = 0; i < queries; i++) {
+            int pair;
+            memcpy(&pair, a + i * a_row + 2 * r, sizeof pair);
+            factor[i] = vi32_splat(pair);
+        }
+        for (int j = 0; j < vectors; j++) {
+            const vi32 w = vi32_load_i8(at + j / BLOCK_VECTORS * m->block
+                                        + j % BLOCK_VECTORS * 2 * VF32_LANES);
             for (int i = 0; i < queries; i++)
-                sums[i * vectors + t] = vf32_add(sums[i * vectors + t],
-                                                 vf32_mul(vf32_splat(p[i * p_row + j]), w));
+                vi32_add_dot(&sums[i * vectors + j], w, factor[i]);
         }
+    }
     for (int i = 0; i < queries; i++)
-        for (int t = 0; t < vectors; t++) {
-            float *to = out + i * out_row + t * VF32_LANES;
-            if (left == VF32_LANES)
-                vf32_store(to, sums[i * vectors + t]);
-            else
-                vf32_store_first(to, left, sums[i * vectors + t]);
-        }
+        for (int j = 0; j < vectors; j++)
+            vf32_store(out + i * out_row + j * VF32_LANES, vi32_float(sums[i * vectors + j]));
 }
 
-FORCE_INLINE void mix_rows(const signed char *v, long dim, const float *p, long p_row, long keys,
-                           float *out, long out_row, const int queries)
+FORCE_INLINE void cached_blocks(const cached_pairs *m, const short *a, long a_row, long pairs,
+                                long columns, float *out, long out_row, const int queries,
+                                const int at_once)
 {
-    long i = 0;
-    for (; i + VALUE_VECTORS * VF32_LANES <= dim; i += VALUE_VECTORS * VF32_LANES)
-        mix_vectors(v + i, dim, p, p_row, keys, out + i, out_row, VF32_LANES, queries,
-                    VALUE_VECTORS);
-    for (; i + VF32_LANES <= dim; i += VF32_LANES)
-        mix_vectors(v + i, dim, p, p_row, keys, out + i, out_row, VF32_LANES, queries, 1);
-    if (i < dim)
-        mix_vectors(v + i, dim, p, p_row, keys, out + i, out_row, dim - i, queries, 1);
-}
-
-/* out[i, dim] = p[i, keys] v[keys, dim] for up to CACHED_QUERIES queries i. */
-static inline void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
-                              float *out, long out_row, long queries)
-{
-    switch (queries) {
-    case 1: mix_rows(v, dim, p, p_row, keys, out, out_row, 1); break;
-    case 2: mix_rows(v, dim, p, p_row, keys, out, out_row, 2); break;
-    case 3: mix_rows(v, dim, p, p_row, keys, out, out_row, 3); break;
-    default: mix_rows(v, dim, p, p_row, keys, out, out_row, 4); break;
+    const long whole = columns / KEY_TILE, left = columns % KEY_TILE;
+    long b = 0;
+    for (; b + at_once <= whole; b += at_once)
+        cached_block(m, b, a, a_row, pairs, out + b * KEY_TILE, out_row, queries, at_once);
+    /* With few sums each addition waits for the one before it. */
+    for (; at_once > 4 && b + 4 <= whole; b += 4)
+        cached_block(m, b, a, a_row, pairs, out + b * KEY_TILE, out_row, queries, 4);
+    for (; at_once > 2 && b + 2 <= whole; b += 2)
+        cached_block(m, b, a, a_row, pairs, out + b * KEY_TILE, out_row, queries, 2);
+    for (; b < whole; b++)
+        cached_block(m, b, a, a_row, pairs, out + b * KEY_TILE, out_row, queries, 1);
+    if (left) {
+        float last[CACHED_QUERIES * KEY_TILE];
+        cached_block(m, b, a, a_row, pairs, last, KEY_TILE, queries, 1);
+        for (int i = 0; i < queries; i++)
+            memcpy(out + i * out_row + b * KEY_TILE, last + i * KEY_TILE, left * sizeof *out);
     }
 }
 
-/* Dequantizes tiles of keys to out[dimension][row]: codes times scales. */
-static inline void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
-                                   float *out, long row)
+/* out[queries][columns] = a[queries][2 * pairs] m, as floats. Whole blocks of columns are read. */
+static inline void cached_product(const cached_pairs *m, const short *a, long a_row, long pairs,
+                                  long columns, float *out, long out_row, long queries)
 {
-    for (long t = 0; t < tiles; t++)
-        for (long d = 0; d < dim; d++)
-            for (int j = 0; j < KEY_VECTORS; j++)
-                vf32_store(out + d * row + t * KEY_TILE + j * VF32_LANES,
-                           vf32_mul(vf32_load(scales + t * KEY_TILE + j * VF32_LANES),
-                                    vf32_load_i8(k + (t * dim + d) * KEY_TILE + j * VF32_LANES)));
+    long i = 0;
+    for (; i + SUM_QUERIES <= queries; i += SUM_QUERIES)
+        cached_blocks(m, a + i * a_row, a_row, pairs, columns, out + i * out_row, out_row,
+                      SUM_QUERIES, SUM_BLOCKS);
+    for (; i < queries; i++)
+        cached_blocks(m, a + i * a_row, a_row, pairs, columns, out + i * out_row, out_row, 1,
+                      SUM_BLOCKS_OF_ONE);
 }
 
 #endif

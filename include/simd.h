@@ -24,6 +24,7 @@
  *   vf32_transpose(square)    VF32_LANES vectors, the rows of a square, become its columns
  *   i8_round(p, v)            VF32_LANES integers nearest to v, within -127 to 127, as int8
  *   i8_round4(p, v)           the same for four vectors
+ *   i16_round(p, v)           VF32_LANES integers nearest to v, within -32767 to 32767, as int16
  *
  *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
  *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)

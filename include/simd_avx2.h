@@ -117,6 +117,13 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storel_epi64((__m128i *)p, _mm_packs_epi16(words, words));
 }
 
+static inline void i16_round(short *p, vf32 v)
+{
+    const __m256i whole = _mm256_cvtps_epi32(v);
+    _mm_storeu_si128((__m128i *)p, _mm_packs_epi32(_mm256_castsi256_si128(whole),
+                                                   _mm256_extracti128_si256(whole, 1)));
+}
+
 /* Packing works within halves of a vector; fours of bytes are sorted at the end. */
 #define I8_ROUND4
 static inline void i8_round4(signed char *p, const vf32 *v)

@@ -100,6 +100,11 @@ static inline void i8_round(signed char *p, vf32 v)
     _mm_storeu_si128((__m128i *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(v)));
 }
 
+static inline void i16_round(short *p, vf32 v)
+{
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(v)));
+}
+
 /* Packing works within quarters of a vector; fours of bytes are sorted at the end. */
 #define I8_ROUND4
 static inline void i8_round4(signed char *p, const vf32 *v)

@@ -57,6 +57,7 @@ static inline float vf32_largest(vf32 v) { return v; }
 
 static inline void vf32_transpose(vf32 *square) { (void)square; }
 static inline void i8_round(signed char *p, vf32 v) { *p = (signed char)vf32_round(v); }
+static inline void i16_round(short *p, vf32 v) { *p = (short)vf32_round(v); }
 
 enum { VSUM_ROWS = 1, VSUM_AT_ONCE = 1 };
 typedef int vsum;

@@ -128,6 +128,14 @@ static inline void i8_round(signed char *p, vf32 v)
         p[i] = (signed char)lanes[i];
 }
 
+static inline void i16_round(short *p, vf32 v)
+{
+    float lanes[4];
+    _mm_storeu_ps(lanes, vf32_round(v));
+    for (int i = 0; i < 4; i++)
+        p[i] = (short)lanes[i];
+}
+
 /* Sums are exact integers in floats: no lane exceeds 2^24 below 176,000 columns. */
 enum { VSUM_ROWS = 1, VSUM_AT_ONCE = 1 };
 typedef __m128 vsum;

@@ -67,6 +67,12 @@ static inline void i8_round(signed char *p, vf32 v)
     memcpy(p, &four, 4);
 }
 
+static inline void i16_round(short *p, vf32 v)
+{
+    const __m128i whole = _mm_cvtps_epi32(v);
+    _mm_storel_epi64((__m128i *)p, _mm_packs_epi32(whole, whole));
+}
+
 #define I8_ROUND4
 static inline void i8_round4(signed char *p, const vf32 *v)
 {

@@ -8,8 +8,9 @@ cdef struct ThreadBuffers:
     # The buffers of one thread.
     float *normed           # [width], the input of a product of one token, also in int8
     Int8Rows quantized
-    float *probs            # [rows, cache_rows]
-    float *head             # [4, cache_rows, D], q, k, v and outputs of a head, for prompts
+    float *probs            # [CACHED_QUERIES, cache_rows]
+    short *codes            # [CACHED_QUERIES, codes_stride], for attention
+    signed char *head       # [D], a head's key or value on its way into the cache
     float *token_probs      # [2, V], for sampling, with scratch
     int *candidates         # [V], token ids
 
@@ -41,8 +42,10 @@ cdef struct DecoderView:
     Py_ssize_t query_dim, kv_dim    # H D, G D
     Py_ssize_t width        # of the widest input of a product
     Py_ssize_t cache_rows   # the capacity, rounded up to tiles of 16 keys
-    signed char *keys       # [sequences, blocks, G, cache_rows / 16, D, 16] in int8
-    signed char *values     # [sequences, blocks, G, cache_rows, D]
+    Py_ssize_t even_dim     # the head's dimension, rounded up to pairs
+    Py_ssize_t codes_stride
+    signed char *keys       # [sequences, blocks, G, cache_rows / 16, even_dim / 2, 16, 2] in int8
+    signed char *values     # [sequences, blocks, G, cache_rows / 2, D, 2]
     float *key_scales       # [sequences, blocks, G, cache_rows]
     float *value_scales
     int *history            # [sequences, capacity], the token ids

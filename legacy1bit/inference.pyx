@@ -16,7 +16,7 @@ from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
 
 from legacy1bit.kernels cimport (
-    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
+    CACHED_QUERIES, KEY_TILE, STRIP_ROWS, CachedHead, Int8Rows, KernelTable, Matrix,
     strided,
 )
 from legacy1bit.math_ops cimport kernels, packed_kernels
@@ -35,7 +35,6 @@ ACTIVATIONS = ("int8", "float32")
 
 cdef enum:
     PROMPT_BLOCK = 128
-    ORDERED_KEYS = 256      # up to this number, attention has the same bits on every CPU
     TOKENS_PER_CALL = 64    # between two checks for Ctrl-C
     SUM_BLOCK = 1024        # probabilities whose sum is in float32
     MAX_BLOCK = 64          # probabilities of which the largest bounds the others
@@ -165,25 +164,26 @@ cdef void project_floats(const Projection *projection, const float *dense, Py_ss
 
 
 cdef void attend(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const Position *positions,
-                 Py_ssize_t rows, Py_ssize_t step, const Workspace *workspace) noexcept nogil:
+                 Py_ssize_t rows, Py_ssize_t step) noexcept nogil:
     # This thread's heads: appends their keys and values to the cache, and computes their outputs.
     cdef Py_ssize_t row
     if rows > 1 and d.single_sequence:
-        attend_sequence(d, thread, layer, positions.sequence, positions.past, 0, rows, workspace)
+        attend_sequence(d, thread, layer, positions.sequence, positions.past, 0, rows)
         return
     for row in range(rows):
         attend_sequence(d, thread, layer, positions[row].sequence, positions[row].past + step, row,
-                        1, workspace)
+                        1)
 
 
 cdef void attend_sequence(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer,
-                          Py_ssize_t sequence, Py_ssize_t past, Py_ssize_t row, Py_ssize_t rows,
-                          const Workspace *workspace) noexcept nogil:
+                          Py_ssize_t sequence, Py_ssize_t past, Py_ssize_t row,
+                          Py_ssize_t rows) noexcept nogil:
     # The same for consecutive tokens of one sequence, from a row on.
     cdef const KernelTable *kernel = kernels()
     cdef const PackedModelView *model = d.model
     cdef const PackedBlock *block = &model.blocks[layer]
-    cdef Py_ssize_t dim = model.head_dim, group = model.num_heads // model.num_kv_heads, head, at
+    cdef Py_ssize_t dim = model.head_dim, group = model.num_heads // model.num_kv_heads
+    cdef Py_ssize_t head, at, t
     cdef Py_ssize_t first = slice_start(model.num_kv_heads, thread, d.team.size)
     cdef Py_ssize_t last = slice_start(model.num_kv_heads, thread + 1, d.team.size)
     cdef float *q = d.q + row * d.query_dim + first * group * dim
@@ -197,14 +197,10 @@ cdef void attend_sequence(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer,
         kernel.rotary(&model.rotary, past, 1.0, k + first * dim, rows, d.kv_dim, last - first, dim)
     for head in range(first, last):
         at = ((sequence * model.num_blocks + layer) * model.num_kv_heads + head) * d.cache_rows
-        store_keys(k + head * dim, d.kv_dim, rows, dim, d.keys + at * dim, past,
-                   d.key_scales + at, <signed char *>d.threads[thread].head)
-        store(v + head * dim, d.kv_dim, rows, dim, d.values + (at + past) * dim,
-              d.value_scales + at + past)
-        if past + rows <= ORDERED_KEYS or rows == 1:
-            attend_rows(d, thread, head, at, block.window, past, row, rows)
-        else:
-            attend_block(d, thread, head, at, block.window, past, rows, workspace)
+        for t in range(rows):
+            append(d, at, past + t, k + t * d.kv_dim + head * dim, v + t * d.kv_dim + head * dim,
+                   d.threads[thread].head)
+        attend_rows(d, thread, head, at, block.window, past, row, rows)
 
 
 cdef void normalize_heads(const NormView *norm, float *x, Py_ssize_t rows, Py_ssize_t stride,
@@ -218,37 +214,38 @@ cdef void normalize_heads(const NormView *norm, float *x, Py_ssize_t rows, Py_ss
                       dim)
 
 
-cdef void store(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
-                signed char *codes, float *scales) noexcept nogil:
-    # Rows of values into the cache.
+cdef void append(DecoderView *d, Py_ssize_t at, Py_ssize_t past, const float *k, const float *v,
+                 signed char *codes) noexcept nogil:
+    # A head's key and value of a token into the cache; codes is int8[dim] of scratch.
+    cdef Py_ssize_t dim = d.model.head_dim, i
+    cdef signed char *to = d.keys + (at + past // KEY_TILE * KEY_TILE) * d.even_dim \
+        + past % KEY_TILE * 2
+    d.key_scales[at + past] = quantize_head(k, dim, codes)
+    for i in range(dim):
+        to[i // 2 * 2 * KEY_TILE + i % 2] = codes[i]
+    to = d.values + (at + past // 2 * 2) * dim + past % 2
+    d.value_scales[at + past] = quantize_head(v, dim, codes)
+    for i in range(dim):
+        to[2 * i] = codes[i]
+
+
+cdef float quantize_head(const float *x, Py_ssize_t dim, signed char *codes) noexcept nogil:
+    # Returns the scale.
     cdef Int8Rows quantized
+    cdef float scale
     cdef int total
-    cdef Py_ssize_t t
     quantized.stride = dim
+    quantized.codes = codes
+    quantized.scales = &scale
     quantized.sums = &total
-    for t in range(rows):
-        quantized.codes = codes + t * dim
-        quantized.scales = scales + t
-        kernels().quantize_rows(x + t * stride, 1, dim, &quantized)
-
-
-cdef void store_keys(const float *x, Py_ssize_t stride, Py_ssize_t rows, Py_ssize_t dim,
-                     signed char *tiles, Py_ssize_t past, float *scales,
-                     signed char *codes) noexcept nogil:
-    # Rows of keys into their tiles; codes is int8[rows, dim] of scratch.
-    cdef Py_ssize_t t, i
-    cdef signed char *to
-    store(x, stride, rows, dim, codes, scales + past)
-    for t in range(rows):
-        to = tiles + (past + t) // KEY_TILE * KEY_TILE * dim + (past + t) % KEY_TILE
-        for i in range(dim):
-            to[i * KEY_TILE] = codes[t * dim + i]
+    kernels().quantize_rows(x, 1, dim, &quantized)
+    return scale
 
 
 cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_ssize_t at,
                       Py_ssize_t window, Py_ssize_t past, Py_ssize_t row,
                       Py_ssize_t rows) noexcept nogil:
-    # Rows of consecutive tokens, summed in the same order on every CPU, for the heads that share
+    # Rows of consecutive tokens, with the same bits on every CPU, for the heads that share
     # keys and values; `at` is the first row of their cache. Several queries share each load: the
     # heads of a single token, else several tokens of each head.
     cdef CachedHead view
@@ -257,6 +254,8 @@ cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_
     view.head_dim = dim
     view.probs_stride = d.cache_rows
     view.probs = d.threads[thread].probs
+    view.codes = d.threads[thread].codes
+    view.codes_stride = d.codes_stride
     view.step = 1 if rows > 1 else 0
     view.stride = d.query_dim if rows > 1 else dim
     t = i = 0
@@ -269,8 +268,8 @@ cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_
         view.keys = past + t + 1 - low
         view.skipped = low % KEY_TILE
         view.q = d.q + (row + t) * d.query_dim + column + i * dim
-        view.k = d.keys + (at + low - view.skipped) * dim
-        view.v = d.values + (at + low) * dim
+        view.k = d.keys + (at + low - view.skipped) * d.even_dim
+        view.v = d.values + (at + low - view.skipped) * dim
         view.k_scales = d.key_scales + at + low
         view.v_scales = d.value_scales + at + low
         view.out = d.heads + (row + t) * d.query_dim + column + i * dim
@@ -282,40 +281,6 @@ cdef void attend_rows(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_
         if t == rows:
             t = 0
             i += 1
-
-
-cdef void attend_block(DecoderView *d, Py_ssize_t thread, Py_ssize_t kv_head, Py_ssize_t at,
-                       Py_ssize_t window, Py_ssize_t past, Py_ssize_t rows,
-                       const Workspace *workspace) noexcept nogil:
-    # A block of a long prompt, by the kernel of training, with keys and values from the cache.
-    cdef ThreadBuffers *own = &d.threads[thread]
-    cdef Py_ssize_t dim = d.model.head_dim, t, column
-    cdef Py_ssize_t group = d.model.num_heads // d.model.num_kv_heads
-    cdef Attention view
-    memset(&view, 0, sizeof(view))
-    view.queries = rows
-    view.keys = past + rows
-    view.head_dim = dim
-    view.stride = view.kv_stride = dim
-    view.k_key = 1
-    view.k_dim = d.cache_rows
-    view.window = window
-    view.probs = own.probs
-    view.q = own.head
-    view.k = own.head + d.cache_rows * dim
-    view.v = own.head + 2 * d.cache_rows * dim
-    view.out = own.head + 3 * d.cache_rows * dim
-    kernels().dequantize_keys(d.keys + at * dim, d.key_scales + at, dim,
-                              (view.keys + KEY_TILE - 1) // KEY_TILE,
-                              own.head + d.cache_rows * dim, d.cache_rows)
-    kernels().dequantize_rows(d.values + at * dim, d.value_scales + at, view.keys, dim,
-                              own.head + 2 * d.cache_rows * dim)
-    for column from kv_head * group * dim <= column < (kv_head + 1) * group * dim by dim:
-        for t in range(rows):
-            memcpy(own.head + t * dim, d.q + t * d.query_dim + column, dim * sizeof(float))
-        kernels().attention(&view, workspace.packing)
-        for t in range(rows):
-            memcpy(d.heads + t * d.query_dim + column, view.out + t * dim, dim * sizeof(float))
 
 
 cdef void activate(DecoderView *d, Py_ssize_t thread, Py_ssize_t rows) noexcept nogil:
@@ -346,7 +311,7 @@ cdef void transform(DecoderView *d, Py_ssize_t thread, Py_ssize_t layer, const P
     project(d, thread, &block.wk, quantized, dense, rows, False, d.k, workspace)
     project(d, thread, &block.wv, quantized, dense, rows, False, d.v, workspace)
     barrier(&d.team)
-    attend(d, thread, layer, positions, rows, step, workspace)
+    attend(d, thread, layer, positions, rows, step)
     barrier(&d.team)
     quantized = prepare(d, thread, d.heads, d.query_dim, rows, &block.heads_norm, &block.wo,
                         &dense)
@@ -814,6 +779,8 @@ cdef class Decoder:
         view.query_dim, view.kv_dim = config.query_dim, config.kv_dim
         view.width = max(config.model_dim, config.ffn_dim, config.query_dim)
         view.cache_rows = (capacity + KEY_TILE - 1) // KEY_TILE * KEY_TILE
+        view.even_dim = config.head_dim + config.head_dim % 2
+        view.codes_stride = max(view.cache_rows, view.even_dim) + KEY_TILE
         self._allocate_cache()
         self._allocate_rows()
         view.threads = <ThreadBuffers *>calloc(threads, sizeof(ThreadBuffers))
@@ -827,8 +794,9 @@ cdef class Decoder:
         cdef DecoderView *view = &self.view
         config = self.model.config
         cached = self.sequences * config.num_blocks * config.num_kv_heads * view.cache_rows
-        view.keys = self._int8(cached * config.head_dim)
-        view.values = self._int8(cached * config.head_dim)
+        view.keys = self._int8(cached * view.even_dim)
+        # Kernels read whole blocks of columns.
+        view.values = self._int8(cached * config.head_dim + 2 * KEY_TILE)
         self.arrays.append(np.zeros(cached, np.float32))
         view.key_scales = float_pointer(self.arrays[-1])
         view.value_scales = self._floats(cached)
@@ -866,12 +834,14 @@ cdef class Decoder:
     cdef int _allocate_thread(self, ThreadBuffers *own) except -1:
         cdef DecoderView *view = &self.view
         cdef Int8Matrix quantized = Int8Matrix(1, view.width)
-        queries = max(min(self.capacity, PROMPT_BLOCK), CACHED_QUERIES)
+        cdef short[::1] codes = np.empty(CACHED_QUERIES * view.codes_stride, np.int16)
+        self.arrays.append(np.asarray(codes))
+        own.codes = &codes[0]
         own.normed = self._floats(view.width)
         self.arrays.append(quantized)
         own.quantized = quantized.view
-        own.probs = self._floats(queries * view.cache_rows)
-        own.head = self._floats(4 * view.cache_rows * self.model.config.head_dim)
+        own.probs = self._floats(CACHED_QUERIES * view.cache_rows)
+        own.head = self._int8(view.even_dim)
         own.token_probs = self._floats(2 * view.vocab)
         own.candidates = self._ints(view.vocab)
         return 0
@@ -978,8 +948,9 @@ cdef class Decoder:
         for i in range(heads):
             of = (<Py_ssize_t>source * heads + i) * view.cache_rows
             to = (<Py_ssize_t>target * heads + i) * view.cache_rows
-            memcpy(view.keys + to * dim, view.keys + of * dim, rows * dim)
-            memcpy(view.values + to * dim, view.values + of * dim, size * dim)
+            memcpy(view.keys + to * view.even_dim, view.keys + of * view.even_dim,
+                   rows * view.even_dim)
+            memcpy(view.values + to * dim, view.values + of * dim, rows * dim)
             memcpy(view.key_scales + to, view.key_scales + of, size * sizeof(float))
             memcpy(view.value_scales + to, view.value_scales + of, size * sizeof(float))
         memcpy(view.history + <Py_ssize_t>target * view.capacity,

@@ -125,11 +125,13 @@ cdef struct CachedHead:
     Py_ssize_t stride
     Py_ssize_t probs_stride   # floats in a row of probs, a multiple of the tiles of keys
     const float *q
-    const signed char *k      # tiles of keys, [dimension][KEY_TILE]
-    const signed char *v      # rows, from the first visible key on
-    const float *k_scales
+    const signed char *k      # tiles of keys, [dimension / 2, KEY_TILE, 2]
+    const signed char *v      # values of the same keys, [key / 2, dimension, 2]
+    const float *k_scales     # from the first visible key on
     const float *v_scales
     float *probs              # float32[queries, probs_stride], scratch
+    short *codes              # int16[queries, codes_stride], scratch
+    Py_ssize_t codes_stride   # more by KEY_TILE than the keys in tiles, and than the head's dimension
     float *out
 
 cdef struct Update:
@@ -219,10 +221,6 @@ cdef struct KernelTable:
     void (*fake_quantize_rows)(float *x, Py_ssize_t rows, Py_ssize_t cols) noexcept nogil
     void (*quantize_rows)(const float *x, Py_ssize_t rows, Py_ssize_t cols,
                           const Int8Rows *out) noexcept nogil
-    void (*dequantize_rows)(const signed char *codes, const float *scales, Py_ssize_t rows,
-                            Py_ssize_t cols, float *out) noexcept nogil
-    void (*dequantize_keys)(const signed char *k, const float *scales, Py_ssize_t dim,
-                            Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil
     void (*packed_product)(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_t last,
                            const Int8Rows *x, Py_ssize_t rows, const float *bias, bint accumulate,
                            float *out, Py_ssize_t out_row, float *workspace) noexcept nogil

@@ -15,9 +15,9 @@ from libc.string cimport memcpy, memset
 
 from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
-    ACTIVATION_COLUMNS, CODES_PER_BYTE, KEY_TILE, RELU, RELU2, SILU, STRIP_ROWS, TILE_BYTES,
-    TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable, Matrix,
-    Operand, PackedMatrix, Rotary, Scheme, Update, strided,
+    ACTIVATION_COLUMNS, CACHED_QUERIES, CODES_PER_BYTE, KEY_TILE, RELU, RELU2, SILU, STRIP_ROWS,
+    TILE_BYTES, TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable,
+    Matrix, Operand, PackedMatrix, Rotary, Scheme, Update, strided,
 )
 
 cdef extern from "simd.h" nogil:
@@ -55,6 +55,7 @@ cdef extern from "simd.h" nogil:
     void vf32_transpose(vf32 *square)
     void i8_round(signed char *p, vf32 v)
     void i8_round4(signed char *p, const vf32 *v)
+    void i16_round(short *p, vf32 v)
     ctypedef struct vi32:
         pass
     vi32 vi32_zero()
@@ -110,6 +111,8 @@ cdef extern from "simd.h" nogil:
     void bf16_product(long m, long n, long k, const bf16_operand *a, const bf16_operand *b,
                       float factor, const float *bias, int accumulate, float *c, long c_row,
                       float *workspace)
+    void amx_begin()
+    void amx_end()
     void amx_packed_sums(const unsigned char *strip, long tiles, int trits, const signed char *x,
                          long stride, long rows, int *totals, float *workspace)
 
@@ -132,13 +135,14 @@ cdef extern from "sums.h" nogil:
                             float *out, float *mean, float *inv_std, long n)
 
 cdef extern from "cache.h" nogil:
-    void score_one_query(const signed char *k, const float *q, long dim, long tiles, float *out)
-    void score_queries(const signed char *k, const float *q, long q_row, long dim, long tiles,
-                       float *out, long out_row, long queries)
-    void mix_values(const signed char *v, long dim, const float *p, long p_row, long keys,
-                    float *out, long out_row, long queries)
-    void dequantize_keys(const signed char *k, const float *scales, long dim, long tiles,
-                         float *out, long row)
+    enum:
+        MOST_SUM
+        MOST_LEVELS
+    ctypedef struct cached_pairs:
+        const signed char *data
+        long pair, block
+    void cached_product(const cached_pairs *m, const short *a, long a_row, long pairs,
+                        long columns, float *out, long out_row, long queries)
 
 cdef extern from "peak.h" nogil:
     enum:
@@ -1351,12 +1355,13 @@ cdef inline void tile_sums(const unsigned char *strip, Py_ssize_t tiles, bint tr
 
 
 cdef void packed_sums(const unsigned char *strip, Py_ssize_t tiles, bint trits,
-                      const signed char *x, Py_ssize_t stride, Py_ssize_t rows, int *totals,
-                      float *workspace) noexcept nogil:
-    # totals[rows][STRIP_ROWS], rows <= VSUM_BLOCK: sums of unsigned codes times activations.
+                      const signed char *x, Py_ssize_t stride, Py_ssize_t rows, bint unit,
+                      int *totals, float *workspace) noexcept nogil:
+    # totals[rows][STRIP_ROWS], rows <= VSUM_BLOCK: sums of unsigned codes times activations, on the
+    # matrix unit or in vectors.
     cdef int part[VSUM_BLOCK * STRIP_ROWS]
     cdef Py_ssize_t i, done, width = TILE_TRITS if trits else TILE_CODES
-    if MATRIX_UNIT and rows >= AMX_MIN_ROWS:
+    if unit:
         amx_packed_sums(strip, tiles, trits, x, stride, rows, totals, workspace)
         return
     tile_sums(strip, min(tiles, VSUM_TILES), trits, x, stride, rows, totals)
@@ -1403,7 +1408,10 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
     cdef float scales[STRIP_ROWS]
     cdef float *to
     cdef int x_sum
+    cdef bint unit = MATRIX_UNIT and rows >= AMX_MIN_ROWS
     START_TIMER(TIMER_PACKED)
+    if unit:
+        amx_begin()
     for i in range(STRIP_ROWS):
         scales[i] = matrix.scale[0]
     if matrix.scale_row > 1:
@@ -1419,8 +1427,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                 bias_row = bias + row if bias and group == 0 else NULL
                 w = matrix.tiles + (strip * tiles + low) * TILE_BYTES
                 packed_sums(w, min(tiles - low, count), matrix.trits,
-                            x.codes + begin * x.stride + low * width, x.stride, here, totals,
-                            workspace)
+                            x.codes + begin * x.stride + low * width, x.stride, here, unit,
+                            totals, workspace)
                 if matrix.scale_row:
                     for i in range(inside):
                         scales[i] = matrix.scale[(row + i) * matrix.scale_row + group]
@@ -1439,6 +1447,8 @@ cdef void packed_product(const PackedMatrix *matrix, Py_ssize_t first, Py_ssize_
                         scale_sums(totals + t * STRIP_ROWS, inside, matrix.factor,
                                    matrix.offset * x_sum, scales, x.scales[begin + t],
                                    accumulate or group, bias_row, to)
+    if unit:
+        amx_end()
     STOP_TIMER(TIMER_PACKED)
 
 
@@ -1819,44 +1829,73 @@ cdef inline Py_ssize_t first_key(const Attention *head, Py_ssize_t query) noexce
     return first
 
 
+cdef inline void round_to_int16(const float *x, Py_ssize_t n, float factor, short *codes,
+                                Py_ssize_t size) noexcept nogil:
+    # codes[size] = factor * x[n], rounded, and zeros; only zeros for a factor of 0. Writes up to
+    # KEY_TILE further ones.
+    cdef Py_ssize_t i, rounded = 0
+    cdef vf32 up = vf32_splat(factor)
+    if factor != 0.0:
+        for i from 0 <= i < n by VF32_LANES:
+            i16_round(codes + i, vf32_mul(up, load_within(x + i, n - i)))
+        rounded = n
+    if rounded < size:
+        memset(codes + rounded, 0, (size - rounded) * sizeof(short))
+
+
 cdef void cached_attention(const CachedHead *head) noexcept nogil:
-    # out = softmax(q k^T / sqrt(D)) v. All instruction sets agree.
-    cdef Py_ssize_t queries = head.queries, i, count
-    cdef Py_ssize_t most = head.keys + (queries - 1) * head.step
-    cdef Py_ssize_t tiles = (head.skipped + most + KEY_TILE - 1) // KEY_TILE
-    cdef float factor = 1.0 / sqrtf(head.head_dim)
-    cdef float *row = head.probs
+    # out = softmax(q k^T / sqrt(D)) v, with queries and weights of values in int16: their products
+    # with the cached int8 are exact, so all instruction sets agree. A query has as many levels, and
+    # the weights are scaled so, that no sum leaves int32.
+    cdef Py_ssize_t queries = head.queries, dim = head.head_dim, skipped = head.skipped, i, count
+    cdef Py_ssize_t most = skipped + head.keys + (queries - 1) * head.step
+    cdef Py_ssize_t tiles = (most + KEY_TILE - 1) // KEY_TILE, even = dim + dim % 2
+    cdef float factor = 1.0 / sqrtf(head.head_dim), inverse, nonfinite, total, mass
+    cdef float most_levels = MOST_LEVELS, most_mass = MOST_SUM // 2
+    cdef float levels = min(MOST_LEVELS, MOST_SUM // dim)
+    cdef float top
+    cdef float steps[CACHED_QUERIES]
+    cdef cached_pairs keys, values
+    cdef const float *q
+    cdef float *row
+    cdef short *codes
     START_TIMER(TIMER_ATTENTION_FORWARD)
-    if queries == 1:
-        score_one_query(head.k, head.q, head.head_dim, tiles, row)
-    else:
-        score_queries(head.k, head.q, head.stride, head.head_dim, tiles, row, head.probs_stride,
-                      queries)
     for i in range(queries):
-        row = head.probs + i * head.probs_stride + head.skipped
+        q = head.q + i * head.stride
+        top = largest_magnitude(q, dim, &nonfinite)
+        steps[i] = step_for(top, nonfinite, levels, &inverse)
+        round_to_int16(q, dim, inverse, head.codes + i * head.codes_stride, even)
+    keys.data = head.k
+    keys.pair = 2 * KEY_TILE
+    keys.block = even * KEY_TILE
+    cached_product(&keys, head.codes, head.codes_stride, even // 2, tiles * KEY_TILE, head.probs,
+                   head.probs_stride, queries)
+    for i in range(queries):
+        row = head.probs + i * head.probs_stride + skipped
+        codes = head.codes + i * head.codes_stride
         count = head.keys + i * head.step
         multiply(row, head.k_scales, count)
-        softmax_row(row, count, factor)
+        total = exponentials(row, count, largest(row, count), steps[i] * factor)
         multiply(row, head.v_scales, count)
+        mass = ordered_sum(row, count)
+        inverse = min(most_levels / largest(row, count), most_mass / mass)
+        if mass < INFINITY and inverse < INFINITY:
+            steps[i] = 1.0 / (inverse * total)
+        else:
+            # The values are zeros, or not finite.
+            steps[i] = mass - mass
+            inverse = 0.0
         # Keys that this query does not see have weight 0.
-        memset(row + count, 0, (most - count) * sizeof(float))
-    mix_values(head.v, head.head_dim, head.probs + head.skipped, head.probs_stride, most, head.out,
-               head.stride, queries)
+        memset(codes, 0, skipped * sizeof(short))
+        round_to_int16(row, count, inverse, codes + skipped, most + most % 2 - skipped)
+    values.data = head.v
+    values.pair = 2 * dim
+    values.block = 2 * KEY_TILE
+    cached_product(&values, head.codes, head.codes_stride, (most + 1) // 2, dim, head.out,
+                   head.stride, queries)
+    for i in range(queries):
+        scale(head.out + i * head.stride, steps[i], dim)
     STOP_TIMER(TIMER_ATTENTION_FORWARD)
-
-
-cdef void dequantize_cached_keys(const signed char *k, const float *scales, Py_ssize_t dim,
-                                 Py_ssize_t tiles, float *out, Py_ssize_t row) noexcept nogil:
-    dequantize_keys(k, scales, dim, tiles, out, row)
-
-
-cdef void dequantize_rows(const signed char *codes, const float *scales, Py_ssize_t rows,
-                          Py_ssize_t cols, float *out) noexcept nogil:
-    # out[i, j] = scales[i] * codes[i, j]
-    cdef Py_ssize_t i
-    memset(out, 0, rows * cols * sizeof(float))
-    for i in range(rows):
-        add_row(codes + i * cols, cols, scales[i], out + i * cols)
 
 
 cdef void attention(const Attention *head, float *workspace) noexcept nogil:
@@ -2215,8 +2254,6 @@ kernels.attention_backward = attention_backward
 kernels.quantize = quantize
 kernels.fake_quantize_rows = fake_quantize_rows
 kernels.quantize_rows = quantize_rows
-kernels.dequantize_rows = dequantize_rows
-kernels.dequantize_keys = dequantize_cached_keys
 kernels.packed_product = packed_product
 kernels.int8_rows_product = int8_rows_product
 kernels.adamw = adamw

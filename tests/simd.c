@@ -144,12 +144,18 @@ static void rounding(void)
                                   4194302.0f};
     float v[N], out[N];
     signed char *bytes = guarded(N);
+    short *words = guarded(N * sizeof *words);
     for (int k = 0; k < 8 * 5 * 2; k++) {
         for (int i = 0; i < N; i++) {
             const int j = (k + i) % 80;
             v[i] = (whole[j % 8] + 0.25f * (float)(j / 8 % 5)) * (j < 40 ? 1.0f : -1.0f);
         }
         EACH(vf32_round(vf32_load(v)), rintf(v[i]));
+        for (int i = 0; i < N; i++)
+            v[i] = fminf(fmaxf(v[i], -32767.0f), 32767.0f);
+        i16_round(words, vf32_load(v));
+        for (int i = 0; i < N; i++)
+            NEED((float)words[i] == rintf(v[i]));
         for (int i = 0; i < N; i++)
             v[i] = fminf(fmaxf(v[i], -127.0f), 127.0f);
         i8_round(bytes, vf32_load(v));

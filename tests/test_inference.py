@@ -1069,9 +1069,9 @@ def test_write_takes_long_prompts():
 @pytest.mark.parametrize("number", [0.0, np.nextafter(1.0, 0.0)])
 def test_write_takes_numbers_at_either_end(settings, number):
     packed = packed_model()
-    drawn = Decoder(packed).generate([1, 2], np.full(10, number), SamplingConfig(**settings))
-    assert drawn.tolist() == draws_of(packed, [1, 2], [number] * 10, **settings)[0]
-    p = probabilities(Decoder(packed).prefill([1, 2]), 0.8, **settings)
+    drawn = Decoder(packed).generate([1, 4], np.full(10, number), SamplingConfig(**settings))
+    assert drawn.tolist() == draws_of(packed, [1, 4], [number] * 10, **settings)[0]
+    p = probabilities(Decoder(packed).prefill([1, 4]), 0.8, **settings)
     if number:
         last = np.flatnonzero(p)[-1] if not settings else np.where(p > 0, p, 2).argmin()
     else:

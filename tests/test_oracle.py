@@ -493,15 +493,27 @@ def test_cache_keeps_keys_and_values_as_int8_after_the_rotation():
     tokens = np.zeros((1, 5), int)
     plain = oracle._attend(x, tokens, weights, {**config, "int8_cache": False})
     q, k, v, probabilities, heads = oracle._attend(x, tokens, weights, config)
-    assert_same_bits(q, plain[0])
-    for kept, exact in ((k, plain[1]), (v, plain[2])):
+    for kept, exact, levels in ((q, plain[0], 32767), (k, plain[1], 127), (v, plain[2], 127)):
         # A step for each token and head.
-        step = np.abs(exact).max(axis=3, keepdims=True) / 127
+        step = np.abs(exact).max(axis=3, keepdims=True) / levels
         assert_close(kept, np.rint(exact / step) * step, **FLOAT64)
     # The first token sees its own value alone.
     assert_close(heads[0, 0], v[0, 0].ravel(), **FLOAT64)
     scores = np.einsum("hd,jhd->hj", q[0, 4], k[0]) / math.sqrt(q.shape[3])
-    assert_close(probabilities[0, :, 4], oracle.softmax(scores), **FLOAT64)
+    # The weights of the values' codes are whole numbers, the largest of them 32767.
+    steps = np.abs(v[0]).max(axis=2).T / 127
+    exact = oracle.softmax(scores) * steps
+    unit = exact.max(axis=1, keepdims=True) / 32767
+    assert_close(probabilities[0, :, 4], np.rint(exact / unit) * unit / steps, **FLOAT64)
+    mixed = np.einsum("hj,jhd->hd", probabilities[0, :, 4], v[0])
+    assert_close(heads[0, 4], mixed.ravel(), **FLOAT64)
+
+
+def test_weights_of_codes_add_up_to_less_than_32_bits_hold():
+    weights = np.full((1, 1, 1, 1000), 0.001)
+    assert_close(oracle._weights_of_codes(weights) * 8450000, np.full((1, 1, 1, 1000), 8450.0),
+                 **FLOAT64)  # fmt: skip
+    assert not oracle._weights_of_codes(np.zeros((1, 1, 1, 3))).any()
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "float"])

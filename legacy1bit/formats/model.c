@@ -74,6 +74,9 @@ $end
     CODES = 16, /* and in memory, two bits each */
     WORDS = $words, /* of codes in memory */
     PLACES = 16, /* in which sums are added up */
+    MOST_SUM = 16900000, /* 127 times that is what 32 bits hold */
+    MOST_LEVELS = 32767,
+    QUERY_LEVELS = MOST_SUM / HEAD_DIM < MOST_LEVELS ? MOST_SUM / HEAD_DIM : MOST_LEVELS,
     LINE_BREAK = 10
 };
 
@@ -251,21 +254,28 @@ static float from_upper(uint16_t upper)
     return x;
 }
 
-/* Round numbers to whole multiples, -127 to 127, of a step: the largest of them over 127. Returns
- * the step, which is NaN where one of them is not finite. */
-static float round_to_int8(const float *x, int count, signed char *codes)
+/* The step of which numbers are rounded to whole multiples, up to `levels`: the largest of them over
+ * that. It is NaN where one of them is not finite. Where all are rounded to 0, its inverse is 0. */
+static float find_step(const float *x, int count, float levels, float *inverse)
 {
-    float top = 0.0f, inverse = 0.0f, step;
+    float top = 0.0f, step;
     int i, finite = 1;
     for (i = 0; i < count; i++) {
         top = fabsf(x[i]) > top ? fabsf(x[i]) : top;
         finite = finite && isfinite(x[i]);
     }
-    step = finite ? stored(top / 127.0f) : NAN;
-    if (step > 0.0f)
-        inverse = stored(127.0f / top);
-    if (!isfinite(inverse))
-        inverse = 0.0f;         /* the numbers are too small to tell from zeros */
+    step = finite ? stored(top / levels) : NAN;
+    *inverse = step > 0.0f ? stored(levels / top) : 0.0f;
+    if (!isfinite(*inverse))
+        *inverse = 0.0f;        /* the numbers are too small to tell from zeros */
+    return step;
+}
+
+static float round_to_int8(const float *x, int count, signed char *codes)
+{
+    float inverse;
+    const float step = find_step(x, count, 127.0f, &inverse);
+    int i;
     for (i = 0; i < count; i++)
         codes[i] = inverse > 0.0f ? (signed char)lrintf(stored(inverse * x[i])) : 0;
     return step;
@@ -504,7 +514,9 @@ static float exponential(float x)
     return ldexpf(power, (int)n);
 }
 
-/* One head: the mean of the values it remembers, weighted by how well their keys fit its query. */
+/* One head: the mean of the values it remembers, weighted by how well their keys fit its query.
+ * Query and weights are rounded to so many levels that their products with the cache add up to whole
+ * numbers of 32 bits. */
 static void attend(struct state *s, int layer, int head, int position)
 {
 $if spans
@@ -518,33 +530,45 @@ $if heads
     const int kv_head = head / (HEADS / KV_HEADS), at = kv_head * HEAD_DIM;
 $end
     const float *q = s->q + head * HEAD_DIM, factor = stored((float)(1.0 / sqrtf(HEAD_DIM)));
-    float *weights = s->attention, top = -INFINITY, share;
+    float *weights = s->attention, top = -INFINITY, largest = 0.0f, inverse, total, mass, share;
+    const float step = stored(factor * find_step(q, HEAD_DIM, QUERY_LEVELS, &inverse));
+    int query[HEAD_DIM], sums[HEAD_DIM] = {0};
     int t, i;
+    for (i = 0; i < HEAD_DIM; i++)
+        query[i] = inverse > 0.0f ? (int)lrintf(stored(inverse * q[i])) : 0;
     for (t = 0; t < count; t++) {
         const signed char *key = s->keys[layer][first + t] + $at;
-        const float step = s->key_steps[layer][first + t][$kv_head];
-        float product = 0.0f;
+        int product = 0;
         for (i = 0; i < HEAD_DIM; i++)
-            product = stored(product + stored(q[i] * (float)key[i]));
-        weights[t] = stored(product * step);
+            product += query[i] * key[i];
+        weights[t] = stored(stored((float)product) * s->key_steps[layer][first + t][$kv_head]);
         top = weights[t] > top ? weights[t] : top;
     }
     /* Softmax; taking the largest off changes no proportion, and keeps exp from overflowing. */
     for (t = 0; t < count; t++)
-        weights[t] = exponential(stored(factor * stored(weights[t] - top)));
-    share = stored((float)(1.0 / sum(weights, count)));
+        weights[t] = exponential(stored(step * stored(weights[t] - top)));
+    total = sum(weights, count);
     for (t = 0; t < count; t++) {
-        weights[t] = stored(weights[t] * share);
         weights[t] = stored(weights[t] * s->value_steps[layer][first + t][$kv_head]);
+        largest = weights[t] > largest ? weights[t] : largest;
     }
-    for (i = 0; i < HEAD_DIM; i++) {
-        float mean = 0.0f;
+    mass = sum(weights, count);
+    inverse = stored(MOST_LEVELS / largest);
+    share = stored(MOST_SUM / 2 / mass);
+    inverse = share < inverse ? share : inverse;
+    if (mass < INFINITY && inverse < INFINITY) {
+        share = stored((float)(1.0 / stored(inverse * total)));
         for (t = 0; t < count; t++) {
             const signed char *value = s->values[layer][first + t] + $at;
-            mean = stored(stored(weights[t] * (float)value[i]) + mean);
+            const int weight = (int)lrintf(stored(inverse * weights[t]));
+            for (i = 0; i < HEAD_DIM; i++)
+                sums[i] += weight * value[i];
         }
-        s->heads[head * HEAD_DIM + i] = mean;
+    } else {
+        share = mass - mass;    /* 0 where the values are zeros; they may not be finite, either */
     }
+    for (i = 0; i < HEAD_DIM; i++)
+        s->heads[head * HEAD_DIM + i] = stored((float)sums[i] * share);
 }
 
 $if gated silu gelu

@@ -15,9 +15,6 @@ BLOCK = 128
 # As many where other texts wait for it, if the bits stay the same. Smaller ones are slower.
 _SHORT_BLOCK = 32
 
-# The context up to which attention to a token has the same bits in a block of any size.
-_ORDERED = 256
-
 # As many sequences as a decoder can have.
 MOST_SLOTS = 128
 
@@ -56,9 +53,9 @@ class Slots:
     """The slots of a decoder, and what each has in the cache.
 
     What a prompt takes from a slot is, to the bit, what it would compute itself. Products of whole
-    numbers and attention to few tokens have the same bits in blocks of any size, everything else in
-    blocks that are cut at the same places: so a prompt takes all that it shares of the first 256
-    tokens, and behind them whole blocks of prompts, no tokens that were sampled.
+    numbers have the same bits in blocks of any size, those of floats in blocks that are cut at the
+    same places: so a prompt takes all that it shares, but where a matrix or the activations are
+    floats whole blocks of prompts, no tokens that were sampled.
 
     Parameters
     ----------
@@ -73,7 +70,7 @@ class Slots:
         floats = generator.activations != "int8"
         for weights in generator.model.parameters.values():
             floats = floats or (isinstance(weights, np.ndarray) and weights.ndim == 2)
-        self._ordered = 0 if floats else _ORDERED
+        self._exact = not floats
         self.all = [Slot(i, np.zeros(self.decoder.capacity, np.int32)) for i in range(count)]
         self.free = list(self.all)
         self._clock = 0
@@ -142,7 +139,7 @@ class Slots:
             Whether others wait: then they are fewer, where that changes no bit.
         """
         end = passed // BLOCK * BLOCK + BLOCK
-        if short and end <= self._ordered:
+        if short and self._exact:
             end = min(end, passed + _SHORT_BLOCK)
         return prompt[passed:end]
 
@@ -166,4 +163,4 @@ class Slots:
     def _shared(self, slot: Slot, prompt: _Tokens) -> int:
         """Return how many of them can be taken from it."""
         common = self._common(slot, prompt)
-        return max(min(common, self._ordered), min(common, slot.prompt_blocks) // BLOCK * BLOCK)
+        return common if self._exact else min(common, slot.prompt_blocks) // BLOCK * BLOCK

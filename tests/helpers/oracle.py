@@ -538,16 +538,41 @@ def _share_backward(d_output, like):
     return d_output.reshape(batch, time, shared, -1, head_dim).sum(axis=3)
 
 
+def nearest_int16(x):
+    """A number of levels to the nearest whole one, of at most 16 bits."""
+    return np.rint(x)
+
+
+def _rounded_to(x, levels):
+    """x to whole multiples of the largest |x| of each row over ``levels``."""
+    step = np.abs(x).max(axis=-1, keepdims=True) / levels
+    step[step == 0.0] = 1.0
+    return nearest_int16(x / step) * step
+
+
+def _weights_of_codes(weights):
+    """The weights [B, H, T, T] of codes of values, rounded: the largest of a row becomes 32767, or
+    less where all of them would exceed 8450000."""
+    top, total = weights.max(axis=-1, keepdims=True), weights.sum(axis=-1, keepdims=True)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        inverse = np.minimum(32767.0 / top, 8450000.0 / total)
+        return np.where(top > 0.0, nearest_int16(weights * inverse) / inverse, 0.0)
+
+
 def _attend(x, tokens, weights, config, starts=None):
     """The intermediate values of attention: q [B, T, H, D], k, v [B, T, G, D], probabilities
     [B, H, T, T] and the concatenated heads [B, T, Q]."""
     q, k, v = (_project_heads(x, weights, config, name) for name in "qkv")
     q, k = _place(q, weights, config, "q"), _place(k, weights, config, "k")
     if config.get("int8_cache"):
+        q = _rounded_to(q, min(32767, 16900000 // q.shape[-1]))
         k, v = quantize_activations(k), quantize_activations(v)
     allowed = allowed_keys(tokens, config["vocab_size"], config["attention_window"], starts)
     scores = np.einsum("bihd,bjhd->bhij", q, _share(k, config)) / math.sqrt(q.shape[-1])
     probabilities = masked_softmax(scores, allowed[:, None])
+    if config.get("int8_cache"):
+        steps = np.abs(_share(v, config)).max(axis=-1).transpose(0, 2, 1)[:, :, None] / 127.0
+        probabilities = _weights_of_codes(probabilities * steps) / np.where(steps, steps, 1.0)
     heads = np.einsum("bhij,bjhd->bihd", probabilities, _share(v, config))
     return q, k, v, probabilities, heads.reshape(*x.shape[:2], -1)
 
@@ -777,7 +802,8 @@ def decode(params, config, tokens):
     """What a decoder answers: the logits after each of the tokens [T], float64[T, V].
 
     A matrix of few levels gets its input as int8, however it was trained, and one of floats gets
-    it as it is. Of each token and head the cache keeps key and value as int8.
+    it as it is. Of each token and head the cache keeps key and value as int8, which meet queries
+    and weights of values in int16.
     """
     packed = config["scheme"] != "float"
     settings = {**config, "int8_activations": packed, "int8_cache": True}
