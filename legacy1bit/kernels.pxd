@@ -131,7 +131,7 @@ cdef struct CachedHead:
     const float *v_scales
     float *probs              # float32[queries, probs_stride], scratch
     short *codes              # int16[queries, codes_stride], scratch
-    Py_ssize_t codes_stride   # more by KEY_TILE than the keys in tiles, and than the head's dimension
+    Py_ssize_t codes_stride   # KEY_TILE more than the keys in tiles, or the head's dimension
     float *out
 
 cdef struct Update:

@@ -16,8 +16,8 @@ from libc.string cimport memcpy, memset
 from legacy1bit.cpu import cache_sizes
 from legacy1bit.kernels cimport (
     ACTIVATION_COLUMNS, CACHED_QUERIES, CODES_PER_BYTE, KEY_TILE, RELU, RELU2, SILU, STRIP_ROWS,
-    TILE_BYTES, TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows, KernelTable,
-    Matrix, Operand, PackedMatrix, Rotary, Scheme, Update, strided,
+    TILE_BYTES, TILE_CODES, TILE_ROW_BYTES, TILE_TRITS, Attention, CachedHead, Int8Rows,
+    KernelTable, Matrix, Operand, PackedMatrix, Rotary, Scheme, Update, strided,
 )
 
 cdef extern from "simd.h" nogil:
