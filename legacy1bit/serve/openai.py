@@ -503,11 +503,12 @@ def _quote(value: Any) -> str:
 # --- Writing --------------------------------------------------------------------------------------
 
 
-def to_bytes(record: Json) -> bytes:
+_to_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def to_bytes(record: Any) -> bytes:
     """Return JSON of one line."""
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode(
-        "utf-8", "replace"
-    )
+    return _to_json(record).encode("utf-8", "replace")
 
 
 def event_of(record: Json) -> bytes:
@@ -521,11 +522,34 @@ DONE = b"data: [DONE]\n\n"
 
 @dataclass
 class _Text:
-    """What there is of one text."""
+    """What there is of one text.
 
-    text: str = ""
+    Attributes
+    ----------
+    parts : list of str
+    length : int
+        Of all parts, in characters.
+    pieces : list of Piece
+        Those with log-probabilities.
+    finished : Finished, optional
+    frame : tuple of str
+        What is around the text of a piece in a server-sent event.
+    """
+
+    parts: list[str] = field(default_factory=list)
+    length: int = 0
     pieces: list[Piece] = field(default_factory=list)
     finished: Finished | None = None
+    frame: tuple[str, str] = ("", "")
+
+    def take(self, event: Piece | Finished) -> None:
+        if isinstance(event, Finished):
+            self.finished = event
+            return
+        self.parts.append(event.text)
+        self.length += len(event.text)
+        if event.logprob is not None:
+            self.pieces.append(event)
 
 
 class Reply:
@@ -543,44 +567,70 @@ class Reply:
         self._chat = bool(request.messages)
         self._request, self._model, self._tokenizer = request, model, tokenizer
         prompts = 1 if self._chat else len(request.prompts)
-        self.texts = [_Text() for _ in range(prompts * request.count)]
+        self._texts = [_Text() for _ in range(prompts * request.count)]
         self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._created = int(time.time())
+        self._begun = False
 
-    def beginning(self) -> list[Json]:
-        """Return what a stream begins with."""
-        if not self._chat:
-            return []
-        delta = {"role": "assistant", "content": ""}
-        return [
-            self._chunk(i, {"delta": delta}, None, None) for i in range(len(self.texts))
-        ]  # fmt: skip
+    def take(self, events: Sequence[tuple[int, Any]]) -> None:
+        """Note events, each of a text."""
+        for index, event in events:
+            self._texts[index].take(event)
 
-    def take(self, index: int, event: Piece | Finished) -> Json | None:
-        """Note an event of one text, and return what a stream says of it, if anything."""
-        about = self.texts[index]
-        if isinstance(event, Finished):
-            about.finished = event
-            empty: Json = {"delta": {}} if self._chat else {"text": ""}
-            return self._chunk(index, empty, None, event.reason)
-        offset = len(about.text)
-        about.text += event.text
-        logprobs = None
-        if event.logprob is not None:
-            about.pieces.append(event)
-            logprobs = self._logprobs([event], offset)
-        if not event.text and logprobs is None:
-            return None
-        said: Json = {"delta": {"content": event.text}} if self._chat else {"text": event.text}
-        return self._chunk(index, said, logprobs, None)
+    def texts(self) -> list[str]:
+        """Return the texts so far."""
+        return ["".join(about.parts) for about in self._texts]
+
+    def events(self, events: Sequence[tuple[int, Any]]) -> bytes:
+        """Note events, each of a text, and return what a stream says of them."""
+        said = [] if self._begun else self._beginning()
+        for index, event in events:
+            about = self._texts[index]
+            offset = about.length
+            about.take(event)
+            if isinstance(event, Finished):
+                empty: Json = {"delta": {}} if self._chat else {"text": ""}
+                said.append(event_of(self._chunk(index, empty, None, event.reason)))
+            elif event.logprob is not None:
+                logprobs = self._logprobs([event], offset)
+                said.append(event_of(self._chunk(index, self._said(event.text), logprobs, None)))
+            elif event.text:
+                # There is one for each token: only the text itself is written anew.
+                before, behind = about.frame
+                said.append(f"{before}{_to_json(event.text)}{behind}".encode())
+        return b"".join(said)
+
+    def _beginning(self) -> list[bytes]:
+        """Return what a stream begins with, and prepare the frames of its pieces."""
+        self._begun = True
+        said = []
+        for index, about in enumerate(self._texts):
+            # As it is in the record, it cannot be a part of anything else.
+            chunk = self._chunk(index, self._said(self._id * 2), None, None)
+            before, behind = event_of(chunk).decode().split(_to_json(self._id * 2))
+            about.frame = before, behind
+            if self._chat:
+                delta = {"role": "assistant", "content": ""}
+                said.append(event_of(self._chunk(index, {"delta": delta}, None, None)))
+        return said
+
+    def _said(self, text: str) -> Json:
+        return {"delta": {"content": text}} if self._chat else {"text": text}
+
+    def end(self) -> bytes:
+        """Return what a stream ends with."""
+        if not self._request.usage:
+            return DONE
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        return event_of({**self._record(kind, []), "usage": self.usage()}) + DONE
 
     def whole(self) -> Json:
         """Return the answer, when all texts are finished."""
         choices = []
-        for index, about in enumerate(self.texts):
+        for index, (about, text) in enumerate(zip(self._texts, self.texts(), strict=True)):
             assert about.finished is not None
-            message = {"role": "assistant", "content": about.text, "refusal": None}
-            said: Json = {"message": message} if self._chat else {"text": about.text}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            said: Json = {"message": message} if self._chat else {"text": text}
             asked = self._request.settings.logprobs is not None
             logprobs = self._logprobs(about.pieces, 0) if asked else None
             choices.append(self._choice(index, said, logprobs, about.finished.reason))
@@ -589,7 +639,7 @@ class Reply:
 
     def usage(self) -> Json:
         """Return what all texts used; a prompt counts once."""
-        ends = [about.finished for about in self.texts if about.finished is not None]
+        ends = [about.finished for about in self._texts if about.finished is not None]
         first = ends[:: self._request.count]
         prompt = sum(end.prompt_tokens for end in first)
         completion = sum(end.completion_tokens for end in ends)
@@ -599,11 +649,6 @@ class Reply:
             "total_tokens": prompt + completion,
             "prompt_tokens_details": {"cached_tokens": sum(end.cached_tokens for end in first)},
         }
-
-    def usage_chunk(self) -> Json:
-        """Return what a stream ends with, if the request asks for it."""
-        kind = "chat.completion.chunk" if self._chat else "text_completion"
-        return {**self._record(kind, []), "usage": self.usage()}
 
     def _chunk(self, index: int, said: Json, logprobs: Json | None, reason: str | None) -> Json:
         kind = "chat.completion.chunk" if self._chat else "text_completion"

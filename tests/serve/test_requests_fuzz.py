@@ -10,6 +10,7 @@ from helpers.serving import SlowEngine, SomeModels
 from legacy1bit.generator import Generator
 
 hypothesis = pytest.importorskip("hypothesis")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install starlette")
 from hypothesis import strategies as st  # noqa: E402
 
 from legacy1bit.serve.app import Application, ServeSettings  # noqa: E402

@@ -22,6 +22,7 @@ from legacy1bit.model import save_model
 from legacy1bit.serve.models import Models, named_sources
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install uvicorn")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install starlette")
 
 KEY = "0123456789abcdef0123"
 
