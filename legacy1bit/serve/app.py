@@ -40,10 +40,13 @@ from legacy1bit.formats.conversation import choose_template
 from legacy1bit.generator import Generator
 from legacy1bit.inference import check_tokens
 from legacy1bit.serve import openai
+from legacy1bit.serve.errors import ApiError
 from legacy1bit.serve.jobs import Jobs, Mailbox, stopping
 from legacy1bit.serve.metrics import CONTENT_TYPE, Metrics
 from legacy1bit.serve.models import Lease, Models
-from legacy1bit.serve.openai import ApiError, Json, Limits, TextRequest
+from legacy1bit.serve.openai import Limits, TextRequest
+from legacy1bit.serve.openapi import describe
+from legacy1bit.serve.parameters import Json
 from legacy1bit.serve.requests import Closed, Constraint, Embedding
 from legacy1bit.serve.structured import Grammars
 
@@ -214,6 +217,7 @@ class Application:
             Route("/", self._show_page),
             Route("/health", self._health),
             Route("/metrics", self._show_metrics),
+            Route("/openapi.json", self._describe),
             Route("/v1/models", self._list_models),
             Route("/v1/models/{name:path}", self._show_model),
             self._post("/v1/completions", partial(self._texts, openai.parse_completion)),
@@ -590,6 +594,9 @@ class Application:
         if self.stopping:
             raise stopping()
         return _JsonResponse({"status": "ok"})
+
+    async def _describe(self, request: Request) -> Response:
+        return _JsonResponse(describe(self.settings.limits))
 
     async def _show_metrics(self, request: Request) -> Response:
         numbers = {}

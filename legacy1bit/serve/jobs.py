@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from functools import partial
 
 from legacy1bit.serve.engine import Ticket
-from legacy1bit.serve.openai import ApiError
+from legacy1bit.serve.errors import ApiError
 from legacy1bit.serve.requests import Closed, Event, Finished, QueueFull
 
 

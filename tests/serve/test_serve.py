@@ -239,3 +239,29 @@ def test_client_understands_errors(client):
         client.chat.completions.create(model="tiny", messages=SAID, tools=[{"type": "function"}])
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+# --- Another client -------------------------------------------------------------------------------
+
+
+def test_llm_chats(client, folder, tmp_path):
+    """Simon Willison's llm, a command that people use with any server of this form."""
+    pytest.importorskip("llm", reason="llm is not installed: pip install llm")
+    about = {"model_id": "mine", "model_name": "tiny", "api_base": str(client.base_url)}
+    # JSON is YAML.
+    known = json.dumps([{**about, "api_key_name": "mine"}])
+    (tmp_path / "extra-openai-models.yaml").write_text(known)
+    (tmp_path / "keys.json").write_text(json.dumps({"mine": KEY}))
+    command = [sys.executable, "-m", "llm", "-m", "mine", "Hi", "--no-log"]
+    command += ["-o", "seed", "3", "-o", "max_tokens", "12"]
+    environment = {
+        **os.environ, "LLM_USER_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # fmt: skip
+    with Generator.load(folder, 1, head="int8") as generator:
+        expected = generator.complete(
+            "User: Hi\nAssistant: ", 12, SamplingConfig(temperature=1.0), 3, ["\nUser:"]
+        ).text
+    for more in ([], ["--no-stream"]):
+        done = subprocess.run([*command, *more], env=environment, capture_output=True, timeout=100)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode() == expected + "\n"
