@@ -194,7 +194,7 @@ fuzz: build
 	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)
 
 soak: build
-	$(PYTHON) tests/serve/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
+	PYTHONPATH=.:tests $(PYTHON) tests/serve/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
