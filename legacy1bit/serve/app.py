@@ -29,7 +29,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
@@ -155,25 +155,33 @@ class _JsonResponse(JSONResponse):
         return openai.to_bytes(content)
 
 
-class _EventsResponse(StreamingResponse):
+class _EventsResponse(Response):
     """Server-sent events. It begins with the first, so that what fails before has its own status.
 
-    Starlette's would look for clients that go, which the application does for all requests.
+    Starlette's response would also look for clients that go, which the application does for all
+    requests.
     """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events, self.status_code, self.background = events, 200, None
+        self.init_headers({"x-accel-buffering": "no"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
-        async for data in self.body_iterator:
-            if not started:
-                started = True
-                await send(
-                    {
-                        "type": "http.response.start",
-                        "status": self.status_code,
-                        "headers": self.raw_headers,
-                    }
-                )
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        async with contextlib.aclosing(self._events) as events:
+            async for data in events:
+                if not started:
+                    started = True
+                    await send(
+                        {
+                            "type": "http.response.start",
+                            "status": self.status_code,
+                            "headers": self.raw_headers,
+                        }
+                    )
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
@@ -444,10 +452,7 @@ class Application:
     ) -> Response:
         asked, exchange = parse(body, self.settings.limits), request.state.exchange
         if asked.stream:
-            headers = {"x-accel-buffering": "no"}
-            return _EventsResponse(
-                self._stream(exchange, asked), media_type="text/event-stream", headers=headers
-            )
+            return _EventsResponse(self._stream(exchange, asked))
         async with self._generate(exchange, asked) as (jobs, reply):
             async for batch in jobs.batches():
                 reply.take(batch)
