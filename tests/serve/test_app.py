@@ -1,5 +1,6 @@
 """The HTTP application on a real socket: routes, OpenAI's forms, who may ask, limits, the end."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -418,6 +419,58 @@ def test_idle_connections_give_their_place(models, engine):
         assert ask(server, "/health")[0] == 200
         working.join(20)
         assert answers[0][0] == 200
+
+
+class NoTransport(asyncio.Transport):
+    """Where a connection leads that nobody is behind."""
+
+    closed = False
+
+    def abort(self):
+        self.closed = True
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+    def write(self, data):
+        pass
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_any_number_of_idle_connections_is_held_by_few(models, count):
+    """Silent ones, and ones with a part of a request: the newest are kept."""
+    import uvicorn.server
+
+    from legacy1bit.serve.app import Application, ServeSettings
+    from legacy1bit.serve.server import protocol_of
+
+    application = Application(models, ServeSettings(most_connections=50))
+    config = uvicorn.Config(application, log_config=None, log_level="critical")
+    make, state = protocol_of(application), uvicorn.server.ServerState()
+
+    async def connect_all():
+        transports = []
+        for i in range(count):
+            protocol = make(config, state, {})
+            transports.append((protocol, NoTransport()))
+            protocol.connection_made(transports[-1][1])
+            if begun := b"GET / HTTP/1.1\r\nHost:"[: i % 22]:
+                protocol.data_received(begun)
+            if i >= 50:
+                oldest, gone = transports[i - 50]
+                assert gone.closed
+                # As asyncio does.
+                oldest.connection_lost(None)
+                transports[i - 50] = None
+            assert application.connections() == min(i + 1, 50)
+        assert not any(transport.closed for _, transport in transports[-50:])
+        assert len(state.connections) == 50
+
+    asyncio.run(connect_all())
+    application.close()
 
 
 def test_garbage_ends_its_connection_alone(server, capfd):
