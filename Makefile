@@ -53,7 +53,7 @@ help:
 	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-serve         the server: a million requests (REQUESTS=N), and what schemathesis makes of'
-	@echo '                        its description; takes an hour'
+	@echo '                        its description; half an hour'
 	@echo 'make soak               a server with random clients; MINUTES=30'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         that an installed wheel is whole; WHEEL_TESTS=tests: every quick test'
