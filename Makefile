@@ -20,7 +20,7 @@ PIP := $(PYTHON) -m pip
 # what needs a build and is not told takes the one that is there.
 LAST := $(or $(firstword $(shell cat build/state 2>/dev/null)),0)
 TAKES_IT := run bench bench-compare bench-peers bench-data mca results test test-slow test-c test-crash \
-    test-browser test-debug test-asan test-memcheck test-coverage test-mutants fuzz fuzz-asan lint
+    test-browser test-debug test-asan test-memcheck test-coverage test-mutants soak fuzz fuzz-asan lint
 MEASURE_PERFORMANCE ?= $(if $(filter $(TAKES_IT),$(MAKECMDGOALS)),$(LAST),0)
 export MEASURE_PERFORMANCE
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,7 +29,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data mca results
-.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-tsan fuzz fuzz-asan
+.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-serve test-tsan soak fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage test-mutants
 .PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
 
@@ -52,6 +52,9 @@ help:
 	@echo 'make test-mutants       whether the tests notice faults in kernels and readers; takes hours'
 	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
+	@echo 'make test-serve         the server: a million requests (REQUESTS=N), and what schemathesis makes of'
+	@echo '                        its description; half an hour'
+	@echo 'make soak               a server with random clients; MINUTES=30'
 	@echo 'make test-tsan          the threads under ThreadSanitizer, which clang or gcc brings'
 	@echo 'make test-wheel         that an installed wheel is whole; WHEEL_TESTS=tests: every quick test'
 	@echo 'make test-oldest        the quick tests with the oldest of all packages, in Python 3.11'
@@ -173,10 +176,25 @@ test-browser: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["browser"])
 	$(PYTHON) -m pytest -m 'slow or not slow' $(ARGS) tests/reports/test_browser.py tests/serve/test_serve_page.py
 
+# What takes long of the server's tests, in an environment of its own: schemathesis brings versions
+# of other packages.
+SERVED := build/test-serve
+
+test-serve: wheel
+	rm -rf $(SERVED)
+	$(PYTHON) -m venv $(SERVED)/venv
+	cp -r tests benchmarks tools pyproject.toml $(SERVED)
+	$(SERVED)/venv/bin/pip install -q "$$(echo dist/*.whl)[test,serve-test]"
+	cd $(SERVED) && LEGACY1BIT_REQUESTS=$(or $(REQUESTS),1000000) \
+	    venv/bin/python -m pytest -m 'slow or not slow' $(ARGS) tests/serve
+
 # What is found that reaches further stays in build/fuzzing, and so does what shows a fault.
 fuzz: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
 	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)
+
+soak: build
+	PYTHONPATH=.:tests $(PYTHON) tests/serve/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__

@@ -22,6 +22,7 @@ from legacy1bit.commands.options import (
 from legacy1bit.generator import MOST_CONTEXT
 from legacy1bit.packed import HEADS
 from legacy1bit.system.files import read_regular
+from legacy1bit.system.optional import load_extra
 
 # The shortest key: shorter ones could be guessed.
 _SHORTEST_KEY = 16
@@ -113,6 +114,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
+    load_extra("serve needs", "starlette")
     # Loaded here, so that the options are parsed without them.
     from legacy1bit.serve.app import Application, ServeSettings, is_local
     from legacy1bit.serve.models import Models, named_sources

@@ -1,7 +1,6 @@
 """The HTTP application: routes, who may ask for what, and answers as they come about.
 
-It is an ASGI application without a framework: ten paths need none. Nothing of a request becomes the
-name of a file, and no request is answered with an exception.
+Nothing of a request becomes the name of a file, and no request is answered with an exception.
 """
 
 import asyncio
@@ -11,7 +10,6 @@ import hashlib
 import hmac
 import ipaddress
 import json
-import math
 import re
 import sys
 import threading
@@ -27,6 +25,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from legacy1bit.data_utils import Tokens
 from legacy1bit.formats.chat_template import Template
@@ -35,16 +40,15 @@ from legacy1bit.formats.conversation import choose_template
 from legacy1bit.generator import Generator
 from legacy1bit.inference import check_tokens
 from legacy1bit.serve import openai
-from legacy1bit.serve.engine import Ticket
+from legacy1bit.serve.errors import ApiError
+from legacy1bit.serve.jobs import Jobs, Mailbox, stopping
 from legacy1bit.serve.metrics import CONTENT_TYPE, Metrics
 from legacy1bit.serve.models import Lease, Models
-from legacy1bit.serve.openai import ApiError, Json, Limits, TextRequest
-from legacy1bit.serve.requests import Closed, Constraint, Embedding, Event, Finished, QueueFull
+from legacy1bit.serve.openai import Limits, TextRequest
+from legacy1bit.serve.openapi import describe
+from legacy1bit.serve.parameters import Json
+from legacy1bit.serve.requests import Closed, Constraint, Embedding
 from legacy1bit.serve.structured import Grammars
-
-Scope = Mapping[str, Any]
-Receive = Callable[[], Awaitable[dict[str, Any]]]
-Send = Callable[[dict[str, Any]], Awaitable[None]]
 
 _Result = TypeVar("_Result")
 
@@ -127,151 +131,58 @@ def log(record: Mapping[str, Any]) -> None:
         print(json.dumps({"time": stamp, **record}), file=sys.stderr, flush=True)
 
 
-class _Gone(Exception):
-    """The client has closed the connection."""
-
-
+@dataclass
 class _Exchange:
-    """A request and its answer."""
+    """What metrics and the log say of a request; ``request.state.exchange``."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self.method, self.path = str(scope["method"]), str(scope["path"])
-        self.headers = {
-            name.decode("latin-1").lower(): value.decode("latin-1")
-            for name, value in scope["headers"]
-        }
-        self.client = (scope.get("client") or ("",))[0]
-        self.route = "other"
-        self.about: Json = {}
-        self.begin = time.perf_counter()
-        self.status, self.started, self.ended = _GONE, False, False
-        self._receive, self._send = receive, send
+    status: int = _GONE
+    ended: bool = False
+    about: Json = field(default_factory=dict)
+    begin: float = field(default_factory=time.perf_counter)
 
-    async def read(self, most: int) -> bytes:
-        """Return the body. Raises ``ApiError`` if it is too long."""
-        fault = f"the body has more than {most} bytes"
-        # A client that still sends when the connection is closed does not see why: what is not much
-        # too long is read to its end.
-        patience = _PATIENCE * max(most, 1 << 12)
-        far = ApiError(fault, 413, headers={"connection": "close"})
-        length = self.headers.get("content-length", "0")
-        if len(length) > 18 or not length.isdecimal() or int(length) > patience:
-            raise far
-        body, size = bytearray(), 0
-        while True:
-            message = await self._receive()
-            if message["type"] == "http.disconnect":
-                raise _Gone
-            part = message.get("body", b"")
-            size += len(part)
-            if size > patience:
-                raise far
-            if size <= most:
-                body += part
-            if not message.get("more_body", False):
-                if size > most:
-                    raise ApiError(fault, 413)
-                return bytes(body)
-
-    async def until_gone(self) -> None:
-        """Return when the client has closed the connection, or the answer is complete."""
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-
-    async def start(self, status: int, kind: str, headers: Mapping[str, str] | None = None) -> None:
-        """Send what an answer begins with."""
-        named = {"content-type": kind, **(headers or {})}
-        encoded = [
-            (name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items()
-        ]
-        self.status, self.started = status, True
-        await self._send(
-            {"type": "http.response.start", "status": status, "headers": [*_OF_ALL, *encoded]}
-        )
-
-    async def write(self, data: bytes, more: bool = True) -> None:
-        """Send a part of an answer, or its end."""
-        self.ended = not more
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
-
-    async def answer(
-        self, status: int, body: bytes, kind: str, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Send a whole answer."""
-        await self.start(status, kind, {"content-length": str(len(body)), **(headers or {})})
-        await self.write(body, False)
-
-    async def json(
-        self, record: Json, status: int = 200, headers: Mapping[str, str] | None = None
-    ) -> None:
-        """Send a whole answer in JSON."""
-        await self.answer(status, openai.to_bytes(record), "application/json", headers)
-
-    async def refuse(self, error: ApiError) -> None:
-        """Send an error; in a stream, as its last event."""
-        if not self.started:
-            await self.json(error.record(), error.status, error.headers)
-        elif not self.ended:
-            self.status = error.status
-            await self.write(openai.event_of(error.record()), False)
+    def failed(self, error: Exception) -> None:
+        """Note a fault of the server."""
+        place = error.__traceback__
+        while place is not None and place.tb_next is not None:
+            place = place.tb_next
+        where = f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else ""
+        self.status, self.ended = 500, True
+        self.about["error"] = f"{type(error).__name__}: {error} ({where})"
 
 
-class _Jobs:
-    """Requests on their way through an engine, and their events in the order of time."""
-
-    def __init__(
-        self, submits: Sequence[Callable[[Callable[[Event], None]], Ticket]], fault: int = 500
-    ) -> None:
-        self._fault = fault
-        loop = asyncio.get_running_loop()
-        self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        self._tickets: dict[int, Ticket] = {}
-
-        def deliver(index: int, event: Event) -> None:
-            # The loop may have ended before the engine.
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
-
-        try:
-            for index, submit in enumerate(submits):
-                self._tickets[index] = submit(partial(deliver, index))
-        except QueueFull as error:
-            self.cancel()
-            after = {"retry-after": str(max(math.ceil(error.seconds), 1))}
-            raise ApiError(str(error), 429, code="queue_full", headers=after) from None
-        except Closed:
-            self.cancel()
-            raise _stopping() from None
-        except (IndexError, TypeError, ValueError) as error:
-            self.cancel()
-            raise ApiError(str(error), code="invalid_value") from None
-        except BaseException:
-            self.cancel()
-            raise
-
-    async def batches(self) -> AsyncGenerator[list[tuple[int, Event]], None]:
-        """Yield what has happened, until all requests are finished. Raises ``ApiError``."""
-        while self._tickets:
-            batch = [await self._events.get()]
-            while not self._events.empty():
-                batch.append(self._events.get_nowait())
-            for index, event in batch:
-                if isinstance(event, Finished):
-                    del self._tickets[index]
-                    if event.reason == "error":
-                        raise ApiError(event.message, self._fault, code="generation_failed")
-                    if event.reason == "cancelled":
-                        raise _stopping()
-            yield batch
-
-    def cancel(self) -> None:
-        """Stop what is not finished."""
-        for ticket in self._tickets.values():
-            ticket.cancel()
+class _JsonResponse(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return openai.to_bytes(content)
 
 
-def _stopping() -> ApiError:
-    return ApiError("the server is stopping", 503, code="stopping", headers={"retry-after": "5"})
+class _EventsResponse(Response):
+    """Server-sent events. It begins with the first, so that what fails before has its own status.
+
+    Starlette's response would also look for clients that go, which the application does for all
+    requests.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        self._events, self.status_code, self.background = events, 200, None
+        self.init_headers({"x-accel-buffering": "no"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+        async with contextlib.aclosing(self._events) as events:
+            async for data in events:
+                if not started:
+                    started = True
+                    await send(
+                        {
+                            "type": "http.response.start",
+                            "status": self.status_code,
+                            "headers": self.raw_headers,
+                        }
+                    )
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class _Chat:
@@ -304,22 +215,51 @@ class Application:
         self.connections: Callable[[], int] = lambda: 0
         self.stopping = False
         self._metrics = Metrics()
+        self._mailbox: Mailbox | None = None
         self._pool = ThreadPoolExecutor(_THREADS, "legacy1bit-serve")
         self._chats: weakref.WeakKeyDictionary[Generator, _Chat] = weakref.WeakKeyDictionary()
         self._grammars = Grammars()
         self._created = int(time.time())
         self._page, self._policy = read_page()
-        self._routes: dict[str, tuple[str, Callable[[_Exchange, bytes], Awaitable[None]]]] = {
-            "/": ("GET", self._show_page),
-            "/health": ("GET", self._health),
-            "/metrics": ("GET", self._show_metrics),
-            "/v1/models": ("GET", self._list_models),
-            "/v1/completions": ("POST", partial(self._texts, openai.parse_completion)),
-            "/v1/chat/completions": ("POST", partial(self._texts, openai.parse_chat)),
-            "/v1/embeddings": ("POST", self._embed),
-            "/tokenize": ("POST", self._tokenize),
-            "/detokenize": ("POST", self._detokenize),
-        }
+        routes = [
+            Route("/", self._show_page),
+            Route("/health", self._health),
+            Route("/metrics", self._show_metrics),
+            Route("/openapi.json", self._describe),
+            Route("/v1/models", self._list_models),
+            Route("/v1/models/{name:path}", self._show_model),
+            self._post("/v1/completions", partial(self._texts, openai.parse_completion)),
+            self._post("/v1/chat/completions", partial(self._texts, openai.parse_chat)),
+            self._post("/v1/embeddings", self._embed),
+            self._post("/tokenize", self._tokenize),
+            self._post("/detokenize", self._detokenize),
+        ]
+        self._paths = frozenset(route.path for route in routes)
+        self._starlette = Starlette(
+            routes=routes,
+            exception_handlers={
+                ApiError: _refuse,
+                HTTPException: _refuse_url,
+                ClientDisconnect: _forget,
+                Exception: _fail,
+            },
+        )
+        self._starlette.router.redirect_slashes = False
+
+    def _post(self, path: str, handler: Callable[[Request, Json], Awaitable[Response]]) -> Route:
+        """Return the route of a handler that takes JSON."""
+
+        async def endpoint(request: Request) -> Response:
+            # A page of another site cannot send this type without asking first.
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if kind != "application/json":
+                raise ApiError("the content-type of a request is application/json", 415)
+            if self.stopping:
+                raise stopping()
+            body = await _read(request, self.settings.most_body)
+            return await handler(request, openai.parse_json(body))
+
+        return Route(path, endpoint, methods=["POST"])
 
     def close(self) -> None:
         """End the threads and the processes of templates."""
@@ -328,86 +268,86 @@ class Application:
             chat.template.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request, unless its client is gone before; count it, and write it to the log."""
         if scope["type"] != "http":
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange()
+        scope["state"] = {"exchange": exchange}
+        read = asyncio.Event()
+
+        async def receive_until_read() -> Message:
+            message = await receive()
+            if not message.get("more_body", False):
+                read.set()
+            return message
+
+        async def send_noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                exchange.status = message["status"]
+                message["headers"] = [*_OF_ALL, *message["headers"]]
+            elif not message.get("more_body", False):
+                exchange.ended = True
+            await send(message)
+
+        task = asyncio.current_task()
+        assert task is not None
+
+        async def end_when_gone() -> None:
+            await read.wait()
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            if not exchange.ended:
+                task.cancel("the client is gone")
+
+        watch = asyncio.ensure_future(end_when_gone())
         try:
-            await self._answer(exchange)
-        except ApiError as error:
-            await exchange.refuse(error)
-        except _Gone:
-            pass
+            await self._answer(scope, receive_until_read, send_noting)
+        except asyncio.CancelledError:
+            # Of the server's end, if the client is still there.
+            if not watch.done():
+                raise
+            task.uncancel()
         except Exception as error:
-            place = error.__traceback__
-            while place is not None and place.tb_next is not None:
-                place = place.tb_next
-            where = (
-                f"{Path(place.tb_frame.f_code.co_filename).name}:{place.tb_lineno}" if place else ""
+            exchange.failed(error)
+        finally:
+            watch.cancel()
+            self._note(scope, exchange)
+
+    def _note(self, scope: Scope, exchange: _Exchange) -> None:
+        seconds = time.perf_counter() - exchange.begin
+        status = exchange.status if exchange.ended else _GONE
+        path = scope["path"] if scope["path"] in self._paths else "other"
+        if scope["path"].startswith("/v1/models/"):
+            path = "/v1/models/{name}"
+        self._metrics.answered(path, status, seconds)
+        if path not in ("/health", "/metrics"):
+            log(
+                {
+                    "method": scope["method"][:16],
+                    "path": path,
+                    "status": status,
+                    "seconds": round(seconds, 4),
+                    "client": (scope.get("client") or ("",))[0],
+                    **exchange.about,
+                }
             )
-            exchange.about["error"] = f"{type(error).__name__}: {error} ({where})"
-            await exchange.refuse(ApiError("the server has failed", 500, code="internal_error"))
-        finally:
-            seconds = time.perf_counter() - exchange.begin
-            status = exchange.status if exchange.ended else _GONE
-            self._metrics.answered(exchange.route, status, seconds)
-            if exchange.route not in ("/health", "/metrics"):
-                log(
-                    {
-                        "method": exchange.method[:16],
-                        "path": exchange.route,
-                        "status": status,
-                        "seconds": round(seconds, 4),
-                        "client": exchange.client,
-                        **exchange.about,
-                    }
-                )
 
-    async def _answer(self, exchange: _Exchange) -> None:
-        """Answer a request, unless its client is gone before."""
-        name = None
-        if exchange.path.startswith("/v1/models/"):
-            exchange.route, name = "/v1/models", exchange.path.removeprefix("/v1/models/")
-        elif exchange.path in self._routes:
-            exchange.route = exchange.path
-        self._admit(exchange)
-        if exchange.route == "other":
-            raise ApiError(f"there is no {exchange.path[:200]!a}", 404, code="unknown_url")
-        method, handler = self._routes[exchange.route]
-        if name is not None:
-            handler = partial(self._show_model, name)
-        if exchange.method != method and (method, exchange.method) != ("GET", "HEAD"):
-            raise ApiError(
-                f"{exchange.route} takes {method}", 405, code="method_not_allowed",
-                headers={"allow": method},
-            )  # fmt: skip
-        if method == "POST":
-            # A page of another site cannot send this type without asking first.
-            kind = exchange.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise ApiError("the content-type of a request is application/json", 415)
-            if self.stopping:
-                raise _stopping()
-        body = await exchange.read(self.settings.most_body if method == "POST" else 0)
-        work = asyncio.ensure_future(handler(exchange, body))
-        gone = asyncio.ensure_future(exchange.until_gone())
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not work.done() and not exchange.ended:
-                raise _Gone
-            await work
-        finally:
-            for task in (work, gone):
-                task.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
+            self._admit(scope["path"], Headers(scope=scope))
+        except ApiError as error:
+            await _response_of(error)(scope, receive, send)
+        else:
+            await self._starlette(scope, receive, send)
 
-    def _admit(self, exchange: _Exchange) -> None:
+    def _admit(self, path: str, headers: Headers) -> None:
         """Raise ``ApiError`` unless the client may ask."""
-        settings, headers = self.settings, exchange.headers
+        settings = self.settings
         # A page of another site whose name was made to lead here (DNS rebinding) has its own name.
         if settings.local and not is_local(_name_of(headers.get("host", ""))):
             raise ApiError("the server is for this machine alone", 403, code="host_not_allowed")
         if settings.keys:
-            if exchange.route in ("/", "/health"):
+            if path in ("/", "/health"):
                 return
             scheme, _, key = headers.get("authorization", "").partition(" ")
             digest = hashlib.sha256(key.strip().encode("latin-1")).digest()
@@ -436,9 +376,7 @@ class Application:
         names = self.models.names
         name = names[0] if name is None else name
         if name not in names:
-            raise ApiError(
-                f"the model {name[:200]!a} does not exist", 404, "model", "model_not_found"
-            )
+            raise _no_model(name)
         loop = asyncio.get_running_loop()
         future = loop.run_in_executor(self._pool, self.models.acquire, name)
         try:
@@ -448,7 +386,7 @@ class Application:
             future.add_done_callback(_release)
             raise
         except Closed:
-            raise _stopping() from None
+            raise stopping() from None
         except (OSError, ValueError, MemoryError) as error:
             # The message may have a path.
             log({"model": name, "error": f"it cannot be loaded: {error}"})
@@ -487,17 +425,15 @@ class Application:
             raise ValueError("the chat template makes no text of the conversation")
         return [tokens], chat.template.stop
 
-    async def _list_models(self, exchange: _Exchange, body: bytes) -> None:
-        await exchange.json(
-            {"object": "list", "data": [self._card(name) for name in self.models.names]}
-        )
+    async def _list_models(self, request: Request) -> Response:
+        cards = [self._card(name) for name in self.models.names]
+        return _JsonResponse({"object": "list", "data": cards})
 
-    async def _show_model(self, name: str, exchange: _Exchange, body: bytes) -> None:
+    async def _show_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
         if name not in self.models.names:
-            raise ApiError(
-                f"the model {name[:200]!a} does not exist", 404, "model", "model_not_found"
-            )
-        await exchange.json(self._card(name))
+            raise _no_model(name)
+        return _JsonResponse(self._card(name))
 
     def _card(self, name: str) -> Json:
         """Return a model as OpenAI's API describes it, and behind that what is known of it."""
@@ -512,28 +448,41 @@ class Application:
     # Texts
 
     async def _texts(
-        self, parse: Callable[[Json, Limits], TextRequest], exchange: _Exchange, body: bytes
-    ) -> None:
-        request = parse(openai.parse_json(body), self.settings.limits)
-        async with self._lease(request.model) as lease:
+        self, parse: Callable[[Json, Limits], TextRequest], request: Request, body: Json
+    ) -> Response:
+        asked, exchange = parse(body, self.settings.limits), request.state.exchange
+        if asked.stream:
+            return _EventsResponse(self._stream(exchange, asked))
+        async with self._generate(exchange, asked) as (jobs, reply):
+            async for batch in jobs.batches():
+                reply.take(batch)
+            self._metrics.first_token(jobs.first - exchange.begin)
+            return _JsonResponse(reply.whole())
+
+    @contextlib.asynccontextmanager
+    async def _generate(
+        self, exchange: _Exchange, asked: TextRequest
+    ) -> AsyncIterator[tuple[Jobs, openai.Reply]]:
+        """Begin the texts of a request; end them with the block."""
+        async with self._lease(asked.model) as lease:
             exchange.about["model"] = lease.name
             if self.settings.log_prompts:
-                exchange.about["prompt"] = request.messages or request.prompts
-            param = "messages" if request.messages else "prompt"
+                exchange.about["prompt"] = asked.messages or asked.prompts
+            param = "messages" if asked.messages else "prompt"
             try:
-                prompts, stops = await self._in_thread(self._prompts, lease, request)
+                prompts, stops = await self._in_thread(self._prompts, lease, asked)
             except (IndexError, TypeError, ValueError) as error:
                 raise ApiError(str(error), param=param) from None
-            engine, settings = lease.engine, request.settings
-            constraints: Sequence[Constraint | None] = [None] * (len(prompts) * request.count)
-            if request.form is not None:
+            engine, settings = lease.engine, asked.settings
+            constraints: Sequence[Constraint | None] = [None] * (len(prompts) * asked.count)
+            if asked.form is not None:
                 try:
                     constraints = await self._in_thread(
-                        self._grammars.constraints, engine.generator, request.form, len(constraints)
+                        self._grammars.constraints, engine.generator, asked.form, len(constraints)
                     )
                 except ValueError as error:
                     raise ApiError(str(error), param="response_format") from None
-            asked = [
+            requests = [
                 replace(
                     settings,
                     tokens=tokens,
@@ -541,59 +490,63 @@ class Application:
                     seed=settings.seed + i,
                     constraint=constraints[i],
                 )
-                for i, tokens in enumerate(one for one in prompts for _ in range(request.count))
+                for i, tokens in enumerate(one for one in prompts for _ in range(asked.count))
             ]
-            jobs = _Jobs(
-                [partial(engine.submit, one) for one in asked],
+            jobs = Jobs(
+                self._deliveries(),
+                [partial(engine.submit, one) for one in requests],
+                asked.stream,
                 # A grammar of the request may turn out to be one that cannot be followed.
-                fault=500 if request.form is None else 400,
+                fault=500 if asked.form is None else 400,
             )
-            reply = openai.Reply(request, lease.name, engine.generator.tokenizer)
+            reply = openai.Reply(asked, lease.name, engine.generator.tokenizer)
             try:
-                await self._deliver(exchange, request, jobs, reply)
+                yield jobs, reply
             finally:
                 jobs.cancel()
                 exchange.about |= reply.usage()
                 if self.settings.log_prompts:
-                    exchange.about["texts"] = [about.text for about in reply.texts]
+                    exchange.about["texts"] = reply.texts()
 
-    async def _deliver(
-        self, exchange: _Exchange, request: TextRequest, jobs: _Jobs, reply: openai.Reply
-    ) -> None:
-        """Send texts as they come about, or when they are complete."""
+    async def _stream(self, exchange: _Exchange, asked: TextRequest) -> AsyncGenerator[bytes, None]:
+        """Yield the events of a stream; faults behind the first are its last."""
         first = True
-        async with contextlib.aclosing(jobs.batches()) as batches:
-            async for batch in batches:
-                said = [reply.take(index, event) for index, event in batch]  # type: ignore[arg-type]
-                if first:
-                    self._metrics.first_token(time.perf_counter() - exchange.begin)
-                if request.stream:
+        try:
+            async with self._generate(exchange, asked) as (jobs, reply):
+                async for batch in jobs.batches():
+                    data = reply.events(batch)
                     if first:
-                        await exchange.start(
-                            200, "text/event-stream; charset=utf-8", {"x-accel-buffering": "no"}
-                        )
-                        said = [*reply.beginning(), *said]
-                    if data := b"".join(openai.event_of(one) for one in said if one is not None):
-                        await exchange.write(data)
-                first = False
-        if not request.stream:
-            await exchange.json(reply.whole())
-            return
-        rest = openai.event_of(reply.usage_chunk()) if request.usage else b""
-        await exchange.write(rest + openai.DONE, False)
+                        first = False
+                        self._metrics.first_token(jobs.first - exchange.begin)
+                    if data:
+                        yield data
+                yield reply.end()
+        except ApiError as error:
+            if first:
+                raise
+            exchange.status = error.status
+            yield openai.event_of(error.record())
 
-    async def _embed(self, exchange: _Exchange, body: bytes) -> None:
-        request = openai.parse_embedding(openai.parse_json(body), self.settings.limits)
-        async with self._lease(request.model) as lease:
-            exchange.about["model"] = lease.name
+    def _deliveries(self) -> Mailbox:
+        """Return the mailbox of the loop that runs."""
+        loop = asyncio.get_running_loop()
+        if self._mailbox is None or self._mailbox.loop is not loop:
+            self._mailbox = Mailbox(loop)
+        return self._mailbox
+
+    async def _embed(self, request: Request, body: Json) -> Response:
+        asked = openai.parse_embedding(body, self.settings.limits)
+        about = request.state.exchange.about
+        async with self._lease(asked.model) as lease:
+            about["model"] = lease.name
             generator = lease.engine.generator
             size = generator.model.config.model_dim
-            if request.dimensions not in (None, size):
+            if asked.dimensions not in (None, size):
                 raise ApiError(f"dimensions is not {size}, that of the model", param="dimensions")
             begin = generator.tokenizer.bos_token
 
             def encoded() -> list[Tokens]:
-                return [_encode(generator, one) for one in request.inputs]
+                return [_encode(generator, one) for one in asked.inputs]
 
             try:
                 texts = await self._in_thread(encoded)
@@ -601,7 +554,8 @@ class Application:
                 raise ApiError(str(error), param="input") from None
             if any(tokens.size == 1 and tokens[0] == begin for tokens in texts):
                 raise ApiError("input has an empty text", param="input")
-            jobs = _Jobs([partial(lease.engine.submit_embedding, tokens) for tokens in texts])
+            submits = [partial(lease.engine.submit_embedding, tokens) for tokens in texts]
+            jobs = Jobs(self._deliveries(), submits)
             vectors: dict[int, npt.NDArray[np.float32]] = {}
             try:
                 async for batch in jobs.batches():
@@ -612,13 +566,13 @@ class Application:
             finally:
                 jobs.cancel()
             count = sum(tokens.size for tokens in texts)
-            exchange.about["prompt_tokens"] = count
+            about["prompt_tokens"] = count
             found = [vectors[index] for index in range(len(texts))]
-            reply = await self._in_thread(openai.embedding_reply, request, lease.name, found, count)
-            await exchange.json(reply)
+            reply = await self._in_thread(openai.embedding_reply, asked, lease.name, found, count)
+            return _JsonResponse(reply)
 
-    async def _tokenize(self, exchange: _Exchange, body: bytes) -> None:
-        name, text, special = openai.parse_tokenize(openai.parse_json(body))
+    async def _tokenize(self, request: Request, body: Json) -> Response:
+        name, text, special = openai.parse_tokenize(body)
         async with self._lease(name) as lease:
             generator = lease.engine.generator
             encode = generator.encode if special else generator.tokenizer.encode
@@ -626,10 +580,10 @@ class Application:
                 tokens = await self._in_thread(encode, text)
             except (IndexError, ValueError) as error:
                 raise ApiError(str(error), param="content") from None
-            await exchange.json({"tokens": tokens.tolist()})
+            return _JsonResponse({"tokens": tokens.tolist()})
 
-    async def _detokenize(self, exchange: _Exchange, body: bytes) -> None:
-        name, tokens = openai.parse_detokenize(openai.parse_json(body))
+    async def _detokenize(self, request: Request, body: Json) -> Response:
+        name, tokens = openai.parse_detokenize(body)
         async with self._lease(name) as lease:
             generator = lease.engine.generator
             try:
@@ -637,16 +591,19 @@ class Application:
                 data = await self._in_thread(generator.tokenizer.decode, given)
             except (IndexError, TypeError, ValueError) as error:
                 raise ApiError(str(error), param="tokens") from None
-            await exchange.json({"content": data.decode("utf-8", "replace")})
+            return _JsonResponse({"content": data.decode("utf-8", "replace")})
 
     # The server itself
 
-    async def _health(self, exchange: _Exchange, body: bytes) -> None:
+    async def _health(self, request: Request) -> Response:
         if self.stopping:
-            raise _stopping()
-        await exchange.json({"status": "ok"})
+            raise stopping()
+        return _JsonResponse({"status": "ok"})
 
-    async def _show_metrics(self, exchange: _Exchange, body: bytes) -> None:
+    async def _describe(self, request: Request) -> Response:
+        return _JsonResponse(describe(self.settings.limits))
+
+    async def _show_metrics(self, request: Request) -> Response:
         numbers = {}
         for name, stats in self.models.stats().items():
             gauges = ("running", "waiting", "slots")
@@ -655,11 +612,11 @@ class Application:
                 for key, value in asdict(stats).items()
             }
         text = self._metrics.text(numbers, self.connections())
-        await exchange.answer(200, text.encode(), CONTENT_TYPE)
+        return Response(text, headers={"content-type": CONTENT_TYPE})
 
-    async def _show_page(self, exchange: _Exchange, body: bytes) -> None:
+    async def _show_page(self, request: Request) -> Response:
         headers = {"content-security-policy": self._policy, "x-frame-options": "DENY"}
-        await exchange.answer(200, self._page, "text/html; charset=utf-8", headers)
+        return Response(self._page, headers=headers, media_type="text/html")
 
 
 def read_page() -> tuple[bytes, str]:
@@ -672,6 +629,63 @@ def read_page() -> tuple[bytes, str]:
         hashes[tag] = f"{tag}-src 'sha256-{digest}'"
     rest = "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     return page, f"default-src 'none'; {hashes['script']}; {hashes['style']}; {rest}"
+
+
+def _no_model(name: str) -> ApiError:
+    return ApiError(f"the model {name[:200]!a} does not exist", 404, "model", "model_not_found")
+
+
+def _response_of(error: ApiError) -> Response:
+    return _JsonResponse(error.record(), error.status, error.headers)
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return _response_of(error)
+
+
+async def _refuse_url(request: Request, error: Exception) -> Response:
+    """Answer what no route takes."""
+    assert isinstance(error, HTTPException)
+    allowed = ", ".join(sorted((error.headers or {}).get("Allow", "").split(", ")))
+    if allowed:
+        headers, code = {"allow": allowed}, "method_not_allowed"
+        refused = ApiError(f"this path takes {allowed}", 405, code=code, headers=headers)
+    else:
+        path = f"{request.scope['path'][:200]!a}"
+        refused = ApiError(f"there is no {path}", error.status_code, code="unknown_url")
+    return _response_of(refused)
+
+
+async def _forget(request: Request, error: Exception) -> Response:
+    """Answer nobody: the client is gone."""
+    return Response(status_code=_GONE)
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+    return _response_of(ApiError("the server has failed", 500, code="internal_error"))
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """Return the body. Raises ``ApiError`` if it is too long."""
+    fault = f"the body has more than {most} bytes"
+    # A client that still sends when the connection is closed does not see why: what is not much
+    # too long is read to its end.
+    patience = _PATIENCE * max(most, 1 << 12)
+    far = ApiError(fault, 413, headers={"connection": "close"})
+    length = request.headers.get("content-length", "0")
+    if len(length) > 18 or not length.isdecimal() or int(length) > patience:
+        raise far
+    body, size = bytearray(), 0
+    async for part in request.stream():
+        size += len(part)
+        if size > patience:
+            raise far
+        if size <= most:
+            body += part
+    if size > most:
+        raise ApiError(fault, 413)
+    return bytes(body)
 
 
 def _release(future: "asyncio.Future[Lease]") -> None:

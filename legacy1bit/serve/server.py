@@ -29,6 +29,7 @@ def protocol_of(application: Application) -> Any:
     the oldest one gives its place to a new connection when all places are taken.
     """
     uvicorn = load_extra("serve needs", "uvicorn", "protocols.http.h11_impl")
+    h11 = load_extra("serve needs", "h11")
     base: Any = uvicorn.protocols.http.h11_impl.H11Protocol
     settings = application.settings
     # In the order in which they began to wait.
@@ -36,9 +37,23 @@ def protocol_of(application: Application) -> Any:
     open_now: set[Any] = set()
     application.connections = lambda: len(open_now)
 
+    class Connection(h11.Connection):  # type: ignore[misc, name-defined]
+        """h11's, which takes most of a token's time to look at each chunk of an answer."""
+
+        _chunked = False
+
+        def send(self, event: Any) -> bytes | None:
+            if self._chunked and type(event) is h11.Data:
+                return b"%x\r\n%b\r\n" % (len(event.data), event.data) if event.data else b""
+            data: bytes | None = super().send(event)
+            if type(event) is h11.Response:
+                self._chunked = b"\r\ntransfer-encoding: chunked" in (data or b"").lower()
+            return data
+
     class Protocol(base):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **named: Any) -> None:
             super().__init__(*arguments, **named)
+            self.conn = Connection(h11.SERVER, _MOST_HEADERS)
             self._deadline: asyncio.TimerHandle | None = None
             self._answering = False
 
@@ -135,7 +150,6 @@ class Server:
             access_log=False,
             server_header=False,
             proxy_headers=False,
-            h11_max_incomplete_event_size=_MOST_HEADERS,
             timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=settings.stop_seconds,
             backlog=_BACKLOG,

@@ -1,5 +1,6 @@
 """The HTTP application on a real socket: routes, OpenAI's forms, who may ask, limits, the end."""
 
+import asyncio
 import base64
 import contextlib
 import http.client
@@ -20,6 +21,7 @@ from legacy1bit.hyperparams import SamplingConfig
 from legacy1bit.serve.requests import Closed, QueueFull
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install uvicorn")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install starlette")
 
 HI = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6, "seed": 3}
 KEY = "a-key-of-this-test"
@@ -135,6 +137,18 @@ def test_stream_is_the_whole_in_parts(server, chat, usage):
             assert text == expected["message"]["content"]
         else:
             assert "".join(one["text"] for one in mine) == expected["text"]
+
+
+def test_http_1_0_streams_without_chunks(server, generator):
+    body = json.dumps({"prompt": "Hello", "max_tokens": 9, "seed": 5, "stream": True}).encode()
+    head = b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json"
+    with socket.create_connection(("127.0.0.1", port_of(server)), 30) as client:
+        client.sendall(b"%b\r\nContent-Length: %d\r\n\r\n%b" % (head, len(body), body))
+        answer = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    headers, _, data = answer.partition(b"\r\n\r\n")
+    assert b"chunked" not in headers.lower()
+    text = "".join(event["choices"][0]["text"] for event in events_of(data))
+    assert text == generator.complete("Hello", 9, SamplingConfig(temperature=1.0), 5).text
 
 
 def test_stop_ends_before_it(server, generator):
@@ -407,6 +421,58 @@ def test_idle_connections_give_their_place(models, engine):
         assert answers[0][0] == 200
 
 
+class NoTransport(asyncio.Transport):
+    """Where a connection leads that nobody is behind."""
+
+    closed = False
+
+    def abort(self):
+        self.closed = True
+
+    def close(self):
+        self.closed = True
+
+    def is_closing(self):
+        return self.closed
+
+    def write(self, data):
+        pass
+
+
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_any_number_of_idle_connections_is_held_by_few(models, count):
+    """Silent ones, and ones with a part of a request: the newest are kept."""
+    import uvicorn.server
+
+    from legacy1bit.serve.app import Application, ServeSettings
+    from legacy1bit.serve.server import protocol_of
+
+    application = Application(models, ServeSettings(most_connections=50))
+    config = uvicorn.Config(application, log_config=None, log_level="critical")
+    make, state = protocol_of(application), uvicorn.server.ServerState()
+
+    async def connect_all():
+        transports = []
+        for i in range(count):
+            protocol = make(config, state, {})
+            transports.append((protocol, NoTransport()))
+            protocol.connection_made(transports[-1][1])
+            if begun := b"GET / HTTP/1.1\r\nHost:"[: i % 22]:
+                protocol.data_received(begun)
+            if i >= 50:
+                oldest, gone = transports[i - 50]
+                assert gone.closed
+                # As asyncio does.
+                oldest.connection_lost(None)
+                transports[i - 50] = None
+            assert application.connections() == min(i + 1, 50)
+        assert not any(transport.closed for _, transport in transports[-50:])
+        assert len(state.connections) == 50
+
+    asyncio.run(connect_all())
+    application.close()
+
+
 def test_garbage_ends_its_connection_alone(server, capfd):
     for data in (b"\x00" * 100, b"GET\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" * 50,
                  b"GET / HTTP/1.1\r\n" + b"X: y\r\n" * 9000,
@@ -436,7 +502,9 @@ def test_logs_have_prompts_only_if_asked(models, capsys):
     for wanted in (False, True):
         with serving(models, log_prompts=wanted) as server:
             ask(server, "/v1/completions", body)
-        line = json.loads(capsys.readouterr().err)
+        # Another test's server may have written its last line late.
+        lines = map(json.loads, capsys.readouterr().err.splitlines())
+        [line] = [one for one in lines if one["path"] == "/v1/completions"]
         assert ("a secret" in json.dumps(line)) == wanted
         assert (line["path"], line["status"], line["completion_tokens"]) == (
             "/v1/completions", 200, 2,

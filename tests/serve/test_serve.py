@@ -22,6 +22,7 @@ from legacy1bit.model import save_model
 from legacy1bit.serve.models import Models, named_sources
 
 pytest.importorskip("uvicorn", reason="uvicorn is not installed: pip install uvicorn")
+pytest.importorskip("starlette", reason="starlette is not installed: pip install starlette")
 
 KEY = "0123456789abcdef0123"
 
@@ -238,3 +239,32 @@ def test_client_understands_errors(client):
         client.chat.completions.create(model="tiny", messages=SAID, tools=[{"type": "function"}])
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
+
+
+# --- Another client -------------------------------------------------------------------------------
+
+
+def test_llm_chats(client, folder, tmp_path):
+    """Simon Willison's llm, a command that people use with any server of this form."""
+    pytest.importorskip("llm", reason="llm is not installed: pip install llm")
+    about = {"model_id": "mine", "model_name": "tiny", "api_base": str(client.base_url)}
+    # JSON is YAML.
+    known = json.dumps([{**about, "api_key_name": "mine"}])
+    (tmp_path / "extra-openai-models.yaml").write_text(known)
+    (tmp_path / "keys.json").write_text(json.dumps({"mine": KEY}))
+    command = [sys.executable, "-m", "llm", "-m", "mine", "Hi", "--no-log"]
+    command += ["-o", "seed", "3", "-o", "max_tokens", "12"]
+    environment = {
+        **os.environ, "LLM_USER_PATH": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)
+    }  # fmt: skip
+    with Generator.load(folder, 1, head="int8") as generator:
+        expected = generator.complete(
+            "User: Hi\nAssistant: ", 12, SamplingConfig(temperature=1.0), 3, ["\nUser:"]
+        ).text
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
+    for running in [
+        subprocess.Popen([*command, *more], **pipe) for more in ([], ["--no-stream"])
+    ]:  # fmt: skip
+        output, errors = running.communicate(timeout=100)
+        assert running.returncode == 0, errors
+        assert output.decode() == expected + "\n"
