@@ -261,10 +261,10 @@ def test_llm_chats(client, folder, tmp_path):
         expected = generator.complete(
             "User: Hi\nAssistant: ", 12, SamplingConfig(temperature=1.0), 3, ["\nUser:"]
         ).text
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment}
-    for running in [
-        subprocess.Popen([*command, *more], **pipe) for more in ([], ["--no-stream"])
-    ]:  # fmt: skip
-        output, errors = running.communicate(timeout=100)
-        assert running.returncode == 0, errors
-        assert output.decode() == expected + "\n"
+    # One after the other: both write the same database.
+    for more in ([], ["--no-stream"]):
+        done = subprocess.run(
+            [*command, *more], env=environment, capture_output=True, timeout=100
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.decode() == expected + "\n"
