@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import shlex
+import statistics
 import sys
 import time
 from collections import Counter
@@ -47,7 +48,7 @@ from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
 from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.dataset import TokenDataset
-from legacy1bit.distributed.ranks import ALONE, RankError, Ranks, joined
+from legacy1bit.distributed.ranks import ALONE, Ranks, joined
 from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
@@ -69,6 +70,9 @@ _SAMPLES = 20
 
 # More epochs than these make most models memorize a text.
 _MANY_EPOCHS = 20
+
+# A rank is slow that computes so many times as long as others, and so many seconds longer.
+_SLOW, _SLOW_SECONDS = 1.25, 0.01
 
 # Tokens of the sample at every evaluation, from the same seed, so that only the model differs.
 _SAMPLE_TOKENS = 120
@@ -232,6 +236,7 @@ def start(
         new.teacher,
         ranks,
     )
+    _check_ranks(trainer)
     with ranks.first_alone():
         if ranks.is_first:
             folder, created = _make_folder(arguments.out)
@@ -330,6 +335,7 @@ def _resume(arguments: argparse.Namespace, output: Output, ranks: Ranks) -> Trai
         ranks,
     )
     trainer.restore(checkpoint)
+    _check_ranks(trainer)
     output.say(f"going on with {folder} at step {trainer.step}")
     return trainer
 
@@ -357,7 +363,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     with joined() as ranks, contextlib.ExitStack() as ends:
         trainer, logger = start(arguments, ends, ranks=ranks)
-        _check_ranks(trainer)
+        _say_ranks(trainer)
         status = _train(trainer, logger)
     steps = TrainingConfig().steps
     if status == 0 and ranks.is_first and is_first_run(arguments) and trainer.config.steps < steps:
@@ -369,21 +375,29 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check_ranks(trainer: Trainer) -> None:
-    """Say who trains, and raise ``RankError`` where a rank would train something else."""
-    ranks, config = trainer.ranks, trainer.config
+    """Raise ``ValueError`` where a rank would train something else than the first."""
     own = {
         "version": __version__,
         "settings": json.dumps(trainer.fixed_settings, sort_keys=True),
-        "precision": config.precision,
+        "precision": trainer.config.precision,
         "step": trainer.step,
         "text": trainer.corpus.sha256,
     }
-    first = ranks.broadcast(own)
-    for name, value in own.items():
-        if value != first[name]:
-            values = "" if name == "settings" else f" ({value}, and there {first[name]})"
-            raise RankError(f"its {name} is not that of rank 0{values}: expected the same")
-    every = ranks.collect((ranks.host, simd_level(), config.threads))
+    every = trainer.ranks.collect((trainer.ranks.host, own))
+    for rank, (host, found) in enumerate(every):
+        for name, value in every[0][1].items():
+            if found[name] != value:
+                values = "" if name == "settings" else f" ({found[name]}, not {value})"
+                raise ValueError(
+                    f"rank {rank} on {host} differs from rank 0 in its {name}{values}: expected "
+                    "the same"
+                )
+
+
+def _say_ranks(trainer: Trainer) -> None:
+    """Say who trains, and what to do when one of them is lost."""
+    ranks = trainer.ranks
+    every = ranks.collect((ranks.host, simd_level(), trainer.config.threads))
     known = ranks.collect(simd_levels())
     if ranks.size == 1 or not ranks.is_first:
         return
@@ -498,6 +512,18 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     )
 
 
+def slow_ranks(record: Mapping[str, Any]) -> str:
+    """Return a remark on the ranks for which others wait, where there are any."""
+    ranks = record.get("ranks", [])
+    usual = statistics.median_low(one["computing"] for one in ranks) if ranks else 0.0
+    slow = [
+        f"rank {number} on {one['host']} takes {one['computing']:.3g} s"
+        for number, one in enumerate(ranks)
+        if one["computing"] > max(_SLOW * usual, usual + _SLOW_SECONDS)
+    ]
+    return f"slow: {', '.join(slow)} for a step, others {usual:.3g} s" if slow else ""
+
+
 def _losses_of(record: Mapping[str, Any]) -> str:
     """Return the loss of each text, where several are mixed."""
     losses = [f"{name} {loss:.4f}" for name, loss in record.get("val_losses", {}).items()]
@@ -540,6 +566,8 @@ class _Display(_Waiting):
 
     def on_save(self, record: dict[str, Any]) -> None:
         self._progress.write(evaluation_line(record))
+        if remark := slow_ranks(record):
+            self._progress.write(remark)
 
 
 def _epochs(trainer: Trainer) -> dict[str, float]:

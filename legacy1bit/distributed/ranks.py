@@ -6,20 +6,24 @@ that those who call need not know how many ranks there are.
 
 import atexit
 import contextlib
+import itertools
 import os
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.distributed.compression import add_decoded, coded_bytes, encode
 from legacy1bit.system.errors import INTERRUPTED, describe
 from legacy1bit.system.optional import load_extra
 
 _T = TypeVar("_T")
 _Array = npt.NDArray[Any]
+Bounds = npt.NDArray[np.int64]
 
 # How many processes there are, as the launchers say: Open MPI; MPICH, Intel MPI and srun.
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
@@ -70,7 +74,7 @@ class Ranks:
             start + count * self.rank // self.size, start + count * (self.rank + 1) // self.size
         )
 
-    def reduce(self, values: _Array, bounds: Sequence[int]) -> None:
+    def reduce(self, values: _Array, bounds: Bounds) -> None:
         """Add up an array over all ranks, each part of it at the rank that it belongs to.
 
         The sum of each element is that of rank 0, plus that of rank 1, and so on.
@@ -79,20 +83,20 @@ class Ranks:
         ----------
         values : float32[N]
             This rank's part becomes the sum; the other parts stay as they are.
-        bounds : sequence of int
+        bounds : int64[ranks + 1]
             Rank r has the elements from ``bounds[r]`` up to ``bounds[r + 1]``.
         """
 
-    def gather(self, values: _Array, bounds: Sequence[int]) -> None:
+    def gather(self, values: _Array, bounds: Bounds) -> None:
         """Give every rank the parts of an array that others have; see ``reduce``."""
 
     @contextlib.contextmanager
-    def sharing(self, values: _Array, bounds: Sequence[int]) -> Iterator[None]:
+    def sharing(self, values: _Array, bounds: Bounds) -> Iterator[None]:
         """Let each rank change its own part of an array, and then give every rank the others."""
         yield
         self.gather(values, bounds)
 
-    def gather_first(self, part: _Array, bounds: Sequence[int]) -> _Array | None:
+    def gather_first(self, part: _Array, bounds: Bounds) -> _Array | None:
         """Return the parts of an array behind each other at rank 0, elsewhere None."""
         return part
 
@@ -118,6 +122,10 @@ class Ranks:
 
     def forget(self) -> None:
         """Drop what is carried from one exchange to the next, which no checkpoint has."""
+
+    def compressed(self, bits: int) -> "Ranks":
+        """Return the same ranks, which exchange sums in so many bits, and changes in eight."""
+        return self
 
     def threads(self, cores: int) -> int:
         """Return how many of this process's cores are its own: some share theirs."""
@@ -145,7 +153,7 @@ class MPIRanks(Ranks):
         yield
         self.seconds += time.perf_counter() - begin
 
-    def reduce(self, values: _Array, bounds: Sequence[int]) -> None:
+    def reduce(self, values: _Array, bounds: Bounds) -> None:
         with self._timed():
             first, stop = bounds[self.rank : self.rank + 2]
             sizes = np.diff(bounds)
@@ -164,12 +172,12 @@ class MPIRanks(Ranks):
                     total += other
                 values[first + done : first + done + own] = total
 
-    def gather(self, values: _Array, bounds: Sequence[int]) -> None:
+    def gather(self, values: _Array, bounds: Bounds) -> None:
         with self._timed():
             layout = (np.diff(bounds), np.asarray(bounds[:-1]))
             self._comm.Allgatherv(self._mpi.IN_PLACE, [values, layout])
 
-    def gather_first(self, part: _Array, bounds: Sequence[int]) -> _Array | None:
+    def gather_first(self, part: _Array, bounds: Bounds) -> _Array | None:
         with self._timed():
             whole = np.empty(bounds[-1], part.dtype) if self.is_first else None
             layout = (np.diff(bounds), np.asarray(bounds[:-1]))
@@ -198,6 +206,9 @@ class MPIRanks(Ranks):
         if self.is_first:
             self._comm.Barrier()
 
+    def compressed(self, bits: int) -> Ranks:
+        return CompressedRanks(self._mpi, bits)
+
     def threads(self, cores: int) -> int:
         own = (self.host, tuple(sorted(os.sched_getaffinity(0))))
         return max(cores // self.collect(own).count(own), 1)
@@ -209,6 +220,85 @@ class MPIRanks(Ranks):
     def barrier(self) -> None:
         """Return when every rank has called it."""
         self._comm.Barrier()
+
+
+# Bits of what ``sharing`` sends.
+_CHANGE_BITS = 8
+
+
+class CompressedRanks(MPIRanks):
+    """Ranks that round what they exchange, and add what that leaves out the next time.
+
+    ``sharing`` sends the changes of the weights, so that all ranks, the sender included, have the
+    same ones.
+
+    Parameters
+    ----------
+    mpi : module
+        ``mpi4py.MPI``.
+    bits : {8, 1}
+        Of the numbers that ``reduce`` adds up.
+    """
+
+    def __init__(self, mpi: Any, bits: int) -> None:
+        super().__init__(mpi)
+        self._bits = bits
+        self.forget()
+
+    def forget(self) -> None:
+        self._rest = self._rest_of_changes = np.zeros(0, np.float32)
+
+    def reduce(self, values: _Array, bounds: Bounds) -> None:
+        if self._rest.size != values.size:
+            self._rest = np.zeros(values.size, np.float32)
+        parts = [slice(*pair) for pair in pairwise(bounds)]
+        sizes = [coded_bytes(part.stop - part.start, self._bits) for part in parts]
+        sent = _segments(0 if rank == self.rank else size for rank, size in enumerate(sizes))
+        for rank, part in enumerate(parts):
+            if rank != self.rank:
+                encode(values[part], self._rest[part], self._bits, sent[rank])
+        received = _segments(
+            0 if rank == self.rank else sizes[self.rank] for rank in range(self.size)
+        )
+        with self._timed():
+            self._comm.Alltoallv(_message(sent), _message(received))
+        own = values[parts[self.rank]]
+        total = np.zeros_like(own)
+        for rank, code in enumerate(received):
+            if rank == self.rank:
+                total += own
+            else:
+                add_decoded(code, self._bits, total)
+        own[...] = total
+
+    @contextlib.contextmanager
+    def sharing(self, values: _Array, bounds: Bounds) -> Iterator[None]:
+        parts = [slice(*pair) for pair in pairwise(bounds)]
+        own = values[parts[self.rank]]
+        if self._rest_of_changes.size != own.size:
+            self._rest_of_changes = np.zeros(own.size, np.float32)
+        before = own.copy()
+        yield
+        codes = _segments(coded_bytes(part.stop - part.start, _CHANGE_BITS) for part in parts)
+        encode(own - before, self._rest_of_changes, _CHANGE_BITS, codes[self.rank])
+        own[...] = before
+        with self._timed():
+            self._comm.Allgatherv(self._mpi.IN_PLACE, _message(codes))
+        for part, code in zip(parts, codes, strict=True):
+            add_decoded(code, _CHANGE_BITS, values[part])
+
+
+def _segments(sizes: Iterable[int]) -> list[npt.NDArray[np.uint8]]:
+    """Return consecutive pieces of one array of bytes."""
+    bounds = [0, *itertools.accumulate(sizes)]
+    whole = np.zeros(bounds[-1], np.uint8)
+    return [whole[start:stop] for start, stop in pairwise(bounds)]
+
+
+def _message(segments: Sequence[npt.NDArray[np.uint8]]) -> list[Any]:
+    """Return such pieces as mpi4py takes them: the whole, and the sizes."""
+    whole = segments[0].base
+    return [whole, [segment.size for segment in segments]]
 
 
 ALONE = Ranks()

@@ -23,6 +23,7 @@ from legacy1bit.dataset import Batch, Prefetcher
 from legacy1bit.distributed.ranks import ALONE, Ranks
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import (
+    COMPRESSED_BITS,
     MOST_STEPS,
     DataConfig,
     ModelConfig,
@@ -59,6 +60,7 @@ from legacy1bit.training.evaluation import (
     evaluate,
     model_codes,
 )
+from legacy1bit.training.local_steps import LocalSteps
 from legacy1bit.training.memory import check_memory, training_bytes
 from legacy1bit.training.run import START_PATH, TEACHER_HASH, FixedSettings, Run, RunSettings
 from legacy1bit.training.start import Start
@@ -107,12 +109,27 @@ class _Statistics:
         The loss and the gradient norm of each step.
     positions, padding : int
         The number of positions in the batches, and of those that are padding.
+    seconds, exchanging : float
+        The time of the steps, and how much of it was in exchanges with other ranks.
     """
+
+    def of_ranks(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the entry of a record about several ranks: seconds of a step, in their order."""
+        count = len(self.losses)
+        own = {
+            "host": ranks.host,
+            "computing": (self.seconds - self.exchanging) / count,
+            "exchanging": self.exchanging / count,
+        }
+        every = ranks.collect(own)
+        return {"ranks": every} if ranks.size > 1 else {}
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     positions: int = 0
     padding: int = 0
+    seconds: float = 0.0
+    exchanging: float = 0.0
 
     def train_losses(self, step: int, evaluate_every: int) -> list[list[float]]:
         """Return a curve of the training loss: steps, each with the mean loss since the last one.
@@ -231,7 +248,10 @@ class Trainer:
             ranks.size,
         )
         check_memory(self.memory, config, ranks.neighbors)
-        self.ranks = ranks
+        bits = COMPRESSED_BITS[config.gradient_compression]
+        self.ranks = ranks.compressed(bits) if bits else ranks
+        # Those that exchange in every step.
+        self._every_step = ALONE if config.local_steps else self.ranks
         self.run = Run(Path(folder))
         if config.precision == "auto":
             fastest = ranks.broadcast(fastest_precision(model_config.has_int8_products))
@@ -265,7 +285,10 @@ class Trainer:
         else:
             self.model = start.model(model_config, config)
             self.source = start.recorded_in(self.source, self.model)
-        self.optimizer = _optimizer(self.model, config, ranks)
+        self.optimizer = _optimizer(self.model, config, self._every_step)
+        self._local: LocalSteps | None = None
+        if config.local_steps:
+            self._local = LocalSteps(self.optimizer.weights, self.ranks)
         self.gradients = create_legacy_llm_gradients(model_config, self.model.adapter)
         self.passes = BackwardPass(
             self.model,
@@ -342,7 +365,10 @@ class Trainer:
             )
             # Whatever was computed on other CPUs before: one model for all.
             self.ranks.broadcast_array(self.optimizer.weights)
-            self.model.quantize(config.threads)
+            if not self.ranks.is_first:
+                self.model.quantize(config.threads)
+            if self._local is not None:
+                self._local.begin()
             begin, first = time.perf_counter() - self.seconds, self.step
             began_here = self.seconds
             self._since = _Statistics()
@@ -355,8 +381,13 @@ class Trainer:
                 speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
                 callback.on_step(loss, speed)
                 last, ended = self.step == config.steps, False
-                stopped = self.ranks.any(callback.should_stop())
-                if last or stopped or self.step % config.evaluate_every == 0:
+                due = last or self.step % config.evaluate_every == 0
+                meet = due or not config.local_steps or self.step % config.local_steps == 0
+                if meet and self._local is not None:
+                    self._local.synchronize()
+                    self.model.quantize(config.threads)
+                stopped = meet and self.ranks.any(callback.should_stop())
+                if due or stopped:
                     ended = self._evaluate(last, callback.should_stop)
                     record = self._record(speed, codes)
                     # Records first: a resumed run drops those after its checkpoint, but could not
@@ -380,6 +411,9 @@ class Trainer:
     ) -> dict[str, Any]:
         """Return the record of an evaluation; ``codes`` are those of the evaluation before."""
         since = self._since
+        if self._local is not None:
+            losses = self.ranks.collect(since.losses)
+            since.losses = [sum(each) / len(each) for each in zip(*losses, strict=True)]
         assert self.metrics is not None
         return {
             "step": self.step,
@@ -393,6 +427,7 @@ class Trainer:
             "padding": since.padding / since.positions,
             "full_precision": self.model.full_precision,
             "weights": code_fractions(self.model, codes),
+            **since.of_ranks(self.ranks),
         }
 
     def _evaluate(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -444,9 +479,13 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Do one update, and return the loss of its batch and the norm of the gradient."""
         config = self.config
+        begin, exchanging = time.perf_counter(), self.ranks.seconds
         self.model.use_blend(config.quantized_share_at(self.step), config.threads)
         with product_precision(config.precision):
-            return self._train_step(config)
+            loss, norm = self._train_step(config)
+        self._since.seconds += time.perf_counter() - begin
+        self._since.exchanging += self.ranks.seconds - exchanging
+        return loss, norm
 
     def _train_step(self, config: TrainingConfig) -> tuple[float, float]:
         batch = self._next_batch()
@@ -459,8 +498,11 @@ class Trainer:
         loss = 0.0
         # Shorter sequences come in larger batches.
         size = config.batch_size * (self.model.config.sequence_length // tokens.shape[1])
-        for first in range(0, len(tokens), size):
-            rows = self.ranks.part(first, min(first + size, len(tokens)))
+        firsts = range(0, len(tokens), size)
+        parts = [self.ranks.part(first, min(first + size, len(tokens))) for first in firsts]
+        if self._local is not None:
+            total = sum(int(counted[rows].sum()) for rows in parts)
+        for first, rows in zip(firsts, parts, strict=True):
             if rows.start == rows.stop:
                 continue
             part = None if starts is None else starts[rows]
@@ -477,7 +519,7 @@ class Trainer:
                 self._dropout_seed(first),
                 rows.start - first,
             )[0]
-        loss = sum(self.ranks.collect(loss)) / max(total, 1)
+        loss = sum(self._every_step.collect(loss)) / max(total, 1)
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {self.step + 1}"
             raise diverged(what, self.model, config, batch, self.gradients)
@@ -487,7 +529,7 @@ class Trainer:
         )
         if not math.isfinite(norm):
             self._check_teacher(batch)
-            self.ranks.gather(self.gradients.flat, self.optimizer.bounds)
+            self._every_step.gather(self.gradients.flat, self.optimizer.bounds)
             what = f"the gradient's norm is {norm} at step {self.step + 1}"
             raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
@@ -583,9 +625,15 @@ class Trainer:
         The settings come last: a folder that has them has all the other files.
         """
         moments = self.optimizer.gather_moments()
+        if self._local is not None and moments is not None:
+            moments = self._local.gather_moments(moments)
+        # What a resumed run does not have, none has from here on.
+        self.ranks.forget()
+        if self.ranks.is_first and moments is not None:
+            self._write(moments)
         self._saved = self.step
-        if moments is None:
-            return
+
+    def _write(self, moments: Mapping[str, npt.NDArray[Any]]) -> None:
         self._save_model()
         checkpoint = Checkpoint(
             self.step,
@@ -621,7 +669,9 @@ class Trainer:
         if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
             weights = 4 * self.model.num_trainable
-            moments = moment_bytes(self.model.learned, self.config.optimizer_bits)
+            learned = self.model.learned
+            assert learned is not None
+            moments = moment_bytes(learned, self.config.optimizer_bits)
             needed = weights + moments + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
             # Some file systems report no size.
@@ -676,6 +726,8 @@ class Trainer:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
         try:
             self.optimizer.load_moments(checkpoint.moments)
+            if self._local is not None:
+                self._local.load_moments(checkpoint.moments)
         except ValueError as error:
             raise ModelFileError(f"{path}: {error}") from None
         if self.ranks.is_first:
