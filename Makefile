@@ -76,7 +76,7 @@ STATE = $(PYTHON) -P -c 'import importlib.metadata as at, sys; \
     links = [one.read_text("direct_url.json") for one in at.distributions(name="legacy1bit")]; \
     print("$(MEASURE_PERFORMANCE)", "$(CC) $(CFLAGS)", sys.prefix, sys.version, links)'
 
-NATIVE = $(wildcard include/*.h legacy1bit/*.pyx legacy1bit/*.pxd)
+NATIVE = $(wildcard include/*.h legacy1bit/*.pyx legacy1bit/*/*.pyx legacy1bit/*.pxd)
 
 build/state: always $(filter .venv/%,$(PYTHON))
 	@$(if $(PYTHON),,$(error Python 3.11 or newer is needed; looked for $(NAMES)))
@@ -194,7 +194,7 @@ fuzz: build
 	$(PIP) install -q $(call needs,["project"]["optional-dependencies"]["fuzz"])
 	$(PYTHON) tests/fuzz/fuzz.py all $(or $(SECONDS),600)
 
-STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
+STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi legacy1bit/*/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
 
 lint: build

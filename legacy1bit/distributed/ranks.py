@@ -123,7 +123,7 @@ class Ranks:
     def forget(self) -> None:
         """Drop what is carried from one exchange to the next, which no checkpoint has."""
 
-    def compressed(self, bits: int) -> "Ranks":
+    def compressed(self, bits: int, threads: int) -> "Ranks":
         """Return the same ranks, which exchange sums in so many bits, and changes in eight."""
         return self
 
@@ -206,8 +206,8 @@ class MPIRanks(Ranks):
         if self.is_first:
             self._comm.Barrier()
 
-    def compressed(self, bits: int) -> Ranks:
-        return CompressedRanks(self._mpi, bits)
+    def compressed(self, bits: int, threads: int) -> Ranks:
+        return CompressedRanks(self._mpi, bits, threads)
 
     def threads(self, cores: int) -> int:
         own = (self.host, tuple(sorted(os.sched_getaffinity(0))))
@@ -238,11 +238,13 @@ class CompressedRanks(MPIRanks):
         ``mpi4py.MPI``.
     bits : {8, 1}
         Of the numbers that ``reduce`` adds up.
+    threads : int
+        Those that make codes.
     """
 
-    def __init__(self, mpi: Any, bits: int) -> None:
+    def __init__(self, mpi: Any, bits: int, threads: int) -> None:
         super().__init__(mpi)
-        self._bits = bits
+        self._bits, self._threads = bits, threads
         self.forget()
 
     def forget(self) -> None:
@@ -256,7 +258,7 @@ class CompressedRanks(MPIRanks):
         sent = _segments(0 if rank == self.rank else size for rank, size in enumerate(sizes))
         for rank, part in enumerate(parts):
             if rank != self.rank:
-                encode(values[part], self._rest[part], self._bits, sent[rank])
+                encode(values[part], self._rest[part], self._bits, sent[rank], self._threads)
         received = _segments(
             0 if rank == self.rank else sizes[self.rank] for rank in range(self.size)
         )
@@ -268,7 +270,7 @@ class CompressedRanks(MPIRanks):
             if rank == self.rank:
                 total += own
             else:
-                add_decoded(code, self._bits, total)
+                add_decoded(code, self._bits, total, self._threads)
         own[...] = total
 
     @contextlib.contextmanager
@@ -280,12 +282,13 @@ class CompressedRanks(MPIRanks):
         before = own.copy()
         yield
         codes = _segments(coded_bytes(part.stop - part.start, _CHANGE_BITS) for part in parts)
-        encode(own - before, self._rest_of_changes, _CHANGE_BITS, codes[self.rank])
+        rest, code = self._rest_of_changes, codes[self.rank]
+        encode(own - before, rest, _CHANGE_BITS, code, self._threads)
         own[...] = before
         with self._timed():
             self._comm.Allgatherv(self._mpi.IN_PLACE, _message(codes))
         for part, code in zip(parts, codes, strict=True):
-            add_decoded(code, _CHANGE_BITS, values[part])
+            add_decoded(code, _CHANGE_BITS, values[part], self._threads)
 
 
 def _segments(sizes: Iterable[int]) -> list[npt.NDArray[np.uint8]]:

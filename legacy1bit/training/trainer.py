@@ -249,7 +249,7 @@ class Trainer:
         )
         check_memory(self.memory, config, ranks.neighbors)
         bits = COMPRESSED_BITS[config.gradient_compression]
-        self.ranks = ranks.compressed(bits) if bits else ranks
+        self.ranks = ranks.compressed(bits, config.threads) if bits else ranks
         # Those that exchange in every step.
         self._every_step = ALONE if config.local_steps else self.ranks
         self.run = Run(Path(folder))

@@ -32,7 +32,7 @@ def check_sums(ranks, size, bounds):
 
 
 def check_compressed(ranks, bits, size, bounds):
-    ranks, every = ranks.compressed(bits), arrays(ranks, size)
+    ranks, every = ranks.compressed(bits, 2), arrays(ranks, size)
     own = slice(bounds[ranks.rank], bounds[ranks.rank + 1])
     expected, total = np.sum(every, axis=0), np.zeros(size)
     steps = 200 if bits == 8 else 1000

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from helpers.arrays import assert_close, assert_same_bits
-from legacy1bit.distributed.compression import BLOCK, add_decoded, coded_bytes, encode
+from legacy1bit.distributed.compression import add_decoded, coded_bytes, encode
+
+BLOCK = 256
 
 SIZES = (1, 7, 255, 256, 257, 1000, 32768, 32769, 70000)
 
@@ -38,7 +40,7 @@ def test_codes_are_the_nearest_steps_or_signs(bits, size):
     values = (rng.normal(size=size) * 10.0 ** rng.integers(-8, 3, size)).astype(np.float32)
     values[::5] = 0.0
     rest, code = np.zeros(size, np.float32), np.zeros(coded_bytes(size, bits), np.uint8)
-    encode(values, rest, bits, code)
+    encode(values, rest, bits, code, threads=2)
     left, scales = exact(values, bits)
     actual = decoded(code, size, bits)
     if bits == 8:
@@ -49,6 +51,16 @@ def test_codes_are_the_nearest_steps_or_signs(bits, size):
     else:
         assert_close(actual, left, rtol=1e-5, atol=0)
     assert_same_bits(rest, (values - actual).astype(np.float32))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    values, code = np.zeros(300, np.float32), np.zeros(coded_bytes(300, 8), np.uint8)
+    with pytest.raises(ValueError, match="bits is 4, expected 8 or 1"):
+        encode(values, values.copy(), 4, code)
+    with pytest.raises(ValueError, match="code has 519 bytes, expected 520"):
+        add_decoded(code[1:], 8, values)
+    with pytest.raises(ValueError, match="rest has 299 numbers, expected 300"):
+        encode(values, values[1:].copy(), 8, code)
 
 
 @pytest.mark.parametrize("bits", [8, 1])
