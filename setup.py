@@ -43,8 +43,8 @@ if sys.platform == "linux":
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
-# These check and call, but for those with loops of their own, which alone are worth -O3. The longest
-# comes first, so that no core waits for it in the end.
+# These check and call, but for those with loops of their own, which alone are worth -O3. The
+# longest comes first, so that no core waits for it in the end.
 LOOPS = ("packing", "distributed.compression")
 MODULES = [
     "projection",

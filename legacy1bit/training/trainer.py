@@ -383,9 +383,8 @@ class Trainer:
                 last, ended = self.step == config.steps, False
                 due = last or self.step % config.evaluate_every == 0
                 meet = due or not config.local_steps or self.step % config.local_steps == 0
-                if meet and self._local is not None:
-                    self._local.synchronize()
-                    self.model.quantize(config.threads)
+                if meet:
+                    self.meet()
                 stopped = meet and self.ranks.any(callback.should_stop())
                 if due or stopped:
                     ended = self._evaluate(last, callback.should_stop)
@@ -534,6 +533,12 @@ class Trainer:
             raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
         return loss, norm
+
+    def meet(self) -> None:
+        """Give all ranks the same weights, where they have taken steps by themselves."""
+        if self._local is not None:
+            self._local.synchronize()
+            self.model.quantize(self.config.threads)
 
     def _dropout_seed(self, row: int) -> int:
         """Return the seed of the dropout of a pass, that from this row of the batch on."""
