@@ -43,6 +43,7 @@ EXCEPTIONS = {
     ("system.old_cpus", "cpu"): "it runs before NumPy is loaded, and cpu imports nothing",
     ("system.hardware", "math_ops"): "the instruction set in use",
     ("system.hardware", "threads"): "the cores in use",
+    ("distributed.compression", "threads"): "codes are made on several threads",
     ("config_files", "training.run"): "the settings of a run are a config file, too",
 }
 

@@ -57,6 +57,7 @@ def training_bytes(
     )
     blended = codes if training.quantization_warmup else 0
     moments = moment_bytes(layout, training.optimizer_bits)
+    sharing = 1 if training.local_steps else ranks
     matrices = [part.size for part in layout if len(part.shape) == 2]
     measured = evaluation_tokens(model, length)
     token = forward_bytes(model, 1, length, "none") // length
@@ -66,7 +67,7 @@ def training_bytes(
     needed = {
         "weights": _FLOAT * (parameters + blended) + codes,
         "gradients": _FLOAT * parameters * slices,
-        "the optimizer": -(-moments // ranks) + _FLOAT * 3 * max(matrices),
+        "the optimizer": -(-moments // sharing) + _FLOAT * 3 * max(matrices),
         "activations": slices * rows * sequence,
         "evaluation and checkpoints": max(evaluation, checkpoint, start),
     }
@@ -85,6 +86,12 @@ def training_bytes(
         # A rank's share has whole matrices; and what it receives at a time.
         needed["the optimizer"] += 2 * _FLOAT * max(matrices)
         needed["exchanges"] = _FLOAT * min(parameters, ranks * CHUNK)
+        if training.gradient_compression != "none":
+            # What codes have left out, and the codes of two exchanges.
+            needed["exchanges"] = (_FLOAT + 3) * parameters
+    if training.local_steps:
+        # The weights of the last meeting, their change, and its momentum.
+        needed["the outer optimizer"] = 3 * _FLOAT * parameters
     return needed
 
 

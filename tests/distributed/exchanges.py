@@ -63,8 +63,8 @@ def check_local_steps(ranks, size):
         weights += changes[ranks.rank].astype(np.float32)
         local.synchronize()
         gradient = -np.mean(changes, axis=0)
-        velocity = 0.9 * velocity + gradient
-        exact -= 0.7 * (gradient + 0.9 * velocity)
+        velocity = 0.5 * velocity + gradient
+        exact -= 0.7 * (gradient + 0.5 * velocity)
         np.testing.assert_allclose(weights, exact, rtol=0, atol=1e-5)
     moments = {"first": np.full(3, ranks.rank, np.float32)}
     gathered = local.gather_moments(moments)
