@@ -199,9 +199,9 @@ def test_report_has_the_times_of_ranks(run, written):
         ("node<1>", pytest.approx(0.3), pytest.approx(0.1)),
         ("node2", pytest.approx(0.375), pytest.approx(0.5)),
     ]
-    text = written(run)
+    text, _ = written(run)
     for cell in ("node&lt;1&gt;", "0.3000", "25.0%", "75.0%", "57.1%", "42.9%"):
-        assert f">{cell}</td>" in text, cell
+        assert cell in text, cell
 
 
 @pytest.mark.parametrize("ranks", ["all", [3], [{"host": "a", "computing": "long"}]])
