@@ -1,5 +1,6 @@
 """Trainings on several ranks: the bits of as many threads, and what happens when one is lost."""
 
+import contextlib
 import json
 import os
 import random
@@ -48,7 +49,7 @@ def assert_same_runs(one, other):
     threads = []
     for folder in (one, other):
         settings = json.loads((folder / "training.json").read_text())
-        threads.append(settings["training"].pop("threads"))
+        threads.append(settings["training"].pop("threads", None))
         (folder / "training.json").write_text(json.dumps(settings))
     assert_same_files(one, other)
     return threads
@@ -197,36 +198,48 @@ def rank_processes(process):
 def test_ranks_are_stopped_or_killed_and_go_on(tmp_path, which):
     changes = {"steps": 60, "evaluate_every": 5}
     run(2, [*PROGRAM, *command("whole", **changes)], tmp_path)
-    choice, part = random.Random(KILLS), tmp_path / "part"
-    words, killed = command("part", **changes), 0
-    for _ in range(KILLS if which == signal.SIGKILL else 1):
-        with start(2, [*PROGRAM, *words], tmp_path) as process:
+    choice, times = random.Random(KILLS), KILLS if which == signal.SIGKILL else 1
+    for number in range(times):
+        part = tmp_path / f"part{number}"
+        times -= interrupted(part, which, choice, times, changes)
+        if which == signal.SIGKILL:
+            assert_same_runs(tmp_path / "whole", part)
+        else:
+            ends = [without_ranks(folder)[-1]["val_loss"] for folder in (tmp_path / "whole", part)]
+            assert ends[0] == ends[1]
+        if not times:
+            break
+    assert not times
+
+
+def interrupted(part, which, choice, times, changes):
+    """Train, stopped so many times at most, until the end; return how often it was."""
+    words = command(part.name, **changes)
+    for stopped in range(times + 1):
+        with start(2, [*PROGRAM, *words], part.parent) as process:
             told = b""
             for line in process.stdout:
                 told += line
                 if b"step   " in line:
                     break
-            time.sleep(choice.uniform(0.0, 0.2))
-            if which == signal.SIGKILL:
-                os.kill(choice.choice(rank_processes(process) or [process.pid]), which)
-            else:
-                process.send_signal(which)
-            told += process.communicate(timeout=120)[0]
+            if stopped < times:
+                time.sleep(choice.uniform(0.0, 0.2))
+                if which == signal.SIGKILL:
+                    found = rank_processes(process)
+                    # They may have ended.
+                    with contextlib.suppress(ProcessLookupError):
+                        for number in choice.sample(found, min(len(found), 1)):
+                            os.kill(number, which)
+                else:
+                    process.send_signal(which)
+            told += process.communicate(timeout=300)[0]
         if process.returncode == 0 or b"has had its" in told:
-            break
-        killed += 1
-        again = b"if a rank is lost, go on with: mpirun -n 2 legacy1bit train --resume part"
-        assert again in told, told
+            return stopped
+        again = "if a rank is lost, go on with: mpirun -n 2 legacy1bit train --resume " + part.name
+        assert again.encode() in told, told
         if (part / "training.json").exists():
-            words = ["train", "--resume", "part", "--threads", "1"]
-    assert killed
-    if Run(part).metrics()[-1]["step"] < 60:
-        run(2, [*PROGRAM, *words], tmp_path)
-    if which == signal.SIGKILL:
-        assert_same_runs(tmp_path / "whole", part)
-    else:
-        ends = [without_ranks(folder)[-1]["val_loss"] for folder in (tmp_path / "whole", part)]
-        assert ends[0] == ends[1]
+            words = ["train", "--resume", part.name, "--threads", "1"]
+    raise AssertionError(told)
 
 
 @needs_mpi
