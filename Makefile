@@ -29,7 +29,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))$(1))')
 
 .PHONY: build help run bench bench-compare bench-peers bench-data mca results
-.PHONY: test test-slow test-c test-crash test-gguf test-postgres test-browser test-serve test-tsan soak fuzz fuzz-asan
+.PHONY: test test-slow test-c test-crash test-mpi test-gguf test-postgres test-browser test-serve test-tsan
+.PHONY: soak fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage test-mutants
 .PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
 
@@ -50,6 +51,7 @@ help:
 	@echo 'make test-c             models as C source, in every compiler and CPU there is for them'
 	@echo 'make test-crash         trainings killed at random moments; KILLS=25 for fewer than 500'
 	@echo 'make test-mutants       whether the tests notice faults in kernels and readers; takes hours'
+	@echo 'make test-mpi           trainings on several ranks of MPI, which is installed first; some killed'
 	@echo 'make test-postgres      studies of tune on a PostgreSQL server, which is installed first'
 	@echo 'make test-browser       pages in Chromium, which is installed first where there is apt-get'
 	@echo 'make test-serve         the server: a million requests (REQUESTS=N), and what schemathesis makes of'
@@ -78,7 +80,7 @@ STATE = $(PYTHON) -P -c 'import importlib.metadata as at, sys; \
     links = [one.read_text("direct_url.json") for one in at.distributions(name="legacy1bit")]; \
     print("$(MEASURE_PERFORMANCE)", "$(CC) $(CFLAGS)", sys.prefix, sys.version, links)'
 
-NATIVE = $(wildcard include/*.h legacy1bit/*.pyx legacy1bit/*.pxd)
+NATIVE = $(wildcard include/*.h legacy1bit/*.pyx legacy1bit/*/*.pyx legacy1bit/*.pxd)
 
 build/state: always $(filter .venv/%,$(PYTHON))
 	@$(if $(PYTHON),,$(error Python 3.11 or newer is needed; looked for $(NAMES)))
@@ -144,6 +146,21 @@ test-mutants: build
 	$(PYTHON) tools/mutants/check.py $(ARGS)
 	$(PYTHON) tools/mutants/readers.py
 
+# Open MPI from the system, where there is no mpirun; mpi4py finds its library.
+IN_MPI := build/test-mpi
+
+test-mpi: wheel
+	@command -v mpirun > /dev/null || { \
+	    sudo=$$([ "$$(id -u)" = 0 ] || echo sudo); \
+	    $$sudo apt-get update -qq && \
+	    $$sudo apt-get install -qq --no-install-recommends openmpi-bin libopenmpi-dev < /dev/null; }
+	rm -rf $(IN_MPI)
+	$(PYTHON) -m venv $(IN_MPI)/venv
+	cp -r tests benchmarks tools pyproject.toml $(IN_MPI)
+	$(IN_MPI)/venv/bin/pip install -q "$$(echo dist/*.whl)[test,mpi]"
+	cd $(IN_MPI) && LEGACY1BIT_KILLS=$(or $(KILLS),50) venv/bin/python -m pytest \
+	    -m 'slow or not slow' $(ARGS) tests/distributed
+
 test-postgres: build
 	$(PIP) install -q optuna psycopg2-binary
 	tests/with_postgres.sh $(PYTHON) -m pytest $(ARGS) tests/search/test_study.py
@@ -196,7 +213,7 @@ fuzz: build
 soak: build
 	PYTHONPATH=.:tests $(PYTHON) tests/serve/soak.py --minutes $(or $(MINUTES),30) $(ARGS)
 
-STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi)))
+STUBBED = $(subst /,.,$(basename $(wildcard legacy1bit/*.pyi legacy1bit/*/*.pyi)))
 CYTHONS_OWN = .*\.__(pyx_capi|test|reduce_cython|setstate_cython)__
 
 lint: build

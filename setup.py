@@ -43,8 +43,9 @@ if sys.platform == "linux":
 if platform.machine().lower() not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
-# These check and call. What takes time is in the kernels and in packing: they alone are worth -O3.
-# The longest comes first, so that no core waits for it in the end.
+# These check and call, but for those with loops of their own, which alone are worth -O3. The
+# longest comes first, so that no core waits for it in the end.
+LOOPS = ("packing", "distributed.compression")
 MODULES = [
     "projection",
     "model",
@@ -55,6 +56,7 @@ MODULES = [
     "backward",
     "math_ops",
     "optimizer",
+    "distributed.compression",
     "threads",
     "cpu",
 ]
@@ -113,7 +115,7 @@ def extension(module, source, flags):
     """Return one extension module; it is compiled anew when any header changes."""
     return Extension(
         f"legacy1bit.{module}",
-        [f"legacy1bit/{source}.pyx"],
+        [f"legacy1bit/{source.replace('.', '/')}.pyx"],
         include_dirs=["include"],
         depends=sorted(str(path) for folder in HEADERS for path in Path(folder).glob("*.h")),
         libraries=["m", "pthread"],
@@ -212,7 +214,7 @@ def check_tools(compiler):
 
 setup(
     ext_modules=[
-        *(extension(name, name, ["-O3" if name == "packing" else "-O2"]) for name in MODULES),
+        *(extension(name, name, ["-O3" if name in LOOPS else "-O2"]) for name in MODULES),
         *KERNELS,
     ],
     cmdclass={"build_ext": BuildExt, "build_py": BuildPy},

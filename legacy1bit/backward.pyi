@@ -132,6 +132,7 @@ class BackwardPass:
         teacher_temperature: float = 1.0,
         dropout: float = 0.0,
         seed: int = 0,
+        first_row: int = 0,
     ) -> tuple[float, int]: ...
 
 def backward_llm(

@@ -771,6 +771,7 @@ cdef struct BackwardJob:
     Distillation teacher
     float dropout               # of adapters, and the seed of this batch
     unsigned long long seed
+    Py_ssize_t first_row
     bint out_of_memory
 
 
@@ -794,7 +795,7 @@ cdef void backward_task(void *context, long index) noexcept nogil:
         job.out_of_memory = True
         return
     workspace.dropout, workspace.seed = job.dropout, job.seed
-    workspace.first_row = first * job.time
+    workspace.first_row = (job.first_row + first) * job.time
     if index:
         memset(job.flat_gradients[index], 0, job.size * sizeof(float))
     dims.batch = last - first
@@ -899,7 +900,7 @@ cdef class BackwardPass:
 
     def run(self, tokens, targets, LegacyLLMGradients gradients not None, total=None,
             starts=None, teacher=None, float distillation_weight=0.5,
-            float teacher_temperature=1.0, dropout=0.0, seed=0):
+            float teacher_temperature=1.0, dropout=0.0, seed=0, first_row=0):
         """Add the gradient of a batch's mean loss to ``gradients``.
 
         With a teacher's logits t the loss of a position, whose own logits are z, is
@@ -925,7 +926,9 @@ cdef class BackwardPass:
         dropout : float
             The probability that an element of an adapter's input is left out.
         seed : int
-            What is left out depends on it alone.
+            What is left out depends on it, and on a sequence's number in the batch.
+        first_row : int
+            The number of the first sequence, if the batch is a part of a larger one.
 
         Returns
         -------
@@ -972,7 +975,7 @@ cdef class BackwardPass:
             job.starts = &start_rows[0, 0]
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout is {dropout}, expected 0 or more and less than 1")
-        job.dropout, job.seed = dropout, seed
+        job.dropout, job.seed, job.first_row = dropout, seed, first_row
         job.teacher.logits = NULL
         if teacher is not None:
             if not 0.0 <= distillation_weight <= 1.0:

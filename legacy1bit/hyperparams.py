@@ -39,6 +39,9 @@ FILE_KEYS = {"attention_window": "attention_span"}
 # Settings that may change when a run is resumed.
 CHANGEABLE = ("steps", "threads", "precision", "patience")
 
+# How ranks exchange gradients, and the bits of a number; 0: as it is.
+COMPRESSED_BITS = {"none": 0, "8bit": 8, "1bit": 1}
+
 SCALES = ("tensor", "row", "64", "128", "256", "one")
 NORMS = ("layer", "rms")
 ACTIVATIONS = ("relu2", "relu", "silu", "gelu")
@@ -675,6 +678,25 @@ class TrainingConfig(_Record):
     )
     seed: int = _integer(
         1, 0, (1 << 63) - 1, "fixes the initial weights and the order of the data", BASIC
+    )
+    gradient_compression: str = _later(
+        _choice(
+            "none",
+            tuple(COMPRESSED_BITS),
+            "several ranks exchange gradients in so many bits, with error feedback, and the "
+            "changes of weights in eight",
+            EXPERIMENTAL,
+        )
+    )
+    local_steps: int = _later(
+        _integer(
+            0,
+            0,
+            1 << 20,
+            "each rank takes N steps by itself, before all average what these have changed "
+            "(DiLoCo); 0: every step is of all ranks",
+            EXPERIMENTAL,
+        )
     )
     threads: int = _integer(
         1,

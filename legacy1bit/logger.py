@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from legacy1bit.hyperparams import SETTINGS_FILE
 from legacy1bit.system.files import atomic_write, open_regular
@@ -91,6 +91,26 @@ class StepLog:
         except OSError as error:
             error.filename = str(self.path)
             raise
+
+
+class Log(Protocol):
+    """Takes the records of a training."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Take a record."""
+
+    def close(self) -> None:
+        """End."""
+
+
+class NoLog:
+    """Writes nothing: of several ranks the first alone has a log."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Leave a record."""
+
+    def close(self) -> None:
+        """End."""
 
 
 class MetricsLogger(StepLog):

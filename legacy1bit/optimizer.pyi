@@ -1,8 +1,11 @@
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
+from legacy1bit.distributed.ranks import ALONE as ALONE
+from legacy1bit.distributed.ranks import Ranks
 from legacy1bit.layout import Parameter
 from legacy1bit.model import LegacyLLM, LegacyLLMGradients
 from legacy1bit.schemes import SCHEMES as SCHEMES
@@ -13,12 +16,23 @@ class Optimizer:
     steps: int
     weight_decay: float
     def __init__(
-        self, model: LegacyLLM, weight_decay: float, sign_direction: str, bits: int = 32
+        self,
+        model: LegacyLLM,
+        weight_decay: float,
+        sign_direction: str,
+        bits: int = 32,
+        ranks: Ranks = ...,
     ) -> None: ...
+    @property
+    def weights(self) -> npt.NDArray[np.float32]: ...
+    @property
+    def bounds(self) -> npt.NDArray[np.int64]: ...
     @property
     def model(self) -> LegacyLLM: ...
     @property
     def moments(self) -> dict[str, npt.NDArray[Any]]: ...
+    def gather_moments(self) -> dict[str, npt.NDArray[Any]] | None: ...
+    def load_moments(self, moments: Mapping[str, npt.NDArray[Any]]) -> None: ...
     @property
     def first(self) -> npt.NDArray[Any]: ...
     @property
@@ -43,6 +57,7 @@ class AdamW(Optimizer):
         weight_decay: float = 0.1,
         sign_direction: str = "descend",
         bits: int = 32,
+        ranks: Ranks = ...,
     ) -> None: ...
 
 class Muon(AdamW):
@@ -57,6 +72,7 @@ class Muon(AdamW):
         muon_lr_ratio: float = 3.3,
         momentum: float = 0.95,
         bits: int = 32,
+        ranks: Ranks = ...,
     ) -> None: ...
 
 class SGD(Optimizer):
@@ -67,4 +83,5 @@ class SGD(Optimizer):
         weight_decay: float = 0.1,
         sign_direction: str = "descend",
         bits: int = 32,
+        ranks: Ranks = ...,
     ) -> None: ...

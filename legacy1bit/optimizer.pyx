@@ -2,7 +2,9 @@
 
 An optimizer updates a model's latent weights in place, in spans that are distributed over threads.
 Each span has its rule and is processed by one thread, so that the result has the same bits for any
-number of threads.
+number of threads. Where several processes train one model, each updates a contiguous part of the
+weights, whole spans, and has the moments of that part only (Rajbhandari et al., arXiv 1910.02054,
+section 5).
 
 Moments are float32, or have eight bits (Dettmers et al., arXiv 2110.02861): 256 consecutive ones
 share a scale, their largest magnitude, and each is the nearest of 256 values times it. These values
@@ -22,6 +24,7 @@ from legacy1bit.math_ops cimport kernels
 from legacy1bit.model cimport LegacyLLM, LegacyLLMGradients
 from legacy1bit.threads cimport parallel_for, scratch
 
+from legacy1bit.distributed.ranks import ALONE
 from legacy1bit.schemes import SCHEMES
 
 cdef enum:
@@ -40,6 +43,10 @@ cdef enum:
 # The longest span, short enough to balance the load of threads.
 _LONGEST = 16384
 
+# How many weights of a matrix for each row or column, whichever are fewer, Muon updates in the time
+# in which another rule updates one more.
+_MUON_ROWS = 64
+
 cdef enum Rule:
     BY_ADAMW
     BY_SGD
@@ -49,6 +56,7 @@ cdef enum Rule:
 
 cdef struct Span:
     Py_ssize_t start, stop
+    Py_ssize_t at               # of its first moment
     Py_ssize_t block            # the first of its blocks of moments
     Py_ssize_t rows, cols       # for Muon
     int rule
@@ -153,26 +161,27 @@ cdef void update_task(void *context, long index) noexcept nogil:
             if gradient[i] != 0.0:
                 weights[i] = job.direction if gradient[i] > 0.0 else -job.direction
     elif span.rule == BY_SGD:
-        kernels().sgd(weights, job.first.floats + span.start, gradient, size, update)
+        kernels().sgd(weights, job.first.floats + span.at, gradient, size, update)
     else:
-        kernels().adamw(weights, job.first.floats + span.start, job.second.floats + span.start,
+        kernels().adamw(weights, job.first.floats + span.at, job.second.floats + span.at,
                         gradient, size, update)
 
 
 cdef void update_blocks(UpdateJob *job, const Span *span, const Update *update) noexcept nogil:
     # AdamW or SGD with moments in eight bits, a block after the other.
     cdef float[BLOCK] first, second
-    cdef Py_ssize_t start, n, block = span.block
+    cdef Py_ssize_t start, at, n, block = span.block
     for start from span.start <= start < span.stop by BLOCK:
+        at = span.at + start - span.start
         n = min(span.stop - start, BLOCK)
-        decode(&job.first, start, block, n, first)
+        decode(&job.first, at, block, n, first)
         if span.rule == BY_SGD:
             kernels().sgd(job.weights + start, first, job.gradient + start, n, update)
         else:
-            decode(&job.second, start, block, n, second)
+            decode(&job.second, at, block, n, second)
             kernels().adamw(job.weights + start, first, second, job.gradient + start, n, update)
-            encode(&job.second, start, block, n, second)
-        encode(&job.first, start, block, n, first)
+            encode(&job.second, at, block, n, second)
+        encode(&job.first, at, block, n, first)
         block += 1
 
 
@@ -236,20 +245,20 @@ cdef void muon(UpdateJob *job, const Span *span) noexcept nogil:
     cdef float *transposed = update + size
     cdef float *buffer = transposed + size
     cdef float *weights = job.weights + span.start
-    cdef float *momentum = job.first.floats + span.start
+    cdef float *momentum = job.first.floats + span.at
     if workspace == NULL:
         job.out_of_memory = True
         return
     if job.first.codes:
         # Until it is encoded it takes the place of what is transposed.
         momentum = transposed
-        decode(&job.first, span.start, span.block, size, momentum)
+        decode(&job.first, span.at, span.block, size, momentum)
     kernel.scale(momentum, settings.momentum, size)
     kernel.add(momentum, job.gradient + span.start, size)
     memcpy(update, job.gradient + span.start, size * sizeof(float))
     kernel.add_scaled(update, settings.momentum, momentum, size)
     if job.first.codes:
-        encode(&job.first, span.start, span.block, size, momentum)
+        encode(&job.first, span.at, span.block, size, momentum)
     if rows <= cols:
         orthogonalize(update, rows, cols, buffer, workspace)
     else:
@@ -275,13 +284,24 @@ def _spans(layout, rule_of):
     for part in layout:
         rule, decays = rule_of(part.name, part.kind), part.kind != "vector"
         if rule == BY_MUON:
-            whole.append((part.start, part.stop, block, *part.shape, rule, decays))
+            whole.append((part.start, part.stop, part.start, block, *part.shape, rule, decays))
         else:
-            cut += [(start, min(start + _LONGEST, part.stop),
+            cut += [(start, min(start + _LONGEST, part.stop), start,
                      block + (start - part.start) // BLOCK, 0, 0, rule, decays)
                     for start in range(part.start, part.stop, _LONGEST)]
         block += _blocks(part.size)
     return np.array(whole + cut, _SPAN)
+
+
+def _shares(spans, ranks):
+    """Return where the shares of ranks begin, and the last one ends, in spans by their place.
+
+    They take about the same time: a matrix of Muon's has products, other spans have none.
+    """
+    costs = (spans["stop"] - spans["start"]) * (
+        1.0 + (spans["rule"] == BY_MUON) * np.minimum(spans["rows"], spans["cols"]) / _MUON_ROWS)
+    middles = np.cumsum(costs) - costs / 2.0
+    return np.searchsorted(middles, costs.sum() * np.arange(ranks + 1) / ranks)
 
 
 def _blocks(size):
@@ -365,6 +385,8 @@ cdef class Optimizer:
         that increases the loss (departure 1).
     bits : {32, 8}
         Of a moment.
+    ranks : Ranks
+        The processes that share the work; all call the same methods.
 
     Attributes
     ----------
@@ -374,6 +396,9 @@ cdef class Optimizer:
         ``first`` and ``second``, float32[N] in the order of ``parameter_layout``; momentum is a
         first moment. With eight bits they are uint8[N], and ``first_scales`` and ``second_scales``
         float32[K] have a number for each block of 256 moments, of which every parameter begins one.
+        Of several ranks each has those of its share.
+    bounds : int64[ranks + 1]
+        Where the shares of the ranks begin in the weights, and where the last one ends.
     weight_decay : float
         May change between steps.
     """
@@ -384,9 +409,11 @@ cdef class Optimizer:
     cdef public long steps
     cdef Update settings
     cdef float muon_lr_ratio, direction
-    cdef object squares, spans
+    cdef object ranks, squares, spans, order, places, span_bounds, block_bounds
+    cdef readonly object bounds
 
-    def __init__(self, LegacyLLM model not None, weight_decay, sign_direction, bits=32):
+    def __init__(self, LegacyLLM model not None, weight_decay, sign_direction, bits=32,
+                 ranks=ALONE):
         if not model.trainable:
             raise ValueError("the model has no latent weights: it was made for inference")
         if sign_direction not in ("descend", "ascend"):
@@ -399,21 +426,41 @@ cdef class Optimizer:
         self.weight_decay = weight_decay
         self.muon_lr_ratio = 1.0
         self.direction = -1.0 if sign_direction == "descend" else 1.0
-        self.arrays = {}
-        for name, (values, *_) in (("first", _SIGNED), ("second", _UNSIGNED)):
-            if bits == 32:
-                self.arrays[name] = np.zeros(model.num_trainable, np.float32)
-            else:
-                zero = np.flatnonzero(values == 0.0)[0]
-                blocks = sum(_blocks(part.size) for part in model.learned)
-                self.arrays[name] = np.full(model.num_trainable, zero, np.uint8)
-                self.arrays[f"{name}_scales"] = np.zeros(blocks, np.float32)
-        self.spans = _spans(
+        spans = _spans(
             model.learned,
             lambda name, kind: BY_SIGN if kind == "quantized" and not scheme.learns
             else self._rule(name, kind))
-        self.squares = np.zeros(self.spans.size, np.float64)
+        # The spans by their place in the weights, and the place of each.
+        places = np.argsort(spans["start"])
+        self.order = np.argsort(places)
+        blocks = sum(_blocks(part.size) for part in model.learned)
+        shares = _shares(spans[places], ranks.size)
+        self.ranks, self.span_bounds = ranks, shares
+        self.bounds, self.block_bounds = (
+            np.append(spans[name][places], end)[shares].astype(np.int64)
+            for name, end in (("start", model.num_trainable), ("block", blocks)))
+        self.places = np.flatnonzero((self.order >= shares[ranks.rank])
+                                     & (self.order < shares[ranks.rank + 1]))
+        self.spans = spans[self.places]
+        self.spans["at"] -= self.bounds[ranks.rank]
+        self.spans["block"] -= self.block_bounds[ranks.rank]
+        self.squares = np.zeros(spans.size, np.float64)
+        self.arrays = {}
+        own, blocks = (int(bounds[ranks.rank + 1] - bounds[ranks.rank])
+                       for bounds in (self.bounds, self.block_bounds))
+        for name, (values, *_) in (("first", _SIGNED), ("second", _UNSIGNED)):
+            if bits == 32:
+                self.arrays[name] = np.zeros(own, np.float32)
+            else:
+                zero = np.flatnonzero(values == 0.0)[0]
+                self.arrays[name] = np.full(own, zero, np.uint8)
+                self.arrays[f"{name}_scales"] = np.zeros(blocks, np.float32)
         self.steps = 0
+
+    @property
+    def weights(self):
+        """float32[N], all weights that learn; the model's own array."""
+        return self.model.weights
 
     @property
     def nbytes(self) -> int:
@@ -435,6 +482,28 @@ cdef class Optimizer:
         """``moments["second"]``."""
         return self.arrays["second"]
 
+    def gather_moments(self):
+        """Return the moments of all weights at the first rank, elsewhere None."""
+        whole = {name: self.ranks.gather_first(values, self._bounds_of(name))
+                 for name, values in self.arrays.items()}
+        return whole if self.ranks.is_first else None
+
+    def load_moments(self, moments) -> None:
+        """Take the moments of all weights, as ``gather_moments`` returns them.
+
+        Raises ``ValueError`` if some are missing, or those of another model.
+        """
+        for name, values in self.arrays.items():
+            found, size = moments.get(name), self._bounds_of(name)[-1]
+            if found is None or (found.dtype, found.shape) != (values.dtype, (size,)):
+                raise ValueError(f"{name} is missing, or not {values.dtype}[{size}]")
+        for name, values in self.arrays.items():
+            bounds = self._bounds_of(name)
+            values[...] = moments[name][bounds[self.ranks.rank]:bounds[self.ranks.rank + 1]]
+
+    def _bounds_of(self, name):
+        return self.block_bounds if name.endswith("_scales") else self.bounds
+
     def _rule(self, name, kind):
         raise TypeError("make an AdamW, a Muon or an SGD")
 
@@ -449,6 +518,7 @@ cdef class Optimizer:
         Parameters
         ----------
         gradients : LegacyLLMGradients
+            Those of several ranks are added first; then each has the sum of its share.
         learning_rate : float
         clip : float
             Gradients whose norm is above this are scaled down to it; 0 means no limit.
@@ -466,9 +536,10 @@ cdef class Optimizer:
         cdef float[::1] weights = self.model.weights
         cdef const float[::1] gradient
         cdef const Span[::1] spans = self.spans
-        cdef double[::1] squares = self.squares
-        cdef Py_ssize_t i
+        cdef double[::1] squares = np.zeros(spans.shape[0] + 1)
+        cdef double[::1] every
         cdef double norm = 0.0
+        cdef Py_ssize_t i
         self.model.alive()
         gradients.alive()
         if threads < 1:
@@ -477,20 +548,24 @@ cdef class Optimizer:
             raise ValueError(f"learning_rate is {learning_rate}, expected a finite number")
         if (gradients.config, gradients.adapter) != (self.model.config, self.model.adapter):
             raise ValueError("the gradients are those of a model with other settings")
+        self.ranks.reduce(gradients.flat, self.bounds)
         gradient = gradients.flat
         job.weights = &weights[0]
-        for has_sign, name in ((False, "second"), (True, "first")):
+        for has_sign, name in ((False, "second"), (True, "first")) if spans.shape[0] else ():
             point_moments(&job.first if has_sign else &job.second, self.arrays[name],
                           self.arrays.get(f"{name}_scales"), has_sign)
         job.gradient = &gradient[0]
         job.squares = &squares[0]
-        job.spans = &spans[0]
+        job.spans = &spans[0] if spans.shape[0] else NULL
         job.direction = self.direction
         job.out_of_memory = False
         with nogil:
-            parallel_for(squares_task, &job, squares.shape[0], threads)
-        for i in range(squares.shape[0]):
-            norm += squares[i]
+            parallel_for(squares_task, &job, spans.shape[0], threads)
+        self.squares[self.order[self.places]] = squares[:spans.shape[0]]
+        self.ranks.gather(self.squares, self.span_bounds)
+        every = self.squares[self.order]
+        for i in range(every.shape[0]):
+            norm += every[i]
         norm = sqrt(norm)
         if not isfinite(norm):
             return norm
@@ -505,8 +580,9 @@ cdef class Optimizer:
         job.decay.weight_decay = self.weight_decay
         job.matrix = job.decay
         job.matrix.learning_rate = learning_rate * self.muon_lr_ratio
-        with nogil:
-            parallel_for(update_task, &job, spans.shape[0], threads)
+        with self.ranks.sharing(self.model.weights, self.bounds):
+            with nogil:
+                parallel_for(update_task, &job, spans.shape[0], threads)
         if job.out_of_memory:
             raise MemoryError("no memory to make updates orthogonal")
         self.model.quantize(threads)
@@ -523,13 +599,13 @@ cdef class AdamW(Optimizer):
         Decay rates of the first and the second moment.
     epsilon : float
         Below 1e-20 it no longer compensates for gradients whose squares underflow in float32.
-    weight_decay, sign_direction, bits
+    weight_decay, sign_direction, bits, ranks
         See ``Optimizer``.
     """
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
-                 weight_decay=0.1, sign_direction="descend", bits=32):
-        super().__init__(model, weight_decay, sign_direction, bits)
+                 weight_decay=0.1, sign_direction="descend", bits=32, ranks=ALONE):
+        super().__init__(model, weight_decay, sign_direction, bits, ranks)
         _check(beta1=beta1, beta2=beta2, epsilon=epsilon)
         self.settings.beta1, self.settings.beta2 = beta1, beta2
         self.settings.epsilon = epsilon
@@ -548,7 +624,7 @@ cdef class Muon(AdamW):
 
     Parameters
     ----------
-    model, beta1, beta2, epsilon, weight_decay, sign_direction, bits
+    model, beta1, beta2, epsilon, weight_decay, sign_direction, bits, ranks
         As for ``AdamW``.
     muon_lr_ratio : float
         Muon's learning rate over that of AdamW.
@@ -558,8 +634,8 @@ cdef class Muon(AdamW):
 
     def __init__(self, LegacyLLM model not None, beta1=0.9, beta2=0.99, epsilon=1e-8,
                  weight_decay=0.1, sign_direction="descend", muon_lr_ratio=3.3, momentum=0.95,
-                 bits=32):
-        super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction, bits)
+                 bits=32, ranks=ALONE):
+        super().__init__(model, beta1, beta2, epsilon, weight_decay, sign_direction, bits, ranks)
         _check(momentum=momentum)
         self.muon_lr_ratio = muon_lr_ratio
         self.settings.momentum = momentum
@@ -576,13 +652,13 @@ cdef class SGD(Optimizer):
     model : LegacyLLM
     momentum : float
         Decay rate of the momentum.
-    weight_decay, sign_direction, bits
+    weight_decay, sign_direction, bits, ranks
         See ``Optimizer``.
     """
 
     def __init__(self, LegacyLLM model not None, momentum=0.9, weight_decay=0.1,
-                 sign_direction="descend", bits=32):
-        super().__init__(model, weight_decay, sign_direction, bits)
+                 sign_direction="descend", bits=32, ranks=ALONE):
+        super().__init__(model, weight_decay, sign_direction, bits, ranks)
         _check(momentum=momentum)
         self.settings.momentum = momentum
 
@@ -590,5 +666,6 @@ cdef class SGD(Optimizer):
         return BY_SGD
 
 
-_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("block", np.intp), ("rows", np.intp),
-                  ("cols", np.intp), ("rule", np.intc), ("decays", np.intc)], align=True)
+_SPAN = np.dtype([("start", np.intp), ("stop", np.intp), ("at", np.intp), ("block", np.intp),
+                  ("rows", np.intp), ("cols", np.intp), ("rule", np.intc), ("decays", np.intc)],
+                 align=True)

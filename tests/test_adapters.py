@@ -271,6 +271,26 @@ def test_dropout_depends_on_the_seed_alone():
         assert_close(again[1].flat, first[1].flat, rtol=0, atol=5e-6 * np.abs(first[1].flat).max())
 
 
+def test_dropout_is_that_of_the_whole_batch_in_its_parts():
+    config = make_config()
+    model = adapted_model(config)
+    tokens, targets = random_tokens(config, 5, 7), random_tokens(config, 5, 7, seed=4)
+    whole, gradients = with_dropout(model, tokens, targets, 1)
+    parts = create_legacy_llm_gradients(config, model.adapter)
+    loss = 0.0
+    for first, stop in ((0, 2), (2, 5)):
+        own = slice(first, stop)
+        backward_pass = BackwardPass(model, stop - first, 7)
+        loss += backward_pass.run(
+            *(tokens[own], targets[own], parts, int((targets != config.pad_token).sum())),
+            dropout=0.25,
+            seed=1,
+            first_row=first,
+        )[0]
+    assert_close(loss, whole * tokens.size, rtol=1e-6, atol=0)
+    assert_close(parts.flat, gradients.flat, rtol=0, atol=1e-5 * np.abs(gradients.flat).max())
+
+
 def test_gradients_under_dropout_are_those_of_finite_differences():
     config = make_config(**ARCHITECTURES["qwen3"], num_blocks=1)
     model, tokens = adapted_model(config), random_tokens(config, 2, 9)

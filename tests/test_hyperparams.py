@@ -118,6 +118,8 @@ TRAINING_FIELDS = {
     "gradient_checkpointing": ((False, True), (), NOT_FLAGS),
     "muon_lr_ratio": ((1e-6, 1, 1e6), (0.0, -1.0, 1.1e6, NAN, INF), NOT_NUMBERS),
     "clip": ((0, 1e9), (-1.0, 1.1e9, NAN, INF), NOT_NUMBERS),
+    "gradient_compression": (("none", "8bit", "1bit"), (*NOT_CHOICES, "4bit", 8), ()),
+    "local_steps": ((0, 1 << 20), (-1, (1 << 20) + 1), NOT_INTEGERS),
     "seed": ((0, (1 << 63) - 1), (-1, 1 << 63), NOT_INTEGERS),
     "threads": ((1, 256), (0, -1, 257), NOT_INTEGERS),
     "evaluate_every": ((1, 1 << 40), (0, -1, (1 << 40) + 1), NOT_INTEGERS),

@@ -226,7 +226,7 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch):
     class Stop(Exception):
         pass
 
-    def made_with(folder, model_config, config, corpus, source, data, start, teacher):
+    def made_with(folder, model_config, config, corpus, source, data, start, teacher, ranks):
         made.append((folder, model_config, config, corpus, source))
         assert data == DataConfig()
         assert start is None
@@ -237,7 +237,7 @@ def test_train_takes_its_defaults_from_the_settings(monkeypatch):
     monkeypatch.setattr(texts, "DEFAULT_STORIES", 20)
     monkeypatch.setattr(train, "Trainer", made_with)
     # As many as take 75 seconds.
-    monkeypatch.setattr(train, "steps_within", lambda *arguments: 1200)
+    monkeypatch.setattr(train, "steps_within", lambda *arguments, **more: 1200)
     with pytest.raises(Stop):
         main([])
     ((_, model_config, config, corpus, source),) = made
@@ -285,7 +285,7 @@ def test_is_first_run_takes_no_settings(options):
 def test_first_run_offers_the_command_that_goes_on(monkeypatch, say):
     """The run records its number of steps, and goes on to all of them."""
     monkeypatch.setattr(texts, "DEFAULT_STORIES", 20)
-    monkeypatch.setattr(train, "steps_within", lambda *arguments: 2)
+    monkeypatch.setattr(train, "steps_within", lambda *arguments, **more: 2)
     monkeypatch.setattr(run_settings, "_LEAST_STEPS", 2)
     small = {"model_dim": 8, "num_blocks": 1, "num_heads": 1, "sequence_length": 16}
     records_of = run_settings.records_of
@@ -363,6 +363,8 @@ SETTINGS = {
     "sign_direction": "ascend",
     "precision": "float32",
     "gradient_checkpointing": True,
+    "gradient_compression": "8bit",
+    "local_steps": 2,
     "seed": 77,
     "threads": 2,
     "evaluate_every": 3,
@@ -908,7 +910,7 @@ def test_train_warms_up_for_a_share_of_the_run(say, monkeypatch):
     say(*tiny(out="steps", **short | {"steps": 10}))
     assert warmup_of("steps") == 1
     with monkeypatch.context() as patch:
-        patch.setattr(train, "steps_within", lambda *arguments: 20)
+        patch.setattr(train, "steps_within", lambda *arguments, **more: 20)
         say(*tiny("--minutes", 1, out="minutes", **short | {"steps": None}))
     assert warmup_of("minutes") == 2
     say("train", "--config", "steps", "--steps", 20, "--out", "again")

@@ -131,6 +131,15 @@ class Output(NamedTuple):
 STANDARD_ERROR = Output(say, progress_of_bytes)
 
 
+@contextlib.contextmanager
+def _no_progress(_: str, __: int) -> Iterator[Callable[[int], None]]:
+    yield lambda done: None
+
+
+# Of ranks that are not the first.
+SILENT = Output(lambda line: None, _no_progress)
+
+
 def progress_of_tuning() -> Bar:
     """Return a bar of one trial, with the fields ``trial``, ``loss`` and ``best``."""
     return Bar(

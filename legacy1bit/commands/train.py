@@ -3,9 +3,12 @@
 import argparse
 import contextlib
 import functools
+import json
 import shlex
+import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +27,13 @@ from legacy1bit.commands.options import (
     path_of,
     threads_of,
 )
-from legacy1bit.commands.progress import STANDARD_ERROR, Bar, Output, progress_of_training
+from legacy1bit.commands.progress import (
+    SILENT,
+    STANDARD_ERROR,
+    Bar,
+    Output,
+    progress_of_training,
+)
 from legacy1bit.commands.run_settings import (
     FIRST_RUN_SECONDS,
     add_config,
@@ -39,12 +48,14 @@ from legacy1bit.data import stories
 from legacy1bit.data.corpus import open_corpus
 from legacy1bit.data.tokenizer_files import tokenizer_of
 from legacy1bit.dataset import TokenDataset
+from legacy1bit.distributed.ranks import ALONE, Ranks, joined
 from legacy1bit.formats.chat_tokens import chat_encoder
 from legacy1bit.generator import Generator
 from legacy1bit.hyperparams import CHANGEABLE, DataConfig, ModelConfig, TrainingConfig
-from legacy1bit.logger import MetricsLogger, StepLog, check_tensorboard
-from legacy1bit.math_ops import simd_level
+from legacy1bit.logger import Log, MetricsLogger, NoLog, StepLog, check_tensorboard
+from legacy1bit.math_ops import simd_level, simd_levels
 from legacy1bit.system.errors import INTERRUPTED, describe
+from legacy1bit.threads import available_cores
 from legacy1bit.training.checkpoint import best_is_missing, make_newest, newest_checkpoint
 from legacy1bit.training.evaluation import recall_of_heroes
 from legacy1bit.training.memory import told_bytes
@@ -52,12 +63,16 @@ from legacy1bit.training.run import START_HASH, START_PATH, TEACHER_HASH, TEACHE
 from legacy1bit.training.start import Start
 from legacy1bit.training.teacher import Teacher
 from legacy1bit.training.trainer import Trainer, TrainingCallback, steps_within
+from legacy1bit.version import __version__
 
 # Stories that a finished run generates.
 _SAMPLES = 20
 
 # More epochs than these make most models memorize a text.
 _MANY_EPOCHS = 20
+
+# A rank is slow that computes so many times as long as others, and so many seconds longer.
+_SLOW, _SLOW_SECONDS = 1.25, 0.01
 
 # Tokens of the sample at every evaluation, from the same seed, so that only the model differs.
 _SAMPLE_TOKENS = 120
@@ -146,8 +161,11 @@ def _print_config(arguments: argparse.Namespace) -> None:
 
 
 def start(
-    arguments: argparse.Namespace, ends: contextlib.ExitStack, output: Output = STANDARD_ERROR
-) -> tuple[Trainer, MetricsLogger]:
+    arguments: argparse.Namespace,
+    ends: contextlib.ExitStack,
+    output: Output = STANDARD_ERROR,
+    ranks: Ranks = ALONE,
+) -> tuple[Trainer, Log]:
     """Return a new run, or one restored from its checkpoint, and lock it.
 
     Parameters
@@ -157,25 +175,37 @@ def start(
     ends : ExitStack
         Its end unlocks the run, and removes a folder in which nothing was recorded.
     output : Output
+    ranks : Ranks
+        The processes that train together.
 
     Raises
     ------
     ValueError, TypeError, OSError, MemoryError
         If options do not fit, a text cannot be read, or the folder is in use or not empty.
     """
+    if ranks.size > 1:
+        if arguments.threads is None:
+            arguments.threads = ranks.threads(available_cores())
+        if not ranks.is_first:
+            output = SILENT
     if arguments.resume is not None:
         run = Run(arguments.resume)
         run.settings()
-        ends.enter_context(run.lock())
-        return _resume(arguments, output)
+        with ranks.first_alone():
+            if ranks.is_first:
+                ends.enter_context(run.lock())
+        trainer = _resume(arguments, output, ranks)
+        return trainer, _log_of(trainer, arguments)
     if arguments.tensorboard:
         check_tensorboard()
     check_above_zero(arguments, "minutes")
     if arguments.minutes is not None and arguments.steps is not None:
         raise ValueError("--minutes and --steps exclude each other")
-    if arguments.out is not None:
-        Run(arguments.out).check_new()
-    new = plan_run(arguments, output)
+    # The first rank fills the cache, from which others on its machine read.
+    with ranks.first_alone():
+        if arguments.out is not None and ranks.is_first:
+            Run(arguments.out).check_new()
+        new = plan_run(arguments, output)
     training = new.training
     if new.run is not None:
         output.say(
@@ -185,12 +215,14 @@ def start(
     if arguments.minutes is not None:
         seconds = 60 * arguments.minutes
         steps = steps_within(
-            seconds, new.model, training, new.corpus, new.data, new.start, new.teacher
+            seconds, new.model, training, new.corpus, new.data, new.start, new.teacher, ranks
         )
         training = replace(training, steps=steps)
         output.say(f"{steps:,} steps in {arguments.minutes:g} minutes")
     if is_first_run(arguments):
-        within = steps_within(FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data)
+        within = steps_within(
+            FIRST_RUN_SECONDS, new.model, training, new.corpus, new.data, ranks=ranks
+        )
         training = fit_first_run(training, within, output)
     # The folder last: errors before leave nothing behind.
     trainer = Trainer(
@@ -202,18 +234,30 @@ def start(
         new.data,
         new.start,
         new.teacher,
+        ranks,
     )
-    folder, created = _make_folder(arguments.out)
-    trainer.run = Run(folder)
-    ends.enter_context(trainer.run.lock())
-    if arguments.out is not None:
-        # Another process may have been faster.
-        trainer.run.check_new()
-    ends.callback(trainer.run.remove_unstarted, created)
-    return trainer, MetricsLogger(folder, tensorboard=arguments.tensorboard)
+    _check_ranks(trainer)
+    with ranks.first_alone():
+        if ranks.is_first:
+            folder, created = _make_folder(arguments.out)
+            trainer.run = Run(folder)
+            ends.enter_context(trainer.run.lock())
+            if arguments.out is not None:
+                # Another process may have been faster.
+                trainer.run.check_new()
+            ends.callback(trainer.run.remove_unstarted, created)
+    trainer.run = ranks.broadcast(trainer.run)
+    return trainer, _log_of(trainer, arguments)
 
 
-def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, MetricsLogger]:
+def _log_of(trainer: Trainer, arguments: argparse.Namespace) -> Log:
+    """Return the log of a run that has ``trainer.step`` steps, of which the first rank has one."""
+    if not trainer.ranks.is_first:
+        return NoLog()
+    return MetricsLogger(trainer.folder, trainer.step, arguments.tensorboard)
+
+
+def _resume(arguments: argparse.Namespace, output: Output, ranks: Ranks) -> Trainer:
     """Restore a run with its own settings, of which only ``CHANGEABLE`` ones may change."""
     folder = arguments.resume
     run = Run(folder)
@@ -269,10 +313,11 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
     tokenizer = tokenizer_of(folder, settings.model.vocab_size)
     origin = moved(origin, folder, arguments.data, arguments.validation, arguments.cache)
     length = settings.model.sequence_length
-    corpus = open_corpus(
-        *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
-        functools.partial(chat_encoder, folder),
-    )
+    with ranks.first_alone():
+        corpus = open_corpus(
+            *(origin, settings.data, length, arguments.cache, tokenizer, output.progress),
+            functools.partial(chat_encoder, folder),
+        )
     for remark in corpus.remarks:
         output.say(remark)
     source = settings.source | corpus.origin.to_dict()
@@ -287,10 +332,12 @@ def _resume(arguments: argparse.Namespace, output: Output) -> tuple[Trainer, Met
         settings.data,
         None if start is None else Start.read(start),
         None if teacher is None else Teacher.read(teacher),
+        ranks,
     )
     trainer.restore(checkpoint)
+    _check_ranks(trainer)
     output.say(f"going on with {folder} at step {trainer.step}")
-    return trainer, MetricsLogger(folder, trainer.step, arguments.tensorboard)
+    return trainer
 
 
 def _model_of(source: Mapping[str, Any], option: str, moved_to: Path | None) -> Path | None:
@@ -314,11 +361,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         _print_config(arguments)
         return 0
-    with contextlib.ExitStack() as ends:
-        trainer, logger = start(arguments, ends)
+    with joined() as ranks, contextlib.ExitStack() as ends:
+        trainer, logger = start(arguments, ends, ranks=ranks)
+        _say_ranks(trainer)
         status = _train(trainer, logger)
     steps = TrainingConfig().steps
-    if status == 0 and is_first_run(arguments) and trainer.config.steps < steps:
+    if status == 0 and ranks.is_first and is_first_run(arguments) and trainer.config.steps < steps:
         print(
             f"to train it for all {steps:,} steps:\n  legacy1bit train --resume "
             f"{shlex.quote(str(trainer.folder))} --steps {steps}"
@@ -326,8 +374,62 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def _train(trainer: Trainer, logger: MetricsLogger) -> int:
+def _check_ranks(trainer: Trainer) -> None:
+    """Raise ``ValueError`` where a rank would train something else than the first."""
+    own = {
+        "version": __version__,
+        "settings": json.dumps(trainer.fixed_settings, sort_keys=True),
+        "precision": trainer.config.precision,
+        "step": trainer.step,
+        "text": trainer.corpus.sha256,
+    }
+    every = trainer.ranks.collect((trainer.ranks.host, own))
+    for rank, (host, found) in enumerate(every):
+        for name, value in every[0][1].items():
+            if found[name] != value:
+                values = "" if name == "settings" else f" ({found[name]}, not {value})"
+                raise ValueError(
+                    f"rank {rank} on {host} differs from rank 0 in its {name}{values}: expected "
+                    "the same"
+                )
+
+
+def _say_ranks(trainer: Trainer) -> None:
+    """Say who trains, and what to do when one of them is lost."""
+    ranks = trainer.ranks
+    every = ranks.collect((ranks.host, simd_level(), trainer.config.threads))
+    known = ranks.collect(simd_levels())
+    if ranks.size == 1 or not ranks.is_first:
+        return
+    lines = [
+        f"{ranks.size} ranks, each with its part of every batch: "
+        + ", ".join(
+            f"{count} on {host} ({simd}, {threads} threads)"
+            for (host, simd, threads), count in Counter(every).items()
+        )
+    ]
+    if len({simd for _, simd, _ in every}) > 1:
+        *_, best = (level for level in known[0] if all(level in levels for levels in known))
+        lines.append(
+            "their instruction sets differ, so that other CPUs will not repeat this run to the "
+            f"bit: LEGACY1BIT_SIMD={best} makes them equal"
+        )
+    lines.append(f"if a rank is lost, go on with: {_resuming(trainer)}")
+    STANDARD_ERROR.say("\n".join(lines))
+
+
+def _resuming(trainer: Trainer) -> str:
+    """Return the command that resumes a run."""
+    launcher = "" if trainer.ranks.size == 1 else f"mpirun -n {trainer.ranks.size} "
+    return f"{launcher}legacy1bit train --resume {shlex.quote(str(trainer.folder))}"
+
+
+def _train(trainer: Trainer, logger: Log) -> int:
     """Train to the end, or until interrupted."""
+    if not trainer.ranks.is_first:
+        with Interrupts() as interrupts:
+            done = trainer.train(logger, _Waiting(interrupts))
+        return 0 if done else INTERRUPTED
     say_what_is_trained(trainer, STANDARD_ERROR)
     progress = progress_of_training()
 
@@ -339,7 +441,7 @@ def _train(trainer: Trainer, logger: MetricsLogger) -> int:
     if not done:
         print(
             f"stopped at step {trainer.step} of {trainer.config.steps}; go on with:\n"
-            f"  legacy1bit train --resume {shlex.quote(str(trainer.folder))}",
+            f"  {_resuming(trainer)}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -410,17 +512,40 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     )
 
 
+def slow_ranks(record: Mapping[str, Any]) -> str:
+    """Return a remark on the ranks for which others wait, where there are any."""
+    ranks = record.get("ranks", [])
+    usual = statistics.median_low(one["computing"] for one in ranks) if ranks else 0.0
+    slow = [
+        f"rank {number} on {one['host']} takes {one['computing']:.3g} s"
+        for number, one in enumerate(ranks)
+        if one["computing"] > max(_SLOW * usual, usual + _SLOW_SECONDS)
+    ]
+    return f"slow: {', '.join(slow)} for a step, others {usual:.3g} s" if slow else ""
+
+
 def _losses_of(record: Mapping[str, Any]) -> str:
     """Return the loss of each text, where several are mixed."""
     losses = [f"{name} {loss:.4f}" for name, loss in record.get("val_losses", {}).items()]
     return f" ({', '.join(losses)})" if losses else ""
 
 
-class _Display(TrainingCallback):
+class _Waiting(TrainingCallback):
+    """Stops a training when interrupted."""
+
+    def __init__(self, interrupts: Interrupts) -> None:
+        self._interrupts = interrupts
+
+    def should_stop(self) -> bool:
+        return self._interrupts.requested
+
+
+class _Display(_Waiting):
     """Shows the progress of a training, writes its samples, and stops it when interrupted."""
 
     def __init__(self, trainer: Trainer, progress: Bar, interrupts: Interrupts) -> None:
-        self._trainer, self._progress, self._interrupts = trainer, progress, interrupts
+        super().__init__(interrupts)
+        self._trainer, self._progress = trainer, progress
         self._samples = SampleLog(trainer)
         self._task = progress.add_task(
             "",
@@ -441,9 +566,8 @@ class _Display(TrainingCallback):
 
     def on_save(self, record: dict[str, Any]) -> None:
         self._progress.write(evaluation_line(record))
-
-    def should_stop(self) -> bool:
-        return self._interrupts.requested
+        if remark := slow_ranks(record):
+            self._progress.write(remark)
 
 
 def _epochs(trainer: Trainer) -> dict[str, float]:

@@ -75,6 +75,36 @@ class RunRecords:
         """
         return [self._number(record.get(key), key, record) for record in self.records]
 
+    def ranks(self) -> list[tuple[str, float, float]]:
+        """Return each rank's machine and its mean seconds of a step: computing, and exchanging.
+
+        They are those of the last record, and of all before with as many ranks.
+
+        Raises
+        ------
+        ValueError
+            If a value is not a number.
+        """
+        rows = [self._ranks(record) for record in self.records]
+        every = [row for row in rows if len(row) == len(rows[-1])]
+        return [
+            (one[-1][0], *(sum(column) / len(one) for column in list(zip(*one, strict=True))[1:]))
+            for one in zip(*every, strict=True)
+        ]
+
+    def _ranks(self, record: dict[str, Any]) -> list[tuple[str, float, float]]:
+        ranks = record.get("ranks") or []
+        if not (isinstance(ranks, list) and all(isinstance(one, dict) for one in ranks)):
+            raise self._damaged("ranks", ranks, "a list of objects", record)
+        return [
+            (
+                printable(str(one.get("host"))),
+                self._number(one.get("computing"), "computing", record),
+                self._number(one.get("exchanging"), "exchanging", record),
+            )
+            for one in ranks
+        ]
+
     def train_losses(self) -> tuple[list[float], list[float]]:
         """Return the steps and values of the training loss.
 

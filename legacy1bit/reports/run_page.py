@@ -80,6 +80,7 @@ def report(run: Run, command: str) -> str:
         section("Evaluations", _evaluations(records)),
         section("Settings", *_settings(settings)),
         section("Weights", *_weights(content)),
+        *([section("Ranks", _ranks(records))] if records.ranks() else []),
         section("Hardware", machine_table(settings.machine, settings.training)),
         section(
             "Reproduce",
@@ -177,6 +178,22 @@ def _evaluations(records: RunRecords) -> str:
         for i in some(range(len(records.records)), _MOST_ROWS)
     ]
     return table("", ["step", *columns], rows, words=0)
+
+
+def _ranks(records: RunRecords) -> str:
+    """Return a table of the ranks, with means over the whole training."""
+    rows = []
+    for number, (host, computing, exchanging) in enumerate(records.ranks()):
+        seconds = computing + exchanging
+        share = exchanging / seconds if seconds else float("nan")
+        cells = [_format(computing, ".4f"), _format(exchanging, ".4f")]
+        rows.append([f"{number}", host, *cells, _format(share, ".1%"), _format(1 - share, ".1%")])
+    head = ["rank", "machine", "computing (s)", "exchanging (s)", "share", "efficiency"]
+    caption = (
+        "Time of a step; exchanging includes waiting for slower ranks, and the efficiency is the "
+        "share of the time in which a rank computes"
+    )
+    return table(caption, head, rows, words=2)
 
 
 def _format_setting(value: Any) -> str:

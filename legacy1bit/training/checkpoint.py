@@ -26,6 +26,8 @@ from legacy1bit.training.run import DAMAGE, FixedSettings, Run
 _TENSORS = ("weights", "first", "second")
 # What moments in eight bits have besides; see ``Optimizer.moments``.
 _SCALES = ("first_scales", "second_scales")
+# And what runs have whose ranks take steps by themselves; see ``LocalSteps``.
+OUTER = "outer"
 
 
 class OtherRunError(ModelFileError):
@@ -49,7 +51,7 @@ class Checkpoint:
     weights : float32[parameters]
         The latent weights.
     moments : dict of str to array
-        ``Optimizer.moments``.
+        ``Optimizer.moments``, and ``LocalSteps``'s.
     path : Path, optional
         The file that it was read from.
     """
@@ -88,7 +90,7 @@ def write_checkpoint(run: Run, checkpoint: Checkpoint, settings: FixedSettings) 
 def _checksum(header: Mapping[str, str], tensors: Mapping[str, npt.NDArray[Any]]) -> str:
     checked = {key: value for key, value in header.items() if key != "crc32"}
     checksum = zlib.crc32(json.dumps(checked, sort_keys=True).encode())
-    for name in (name for name in (*_TENSORS, *_SCALES) if name in tensors):
+    for name in (name for name in (*_TENSORS, *_SCALES, OUTER) if name in tensors):
         checksum = zlib.crc32(np.ascontiguousarray(tensors[name]).data, checksum)
     return f"{checksum:08x}"
 
@@ -206,6 +208,8 @@ def _of_checkpoint(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDA
     expected: dict[str, Any] = dict.fromkeys(_TENSORS, np.float32)
     if tensors["first"].dtype == np.uint8:
         expected |= {"first": np.uint8, "second": np.uint8, **dict.fromkeys(_SCALES, np.float32)}
+    if OUTER in tensors:
+        expected[OUTER] = np.float32
     for name, dtype in expected.items():
         values = tensors.get(name)
         if values is None or values.dtype != dtype:

@@ -1,5 +1,6 @@
 """How well a model predicts a text, and how its codes are distributed."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from legacy1bit.data import stories
 from legacy1bit.data.tokenizer import Tokenizer
 from legacy1bit.data_utils import create_padded_sequence, tokenize_text
 from legacy1bit.dataset import Batch, MixedDataset, TokenDataset
+from legacy1bit.distributed.ranks import ALONE, Ranks
 from legacy1bit.forward import forward_llm_batch
 from legacy1bit.hyperparams import ModelConfig
 from legacy1bit.model import LegacyLLM, TernaryMatrix
@@ -118,6 +120,7 @@ def evaluate(
     limit: int = 0,
     tokenizer: Tokenizer | None = None,
     stop: Callable[[], bool] = lambda: False,
+    ranks: Ranks = ALONE,
 ) -> Metrics:
     """Measure a model on a dataset.
 
@@ -133,6 +136,8 @@ def evaluate(
         That of the dataset; bytes when not given.
     stop : callable, optional
         Called after every batch; if it returns true, the metrics are those of the batches so far.
+    ranks : Ranks, optional
+        The processes that measure together: each takes some of the batches.
 
     Raises
     ------
@@ -148,39 +153,59 @@ def evaluate(
                 (
                     part.name,
                     part.share,
-                    evaluate(model, part.dataset, threads, each, tokenizer, stop),
+                    evaluate(model, part.dataset, threads, each, tokenizer, stop, ranks),
                 )
                 for part in dataset.parts
             ]
         )
-    loss, tokens, size = 0.0, 0, 0
-    within = np.zeros(3, np.int64)
-    for batch in dataset.sweep(_batch_of(model.config, dataset.sequence_length), limit):
-        logits = forward_llm_batch(
-            model, batch.tokens, threads=threads, logits=True, starts=batch.starts
-        )
-        targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
-        scored = logits[targets >= 0]
-        if not np.isfinite(scored).all():
-            raise NotFiniteError(batch)
-        truth = targets[targets >= 0]
-        expected = np.take_along_axis(scored, truth[:, None], axis=1)
-        top = scored.max(axis=1, keepdims=True)
-        exponentials = np.exp(scored - top)
-        log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
-        loss += float((log_sums - expected[:, 0]).sum())
-        # Of equal tokens the first ranks first, as argmax would have it.
-        before = np.arange(scored.shape[1]) < truth[:, None]
-        ranks = ((scored > expected) | ((scored == expected) & before)).sum(axis=1)
-        within += [(ranks < k).sum() for k in (1, 3, 5)]
-        tokens += truth.size
-        size += truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
-        if tokens and stop():
+    counts: list[tuple[float, ...]] = []
+    batches = dataset.sweep(_batch_of(model.config, dataset.sequence_length), limit)
+    for batch in itertools.islice(batches, ranks.rank, None, ranks.size):
+        counts.append(_count(model, batch, threads, tokenizer))
+        if counts[-1][-2] and stop():
             break
+    # In the order of one process, which adds up the same floats.
+    rounds = itertools.zip_longest(*ranks.collect(counts))
+    every = [one for together in rounds for one in together if one is not None]
+    loss, *within, tokens, size = (sum(column) for column in zip(*every, strict=True))
     if tokens == 0:
         raise ValueError("there is nothing to measure: every token is padding")
-    top1, top3, top5 = (within / tokens).tolist()
-    return Metrics(loss / tokens, top1, top3, top5, tokens, size)
+    top1, top3, top5 = (count / tokens for count in within)
+    return Metrics(loss / tokens, top1, top3, top5, int(tokens), int(size))
+
+
+def _count(
+    model: LegacyLLM, batch: Batch, threads: int, tokenizer: Tokenizer | None
+) -> tuple[float, ...]:
+    """Return the loss of a batch, in how many tokens the true one is among 1, 3, 5; tokens; bytes.
+
+    Raises
+    ------
+    NotFiniteError
+        If the model's logits are not finite.
+    """
+    logits = forward_llm_batch(
+        model, batch.tokens, threads=threads, logits=True, starts=batch.starts
+    )
+    targets = ignore_padding(batch.tokens, batch.targets, model.config.pad_token)
+    scored = logits[targets >= 0]
+    if not np.isfinite(scored).all():
+        raise NotFiniteError(batch)
+    truth = targets[targets >= 0]
+    expected = np.take_along_axis(scored, truth[:, None], axis=1)
+    top = scored.max(axis=1, keepdims=True)
+    exponentials = np.exp(scored - top)
+    log_sums = np.log(exponentials.sum(axis=1, dtype=np.float64)) + top[:, 0]
+    # Of equal tokens the first ranks first, as argmax would have it.
+    before = np.arange(scored.shape[1]) < truth[:, None]
+    ranks = ((scored > expected) | ((scored == expected) & before)).sum(axis=1)
+    size = truth.size if tokenizer is None else int(tokenizer.byte_lengths[truth].sum())
+    return (
+        float((log_sums - expected[:, 0]).sum()),
+        *(int((ranks < k).sum()) for k in (1, 3, 5)),
+        truth.size,
+        size,
+    )
 
 
 def evaluation_tokens(config: ModelConfig, sequence_length: int) -> int:

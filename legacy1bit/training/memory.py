@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from legacy1bit.backward import backward_bytes
+from legacy1bit.distributed.ranks import CHUNK
 from legacy1bit.forward import forward_bytes
 from legacy1bit.hyperparams import ModelConfig, TrainingConfig
 from legacy1bit.layout import adapter_layout, parameter_layout
@@ -27,6 +28,7 @@ def training_bytes(
     training: TrainingConfig,
     teacher: ModelConfig | None = None,
     start: int = 0,
+    ranks: int = 1,
 ) -> dict[str, int]:
     """Return an upper bound of the bytes of a training's arrays, by their purpose.
 
@@ -39,19 +41,23 @@ def training_bytes(
     start : int
         The bytes of a model that the training goes on from (``Start.nbytes``), until its weights
         are copied.
+    ranks : int
+        The processes that share the training; what one of them needs is returned.
     """
     adapter = adapter_config(training)
     layout = parameter_layout(model) if adapter is None else adapter_layout(model, adapter)
     codes = sum(part.size for part in layout if part.kind == "quantized")
     parameters = layout[-1].stop
-    slices = min(training.threads, training.batch_size)
-    rows = -(-training.batch_size // slices)
+    batch = -(-training.batch_size // ranks)
+    slices = min(training.threads, batch)
+    rows = -(-batch // slices)
     length = model.sequence_length
     sequence = backward_bytes(model, 1, length) + forward_bytes(
         model, 1, length, "inputs" if training.gradient_checkpointing else "all"
     )
     blended = codes if training.quantization_warmup else 0
     moments = moment_bytes(layout, training.optimizer_bits)
+    sharing = 1 if training.local_steps else ranks
     matrices = [part.size for part in layout if len(part.shape) == 2]
     measured = evaluation_tokens(model, length)
     token = forward_bytes(model, 1, length, "none") // length
@@ -61,7 +67,7 @@ def training_bytes(
     needed = {
         "weights": _FLOAT * (parameters + blended) + codes,
         "gradients": _FLOAT * parameters * slices,
-        "the optimizer": moments + _FLOAT * 3 * max(matrices),
+        "the optimizer": -(-moments // sharing) + _FLOAT * 3 * max(matrices),
         "activations": slices * rows * sequence,
         "evaluation and checkpoints": max(evaluation, checkpoint, start),
     }
@@ -76,6 +82,16 @@ def training_bytes(
         logits = _FLOAT * rows * length * teacher.vocab_size
         passes = logits + forward_bytes(teacher, rows, length, "none")
         needed["the teacher"] = model_bytes(teacher) + slices * passes
+    if ranks > 1:
+        # A rank's share has whole matrices; and what it receives at a time.
+        needed["the optimizer"] += 2 * _FLOAT * max(matrices)
+        needed["exchanges"] = _FLOAT * min(parameters, ranks * CHUNK)
+        if training.gradient_compression != "none":
+            # What codes have left out, and the codes of two exchanges.
+            needed["exchanges"] = (_FLOAT + 3) * parameters
+    if training.local_steps:
+        # The weights of the last meeting, their change, and its momentum.
+        needed["the outer optimizer"] = 3 * _FLOAT * parameters
     return needed
 
 
@@ -103,7 +119,7 @@ def free_bytes() -> int | None:
     return min(limits, default=None)
 
 
-def check_memory(needed: Mapping[str, int], training: TrainingConfig) -> None:
+def check_memory(needed: Mapping[str, int], training: TrainingConfig, processes: int = 1) -> None:
     """Check that a training fits into memory.
 
     Parameters
@@ -111,6 +127,8 @@ def check_memory(needed: Mapping[str, int], training: TrainingConfig) -> None:
     needed : mapping of str to int
         The result of ``training_bytes``.
     training : TrainingConfig
+    processes : int
+        How many of this machine need as much.
 
     Raises
     ------
@@ -118,11 +136,12 @@ def check_memory(needed: Mapping[str, int], training: TrainingConfig) -> None:
         If it does not; with the bytes of each part, and options that need less.
     """
     free = free_bytes()
-    if free is None or sum(needed.values()) <= free:
+    if free is None or processes * sum(needed.values()) <= free:
         return
+    each = f" in each of {processes} ranks here" if processes > 1 else ""
     fewer = "" if training.optimizer_bits == 8 else " or --optimizer-bits 8"
     raise MemoryError(
-        f"training needs {told_bytes(needed)}, and {_format_bytes(free)} are free: lower "
+        f"training needs {told_bytes(needed)}{each}, and {_format_bytes(free)} are free: lower "
         "--batch-size, --sequence-length, --model-dim, --blocks or --threads, or use "
         f"--gradient-checkpointing{fewer}"
     )

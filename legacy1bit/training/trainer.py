@@ -20,14 +20,16 @@ from legacy1bit.data.augment import Augmentation
 from legacy1bit.data.corpus import Corpus
 from legacy1bit.data.tokenizer import fit_tokenizer
 from legacy1bit.dataset import Batch, Prefetcher
+from legacy1bit.distributed.ranks import ALONE, Ranks
 from legacy1bit.formats.provenance import Provenance
 from legacy1bit.hyperparams import (
+    COMPRESSED_BITS,
     MOST_STEPS,
     DataConfig,
     ModelConfig,
     TrainingConfig,
 )
-from legacy1bit.logger import MetricsLogger
+from legacy1bit.logger import Log
 from legacy1bit.math_ops import fastest_precision, product_precision
 from legacy1bit.model import (
     LegacyLLM,
@@ -38,7 +40,7 @@ from legacy1bit.model import (
     save_model,
     zero_legacy_llm_gradients,
 )
-from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer
+from legacy1bit.optimizer import SGD, AdamW, Muon, Optimizer, moment_bytes
 from legacy1bit.schemes import SCHEMES
 from legacy1bit.system.errors import SettingError
 from legacy1bit.system.files import atomic_write, remove, temporary_of
@@ -58,6 +60,7 @@ from legacy1bit.training.evaluation import (
     evaluate,
     model_codes,
 )
+from legacy1bit.training.local_steps import LocalSteps
 from legacy1bit.training.memory import check_memory, training_bytes
 from legacy1bit.training.run import START_PATH, TEACHER_HASH, FixedSettings, Run, RunSettings
 from legacy1bit.training.start import Start
@@ -106,12 +109,27 @@ class _Statistics:
         The loss and the gradient norm of each step.
     positions, padding : int
         The number of positions in the batches, and of those that are padding.
+    seconds, exchanging : float
+        The time of the steps, and how much of it was in exchanges with other ranks.
     """
+
+    def of_ranks(self, ranks: Ranks) -> dict[str, Any]:
+        """Return the entry of a record about several ranks: seconds of a step, in their order."""
+        count = len(self.losses)
+        own = {
+            "host": ranks.host,
+            "computing": (self.seconds - self.exchanging) / count,
+            "exchanging": self.exchanging / count,
+        }
+        every = ranks.collect(own)
+        return {"ranks": every} if ranks.size > 1 else {}
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     positions: int = 0
     padding: int = 0
+    seconds: float = 0.0
+    exchanging: float = 0.0
 
     def train_losses(self, step: int, evaluate_every: int) -> list[list[float]]:
         """Return a curve of the training loss: steps, each with the mean loss since the last one.
@@ -154,6 +172,9 @@ class Trainer:
         The model that the training goes on from; by default the weights are random.
     teacher : Teacher, optional
         The model whose predictions are learned beside the text.
+    ranks : Ranks, optional
+        The processes that train together, each of which has a trainer with the same arguments, and
+        calls the same methods; by default this one alone. The first writes all files.
 
     Raises
     ------
@@ -188,6 +209,7 @@ class Trainer:
         data: DataConfig | None = None,
         start: Start | None = None,
         teacher: Teacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         scheme = SCHEMES.get(model_config.scheme)
         for name in ("float_steps", "quantization_warmup"):
@@ -223,11 +245,16 @@ class Trainer:
             config,
             None if teacher is None else teacher.config,
             0 if start is None else start.nbytes(),
+            ranks.size,
         )
-        check_memory(self.memory, config)
+        check_memory(self.memory, config, ranks.neighbors)
+        bits = COMPRESSED_BITS[config.gradient_compression]
+        self.ranks = ranks.compressed(bits, config.threads) if bits else ranks
+        # Those that exchange in every step.
+        self._every_step = ALONE if config.local_steps else self.ranks
         self.run = Run(Path(folder))
         if config.precision == "auto":
-            fastest = fastest_precision(model_config.has_int8_products)
+            fastest = ranks.broadcast(fastest_precision(model_config.has_int8_products))
             config = replace(config, precision=fastest)
         # Fixed from here on: more steps later do not change the warm-up.
         config = replace(config, warmup_steps=config.warmup)
@@ -258,11 +285,14 @@ class Trainer:
         else:
             self.model = start.model(model_config, config)
             self.source = start.recorded_in(self.source, self.model)
-        self.optimizer = _optimizer(self.model, config)
+        self.optimizer = _optimizer(self.model, config, self._every_step)
+        self._local: LocalSteps | None = None
+        if config.local_steps:
+            self._local = LocalSteps(self.optimizer.weights, self.ranks)
         self.gradients = create_legacy_llm_gradients(model_config, self.model.adapter)
         self.passes = BackwardPass(
             self.model,
-            config.batch_size,
+            -(-config.batch_size // ranks.size),
             model_config.sequence_length,
             config.threads,
             config.gradient_checkpointing,
@@ -286,12 +316,12 @@ class Trainer:
     def __reduce__(self) -> NoReturn:
         raise TypeError("a trainer cannot be copied or pickled: save the run, and restore another")
 
-    def train(self, logger: MetricsLogger, callback: TrainingCallback | None = None) -> bool:
+    def train(self, logger: Log, callback: TrainingCallback | None = None) -> bool:
         """Train until the last step, or until the callback stops it.
 
         Parameters
         ----------
-        logger : MetricsLogger
+        logger : Log
             Writes a record of every evaluation.
         callback : TrainingCallback, optional
 
@@ -311,24 +341,34 @@ class Trainer:
             evaluated; unless ``should_stop`` returns true by then.
         """
         callback = TrainingCallback() if callback is None else callback
-        self._check_saving()
+        if self.ranks.is_first:
+            self._check_saving()
         try:
             return self._train(logger, callback)
         except KeyboardInterrupt:
-            if not callback.should_stop():
+            # Several ranks save together or not at all.
+            if not callback.should_stop() and self.ranks.size == 1:
                 self._save_interrupted()
             raise
 
-    def _train(self, logger: MetricsLogger, callback: TrainingCallback) -> bool:
+    def _train(self, logger: Log, callback: TrainingCallback) -> bool:
         with contextlib.closing(self):
             config = self.config
-            if best_is_missing(self.run, self.fixed_settings, self.best, self.step):
+            if self.ranks.is_first and best_is_missing(
+                self.run, self.fixed_settings, self.best, self.step
+            ):
                 # The checkpoint exists already, and the one before stays as it is.
                 self._save_model()
                 self._save_settings()
             per_step = (
                 config.batch_size * config.gradient_accumulation * self.model.config.sequence_length
             )
+            # Whatever was computed on other CPUs before: one model for all.
+            self.ranks.broadcast_array(self.optimizer.weights)
+            if not self.ranks.is_first:
+                self.model.quantize(config.threads)
+            if self._local is not None:
+                self._local.begin()
             begin, first = time.perf_counter() - self.seconds, self.step
             began_here = self.seconds
             self._since = _Statistics()
@@ -341,8 +381,12 @@ class Trainer:
                 speed = (self.step - first) * per_step / max(self.seconds - began_here, 1e-9)
                 callback.on_step(loss, speed)
                 last, ended = self.step == config.steps, False
-                stopped = callback.should_stop()
-                if last or stopped or self.step % config.evaluate_every == 0:
+                due = last or self.step % config.evaluate_every == 0
+                meet = due or not config.local_steps or self.step % config.local_steps == 0
+                if meet:
+                    self.meet()
+                stopped = meet and self.ranks.any(callback.should_stop())
+                if due or stopped:
                     ended = self._evaluate(last, callback.should_stop)
                     record = self._record(speed, codes)
                     # Records first: a resumed run drops those after its checkpoint, but could not
@@ -366,6 +410,9 @@ class Trainer:
     ) -> dict[str, Any]:
         """Return the record of an evaluation; ``codes`` are those of the evaluation before."""
         since = self._since
+        if self._local is not None:
+            losses = self.ranks.collect(since.losses)
+            since.losses = [sum(each) / len(each) for each in zip(*losses, strict=True)]
         assert self.metrics is not None
         return {
             "step": self.step,
@@ -379,6 +426,7 @@ class Trainer:
             "padding": since.padding / since.positions,
             "full_precision": self.model.full_precision,
             "weights": code_fractions(self.model, codes),
+            **since.of_ranks(self.ranks),
         }
 
     def _evaluate(self, last: bool, stop: Callable[[], bool] = lambda: False) -> bool:
@@ -415,7 +463,13 @@ class Trainer:
     def _measure(self, limit: int, stop: Callable[[], bool] = lambda: False) -> Metrics:
         try:
             return evaluate(
-                self.model, self.corpus.validation, self.config.threads, limit, self.tokenizer, stop
+                self.model,
+                self.corpus.validation,
+                self.config.threads,
+                limit,
+                self.tokenizer,
+                stop,
+                self.ranks,
             )
         except NotFiniteError as error:
             what = f"after step {self.step} the model's logits are not finite"
@@ -424,9 +478,13 @@ class Trainer:
     def train_step(self) -> tuple[float, float]:
         """Do one update, and return the loss of its batch and the norm of the gradient."""
         config = self.config
+        begin, exchanging = time.perf_counter(), self.ranks.seconds
         self.model.use_blend(config.quantized_share_at(self.step), config.threads)
         with product_precision(config.precision):
-            return self._train_step(config)
+            loss, norm = self._train_step(config)
+        self._since.seconds += time.perf_counter() - begin
+        self._since.exchanging += self.ranks.seconds - exchanging
+        return loss, norm
 
     def _train_step(self, config: TrainingConfig) -> tuple[float, float]:
         batch = self._next_batch()
@@ -439,8 +497,13 @@ class Trainer:
         loss = 0.0
         # Shorter sequences come in larger batches.
         size = config.batch_size * (self.model.config.sequence_length // tokens.shape[1])
-        for first in range(0, len(tokens), size):
-            rows = slice(first, first + size)
+        firsts = range(0, len(tokens), size)
+        parts = [self.ranks.part(first, min(first + size, len(tokens))) for first in firsts]
+        if self._local is not None:
+            total = sum(int(counted[rows].sum()) for rows in parts)
+        for first, rows in zip(firsts, parts, strict=True):
+            if rows.start == rows.stop:
+                continue
             part = None if starts is None else starts[rows]
             loss += self.passes.run(
                 tokens[rows],
@@ -453,8 +516,9 @@ class Trainer:
                 config.teacher_temperature,
                 config.adapter_dropout,
                 self._dropout_seed(first),
+                rows.start - first,
             )[0]
-        loss /= max(total, 1)
+        loss = sum(self._every_step.collect(loss)) / max(total, 1)
         if not math.isfinite(loss):
             what = f"the loss is {loss} at step {self.step + 1}"
             raise diverged(what, self.model, config, batch, self.gradients)
@@ -464,10 +528,17 @@ class Trainer:
         )
         if not math.isfinite(norm):
             self._check_teacher(batch)
+            self._every_step.gather(self.gradients.flat, self.optimizer.bounds)
             what = f"the gradient's norm is {norm} at step {self.step + 1}"
             raise diverged(what, self.model, config, batch, self.gradients)
         self.step += 1
         return loss, norm
+
+    def meet(self) -> None:
+        """Give all ranks the same weights, where they have taken steps by themselves."""
+        if self._local is not None:
+            self._local.synchronize()
+            self.model.quantize(self.config.threads)
 
     def _dropout_seed(self, row: int) -> int:
         """Return the seed of the dropout of a pass, that from this row of the batch on."""
@@ -558,18 +629,27 @@ class Trainer:
 
         The settings come last: a folder that has them has all the other files.
         """
+        moments = self.optimizer.gather_moments()
+        if self._local is not None and moments is not None:
+            moments = self._local.gather_moments(moments)
+        # What a resumed run does not have, none has from here on.
+        self.ranks.forget()
+        if self.ranks.is_first and moments is not None:
+            self._write(moments)
+        self._saved = self.step
+
+    def _write(self, moments: Mapping[str, npt.NDArray[Any]]) -> None:
         self._save_model()
         checkpoint = Checkpoint(
             self.step,
             self.seconds,
             self.best,
             self.position,
-            np.concatenate([w.reshape(-1) for w in self.model.latent.values()]),
-            self.optimizer.moments,
+            self.optimizer.weights,
+            moments,
         )
         write_checkpoint(self.run, checkpoint, self.fixed_settings)
         self._save_settings()
-        self._saved = self.step
 
     def _save_interrupted(self) -> None:
         """Save the last completed step, wherever Python was interrupted after it."""
@@ -594,7 +674,10 @@ class Trainer:
         if not self.run.checkpoint_file.exists():
             # Weights and two moments, beside the model.
             weights = 4 * self.model.num_trainable
-            needed = weights + self.optimizer.nbytes + self.model.stored_bytes()
+            learned = self.model.learned
+            assert learned is not None
+            moments = moment_bytes(learned, self.config.optimizer_bits)
+            needed = weights + moments + self.model.stored_bytes()
             total, _, free = shutil.disk_usage(self.folder)
             # Some file systems report no size.
             if needed > free and total:
@@ -641,27 +724,22 @@ class Trainer:
         size, path = self.model.num_trainable, checkpoint.path
         if checkpoint.weights.size != size:
             raise ModelFileError(f"{path}: weights is not float32[{size}]")
-        for name, values in self.optimizer.moments.items():
-            found = checkpoint.moments.get(name)
-            if found is None or (found.dtype, found.shape) != (values.dtype, values.shape):
-                raise ModelFileError(
-                    f"{path}: {name} is missing, or not {values.dtype}[{values.size}]"
-                )
         self.close()
         try:
             self.reader.check(checkpoint.position)
         except ValueError as error:
             raise ModelFileError(f"{path} is not a checkpoint of this run: {error}") from None
-        make_newest(self.run, checkpoint)
+        try:
+            self.optimizer.load_moments(checkpoint.moments)
+            if self._local is not None:
+                self._local.load_moments(checkpoint.moments)
+        except ValueError as error:
+            raise ModelFileError(f"{path}: {error}") from None
+        if self.ranks.is_first:
+            make_newest(self.run, checkpoint)
         self._taken = (-1, ())
-        start = 0
-        for weights in self.model.latent.values():
-            part = checkpoint.weights[start : start + weights.size]
-            weights[...] = part.reshape(weights.shape)
-            start += weights.size
+        self.optimizer.weights[...] = checkpoint.weights
         self.model.quantize(self.config.threads)
-        for name, values in self.optimizer.moments.items():
-            values[...] = checkpoint.moments[name]
         self.optimizer.steps = self.step = self._saved = checkpoint.step
         self.seconds = checkpoint.seconds
         self.best = checkpoint.best
@@ -691,6 +769,7 @@ def steps_within(
     data: DataConfig | None = None,
     start: Start | None = None,
     teacher: Teacher | None = None,
+    ranks: Ranks = ALONE,
 ) -> int:
     """Return the number of steps that a run can do in a time, evaluations not counted.
 
@@ -702,7 +781,7 @@ def steps_within(
         If the trial run diverges.
     """
     source = {"name": corpus.name}
-    probe = Trainer(Path(), model_config, config, corpus, source, data, start, teacher)
+    probe = Trainer(Path(), model_config, config, corpus, source, data, start, teacher, ranks)
     shortest, longest = _PROBE_SECONDS
     least = min(max(_PROBE_FRACTION * seconds, shortest), longest, seconds)
     with contextlib.closing(probe):
@@ -711,16 +790,16 @@ def steps_within(
         begin, passed = time.perf_counter(), 0.0
         while passed < least:
             probe.train_step()
-            passed = time.perf_counter() - begin
+            passed = ranks.broadcast(time.perf_counter() - begin)
     return min(max(round(seconds * (probe.step - 1) / passed), 1), MOST_STEPS)
 
 
-def _optimizer(model: LegacyLLM, config: TrainingConfig) -> Optimizer:
+def _optimizer(model: LegacyLLM, config: TrainingConfig, ranks: Ranks) -> Optimizer:
     decay, direction = config.weight_decay, config.sign_direction
     bits = config.optimizer_bits
     if config.optimizer == "sgd":
-        return SGD(model, config.momentum, decay, direction, bits)
+        return SGD(model, config.momentum, decay, direction, bits, ranks)
     shared = (config.beta1, config.beta2, config.epsilon, decay, direction)
     if config.optimizer == "adamw":
-        return AdamW(model, *shared, bits)
-    return Muon(model, *shared, config.muon_lr_ratio, config.momentum, bits)
+        return AdamW(model, *shared, bits, ranks)
+    return Muon(model, *shared, config.muon_lr_ratio, config.momentum, bits, ranks)

@@ -181,6 +181,36 @@ def test_report_has_the_losses_of_texts_that_are_mixed(written, monkeypatch, tmp
             read_records(Run(Path("mix"))).losses()
 
 
+def test_report_has_the_times_of_ranks(run, written):
+    every = [
+        [{"host": "node<1>", "computing": 0.3, "exchanging": 0.1}],
+        [
+            {"host": "node<1>", "computing": 0.2, "exchanging": 0.2},
+            {"host": "node2", "computing": 0.5, "exchanging": 0.5},
+        ],
+        [
+            {"host": "node<1>", "computing": 0.4, "exchanging": 0.0},
+            {"host": "node2", "computing": 0.25, "exchanging": 0.5},
+        ],
+    ]
+    with_metrics(run, [{"step": step, "ranks": ranks} for step, ranks in enumerate(every, 1)])
+    # The run went on with another number of ranks: the first record does not count.
+    assert read_records(Run(run)).ranks() == [
+        ("node<1>", pytest.approx(0.3), pytest.approx(0.1)),
+        ("node2", pytest.approx(0.375), pytest.approx(0.5)),
+    ]
+    text, _ = written(run)
+    for cell in ("node&lt;1&gt;", "0.3000", "25.0%", "75.0%", "57.1%", "42.9%"):
+        assert cell in text, cell
+
+
+@pytest.mark.parametrize("ranks", ["all", [3], [{"host": "a", "computing": "long"}]])
+def test_damaged_times_of_ranks_are_refused(run, ranks):
+    with_metrics(run, [{"step": 1, "ranks": ranks}])
+    with pytest.raises(ValueError, match="step 1"):
+        read_records(Run(run)).ranks()
+
+
 def test_report_needs_a_saved_run(run, fail):
     (run / "training.json").unlink()
     assert "it has no training.json" in fail("report", run, "--out", "a.html")

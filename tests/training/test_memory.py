@@ -105,6 +105,16 @@ def test_parts_grow_with_what_they_are_for():
     assert twice["gradients"] == 2 * base["gradients"]
     less = training_bytes(model, TrainingConfig(gradient_checkpointing=True))
     assert less["activations"] < 0.7 * base["activations"]
+    # A part of the moments, and a matrix more.
+    four = training_bytes(model, TrainingConfig(optimizer="adamw"), ranks=4)
+    assert four["activations"] == base["activations"] / 4
+    assert four["the optimizer"] < base["the optimizer"]
+    compressed = TrainingConfig(gradient_compression="8bit")
+    assert training_bytes(model, compressed, ranks=4)["exchanges"] > four["exchanges"]
+    assert training_bytes(model, compressed) == base
+    local = training_bytes(model, TrainingConfig(local_steps=8), ranks=4)
+    assert local["the optimizer"] > base["the optimizer"]
+    assert local["the outer optimizer"] > 0
 
 
 SHAPES = {

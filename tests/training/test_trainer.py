@@ -486,7 +486,7 @@ def test_train_measures_as_much_as_it_is_told_at_the_end_only(tmp_path, monkeypa
     """And at the end the sample, too, by which the best model is found."""
     limits = []
 
-    def measure(model, dataset, threads, limit, tokenizer, stop):
+    def measure(model, dataset, threads, limit, tokenizer, stop, ranks):
         limits.append(limit)
         return evaluate(model, dataset, threads, limit)
 
