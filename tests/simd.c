@@ -5,7 +5,12 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
 #include <sys/mman.h>
+#endif
 
 static int wrong;
 
@@ -30,9 +35,16 @@ static void *guarded(size_t bytes)
 {
     enum { PAGE = 65536 };
     const size_t pages = (bytes + PAGE - 1) / PAGE * PAGE;
+#ifdef _WIN32
+    DWORD before;
+    char *memory = VirtualAlloc(NULL, pages + PAGE, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+    if (memory == NULL || !VirtualProtect(memory + pages, PAGE, PAGE_NOACCESS, &before))
+        exit(2);
+#else
     char *memory = mmap(NULL, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory + pages, PAGE, PROT_NONE) != 0)
         exit(2);
+#endif
     return memory + pages - bytes;
 }
 
