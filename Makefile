@@ -32,7 +32,7 @@ needs = $$($(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.tom
 .PHONY: test test-slow test-c test-crash test-mpi test-gguf test-postgres test-browser test-serve test-tsan
 .PHONY: soak fuzz fuzz-asan
 .PHONY: test-debug test-asan test-memcheck test-coverage test-mutants
-.PHONY: test-wheel test-oldest test-all-pythons test-old-cpus lint sdist wheel clean distclean always
+.PHONY: test-wheel test-oldest test-all-pythons test-old-cpus test-aarch64 lint sdist wheel clean distclean always
 
 build: build/done
 
@@ -63,6 +63,7 @@ help:
 	@echo 'make test-all-pythons   the same in every Python that is here'
 	@echo 'make test-gguf          exported models in llama.cpp, which is built first; takes a while'
 	@echo 'make test-old-cpus      native code on older CPUs, under qemu-x86_64; half an hour'
+	@echo 'make test-aarch64       native code on ARM CPUs, under qemu-aarch64; needs a cross compiler'
 	@echo 'make test-debug         the quick tests with the checks of Cython and of assert built in'
 	@echo 'make test-asan          the same with what gcc has against bad addresses and undefined behaviour'
 	@echo 'make test-memcheck      a training step and some text under valgrind; takes a while'
@@ -118,9 +119,16 @@ bench-peers: build
 bench-data: build
 	$(PYTHON) -m benchmarks.data $(ARGS)
 
-# binutils and llvm-mca are not installed by this: the newest llvm-mca-N on the PATH is taken.
+# binutils and llvm-mca are not installed by this: the newest llvm-mca-N on the PATH is taken. Kernels
+# for ARM are compiled, too, where there is a compiler for it; they run nowhere, so any headers do.
+FOR_ARM := aarch64-linux-gnu-gcc
+MCA_FOR_ARM := $(if $(shell command -v $(FOR_ARM)),build/mca)
+
 mca: build
-	@$(PYTHON) -m benchmarks.mca $(ARGS)
+	$(if $(MCA_FOR_ARM),@_PYTHON_HOST_PLATFORM=linux-aarch64 CC=$(FOR_ARM) \
+	    LDSHARED='$(FOR_ARM) -shared' $(PYTHON) setup.py -q build_ext \
+	    --build-temp build/mca/temp --build-lib build/mca > build/mca.log)
+	@$(PYTHON) -m benchmarks.mca --folder legacy1bit $(MCA_FOR_ARM:%=%/legacy1bit) $(ARGS)
 
 results: build
 	$(PYTHON) -m benchmarks.results $(if $(DATA),--data $(DATA)) $(ARGS)
@@ -320,6 +328,30 @@ test-old-cpus: wheel
 	    LEGACY1BIT_TEST_TIERS=$$sets venv/bin/python -m pytest -p no:cacheprovider \
 	        --dist load --tx "2*popen//python=$$as" -k 'not ($(OF_THIS_CPU))' \
 	        $(ARGS) $(NATIVE_CODE) || exit 1; \
+	done
+
+# The same on ARM: what lies in build/test-aarch64, with Debian's Python for it, is compiled here and
+# runs under qemu-aarch64. First the text, which must be that of this CPU. Not the tests of threads:
+# many of them fork, and QEMU 7.2 ends such children.
+AARCH64 := build/test-aarch64
+ARM_CPUS := cortex-a53:scalar,neon neoverse-n1:neondot max:i8mm
+
+test-aarch64: export LEGACY1BIT_AARCH64 = $(CURDIR)/$(AARCH64)
+test-aarch64: build
+	tests/aarch64.sh $(PYTHON) $(CURDIR)/$(AARCH64) $(call needs,["project"]["dependencies"]) \
+	    pytest pytest-xdist hypothesis
+	$(PYTHON) -m pytest tests/system/test_aarch64.py
+	rm -rf $(AARCH64)/package/tests
+	cp -r tests benchmarks tools pyproject.toml $(AARCH64)/package
+	cd $(AARCH64)/package && for one in $(ARM_CPUS); do \
+	    cpu=$${one%:*} sets=$${one#*:}; \
+	    as="qemu-aarch64 -cpu $$cpu -L $$PWD/.. -E PYTHONPATH=$$PWD:$$PWD/../site"; \
+	    as="$$as $$PWD/../usr/bin/python3.11"; \
+	    echo "as a $$cpu:"; \
+	    $$as tests/step_and_text.py $$(mktemp -d) $$(echo $$sets | tr , ' ') && \
+	    LEGACY1BIT_TEST_TIERS=$$sets $(PYTHON) -m pytest -p no:cacheprovider \
+	        --dist load --tx "2*popen//python=$$as" -m 'not slow and not memory' \
+	        -k 'not ($(OF_THIS_CPU))' $(ARGS) $(filter-out %/test_threads.py,$(NATIVE_CODE)) || exit 1; \
 	done
 
 # Builds that look for mistakes (CHECKS in setup.py), each with the tests in a folder of its own.

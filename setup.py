@@ -25,9 +25,10 @@ from setuptools.command.build_py import build_py
 # The instruction sets and what the compiler needs to hear for each; cpu.h asks for the same
 # features at run time. Where there are others, the scalar one is the reference, so the compiler
 # may not vectorise it (clang knows these two options as well).
+SCALAR = ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
 TIERS = {
-    "scalar": ["-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
-    "sse": ["-msse", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"],
+    "scalar": SCALAR,
+    "sse": ["-msse", *SCALAR],
     "sse2": ["-msse2"],
     "ssse3": ["-mssse3"],
     "sse41": ["-msse4.1"],
@@ -40,7 +41,20 @@ TIERS["avx512bf16"] = [*TIERS["avx512vnni"], "-mavx512bf16"]
 # That with products on the matrix unit, where compiler and system know it.
 if sys.platform == "linux":
     TIERS["amx"] = [*TIERS["avx512bf16"], "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
-if platform.machine().lower() not in ("x86_64", "amd64"):
+# What is compiled for, which need not be this computer: linux-x86_64, macosx-11.0-arm64, win-amd64.
+# A Python for two kinds of Mac would compile for both at once, and one has no AVX.
+MACHINE = sysconfig.get_platform().split("-")[-1]
+if sys.platform == "darwin" and MACHINE.startswith("universal"):
+    MACHINE = platform.machine()
+    os.environ.setdefault("ARCHFLAGS", f"-arch {MACHINE}")
+if MACHINE in ("aarch64", "arm64"):
+    TIERS = {
+        "scalar": SCALAR,
+        "neon": [],
+        "neondot": ["-march=armv8.2-a+dotprod"],
+        "i8mm": ["-march=armv8.2-a+dotprod+i8mm"],
+    }
+elif MACHINE not in ("x86_64", "amd64"):
     TIERS = {"scalar": []}
 
 # These check and call, but for those with loops of their own, which alone are worth -O3. The
@@ -105,10 +119,6 @@ HEADERS = ["include"]
 if CHECKED:
     HEADERS.append("tests")
     FLAGS += ["-DEMULATED_TILES", "-Itests"]
-
-if sys.platform == "darwin":
-    # A Python for two kinds of Mac would compile for both at once, and one has no AVX.
-    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
 
 
 def extension(module, source, flags):
@@ -191,7 +201,12 @@ class BuildPy(build_py):
 
 def understands(compiler, flags):
     """Return whether the compiler takes these flags; the newest instruction sets are optional."""
-    newest = {"-mavxvnni": "AVX-VNNI", "-mavx512bf16": "AVX-512 BF16", "-mamx-tile": "AMX"}
+    newest = {
+        "-mavxvnni": "AVX-VNNI",
+        "-mavx512bf16": "AVX-512 BF16",
+        "-mamx-tile": "AMX",
+        "-march=armv8.2-a+dotprod+i8mm": "I8MM",
+    }
     lacking = [name for flag, name in newest.items() if flag in flags]
     if not lacking:
         return True

@@ -34,6 +34,9 @@ CPUS = {
     "avx512vnni": ("icelake-server", "znver4"),
     "avx512bf16": ("cooperlake", "znver4"),
     "amx": ("sapphirerapids",),
+    "neon": ("cortex-a53", "cortex-a72", "apple-m1"),
+    "neondot": ("cortex-a76", "neoverse-n1", "apple-m1"),
+    "i8mm": ("neoverse-v1",),
 }
 VERSIONS = range(30, 13, -1)
 ITERATIONS = 400
@@ -45,9 +48,11 @@ LONGEST = 1000
 
 _FUNCTION = re.compile(r"[0-9a-f]+ <(.+)>:$")
 _INSTRUCTION = re.compile(r"\s+([0-9a-f]+):\s+(.+)")
-_JUMP = re.compile(r"(?:notrack )?j\w+\s+([0-9a-f]+)")
-_NOT_SIMULATED = re.compile(r"(?:notrack )?j\w+|(?:data16 |cs )*nop|xchg\s+%ax,%ax")
-_LEAVES = re.compile(r"call|ret")
+# What follows it is the target, in hexadecimal digits.
+_JUMPS = r"(?:notrack )?j\w+\s+|b(?:\.\w+)?\s+|cbn?z\s+\w+, |tbn?z\s+\w+, #\d+, "
+_JUMP = re.compile(rf"(?:{_JUMPS})([0-9a-f]+)")
+_NOT_SIMULATED = re.compile(rf"{_JUMPS}|(?:data16 |cs )*nop|xchg\s+%ax,%ax")
+_LEAVES = re.compile(r"call|ret|blr?\s|br\s")
 
 _MULTIPLIES = (
     r"fn?m(?:add|sub)\d+p[sd]|mulp[sd]|pmul\w+|pmadd\w+|pdp\w+|dpbf16ps|tdp\w+"  # and may add
@@ -57,13 +62,49 @@ _ARITHMETIC = (
     r"|hadd\w+|cvt\w+p[sdh]|cvt\w*dq|p(?:add|sub|min|max|and|andn|or|xor|cmp|s[lr][la]|abs|avg|sad"
     r"|sign|ternlog|ro[lr]|had)\w*"
 )
-_PACKED_MULTIPLIES = re.compile(rf"v?(?:{_MULTIPLIES})$")
-_PACKED = re.compile(rf"v?(?:{_MULTIPLIES}|{_ARITHMETIC})$")
+_PACKED_MULTIPLIES = re.compile(rf"v?(?:{_MULTIPLIES})\b")
+_PACKED = re.compile(rf"v?(?:{_MULTIPLIES}|{_ARITHMETIC})\b")
 # In the tier without vectors a number is what a vector is elsewhere.
-_SCALAR_MULTIPLIES = re.compile(r"(?:muls[sd]|imul\w?)$")
+_SCALAR_MULTIPLIES = re.compile(r"(?:muls[sd]|imul\w?)\b")
 _SCALAR = re.compile(
-    r"(?:(?:add|sub|mul|div|min|max|sqrt|u?comi|cmp\w+)s[sd]|(?:and|or|xor)p[sd]|cvt\w+s[sd]|imul\w?)$"
+    r"(?:(?:add|sub|mul|div|min|max|sqrt|u?comi|cmp\w+)s[sd]|(?:and|or|xor)p[sd]|cvt\w+s[sd]|imul\w?)\b"
 )
+# On ARM the first operand tells a vector from a number; what moves lanes is no arithmetic there.
+_NEON_MULTIPLIES = re.compile(
+    r"(?:fml[as]|fmul|[su]ml[as]l2?|[su]mull2?|[su]dot|smmla|mla|mul)\s+v"
+)
+_NEON = re.compile(
+    rf"{_NEON_MULTIPLIES.pattern}|(?:f?(?:add|sub|neg|abs|max|min|cm)\w*|f(?:div|sqrt|rint\w|cvt\w*)"
+    r"|[su](?:add|sub|hadd|ada|cvtf|shl|shr|sra|q)\w*|sh[lr]\w*|sli|sri|and|orr|eor|bic|b[is][tfl])\s+v"
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How programs name an architecture, and how its instructions are written.
+
+    Attributes
+    ----------
+    triple : str
+        LLVM's name.
+    objdump : str
+        The program that disassembles it.
+    comment : str
+        What begins a comment.
+    """
+
+    triple: str
+    objdump: str
+    comment: str
+
+
+X86 = Architecture("x86_64", "objdump", "#")
+ARM = Architecture("aarch64", "aarch64-linux-gnu-objdump", "//")
+
+
+def architecture(tier: str) -> Architecture:
+    """Return the architecture of a tier with vectors; "scalar" is that of x86."""
+    return ARM if tier in ("neon", "neondot", "i8mm") else X86
 
 
 @dataclass(frozen=True)
@@ -74,7 +115,8 @@ class Loop:
     ----------
     kernel, tier : str
     body : tuple of str
-        Its instructions in AT&T's syntax, without jumps: most are fused with the comparison before.
+        Its instructions, those of x86 in AT&T's syntax, without jumps: most are fused with the
+        comparison before.
     vectors : int
         How many of these are vector arithmetic.
     multiplied : int
@@ -142,6 +184,7 @@ def inner_loops(listing: str, tier: str) -> list[Loop]:
     """
     loops = []
     name, instructions = "", list[tuple[int, str]]()
+    not_code = re.compile(rf"\s*({architecture(tier).comment}.*|<.*>)")
     for line in [*listing.splitlines(), "0 <end>:"]:
         if begins := _FUNCTION.match(line):
             # Cython's own functions, and those that Python calls, compute nothing.
@@ -150,7 +193,9 @@ def inner_loops(listing: str, tier: str) -> list[Loop]:
                 loops += [_classified(kernel_name(name), tier, body) for body in bodies]
             name, instructions = begins[1], []
         elif found := _INSTRUCTION.match(line):
-            text = re.sub(r"\s*(#.*|<.*>)", "", found[2]).strip()
+            text = not_code.sub("", found[2]).strip()
+            # LLVM takes no address without a name here; the time is the same for any.
+            text = re.sub(r"^(adrp?\s+\w+, )\w+$", r"\1#0", text)
             instructions.append((int(found[1], 16), text))
     return [loop for loop in loops if loop.vectors]
 
@@ -176,16 +221,18 @@ def _innermost(instructions: Sequence[tuple[int, str]]) -> list[list[str]]:
 
 def _classified(kernel: str, tier: str, body: Sequence[str]) -> Loop:
     # A prefix in braces chooses an encoding.
-    names = [re.sub(r"^\{\w+\}\s*", "", text).split()[0] for text in body]
+    plain = [re.sub(r"^\{\w+\}\s*", "", text) for text in body]
     every, multiplies = _PACKED, _PACKED_MULTIPLIES
     if tier == "scalar":
         every, multiplies = _SCALAR, _SCALAR_MULTIPLIES
+    elif architecture(tier) is ARM:
+        every, multiplies = _NEON, _NEON_MULTIPLIES
     return Loop(
         kernel,
         tier,
         tuple(body),
-        sum(every.match(name) is not None for name in names),
-        sum(multiplies.match(name) is not None for name in names),
+        sum(every.match(text) is not None for text in plain),
+        sum(multiplies.match(text) is not None for text in plain),
     )
 
 
@@ -232,15 +279,15 @@ def find_llvm_mca() -> str:
     raise ValueError("llvm-mca is not installed: see the package llvm-19, or a later one")
 
 
-def disassemble(module: Path) -> str:
-    """Return what ``objdump`` prints of a compiled module.
+def disassemble(module: Path, objdump: str) -> str:
+    """Return what a form of ``objdump`` prints of a compiled module.
 
     Raises
     ------
     ValueError
         If it is not installed, or fails.
     """
-    return _run(["objdump", "-d", "--no-show-raw-insn", str(module)], "see the package binutils")
+    return _run([objdump, "-d", "--no-show-raw-insn", str(module)], "see the package binutils")
 
 
 def _run(command: Sequence[str], advice: str, given: str = "") -> str:
@@ -256,15 +303,17 @@ def _run(command: Sequence[str], advice: str, given: str = "") -> str:
     return done.stdout
 
 
-def known_cpus(program: str) -> set[str]:
-    """Return the names of the CPUs that an ``llvm-mca`` knows."""
+def known_cpus(program: str, triple: str) -> set[str]:
+    """Return the names of an architecture's CPUs that an ``llvm-mca`` knows."""
     done = subprocess.run(
-        [program, "-mtriple=x86_64", "-mcpu=help"],
+        [program, f"-mtriple={triple}", "-mcpu=help"],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
     )
-    return set(re.findall(r"^\s+(\S+)\s+- Select the", done.stderr + done.stdout, re.M))
+    known = set(re.findall(r"^\s+(\S+)\s+- Select the", done.stderr + done.stdout, re.M))
+    # The cores are the same; LLVM takes both names, and lists one.
+    return known | {"apple-m1"} if "apple-a14" in known else known
 
 
 def simulate(program: str, loops: Sequence[Loop], cpu: str) -> dict[str, Any]:
@@ -275,10 +324,12 @@ def simulate(program: str, loops: Sequence[Loop], cpu: str) -> dict[str, Any]:
     ValueError
         If it fails, as it does where the CPU lacks an instruction.
     """
+    made_for = architecture(loops[0].tier)
     lines: list[str] = []
     for index, loop in enumerate(loops):
         lines += [f"# LLVM-MCA-BEGIN {index}", *loop.body, "# LLVM-MCA-END"]
-    command = [program, "-mtriple=x86_64", f"-mcpu={cpu}", f"-iterations={ITERATIONS}", "-json"]
+    command = [program, f"-mtriple={made_for.triple}", f"-mcpu={cpu}", "-json"]
+    command.append(f"-iterations={ITERATIONS}")
     report: dict[str, Any] = json.loads(_run(command, "", "\n".join(lines) + "\n"))
     return report
 
@@ -392,12 +443,19 @@ def pairs(tiers: Sequence[str] | None, cpus: Sequence[str] | None) -> list[tuple
     return [(tier, cpu) for tier in tiers or CPUS for cpu in CPUS[tier] if not cpus or cpu in cpus]
 
 
-def loops_of(folder: Path, tier: str, patterns: Sequence[str], every: bool) -> list[Loop]:
+def module_of(folders: Sequence[Path], tier: str) -> Path | None:
+    """Return the compiled kernels of a tier, in the first folder that has them."""
+    return next((path for one in folders for path in one.glob(f"_kernels_{tier}.*.so")), None)
+
+
+def loops_of(
+    folders: Sequence[Path], tier: str, patterns: Sequence[str], every: bool
+) -> list[Loop]:
     """Return the loops of a tier's module.
 
     Parameters
     ----------
-    folder : Path
+    folders : sequence of Path
         Where the compiled modules are.
     tier : str
     patterns : sequence of str
@@ -410,10 +468,11 @@ def loops_of(folder: Path, tier: str, patterns: Sequence[str], every: bool) -> l
     ValueError
         If the module is missing or cannot be disassembled.
     """
-    modules = sorted(folder.glob(f"_kernels_{tier}.*.so"))
-    if not modules:
-        raise ValueError(f"{folder}: no compiled kernels of {tier}; make build compiles them")
-    loops = inner_loops(disassemble(modules[0]), tier)
+    module = module_of(folders, tier)
+    if not module:
+        looked = ", ".join(map(str, folders))
+        raise ValueError(f"{looked}: no compiled kernels of {tier}; make mca compiles them")
+    loops = inner_loops(disassemble(module, architecture(tier).objdump), tier)
     if patterns:
         loops = [one for one in loops if any(fnmatch(one.kernel, name) for name in patterns)]
     return sorted(loops, key=lambda one: one.kernel) if every else hottest(loops)
@@ -428,8 +487,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kernels", nargs="+", default=[], metavar="NAME", help="with wildcards")
     parser.add_argument("--all", action="store_true", help="every inner loop of a kernel, not one")
     parser.add_argument(
-        "--folder", type=Path, default=Path(legacy1bit.__file__).parent, metavar="DIR",
-        help="where the compiled kernels are",
+        "--folder", type=Path, nargs="+", default=[Path(legacy1bit.__file__).parent],
+        metavar="DIR", help="where the compiled kernels are",
     )  # fmt: skip
     return parser
 
@@ -442,14 +501,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     borrowed: list[str] = []
     try:
         program = find_llvm_mca()
-        known = known_cpus(program)
-        wanted = pairs(arguments.tiers, arguments.cpus)
+        wanted = [
+            (tier, cpu)
+            for tier, cpu in pairs(arguments.tiers, arguments.cpus)
+            if arguments.tiers or module_of(arguments.folder, tier)
+        ]
         loops = {
             tier: loops_of(arguments.folder, tier, arguments.kernels, arguments.all)
             for tier in dict.fromkeys(tier for tier, _ in wanted)
         }
         for tier, cpu in wanted:
-            if cpu not in known:
+            if cpu not in known_cpus(program, architecture(tier).triple):
                 note = f"{Path(program).name} does not know {cpu}, which is left out"
                 print(note, file=sys.stderr)
             elif loops[tier]:

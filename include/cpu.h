@@ -1,14 +1,9 @@
 /* Detects the widest instruction set that CPU and operating system support, as a ladder from the
  * narrowest tier to the widest: a CPU has all that are below its own, but for CPU_AVXVNNI, which
- * those with AVX-512 may lack. A vector unit counts only when the operating system saves its
+ * those with AVX-512 may lack. On x86 a vector unit counts only when the operating system saves its
  * registers (XGETBV), and the matrix unit when it grants it to the process, regardless of cpuid. */
 #ifndef LEGACY1BIT_CPU_H
 #define LEGACY1BIT_CPU_H
-
-enum cpu_tier {
-    CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVXVNNI,
-    CPU_AVX512, CPU_AVX512VNNI, CPU_AVX512BF16, CPU_AMX
-};
 
 #if defined(__x86_64__) || defined(__i386__)
 #include <cpuid.h>
@@ -16,6 +11,13 @@ enum cpu_tier {
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+
+enum cpu_tier {
+    CPU_SCALAR, CPU_SSE, CPU_SSE2, CPU_SSSE3, CPU_SSE41, CPU_AVX2, CPU_AVXVNNI,
+    CPU_AVX512, CPU_AVX512VNNI, CPU_AVX512BF16, CPU_AMX
+};
+
+#define CPU_TIERS "scalar sse sse2 ssse3 sse41 avx2 avxvnni avx512 avx512vnni avx512bf16 amx"
 
 static inline unsigned long long cpu_saved_state(void)
 {
@@ -130,10 +132,94 @@ static inline int cpu_has_x86_64_v2(void)
 
 #else
 
-static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
 static inline int cpu_has_avx_vnni(void) { return 0; }
-static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
 static inline int cpu_has_x86_64_v2(void) { return 1; }
 
+#if defined(__aarch64__)
+
+enum cpu_tier { CPU_SCALAR, CPU_NEON, CPU_NEONDOT, CPU_I8MM };
+
+#define CPU_TIERS "scalar neon neondot i8mm"
+
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#include <sys/types.h>
+
+/* A number that the system knows by a name; 0 if it does not. */
+static inline long long cpu_number(const char *name)
+{
+    long long number = 0;
+    size_t bytes = sizeof number;
+    return sysctlbyname(name, &number, &bytes, NULL, 0) == 0 ? number : 0;
+}
+
+static inline int cpu_widest_tier(void)
+{
+    if (!cpu_number("hw.optional.arm.FEAT_DotProd"))
+        return CPU_NEON;
+    return cpu_number("hw.optional.arm.FEAT_I8MM") ? CPU_I8MM : CPU_NEONDOT;
+}
+
+/* Those of the fast cores, of which perflevel0 is the first kind. */
+static inline long cpu_cache_bytes(int level)
+{
+    const long long bytes = cpu_number(level == 1 ? "hw.perflevel0.l1dcachesize"
+                                                  : "hw.perflevel0.l2cachesize");
+    return (long)(bytes ? bytes : cpu_number(level == 1 ? "hw.l1dcachesize" : "hw.l2cachesize"));
+}
+
+#elif defined(__linux__)
+#include <stdio.h>
+#include <sys/auxv.h>
+
+static inline int cpu_widest_tier(void)
+{
+    const unsigned long asimddp = 1ul << 20, i8mm = 1ul << 13;       /* AT_HWCAP, AT_HWCAP2 */
+
+    if (!(getauxval(AT_HWCAP) & asimddp))
+        return CPU_NEON;
+    return getauxval(AT_HWCAP2) & i8mm ? CPU_I8MM : CPU_NEONDOT;
+}
+
+/* As the system lists the caches of the first core; those for instructions alone do not count. */
+static inline long cpu_cache_bytes(int level)
+{
+    for (int i = 0; i < 16; i++) {
+        const char *const names[] = {"level", "type", "size"};
+        char text[3][32] = {{0}, {0}, {0}}, path[80];
+        long kib = 0;
+        for (int j = 0; j < 3; j++) {
+            FILE *file;
+            snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/%s", i,
+                     names[j]);
+            file = fopen(path, "r");
+            if (!file)
+                return 0;
+            if (!fgets(text[j], sizeof text[j], file))
+                text[j][0] = 0;
+            fclose(file);
+        }
+        if (text[0][0] == '0' + level && text[1][0] != 'I' && sscanf(text[2], "%ldK", &kib) == 1)
+            return kib << 10;
+    }
+    return 0;
+}
+
+#else
+
+static inline int cpu_widest_tier(void) { return CPU_NEON; }
+static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
+
+#endif
+#else
+
+enum cpu_tier { CPU_SCALAR };
+
+#define CPU_TIERS "scalar"
+
+static inline int cpu_widest_tier(void) { return CPU_SCALAR; }
+static inline long cpu_cache_bytes(int level) { (void)level; return 0; }
+
+#endif
 #endif
 #endif

@@ -62,6 +62,28 @@ typedef __m128 peak_bytes;
 #define PEAK_EACH PEAK_6
 #define PEAK_FACTOR PEAK_OWN_FACTOR
 #define PEAK_REGISTER "+x"
+#elif defined(LEGACY1BIT_TIER_I8MM)
+enum { PEAK_SUMS = 12, PEAK_PRODUCTS = 32 };
+typedef int8x16_t peak_bytes;
+#define peak_step(s, a, b) vreinterpretq_s8_s32(vmmlaq_s32(vreinterpretq_s32_s8(s), a, b))
+#define PEAK_EACH PEAK_12
+#define PEAK_FACTOR PEAK_ONE_FACTOR
+#define PEAK_REGISTER "+w"
+#elif defined(LEGACY1BIT_TIER_NEONDOT)
+enum { PEAK_SUMS = 12, PEAK_PRODUCTS = 16 };
+typedef int8x16_t peak_bytes;
+#define peak_step(s, a, b) vreinterpretq_s8_s32(vdotq_s32(vreinterpretq_s32_s8(s), a, b))
+#define PEAK_EACH PEAK_12
+#define PEAK_FACTOR PEAK_ONE_FACTOR
+#define PEAK_REGISTER "+w"
+#elif defined(LEGACY1BIT_TIER_NEON)
+enum { PEAK_SUMS = 12, PEAK_PRODUCTS = 8 };
+typedef int8x16_t peak_bytes;
+#define peak_step(s, a, b)                                                                         \
+    vreinterpretq_s8_s16(vmlal_high_s8(vreinterpretq_s16_s8(s), a, b))
+#define PEAK_EACH PEAK_12
+#define PEAK_FACTOR PEAK_ONE_FACTOR
+#define PEAK_REGISTER "+w"
 #else
 enum { PEAK_SUMS = 6, PEAK_PRODUCTS = 1 };
 typedef int peak_bytes;

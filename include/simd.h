@@ -26,14 +26,18 @@
  *   i8_round4(p, v)           the same for four vectors
  *   i16_round(p, v)           VF32_LANES integers nearest to v, within -32767 to 32767, as int16
  *
- *   vi32                      a vector of VF32_LANES integers, or of as many pairs of int16
+ *   vi32                      a vector of VF32_LANES integers
  *   vi32_zero(), vi32_splat(x), vi32_load(p), vi32_add(a, b)
- *   vi32_load_i8(p)           2 VF32_LANES int8 from p, widened to pairs of int16
  *   vi32_float(v)             the integers as floats
  *   vi32_sum(v)               across the lanes
- *   vi32_add_dot(s, a, b)     adds a[0] * b[0] + a[1] * b[1] of each pair to the integers *s
  *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
  *                             any integers where a or b is NaN
+ *   vpair, vpair_load(p)      VF32_LANES pairs of int16 from p, in any order
+ *   vpair_add_dot(s, x, v)    adds x[0] * v[0] + x[1] * v[1] of each pair to the integers *s, where
+ *                             all lanes of the vi32 x are the same pair
+ *   vi8, vi8_load(p)          VI8_LANES int8 from p
+ *   vi8_add_dot(s, a, b)      adds the products of a and b, neither of them -128 * -128, to the
+ *                             integers *s, in any lanes
  *
  *   simd_prepare()            called once, before anything else
  *
@@ -50,6 +54,7 @@
  *                             the same for a tile of trits: 20 columns
  *   vpart_rows(part, w, x, stride), vpart_rows3(part, w, x, stride)
  *                             the same for VSUM_AT_ONCE rows of activations, stride apart
+ *   vpart_sort(part)          after them and before vsum_add: each row's sums in its own part
  *
  * A tile is two cache lines, 32 rows of four bytes. Byte j of a row holds columns j, 4 + j, 8 + j
  * and 12 + j of the tile's 16 in its bits 0-1, 2-3, 4-5 and 6-7, as unsigned numbers; or columns
@@ -100,6 +105,9 @@ enum {
 #include "simd_sse2.h"
 #elif defined(LEGACY1BIT_TIER_SSE)
 #include "simd_sse.h"
+#elif defined(LEGACY1BIT_TIER_NEON) || defined(LEGACY1BIT_TIER_NEONDOT) || \
+    defined(LEGACY1BIT_TIER_I8MM)
+#include "simd_neon.h"
 #else
 #include "simd_scalar.h"
 #endif
@@ -191,6 +199,23 @@ static inline void i16_pairs(int *p, vf32 a, vf32 b)
 }
 #endif
 
+/* Where a vi32 holds pairs of int16, too: vi32_load_i8(p) widens 2 VF32_LANES int8 to pairs, and
+ * vi32_add_dot(s, a, b) adds a[0] * b[0] + a[1] * b[1] of each pair to the integers *s. */
+#ifndef VPAIR
+typedef vi32 vpair;
+
+static inline vpair vpair_load(const int *p) { return vi32_load(p); }
+static inline void vpair_add_dot(vi32 *s, vi32 x, vpair v) { vi32_add_dot(s, x, v); }
+#endif
+
+#ifndef VI8
+enum { VI8_LANES = 2 * VF32_LANES };
+typedef vi32 vi8;
+
+static inline vi8 vi8_load(const signed char *p) { return vi32_load_i8(p); }
+static inline void vi8_add_dot(vi32 *s, vi8 a, vi8 b) { vi32_add_dot(s, a, b); }
+#endif
+
 #ifndef VPART_ROWS
 static inline void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
 {
@@ -204,6 +229,10 @@ static inline void vpart_rows3(vpart *part, const unsigned char *w, const signed
     for (int t = 0; t < VSUM_AT_ONCE; t++)
         part[t] = vpart_tile3(part[t], w, vact3_load(x + t * stride));
 }
+#endif
+
+#ifndef VPART_SORT
+static inline void vpart_sort(vpart *part) { (void)part; }
 #endif
 
 static inline void prefetch_tile(const unsigned char *tile)

@@ -20,12 +20,11 @@
 #ifndef LEGACY1BIT_THREADS_H
 #define LEGACY1BIT_THREADS_H
 
-#include <pthread.h>
-#include <sched.h>
-#include <signal.h>
-#include <stdlib.h>
+#include <stddef.h>
+#include <stdint.h>
 #include <string.h>
 
+#include "system_threads.h"
 #include "team.h"
 
 enum {
@@ -38,7 +37,9 @@ typedef void (*pool_task)(void *context, long index);
 static __thread const void *thread_local_override;
 
 static struct {
+#ifndef _WIN32
     pthread_t id;
+#endif
     int asleep;                /* waiting, or just created: it may wake on any core */
 #ifdef __linux__
     int affinity_narrowed;     /* and has to be restored */
@@ -47,8 +48,8 @@ static struct {
 } pool_workers[POOL_MAX_THREADS];
 
 static struct {
-    pthread_mutex_t lock;      /* guards everything below */
-    pthread_cond_t wake, done;
+    system_lock lock;          /* guards everything below */
+    system_condition wake, done;
     unsigned long job;         /* counter, by which workers notice a new job */
     int busy;                  /* a job is running */
     int workers;               /* threads created so far, not counting callers */
@@ -58,7 +59,7 @@ static struct {
     const void *override;
     long tasks;
     int threads;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
+} pool = {SYSTEM_LOCK_INITIALIZER, SYSTEM_CONDITION_INITIALIZER, SYSTEM_CONDITION_INITIALIZER,
           0, 0, 0, 0, NULL, NULL, NULL, 0, 0};
 
 static inline void pool_pause(void)
@@ -72,11 +73,11 @@ static inline void pool_pause(void)
 static void pool_lock(void)
 {
     for (int i = 0; i < POOL_SPINS; i++) {
-        if (!pthread_mutex_trylock(&pool.lock))
+        if (system_try_lock(&pool.lock))
             return;
         pool_pause();
     }
-    pthread_mutex_lock(&pool.lock);
+    system_acquire(&pool.lock);
 }
 
 static void pool_run_slice(pool_task task, void *context, long tasks, int thread, int threads)
@@ -122,9 +123,13 @@ static void pool_restore_affinity(int thread) { (void)thread; }
 
 #endif
 
+#ifdef _WIN32
+static system_result SYSTEM_CALL pool_worker(void *argument)
+#else
 static void *pool_worker(void *argument)
+#endif
 {
-    const int thread = (int)(long)argument;
+    const int thread = (int)(intptr_t)argument;
     unsigned long seen = 0;
 
     for (;;) {
@@ -134,7 +139,7 @@ static void *pool_worker(void *argument)
         while (pool.job == seen || thread >= pool.threads) {
             seen = pool.job;
             pool_workers[thread].asleep = 1;
-            pthread_cond_wait(&pool.wake, &pool.lock);
+            system_wait(&pool.wake, &pool.lock);
         }
         seen = pool.job;
         pool_workers[thread].asleep = 0;
@@ -144,15 +149,26 @@ static void *pool_worker(void *argument)
         const long tasks = pool.tasks;
         const int threads = pool.threads;
         thread_local_override = pool.override;
-        pthread_mutex_unlock(&pool.lock);
+        system_release(&pool.lock);
         pool_run_slice(task, context, tasks, thread, threads);
         pool_lock();
         if (__atomic_sub_fetch(&pool.remaining, 1, __ATOMIC_RELAXED) == 0)
-            pthread_cond_signal(&pool.done);
-        pthread_mutex_unlock(&pool.lock);
+            system_signal(&pool.done);
+        system_release(&pool.lock);
     }
-    return NULL;
+    return 0;
 }
+
+static system_key scratch_key;
+
+#ifdef _WIN32
+
+static void pool_prepare(void) { system_make_key(&scratch_key); }
+
+/* Whether worker `next` was started. */
+static int pool_start(int next) { return system_start(pool_worker, (void *)(intptr_t)next); }
+
+#else
 
 static void pool_after_fork(void)
 {
@@ -164,51 +180,56 @@ static void pool_after_fork(void)
     memset(pool_workers, 0, sizeof pool_workers);   /* the parent's affinities do not apply */
 }
 
-static pthread_key_t scratch_key;
-
 static void pool_prepare(void)
 {
     pthread_atfork(NULL, NULL, pool_after_fork);
-    pthread_key_create(&scratch_key, free);
+    system_make_key(&scratch_key);
 }
+
+/* Whether worker `next` was started. Workers block all signals. */
+static int pool_start(int next)
+{
+    sigset_t all, before;
+    int started;
+
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    started = !pthread_create(&pool_workers[next].id, NULL, pool_worker, (void *)(intptr_t)next);
+    if (started)
+        pthread_detach(pool_workers[next].id);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return started;
+}
+
+#endif
 
 /* At least `bytes` uninitialized bytes, aligned to a cache line; NULL if out of memory. The first
  * cache line of the block stores its size. */
 static void *thread_scratch(size_t bytes)
 {
-    char *block = pthread_getspecific(scratch_key);
+    char *block = system_get(scratch_key);
     size_t size = 0;
 
     if (block)
         memcpy(&size, block, sizeof size);
     if (size < bytes) {
-        free(block);
-        if (posix_memalign((void **)&block, 64, bytes + 64))
-            block = NULL;
-        else
+        system_free(block);
+        block = system_aligned(64, bytes + 64);
+        if (block)
             memcpy(block, &bytes, sizeof bytes);
-        pthread_setspecific(scratch_key, block);
+        system_set(scratch_key, block);
     }
     return block ? block + 64 : NULL;
 }
 
 /* Creates workers until there are `wanted`, or as many as the system allows. Called with the lock
- * held. Workers block all signals. */
+ * held. */
 static void pool_grow(int wanted)
 {
-    sigset_t all, before;
-
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (pool.workers < wanted) {
-        const int next = pool.workers + 1;
-        if (pthread_create(&pool_workers[next].id, NULL, pool_worker, (void *)(long)next))
-            break;
-        pthread_detach(pool_workers[next].id);
-        pool_workers[next].asleep = 1;
-        pool.workers = next;
+    while (pool.workers < wanted && pool_start(pool.workers + 1)) {
+        pool.workers++;
+        pool_workers[pool.workers].asleep = 1;
     }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
 /* Returns the number of threads that the caller gets: up to `threads`, including itself. If it is
@@ -218,7 +239,7 @@ static int pool_acquire(int threads)
     if (threads > POOL_MAX_THREADS)
         threads = POOL_MAX_THREADS;
     if (threads > 1) {
-        pthread_mutex_lock(&pool.lock);
+        system_acquire(&pool.lock);
         if (!pool.busy) {
             pool_grow(threads - 1);
             threads = pool.workers + 1 < threads ? pool.workers + 1 : threads;
@@ -227,7 +248,7 @@ static int pool_acquire(int threads)
         }
         if (threads > 1)
             pool.busy = 1;
-        pthread_mutex_unlock(&pool.lock);
+        system_release(&pool.lock);
     }
     return threads;
 }
@@ -235,7 +256,7 @@ static int pool_acquire(int threads)
 /* Distributes the tasks over the acquired threads, waits for them and releases the pool. */
 static void pool_dispatch(pool_task task, void *context, long tasks, int threads)
 {
-    pthread_mutex_lock(&pool.lock);
+    system_acquire(&pool.lock);
     pool.task = task;
     pool.context = context;
     pool.override = thread_local_override;
@@ -244,17 +265,17 @@ static void pool_dispatch(pool_task task, void *context, long tasks, int threads
     pool.remaining = threads - 1;
     pool_avoid_callers_core(threads);
     __atomic_add_fetch(&pool.job, 1, __ATOMIC_RELAXED);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
+    system_broadcast(&pool.wake);
+    system_release(&pool.lock);
     pool_run_slice(task, context, tasks, 0, threads);
     for (int i = 0; i < POOL_SPINS && __atomic_load_n(&pool.remaining, __ATOMIC_RELAXED); i++)
         pool_pause();
     pool_lock();
     while (pool.remaining)
-        pthread_cond_wait(&pool.done, &pool.lock);
+        system_wait(&pool.done, &pool.lock);
     pool.busy = 0;
     pool.threads = 0;
-    pthread_mutex_unlock(&pool.lock);
+    system_release(&pool.lock);
 }
 
 static void pool_run(pool_task task, void *context, long tasks, int threads)
@@ -295,7 +316,7 @@ static inline void team_barrier(thread_team *team)
         if (spins < POOL_SPINS)
             pool_pause();
         else
-            sched_yield();     /* the missing thread may be waiting for this core */
+            system_yield();    /* the missing thread may be waiting for this core */
 }
 
 #endif

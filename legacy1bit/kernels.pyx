@@ -61,12 +61,20 @@ cdef extern from "simd.h" nogil:
     vi32 vi32_zero()
     vi32 vi32_splat(int x)
     vi32 vi32_load(const int *p)
-    vi32 vi32_load_i8(const signed char *p)
     vi32 vi32_add(vi32 a, vi32 b)
     vf32 vi32_float(vi32 v)
     int vi32_sum(vi32 v)
-    void vi32_add_dot(vi32 *s, vi32 a, vi32 b)
     void i16_pairs(int *p, vf32 a, vf32 b)
+    ctypedef struct vpair:
+        pass
+    vpair vpair_load(const int *p)
+    void vpair_add_dot(vi32 *s, vi32 x, vpair v)
+    enum:
+        VI8_LANES
+    ctypedef struct vi8:
+        pass
+    vi8 vi8_load(const signed char *p)
+    void vi8_add_dot(vi32 *s, vi8 a, vi8 b)
     void simd_prepare()
     enum:
         VSUM_ROWS
@@ -92,6 +100,7 @@ cdef extern from "simd.h" nogil:
     vpart vpart_tile3(vpart part, const unsigned char *w, vact3 x)
     void vpart_rows(vpart *part, const unsigned char *w, const signed char *x, long stride)
     void vpart_rows3(vpart *part, const unsigned char *w, const signed char *x, long stride)
+    void vpart_sort(vpart *part)
     void prefetch(const void *p)
     void prefetch_tile(const unsigned char *tile)
     ctypedef struct bf16_operand:
@@ -1331,6 +1340,7 @@ cdef inline void block_sums(const unsigned char *strip, Py_ssize_t tiles, bint t
             else:
                 for i in range(begin, end):
                     vpart_rows(part, w + i * TILE_BYTES, x + i * TILE_CODES, stride)
+            vpart_sort(part)
             for t in range(VSUM_AT_ONCE):
                 s[t] = vsum_add(s[t], part[t])
         for t in range(VSUM_AT_ONCE):
@@ -1461,21 +1471,22 @@ cdef inline void int8_sums(const Int8Rows *matrix, Py_ssize_t first, Py_ssize_t 
     cdef const signed char *w1
     cdef const signed char *w2
     cdef const signed char *w3
-    cdef vi32 a, s0, s1, s2, s3
+    cdef vi8 a
+    cdef vi32 s0, s1, s2, s3
     for i from 0 <= i < count by 4:
         w = matrix.codes + (first + i) * stride
         w1 = w + min(count - 1 - i, 1) * stride
         w2 = w + min(count - 1 - i, 2) * stride
         w3 = w + min(count - 1 - i, 3) * stride
         s0 = s1 = s2 = s3 = vi32_zero()
-        for j from 0 <= j < cols by 2 * VF32_LANES:
-            for k from 0 <= k < 8 * VF32_LANES by 64:
+        for j from 0 <= j < cols by VI8_LANES:
+            for k from 0 <= k < 4 * VI8_LANES by 64:
                 prefetch(w + 4 * (stride + j) + k)
-            a = vi32_load_i8(x + j)
-            vi32_add_dot(&s0, vi32_load_i8(w + j), a)
-            vi32_add_dot(&s1, vi32_load_i8(w1 + j), a)
-            vi32_add_dot(&s2, vi32_load_i8(w2 + j), a)
-            vi32_add_dot(&s3, vi32_load_i8(w3 + j), a)
+            a = vi8_load(x + j)
+            vi8_add_dot(&s0, vi8_load(w + j), a)
+            vi8_add_dot(&s1, vi8_load(w1 + j), a)
+            vi8_add_dot(&s2, vi8_load(w2 + j), a)
+            vi8_add_dot(&s3, vi8_load(w3 + j), a)
         totals[i] = vi32_sum(s0)
         totals[i + 1] = vi32_sum(s1)
         totals[i + 2] = vi32_sum(s2)
@@ -1730,7 +1741,7 @@ cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dep
     # Of a tile, rows x cols are in c: c += steps[rows] * (a b). a is packed [depth, TILE_ROWS],
     # b [depth, TILE_COLUMNS].
     cdef vi32 total[TILE_ROWS][TILE_VECTORS]
-    cdef vi32 right[TILE_VECTORS]
+    cdef vpair right[TILE_VECTORS]
     cdef vi32 left
     cdef vf32 step, more
     cdef float sums[TILE_ROWS * TILE_COLUMNS]
@@ -1741,11 +1752,11 @@ cdef inline void multiply_pairs(Py_ssize_t rows, Py_ssize_t cols, Py_ssize_t dep
             total[i][j] = vi32_zero()
     for _k in range(depth):
         for j in range(TILE_VECTORS):
-            right[j] = vi32_load(b + j * VF32_LANES)
+            right[j] = vpair_load(b + j * VF32_LANES)
         for i in range(TILE_ROWS):
             left = vi32_splat(a[i])
             for j in range(TILE_VECTORS):
-                vi32_add_dot(&total[i][j], left, right[j])
+                vpair_add_dot(&total[i][j], left, right[j])
         a += TILE_ROWS
         b += TILE_COLUMNS
     for i in range(TILE_ROWS):

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, TextIO
 
 from legacy1bit.commands.names import nearest_option
 from legacy1bit.commands.streams import unfailing
-from legacy1bit.system.errors import INTERRUPTED, SettingError, describe
+from legacy1bit.system.errors import END_SIGNALS, INTERRUPTED, SettingError, describe
 from legacy1bit.version import __version__
 
 # The commands: the module of each, its purpose, and examples of its use. Only the module of the
@@ -297,7 +297,7 @@ def _tidy_end() -> Iterator[None]:
     # Python cannot restore.
     before = {
         number: signal.signal(number, lambda number, _: sys.exit(128 + number))
-        for number in (signal.SIGTERM, signal.SIGHUP)
+        for number in END_SIGNALS
         if signal.getsignal(number) not in (signal.SIG_IGN, None)
     }
     if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:

@@ -29,11 +29,11 @@ from legacy1bit.kernels cimport GELU, RELU, RELU2, SILU, KernelTable, Matrix, Op
 from legacy1bit.threads cimport parallel_for, scratch, set_thread_override, thread_override
 
 cdef extern from "cpu.h" nogil:
+    const char *CPU_TIERS
     int cpu_widest_tier()
     bint cpu_has_avx_vnni()
 
-_TIERS = ("scalar", "sse", "sse2", "ssse3", "sse41", "avx2", "avxvnni", "avx512", "avx512vnni",
-          "avx512bf16", "amx")
+_TIERS = tuple(CPU_TIERS.decode().split())
 # Those whose kernels multiply matrices in bfloat16; products in float32 are those of avx512vnni.
 _BF16_TIERS = ("avx512bf16", "amx")
 

@@ -5,7 +5,12 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#include <windows.h>
+#else
 #include <sys/mman.h>
+#endif
 
 static int wrong;
 
@@ -30,9 +35,16 @@ static void *guarded(size_t bytes)
 {
     enum { PAGE = 65536 };
     const size_t pages = (bytes + PAGE - 1) / PAGE * PAGE;
+#ifdef _WIN32
+    DWORD before;
+    char *memory = VirtualAlloc(NULL, pages + PAGE, MEM_RESERVE | MEM_COMMIT, PAGE_READWRITE);
+    if (memory == NULL || !VirtualProtect(memory + pages, PAGE, PAGE_NOACCESS, &before))
+        exit(2);
+#else
     char *memory = mmap(NULL, pages + PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory + pages, PAGE, PROT_NONE) != 0)
         exit(2);
+#endif
     return memory + pages - bytes;
 }
 
@@ -188,10 +200,10 @@ static void pairs(void)
                 v[j][i] = rintf(v[j][i]);
         }
         vi32 sum = vi32_load(s);
-        vi32_add_dot(&sum, vi32_load(a), vi32_load(b));
+        vpair_add_dot(&sum, vi32_splat(a[N - 1]), vpair_load(b));
         LANES(vi32_float(sum), out);
         for (int i = 0; i < N; i++) {
-            const double sum = s[i] + (double)v[0][i] * v[2][i] + (double)v[1][i] * v[3][i];
+            const double sum = s[i] + (double)v[0][N - 1] * v[2][i] + (double)v[1][N - 1] * v[3][i];
             NEED(out[i] == (float)sum);
         }
         sum = vi32_add(vi32_load(s), vi32_zero());
@@ -202,6 +214,24 @@ static void pairs(void)
     for (int i = 0; i < N; i++)
         v[0][i] = NAN;
     i16_pairs(a, vf32_load(v[0]), vf32_load(v[0]));
+}
+
+static void dots_of_bytes(void)
+{
+    signed char *a = guarded(VI8_LANES), *b = guarded(VI8_LANES);
+    for (int k = 0; k < 200; k++) {
+        vi32 sum = vi32_splat(k);
+        int expected = k * N;
+        for (int again = 0; again < 3; again++) {
+            for (int i = 0; i < VI8_LANES; i++) {
+                a[i] = (signed char)(k == 0 ? -128 : below(256) - 128);
+                b[i] = (signed char)(k < 2 ? 127 : k == 2 ? -127 : below(255) - 127);
+                expected += a[i] * b[i];
+            }
+            vi8_add_dot(&sum, vi8_load(a), vi8_load(b));
+        }
+        NEED(vi32_sum(sum) == expected);
+    }
 }
 
 static void powers_of_two(void)
@@ -466,6 +496,7 @@ int main(void)
     arithmetic();
     rounding();
     pairs();
+    dots_of_bytes();
     powers_of_two();
     across_lanes();
     packed_products();

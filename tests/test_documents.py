@@ -141,7 +141,7 @@ def test_options_exist(document):
 
 
 def targets_of(texts):
-    return set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", "\n".join(texts)))
+    return set(re.findall(r"\bmake ([a-z]+(?:-[a-z0-9]+)*)", "\n".join(texts)))
 
 
 @every_lasting_document

@@ -1,9 +1,12 @@
-/* The thread pool under ThreadSanitizer: `make test-tsan` compiles and runs this. Jobs of several
+/* The thread pool under ThreadSanitizer, or on Windows: `make test-tsan` and tests/test_windows.py
+ * compile and run this. Jobs of several
  * sizes and parallel regions run from several threads at once, while others fork. It prints the
  * number of each and returns 0, or prints failures; the sanitizer reports data races. */
 #include <stdio.h>
+#ifndef _WIN32
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include "threads.h"
 
@@ -80,15 +83,52 @@ static void run_region(long seed)
     __atomic_add_fetch(&teams, 1, __ATOMIC_RELAXED);
 }
 
-static void *call(void *argument)
+static void call_often(long caller)
 {
     for (long i = 0; i < ROUNDS; i++)
-        if ((i + (long)argument) % 3)
-            run_job(i * CALLERS + (long)argument);
+        if ((i + caller) % 3)
+            run_job(i * CALLERS + caller);
         else
-            run_region(i * CALLERS + (long)argument);
+            run_region(i * CALLERS + caller);
+}
+
+#ifdef _WIN32
+
+typedef HANDLE caller_thread;
+
+static DWORD WINAPI call(void *argument)
+{
+    call_often((long)(intptr_t)argument);
+    return 0;
+}
+
+static int start(caller_thread *thread, long caller)
+{
+    *thread = CreateThread(NULL, 0, call, (void *)(intptr_t)caller, 0, NULL);
+    return *thread != NULL;
+}
+
+static int join(caller_thread thread) { return WaitForSingleObject(thread, INFINITE) == 0; }
+static void end_after(int seconds) { (void)seconds; }
+static void fork_and_work(void) {}
+
+#else
+
+typedef pthread_t caller_thread;
+
+static void *call(void *argument)
+{
+    call_often((long)(intptr_t)argument);
     return NULL;
 }
+
+static int start(caller_thread *thread, long caller)
+{
+    return pthread_create(thread, NULL, call, (void *)(intptr_t)caller) == 0;
+}
+
+static int join(caller_thread thread) { return pthread_join(thread, NULL) == 0; }
+static void end_after(int seconds) { alarm((unsigned int)seconds); }
 
 static void fork_and_work(void)
 {
@@ -107,11 +147,13 @@ static void fork_and_work(void)
     children++;
 }
 
+#endif
+
 int main(void)
 {
-    pthread_t callers[CALLERS];
+    caller_thread callers[CALLERS];
 
-    alarm(10 * SECONDS);
+    end_after(10 * SECONDS);
     pool_prepare();
     fork_and_work();
     for (long i = 0; i < 50; i++) {
@@ -120,11 +162,11 @@ int main(void)
     }
     fork_and_work();
     for (long i = 0; i < CALLERS; i++)
-        check(pthread_create(&callers[i], NULL, call, (void *)i) == 0, "a thread");
+        check(start(&callers[i], i), "a thread");
     for (int i = 0; i < FORKS; i++)
         fork_and_work();
     for (int i = 0; i < CALLERS; i++)
-        pthread_join(callers[i], NULL);
+        check(join(callers[i]), "the end of a thread");
     fork_and_work();
     printf("%d jobs, %d teams and %d children: %d wrong\n", jobs, teams, children, failures);
     return failures != 0;

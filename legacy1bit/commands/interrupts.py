@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable
 
+from legacy1bit.system.errors import END_SIGNALS
+
 
 class Interrupts:
     """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second acts at once.
@@ -36,7 +38,7 @@ class Interrupts:
         # None: a handler installed by another language, which Python cannot restore.
         self._before = {
             number: signal.signal(number, self._request)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            for number in (signal.SIGINT, *END_SIGNALS)
             if signal.getsignal(number) not in (signal.SIG_IGN, None)
         }
         # Python's C handler writes a byte there for every signal, whatever the main thread does.

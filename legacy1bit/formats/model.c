@@ -39,6 +39,11 @@ $description
 #include <xmmintrin.h>
 #endif
 
+#ifdef _WIN32
+#include <fcntl.h>
+#include <io.h>
+#endif
+
 enum {
     VOCAB = $vocab_size, /* tokens: the bytes from 0 on */
     DIM = $model_dim, /* the width of the residual stream */
@@ -826,6 +831,10 @@ int main(int argc, char **argv)
     double temperature = 0.8;
     const char *prompt, *c;
     struct state *s;
+#ifdef _WIN32
+    /* Line breaks are tokens, too: none becomes two bytes. */
+    _setmode(_fileno(stdout), _O_BINARY);
+#endif
     if (argc < 2 || argc > 5) {
         fprintf(stderr, "usage: %s \"prompt\" [tokens] [temperature] [seed]\n",
                 argc > 0 ? argv[0] : "model");

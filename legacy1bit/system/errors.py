@@ -2,12 +2,17 @@
 
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 # The exit status after Ctrl-C.
 INTERRUPTED = 130
+# What ends a program from outside; Windows has no SIGHUP.
+END_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)
+)
 
 # Longer messages are cut in the middle: a file may have a value of a megabyte.
 _LONGEST = 2000

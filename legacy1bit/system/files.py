@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import mmap
 import os
@@ -19,6 +18,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+try:
+    import fcntl
+except ImportError:
+    # Windows: processes do not lock each other out.
+    fcntl = None  # type: ignore[assignment]
 
 # Content to write: bytes, text, or bytes in parts.
 Buffer = bytes | memoryview
@@ -299,6 +304,12 @@ def atomic_copy(source: Path, target: Path) -> None:
             temporary.unlink()
 
 
+def _lock(handle: int, exclusive: bool) -> None:
+    """Lock an open file or folder; ``BlockingIOError`` if another process has it."""
+    if fcntl is not None:
+        fcntl.flock(handle, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Lock a folder against other users of this function.
@@ -316,7 +327,7 @@ def held(folder: Path) -> Iterator[None]:
     handle = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(handle, exclusive=True)
         except BlockingIOError:
             raise ValueError(f"{folder} is in use: another process is training there") from None
         except OSError:
@@ -336,7 +347,7 @@ def shared(path: Path) -> int:
     """
     handle = os.open(path, os.O_RDONLY)
     with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        _lock(handle, exclusive=False)
     return handle
 
 
@@ -355,7 +366,7 @@ def remove_unused(path: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle, exclusive=True)
     except BlockingIOError:
         os.close(handle)
         return False
@@ -381,7 +392,8 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     OSError
         If it cannot be read, or is a device or a pipe, which might never end.
     """
-    file = open(path, "rb", opener=lambda name, how: os.open(name, how | os.O_NONBLOCK))  # noqa: SIM115
+    at_once = getattr(os, "O_NONBLOCK", 0)
+    file = open(path, "rb", opener=lambda name, how: os.open(name, how | at_once))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise _not_regular(path)
@@ -486,7 +498,7 @@ def access_of(path: Path) -> Access | None:
 
 def give_access(place: int | Path, access: Access | None) -> None:
     """Set the permissions of ``access_of``, as far as the system allows."""
-    if access is None:
+    if access is None or not hasattr(os, "chown"):
         return
     mode, user, group = access
     with contextlib.suppress(OSError):

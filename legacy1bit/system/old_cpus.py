@@ -4,7 +4,6 @@ import contextlib
 import importlib
 import os
 import re
-import resource
 import sys
 
 from legacy1bit.cpu import has_x86_64_v2
@@ -17,8 +16,10 @@ def runs_here(package: str) -> bool:
     On an old CPU a child process tries the import, because the instruction set of a wheel is not
     recorded anywhere. The child is a fork, which sees the same CPU under an emulator, too.
     """
-    if has_x86_64_v2() or package in sys.modules:
+    if has_x86_64_v2() or package in sys.modules or not hasattr(os, "fork"):
         return True
+    import resource
+
     child = os.fork()
     if child == 0:
         try:

@@ -1,7 +1,6 @@
 """The memory that a training needs, and the memory that is free."""
 
 import contextlib
-import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -16,6 +15,12 @@ from legacy1bit.projection import scratch_bytes
 from legacy1bit.system.cgroups import free_memory
 from legacy1bit.training.adapters import adapter_config
 from legacy1bit.training.evaluation import evaluation_tokens
+
+try:
+    import resource
+except ImportError:
+    # Windows: a process has no limits of its own.
+    resource = None  # type: ignore[assignment]
 
 _FLOAT = 4
 
@@ -111,11 +116,12 @@ def free_bytes() -> int | None:
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
     limits += free_memory()
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        with contextlib.suppress(OSError, ValueError):
-            pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-            limits.append(max(limit - pages * resource.getpagesize(), 0))
+    if resource is not None:
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        if limit != resource.RLIM_INFINITY:
+            with contextlib.suppress(OSError, ValueError):
+                pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+                limits.append(max(limit - pages * resource.getpagesize(), 0))
     return min(limits, default=None)
 
 

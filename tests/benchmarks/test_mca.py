@@ -47,6 +47,24 @@ INNER = ("vbroadcastss (%rsi,%rax,4),%ymm2", "vfmadd231ps %ymm1,%ymm2,%ymm0",
          "vfmadd231ps %ymm1,%ymm2,%ymm3", "cmp    %rax,%rcx", "add    $0x8,%rax")  # fmt: skip
 
 
+ARM_LISTING = """
+0000000000002000 <__pyx_f_10legacy1bit_13_kernels_neon_packed_product>:
+    2000:	ldr	q4, [x1, #16]
+    2004:	adrp	x4, 19000 <__FRAME_END__+0x13ec0>
+    2008:	and	v0.16b, v4.16b, v7.16b
+    200c:	movi	v5.4s, #0x3f, lsl #24
+    2010:	smlal2	v16.8h, v0.16b, v20.16b
+    2014:	fmadd	s0, s1, s2, s0
+    2018:	cbz	x3, 2020 <__pyx_f_10legacy1bit_13_kernels_neon_packed_product+0x20>
+    201c:	add	x1, x1, #0x10
+    2020:	b.ne	2000 <__pyx_f_10legacy1bit_13_kernels_neon_packed_product>  // b.any
+    2024:	fadd	v0.4s, v0.4s, v1.4s
+    2028:	bl	1500 <expf@plt>
+    202c:	tbnz	w2, #0, 2024 <__pyx_f_10legacy1bit_13_kernels_neon_packed_product+0x24>
+    2030:	ret
+"""
+
+
 def loop(kernel="k", vectors=1, multiplied=0, tier="avx2", body=("vpaddd %ymm0,%ymm1,%ymm0",)):
     return mca.Loop(kernel, tier, body, vectors, multiplied)
 
@@ -75,6 +93,13 @@ def test_inner_loops_of_scalar_code_count_numbers():
     listing = LISTING.replace("vmulss %xmm0,%xmm1,%xmm1", "mulss  %xmm0,%xmm1")
     [scalar] = mca.inner_loops(listing, "scalar")
     assert (scalar.vectors, scalar.multiplied) == (1, 1)
+
+
+def test_inner_loops_of_arm_keep_numbers_and_leave_out_jumps():
+    body = ("ldr\tq4, [x1, #16]", "adrp\tx4, #0", "and\tv0.16b, v4.16b, v7.16b",
+            "movi\tv5.4s, #0x3f, lsl #24", "smlal2\tv16.8h, v0.16b, v20.16b",
+            "fmadd\ts0, s1, s2, s0", "add\tx1, x1, #0x10")  # fmt: skip
+    assert mca.inner_loops(ARM_LISTING, "neon") == [mca.Loop("packed_product", "neon", body, 2, 1)]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +168,7 @@ def test_pairs():
     assert {cpu for _, cpu in mca.pairs(None, None)} >= {
         *("znver1", "znver2", "znver3", "znver4", "haswell", "skylake", "icelake-server"),
         *("alderlake", "sapphirerapids", "core2", "nehalem", "silvermont", "btver2"),
+        *("cortex-a53", "cortex-a72", "cortex-a76", "neoverse-n1", "neoverse-v1", "apple-m1"),
     }
 
 
@@ -186,7 +212,7 @@ def test_program_that_is_missing_is_one_line(monkeypatch, capsys, missing, tmp_p
         monkeypatch.setattr(shutil, "which", lambda name: None)
     else:
         monkeypatch.setattr(mca, "find_llvm_mca", lambda: "llvm-mca-19")
-        monkeypatch.setattr(mca, "known_cpus", lambda program: {"znver3"})
+        monkeypatch.setattr(mca, "known_cpus", lambda program, triple: {"znver3"})
         monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SystemExit) as ended:
         mca.main(["--tiers", "avx2", "--folder", str(tmp_path)])
@@ -203,10 +229,10 @@ def test_newest_llvm_mca_is_taken(monkeypatch):
 
 def test_kernels_that_are_missing_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(mca, "find_llvm_mca", lambda: "llvm-mca-19")
-    monkeypatch.setattr(mca, "known_cpus", lambda program: {"znver3"})
+    monkeypatch.setattr(mca, "known_cpus", lambda program, triple: {"znver3"})
     with pytest.raises(SystemExit):
         mca.main(["--tiers", "avx2", "--folder", str(tmp_path)])
-    assert "no compiled kernels of avx2; make build compiles them" in capsys.readouterr().err
+    assert "no compiled kernels of avx2; make mca compiles them" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -217,7 +243,7 @@ def kernels(monkeypatch, tmp_path):
     except ValueError as error:
         pytest.skip(str(error))
     (tmp_path / "_kernels_avx2.x.so").touch()
-    monkeypatch.setattr(mca, "disassemble", lambda module: LISTING)
+    monkeypatch.setattr(mca, "disassemble", lambda module, objdump: LISTING)
     return tmp_path
 
 
@@ -238,8 +264,17 @@ def test_llvm_mca_repeats_to_the_digit(kernels, capsys):
     assert "- product.1, avx2: " in printed[0]
 
 
+def test_llvm_mca_takes_loops_of_arm(kernels, capsys, monkeypatch):
+    (kernels / "_kernels_neon.x.so").touch()
+    monkeypatch.setattr(mca, "disassemble", lambda module, objdump: ARM_LISTING)
+    assert mca.main(["--tiers", "neon", "--folder", str(kernels)]) == 0
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
+    cpus = [row[2].strip() for row in rows if len(row) == 9]
+    assert cpus == ["cortex-a53", "cortex-a72", "apple-m1"]
+
+
 def test_llvm_mca_that_refuses_is_one_line(kernels, capsys, monkeypatch):
-    monkeypatch.setattr(mca, "disassemble", lambda module: LISTING.replace("%ymm", "%zmm"))
+    monkeypatch.setattr(mca, "disassemble", lambda module, objdump: LISTING.replace("%ymm", "%zmm"))
     with pytest.raises(SystemExit):
         mca.main(["--tiers", "avx2", "--cpus", "haswell", "--folder", str(kernels)])
     [line] = capsys.readouterr().err.splitlines()
