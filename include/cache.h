@@ -50,10 +50,10 @@ FORCE_INLINE void cached_block(const cached_pairs *m, long first, const short *a
             factor[i] = vi32_splat(pair);
         }
         for (int j = 0; j < vectors; j++) {
-            const vi32 w = vi32_load_i8(at + j / BLOCK_VECTORS * m->block
-                                        + j % BLOCK_VECTORS * 2 * VF32_LANES);
+            const vpair w = vpair_load_i8(at + j / BLOCK_VECTORS * m->block
+                                          + j % BLOCK_VECTORS * 2 * VF32_LANES);
             for (int i = 0; i < queries; i++)
-                vi32_add_dot(&sums[i * vectors + j], w, factor[i]);
+                vpair_add_dot(&sums[i * vectors + j], factor[i], w);
         }
     }
     for (int i = 0; i < queries; i++)

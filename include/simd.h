@@ -33,6 +33,7 @@
  *   i16_pairs(p, a, b)        pairs of the integers nearest to a and b, within -32767 to 32767;
  *                             any integers where a or b is NaN
  *   vpair, vpair_load(p)      VF32_LANES pairs of int16 from p, in any order
+ *   vpair_load_i8(p)          the same from pairs of int8
  *   vpair_add_dot(s, x, v)    adds x[0] * v[0] + x[1] * v[1] of each pair to the integers *s, where
  *                             all lanes of the vi32 x are the same pair
  *   vi8, vi8_load(p)          VI8_LANES int8 from p
@@ -205,6 +206,7 @@ static inline void i16_pairs(int *p, vf32 a, vf32 b)
 typedef vi32 vpair;
 
 static inline vpair vpair_load(const int *p) { return vi32_load(p); }
+static inline vpair vpair_load_i8(const signed char *p) { return vi32_load_i8(p); }
 static inline void vpair_add_dot(vi32 *s, vi32 x, vpair v) { vi32_add_dot(s, x, v); }
 #endif
 

@@ -120,6 +120,8 @@ static inline void i8_round(signed char *p, vf32 v)
     memcpy(p, &bytes, 4);
 }
 
+static inline void i16_round(short *p, vf32 v) { vst1_s16(p, vmovn_s32(vcvtnq_s32_f32(v))); }
+
 #define I8_ROUND4
 static inline void i8_round4(signed char *p, const vf32 *v)
 {
@@ -144,6 +146,12 @@ static inline int vi32_sum(vi32 v) { return vaddvq_s32(v); }
 typedef int16x4x2_t vpair;      /* the first and the second numbers of pairs */
 
 static inline vpair vpair_load(const int *p) { return vld2_s16((const int16_t *)p); }
+
+static inline vpair vpair_load_i8(const signed char *p)
+{
+    const int16x8_t both = vmovl_s8(vld1_s8(p));
+    return vuzp_s16(vget_low_s16(both), vget_high_s16(both));
+}
 
 static inline void vpair_add_dot(vi32 *s, vi32 left, vpair right)
 {

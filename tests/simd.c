@@ -180,6 +180,7 @@ static void pairs(void)
 {
     static const int ends[] = {0, 1, -1, 127, -127, 32767, -32767};
     int *a = guarded(N * sizeof *a), *b = guarded(N * sizeof *b), *s = guarded(N * sizeof *s);
+    signed char *bytes = guarded(2 * N);
     float v[4][N], out[N];
     for (int k = 0; k < 7 * 7 * 10; k++) {
         for (int i = 0; i < N; i++) {
@@ -206,6 +207,14 @@ static void pairs(void)
             const double sum = s[i] + (double)v[0][N - 1] * v[2][i] + (double)v[1][N - 1] * v[3][i];
             NEED(out[i] == (float)sum);
         }
+        for (int i = 0; i < 2 * N; i++)
+            bytes[i] = (signed char)(below(256) - 128);
+        sum = vi32_load(s);
+        vpair_add_dot(&sum, vi32_splat(a[0]), vpair_load_i8(bytes));
+        LANES(vi32_float(sum), out);
+        for (int i = 0; i < N; i++)
+            NEED(out[i] == (float)(s[i] + (short)a[0] * bytes[2 * i]
+                                   + (a[0] >> 16) * bytes[2 * i + 1]));
         sum = vi32_add(vi32_load(s), vi32_zero());
         LANES(vi32_float(vi32_add(sum, vi32_splat(a[0] >> 16))), out);
         for (int i = 0; i < N; i++)
