@@ -1,10 +1,13 @@
 """The benchmarks: that they run, that they count right, and what their reports say of numbers."""
 
 import functools
+import http.server
 import json
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -713,3 +716,39 @@ def test_serving_counts_what_its_clients_get(capsys):
     for _, tokens, middle, _, late, _ in rows[1:]:
         assert int(tokens) > 100
         assert 0 < float(middle) <= float(late)
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """Four events for each request, or a refusal."""
+
+    status = 200
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert (len(asked["prompt"]), asked["stream"]) == (serving.PROMPT, True)
+        self.send_response(self.status)
+        self.end_headers()
+        for _ in range(4):
+            time.sleep(0.005)
+            self.wfile.write(b'data: {"choices": [{"text": "a"}]}\n\n')
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("status", [200, 429])
+def test_serving_asks_a_server(capsys, status):
+    handler = type("Handler", (Answer,), {"status": status})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        arguments = ["--port", str(server.server_port), "--clients", "2", "--seconds", "0.5"]
+        try:
+            if status != 200:
+                with pytest.raises(ValueError, match="429"):
+                    serving.main(arguments)
+                return
+            assert serving.main(arguments) == 0
+        finally:
+            server.shutdown()
+    # Two clients, and at least 5 ms for each token.
+    assert 0 < int(capsys.readouterr().out.splitlines()[1].split()[1]) < 400
